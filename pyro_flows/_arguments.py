@@ -95,11 +95,14 @@ RANGES: dict[str, Range] = {
     "sbc.simulations": Range(10, 10**6),
     "loo.draws": Range(100, MAX_DRAWS),
     "plot_interpolation.steps": Range(2, 10**4),
+    "interpolate.steps": Range(2, 10**6),
+    "evidence.draws": Range(100, MAX_DRAWS),
+    "posterior.draws": Range(100, MAX_DRAWS),
 }
 WIDEST = Range(1, 2**16)  # hidden units of a layer
 
 
-def shown(value: Any) -> str:
+def shown(value: object) -> str:
     """Return a value as an error shows it: tensors and arrays by shape and dtype, anything long cut short."""
     if isinstance(value, (Tensor, np.ndarray)):
         return f"a {type(value).__name__} of shape {tuple(value.shape)} and dtype {value.dtype}"
@@ -107,7 +110,7 @@ def shown(value: Any) -> str:
     return text if len(text) <= LONGEST else f"{text[:LONGEST]}... ({type(value).__name__})"
 
 
-def refused(name: str, expected: str, value: Any, remedy: str = "") -> ValueError:
+def refused(name: str, expected: str, value: object, remedy: str = "") -> ValueError:
     """Return the error for a value that is not what was expected."""
     return ValueError(f"{name}: expected {expected}, got {shown(value)}.{remedy and ' '}{remedy}")
 
@@ -131,14 +134,14 @@ def real(name: str, value: Any, bounds: Range) -> float:
     return float(value)
 
 
-def _flag(name: str, value: Any) -> bool:
+def _flag(name: str, value: object) -> bool:
     if not isinstance(value, (bool, np.bool_)):
         raise refused(name, "True or False", value)
     return bool(value)
 
 
 def _of(kinds: type | tuple[type, ...], expected: str) -> Check:
-    def check(name: str, value: Any) -> Any:
+    def check(name: str, value: object) -> object:
         if not isinstance(value, kinds):
             raise refused(name, expected, value)
         return value
@@ -147,7 +150,7 @@ def _of(kinds: type | tuple[type, ...], expected: str) -> Check:
 
 
 def _made_by(module: str, kind: str, expected: str) -> Check:
-    def check(name: str, value: Any) -> Any:
+    def check(name: str, value: object) -> object:
         if not isinstance(value, getattr(import_module(module), kind)):
             raise refused(name, expected, value)
         return value
@@ -155,14 +158,14 @@ def _made_by(module: str, kind: str, expected: str) -> Check:
     return check
 
 
-def dense(name: str, value: Any) -> Tensor:
+def dense(name: str, value: object) -> Tensor:
     """Return ``value`` if it is a tensor of real numbers that has memory for each of them."""
     if not isinstance(value, Tensor) or value.layout != torch.strided or value.is_complex():
         raise refused(name, "a dense tensor of real numbers", value)
     return value
 
 
-def numbers(name: str, value: Any) -> Tensor:
+def numbers(name: str, value: object) -> Tensor:
     """Return a list, an array or a tensor of real numbers as a dense tensor."""
     try:
         return dense(name, torch.as_tensor(value))
@@ -170,18 +173,18 @@ def numbers(name: str, value: Any) -> Tensor:
         raise refused(name, "a list or a tensor of numbers", value) from None
 
 
-def _numbers(name: str, value: Any) -> Any:
+def _numbers(name: str, value: object) -> object:
     numbers(name, value)
     return value
 
 
-def _flow(name: str, value: Any) -> Any:
+def _flow(name: str, value: object) -> object:
     if not isinstance(value, str) and not callable(value):
         raise refused(name, "a name, a Flow, a Bijection or a function", value)
     return value
 
 
-def _function(name: str, value: Any) -> Any:
+def _function(name: str, value: object) -> object:
     if not callable(value) or (isinstance(value, type) and not issubclass(value, torch.nn.Module)):
         raise refused(name, "a callable Pyro model" if name == "model" else "a function", value)
     return value
@@ -195,14 +198,14 @@ def widths(name: str, value: Any) -> tuple[int, ...]:
     return tuple(whole(name, width, WIDEST) for width in many)
 
 
-def _names(name: str, value: Any) -> Any:
+def _names(name: str, value: object) -> object:
     texts = [value] if isinstance(value, str) else value
     if not isinstance(texts, Sequence) or not all(isinstance(text, str) for text in texts):
         raise refused(name, "a name, or a sequence of names", value)
     return value
 
 
-def _guide(name: str, value: Any) -> Any:
+def _guide(name: str, value: object) -> object:
     if not callable(value) and not hasattr(value, "get_samples"):
         raise refused(name, "a guide, or an MCMC that has run", value)
     return value
@@ -213,6 +216,7 @@ OTHERS: dict[str, Check] = {
     "str": _of(str, "a string"),
     "str | os.PathLike[str]": _of((str, os.PathLike), "a path"),
     "Callable[..., Any]": _function,
+    "Callable[..., object]": _function,
     "Callable[[Any], Any]": _function,
     "Callable[..., Any] | MCMC": _guide,
     "FlowLike": _flow,
@@ -221,6 +225,8 @@ OTHERS: dict[str, Check] = {
     "Mapping[str, Sequence[str]]": _of(Mapping, "a mapping from names to names of axes"),
     "Sequence[Sequence[float]] | Tensor": _numbers,
     "Mapping[str, Any]": _of(Mapping, "a mapping from names to values"),
+    "Mapping[str, object]": _of(Mapping, "a mapping from names to values"),
+    "Mapping[str, str | int]": _of(Mapping, "a mapping from names to values"),
     "Mapping[str, Tensor]": _of(Mapping, "a mapping from names to tensors"),
     "Transform": _of(Mapping, "a mapping from names to functions"),
     "str | Sequence[str]": _names,
@@ -233,7 +239,7 @@ OTHERS: dict[str, Check] = {
 }
 
 
-def checks_of(function: Callable[..., Any]) -> dict[str, Check]:
+def checks_of(function: Callable[..., object]) -> dict[str, Check]:
     """Return the checks of the parameters of a function, those that its annotations and the table tell."""
     found = dict[str, Check]()
     for name, one in inspect.signature(function).parameters.items():
@@ -258,5 +264,5 @@ def _by_range(function: str, name: str, kind: str) -> Check | None:
     return lambda said, value: number(said, value, bounds)
 
 
-def _or_default(check: Check, default: Any) -> Check:
+def _or_default(check: Check, default: object) -> Check:
     return lambda name, value: value if value is default else check(name, value)

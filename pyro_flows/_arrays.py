@@ -15,19 +15,16 @@ if TYPE_CHECKING:
     import pandas as pd
     import xarray as xr
 
+Coords = Mapping[str, Any] | None  # labels of dimensions
 SAMPLE_DIMS = ("chain", "draw")
 SD_DIGITS = 3
 WIDER = 16  # times the bytes of a file, that its arrays may have in memory
 
 
 def relabel(
-    groups: Mapping[str, xr.Dataset], coords: Mapping[str, Any] | None, dims: Mapping[str, Sequence[str]] | None
+    groups: Mapping[str, xr.Dataset], coords: Coords, dims: Mapping[str, Sequence[str]] | None
 ) -> dict[str, xr.Dataset]:
-    """Rename the dimensions of variables, and label dimensions with coordinates, in all groups that have them.
-
-    Raises:
-        ValueError: naming the variable, the dimension or the length that does not fit.
-    """
+    """Rename the dimensions of variables, and label dimensions with coordinates, in all groups that have them."""
     renamed = {name: _rename(group, _renamings(groups, dims or {})) for name, group in groups.items()}
     known = {str(dim): size for group in renamed.values() for dim, size in group.sizes.items()}
     for dim, labels in (coords or {}).items():
@@ -73,12 +70,8 @@ def entry_labels(values: xr.DataArray) -> list[str]:
     return [f"{name}[{', '.join(entry)}]" if entry else name for entry in itertools.product(*axes)]
 
 
-def entries(draws: xr.Dataset, coords: Mapping[str, Any] | None) -> xr.Dataset:
-    """Choose entries by the labels of dimensions, ``{"school": ["Choate"]}``; a variable without one stays whole.
-
-    Raises:
-        ValueError: naming the dimension or the label that is not there.
-    """
+def entries(draws: xr.Dataset, coords: Coords) -> xr.Dataset:
+    """Choose entries by the labels of dimensions, ``{"school": ["Choate"]}``; a variable without one stays whole."""
     for dim, labels in (coords or {}).items():
         _checks.choice("coords", dim, [str(name) for name in draws.dims if name not in SAMPLE_DIMS])
         wanted = [labels] if isinstance(labels, (str, int, float)) else list(labels)
@@ -99,11 +92,7 @@ def write(groups: Mapping[str, xr.Dataset], attrs: Mapping[str, str | float]) ->
 
 
 def read(data: bytes) -> tuple[dict[str, xr.Dataset], dict[str, str | float]]:
-    """Read what :func:`write` wrote: groups and attributes, all in memory.
-
-    Raises:
-        Damaged: if arrays are larger than the file.
-    """
+    """Read what :func:`write` wrote: groups and attributes, all in memory."""
     import xarray
 
     with xarray.open_datatree(io.BytesIO(data), engine="h5netcdf") as tree:
@@ -117,7 +106,7 @@ def read(data: bytes) -> tuple[dict[str, xr.Dataset], dict[str, str | float]]:
     return groups, attrs
 
 
-def as_tree(groups: Mapping[str, xr.Dataset], attrs: Mapping[str, str | float]) -> Any:
+def as_tree(groups: Mapping[str, xr.Dataset], attrs: Mapping[str, str | float]) -> xr.DataTree:
     import xarray
 
     tree = xarray.DataTree.from_dict(with_attrs(groups, attrs))

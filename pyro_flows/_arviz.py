@@ -10,7 +10,7 @@ import functools
 import inspect
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +18,7 @@ import numpy as np
 from torch import Tensor
 
 from pyro_flows import _checks
-from pyro_flows._arrays import SAMPLE_DIMS, as_tree, rounded, with_attrs
+from pyro_flows._arrays import SAMPLE_DIMS, Coords, as_tree, rounded, with_attrs
 from pyro_flows._display import verdict_html
 from pyro_flows._mixing import chain_diagnostics as chain_diagnostics
 
@@ -38,14 +38,14 @@ def dataset(
     values: Mapping[str, np.ndarray],
     dims: Mapping[str, Sequence[str]],
     *,
-    coords: Mapping[str, Any] | None = None,
+    coords: Coords = None,
     sample_dims: Sequence[str] = SAMPLE_DIMS,
 ) -> xr.Dataset:
     """Label arrays; their leading axes are ``sample_dims``. Empty arrays are left out."""
     from arviz_base import dict_to_dataset
 
     filled = {name: value for name, value in values.items() if value.size}
-    names: dict[Any, Any] = {name: list(dims.get(name, ())) for name in filled}
+    names: dict[Hashable, Sequence[Hashable]] = {name: list(dims.get(name, ())) for name in filled}
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=MANY_CHAINS)
         found = dict_to_dataset(filled, dims=names, coords=dict(coords or {}), sample_dims=sample_dims)
@@ -238,11 +238,7 @@ def power_scaling(draws: xr.Dataset, log_prior: Tensor, log_likelihood: Tensor) 
 
 
 def select(draws: xr.Dataset, var_names: str | Sequence[str] | None, filter_vars: str | None) -> xr.Dataset:
-    """Choose variables as ArviZ does: by name, ``"~name"``, a part of a name, or a regular expression.
-
-    Raises:
-        ValueError: naming what is not there.
-    """
+    """Choose variables as ArviZ does: by name, ``"~name"``, a part of a name, or a regular expression."""
     import xarray
     from arviz_base import extract
 
@@ -259,5 +255,4 @@ def select(draws: xr.Dataset, var_names: str | Sequence[str] | None, filter_vars
         found: Any = extract(tree, var_names=wanted, **options)
     if not found.data_vars:
         raise ValueError(f"var_names: expected some of {', '.join(map(repr, known))}, but {var_names!r} leaves none.")
-    chosen: xr.Dataset = found
-    return chosen
+    return found

@@ -5,12 +5,12 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import _engine_run_backward
-from torch.utils._python_dispatch import TorchDispatchMode
+
+from pyro_flows._tensors import Args, Dispatch, Function, Kwargs
 
 _aten = torch.ops.aten
 
@@ -42,14 +42,10 @@ def pull(
     return [torch.zeros_like(part) if one is None else one for part, one in zip(inputs, found, strict=True)]
 
 
-class _Filled(TorchDispatchMode):
+class _Filled(Dispatch):
     """Gives tensors of zeros where a derivative says that it is zero; a model with ``abs`` has such ones."""
 
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        return False  # True would import torch's compiler
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(self, func: Function, types: object, args: Args = (), kwargs: Kwargs = None) -> object:
         if func is _aten._efficientzerotensor.default:
             func = _aten.zeros.default
         return func(*args, **(kwargs or {}))

@@ -14,6 +14,7 @@ from typing import Any
 
 from pyro_flows._files import existing, locked, replace_directory
 
+Entries = Mapping[str, Any]  # of JSON, by name
 VERSION, FIRST_SEALED = 3, 2  # of the format; from the second on, the JSON holds digests of all files
 UNFINISHED = ".unfinished"  # what the writer of format 1 appended to the names of its files
 ZEROS = "0" * 64  # stands for the digest of the JSON file while that is computed
@@ -22,27 +23,15 @@ READS = 5  # attempts, where locks cannot keep saves of other processes out
 
 @dataclass(frozen=True)
 class Bundle:
-    """A directory that holds one object: files of tensors and arrays, and a JSON file with their SHA-256 digests.
+    """A directory that holds one object: files of tensors and arrays, and a JSON file with their SHA-256 digests."""
 
-    Attributes:
-        what: what it holds, in a word.
-        format: the entry ``format`` of the JSON.
-        text: the name of the JSON file.
-        others: the names of the other files.
-    """
-
-    what: str
-    format: str
-    text: str
-    others: tuple[str, ...]
+    what: str  # what it holds, in a word
+    format: str  # the entry ``format`` of the JSON
+    text: str  # the name of the JSON file
+    others: tuple[str, ...]  # the names of the other files
 
     def check_target(self, path: str | os.PathLike[str]) -> Path:
-        """Return the directory to write to, or say why it cannot be written.
-
-        Raises:
-            ValueError: if it is a file, a directory with content that is no such object, or one that cannot be replaced
-                as a whole: the working directory, a mount point, one in a folder without permission to write.
-        """
+        """Return the directory to write to, or say why it cannot be written."""
         target = Path(path)
         if target.exists() and not target.is_dir():
             raise ValueError(f"path: expected a directory, {str(target)!r} is a file.")
@@ -77,16 +66,9 @@ class Bundle:
         names, known = {file.name for file in folder.iterdir()}, {self.text, *self.others}
         return names <= known | {name + UNFINISHED for name in known} and any(n.endswith(UNFINISHED) for n in names)
 
-    def write(self, path: Path, description: Mapping[str, Any], contents: Mapping[str, bytes]) -> None:
-        """Write the object: all of it, or nothing if anything fails or the process is killed.
-
-        Args:
-            path: what :meth:`check_target` returned.
-            description: JSON values.
-            contents: the bytes of the other files.
-
-        Raises:
-            OSError: if the disk is full, or does not let itself be written; what was saved before is as it was.
+    def write(self, path: Path, description: Mapping[str, object], contents: Mapping[str, bytes]) -> None:
+        """Write the object at what :meth:`check_target` returned: all of it, or nothing if anything fails or kills the
+        process.
         """
         digests = {**{name: digest(data) for name, data in contents.items()}, self.text: ZEROS}
         whole = {"format": self.format, "version": VERSION, "digests": digests, **description}
@@ -98,11 +80,7 @@ class Bundle:
         return frozenset(name + UNFINISHED for name in (self.text, *self.others))
 
     def read(self, path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, bytes]]:
-        """Return description and contents. Nothing is written, so a read-only directory will do.
-
-        Raises:
-            ValueError: if the directory holds no such object, one of another format version, or a damaged one.
-        """
+        """Return description and contents. Nothing is written, so a read-only directory will do."""
         for attempt in range(READS):
             # a save may take the directory's place between two files: what failed once is read while no save can go on
             with locked(Path(os.path.realpath(path)).parent) if attempt else nullcontext(False) as alone:

@@ -61,7 +61,7 @@ def options(function: Callable[P, R]) -> Callable[P, R]:
         rest: Any = args[len(given) :]
         return function(*given, *rest, **{name: checked(name, value) for name, value in kwargs.items()})
 
-    call.checks = checks  # type: ignore[attr-defined]
+    vars(call)["checks"] = checks
     return call
 
 
@@ -79,22 +79,22 @@ def methods(owner: type[T]) -> type[T]:
     return owner
 
 
-def integer(name: str, value: Any, minimum: int, maximum: int | None = None) -> int:
+def integer(name: str, value: object, minimum: int, maximum: int | None = None) -> int:
     """Return ``value`` as an int of at least ``minimum``, or say what is wrong with it."""
     return whole(name, value, Range(minimum, math.inf if maximum is None else maximum))
 
 
-def seconds(name: str, value: Any) -> float:
+def seconds(name: str, value: object) -> float:
     """Return a bound on a time as a float above zero; infinity is none."""
     return real(name, value, SECONDS)
 
 
-def positive(name: str, value: Any) -> float:
+def positive(name: str, value: object) -> float:
     """Return ``value`` as a finite float above zero."""
     return real(name, value, POSITIVE)
 
 
-def choice(name: str, value: Any, choices: Iterable[str]) -> str:
+def choice(name: str, value: object, choices: Iterable[str]) -> str:
     """Return ``value`` if it is one of ``choices``; suggest the nearest one otherwise."""
     options = sorted(choices)
     if isinstance(value, str) and value in options:
@@ -104,7 +104,7 @@ def choice(name: str, value: Any, choices: Iterable[str]) -> str:
     raise ValueError(f"{name}: expected one of {', '.join(map(repr, options))}, got {value!r}.{hint}")
 
 
-def size(name: str, value: Any) -> int | tuple[int, int, int]:
+def size(name: str, value: object) -> int | tuple[int, int, int]:
     """Return a number of coordinates as it is, or the shape (C, H, W) of an image as a tuple."""
     if isinstance(value, int):
         return integer(name, value, 1, MOST_COORDINATES)
@@ -115,7 +115,7 @@ def size(name: str, value: Any) -> int | tuple[int, int, int]:
     raise ValueError(f"{name}: expected an integer >= 1 or the shape (C, H, W) of an image, got {value!r}.")
 
 
-def image(name: str, value: Any) -> tuple[int, int, int]:
+def image(name: str, value: object) -> tuple[int, int, int]:
     """Return the shape (C, H, W) of an image as a tuple."""
     shape = () if isinstance(value, int) else size(name, value)
     if isinstance(shape, int) or not shape:

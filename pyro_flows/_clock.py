@@ -6,12 +6,10 @@ import math
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
-
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from pyro_flows._interrupts import STATE, undisturbed
 from pyro_flows._ledger import counted
+from pyro_flows._tensors import Args, Dispatch, Function, Kwargs
 
 RESERVED_AT_MOST = 0.25  # of all seconds, for judging
 AFTER_INTERRUPT = 10.0  # seconds that judging may take once somebody waits for it
@@ -26,12 +24,8 @@ class Clock:
 
     A part that is cut, by the bound or by Ctrl-C, ends as if it had returned early: the caller goes on with what there
     is. Once the call is cut, each further part ends at its first look. Then :meth:`judging` opens the last part, which
-    has a bound of its own and can be ended by another Ctrl-C only.
-
-    Args:
-        seconds: how many the call may take in all.
-        raises: whether Ctrl-C raises at once.
-        watch: told the name of each part as it begins, and None at each look.
+    has a bound of its own and can be ended by another Ctrl-C only. With ``raises``, Ctrl-C raises at once. ``watch`` is
+    told the name of each part as it begins, and None at each look.
     """
 
     def __init__(
@@ -70,11 +64,7 @@ class Clock:
         return (self.interrupted is not None and not self.final) or (self.finite and self.left <= 0.0)
 
     def look(self) -> None:
-        """Say that the work goes on, or end it.
-
-        Raises:
-            OutOfTime: if it is over.
-        """
+        """Say that the work goes on, or end it by OutOfTime."""
         if self.watch is not None:
             self.watch(None)
         if self.depth and STATE.pending:
@@ -83,15 +73,11 @@ class Clock:
             raise OutOfTime
 
     def told(self, name: str | None = None) -> None:
-        """Ask whether a signal was held back; if so, it came in this part, or in the one that is open.
-
-        Raises:
-            KeyboardInterrupt: if it is to be raised.
-        """
+        """Ask whether a signal was held back; if so, it came in this part, or in the one that is open."""
         if STATE.take() and not self.interrupt(name or self.open):
             raise KeyboardInterrupt(STATE.name)
 
-    def watching(self) -> AbstractContextManager[Any]:
+    def watching(self) -> AbstractContextManager[object]:
         """Look at the clock at each of torch's operations inside, if there is a bound: for what takes seconds."""
         return _Watch(self) if self.finite else nullcontext()
 
@@ -170,7 +156,7 @@ class Part:
         self._held = STATE.hold(False)
 
     @undisturbed
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> bool:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> bool:
         STATE.hold(self._held)
         self.clock.stop, self.clock.open, self.clock.depth = self.stop, self._around, self.clock.depth - 1
         self._counted.__exit__(None, None, None)
@@ -184,18 +170,14 @@ class Part:
         return False
 
 
-class _Watch(TorchDispatchMode):
+class _Watch(Dispatch):
     """Looks at the clock at each operation, those that are being recorded too."""
 
     def __init__(self, clock: Clock) -> None:
         super().__init__()
         self.clock = clock
 
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        return False  # True would import torch's compiler, and wrap each operation
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(self, func: Function, types: object, args: Args = (), kwargs: Kwargs = None) -> object:
         self.clock.look()
         return func(*args, **(kwargs or {}))
 

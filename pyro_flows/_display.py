@@ -24,7 +24,7 @@ def new_figure(width: float, height: float) -> Figure:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), dpi=DPI, layout="constrained")
-    figure._repr_png_ = partial(png, figure)  # type: ignore[attr-defined]
+    vars(figure)["_repr_png_"] = partial(png, figure)
     return figure
 
 

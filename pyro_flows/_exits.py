@@ -18,15 +18,10 @@ DONE, ERROR, UNRELIABLE, INTERRUPTED = 0, 2, 3, 130  # exit codes; 130 is what s
 
 @dataclass
 class Ending:
-    """What a command that is ended at once has come to.
+    """What a command that is ended at once has come to."""
 
-    Attributes:
-        interrupts: the signals that came.
-        left: what is there, in words.
-    """
-
-    interrupts: Interrupts
-    left: str = "no complete results were written"
+    interrupts: Interrupts  # the signals that came
+    left: str = "no complete results were written"  # what is there, in words
 
     def say(self, text: str) -> None:
         """Print a line. After a signal the terminal may be gone, which is no reason not to go on."""
@@ -38,14 +33,11 @@ class Ending:
 
 
 def guarded(work: Callable[[Ending], int], debug: bool, file: Path | None = None) -> None:
-    """Run, and exit with the code that comes back; turn any error into one line, unless a traceback is asked for.
+    """Run, and exit with the code that comes back; turn any error into one line, unless a traceback is asked for by
+    ``debug``.
 
-    Ctrl-C, SIGTERM and SIGHUP end the work as :func:`~pyro_flows.fit` says.
-
-    Args:
-        work: returns the exit code, and notes what it leaves.
-        debug: whether a traceback is shown.
-        file: the user's Python file; an error that was raised below it is shown with its kind and line.
+    Ctrl-C, SIGTERM and SIGHUP end the work as :func:`~pyro_flows.fit` says. An error that was raised below the user's
+    Python file is shown with its kind and line.
     """
     ending = Ending(STATE)
     try:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Self
 
 logger = logging.getLogger("pyro_flows")
 _strict = False
@@ -37,15 +38,7 @@ def strict(on: bool = True) -> Iterator[None]:
 
 
 def fallback(what: str, error: BaseException | None = None) -> str:
-    """Say that a slower way is taken, and why; return the sentence.
-
-    Args:
-        what: what is not done, such as "not recorded".
-        error: what stood in the way.
-
-    Raises:
-        Fallback: inside of :func:`strict`.
-    """
+    """Say that a slower way is taken (``what`` is not done, such as "not recorded"), and why; return the sentence."""
     reason = what if error is None else f"{what}: {first_line(error)}"
     if _strict:
         raise Fallback(reason) from error
@@ -56,6 +49,29 @@ def fallback(what: str, error: BaseException | None = None) -> str:
 def passed_over(what: str, error: BaseException) -> None:
     """Log an error of a model's own code that something else takes the place of, with its traceback."""
     logger.debug("%s: %s", what, first_line(error), exc_info=error)
+
+
+class Tried:
+    """A context for what may raise anything: a model's own code, or a damaged file.
+
+    An error for which ``passes`` holds is kept in ``error``, and not raised.
+
+    >>> with Tried(lambda error: isinstance(error, ValueError)) as tried:
+    ...     float("one")
+    >>> tried.error
+    ValueError("could not convert string to float: 'one'")
+    """
+
+    def __init__(self, passes: Callable[[Exception], bool] = lambda error: True) -> None:
+        self.passes = passes
+        self.error: Exception | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> bool:
+        self.error = error if isinstance(error, Exception) and self.passes(error) else None
+        return self.error is not None
 
 
 def first_line(error: BaseException) -> str:

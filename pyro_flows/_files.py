@@ -13,7 +13,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
 
 NEW, OLD = ".new", ".old"  # endings of what a save makes beside its target
 TOKEN = 6  # random bytes in these names
@@ -29,17 +28,10 @@ AT_FDCWD, RENAME_EXCHANGE = -100, 2  # of Linux
 def replace_directory(path: Path, files: Mapping[str, bytes], *, gone: frozenset[str] = frozenset()) -> None:
     """Make ``path`` a directory with these files: written beside it, synced to the disk, and put in place in one step.
 
-    A process that is killed on the way leaves the earlier directory or the new one, each whole. Where the system cannot
-    exchange two directories, the earlier one may be left under another name, where :func:`existing` finds it. Other
-    files in the earlier directory (figures, notes) are kept, by hard links. Saves into one folder wait for each other.
-
-    Args:
-        path: the directory.
-        files: names and contents.
-        gone: names of files of the earlier directory that are not kept.
-
-    Raises:
-        OSError: naming the path, if something cannot be written; the earlier directory is then as it was.
+    A process that is killed on the way leaves the earlier directory or the new one, each whole, and so does an OSError,
+    which names the path. Where the system cannot exchange two directories, the earlier one may be left under another
+    name, where :func:`existing` finds it. Other files in the earlier directory (figures, notes) are kept, by hard
+    links, unless they are ``gone``. Saves into one folder wait for each other.
     """
     dropped = {*files, *gone}
     with _beside(path, parents=True) as (target, fresh):
@@ -58,10 +50,8 @@ def replace_directory(path: Path, files: Mapping[str, bytes], *, gone: frozenset
 
 
 def replace_file(path: Path, data: bytes) -> None:
-    """Write a file beside ``path``, sync it to the disk and put it in place in one step.
-
-    Raises:
-        OSError: naming the path, if it cannot be written; the earlier file is then as it was.
+    """Write a file beside ``path``, sync it to the disk and put it in place in one step; an error leaves the earlier
+    one.
     """
     with _beside(path) as (target, fresh):
         _write(fresh, data)
@@ -71,11 +61,7 @@ def replace_file(path: Path, data: bytes) -> None:
 
 @contextmanager
 def _beside(path: Path, *, parents: bool = False) -> Iterator[tuple[Path, Path]]:
-    """Give a place and one beside it to write to, while no other save can go on; nothing stays beside it.
-
-    Raises:
-        OSError: naming the path, for any that comes on the way.
-    """
+    """Give a place and one beside it to write to, while no other save can go on; nothing stays beside it."""
     target = Path(os.path.realpath(path))
     fresh = target.with_name(f".{target.name}.{secrets.token_hex(TOKEN)}{NEW}")
     try:
@@ -149,7 +135,7 @@ def _sync_folder(folder: Path) -> None:
             os.close(descriptor)
 
 
-def _link(source: str | os.PathLike[str], target: str | os.PathLike[str], **_: Any) -> None:
+def _link(source: str | os.PathLike[str], target: str | os.PathLike[str], **_: object) -> None:
     if os.path.isdir(source) and not os.path.islink(source):
         shutil.copytree(source, target, symlinks=True, copy_function=_link)
         return

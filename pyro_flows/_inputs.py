@@ -28,16 +28,12 @@ NAMED = (Parameter.POSITIONAL_OR_KEYWORD, Parameter.KEYWORD_ONLY)
 PRIVATE = "_pyro_flows_model_{}"  # the package that holds a file of the user's
 
 
-def read_model(spec: str) -> Callable[..., Any]:
+def read_model(spec: str) -> Callable[..., object]:
     """Run a Python file and return one of its names: ``"models.py:eight_schools"``.
 
     The file becomes a module under a private name, so that one called ``statistics.py`` or ``torch.py`` replaces no
     other module. It may import files beside it: as ``from .helper import x``, or as ``import helper`` if no installed
     module has that name, since its folder is put at the end of ``sys.path``. Pickles of the model load in this process.
-
-    Raises:
-        ValueError: if there is no such file or name, if the name is not a model, or if the file ends the program.
-        Exception: what the file itself raises when it is run.
     """
     file, _, name = spec.rpartition(":")
     if not file or not name or "/" in name or "\\" in name:
@@ -64,8 +60,7 @@ def read_model(spec: str) -> Callable[..., Any]:
         )
     if not callable(model):
         raise ValueError(f"model: expected a callable, {name!r} in {file} is a {type(model).__name__}.")
-    found: Callable[..., Any] = model
-    return found
+    return model
 
 
 def _run_file(path: Path) -> ModuleType:
@@ -117,14 +112,11 @@ def _beside(folder: Path, error: ImportError) -> bool:
     return any(file.is_file() and file.resolve() != found for file in beside)
 
 
-def read_data(file: str | Path) -> dict[str, Any]:
+def read_data(file: str | Path) -> dict[str, object]:
     """Read named values: tensors, and plain integers where a JSON or npz file has single ones.
 
     JSON: an object of numbers and (nested) lists. CSV: a header and rows of numbers; one tensor a column. npz: arrays.
     Floats get torch's default dtype, integers and booleans keep their kind.
-
-    Raises:
-        ValueError: naming the file and field, for what cannot be read, is not a number, ragged, missing or NaN.
     """
     path = Path(file)
     if path.is_dir():
@@ -136,16 +128,18 @@ def read_data(file: str | Path) -> dict[str, Any]:
         found = READERS[kind](path)
     except OSError as error:
         raise ValueError(f"data: {str(file)!r} cannot be read: {error.strerror or error}.") from None
-    fields = {name: _value(f"data, {path.name}, field {name!r}", value) for name, value in found.items()}
+    fields: dict[str, object] = {
+        name: _value(f"data, {path.name}, field {name!r}", value) for name, value in found.items()
+    }
     if not fields:
         raise ValueError(f"data: {path.name} has no fields.")
     return fields
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _read_json(path: Path) -> dict[str, object]:
     text, twice = _text(path), set[str]()
 
-    def collect(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    def collect(pairs: list[tuple[str, object]]) -> dict[str, object]:
         names = [name for name, _ in pairs]
         twice.update(name for name in names if names.count(name) > 1)
         return dict(pairs)
@@ -170,7 +164,7 @@ def _text(path: Path) -> str:
         raise ValueError(f"data: expected UTF-8 text in {path.name}: {error}. Save it with that encoding.") from None
 
 
-def _read_csv(path: Path) -> dict[str, Any]:
+def _read_csv(path: Path) -> dict[str, object]:
     try:
         rows = [row for row in csv.reader(io.StringIO(_text(path), newline="")) if row]
     except csv.Error as error:
@@ -187,7 +181,7 @@ def _read_csv(path: Path) -> dict[str, Any]:
     return {name: _column(path, name, column) for name, column in zip(header, columns, strict=True)}
 
 
-def _column(path: Path, name: str, cells: tuple[str, ...]) -> list[Any]:
+def _column(path: Path, name: str, cells: tuple[str, ...]) -> list[int] | list[float]:
     for kind in (int, float):
         try:
             return [kind(cell) for cell in cells]
@@ -202,7 +196,7 @@ def _column(path: Path, name: str, cells: tuple[str, ...]) -> list[Any]:
     raise AssertionError("a column of numbers is read above")
 
 
-def _read_npz(path: Path) -> dict[str, Any]:
+def _read_npz(path: Path) -> dict[str, object]:
     if not zipfile.is_zipfile(path):
         raise ValueError(f"data: {path.name} is not an npz file of plain arrays. Write one with numpy.savez.")
     try:
@@ -212,7 +206,7 @@ def _read_npz(path: Path) -> dict[str, Any]:
         raise ValueError(f"data: {path.name} is not an npz file of plain arrays: {error}") from None
 
 
-READERS: dict[str, Callable[[Path], dict[str, Any]]] = {"csv": _read_csv, "json": _read_json, "npz": _read_npz}
+READERS: dict[str, Callable[[Path], dict[str, object]]] = {"csv": _read_csv, "json": _read_json, "npz": _read_npz}
 
 
 def _value(where: str, value: Any) -> Tensor | int | bool:
@@ -231,13 +225,12 @@ def _value(where: str, value: Any) -> Tensor | int | bool:
             "them in and tell the model by a mask (obs_mask)."
         )
     if array.ndim == 0 and array.dtype.kind != "f":
-        single: int | bool = array.item()
-        return single
+        return array.item()
     dtype = {"f": torch.get_default_dtype(), "b": torch.bool}.get(array.dtype.kind, torch.int64)
     return torch.as_tensor(array.astype(np.float64) if array.dtype.kind == "f" else array.astype(np.int64)).to(dtype)
 
 
-def _too_large(array: np.ndarray[Any, Any]) -> bool:
+def _too_large(array: np.ndarray) -> bool:
     """Whether these are integers, some of which do not fit into 64 bits with a sign."""
     if array.dtype.kind == "u":
         return bool(array.size) and int(array.max()) >= 2**63
@@ -252,12 +245,8 @@ def _filled(value: Any) -> Any:
     return [_filled(item) for item in value] if isinstance(value, list) else value
 
 
-def match(model: Callable[..., Any], fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the model's keyword arguments, by name.
-
-    Raises:
-        ValueError: naming the fields that the model lacks, and the parameters that the data lack.
-    """
+def match(model: Callable[..., object], fields: Mapping[str, object]) -> dict[str, object]:
+    """Return the model's keyword arguments, by name."""
     target = model.forward if isinstance(model, torch.nn.Module) else model
     parameters = inspect.signature(target).parameters
     fixed = [name for name, parameter in parameters.items() if parameter.kind is Parameter.POSITIONAL_ONLY]

@@ -10,31 +10,25 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import CodeType, FrameType
-from typing import Any, TypeVar
+from typing import TypeVar
 
 NAMES = {"SIGINT": "Ctrl-C", "SIGTERM": "SIGTERM", "SIGHUP": "SIGHUP"}
 
-Function = TypeVar("Function", bound=Callable[..., Any])
-Handler = Callable[[int, FrameType | None], Any] | int | None
+Function = TypeVar("Function", bound=Callable[..., object])
+Handler = Callable[[int, FrameType | None], object] | int | None
 
 
 @dataclass
 class Interrupts:
-    """What has come since the outermost call began.
+    """What has come since the outermost call began."""
 
-    Attributes:
-        calls: how many calls are under way, each inside of the one before.
-        count: signals.
-        name: of the first one.
-        held: whether the first one is noted only: where there is something to lose, and somebody asks for it later.
-        pending: whether it was noted, and nobody has asked yet.
-    """
-
-    calls: int = 0
-    count: int = 0
-    name: str = "Ctrl-C"
-    held: bool = False
-    pending: bool = False
+    calls: int = 0  # that are under way, each inside of the one before
+    count: int = 0  # of signals
+    name: str = "Ctrl-C"  # of the first one
+    held: bool = (
+        False  # whether the first one is noted only: where there is something to lose, and it is asked for later
+    )
+    pending: bool = False  # whether it was noted, and nobody has asked yet
 
     def came(self) -> bool:
         """Return whether any came."""

@@ -9,28 +9,19 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any
 
 Parts = tuple[str, ...]
 
 
 class Ledger:
-    """The account of a fit. Parts stand inside of each other; what is spent counts once, for all that are open.
-
-    Attributes:
-        seconds: of the processor, by the names of the parts that were open, the outermost first.
-        gradients: of the log density, likewise.
-        found: how many regions that a candidate lacks each search has found.
-        accepted: the tests that a candidate has passed, in their order.
-        said: what else is known at the end: ``method``, ``status``, ``steps``.
-    """
+    """The account of a fit. Parts stand inside of each other; what is spent counts once, for all that are open."""
 
     def __init__(self) -> None:
-        self.seconds: dict[Parts, float] = {}
-        self.gradients: Counter[Parts] = Counter()
-        self.found: Counter[str] = Counter()
-        self.accepted: list[str] = []
-        self.said: dict[str, Any] = {}
+        self.seconds: dict[Parts, float] = {}  # of the processor, by the parts that were open, the outermost first
+        self.gradients: Counter[Parts] = Counter()  # of the log density, likewise
+        self.found: Counter[str] = Counter()  # how many regions that a candidate lacks each search has found
+        self.accepted: list[str] = []  # the tests that a candidate has passed, in their order
+        self.said: dict[str, object] = {}  # at the end: ``method``, ``status``, ``steps``
         self.open: Parts = ()
         self._since = used_seconds()
 
@@ -108,7 +99,7 @@ def accepted(test: str) -> None:
         kept.accepted.append(test)
 
 
-def said(**values: Any) -> None:
+def said(**values: object) -> None:
     """Note what is known at the end."""
     kept = _kept.get()
     if kept is not None:

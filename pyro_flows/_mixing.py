@@ -37,13 +37,9 @@ def nested_r_hat(draws: Tensor, superchain: Tensor) -> Tensor:
 def chain_diagnostics(draws: Tensor, superchain: Tensor | None = None) -> dict[str, Tensor]:
     """Return R-hat, nested R-hat and effective draws in bulk and tails, each (D,), of draws (C, N, D).
 
-    Args:
-        draws: of C chains; R-hat of a single one compares its halves.
-        superchain: number of the superchain of each chain (C,), each of equally many chains; without, there is no
-            nested R-hat.
-
-    NaN stands for a coordinate that is not finite everywhere, and for too few draws. Cost: two sorts of all draws, and
-    a Fourier transform of three functions of them.
+    R-hat of a single chain compares its halves. Without the number of the ``superchain`` of each chain (C,), each of
+    equally many chains, there is no nested R-hat. NaN stands for a coordinate that is not finite everywhere, and for
+    too few draws. Cost: two sorts of all draws, and a Fourier transform of three functions of them.
     """
     found: list[dict[str, Tensor]] = []
     if draws.shape[1] < LEAST_DRAWS:
@@ -117,7 +113,8 @@ def _scores(draws: Tensor) -> tuple[Tensor, Tensor]:
     bulk, middle = _by_rank(flat)
     folded = _by_rank((flat - middle[:, None]).abs())[0]
     usable = torch.isfinite(flat).all(1)[:, None]
-    return tuple(torch.where(usable, part, torch.nan).reshape(halves.shape) for part in (bulk, folded))  # type: ignore[return-value]
+    both = [torch.where(usable, part, torch.nan).reshape(halves.shape) for part in (bulk, folded)]
+    return both[0], both[1]
 
 
 def _by_rank(flat: Tensor) -> tuple[Tensor, Tensor]:

@@ -174,11 +174,10 @@ def _is_terminal() -> bool:
         return False
 
 
-def _display() -> Callable[..., Any] | None:
+def _display() -> Callable[..., object] | None:
     """Return the notebook's function for outputs, None outside of notebooks."""
     ipython = sys.modules.get("IPython")
     shell = ipython.get_ipython() if ipython is not None else None
     if shell is None or not hasattr(shell, "kernel"):
         return None
-    found: Callable[..., Any] = importlib.import_module("IPython.display").display
-    return found
+    return importlib.import_module("IPython.display").display

@@ -7,13 +7,14 @@ import hashlib
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 from torch.distributions import dirichlet
 from torch.overrides import TorchFunctionMode
 
+from pyro_flows._tensors import Args, Function, Kwargs
 from pyro_flows._turns import turn
 
 
@@ -57,16 +58,16 @@ class BatchedDraws(TorchFunctionMode):
     calls is called, and there are no gradients of these draws.
     """
 
-    def __enter__(self) -> Any:
+    def __enter__(self) -> Self:
         self._drawn_by = dirichlet._Dirichlet
-        dirichlet._Dirichlet = _Dirichlet  # type: ignore[misc,assignment]
+        vars(dirichlet)["_Dirichlet"] = _Dirichlet
         return super().__enter__()
 
-    def __exit__(self, *error: Any) -> None:
-        dirichlet._Dirichlet = self._drawn_by  # type: ignore[misc]
+    def __exit__(self, *error: object) -> None:
+        vars(dirichlet)["_Dirichlet"] = self._drawn_by
         super().__exit__(*error)
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(self, func: Function, types: object, args: Args = (), kwargs: Kwargs = None) -> object:
         draw = OUT_OF_PLACE.get(func)
         return (draw or func)(*args, **(kwargs or {}))
 
@@ -80,7 +81,7 @@ class _Dirichlet:
     def apply(cls, concentration: Tensor) -> Tensor:
         if torch._C._are_functorch_transforms_active():
             return torch._sample_dirichlet(concentration)
-        return cls._torch.apply(concentration)  # type: ignore[no-any-return]
+        return cls._torch.apply(concentration)
 
 
 def _normal(x: Tensor, mean: float = 0.0, std: float = 1.0) -> Tensor:
@@ -106,7 +107,7 @@ def _new(x: Tensor, *given: Any, **options: Any) -> Tensor:
     return x.new_zeros(sizes) if sized else x.new(*given, **options)
 
 
-OUT_OF_PLACE: dict[Any, Callable[..., Tensor]] = {
+OUT_OF_PLACE: dict[Function, Callable[..., Tensor]] = {
     torch.Tensor.normal_: _normal,
     torch.Tensor.uniform_: _uniform,
     torch.Tensor.exponential_: _exponential,

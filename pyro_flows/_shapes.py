@@ -9,11 +9,7 @@ import torch
 
 
 def broadcast(*shapes: Sequence[int]) -> torch.Size:
-    """Return the shape that all shapes broadcast to.
-
-    Raises:
-        RuntimeError: if there is none.
-    """
+    """Return the shape that all shapes broadcast to."""
     try:
         return torch.Size(np.broadcast_shapes(*map(tuple, shapes)))
     except ValueError as error:

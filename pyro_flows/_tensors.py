@@ -1,12 +1,25 @@
-"""The tensors among arguments, and the memory that tensors are in."""
+"""The tensors among arguments, the memory that tensors are in, and modes that see torch's operations."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+
+Function = Callable[..., Any]
+Args = tuple[Any, ...]
+Kwargs = Mapping[str, Any] | None  # these three are what modes are given
+
+
+class Dispatch(TorchDispatchMode):
+    """A mode for operations. To skip its compiler, torch would import it, and wrap each operation."""
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False
 
 
 def storage_of(value: Tensor) -> int:
@@ -32,7 +45,7 @@ class Memories:
         return number
 
 
-def tensors_in(values: Any) -> Iterator[Tensor]:
+def tensors_in(values: Iterable[object]) -> Iterator[Tensor]:
     """Yield the tensors among arguments, those in lists and tuples too."""
     for value in values:
         if isinstance(value, Tensor):

@@ -26,12 +26,8 @@ _pools: dict[tuple[int, int], ThreadPoolExecutor] = {}  # by process: threads do
 def few_threads(numbers: int, points: int = 64) -> Iterator[None]:
     """One thread for small problems, where threads cost more than they save; the caller's number comes back after.
 
-    The rule looks at sizes, not at clocks, so that one seed gives one answer. The number belongs to the process: to be
-    called inside of a turn only (``_turns.py``).
-
-    Args:
-        numbers: terms of the likelihood at a point.
-        points: of a batch.
+    The rule looks at sizes (terms of the likelihood at a point, times points), not at clocks, so that one seed gives
+    one answer. The number belongs to the process: to be called inside of a turn only (``_turns.py``).
     """
     before = torch.get_num_threads()
     _asked.append(before)

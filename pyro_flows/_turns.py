@@ -28,9 +28,6 @@ def turn() -> Iterator[None]:
     Pyro's handlers and its validation, torch's random numbers and number of threads, and the graphs kept here belong to
     the whole process: two threads that used them at once would get wrong numbers. So whatever changes one of them takes
     its turn. A thread that is inside may come in again; one that it waits for must not.
-
-    Raises:
-        RuntimeError: if another thread uses Pyro meanwhile, which no lock can keep out.
     """
     outermost = not _turn._is_owned()
     with _turn:

@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from pyro_flows._bundles import damaged
-from pyro_flows._fallbacks import first_line
+from pyro_flows._fallbacks import Tried, first_line
+from pyro_flows._tensors import Args, Dispatch, Function, Kwargs
 
 PLAIN = (bool, int, float, str, type(None))
 SMALL_NUMBER = 1024  # that a description may have, however few numbers there are
@@ -33,27 +33,20 @@ class Damaged(ValueError):
 
 
 def require(holds: object, what: str) -> None:
-    """Refuse a file if something does not hold.
-
-    Raises:
-        Damaged: saying what.
-    """
+    """Refuse a file if something does not hold."""
     if not holds:
         raise Damaged(what)
 
 
 @contextmanager
 def reading(path: str | os.PathLike[str], *names: str) -> Iterator[None]:
-    """Turn whatever damaged files raise into one line that names them.
-
-    Raises:
-        ValueError: saying ``path: ... is damaged``, and why.
-    """
-    try:
+    """Turn whatever damaged files raise into one line that names them."""
+    with Tried() as tried:
         yield
-    except Damaged as error:
+    error = tried.error
+    if isinstance(error, Damaged):
         raise ValueError(damaged(path, list(names), f"cannot be what was saved: {error}")) from error
-    except Exception as error:  # whatever a damaged file leads to: no other code runs inside
+    if error is not None:  # whatever a damaged file leads to: no other code runs inside
         text = "too deeply nested" if isinstance(error, RecursionError) else first_line(error)
         raise ValueError(damaged(path, list(names), f"cannot be read: {type(error).__name__}, {text}")) from error
 
@@ -62,22 +55,17 @@ def reading(path: str | os.PathLike[str], *names: str) -> Iterator[None]:
 
 
 def unpacked(data: bytes, device: torch.device | str = "cpu") -> Any:
-    """Read what ``torch.save`` wrote: tensors, numbers and text in lists, tuples and dicts. No code is run.
-
-    Raises:
-        Damaged: for anything else, or tensors larger than the file.
-    """
-    try:
-        with zipfile.ZipFile(io.BytesIO(data)) as archive:
-            stored = archive.infolist()
-            whole = all(one.compress_type == zipfile.ZIP_STORED and one.file_size <= len(data) for one in stored)
-    except Exception as error:
-        raise Damaged("it is no archive of tensors") from error
+    """Read what ``torch.save`` wrote: tensors, numbers and text in lists, tuples and dicts. No code is run."""
+    with Tried() as tried, zipfile.ZipFile(io.BytesIO(data)) as archive:
+        stored = archive.infolist()
+        whole = all(one.compress_type == zipfile.ZIP_STORED and one.file_size <= len(data) for one in stored)
+    if tried.error is not None:
+        raise Damaged("it is no archive of tensors") from tried.error
     require(whole, "its parts are compressed or larger than the file")
-    try:
+    with Tried() as tried:
         found = torch.load(io.BytesIO(data), map_location=device, weights_only=True)
-    except Exception as error:  # torch's own text advises to run the file
-        raise Damaged("it holds something else than tensors, or parts are missing") from error
+    if tried.error is not None:  # torch's own text advises to run the file
+        raise Damaged("it holds something else than tensors, or parts are missing") from tried.error
     _check_contents(found, len(data))
     return found
 
@@ -104,11 +92,7 @@ def _check_contents(found: Any, size: int) -> None:
 
 
 def check_tensor(name: str, value: Any, shape: Sequence[int | None], *, floating: bool = True) -> None:
-    """Refuse anything but a tensor of this shape; None stands for any length.
-
-    Raises:
-        Damaged: naming the tensor.
-    """
+    """Refuse anything but a tensor of this shape; None stands for any length."""
     require(isinstance(value, Tensor), f"{name} is no tensor")
     fits = value.dim() == len(shape) and all(want in (None, got) for want, got in zip(shape, value.shape, strict=True))
     wanted = tuple("any" if size is None else size for size in shape)
@@ -120,11 +104,7 @@ def check_tensor(name: str, value: Any, shape: Sequence[int | None], *, floating
 
 
 def check_numbers(description: Any, state: Mapping[str, Tensor]) -> None:
-    """Refuse a description whose sizes are larger than what is stored for it, or that has more parts.
-
-    Raises:
-        Damaged: naming the number.
-    """
+    """Refuse a description whose sizes are larger than what is stored for it, or that has more parts."""
     numbers = sum(value.numel() for value in state.values())
     most, left, parts = max(numbers, SMALL_NUMBER), [("", description, 0)], 0
     while left:
@@ -144,7 +124,7 @@ def check_numbers(description: Any, state: Mapping[str, Tensor]) -> None:
     require(parts <= max(len(state), 1) + 1, f"{parts} parts, with {len(state)} tensors stored")
 
 
-class Building(TorchDispatchMode):
+class Building(Dispatch):
     """Ends the building of a flow from a file, if it takes far more than the tensors that are stored for it."""
 
     def __init__(self, state: Mapping[str, Tensor]) -> None:
@@ -152,11 +132,7 @@ class Building(TorchDispatchMode):
         self.most = max(NUMBERS_BUILT * sum(value.numel() for value in state.values()), NUMBERS_AT_LEAST)
         self.left = max(OPERATIONS * len(state), OPERATIONS_AT_LEAST)
 
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        return False  # True would import torch's compiler, and wrap each operation
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(self, func: Function, types: object, args: Args = (), kwargs: Kwargs = None) -> object:
         self.left -= 1
         require(self.left >= 0, "it describes more parts than are stored")
         sizes = [part for part in args if isinstance(part, (list, tuple)) and all(type(one) is int for one in part)]

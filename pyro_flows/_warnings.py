@@ -10,11 +10,10 @@ import weakref
 from collections.abc import Sequence
 from pathlib import Path
 from types import CodeType
-from typing import Any
 
 HERE = str(Path(__file__).parent) + os.sep
 
-_warned: weakref.WeakKeyDictionary[Any, set[tuple[CodeType, int]]] = weakref.WeakKeyDictionary()
+_warned: weakref.WeakKeyDictionary[object, set[tuple[CodeType, int]]] = weakref.WeakKeyDictionary()
 
 
 class UnreliableWarning(UserWarning):
@@ -42,7 +41,7 @@ def outside() -> int:
     return level
 
 
-def warn_unreliable(owner: Any, door: str, reasons: Sequence[str]) -> None:
+def warn_unreliable(owner: object, door: str, reasons: Sequence[str]) -> None:
     """Warn at the caller's line, once for each ``owner`` and line, that ``door`` hands on unreliable draws.
 
     Python's own record of warnings goes by text and line, so it would leave out a second posterior on the same line.

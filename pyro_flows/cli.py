@@ -28,35 +28,11 @@ from pyro.infer.autoguide import AutoMultivariateNormal
 from pyro.optim import Adam  # type: ignore[attr-defined]
 from torch import Tensor
 
+from pyro_flows import _options as ask
 from pyro_flows import plots
 from pyro_flows._exits import DONE, INTERRUPTED, UNRELIABLE, Ending, guarded
 from pyro_flows._files import replace_file
 from pyro_flows._inputs import match, read_data, read_model
-from pyro_flows._options import (
-    ANY_FLOW,
-    Data,
-    Debug,
-    Draws,
-    Escalate,
-    FlowName,
-    Layers,
-    ModelName,
-    OfData,
-    OfModel,
-    Out,
-    Page,
-    Progress,
-    Refine,
-    ReportFile,
-    Runs,
-    Saved,
-    Seconds,
-    Seed,
-    Steps,
-    StepsOrNot,
-    Title,
-    TrainModel,
-)
 from pyro_flows._warnings import UnreliableWarning
 from pyro_flows.fitting.diagnose import diagnose
 from pyro_flows.fitting.fit import MAX_STEPS, fit
@@ -106,11 +82,11 @@ def common(
 
 @app.command("demo", epilog=EXIT_CODES)
 def demo_command(
-    out: Out = Path("demo-output"),
-    seed: Seed = 0,
-    max_steps: Steps = MAX_STEPS,
-    progress: Progress = None,
-    debug: Debug = False,
+    out: ask.Out = Path("demo-output"),
+    seed: ask.Seed = 0,
+    max_steps: ask.Steps = MAX_STEPS,
+    progress: ask.Progress = None,
+    debug: ask.Debug = False,
 ) -> None:
     """Fit the eight schools (Rubin 1981); write posterior.nc and two figures."""
     guarded(lambda ending: demo(_target(out), ending, seed=seed, max_steps=max_steps, progress=_shown(progress)), debug)
@@ -118,22 +94,22 @@ def demo_command(
 
 @app.command("fit", epilog=EXIT_CODES)
 def fit_command(
-    model: ModelName,
-    data: Data,
-    out: Out,
-    flow: FlowName = ANY_FLOW,
-    layers: Layers = None,
-    draws: Draws = 4000,
-    runs: Runs = 1,
-    seed: Seed = 0,
-    max_steps: StepsOrNot = None,
-    max_seconds: Seconds = None,
-    escalate: Escalate = True,
-    refine: Refine = True,
-    train_model: TrainModel = False,
-    report: ReportFile = None,
-    progress: Progress = None,
-    debug: Debug = False,
+    model: ask.ModelName,
+    data: ask.Data,
+    out: ask.Out,
+    flow: ask.FlowName = ask.ANY_FLOW,
+    layers: ask.Layers = None,
+    draws: ask.Draws = 4000,
+    runs: ask.Runs = 1,
+    seed: ask.Seed = 0,
+    max_steps: ask.StepsOrNot = None,
+    max_seconds: ask.Seconds = None,
+    escalate: ask.Escalate = True,
+    refine: ask.Refine = True,
+    train_model: ask.TrainModel = False,
+    report: ask.ReportFile = None,
+    progress: ask.Progress = None,
+    debug: ask.Debug = False,
 ) -> None:
     """Fit the posterior of a Pyro model; write posterior.nc and figures.
 
@@ -170,12 +146,12 @@ def fit_command(
 
 @app.command("report", epilog=EXIT_CODES)
 def report_command(
-    saved: Saved,
-    out: Page = None,
-    title: Title = None,
-    model: OfModel = None,
-    data: OfData = None,
-    debug: Debug = False,
+    saved: ask.Saved,
+    out: ask.Page = None,
+    title: ask.Title = None,
+    model: ask.OfModel = None,
+    data: ask.OfData = None,
+    debug: ask.Debug = False,
 ) -> None:
     """Write a report of a saved posterior: one HTML file to read and to send."""
 
@@ -205,7 +181,7 @@ def main() -> None:
 # before and after a fit -----------------------------------------------------------------------------------------------
 
 
-def _read(model: str, data: Path) -> tuple[Callable[..., Any], dict[str, Any]]:
+def _read(model: str, data: Path) -> tuple[Callable[..., object], dict[str, object]]:
     """Return a model and its arguments, from their files."""
     chosen = read_model(model)
     return chosen, match(chosen, read_data(data))

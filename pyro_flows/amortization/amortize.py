@@ -32,10 +32,10 @@ REFERENCE = 4096  # simulated data sets that others are compared with
 
 @_checks.options
 def amortize(
-    model: Callable[..., Any],
-    *args: Any,
-    model_kwargs: Mapping[str, Any] | None = None,
-    data: Mapping[str, Any] | None = None,
+    model: Callable[..., object],
+    *args: object,
+    model_kwargs: Mapping[str, object] | None = None,
+    data: Mapping[str, str | int] | None = None,
     encoder: nn.Module | None = None,
     flow: str = "auto",
     layers: int | None = None,

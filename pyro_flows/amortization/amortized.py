@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from pyro_flows import _checks
-from pyro_flows._arguments import MAX_DRAWS
 from pyro_flows._seeding import derive, seeded
 from pyro_flows._threads import few_threads
 from pyro_flows._turns import alone
@@ -57,26 +56,17 @@ class Predicted(NamedTuple):
 
 
 class Parts(NamedTuple):
-    """What an answer is made of.
+    """What an answer is made of."""
 
-    Attributes:
-        form: the arguments of the model, and which of them are data.
-        scale: of the data, as networks take them.
-        conditional: the trained flow.
-        lead: the model's log density of the first data set.
-        stack: graphs that all data sets share; None if each has its own.
-    """
-
-    form: Form
-    scale: Scale
-    conditional: Conditional
-    lead: LogDensity
-    stack: Stack | None
+    form: Form  # the arguments of the model, and which of them are data
+    scale: Scale  # of the data, as networks take them
+    conditional: Conditional  # the trained flow
+    lead: LogDensity  # the model's log density of the first data set
+    stack: Stack | None  # graphs that all data sets share; None if each has its own
 
     def features(self, values: Mapping[str, Tensor]) -> Tensor:
         """Return K data sets ``{site: (K, *shape)}`` as networks take them, (K, n)."""
-        found: Tensor = self.scale(self.form.rows(values))
-        return found
+        return self.scale(self.form.rows(values))
 
     @torch.no_grad()
     def weighed(self, data: Mapping[str, Tensor], features: Tensor, draws: int) -> tuple[Tensor, Tensor]:
@@ -128,7 +118,7 @@ class Amortized:
     torch.Size([4000])
     """
 
-    model: Callable[..., Any]
+    model: Callable[..., object]
     losses: Tensor
     validation: float
     settings: dict[str, Any]
@@ -136,14 +126,14 @@ class Amortized:
     _predicted: Predicted
     _probe: dict[str, Any]
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Posterior:
+    def __call__(self, *args: object, **kwargs: object) -> Posterior:
         """Return the posterior of a data set, given as the model takes it."""
         return self.posterior(*args, model_kwargs=kwargs)
 
     def posterior(
         self,
-        *args: Any,
-        model_kwargs: Mapping[str, Any] | None = None,
+        *args: object,
+        model_kwargs: Mapping[str, object] | None = None,
         draws: int = 4000,
         seed: int = 0,
         escalate: bool = False,
@@ -168,7 +158,6 @@ class Amortized:
 
         Source: Li et al. 2024, *Amortized Bayesian Workflow* (arXiv 2409.04332).
         """
-        _checks.integer("draws", draws, 100, MAX_DRAWS)
         case = bound(self.model, args, dict(model_kwargs or {}))
         features = self._parts.features({name: value[None] for name, value in self._parts.form.read(case).items()})
         with alone(), few_threads(self._parts.lead.numbers), seeded(derive(seed, "amortized"), self._parts.lead.device):
@@ -213,7 +202,6 @@ class Amortized:
         parts = self._parts
         if parts.stack is None:
             raise ValueError("samples: this model does not take many data sets at once. Call posterior() for each.")
-        _checks.integer("draws", draws, 1, MAX_DRAWS)
         for name, keep in parts.form.keep.items():
             got = tuple(data[name].shape[1:]) if name in data else "nothing"
             if got != tuple(keep.shape):
@@ -223,7 +211,9 @@ class Amortized:
             found = parts.lead.constrain(z.flatten(0, 1))
         return {name: found[name].unflatten(0, z.shape[:2]) for name in parts.lead.names}, log_weights
 
-    def outside(self, *args: Any, model_kwargs: Mapping[str, Any] | None = None, seed: int = 0) -> tuple[str, ...]:
+    def outside(
+        self, *args: object, model_kwargs: Mapping[str, object] | None = None, seed: int = 0
+    ) -> tuple[str, ...]:
         r"""Say in which way a data set is outside of what the prior predicts; nothing if it is not.
 
         Two figures are compared with those of 4096 simulated data sets: the distance of the farthest entry from its
@@ -261,10 +251,10 @@ class Amortized:
     def load(
         cls,
         path: str | os.PathLike[str],
-        model: Callable[..., Any],
-        *args: Any,
-        model_kwargs: Mapping[str, Any] | None = None,
-        data: Mapping[str, Any] | None = None,
+        model: Callable[..., object],
+        *args: object,
+        model_kwargs: Mapping[str, object] | None = None,
+        data: Mapping[str, str | int] | None = None,
         encoder: nn.Module | None = None,
     ) -> Self:
         """Read what :meth:`save` wrote, given the model and all that :func:`amortize` was given.

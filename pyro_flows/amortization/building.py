@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,12 +15,13 @@ from pyro_flows.amortization.form import Form, Scale
 from pyro_flows.amortization.networks import BASE, FLOW, Conditional, Pooled, Shaped, perceptron
 from pyro_flows.calibration.cases import Case
 from pyro_flows.calibration.simulating import check_model
-from pyro_flows.calibration.wiring import check_wiring, filled, wire
+from pyro_flows.calibration.wiring import Names, check_wiring, filled, wire
 from pyro_flows.density_estimation.standardizing import preprocess
 from pyro_flows.flows.flow import Flow
 from pyro_flows.flows.vectors import realnvp, spline
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.model.precision import LostDigits
+from pyro_flows.model.sites import Model
 from pyro_flows.model.stack import NotStackable, Stack
 from pyro_flows.transforms.fixed import Preprocess
 
@@ -45,14 +46,8 @@ class Read(NamedTuple):
     observed: dict[str, Tensor]
 
 
-def simulate(
-    model: Callable[..., Any], case: Case, data: Mapping[str, Any] | None, count: int | None, more: int, *, seed: int
-) -> Read:
-    """Read a model, and draw ``count + more`` parameters and data from it, as far as all of them are finite.
-
-    Raises:
-        ValueError: for a model that cannot draw its data, or draws that are often not finite.
-    """
+def simulate(model: Model, case: Case, data: Names, count: int | None, more: int, *, seed: int) -> Read:
+    """Read a model, and draw ``count + more`` parameters and data from it, as far as all of them are finite."""
     case = filled(model, case, data)
     density = LogDensity(model, case.args, case.kwargs, noncentered=True)
     check_model(density, "prior")
@@ -99,11 +94,7 @@ def exchangeable_rows(read: Read) -> int:
 def networks(
     read: Read, encoder: nn.Module | None, rows: int, flow: str, layers: int | None, *, seed: int
 ) -> Conditional:
-    """Return an encoder and a flow, both untrained.
-
-    Raises:
-        ValueError: for an encoder that returns another shape than ``(K, width)``.
-    """
+    """Return an encoder and a flow, both untrained."""
     sizes = read.form.sizes
     with seeded(derive(seed, "networks"), read.density.device):
         made = _encoder(encoder, read.form, sizes, rows).to(read.density.device)

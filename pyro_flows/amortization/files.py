@@ -5,13 +5,12 @@ from __future__ import annotations
 import io
 import os
 import pickle
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from pyro_flows._bundles import Bundle, damaged, plain
+from pyro_flows._bundles import Bundle, Entries, damaged, plain
 from pyro_flows._fallbacks import first_line
 from pyro_flows.amortization.building import Read, exchangeable_rows, networks, scale_of
 from pyro_flows.amortization.form import Scale
@@ -25,24 +24,15 @@ COMPARED = 8  # simulations at which a loaded model is compared with the one tha
 DAMAGE = (AttributeError, EOFError, LookupError, OSError, RuntimeError, TypeError, pickle.UnpicklingError)
 
 
-def write(path: str | os.PathLike[str], tensors: Mapping[str, Any], text: Mapping[str, Any]) -> None:
-    """Write a trained flow and what belongs to it: all of it, or nothing.
-
-    Raises:
-        ValueError: if ``path`` holds other files.
-        OSError: if it cannot be written.
-    """
+def write(path: str | os.PathLike[str], tensors: Entries, text: Entries) -> None:
+    """Write a trained flow and what belongs to it: all of it, or nothing."""
     target, stored = FILES.check_target(path), io.BytesIO()
     torch.save(dict(tensors), stored)
     FILES.write(target, plain(dict(text)), {TENSORS: stored.getvalue()})
 
 
 def read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the tensors and the text of a saved amortized posterior.
-
-    Raises:
-        ValueError: if it is none, a damaged one, or of another format version.
-    """
+    """Return the tensors and the text of a saved amortized posterior."""
     text, contents = FILES.read(path)
     try:
         return torch.load(io.BytesIO(contents[TENSORS]), map_location="cpu", weights_only=True), text
@@ -50,14 +40,8 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Any]]:
         raise ValueError(damaged(path, [TENSORS], f"cannot be read: {first_line(error)}")) from error
 
 
-def rebuilt(
-    found: Read, tensors: Mapping[str, Any], settings: Mapping[str, Any], encoder: nn.Module | None
-) -> tuple[Scale, Conditional]:
-    """Return the scale of the data and the trained flow.
-
-    Raises:
-        ValueError: if the model, its arguments or the encoder are not those of the training.
-    """
+def rebuilt(found: Read, tensors: Entries, settings: Entries, encoder: nn.Module | None) -> tuple[Scale, Conditional]:
+    """Return the scale of the data and the trained flow."""
     if (settings["encoder"] == "default") != (encoder is None):
         raise ValueError(f"encoder: expected the one of the training, which was {settings['encoder']!r}.")
     rows = settings["rows"]
@@ -91,12 +75,8 @@ def probe(found: Read) -> dict[str, Any]:
     return {"z": found.z[:COMPARED].cpu(), "data": data, "log_p": torch.cat(log_p).cpu()}
 
 
-def check_probe(found: Read, probed: Mapping[str, Any]) -> None:
-    """Compare log densities with those of the model that was saved.
-
-    Raises:
-        ValueError: if they differ.
-    """
+def check_probe(found: Read, probed: Entries) -> None:
+    """Compare log densities with those of the model that was saved."""
     device = found.density.device
     same = probed["z"].shape[1:] == found.z.shape[1:]
     if same:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,13 +16,14 @@ from torch.utils._pytree import tree_flatten
 from pyro_flows.calibration.cases import Case
 from pyro_flows.calibration.wiring import Wiring
 from pyro_flows.model.arguments import usable
+from pyro_flows.model.sites import Keywords, Model
 
 FAR = 10.0  # robust standard deviations, beyond which the data of a site count as heavy-tailed,
 FAR_SHARE = 1e-3  # if this share of the simulated values is there
 NORMAL = 1.4826  # the standard deviation of a normal distribution over its median absolute deviation
 
 
-def bound(model: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Case:
+def bound(model: Model, args: tuple[object, ...], kwargs: Keywords) -> Case:
     """Return arguments with which the model runs, in one form however the caller passed them."""
     args, found = usable(model, args, kwargs)
     try:
@@ -35,15 +36,10 @@ def bound(model: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str,
 
 @dataclass(frozen=True)
 class Form:
-    """The arguments of a model, of which the data may change, and nothing else.
+    """The arguments of a model, of which the data may change, and nothing else."""
 
-    Attributes:
-        wiring: which argument holds which observed site.
-        keep: the entries of each observed site that are not missing (NaN).
-    """
-
-    wiring: Wiring
-    keep: dict[str, Tensor]
+    wiring: Wiring  # which argument holds which observed site
+    keep: dict[str, Tensor]  # the entries of each observed site that are not missing (NaN)
 
     @classmethod
     def of(cls, wiring: Wiring, observed: Mapping[str, Tensor]) -> Form:
@@ -52,11 +48,7 @@ class Form:
         return cls(wiring, {name: ~value.isnan() for name, value in found.items()})
 
     def read(self, case: Case) -> dict[str, Tensor]:
-        """Return the values of the observed sites of a data set.
-
-        Raises:
-            ValueError: naming the argument that has another form, or that is no data and differs.
-        """
+        """Return the values of the observed sites of a data set."""
         leaves, structure = tree_flatten((case.args, case.kwargs))
         own, known = tree_flatten((self.wiring.case.args, self.wiring.case.kwargs))
         if structure != known:
@@ -127,15 +119,11 @@ def _equal(leaf: Any, first: Any) -> bool:
 
 
 class Scale(torch.nn.Module):
-    r"""Rows of data on a common scale: :math:`u = (y - m) / s`, and asinh(u) of what has heavy tails.
+    """Rows of data (N, n) on a common scale: :math:`u = (y - m) / s`, and asinh(u) of what has heavy tails.
 
-    m is the median of simulated values and s their median absolute deviation, of each entry, or of all entries of a
-    site if these are exchangeable. Heavy-tailed is a site of which a thousandth of the values is ten s away.
-
-    Args:
-        rows: simulated data (N, n).
-        sites: how many columns each site has.
-        exchangeable: how many rows a site has that have one scale; 1 if each entry has its own.
+    m is the median of simulated values and s their median absolute deviation, of each entry, or, of ``exchangeable``
+    rows, of all entries of a site. Heavy-tailed is a site of which a thousandth of the values is ten s away. ``sites``
+    are the numbers of columns of each.
     """
 
     loc: Tensor

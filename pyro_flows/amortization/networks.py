@@ -34,13 +34,9 @@ def perceptron(entries: int, out: int = WIDTH) -> nn.Sequential:
 
 
 class Pooled(nn.Module):
-    r"""An encoder of sets: :math:`\rho(\frac1n \sum_i \phi(y_i))`, the same for rows in any order.
+    r"""An encoder of sets of ``rows`` rows: :math:`\rho(\frac1n \sum_i \phi(y_i))`, the same for rows in any order.
 
-    Args:
-        rows: how many rows a set has.
-        sizes: how many numbers of a row each site has.
-
-    Reference: Zaheer et al. 2017, *Deep Sets* (arXiv 1703.06114).
+    Each site has ``sizes`` numbers of a row. Reference: Zaheer et al. 2017, *Deep Sets* (arXiv 1703.06114).
     """
 
     def __init__(self, rows: int, sizes: Sequence[int]) -> None:
@@ -52,8 +48,7 @@ class Pooled(nn.Module):
         """Return (K, WIDTH) for K sets, given as rows of their sites, one site after the other."""
         parts = features.split([self.rows * size for size in self.sizes], -1)
         sets = torch.cat([part.unflatten(-1, (self.rows, -1)) for part in parts], -1)
-        found: Tensor = self.rho(self.phi(sets).mean(-2))
-        return found
+        return self.rho(self.phi(sets).mean(-2))
 
 
 class Shaped(nn.Module):
@@ -100,15 +95,11 @@ class Encoded(Bijection):
 class Conditional:
     r"""The flow to train, :math:`z = m + B u + S\,(b(h) + A(h)\, t(f(\epsilon; h)))`, and the flow of one data set.
 
-    f are couplings whose context is h(u), what an encoder makes of the data u; t are tails of each coordinate; a
-    network gives the affine map b, A of h. m, B and S, the linear regression of the latents on the data and what it
-    leaves, are measured. For one data set this is an ordinary flow: the context enters the network of a coupling by one
-    linear layer, so that it is part of the bias there, and all that depends on the data alone is a constant.
-
-    Args:
-        inner: couplings as a builder made them.
-        encoder: what makes their context of the data.
-        entries: how many numbers the data are.
+    f are couplings, as a builder made them, whose context is h(u), what an encoder makes of the data u; t are tails of
+    each coordinate; a network gives the affine map b, A of h. m, B and S, the linear regression of the latents on the
+    data and what it leaves, are measured. For one data set this is an ordinary flow: the context enters the network of
+    a coupling by one linear layer, so that it is part of the bias there, and all that depends on the data alone is a
+    constant.
     """
 
     def __init__(self, inner: Flow, encoder: nn.Module, entries: int) -> None:

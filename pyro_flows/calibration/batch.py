@@ -52,11 +52,7 @@ def size_of_batch(density: LogDensity) -> int:
 
 
 def coordinates_for(plan: Plan, densities: Sequence[LogDensity]) -> list[LogDensity]:
-    """Return the densities after the first one, all in the coordinates that the first chooses.
-
-    Raises:
-        NotStackable: if these are of angles, whose cut depends on the data, or end at walls that do.
-    """
+    """Return the densities after the first one, all in the coordinates that the first chooses."""
     prepared = Prepared(densities[0])
     prepare(Attempt(replace(plan, automatic=False), prepared, Run(0), plan.seed))
     chosen = prepared.density.structure.noncentered
@@ -76,15 +72,7 @@ def fit_stack(
 
     Where importance weights correct a Student-t distribution at the moments of the posterior, or slices along one
     coordinate, nothing is trained. The others are trained in lockstep; None for them if these are too few for that.
-
-    Args:
-        plans: one for each data set.
-        densities: likewise, all in one kind of coordinates.
-        seed: of starts and training; what is drawn to judge by has the plans' own seeds.
-        report: told what is being done.
-
-    Raises:
-        NotStackable: if the data sets do not go through the model side by side.
+    ``seed`` is that of starts and training; what is drawn to judge by has the plans' own seeds.
     """
     first = plans[0]
     with few_threads(densities[0].numbers, EACH), seeded(seed, densities[0].device):

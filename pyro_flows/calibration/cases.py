@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor
 from torch.utils._pytree import tree_flatten
 
 from pyro_flows.model.arguments import usable
 from pyro_flows.model.log_density import LogDensity
+from pyro_flows.model.sites import Keywords, Model
 from pyro_flows.model.unchanged import own as owned
 
 
@@ -18,15 +18,11 @@ from pyro_flows.model.unchanged import own as owned
 class Case:
     """The arguments of a model for one data set."""
 
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
+    args: tuple[object, ...]
+    kwargs: dict[str, object]
 
-    def density(self, model: Callable[..., Any], number: int, lead: LogDensity | None = None) -> LogDensity:
-        """Return the model's log density: how the model runs is taken from ``lead``, that of data of equal shapes.
-
-        Raises:
-            ValueError: naming the data set too.
-        """
+    def density(self, model: Model, number: int, lead: LogDensity | None = None) -> LogDensity:
+        """Return the model's log density: how the model runs is taken from ``lead``, that of data of equal shapes."""
         try:
             if lead is not None and lead.batched and not lead.parameters():
                 return lead.beside(self.args, self.kwargs)
@@ -35,19 +31,15 @@ class Case:
             raise ValueError(f"data[{number}]: {error}") from error
 
     @property
-    def shapes(self) -> tuple[Any, ...]:
+    def shapes(self) -> tuple[object, ...]:
         """What data sets that go side by side have in common: the form of the arguments, and their shapes."""
         leaves, form = tree_flatten((self.args, self.kwargs))
         parts = [(tuple(leaf.shape), str(leaf.dtype)) if isinstance(leaf, Tensor) else repr(leaf) for leaf in leaves]
         return (str(form), *parts)
 
 
-def cases_of(model: Callable[..., Any], data: Any, model_kwargs: Mapping[str, Any] | None) -> list[Case]:
-    """Return the arguments of each data set: a tuple, a dict of keyword arguments, or a single argument.
-
-    Raises:
-        ValueError: for anything but a sequence of data sets.
-    """
+def cases_of(model: Model, data: object, model_kwargs: Keywords | None) -> list[Case]:
+    """Return the arguments of each data set: a tuple, a dict of keyword arguments, or a single argument."""
     if isinstance(data, (str, bytes, Mapping, Tensor)) or not isinstance(data, Sequence):
         raise ValueError(
             "data: expected a list with the arguments of each data set (a tuple, a dict of keyword arguments, or one "
@@ -56,7 +48,7 @@ def cases_of(model: Callable[..., Any], data: Any, model_kwargs: Mapping[str, An
     shared = dict(model_kwargs or {})
     found = []
     for own in data:
-        args: tuple[Any, ...] = tuple(own) if isinstance(own, tuple) else () if isinstance(own, Mapping) else (own,)
+        args: tuple[object, ...] = tuple(own) if isinstance(own, tuple) else () if isinstance(own, Mapping) else (own,)
         kwargs = {**shared, **own} if isinstance(own, Mapping) else shared
         found.append(Case(*usable(model, *owned(args, kwargs))))
     return found
@@ -64,7 +56,7 @@ def cases_of(model: Callable[..., Any], data: Any, model_kwargs: Mapping[str, An
 
 def grouped(cases: Sequence[Case]) -> list[list[int]]:
     """Return the numbers of the data sets, those with equal shapes together, in the order in which they come."""
-    groups: dict[tuple[Any, ...], list[int]] = {}
+    groups: dict[tuple[object, ...], list[int]] = {}
     for number, case in enumerate(cases):
         groups.setdefault(case.shapes, []).append(number)
     return list(groups.values())

@@ -8,13 +8,12 @@ import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from pyro_flows._bundles import digest
-from pyro_flows._fallbacks import first_line
+from pyro_flows._bundles import Entries, digest
+from pyro_flows._fallbacks import Tried, first_line
 from pyro_flows._files import replace_file
 from pyro_flows._untrusted import require
 from pyro_flows.calibration.ranks import STATUSES, Ranked
@@ -23,7 +22,7 @@ FORMAT = "pyro_flows calibration 1"
 EVERY = 10.0  # seconds between two writes of the file
 
 
-def key_of(options: Mapping[str, Any], *values: Mapping[str, Tensor]) -> str:
+def key_of(options: Entries, *values: Mapping[str, Tensor]) -> str:
     """Return a digest of the options and of all simulated values: these tell the model, its data and the seed."""
     found = hashlib.sha256(json.dumps(dict(options), sort_keys=True, default=_named).encode())
     for part in values:
@@ -34,23 +33,15 @@ def key_of(options: Mapping[str, Any], *values: Mapping[str, Tensor]) -> str:
     return found.hexdigest()
 
 
-def _named(value: Any) -> str:
+def _named(value: object) -> str:
     """Return a function's name, which is the same in another process, or what an object says of itself."""
     return str(getattr(value, "__qualname__", repr(value)))
 
 
 class Checkpoint:
-    """The finished simulations of one run, in a file that is whole, or as it was before.
+    """The finished simulations of a run (of this ``key``, see :func:`key_of`), in a file that is whole or as it was.
 
-    Args:
-        path: of the file; None keeps nothing.
-        key: of the run, see :func:`key_of`.
-        simulations: how many the run has.
-        draws: that true values are ranked among.
-        shapes: of the ranks of a simulation, by name.
-
-    Raises:
-        ValueError: if the file is damaged, or of another run.
+    ``shapes`` are those of the ranks of a simulation, by name. Without a path nothing is kept.
     """
 
     def __init__(
@@ -85,13 +76,13 @@ class Checkpoint:
                 f"checkpoint: {str(path)!r} is of a run with another model, other data or other options. Take another "
                 "file, or remove it."
             )
-        try:
+        with Tried() as tried:
             self.done = {int(number): self._ranked(entry) for number, entry in body["done"].items()}
             require(all(0 <= number < self.simulations for number in self.done), "it has other simulations")
-        except Exception as error:  # whatever a damaged file leads to
-            raise ValueError(f"checkpoint: {str(path)!r} is damaged ({first_line(error)}).") from error
+        if tried.error is not None:  # whatever a damaged file leads to
+            raise ValueError(f"checkpoint: {str(path)!r} is damaged ({first_line(tried.error)}).") from tried.error
 
-    def _ranked(self, entry: Mapping[str, Any]) -> Ranked:
+    def _ranked(self, entry: Entries) -> Ranked:
         """Return the ranks and the status of one simulation, if they can be such."""
         found = {name: torch.tensor(value) for name, value in entry["ranks"].items()}
         require(set(found) == set(self.shapes), f"it has ranks of {', '.join(found)}")
@@ -122,5 +113,5 @@ class Checkpoint:
         replace_file(self.path, text.encode())
 
 
-def _text(body: Mapping[str, Any]) -> bytes:
+def _text(body: Entries) -> bytes:
     return json.dumps(body, sort_keys=True).encode()

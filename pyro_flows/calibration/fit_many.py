@@ -5,9 +5,10 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol, cast
 
 from pyro_flows import _checks
+from pyro_flows._bundles import Entries
 from pyro_flows._clock import Clock
 from pyro_flows._fallbacks import fallback
 from pyro_flows._interrupts import STATE, interruptible
@@ -18,6 +19,7 @@ from pyro_flows._warnings import outside
 from pyro_flows.calibration.batch import FEWEST, coordinates_for, fit_stack, size_of_batch
 from pyro_flows.calibration.cases import Case, cases_of, grouped
 from pyro_flows.calibration.processes import check_jobs, fit_each
+from pyro_flows.calibration.ranks import STATUSES
 from pyro_flows.correction.fallback import which
 from pyro_flows.fitting.fit import MAX_STEPS
 from pyro_flows.fitting.plan import Plan, as_asked, recipe_for
@@ -37,17 +39,17 @@ CHECKED_EACH = 5  # draws of each data set, at least: invalid arguments are a ma
 class Answers(Protocol):
     """What answers before any fit: an :class:`~pyro_flows.Amortized`."""
 
-    def posterior(self, *args: Any, model_kwargs: Mapping[str, Any] | None, draws: int, seed: int) -> Posterior:
+    def posterior(self, *args: object, model_kwargs: Mapping[str, object] | None, draws: int, seed: int) -> Posterior:
         """Return the judged posterior of a data set."""
         ...
 
 
 @_checks.options
 def fit_many(
-    model: Callable[..., Any],
-    data: Sequence[Any],
+    model: Callable[..., object],
+    data: Sequence[object],
     *,
-    model_kwargs: Mapping[str, Any] | None = None,
+    model_kwargs: Mapping[str, object] | None = None,
     flow: FlowLike = AUTO,
     layers: int | None = None,
     draws: int = 4000,
@@ -125,7 +127,7 @@ def fit_many(
     if len(found) < len(cases):
         message = f"fit_many: interrupted ({STATE.name}) after {len(found)} of {len(cases)} data sets; others are None."
         warnings.warn(message, stacklevel=outside())
-    return [found.get(number) for number in range(len(cases))]  # type: ignore[misc]  # None after a signal only
+    return cast(list[Posterior], [found.get(number) for number in range(len(cases))])  # None after a signal only
 
 
 def _fit_all(many: Many, found: dict[int, Posterior], bar: Bar) -> None:
@@ -143,27 +145,19 @@ def _fit_all(many: Many, found: dict[int, Posterior], bar: Bar) -> None:
 def count(statuses: Iterator[str]) -> dict[str, int]:
     """Return how many fits have each status, the best first."""
     listed = list(statuses)
-    return {name: listed.count(name) for name in ("ok", "corrected", "refined", "unreliable") if name in listed}
+    return {name: listed.count(name) for name in STATUSES if name in listed}
 
 
 @dataclass
 class Many:
     """All fits of a call: which go side by side, and how.
 
-    Attributes:
-        model: the Pyro model.
-        cases: the arguments of each data set.
-        options: of :func:`fit`.
-        seed: of all randomness.
-        together: whether data sets go side by side where they can.
-        jobs: processes for fits one by one.
-        amortized: what answers first, if anything.
-        reason: why data sets do not go side by side, once that is known.
+    ``options`` are those of :func:`fit`, and ``reason`` says why data sets do not go side by side, once that is known.
     """
 
-    model: Callable[..., Any]
+    model: Callable[..., object]
     cases: Sequence[Case]
-    options: Mapping[str, Any]
+    options: Entries
     seed: int
     together: bool
     jobs: int | None
@@ -172,11 +166,9 @@ class Many:
 
     def __post_init__(self) -> None:
         options = self.options
-        if options["max_steps"] is not None:
-            _checks.integer("max_steps", options["max_steps"], 1)
         which(options["refine"])
         check_jobs(self.jobs)
-        layers = {} if options["layers"] is None else {"layers": _checks.integer("layers", options["layers"], 1)}
+        layers = {} if options["layers"] is None else {"layers": options["layers"]}
         self.recipe = recipe_for(options["flow"], layers)
         self._read: dict[int, LogDensity] = {}
         self._leads: dict[int, int] = {number: group[0] for group in grouped(self.cases) for number in group}
@@ -243,12 +235,7 @@ class Many:
                 return []
 
     def _stacked(self, lead: LogDensity, numbers: Sequence[int], bar: Bar) -> list[Posterior | None]:
-        """Fit a batch side by side, in the precision and the coordinates of ``lead``.
-
-        Raises:
-            NotStackable: if the data sets do not go through the model side by side.
-            LostDigits: if single precision loses the digits of a log density, and double does not.
-        """
+        """Fit a batch side by side, in the precision and the coordinates of ``lead``, unless that is LostDigits."""
         densities = [self.cases[number].density(self.model, number, lead) for number in numbers]
         first = densities[0]
         warn_if_nothing_observed(first.structure, first.trace_at, self.model, first.args, first.kwargs)

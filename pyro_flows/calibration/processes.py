@@ -5,15 +5,17 @@ from __future__ import annotations
 import importlib.util
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
+from pyro_flows._bundles import Entries
 from pyro_flows.calibration.cases import Case
 from pyro_flows.fitting.fit import fit
 from pyro_flows.flows.flow import Flow
 from pyro_flows.flows.mixture import FlowMixture
 from pyro_flows.guides.autoflow import AutoFlow
 from pyro_flows.model.log_density import LogDensity
+from pyro_flows.model.sites import Model
 from pyro_flows.posterior.posterior import Posterior
 from pyro_flows.results.files import like
 
@@ -21,12 +23,7 @@ Task = Callable[[], Any]
 
 
 def check_jobs(jobs: int | None) -> None:
-    """Check the number of processes.
-
-    Raises:
-        ValueError: for zero or what is no whole number.
-        ImportError: for several, if joblib is not installed.
-    """
+    """Check the number of processes, and that joblib is there for several."""
     if jobs is not None and (isinstance(jobs, bool) or not isinstance(jobs, int) or jobs == 0):
         raise ValueError(f"jobs: expected a number of processes, -1 for one a processor, or None, got {jobs!r}.")
     if jobs not in (None, 1) and importlib.util.find_spec("joblib") is None:
@@ -39,13 +36,13 @@ def run_all(tasks: Sequence[Task], jobs: int | None) -> Iterator[Any]:
     With ``jobs`` None, a backend that ``joblib.parallel_config`` has set is taken (Dask and Ray have some), and else
     this process.
     """
-    joblib: Any = sys.modules.get("joblib")
-    if jobs is None and (joblib is None or not _is_configured(joblib)):
+    loaded = sys.modules.get("joblib")
+    if jobs is None and (loaded is None or not _is_configured(loaded)):
         jobs = 1
     if jobs == 1 or len(tasks) < 2:
         yield from (task() for task in tasks)
         return
-    import joblib  # type: ignore[import-untyped,no-redef]
+    import joblib
 
     with joblib.Parallel(n_jobs=jobs, return_as="generator") as parallel:
         yield from parallel(joblib.delayed(task)() for task in tasks)
@@ -60,13 +57,15 @@ def _is_configured(joblib: Any) -> bool:
     )
 
 
+@dataclass(frozen=True)
 class FitTask:
     """One fit, as a value that can be sent to another process."""
 
-    def __init__(
-        self, model: Callable[..., Any], number: int, case: Case, options: Mapping[str, Any], seed: int
-    ) -> None:
-        self.model, self.number, self.case, self.options, self.seed = model, number, case, dict(options), seed
+    model: Model
+    number: int
+    case: Case
+    options: Entries
+    seed: int
 
     def __call__(self) -> Posterior:
         case, options = self.case, {"progress": False, "raise_on_interrupt": True, **self.options}
@@ -77,11 +76,7 @@ class FitTask:
 
 
 def fit_each(
-    model: Callable[..., Any],
-    cases: Mapping[int, Case],
-    options: Mapping[str, Any],
-    seeds: Mapping[int, int],
-    jobs: int | None,
+    model: Model, cases: Mapping[int, Case], options: Entries, seeds: Mapping[int, int], jobs: int | None
 ) -> Iterator[tuple[int, Posterior]]:
     """Yield the number and the posterior of each data set in turn, with its model."""
     tasks = [FitTask(model, number, case, options, seeds[number]) for number, case in cases.items()]
@@ -89,7 +84,7 @@ def fit_each(
         yield number, posterior if posterior.density is not None else with_model(posterior, model, case)
 
 
-def with_model(posterior: Posterior, model: Callable[..., Any], case: Case) -> Posterior:
+def with_model(posterior: Posterior, model: Model, case: Case) -> Posterior:
     """Give a posterior that was pickled its log density and its guide back."""
     read = LogDensity(model, case.args, case.kwargs, noncentered=posterior.settings["noncentered"])
     density = like(read, posterior.z)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,10 +10,12 @@ import torch
 from pyro.infer import SVI, Trace_ELBO
 from torch import Tensor
 
+from pyro_flows._bundles import Entries
 from pyro_flows._seeding import derive, seeded
 from pyro_flows.calibration.cases import Case
 from pyro_flows.fitting.diagnose import diagnose
 from pyro_flows.model.log_density import LogDensity
+from pyro_flows.model.sites import Model
 from pyro_flows.posterior.posterior import Posterior
 
 LOG_DENSITY = "lp"  # ArviZ's name
@@ -50,13 +51,9 @@ def ranks_of(
 
 
 def ranks_among(
-    samples: Mapping[str, Any], density: LogDensity, truth: Truth, draws: int, *, seed: int, log_density: bool
+    samples: Entries, density: LogDensity, truth: Truth, draws: int, *, seed: int, log_density: bool
 ) -> Ranked:
-    """Rank true values among draws ``{site: (S, *shape)}`` of another program.
-
-    Raises:
-        ValueError: for a latent site without draws, too few draws, or draws of another shape.
-    """
+    """Rank true values among draws ``{site: (S, *shape)}`` of another program."""
     kept = {}
     for name in density.names:
         if name not in samples:
@@ -97,11 +94,24 @@ def _rank(draws: Tensor, truth: Tensor, *, seed: int) -> Tensor:
 # other makers of draws ------------------------------------------------------------------------------------------------
 
 
-class GuideTask:
-    """Train a guide by Pyro's SVI on one data set, and rank true values among its own draws."""
+@dataclass(frozen=True)
+class Task:
+    """A data set that something else than :func:`fit_many` makes draws for, and the true values behind it."""
 
-    def __init__(self, about: Mapping[str, Any], case: Case, truth: Truth, seed: int) -> None:
-        self.about, self.case, self.truth, self.seed = about, case, truth, seed
+    about: Entries
+    case: Case
+    truth: Truth
+    seed: int
+
+    def ranked(self, posterior: Posterior, *, raw: bool = False) -> Ranked:
+        """Rank the true values among draws of a posterior."""
+        about = self.about
+        options = {"seed": self.seed, "log_density": about["log_density"], "raw": raw}
+        return ranks_of(posterior, self.truth, about["draws"], **options)
+
+
+class GuideTask(Task):
+    """Train a guide by Pyro's SVI on one data set, and rank true values among its own draws."""
 
     def __call__(self) -> Ranked:
         about, case = self.about, self.case
@@ -118,11 +128,10 @@ class GuideTask:
                 seed=self.seed,
                 progress=False,
             )
-            options = {"seed": self.seed, "log_density": about["log_density"]}
-            return ranks_of(posterior, self.truth, about["draws"], raw=True, **options)
+            return self.ranked(posterior, raw=True)
 
 
-def _train(model: Callable[..., Any], guide: Any, case: Case, *, steps: int, learning_rate: float) -> None:
+def _train(model: Model, guide: Any, case: Case, *, steps: int, learning_rate: float) -> None:
     """Train by Adam; the step size falls to a tenth on the way."""
     decay = 0.1 ** (1.0 / steps)
     svi = SVI(model, guide, pyro.optim.ClippedAdam({"lr": learning_rate, "lrd": decay}), Trace_ELBO())
@@ -130,18 +139,14 @@ def _train(model: Callable[..., Any], guide: Any, case: Case, *, steps: int, lea
         svi.step(*case.args, **case.kwargs)
 
 
-class SamplerTask:
+class SamplerTask(Task):
     """Call a user's function on one data set, and rank true values among the draws that it returns."""
-
-    def __init__(self, about: Mapping[str, Any], case: Case, truth: Truth, seed: int) -> None:
-        self.about, self.case, self.truth, self.seed = about, case, truth, seed
 
     def __call__(self) -> Ranked:
         about, case = self.about, self.case
         with seeded(derive(self.seed, "sampler")):
             found = about["sampler"](*case.args, **case.kwargs)
-        options = {"seed": self.seed, "log_density": about["log_density"]}
         if isinstance(found, Posterior):
-            return ranks_of(found, self.truth, about["draws"], **options)
-        density = LogDensity(about["model"], case.args, case.kwargs)
-        return ranks_among(found, density, self.truth, about["draws"], **options)
+            return self.ranked(found)
+        density, options = LogDensity(about["model"], case.args, case.kwargs), {"log_density": about["log_density"]}
+        return ranks_among(found, density, self.truth, about["draws"], seed=self.seed, **options)

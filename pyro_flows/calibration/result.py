@@ -11,14 +11,18 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pyro_flows import _arviz, _checks
-from pyro_flows.calibration.picture import ecdf_figure
-from pyro_flows.calibration.uniformity import NOMINAL, covered, envelope, symmetry
+from pyro_flows._figures import BASE, FILLED, FLOW, INK, LINE, WIDTH, panels, styled
+from pyro_flows.calibration.uniformity import NOMINAL, Envelope, covered, envelope, symmetry
 
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
+    from torch import Tensor
+
+    from pyro_flows.results.dims import Layout
 
 LEVEL = 0.01
+COLUMNS, HEIGHT, SHOWN = 3, 2.1, 30  # of panels: in a row, inches, and at most
 
 
 @_checks.methods
@@ -160,8 +164,6 @@ class Calibration:
         Raises:
             ValueError: for a ``prob`` that is not between 0 and 1.
         """
-        if not 0.0 < prob < 1.0:
-            raise ValueError(f"prob: expected a number between 0 and 1, got {prob!r}.")
         return ecdf_figure(self.scalars(var_names), envelope(self.simulations, self.draws), prob)
 
     # text -----------------------------------------------------------------------------------------------------------
@@ -192,7 +194,9 @@ class Calibration:
         return f"<p>{html.escape(str(self))}</p>{self.summary().round(3).to_html()}"
 
 
-def stacked(found: Sequence[Mapping[str, Any]], layouts: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
+def stacked(
+    found: Sequence[Mapping[str, Tensor]], layouts: Mapping[str, Layout], names: Mapping[str, str]
+) -> dict[str, np.ndarray]:
     """Return the ranks of all simulations by variable, with axes as their layouts say."""
     import torch
 
@@ -201,3 +205,30 @@ def stacked(found: Sequence[Mapping[str, Any]], layouts: Mapping[str, Any], name
         values = torch.stack([ranks[site] for ranks in found])
         arrays[name] = layouts[site](values) if site in layouts else values.numpy()
     return arrays
+
+
+@styled
+def ecdf_figure(scalars: Mapping[str, np.ndarray], test: Envelope, prob: float) -> Figure:
+    """Return a figure with a panel for each scalar, thirty at most: those with the smallest p-values."""
+    p_values = {label: test.p_value(ranks) for label, ranks in scalars.items()}
+    shown = list(scalars)
+    if len(shown) > SHOWN:
+        worst = sorted(shown, key=p_values.__getitem__)[:SHOWN]
+        shown = [label for label in shown if label in worst]
+    columns = min(COLUMNS, len(shown))
+    rows = -(-len(shown) // columns)
+    figure, axes = panels(len(shown), columns=columns, size=(WIDTH, HEIGHT * rows + 0.3))
+    low, high = test.band(prob)
+    at = np.concatenate([[0.0], test.at, [1.0]])
+    for label, axis in zip(shown, axes, strict=True):
+        ecdf = test.counts(scalars[label]) / test.simulations
+        outside = bool(((ecdf < low) | (ecdf > high)).any())
+        axis.fill_between(test.at, low - test.at, high - test.at, step="mid", color=FLOW, alpha=FILLED, lw=0)
+        axis.axhline(0.0, color=LINE, lw=0.8)
+        axis.plot(at, np.concatenate([[0.0], ecdf - test.at, [0.0]]), color=BASE if outside else FLOW, lw=1.4)
+        axis.set_title(f"{label}  (p = {p_values[label]:.2g})", fontsize=8, color=INK)
+        axis.set_xlim(0.0, 1.0)
+    for axis in axes[-columns:]:
+        axis.set_xlabel("fractional rank")
+    figure.supylabel("ECDF difference", fontsize=9, color=INK)
+    return figure

@@ -8,6 +8,7 @@ from collections.abc import Callable, Container, Iterator, Mapping
 from typing import Any
 
 from pyro_flows import _checks
+from pyro_flows._bundles import Entries
 from pyro_flows._interrupts import STATE, interruptible
 from pyro_flows._progress import Bar
 from pyro_flows._seeding import derive
@@ -15,9 +16,9 @@ from pyro_flows._turns import alone
 from pyro_flows._warnings import outside
 from pyro_flows.calibration.cases import Case
 from pyro_flows.calibration.checkpoint import Checkpoint, key_of
-from pyro_flows.calibration.fit_many import Answers, Many
+from pyro_flows.calibration.fit_many import Answers, Many, count
 from pyro_flows.calibration.processes import check_jobs, run_all
-from pyro_flows.calibration.ranks import LOG_DENSITY, STATUSES, GuideTask, Ranked, SamplerTask, ranks_of
+from pyro_flows.calibration.ranks import LOG_DENSITY, GuideTask, Ranked, SamplerTask, ranks_of
 from pyro_flows.calibration.result import Calibration, stacked
 from pyro_flows.calibration.simulating import Simulated, simulate
 from pyro_flows.flows.recipe import AUTO, FlowLike
@@ -29,17 +30,17 @@ FIT_DRAWS = 1000  # at least
 
 @_checks.options
 def sbc(
-    model: Callable[..., Any],
-    *args: Any,
-    model_kwargs: Mapping[str, Any] | None = None,
-    data: Mapping[str, Any] | None = None,
+    model: Callable[..., object],
+    *args: object,
+    model_kwargs: Mapping[str, object] | None = None,
+    data: Mapping[str, str | int] | None = None,
     kind: str = "prior",
     simulations: int = 200,
     draws: int = 999,
     guide: Callable[[Any], Any] | None = None,
     steps: int = 1000,
     learning_rate: float = 0.01,
-    sampler: Callable[..., Any] | None = None,
+    sampler: Callable[..., object] | None = None,
     log_density: bool = True,
     flow: FlowLike = AUTO,
     layers: int | None = None,
@@ -129,8 +130,11 @@ def sbc(
     """
     options: dict[str, Any] = {"flow": flow, "layers": layers, "max_steps": max_steps}
     options |= {"escalate": escalate, "refine": refine, "draws": max(draws, FIT_DRAWS)}
-    asked = _asked(kind, simulations, draws, seed, steps, learning_rate, guide, sampler)
-    asked["log_density"] = bool(log_density)
+    asked = {
+        "kind": _checks.choice("kind", kind, ("prior", "posterior")),
+        **{"simulations": simulations, "draws": draws, "seed": seed, "steps": steps, "learning_rate": learning_rate},
+        **{"method": _method(guide, sampler), "log_density": log_density},
+    }
     if amortized is not None and kind != "prior":
         raise ValueError("amortized: expected kind='prior', for it knows the model with one data set, not with two.")
     check_jobs(jobs)
@@ -142,37 +146,16 @@ def sbc(
         calibration = _run(simulated, many, asked, {"guide": guide, "sampler": sampler}, checkpoint, bar)
         bar.close(str(calibration))
         STATE.take()  # all that there is, is there
-    _warn_if_cut(calibration, resumes=checkpoint is not None)
+    finished = calibration.settings["finished"]
+    if finished < simulations:
+        rest = "" if checkpoint is None else " The same call goes on from the checkpoint."
+        message = f"sbc: interrupted ({STATE.name}) after {finished} of {simulations} simulations.{rest}"
+        warnings.warn(message, stacklevel=outside())
     return calibration
 
 
-def _warn_if_cut(calibration: Calibration, *, resumes: bool) -> None:
-    """Say that a signal came, and how the rest is had."""
-    finished, asked = (calibration.settings[name] for name in ("finished", "simulations"))
-    if finished < asked:
-        rest = " The same call goes on from the checkpoint." if resumes else ""
-        message = f"sbc: interrupted ({STATE.name}) after {finished} of {asked} simulations.{rest}"
-        warnings.warn(message, stacklevel=outside())
-
-
-def _asked(
-    kind: str, simulations: int, draws: int, seed: int, steps: int, learning_rate: float,
-    guide: Callable[..., Any] | None, sampler: Callable[..., Any] | None,
-) -> dict[str, Any]:  # fmt: skip
-    """Return what the caller asked for, if it can be done: plain values."""
-    return {
-        "kind": _checks.choice("kind", kind, ("prior", "posterior")),
-        "simulations": simulations,
-        "draws": draws,
-        "seed": seed,
-        "steps": steps,
-        "learning_rate": learning_rate,
-        "method": _method(guide, sampler),
-    }
-
-
 def _run(
-    simulated: Simulated, many: Many, asked: Mapping[str, Any], makers: Mapping[str, Any],
+    simulated: Simulated, many: Many, asked: Entries, makers: Entries,
     checkpoint: str | os.PathLike[str] | None, bar: Bar,
 ) -> Calibration:  # fmt: skip
     """Rank the true values of all simulations that are not finished, and put everything together."""
@@ -202,7 +185,7 @@ def _run(
     return _result(simulated, dict(sorted(found.items())), {**asked, "finished": len(kept.done)})
 
 
-def _method(guide: Callable[..., Any] | None, sampler: Callable[..., Any] | None) -> str:
+def _method(guide: Callable[..., object] | None, sampler: Callable[..., object] | None) -> str:
     """Return the name of what makes the draws."""
     if guide is not None and sampler is not None:
         raise ValueError("guide: expected a guide or a sampler, got both.")
@@ -213,7 +196,7 @@ def _method(guide: Callable[..., Any] | None, sampler: Callable[..., Any] | None
 
 
 def _ranked(
-    simulated: Simulated, many: Many, about: Mapping[str, Any], done: Container[int], bar: Bar
+    simulated: Simulated, many: Many, about: Entries, done: Container[int], bar: Bar
 ) -> Iterator[tuple[int, Ranked, bool]]:
     """Yield the number and the ranks of each simulation that is not done, and whether they stay as they are.
 
@@ -239,7 +222,7 @@ def _ranked(
         yield number, ranks, True
 
 
-def _result(simulated: Simulated, found: Mapping[int, Ranked], asked: Mapping[str, Any]) -> Calibration:
+def _result(simulated: Simulated, found: Mapping[int, Ranked], asked: Entries) -> Calibration:
     """Put the ranks of simulations together, with the names of their axes."""
     structure = simulated.density.structure
     labels = Labels(structure)
@@ -247,14 +230,12 @@ def _result(simulated: Simulated, found: Mapping[int, Ranked], asked: Mapping[st
     names = {site: labels.variable(site) for site in layouts}
     if asked["log_density"]:
         names[LOG_DENSITY] = LOG_DENSITY if LOG_DENSITY not in names.values() else f"{LOG_DENSITY}_"
-    listed = [one.status for one in found.values()]
-    statuses = {name: listed.count(name) for name in STATUSES}
     return Calibration(
         ranks=stacked([one.ranks for one in found.values()], layouts, names),
         dims={names[site]: layout.dims for site, layout in layouts.items()},
         draws=asked["draws"],
         kind=asked["kind"],
         method=asked["method"],
-        statuses={name: count for name, count in statuses.items() if count},
+        statuses=count(one.status for one in found.values()),
         settings=dict(asked),
     )

@@ -2,29 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
+from pyro import poutine
 from pyro.distributions import Unit
+from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
+from pyro_flows._bundles import Entries
 from pyro_flows._progress import Bar
 from pyro_flows._seeding import derive
-from pyro_flows.calibration.augmented import Augmented
 from pyro_flows.calibration.cases import Case
-from pyro_flows.calibration.wiring import check_wiring, filled, wire
+from pyro_flows.calibration.wiring import Names, check_wiring, filled, wire
 from pyro_flows.fitting.fit import fit
 from pyro_flows.model.log_density import LogDensity
-from pyro_flows.model.sites import messages
+from pyro_flows.model.sites import Model, Site, is_data, messages
 
 
 @dataclass(frozen=True)
 class Simulated:
     """What is fitted: the model, its arguments with simulated data, and the true values (simulations, *shape)."""
 
-    model: Callable[..., Any]
+    model: Model
     density: LogDensity
     cases: list[Case]
     truths: dict[str, Tensor]
@@ -36,8 +37,8 @@ class Simulated:
 
 
 def simulate(
-    model: Callable[..., Any], case: Case, data: Mapping[str, Any] | None, asked: Mapping[str, Any],
-    options: Mapping[str, Any], bar: Bar,
+    model: Model, case: Case, data: Names, asked: Entries,
+    options: Entries, bar: Bar,
 ) -> Simulated:  # fmt: skip
     """Draw parameters and data, and put the data into the arguments."""
     bar.watch("simulating")
@@ -76,9 +77,7 @@ def check_model(density: LogDensity, kind: str) -> None:
         raise ValueError("kind: expected 'prior' for a model with enumerated latents.")
 
 
-def _from_posterior(
-    model: Callable[..., Any], case: Case, count: int, seed: int, options: Mapping[str, Any], bar: Bar
-) -> dict[str, Tensor]:
+def _from_posterior(model: Model, case: Case, count: int, seed: int, options: Entries, bar: Bar) -> dict[str, Tensor]:
     """Draw parameters from the posterior at the data in hand, and data given them."""
     bar.watch("the fit to the data in hand")
     given = {name: value for name, value in options.items() if value is not None}
@@ -90,3 +89,44 @@ def _from_posterior(
     picked = torch.randperm(len(posterior._used), generator=generator)[:count]
     drawn = posterior.density.predictive(posterior._used[picked], seed=derive(seed, "simulations"))
     return {**{name: values[picked] for name, values in posterior.samples.items()}, **drawn}
+
+
+# the data at hand and new ones together -------------------------------------------------------------------------------
+
+AT_HAND = " (at hand)"
+
+
+class _Again(Messenger):
+    """Give latent sites the values that they have, unseen from outside; call observed sites otherwise."""
+
+    def __init__(self, values: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        self.values = values
+
+    def _pyro_sample(self, msg: Site) -> None:
+        if msg["name"] in self.values:
+            msg["value"], msg["is_observed"], msg["stop"] = self.values[msg["name"]], True, True
+        elif msg["is_observed"] and is_data(msg):
+            msg["name"] = f"{msg['name']}{AT_HAND}"
+        elif msg["is_observed"]:
+            msg["stop"] = True  # deterministic sites, which are there already
+
+
+class Augmented:
+    r"""A model run twice with the same latents, on its arguments and on the data at hand; its pickle is the model's.
+
+    Its posterior is :math:`p(\theta \mid y_{\text{at hand}}, y)`.
+    """
+
+    def __init__(self, model: Model, case: Case) -> None:
+        self.model, self.case = model, case
+        self.__name__ = getattr(model, "__name__", type(model).__name__)
+
+    def __call__(self, *args: object, **kwargs: object) -> object:
+        with poutine.trace() as seen:
+            result = self.model(*args, **kwargs)
+        sites = messages(seen.trace).items()
+        latents = {name: site["value"] for name, site in sites if site["type"] == "sample" and not site["is_observed"]}
+        with _Again(latents):
+            self.model(*self.case.args, **self.case.kwargs)
+        return result

@@ -30,7 +30,7 @@ class Envelope:
     """
 
     def __init__(self, simulations: int, draws: int) -> None:
-        from scipy.special import bdtr  # type: ignore[import-untyped]
+        from scipy.special import bdtr
 
         self.simulations, self.draws = simulations, draws
         count = min(POINTS, draws + 1)

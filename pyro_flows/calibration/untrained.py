@@ -23,13 +23,7 @@ from pyro_flows.modes.tables import Table, flow_along
 from pyro_flows.starts.matching import matched
 from pyro_flows.starts.start import Start
 from pyro_flows.training.loop import Training
-from pyro_flows.verdict.thresholds import (
-    ESS_SHARE_EVEN,
-    ESS_SHARE_HIGH,
-    ESS_SHARE_UNDOUBTED,
-    EVIDENCE_GAP_VISIBLE,
-    K_HAT_OF_STUDENT_T,
-)
+from pyro_flows.verdict import thresholds
 from pyro_flows.verdict.weighing import Weighing
 
 HEAVIER = (8.0, 5.0)  # degrees of freedom of a Student-t distribution whose weights correct it
@@ -70,7 +64,7 @@ class _Trial:
         """Return the first kind that is enough."""
         if self.table is None:
             return self._moved()
-        if self.table.log_evidence - self.start.elbo > EVIDENCE_GAP_VISIBLE:
+        if self.table.log_evidence - self.start.elbo > thresholds.EVIDENCE_GAP_VISIBLE:
             return self._sliced(self.table) or self._moved()
         return self._moved() or self._sliced(self.table)
 
@@ -83,12 +77,12 @@ class _Trial:
             for own in (*(lighter * df for lighter in LIGHTER), *HEAVIER):
                 begin(set_df(flow, own), start)
                 weighing = weighed(flow, self.density, LOOKED_AT_DRAWS)
-                share = ESS_SHARE_UNDOUBTED if own in HEAVIER else ESS_SHARE_HIGH
+                share = thresholds.ESS_SHARE_UNDOUBTED if own in HEAVIER else thresholds.ESS_SHARE_HIGH
                 if not weighing.ess > share * len(weighing.log_weights):
                     return None
                 if shift_is_noise(weighing):
                     return flow, Training([], weighing.elbo, True, False, AT_ONCE, 0, 0)
-                if own in HEAVIER and weighing.k_hat < K_HAT_OF_STUDENT_T:
+                if own in HEAVIER and weighing.k_hat < thresholds.K_HAT_OF_STUDENT_T:
                     return flow, Training([], weighing.elbo, False, False, CORRECTED, 0, 0)
         return None
 
@@ -101,11 +95,11 @@ class _Trial:
                 except ValueError:
                     return None
                 weighing = _weighed(flow, self.density)
-                if not weighing.ess > ESS_SHARE_UNDOUBTED * len(weighing.log_weights):
+                if not weighing.ess > thresholds.ESS_SHARE_UNDOUBTED * len(weighing.log_weights):
                     return None
                 if shift_is_noise(weighing):
                     return flow, Training([], weighing.elbo, True, False, SLICED, 0, 0)
-            if weighing.k_hat < K_HAT_OF_STUDENT_T:
+            if weighing.k_hat < thresholds.K_HAT_OF_STUDENT_T:
                 return flow, Training([], weighing.elbo, False, False, CORRECTED_SLICES, 0, 0)
         return None
 
@@ -113,6 +107,6 @@ class _Trial:
 def _weighed(flow: Flow, density: LogDensity) -> Weighing:
     """Weigh a fresh sample of a flow: a small one, if weights of that are nearly the same."""
     glance = weighed(flow, density, GLANCE)
-    if glance.ess > ESS_SHARE_EVEN * GLANCE and shift_is_noise(glance):
+    if glance.ess > thresholds.ESS_SHARE_EVEN * GLANCE and shift_is_noise(glance):
         return glance
     return weighed(flow, density, LOOKED_AT_DRAWS)

@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from pyro import poutine
-from pyro.poutine.messenger import Messenger
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_flatten_with_path, tree_unflatten
 
+from pyro_flows._fallbacks import Tried
 from pyro_flows.calibration.cases import Case
 from pyro_flows.model.batching import apart, quiet
 from pyro_flows.model.log_density import LogDensity
-from pyro_flows.model.sites import messages
+from pyro_flows.model.sites import Model, messages
 from pyro_flows.model.start import at_some_draw
 
+Names = Mapping[str, str | int] | None  # of the arguments that hold the data of sites, or their positions
 HOW = "Say which argument holds it: data={'site': 'argument'}"
 
 
@@ -53,12 +54,8 @@ class Wiring:
         return Case(tuple(args), dict(kwargs))
 
 
-def wire(density: LogDensity, case: Case, data: Mapping[str, Any] | None) -> Wiring:
-    """Find out which argument holds which observed site: by the caller's word, by memory, or by equal values.
-
-    Raises:
-        ValueError: naming the site, if no argument or several hold it, or the caller named what does not fit.
-    """
+def wire(density: LogDensity, case: Case, data: Names) -> Wiring:
+    """Find out which argument holds which observed site: by the caller's word, by memory, or by equal values."""
     names, positions = _leaf_names(density, case)
     leaves = tree_flatten((case.args, case.kwargs))[0]
     observed = density.structure.observed
@@ -76,7 +73,7 @@ def wire(density: LogDensity, case: Case, data: Mapping[str, Any] | None) -> Wir
 
 
 def _told(
-    site: str, value: Tensor, argument: Any, names: list[str], positions: Mapping[int, str], leaves: list[Any]
+    site: str, value: Tensor, argument: str | int, names: list[str], positions: Mapping[int, str], leaves: list[Any]
 ) -> Place:
     """Return the place that the caller named: an argument's name, or the number of a positional one."""
     wanted = positions.get(argument) if isinstance(argument, int) else str(argument)
@@ -159,7 +156,7 @@ def _leaf_names(density: LogDensity, case: Case) -> tuple[list[str], dict[int, s
 # obs=None -------------------------------------------------------------------------------------------------------------
 
 
-def filled(model: Callable[..., Any], case: Case, data: Mapping[str, Any] | None) -> Case:
+def filled(model: Model, case: Case, data: Names) -> Case:
     """Return the arguments, with drawn data for those arguments that are None and would hold data.
 
     Models are often written ``def model(x, y=None): ... obs=y``. Each argument that is None is tried with a draw of
@@ -188,14 +185,13 @@ def filled(model: Callable[..., Any], case: Case, data: Mapping[str, Any] | None
     return Case(bound.args, bound.kwargs)
 
 
-def _observes(model: Callable[..., Any], bound: inspect.BoundArguments, name: str, site: str, value: Tensor) -> bool:
+def _observes(model: Model, bound: inspect.BoundArguments, name: str, site: str, value: Tensor) -> bool:
     """Whether a site is observed, with this value, once an argument holds it."""
     tried = inspect.BoundArguments(bound.signature, type(bound.arguments)(bound.arguments))
     tried.arguments[name] = value
-    try:
-        with apart(), quiet(), torch.no_grad():
-            found = messages(at_some_draw(lambda: poutine.trace(model).get_trace(*tried.args, **tried.kwargs)))
-    except Exception:  # a model's own code may raise anything at data that do not fit
+    with Tried() as run, apart(), quiet(), torch.no_grad():
+        found = messages(at_some_draw(lambda: poutine.trace(model).get_trace(*tried.args, **tried.kwargs)))
+    if run.error is not None:  # at data that do not fit
         return False
     return site in found and found[site]["is_observed"] and found[site]["value"] is value
 
@@ -203,33 +199,16 @@ def _observes(model: Callable[..., Any], bound: inspect.BoundArguments, name: st
 # check ----------------------------------------------------------------------------------------------------------------
 
 
-class _Given(Messenger):
-    """Give sites values."""
-
-    def __init__(self, values: Mapping[str, Tensor]) -> None:
-        super().__init__()
-        self.values = values
-
-    def _pyro_sample(self, msg: Any) -> None:
-        if msg["name"] in self.values:
-            msg["value"], msg["is_observed"] = self.values[msg["name"]], True
-
-
 def check_wiring(density: LogDensity, wiring: Wiring, values: Mapping[str, Tensor]) -> None:
-    """Check, with one simulation, that the model sees the new data, and that they are what it draws given its latents.
-
-    Raises:
-        ValueError: naming the site, if it keeps other data, or if its distribution depends on the argument that holds
-            the data: a draw of the model would then not be one of its joint distribution.
-    """
+    """Check, with one simulation, that the model sees the new data, and that it draws these given its latents."""
     case = wiring(values)
     latents = {name: values[name] for name in density.names}
     observed = {name: values[name] for name in density.structure.observed}
     with apart(), quiet(), torch.no_grad():
-        with _Given({**latents, **observed}):
+        with poutine.condition(data={**latents, **observed}):
             run = poutine.trace(density.model).get_trace
             before = messages(at_some_draw(lambda: run(*density.args, **density.kwargs)))
-        with _Given(latents):
+        with poutine.condition(data=latents):
             after = messages(at_some_draw(lambda: run(*case.args, **case.kwargs)))
         for name, value in observed.items():
             seen = after[name]["value"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from pyro_flows._progress import Bar
 from pyro_flows.comparison.draws import in_hand
 from pyro_flows.comparison.evidence import Evidence, evidence, improper_priors
 from pyro_flows.comparison.loo import Loo, as_loo, work_for
+from pyro_flows.comparison.pointwise import Sites
 from pyro_flows.comparison.same_data import check_data, check_observations
 from pyro_flows.comparison.working import Whole, Work, goal_of, over_observations
 from pyro_flows.results.record import Record
@@ -44,12 +45,9 @@ class Comparison:
     ...     mu = pyro.sample("mu", dist.Normal(0.0, 10.0))
     ...     with pyro.plate("row", len(y)):
     ...         pyro.sample("y", dist.Normal(mu, 1.0), obs=y)
-    >>> def guide(y):
-    ...     precision = len(y) + 0.01
-    ...     pyro.sample("mu", dist.Normal(y.sum() / precision, precision**-0.5))
+    >>> guide = lambda y: pyro.sample("mu", dist.Normal(y.sum() / 4.01, 4.01**-0.5))
     >>> y = torch.tensor([0.4, 1.3, -0.2, 0.9])
     >>> posterior = pf.diagnose(model, guide, y, draws=400)
-
     >>> found = pf.compare({"one": posterior, "the same": posterior})
     >>> sorted(found.table.index), bool(found.table["elpd_diff"].abs().max() < 1e-6)
     (['one', 'the same'], True)
@@ -192,7 +190,7 @@ def compare(
     )
 
 
-def _left_out(posteriors: Mapping[str, Record], sites: Any, bar: Bar) -> dict[str, Loo]:
+def _left_out(posteriors: Mapping[str, Record], sites: Sites, bar: Bar) -> dict[str, Loo]:
     """Return leave-one-out of each model, whose Monte Carlo error is small beside that of its differences, too."""
     works, wholes = dict[str, Work](), dict[str, Whole]()
     for name, posterior in posteriors.items():

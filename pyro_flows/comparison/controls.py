@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -19,7 +17,7 @@ DEPENDENT = 1e-10  # eigenvalue of the controls' correlations, below which one o
 
 
 @torch.no_grad()
-def controls(flow: Any, z: Tensor) -> Tensor | None:
+def controls(flow: object, z: Tensor) -> Tensor | None:
     r"""Return functions (S, K) of draws z (S, D) of a flow with expectation zero; None for what is no single flow.
 
     They are :math:`s_i`, :math:`s_i^2 - \text{E} s^2` and :math:`s_i s_j` of a bounded, odd function s of each base
@@ -92,12 +90,7 @@ def of_gradients(density: LogDensity, z: Tensor, chains: int, log_weights: Tenso
 
 
 class Regression:
-    """What controls (S, K) explain of what draws add to estimates, each half of the draws by itself.
-
-    Args:
-        columns: the controls; None for none.
-        half: which draws (S,) make the first half.
-    """
+    """What controls (S, K) explain of what draws add to estimates, each half of the draws (S,) by itself."""
 
     def __init__(self, columns: Tensor | None, half: Tensor) -> None:
         self.shifts: Tensor | None = None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -14,11 +14,12 @@ from pyro_flows import _checks
 from pyro_flows._seeding import derive, seeded
 from pyro_flows._threads import few_threads
 from pyro_flows._turns import alone
-from pyro_flows.comparison.bridge import bridge
+from pyro_flows.comparison.bridge import Bridged, bridge
 from pyro_flows.comparison.proposal import DF, Latent, enough, fit_proposal
 from pyro_flows.verdict.psis import largest_k, psis
 
 if TYPE_CHECKING:
+    from pyro_flows.model.log_density import LogDensity
     from pyro_flows.results.record import Record
 
 METHODS = ("importance", "bridge", "smc")
@@ -76,21 +77,12 @@ class Evidence:
     (1996), as in Gronau et al. 2017 (arXiv 1703.05984). Cost: 16 000 evaluations of the density, and as many of the
     guide; bridge sampling takes as many again.
 
-    >>> import torch, pyro, pyro.distributions as dist, pyro_flows as pf
-    >>> def model(y):
-    ...     mu = pyro.sample("mu", dist.Normal(0.0, 10.0))
-    ...     with pyro.plate("row", len(y)):
-    ...         pyro.sample("y", dist.Normal(mu, 1.0), obs=y)
-    >>> def guide(y):
-    ...     precision = len(y) + 0.01
-    ...     pyro.sample("mu", dist.Normal(y.sum() / precision, precision**-0.5))
-    >>> y = torch.tensor([0.4, 1.3, -0.2, 0.9])
-    >>> posterior = pf.diagnose(model, guide, y, draws=400)
-
-    >>> value, error, method = posterior.evidence()
-    >>> exact = dist.MultivariateNormal(torch.zeros(4), torch.eye(4) + 100.0).log_prob(y)
-    >>> abs(value - float(exact)) < 0.001, method
-    (True, 'importance')
+    >>> from pyro_flows import Estimate, Evidence
+    >>> found = Evidence(-31.3113, 0.0006, "importance", (Estimate("importance", -31.3113, 0.0006),))
+    >>> value, error, method = found
+    >>> print(found)
+    log evidence -31.3113 nats by importance sampling, standard error 0.0006, 95 % interval -31.3125 to -31.3101.
+    - importance sampling: -31.3113, standard error 0.0006
     """
 
     value: float
@@ -99,7 +91,7 @@ class Evidence:
     estimates: tuple[Estimate, ...]
     notes: tuple[str, ...] = ()
 
-    def __iter__(self) -> Iterator[Any]:
+    def __iter__(self) -> Iterator[float | str]:
         return iter((self.value, self.standard_error, self.method))
 
     @property
@@ -122,7 +114,7 @@ class Evidence:
 def evidence(posterior: Record, *, method: str, seed: int, draws: int | None = None) -> Evidence:
     """Estimate the evidence by all methods that the posterior allows; see :meth:`Posterior.evidence`."""
     _checks.choice("method", method, ("auto", *METHODS))
-    count = DRAWS if draws is None else _checks.integer("draws", draws, 100)
+    count = DRAWS if draws is None else draws
     wanted = METHODS if method == "auto" else (method,)
     makers = {"importance": _importance, "bridge": _bridge, "smc": _smc}
     posterior._check_unchanged()
@@ -130,19 +122,18 @@ def evidence(posterior: Record, *, method: str, seed: int, draws: int | None = N
     device = posterior._used.device
     with alone(), few_threads(numbers), torch.no_grad(), seeded(derive(seed, "evidence"), device):
         rounding = 0.0 if posterior.density is None else posterior.density.known_rounding(posterior._used)
-        estimates = tuple(_rounded(makers[name](posterior, count), rounding) for name in wanted)
-    if posterior.verdict.status == "unreliable":
-        estimates = tuple(_doubted(estimate) for estimate in estimates)
+        found = [makers[name](posterior, count) for name in wanted]
+    # draws have in common what rounding does to the log density
+    found = [replace(estimate, standard_error=math.hypot(estimate.standard_error, rounding)) for estimate in found]
+    estimates = tuple(map(_doubted, found) if posterior.verdict.status == "unreliable" else found)
     usable = [estimate for estimate in estimates if not math.isnan(estimate.value)]
     if not usable:
         raise ValueError(f"evidence: {'; '.join(map(str, estimates))}.")
+    improper, notes = ", ".join(improper_priors(posterior)), tuple[str, ...]()
+    if improper:
+        notes = (f"the prior of {improper} is improper, so the evidence has an arbitrary factor",)
     best = min(usable, key=lambda estimate: estimate.standard_error)
-    return Evidence(best.value, best.standard_error, best.method, estimates, _notes(posterior))
-
-
-def _rounded(estimate: Estimate, rounding: float) -> Estimate:
-    """Add to the error what rounding does to the log density (nats), which draws have in common."""
-    return replace(estimate, standard_error=math.hypot(estimate.standard_error, rounding))
+    return Evidence(best.value, best.standard_error, best.method, estimates, notes)
 
 
 def _doubted(estimate: Estimate) -> Estimate:
@@ -150,13 +141,6 @@ def _doubted(estimate: Estimate) -> Estimate:
     if math.isnan(estimate.value) or estimate.method == "smc":
         return estimate
     return Estimate(estimate.method, estimate.value, math.inf, "the verdict on the draws is unreliable")
-
-
-def _notes(posterior: Record) -> tuple[str, ...]:
-    improper = improper_priors(posterior)
-    if not improper:
-        return ()
-    return (f"the prior of {', '.join(improper)} is improper, so the evidence has an arbitrary factor",)
 
 
 def improper_priors(posterior: Record) -> list[str]:
@@ -273,7 +257,7 @@ def _bridge(posterior: Record, count: int) -> Estimate:
     return Estimate("bridge", found.value, found.standard_error)
 
 
-def _bridge_by_halves(posterior: Record, density: Any, count: int) -> Any:
+def _bridge_by_halves(posterior: Record, density: LogDensity, count: int) -> Bridged:
     """Bridge to a Student t that is fitted to the first half of each chain, from the second halves."""
     chains, dim = posterior.chain_count, posterior._used.shape[1]
     draws = posterior._used.reshape(chains, -1, dim)

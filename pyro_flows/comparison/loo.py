@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from pyro_flows import _checks
 from pyro_flows._progress import Bar
 from pyro_flows.comparison.draws import can_draw, in_hand
-from pyro_flows.comparison.pointwise import log_score
+from pyro_flows.comparison.pointwise import Sites, log_score
 from pyro_flows.comparison.working import Whole, Work, over_observations
 
 if TYPE_CHECKING:
@@ -60,12 +60,9 @@ class Loo:
     ...     mu = pyro.sample("mu", dist.Normal(0.0, 10.0))
     ...     with pyro.plate("row", len(y)):
     ...         pyro.sample("y", dist.Normal(mu, 1.0), obs=y)
-    >>> def guide(y):
-    ...     precision = len(y) + 0.01
-    ...     pyro.sample("mu", dist.Normal(y.sum() / precision, precision**-0.5))
+    >>> guide = lambda y: pyro.sample("mu", dist.Normal(y.sum() / 4.01, 4.01**-0.5))
     >>> y = torch.tensor([0.4, 1.3, -0.2, 0.9])
     >>> posterior = pf.diagnose(model, guide, y, draws=400)
-
     >>> found = posterior.loo()
     >>> found.method, found.labels[0], found.high
     ('approximate', 'y[0]', ())
@@ -103,13 +100,11 @@ class Loo:
             f"by {METHODS[self.method]} ({self.draws} draws, {self.status}); Monte Carlo error "
             f"{_known(self.mcse, 3)}."
         )
-        return "\n".join([f"{first} {self._about_k()}", *(self._about_sites() if len(self.sites) > 1 else ())])
-
-    def _about_sites(self) -> list[str]:
-        rows = self.by_site()[["elpd", "se", "observations"]].itertuples()
-        return [
-            f"- {site}: elpd {elpd:.2f}, standard error {_known(se, 2)}, of {count}" for site, elpd, se, count in rows
-        ]
+        lines = [f"{first} {self._about_k()}"]
+        if len(self.sites) > 1:
+            for site, elpd, se, count in self.by_site()[["elpd", "se", "observations"]].itertuples():
+                lines.append(f"- {site}: elpd {elpd:.2f}, standard error {_known(se, 2)}, of {count}")
+        return "\n".join(lines)
 
     def _about_k(self) -> str:
         if self.joint and len(self.joint) == len(self.labels):
@@ -156,7 +151,7 @@ class Loo:
         return table if count is None else table.head(_checks.integer("count", count, 1))
 
 
-def loo(posterior: Record, *, sites: Any, draws: int | None, seed: int, progress: bool) -> Loo:
+def loo(posterior: Record, *, sites: Sites, draws: int | None, seed: int, progress: bool) -> Loo:
     """Estimate leave-one-out elpd; see :meth:`Posterior.loo`."""
     with Bar("loo", progress, quick=True) as bar:
         work = work_for(posterior, sites, draws, seed, bar)
@@ -168,14 +163,8 @@ def loo(posterior: Record, *, sites: Any, draws: int | None, seed: int, progress
     return found
 
 
-def work_for(posterior: Record, sites: Any, draws: int | None, seed: int, bar: Bar) -> Work:
-    """Return what does the work, unless the draws are not to be used.
-
-    Raises:
-        ValueError: for an unreliable posterior, or too few draws.
-    """
-    if draws is not None:
-        _checks.integer("draws", draws, 100)
+def work_for(posterior: Record, sites: Sites, draws: int | None, seed: int, bar: Bar) -> Work:
+    """Return what does the work, unless the draws are not to be used."""
     if posterior.verdict.status == "unreliable":
         raise ValueError(
             f"loo: the verdict on the draws is unreliable ({'; '.join(posterior.verdict.reasons)}), and "

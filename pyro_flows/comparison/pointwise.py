@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from pyro_flows.results.record import Record
 
 
+Sites = str | Sequence[str] | None  # that observations are left out of; None for all
 GOOD = 0.5  # k-hat of weights that have a variance
 PIECE = 4_000_000  # log likelihoods that are worked out at a time
 
@@ -107,14 +108,9 @@ def likelihood(posterior: Record, z: Tensor) -> xr.Dataset:
     """Return the pointwise log likelihood at draws z, one variable for each observed site.
 
     Where latents of rows are integrated out, a row is one observation, and there is one variable for each plate.
-
-    Raises:
-        ValueError: for models with enumerated latents or without data, and for posteriors without their model whose
-            files lack the group.
     """
     if posterior.density is None and posterior._stored is not None and "log_likelihood" in posterior._stored[0]:
-        found: xr.Dataset = posterior._stored[0]["log_likelihood"]
-        return found
+        return posterior._stored[0]["log_likelihood"]
     density = posterior._need_model()
     if density.by_rows:
         return export.rows_group(density, z)
@@ -128,7 +124,10 @@ def likelihood(posterior: Record, z: Tensor) -> xr.Dataset:
     return export.likelihood_group(density, z)
 
 
-def _names(sites: Any, group: xr.Dataset) -> list[str]:
+def _names(sites: Sites, group: xr.Dataset) -> list[str]:
+    """Return the variables of these sites, of all without any."""
+    if sites is None:
+        return list(map(str, group))
     wanted = [sites] if isinstance(sites, str) else list(sites)
     return [_checks.choice("sites", name.replace("/", "."), map(str, group)) for name in wanted]
 
@@ -146,12 +145,12 @@ def _columns(group: xr.Dataset, names: list[str]) -> tuple[Tensor, list[str], di
     return torch.cat(columns, 1), labels, places
 
 
-def observations(posterior: Record, draws: Draws, sites: Any) -> Observations:
+def observations(posterior: Record, draws: Draws, sites: Sites) -> Observations:
     """Return the log likelihoods of the observations of ``sites`` (all of them with None) at draws."""
     parts, labels, places = list[Tensor](), list[str](), dict[str, tuple[int, int]]()
     for z in draws.z.split(_piece(posterior, len(draws.z))):
         group = likelihood(posterior, z)
-        rows, labels, places = _columns(group, list(map(str, group)) if sites is None else _names(sites, group))
+        rows, labels, places = _columns(group, _names(sites, group))
         parts.append(rows.to(posterior._used.dtype))
     half = halves(draws, len(draws.z), posterior.chain_count)
     values = torch.cat(parts)

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any
 
 import torch
 from pyro import poutine
 from pyro.poutine.messenger import Messenger
-from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from pyro_flows import _checks
@@ -20,16 +18,16 @@ from pyro_flows.model.arguments import usable
 from pyro_flows.model.batching import apart, filled_up, over_rows, possible_pieces, quiet, redrawn
 from pyro_flows.model.faults import Faults, defined
 from pyro_flows.model.handlers import Resample
-from pyro_flows.model.sites import is_data, is_deterministic, messages
+from pyro_flows.model.sites import Site, is_data, is_deterministic, is_subsample, messages
 
 
 @_checks.options
 def prior_predictive(
-    model: Callable[..., Any],
-    *args: Any,
+    model: Callable[..., object],
+    *args: object,
     draws: int = 1000,
     seed: int = 0,
-    model_kwargs: Mapping[str, Any] | None = None,
+    model_kwargs: Mapping[str, object] | None = None,
 ) -> dict[str, Tensor]:
     r"""Draw from the prior and from the data that it predicts, before any fit: ``{name: (draws, *shape)}``.
 
@@ -59,11 +57,7 @@ def prior_predictive(
     >>> drawn["rate"].shape, drawn["y"].shape
     (torch.Size([500]), torch.Size([500, 3]))
     """
-    if not callable(model):
-        raise ValueError(f"model: expected a callable Pyro model, got a {type(model).__name__}.")
-    _checks.integer("draws", draws, 1)
     args, kwargs = usable(model, args, model_kwargs)
-
     seen = _Last()
 
     def one(_: Tensor) -> dict[str, Tensor]:
@@ -74,8 +68,7 @@ def prior_predictive(
     def many(count: int) -> dict[str, Tensor]:
         rows = partial(over_rows, one, randomness="different", otherwise=partial(fallback, "drawn one by one"))
         found = possible_pieces(rows, torch.zeros(count), alone=partial(rows, batched=False), note=faults.add)
-        drawn: dict[str, Tensor] = filled_up(list(found), faults)
-        return drawn
+        return filled_up(list(found), faults)
 
     faults = Faults()
     with alone(), quiet(), torch.no_grad(), seeded(derive(seed, "prior")):
@@ -85,8 +78,8 @@ def prior_predictive(
             raise ValueError(f"site {seen.name!r}: its prior, {seen.kind}, cannot be drawn from.") from None
 
 
-def _is_drawn(site: Any) -> bool:
-    return site["type"] == "sample" and not site_is_subsample(site) and (is_data(site) or is_deterministic(site))
+def _is_drawn(site: Site) -> bool:
+    return site["type"] == "sample" and not is_subsample(site) and (is_data(site) or is_deterministic(site))
 
 
 class _Last(Messenger):
@@ -94,7 +87,7 @@ class _Last(Messenger):
 
     name = kind = ""
 
-    def _pyro_sample(self, msg: Any) -> None:
+    def _pyro_sample(self, msg: Site) -> None:
         fn = msg["fn"]
         while hasattr(fn, "base_dist") and not hasattr(fn, "transforms"):
             fn = fn.base_dist

@@ -49,11 +49,7 @@ def enough(count: float, dim: int) -> bool:
 
 
 def fit_proposal(z: Tensor, df: float = DF, log_weights: Tensor | None = None) -> Proposal:
-    """Return the Student t with the mean and the covariance of draws (N, D), N above D, weighted or not.
-
-    Raises:
-        ValueError: if there are too few draws for a covariance.
-    """
+    """Return the Student t with the mean and the covariance of draws (N, D), N above D, weighted or not."""
     count, dim = z.shape
     if not enough(count, dim):
         raise ValueError(f"draws: expected at least {2 * dim + 10} for a covariance of {dim} coordinates, got {count}.")
@@ -71,13 +67,7 @@ def fit_proposal(z: Tensor, df: float = DF, log_weights: Tensor | None = None) -
 
 
 class Latent:
-    """A log density in the latent space of a flow; in its own coordinates for what is no single flow.
-
-    Args:
-        density: of z.
-        flow: whose base points are taken.
-        like: a tensor with the dtype and the device of z.
-    """
+    """A log density in the latent space of a flow; in its own coordinates for what is no single flow, as ``like``."""
 
     def __init__(self, density: LogDensity, flow: object, like: Tensor) -> None:
         self.density, self.like = density, like

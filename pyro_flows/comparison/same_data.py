@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 
@@ -16,11 +15,7 @@ SAME = 1e-5  # relative: data in single precision and in double
 
 
 def check_data(posteriors: Mapping[str, Record]) -> None:
-    """Refuse posteriors whose models observe other values.
-
-    Raises:
-        ValueError: for these; it names two of them, and says how their data differ.
-    """
+    """Refuse posteriors whose models observe other values."""
     for posterior in posteriors.values():
         posterior._check_unchanged()
     data = {name: _data(posterior) for name, posterior in posteriors.items()}
@@ -34,13 +29,13 @@ def check_data(posteriors: Mapping[str, Record]) -> None:
             )
 
 
-def _data(posterior: Record) -> dict[str, np.ndarray[Any, Any]]:
+def _data(posterior: Record) -> dict[str, np.ndarray]:
     """Return the observed values by site, those that masks leave out excepted."""
     group = posterior._stored[0].get("observed_data") if posterior._stored else observed_group(posterior._need_model())
     return {} if group is None else {str(name): values.to_numpy() for name, values in group.data_vars.items()}
 
 
-def _differ(one: dict[str, Any], other: dict[str, Any]) -> str | None:
+def _differ(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> str | None:
     """Return in words how data differ; sites may have other names, if they come in the same order."""
     pairs = [(name, name) for name in one] if set(one) == set(other) else list(zip(one, other, strict=False))
     if len(one) != len(other):
@@ -55,11 +50,7 @@ def _differ(one: dict[str, Any], other: dict[str, Any]) -> str | None:
 
 
 def check_observations(found: Mapping[str, Whole]) -> None:
-    """Refuse models that group the data into other observations.
-
-    Raises:
-        ValueError: for these; it names two of them.
-    """
+    """Refuse models that group the data into other observations."""
     for one, other in itertools.pairwise(found):
         sizes = len(found[one].elpd), len(found[other].elpd)
         if sizes[0] != sizes[1]:

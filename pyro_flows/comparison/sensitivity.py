@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from pyro_flows.model.sites import messages
 
 if TYPE_CHECKING:
     import pandas as pd
+    import xarray as xr
 
     from pyro_flows.results.record import Record
 
@@ -44,12 +45,9 @@ class Sensitivity:
     ...     mu = pyro.sample("mu", dist.Normal(0.0, 10.0))
     ...     with pyro.plate("row", len(y)):
     ...         pyro.sample("y", dist.Normal(mu, 1.0), obs=y)
-    >>> def guide(y):
-    ...     precision = len(y) + 0.01
-    ...     pyro.sample("mu", dist.Normal(y.sum() / precision, precision**-0.5))
+    >>> guide = lambda y: pyro.sample("mu", dist.Normal(y.sum() / 4.01, 4.01**-0.5))
     >>> y = torch.tensor([0.4, 1.3, -0.2, 0.9])
     >>> posterior = pf.diagnose(model, guide, y, draws=400)
-
     >>> found = posterior.sensitivity("mu")
     >>> found.prior_sites, bool(found.table.loc["mu", "prior"] < 0.05)
     (('mu',), True)
@@ -68,7 +66,7 @@ class Sensitivity:
     __repr__ = __str__
 
 
-def sensitivity(posterior: Record, draws: Any, *, prior_sites: str | Sequence[str] | None = None) -> Sensitivity:
+def sensitivity(posterior: Record, draws: xr.Dataset, *, prior_sites: str | Sequence[str] | None = None) -> Sensitivity:
     """Scale prior and likelihood, and see what labeled draws do; see :meth:`Posterior.sensitivity`."""
     density = posterior._need_density()
     top, left_out = top_level(density, posterior._used)

@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -27,6 +27,7 @@ from pyro_flows.comparison.moving import Space
 from pyro_flows.comparison.pointwise import (
     Estimates,
     Observations,
+    Sites,
     Tally,
     errors_without,
     moved,
@@ -89,7 +90,7 @@ class Whole:
 class Work:
     """Estimates of one posterior, from one set of draws or another."""
 
-    def __init__(self, posterior: Record, sites: Any, seed: int, watch: Callable[[str], None] = unseen) -> None:
+    def __init__(self, posterior: Record, sites: Sites, seed: int, watch: Callable[[str], None] = unseen) -> None:
         self.posterior, self.sites, self.seed, self.watch = posterior, sites, seed, watch
 
     def given(self, draws: Draws) -> Observations:
@@ -137,7 +138,7 @@ class Work:
         count, error = self._cheapest(given, order, high, goal)
         of_rest = goal * (math.sqrt(SHARE) if count else 1.0)
         rest = self._by_draws(replace(found, error=error), of_rest, order[:count])
-        failing = _failing(rest, order[count:])
+        failing = [index for index in order[count:] if not float(rest.k_moved[index]) < KNOWN]
         which = [*order[:count], *failing]
         if not which:
             return rest
@@ -263,18 +264,12 @@ def goal_of(terms: Tensor) -> float:
 
 def _order(found: Whole) -> list[int]:
     """Return the observations, those with the highest k-hats first."""
-    order: list[int] = found.k_hat.nan_to_num(nan=math.inf).argsort(descending=True, stable=True).tolist()
-    return order
+    return found.k_hat.nan_to_num(nan=math.inf).argsort(descending=True, stable=True).tolist()
 
 
 def _high(found: Whole) -> int:
     """Return for how many observations a Monte Carlo error by draws as they are would not be honest."""
     return int((~(found.k_moved < KNOWN)).sum())
-
-
-def _failing(rest: Whole, among: Sequence[int]) -> list[int]:
-    """Return the observations whose k-hat is too high at new draws."""
-    return [index for index in among if not float(rest.k_moved[index]) < KNOWN]
 
 
 def _counts(high: int, most: int) -> list[int]:

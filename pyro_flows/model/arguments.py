@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import itertools
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -16,12 +16,12 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map, tree_map_with_path
 
-from pyro_flows._fallbacks import first_line
+from pyro_flows._fallbacks import Tried, first_line
 from pyro_flows._seeding import derive, seeded
 from pyro_flows.model.batching import apart
 from pyro_flows.model.faults import is_about_dtypes, is_of_a_point
 from pyro_flows.model.precision import doubled
-from pyro_flows.model.sites import messages
+from pyro_flows.model.sites import Keywords, Model, Positional, Site, messages
 from pyro_flows.model.start import FromPrior
 
 KINDS = ("array", "table", "list", "list of whole numbers")
@@ -40,17 +40,12 @@ class _NoNumbers(ValueError):
     """An argument that cannot become a tensor."""
 
 
-def usable(
-    model: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any] | None
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def usable(model: Model, args: Positional, kwargs: Keywords | None) -> tuple[tuple[object, ...], dict[str, object]]:
     """Return arguments with which the model runs, with tensors of inference mode, which have no gradients, copied.
 
     Arrays, tables and lists of numbers stay what they are if the model runs with them. Otherwise as few of
     :data:`KINDS` become tensors as suffice, or all if none of this suffices. Each is tried at draws of the prior, with
     gradients.
-
-    Raises:
-        ValueError: naming the argument and column, for one that would have to become a tensor, and holds no numbers.
     """
     given = tuple(args), dict(kwargs or {})
     if any(isinstance(part, Tensor) and part.is_inference() for part in tree_leaves(given)):
@@ -81,7 +76,7 @@ def usable(
     return given if isinstance(failed, KeyError) else found
 
 
-def _kind(value: Any) -> str | None:
+def _kind(value: object) -> str | None:
     """Return the kind of what may become a tensor; None for all else."""
     if isinstance(value, Tensor):
         return None
@@ -94,7 +89,7 @@ def _kind(value: Any) -> str | None:
     return "array" if hasattr(type(value), "__array__") or hasattr(value, "toarray") else None
 
 
-def _may_become_a_tensor(value: Any) -> bool:
+def _may_become_a_tensor(value: object) -> bool:
     return _kind(value) is not None
 
 
@@ -108,28 +103,26 @@ def _shape(value: Any) -> tuple[int, ...] | None:
     return () if whole or isinstance(value, (float, np.floating, np.bool_)) else None
 
 
-def _pandas(value: Any) -> set[str]:
+def _pandas(value: object) -> set[str]:
     """Return the names of the classes of pandas that a value is of."""
     return {one.__name__ for one in type(value).__mro__ if one.__module__.partition(".")[0] == "pandas"}
 
 
-def _error(
-    model: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], *, double: bool = False
-) -> Exception | None:
+def _error(model: Model, args: Positional, kwargs: Keywords, *, double: bool = False) -> Exception | None:
     """Return what stands in the way of a run with gradients; None if it goes through, and observes tensors."""
     found: Exception | None = None
     for number in range(DRAWS):
-        try:
-            with apart(), torch.enable_grad(), seeded(derive(number, "arguments")), warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                with _WithGradients(), FromPrior(torch.zeros(())):
-                    trace = poutine.trace(model).get_trace(*args, **kwargs)
-        except Exception as error:  # a model's own code may raise anything
-            if is_about_dtypes(error):
+        drawing = seeded(derive(number, "arguments"))
+        with Tried() as tried, apart(), torch.enable_grad(), drawing, warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with _WithGradients(), FromPrior(torch.zeros(())):
+                trace = poutine.trace(model).get_trace(*args, **kwargs)
+        if tried.error is not None:
+            if is_about_dtypes(tried.error):
                 # what precisions have to do with it is found out as the model is read
                 return None if double else _error(doubled(model), args, kwargs, double=True)
-            found = error
-            if not is_of_a_point(error):
+            found = tried.error
+            if not is_of_a_point(found):
                 break
             continue
         sites = [site for site in messages(trace).values() if site["type"] == "sample" and site["is_observed"]]
@@ -141,18 +134,18 @@ def _error(
 class _WithGradients(Messenger):
     """Let gradients be taken of latents: numbers cannot be handed to numpy then."""
 
-    def _pyro_post_sample(self, msg: Any) -> None:
+    def _pyro_post_sample(self, msg: Site) -> None:
         if not msg["is_observed"] and isinstance(msg["value"], Tensor) and msg["value"].is_floating_point():
             msg["value"] = msg["value"].detach().requires_grad_()
 
 
 def _converted(
-    model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], kinds: Sequence[str]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    model: Model, args: tuple[object, ...], kwargs: dict[str, object], kinds: Sequence[str]
+) -> tuple[tuple[object, ...], dict[str, object]]:
     """Return arguments with what is of these kinds as tensors."""
 
-    def converted(name: str, value: Any) -> Any:
-        def tensor(path: tuple[Any, ...], part: Any) -> Any:
+    def converted(name: str, value: object) -> object:
+        def tensor(path: tuple[object, ...], part: object) -> object:
             return _tensor(f"argument {name!r}{''.join(map(str, path))}", part) if _kind(part) in kinds else part
 
         return tree_map_with_path(tensor, value, is_leaf=_may_become_a_tensor) if kinds else value
@@ -177,7 +170,7 @@ def _tensor(name: str, value: Any) -> Tensor:
     return torch.from_numpy(_array(name, value))
 
 
-def _array(name: str, value: Any) -> Any:
+def _array(name: str, value: Any) -> np.ndarray:
     """Return numbers as an array of a dtype that torch has, which owns its memory."""
     dtype: Any = getattr(value, "dtype", None)
     if _pandas(value) and _pandas(dtype) and getattr(dtype, "numpy_dtype", None) is not None:  # those that know of NA

@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from itertools import chain
-from typing import Any, TypeVar
+from typing import TypeVar, cast
 
 import pyro
 import torch
@@ -20,7 +20,10 @@ from pyro_flows._seeding import BatchedDraws
 from pyro_flows._turns import Disturbed, turn
 from pyro_flows.model.faults import Faults, Undefined, is_of_a_point
 
+Rows = TypeVar("Rows")  # a tensor, or a dict of tensors
+Found = TypeVar("Found")  # likewise
 Result = TypeVar("Result")
+Function = TypeVar("Function", bound=Callable[..., object])
 
 BESIDE = (
     "Pyro: two threads use it at once, pyro_flows in one and other code in another. Its handlers belong to the whole "
@@ -38,35 +41,30 @@ def quiet() -> Iterator[None]:
         yield
 
 
-def batch(function: Callable[..., Any]) -> Callable[..., Any]:
+def batch(function: Function) -> Function:
     """Return a function of one point as a function of many.
 
     Random numbers are the same at all of them: what is batched does not depend on any, though a model may draw some,
     as one does that makes a module with priors.
     """
-    return torch.func.vmap(function, randomness="same")
+    return cast(Function, torch.func.vmap(function, randomness="same"))
 
 
 def over_rows(
-    function: Callable[..., Any],
-    rows: Any,
+    function: Callable[[Rows], Found],
+    rows: Rows,
     *,
     batched: bool = True,
     randomness: str = "same",
     size: int | None = None,
     look: Callable[[], None] = lambda: None,
     otherwise: Callable[[Exception], object] | None = None,
-) -> Any:
-    """Apply a function of one row to all rows of a tensor or a dict of tensors, and stack what it returns, of the same.
+) -> Found:
+    """Apply a function of one row to all rows of a tensor or a dict of tensors, ``size`` at once, and stack what it
+    returns.
 
-    Args:
-        function: of one row.
-        rows: tensors with as many rows each.
-        batched: whether ``torch.func.vmap`` is tried; without, rows go one by one.
-        randomness: as in ``vmap``: random numbers are the ``"same"`` at all rows, or ``"different"``.
-        size: rows at once; None for all.
-        look: called before each piece.
-        otherwise: called with the error where ``vmap`` fails, before rows go one by one; without, the error is raised.
+    ``look`` is called before each piece. ``randomness`` is as in ``vmap``. Where that fails, ``otherwise`` is called
+    with the error, and rows go one by one; without it, the error is raised.
     """
     count = len(tree_leaves(rows)[0])
     if batched:
@@ -83,7 +81,7 @@ def over_rows(
     return join((tree_map(lambda part: part[None], function(row)) for row in pieces(rows, None, look)), count)
 
 
-def pieces(rows: Any, size: int | None, look: Callable[[], None]) -> Iterator[Any]:
+def pieces(rows: Rows, size: int | None, look: Callable[[], None]) -> Iterator[Rows]:
     """Yield rows in pieces of ``size``, or one by one, without their axis, for None; ``look`` is called before each."""
     leaves, form = tree_flatten(rows)
     for parts in zip(*(leaf.unbind() if size is None else leaf.split(size) for leaf in leaves), strict=True):
@@ -143,7 +141,7 @@ class _Apart(BlockMessenger):
         super().__init__()
         self.disturbed, self._thread = False, threading.get_ident()
 
-    def _process_message(self, msg: Any) -> None:
+    def _process_message(self, msg: runtime.Message) -> None:
         if threading.get_ident() != self._thread:
             self.disturbed = True
             raise RuntimeError(BESIDE)
@@ -167,31 +165,27 @@ def where_possible(
     """
     found = list(possible_pieces(function, z, alone=alone, halves=halves, note=note))
     if len(found) == 1 and found[0][1] is not None:
-        whole: tuple[Tensor, ...] = found[0][1]
-        return whole
+        return found[0][1]
     nowhere = [z.new_full((1, *width), torch.nan) for width in widths]
     rows = [nowhere if part is None else part for _, part in found]
     return tuple(torch.cat([part.to(z) for part in parts]) for parts in zip(*rows, strict=True))
 
 
 def possible_pieces(
-    function: Callable[[Any], Any],
-    rows: Any,
+    function: Callable[[Rows], Found],
+    rows: Rows,
     *,
-    alone: Callable[[Any], Any] | None = None,
+    alone: Callable[[Rows], Found] | None = None,
     halves: bool = True,
-    instead: Callable[[Any], Any] = lambda row: None,
+    instead: Callable[[Rows], Found | None] = lambda row: None,
     note: Note = lambda points, undefined, error: None,
-) -> Iterator[tuple[int, Any]]:
-    """Yield pieces of rows: how many, and the function of them; what is ``instead`` of it where an error is raised.
+) -> Iterator[tuple[int, Found | None]]:
+    """Yield pieces of rows: how many, and the function of them; what is ``instead`` of it for one row where an error is
+    raised.
 
-    Args:
-        function: of rows, a tensor or a dict of tensors.
-        rows: tensors with as many rows each.
-        alone: the same function for one row, without ``vmap``, which has errors of its own.
-        halves: whether the function is tried at all rows, and at halves of them where it fails; else at each row.
-        instead: what is taken for one row where the model raises an error; None by default.
-        note: called with the number of points of each piece, how many are undefined, and the error.
+    With ``halves`` the function is tried at all rows, and at halves of them where it fails; else at each row. ``alone``
+    is the same function for one row without ``vmap``, which has errors of its own. ``note`` is told of each piece: its
+    points, how many of them are undefined, and the error.
     """
     count, alone = len(tree_leaves(rows)[0]), function if alone is None else alone
     if halves:
@@ -208,21 +202,18 @@ def possible_pieces(
         for part in pieces(rows, (count + 1) // 2 if halves else 1, lambda: None):
             yield from possible_pieces(function, part, alone=alone, halves=halves, instead=instead, note=note)
         return
+    single: Found | None
     try:
-        found = alone(rows)
+        single = alone(rows)
         note(1, 0, None)
     except torch.linalg.LinAlgError as error:
         note(1, 1, error)
-        found = instead(rows)
-    yield 1, found
+        single = instead(rows)
+    yield 1, single
 
 
-def filled_up(found: list[tuple[int, Any]], faults: Faults) -> Any:
-    """Put pieces of rows together, with NaN (0 for whole numbers) where the model raised an error.
-
-    Raises:
-        Undefined: if it raised one at all rows.
-    """
+def filled_up(found: list[tuple[int, Found | None]], faults: Faults) -> Found:
+    """Put pieces of rows together, with NaN (0 for whole numbers) where the model raised an error."""
     known = next((part for _, part in found if part is not None), None)
     if known is None:
         raise Undefined(faults.said or "no row")
@@ -231,7 +222,7 @@ def filled_up(found: list[tuple[int, Any]], faults: Faults) -> Any:
     leaves, form = tree_flatten(known)
     nowhere = [torch.full_like(leaf[:1], torch.nan if leaf.is_floating_point() else 0) for leaf in leaves]
     rows = [nowhere if part is None else tree_flatten(part)[0] for _, part in found]
-    return tree_unflatten([torch.cat(parts) for parts in zip(*rows, strict=True)], form)
+    return cast(Found, tree_unflatten([torch.cat(parts) for parts in zip(*rows, strict=True)], form))
 
 
 def redrawn(draw: Callable[[int], dict[str, Tensor]], draws: int) -> dict[str, Tensor]:
@@ -261,19 +252,19 @@ def nearer(run: Callable[[float], Result]) -> Result:
     return run(0.1)
 
 
-def join(parts: Iterable[Any], rows: int) -> Any:
+def join(parts: Iterable[Found], rows: int) -> Found:
     """Put pieces of ``rows`` rows in all, tensors or dicts of tensors, one after the other.
 
-    Without autograd they are copied as they come, so that results never take twice their memory.
-
-    Raises:
-        RuntimeError: if the pieces differ in more than their number of rows.
+    Without autograd they are copied as they come, so that results never take twice their memory. Pieces that differ in
+    more than their number of rows are an error.
     """
     pieces = iter(parts)
     first = next(pieces)
+    every = chain([first], pieces)
     if isinstance(first, dict):
-        return _filled(chain([first], pieces), first, rows)
-    return _filled(({"": piece} for piece in chain([first], pieces)), {"": first}, rows)[""]
+        return cast(Found, _filled(cast(Iterable[dict[str, Tensor]], every), first, rows))
+    single = ({"": piece} for piece in cast(Iterable[Tensor], every))
+    return cast(Found, _filled(single, {"": cast(Tensor, first)}, rows)[""])
 
 
 def _filled(pieces: Iterable[dict[str, Tensor]], first: dict[str, Tensor], rows: int) -> dict[str, Tensor]:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from pyro.distributions.mixture import MaskedConstraint
 from torch import Tensor
+from torch.distributions import Distribution, constraints
 from torch.distributions import biject_to as registered
-from torch.distributions import constraints
 from torch.distributions.constraints import Constraint, MixtureSameFamilyConstraint
 from torch.distributions.transforms import (
     AffineTransform,
@@ -29,14 +29,11 @@ GENERALIZED_PARETO: Any = getattr(torch.distributions, "GeneralizedPareto", ()) 
 BOUNDS = {"lower_bound": torch.amin, "upper_bound": torch.amax}
 
 
-def bijection(fn: Any) -> Transform:
-    """Return a bijection from real numbers onto the support of a distribution.
+def bijection(fn: Distribution) -> Transform:
+    """Return a bijection from real numbers onto the support of a distribution; NotImplementedError if there is none.
 
     A transformed distribution claims all of its last transform's codomain. Where its base has a narrower support than
     the real numbers, the image of that one is taken instead.
-
-    Raises:
-        NotImplementedError: if there is none.
     """
     inner, lifted = fn, 0
     while isinstance(inner, WRAPPERS):
@@ -44,9 +41,9 @@ def bijection(fn: Any) -> Transform:
         inner = inner.base_dist
     if isinstance(inner, GENERALIZED_PARETO):
         return _lifted(_perhaps_bounded(inner.support), lifted)
-    if not is_narrower(inner) or not ComposeTransform(list(inner.transforms)).bijective:
-        return biject_to(fn.support)
-    return _lifted(ComposeTransform([bijection(inner.base_dist), *inner.transforms]), lifted)
+    if is_narrower(inner) and ComposeTransform(inner.transforms).bijective:
+        return _lifted(ComposeTransform([bijection(inner.base_dist), *inner.transforms]), lifted)
+    return biject_to(cast(Constraint, fn.support))
 
 
 def _lifted(transform: Transform, axes: int) -> Transform:
@@ -65,9 +62,6 @@ def biject_to(support: Constraint) -> Transform:
     """Return torch's bijection onto a support, also where constraints without one of their own wrap it.
 
     Components of a mixture that have bounds of their own share the interval from the lowest to the highest of them.
-
-    Raises:
-        NotImplementedError: if there is none.
     """
     if isinstance(support, constraints.independent):
         return IndependentTransform(biject_to(support.base_constraint), support.reinterpreted_batch_ndims)
@@ -83,8 +77,7 @@ def biject_to(support: Constraint) -> Transform:
         return _Triangle()
     if isinstance(support, (type(constraints.positive_definite), type(constraints.positive_semidefinite))):
         return _Triangle(square=True)
-    found: Transform = registered(support)
-    return found
+    return cast(Transform, registered(support))
 
 
 class _Choice(Transform):
@@ -126,7 +119,7 @@ class _Triangle(Transform):
         self.square = square
 
     @property
-    def codomain(self) -> Any:  # type: ignore[override]
+    def codomain(self) -> Constraint:  # type: ignore[override]
         return constraints.positive_definite if self.square else constraints.lower_cholesky
 
     def _call(self, x: Tensor) -> Tensor:
@@ -155,11 +148,11 @@ class _Triangle(Transform):
             return logs.sum(-1)
         return ((size + 2 - steps) * logs).sum(-1) + size * math.log(2.0)
 
-    def forward_shape(self, shape: Any) -> torch.Size:
+    def forward_shape(self, shape: Sequence[int]) -> torch.Size:
         side = _side(shape[-1])
         return torch.Size((*shape[:-1], side, side))
 
-    def inverse_shape(self, shape: Any) -> torch.Size:
+    def inverse_shape(self, shape: Sequence[int]) -> torch.Size:
         return torch.Size((*shape[:-2], shape[-1] * (shape[-1] + 1) // 2))
 
 
@@ -181,7 +174,7 @@ def _side(numbers: int) -> int:
     return int(math.isqrt(8 * numbers + 1) - 1) // 2
 
 
-def _hull(support: Any, axis: int) -> Any:
+def _hull(support: Constraint, axis: int) -> Constraint:
     """Return the support that holds those of all components, which lie along ``axis`` of its bounds."""
     if isinstance(support, MixtureSameFamilyConstraint):
         return _hull(_hull(support.base_constraint, -1), axis)

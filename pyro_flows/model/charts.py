@@ -47,7 +47,6 @@ class Heavy:
     scale: Tensor
 
     def forward(self, u: Tensor) -> tuple[Tensor, Tensor]:
-        """Return values and the log derivatives."""
         chosen = self.scale > 0.0
         inner = torch.where(chosen, u, 0.0)
         scale = torch.where(chosen, self.scale, 1.0)
@@ -58,7 +57,6 @@ class Heavy:
         )
 
     def inverse(self, y: Tensor) -> Tensor:
-        """Return the coordinates of values."""
         chosen = self.scale > 0.0
         scale = torch.where(chosen, self.scale, 1.0)
         return torch.where(chosen, torch.asinh((y - self.loc) / scale), y)
@@ -77,7 +75,6 @@ class Walls:
         return below, above, torch.where(below, self.low, 0.0), torch.where(above, self.high, 1.0)
 
     def forward(self, u: Tensor) -> tuple[Tensor, Tensor]:
-        """Return values and the log derivatives."""
         below, above, low, high = self._sides()
         both, one = below & above, below ^ above
         sign = torch.where(above, -1.0, 1.0).to(u)
@@ -107,12 +104,8 @@ def _replaced(values: Any, by: Callable[[Any], Any]) -> Any:
     return [_replaced(part, by) for part in values] if isinstance(values, list) else by(values)
 
 
-def read_chart(given: Mapping[str, Any], shape: torch.Size, like: Tensor) -> Chart | None:
-    """Make a chart from plain numbers, with a site's shape, and dtype and device of ``like``; None if there is none.
-
-    Raises:
-        KeyError, RuntimeError, TypeError: for numbers that are missing or do not fit.
-    """
+def read_chart(given: Mapping[str, object], shape: torch.Size, like: Tensor) -> Chart | None:
+    """Make a chart from plain numbers, with a site's shape, and dtype and device of ``like``; None if there is none."""
 
     def numbers(name: str, missing: float = math.nan) -> Tensor:
         values = _replaced(given[name], lambda value: missing if value is None else value)
@@ -125,7 +118,7 @@ def read_chart(given: Mapping[str, Any], shape: torch.Size, like: Tensor) -> Cha
     return Heavy(numbers("heavy_about"), numbers("heavy_scale")) if "heavy_scale" in given else None
 
 
-def write_chart(chart: Chart | None) -> dict[str, Any]:
+def write_chart(chart: Chart | None) -> dict[str, object]:
     """Return a chart as plain numbers, as :func:`read_chart` takes them."""
     if isinstance(chart, Circle):
         return {"turn_about": chart.center.tolist()}

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_flows._fallbacks import passed_over
+from pyro_flows._fallbacks import Tried, passed_over
 from pyro_flows._seeding import seeded
 from pyro_flows.model.batching import over_rows, quiet, where_possible
 from pyro_flows.model.precision import LostDigits, doubled, in_double, read_in_double
@@ -36,15 +36,15 @@ class Digits(Runs):
     def _become_double(self) -> bool:
         """Run the model in double precision from now on; return whether it can. Its structure is read anew."""
         now = dict(vars(self))
-        try:
+        with Tried() as tried:
             with seeded(0):
                 self._as_read = read_in_double(self.model, self.args, self.kwargs)
             self.model, self._double, self._off = doubled(self.model), True, None
             self._settle(self._as_read.noncenter(self.structure.noncentered))
             if self.dtype == torch.float64:
                 return True
-        except Exception as error:  # a model's own code may raise anything
-            passed_over("not run in double precision", error)
+        if tried.error is not None:
+            passed_over("not run in double precision", tried.error)
         vars(self).clear()
         vars(self).update(now, _has_double=False)
         return False
@@ -91,10 +91,10 @@ class Digits(Runs):
         points = torch.zeros(len(sites), len(FAR), self.dim, dtype=self.dtype, device=self.device)
         for number, latent in enumerate(sites):
             points[number, :, latent.offset : latent.offset + latent.size] = points.new_tensor(FAR)[:, None]
-        try:
+        with Tried() as tried:
             single, double = self._in_both(torch.cat([points.flatten(0, 1), points.new_zeros(1, self.dim)]))
-        except Exception as error:  # a model's own code may raise anything
-            passed_over("precisions not compared far out", error)
+        if tried.error is not None:
+            passed_over("precisions not compared far out", tried.error)
             return False
         there = torch.isfinite(single) & torch.isfinite(double)
         single, double = single[there], double[there]
@@ -119,13 +119,13 @@ class Digits(Runs):
     @torch.no_grad()
     def _off_by(self, z: Tensor) -> float:
         if self._has_double and not self._double:
-            try:
+            with Tried() as tried:
                 single, double = self._in_both(z)
                 there = torch.isfinite(double)
                 there &= double >= double[there].quantile(0.25) if bool(there.any()) else False
                 return float((single - double)[there].abs().nan_to_num(nan=torch.inf).amax()) if there.any() else 0.0
-            except Exception as error:  # a model's own code may raise anything
-                passed_over("precisions not compared", error)
+            if tried.error is not None:
+                passed_over("precisions not compared", tried.error)
                 self._has_double = False
         size = self._at(self.single, z).abs()
         return float(size[torch.isfinite(size)].median().nan_to_num(nan=0.0)) * torch.finfo(self.dtype).eps

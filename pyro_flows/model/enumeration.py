@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from types import SimpleNamespace
-from typing import Any
+from typing import cast
 
 import torch
 from pyro.infer.mcmc.util import TraceEinsumEvaluator
@@ -12,13 +12,14 @@ from pyro.ops.contract import contract_to_tensor
 from pyro.ops.rings import LogRing
 from pyro.poutine import Trace
 from pyro.poutine.enum_messenger import EnumMessenger
+from pyro.poutine.runtime import Message
 from torch import Tensor
 
 
 class Enumerate(EnumMessenger):
     """Pyro's enumeration handler, which reads ``value.data``: forbidden under vmap, and only its shape matters."""
 
-    def _pyro_post_sample(self, msg: Any) -> None:
+    def _pyro_post_sample(self, msg: Message) -> None:
         value = msg["value"]
         if value is not None:
             msg["value"] = SimpleNamespace(data=value, dim=value.dim)
@@ -39,7 +40,7 @@ class _Elimination(LogRing):
     """Sum-product in log space, one dimension at a time, the cheapest first; plain torch operations only."""
 
     def sumproduct(self, terms: Sequence[Tensor], dims: Iterable[str]) -> Tensor:
-        pool = [(term, term._pyro_dims) for term in terms]  # type: ignore[attr-defined]
+        pool = [(term, vars(term)["_pyro_dims"]) for term in terms]
         left = set(dims)
         while left:
             dim = min(sorted(left), key=lambda name: len(_union(names for _, names in pool if name in names)))
@@ -50,7 +51,7 @@ class _Elimination(LogRing):
             pool = [entry for entry in pool if dim not in entry[1]] + [(joint, names.replace(dim, ""))]
         names = _union(names for _, names in pool)
         result = _add(pool, names)
-        result._pyro_dims = names  # type: ignore[attr-defined]
+        vars(result)["_pyro_dims"] = names
         return result
 
 
@@ -60,9 +61,9 @@ def _union(names: Iterable[str]) -> str:
 
 def _add(entries: Sequence[tuple[Tensor, str]], names: str) -> Tensor:
     """Add tensors with named axes, each broadcast to ``names``."""
-    total: Any = 0.0
+    total: Tensor | float = 0.0
     for tensor, own in entries:
-        order = sorted(range(len(own)), key=lambda axis, own=own: own[axis])  # type: ignore[misc]
+        order = sorted(range(len(own)), key=own.__getitem__)
         index = tuple(slice(None) if name in own else None for name in names)
         total = total + tensor.permute(order)[index]
-    return total + 0.0
+    return cast(Tensor, total + 0.0)

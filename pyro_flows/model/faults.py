@@ -1,16 +1,19 @@
-"""Points at which a model raises an error: its log density is -inf there, and a note says so."""
+"""Points at which a model raises an error, or a matrix has no factor: there the log density is -inf, as a note says."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from functools import partial
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 from torch._C import _functorch
+from torch.overrides import TorchFunctionMode
 
-from pyro_flows._fallbacks import first_line
+from pyro_flows._fallbacks import Tried, first_line
+from pyro_flows._tensors import Args, Function, Kwargs
 
 Result = TypeVar("Result")
 
@@ -53,14 +56,13 @@ def is_of_a_point(error: BaseException) -> bool:
 @contextmanager
 def defined(place: Callable[[], str]) -> Iterator[None]:
     """Raise :class:`Undefined` for errors of a point inside; ``place`` says where in the model it is."""
-    try:
+    with Tried(lambda error: is_of_a_point(error) and not isinstance(error, Undefined)) as tried:
         yield
-    except Undefined:
-        raise
-    except Exception as error:  # a model's own code may raise anything
-        if not is_of_a_point(error):
-            raise
-        raise Undefined(f"{place()}: {first_line(error)}") from error
+    if tried.error is not None:
+        raise Undefined(f"{place()}: {first_line(tried.error)}") from tried.error
+
+
+at_a_point = partial(Tried, is_of_a_point)  # a context that keeps errors of a point
 
 
 @contextmanager
@@ -76,24 +78,9 @@ def passing_over() -> Iterator[None]:
 def place_of(last: str | None, order: Sequence[str]) -> str:
     """Say where a model was that had come to the site ``last``; ``order`` are the sites of a run without an error."""
     following = order[order.index(last) + 1 :] if last in order else order if last is None else ()
-    return (
-        f"in or before site {following[0]!r}"
-        if following
-        else "in the model"
-        if last is None
-        else f"after site {last!r}"
-    )
-
-
-def site_of(nodes: dict[str, Any]) -> str:
-    """Say at which site of a run the log density raises an error."""
-    for name, site in nodes.items():
-        if site["type"] == "sample":
-            try:
-                site["fn"].log_prob(site["value"])
-            except Exception:  # a distribution's own code may raise anything
-                return f"at site {name!r}"
-    return "in the log density"
+    if following:
+        return f"in or before site {following[0]!r}"
+    return "in the model" if last is None else f"after site {last!r}"
 
 
 LOOKS = 3  # at points where a recorded graph gives NaN
@@ -114,12 +101,10 @@ def where_it_runs(
     """
     found, others = list[Result](), list[Result]()
     for point in (point for size in SIZES for point in points(size)):
-        try:
+        with at_a_point() as tried:
             result = run(point)
-        except Exception as error:  # a model's own code may raise anything
-            if not is_of_a_point(error):
-                raise
-            note(error)
+        if tried.error is not None:
+            note(tried.error)
             continue
         (found if good(result) else others).append(result)
         if len(found) == count:
@@ -128,19 +113,12 @@ def where_it_runs(
 
 
 class Faults:
-    """Counts the points at which a log density was not defined.
-
-    Attributes:
-        points: that were looked at.
-        undefined: points among them.
-        said: the first error of the model, and where it was raised; None as long as there was none.
-        looks: how often it is still to be found out whether the model raises an error where a graph gives NaN.
-    """
+    """Counts the points at which a log density was not defined."""
 
     def __init__(self) -> None:
-        self.points = self.undefined = 0
-        self.looks = LOOKS
-        self.said: str | None = None
+        self.points = self.undefined = 0  # that were looked at, and those among them
+        self.looks = LOOKS  # still to be made, where a graph gives NaN, whether the model raises an error there
+        self.said: str | None = None  # the first error of the model, and where it was raised
 
     def add(self, points: int, undefined: int, error: BaseException | None = None) -> None:
         """Add so many points, and the error that the model raised at one of them."""
@@ -157,3 +135,37 @@ class Faults:
             f"the model raised an error at {self.undefined} of {self.points} points, {self.said}; "
             "these count as log density -inf",
         )
+
+
+# factorizations -------------------------------------------------------------------------------------------------------
+
+_CHOLESKY = (torch.linalg.cholesky, torch.cholesky, torch.Tensor.cholesky)
+
+
+class Factorizations(TorchFunctionMode):
+    """While it is entered, matrices that are not positive definite have factors of NaN; ``met`` tells whether there
+    were any.
+
+    torch raises an error for a whole batch if one matrix of it has no factor. Then whoever evaluates a model at many
+    points has to look for that point, half by half.
+
+    >>> import torch
+    >>> with Factorizations():
+    ...     torch.linalg.cholesky(torch.tensor([[[4.0]], [[-1.0]]])).flatten().tolist()
+    [2.0, nan]
+    """
+
+    def __init__(self, *, strict: bool = False) -> None:
+        """``strict`` leaves the error as it is, and only looks."""
+        super().__init__()
+        self.strict, self.met = strict, False
+
+    def __torch_function__(self, func: Function, types: object, args: Args = (), kwargs: Kwargs = None) -> object:
+        met = func in _CHOLESKY
+        self.met = self.met or met
+        return (_factor if met and not self.strict else func)(*args, **(kwargs or {}))
+
+
+def _factor(matrix: Tensor, upper: bool = False) -> Tensor:
+    factor, fault = torch.linalg.cholesky_ex(matrix, upper=upper)
+    return factor * torch.where(fault > 0, torch.nan, 1.0).to(factor.dtype)[..., None, None]  # NaN gradients, too

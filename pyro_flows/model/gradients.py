@@ -17,11 +17,7 @@ from pyro_flows.model.batching import batch
 
 
 def values_and_grads(function: Callable[[Tensor], Tensor], points: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the values (S,) of a function of one point, and its gradients (S, D), at ``points`` (S, D).
-
-    Raises:
-        RuntimeError: if it does not return one number for each point.
-    """
+    """Return the values (S,) of a function of one point, and its gradients (S, D), at ``points`` (S, D)."""
     if _functorch.peek_interpreter_stack() is not None:  # a transform around this one would not let autograd through
         grads, values = batch(torch.func.grad_and_value(function))(points)
         return values, grads
@@ -38,8 +34,7 @@ def batch_and_grads(whole: Callable[[Tensor], Tensor], points: Tensor) -> tuple[
 def hessians(function: Callable[[Tensor], Tensor], points: Tensor) -> Tensor:
     """Return the second derivatives (K, D, D) of a function of one point at ``points`` (K, D).
 
-    Raises:
-        RuntimeError: if an operation cannot be differentiated twice, or not for many directions at once.
+    A RuntimeError says that an operation cannot be differentiated twice, or not for many directions at once.
     """
     return batch_hessians(batch(function), points)
 
@@ -52,11 +47,7 @@ def batch_hessians(whole: Callable[[Tensor], Tensor], points: Tensor) -> Tensor:
 
 
 def hessian_diagonals(function: Callable[[Tensor], Tensor], points: Tensor, *, chunk: int) -> Tensor:
-    """Return the diagonals (K, D) of the same, with ``chunk`` rows in memory at a time.
-
-    Raises:
-        RuntimeError: where :func:`hessians` does.
-    """
+    """Return the diagonals (K, D) of the same, with ``chunk`` rows in memory at a time."""
     row, units = _rows(batch(function), points)
     with filled():
         return torch.func.vmap(lambda unit: torch.where(unit != 0.0, row(unit), 0.0).sum(1), chunk_size=chunk)(units).mT

@@ -5,11 +5,13 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any
+from contextlib import AbstractContextManager
+from typing import TypeVar, cast
 
 import pyro
 import torch
 from pyro import poutine
+from pyro.distributions import TorchDistribution
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 from torch.distributions import Distribution, transform_to
@@ -17,8 +19,10 @@ from torch.distributions.constraints import Constraint
 
 from pyro_flows._shapes import broadcast
 from pyro_flows.model.batching import apart
-from pyro_flows.model.sites import Latent, Placed, Structure, is_data, messages
+from pyro_flows.model.sites import Latent, Model, Placed, Site, Structure, is_data, messages
 from pyro_flows.model.supports import guarded, missing
+
+Fn = TypeVar("Fn", bound=Distribution)
 
 
 class Place(Messenger):
@@ -37,7 +41,7 @@ class Place(Messenger):
         self.placed: dict[str, Placed] = {}
         self.last: str | None = None  # the site that the model came to last
 
-    def _pyro_sample(self, msg: Any) -> None:
+    def _pyro_sample(self, msg: Site) -> None:
         self.last = msg["name"]
         msg["fn"] = _unchecked(msg["fn"])
         latent = self.latents.get(msg["name"])
@@ -50,11 +54,11 @@ class Place(Messenger):
         if msg["name"] in self.guards:
             msg["fn"] = guarded(msg["fn"])
 
-    def _place(self, latent: Latent, fn: Any) -> Placed:
+    def _place(self, latent: Latent, fn: TorchDistribution) -> Placed:
         return latent.place(self.z, fn)
 
 
-def masks_over(site: Any) -> list[tuple[Tensor, int]]:
+def masks_over(site: Site) -> list[tuple[Tensor, int]]:
     """The masks over a site's entries (False: left out), each with the number of axes of one event it has."""
     own = missing(site["fn"])
     return ([(site["mask"], 0)] if isinstance(site["mask"], Tensor) else []) + ([] if own is None else [own])
@@ -71,7 +75,7 @@ def _fill(value: Tensor, mask: Tensor, event_dim: int) -> Tensor:
     return torch.where(mask.reshape(mask.shape + (1,) * event_dim), value, filler)
 
 
-def _unchecked(fn: Any) -> Any:
+def _unchecked(fn: Fn) -> Fn:
     """Return the distribution without argument checks, which branch on values; the model's own object stays as it is.
 
     Under :func:`quiet`, only distributions that were made before the run have any, such as the priors of a
@@ -89,12 +93,12 @@ def _unchecked(fn: Any) -> Any:
 class Resample(Messenger):
     """Draw the observed sites anew (posterior and prior predictive), one draw for each observed value."""
 
-    def _pyro_sample(self, msg: Any) -> None:
+    def _pyro_sample(self, msg: Site) -> None:
         if msg["is_observed"] and is_data(msg):
             fn, value = msg["fn"], msg["value"]
             batch = broadcast(fn.batch_shape, value.shape[: value.dim() - fn.event_dim])
             msg["fn"] = fn if batch == fn.batch_shape else fn.expand(batch)
-            msg["is_observed"], msg["value"] = False, None
+            msg["is_observed"], msg["value"] = False, cast(Tensor, None)
 
 
 class _Hold(Messenger):
@@ -104,13 +108,24 @@ class _Hold(Messenger):
         super().__init__()
         self.held = held
 
-    def _pyro_param(self, msg: Any) -> None:
+    def _pyro_param(self, msg: Site) -> None:
         if msg["name"] in self.held:
             leaf, constraint = self.held[msg["name"]]
             msg["value"] = transform_to(constraint)(leaf)
 
 
-def hold(model: Callable[..., Any], trace: poutine.Trace) -> tuple[Callable[..., Any], dict[str, Tensor]]:
+def within(model: Model, context: Callable[[], AbstractContextManager[object]]) -> Model:
+    """Return the model, run inside of a context that is made for each run."""
+
+    @functools.wraps(model, updated=())
+    def run(*args: object, **kwargs: object) -> object:
+        with context():
+            return model(*args, **kwargs)
+
+    return run
+
+
+def hold(model: Model, trace: poutine.Trace) -> tuple[Callable[..., object], dict[str, Tensor]]:
     """Return the model, tied to the parameters that it had in ``trace``, and their unconstrained leaves by name.
 
     Without this, a cleared or reloaded parameter store would silently turn it into another model.
@@ -122,16 +137,11 @@ def hold(model: Callable[..., Any], trace: poutine.Trace) -> tuple[Callable[...,
             leaf = getattr(site["value"], "unconstrained", lambda site=site: site["value"])()
             held[name] = (leaf, constraints.get(name, site["kwargs"]["constraint"]))
 
-    @functools.wraps(model, updated=())
-    def run(*args: Any, **kwargs: Any) -> Any:
-        with _Hold(held):
-            return model(*args, **kwargs)
-
-    return run, {name: leaf for name, (leaf, _) in held.items()}
+    return within(model, lambda: _Hold(held)), {name: leaf for name, (leaf, _) in held.items()}
 
 
 def place_all(
-    structure: Structure, z: Tensor, run: Callable[[], Any], *, moving: bool = False
+    structure: Structure, z: Tensor, run: Callable[[], object], *, moving: bool = False
 ) -> dict[str, Placed]:  # fmt: skip
     """Put each latent at ``z``.
 
@@ -147,7 +157,7 @@ def place_all(
 
 
 def flatten_all(
-    structure: Structure, values: Mapping[str, Tensor], run: Callable[[], Any], *, moving: bool = False
+    structure: Structure, values: Mapping[str, Tensor], run: Callable[[], object], *, moving: bool = False
 ) -> Tensor:  # fmt: skip
     """Return the unconstrained vector (D,) of one constrained value of each latent; ``run`` as in :func:`place_all`."""
     trace = structure.trace

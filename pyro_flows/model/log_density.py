@@ -8,7 +8,6 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from itertools import pairwise
-from typing import Any
 
 import pyro
 import torch
@@ -132,7 +131,7 @@ class LogDensity(SiteValues):
             other.model, other._double = vars(self.model)["__wrapped__"], False
         return other
 
-    def beside(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> LogDensity:
+    def beside(self, args: Sequence[object], kwargs: Mapping[str, object]) -> LogDensity:
         """Return the log density of the same model with other data of equal shapes, in the same coordinates.
 
         Its structure is read, and its data are checked. Whether it can be batched is not: who calls this compares
@@ -165,8 +164,7 @@ class LogDensity(SiteValues):
                 self._note(z, values)
                 return values.to(z.dtype)
         with suppress(Undefined):
-            found: Tensor = self.map(self.single, z)
-            return found.to(z.dtype)
+            return self.map(self.single, z).to(z.dtype)
         return z.new_full((len(z),), torch.nan)
 
     def _note(self, z: Tensor, values: Tensor) -> None:

@@ -2,29 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import suppress
-from typing import Any
 
 import pyro
 import torch
 from pyro import poutine
 from pyro.distributions import ImproperUniform
 from pyro.poutine.messenger import Messenger
-from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from pyro_flows._seeding import seeded
 from pyro_flows.model.batching import apart
 from pyro_flows.model.bijections import bijection
-from pyro_flows.model.faults import OF_POINTS, is_of_a_point
+from pyro_flows.model.faults import OF_POINTS, at_a_point
 from pyro_flows.model.handlers import masks_over
-from pyro_flows.model.sites import innermost, is_enumerated, messages
+from pyro_flows.model.sites import (
+    Keywords,
+    Model,
+    Positional,
+    Site,
+    innermost,
+    is_enumerated,
+    is_open,
+    is_subsample,
+    messages,
+)
 
 SHIFTS = 1.0, -0.5  # of the unconstrained values of all such entries, to see whether the density changes
 
 
-def _masks(site: Any) -> list[tuple[Tensor, int]]:
+def _masks(site: Site) -> list[tuple[Tensor, int]]:
     """The masks over a latent site and inside of its prior, each with the number of axes of one event that it has.
 
     A mask may be wider than the site: an element has a prior if any of its copies has one.
@@ -43,7 +51,7 @@ def _masks(site: Any) -> list[tuple[Tensor, int]]:
     return found
 
 
-def inside(site: Any) -> Tensor | None:
+def inside(site: Site) -> Tensor | None:
     """Return which batch elements of a latent site have a prior, in a part at least; None for all of them."""
     value, event_dim = site["value"], site["fn"].event_dim
     found = torch.ones(value.shape[: value.dim() - event_dim], dtype=torch.bool, device=value.device)
@@ -53,7 +61,7 @@ def inside(site: Any) -> Tensor | None:
 
 
 def coordinates(
-    site: Any, unconstrained: Tensor, unmasked: Tensor | None
+    site: Site, unconstrained: Tensor, unmasked: Tensor | None
 ) -> tuple[Tensor | None, Tensor | None, tuple[int, ...]]:
     """Return which batch elements of a latent site are coordinates, the places of these numbers, those without a prior.
 
@@ -73,25 +81,21 @@ def coordinates(
     return mask, free, tuple(flat.nonzero()[:, 0].tolist())
 
 
-def _numbers(mask: Tensor, axes: int, site: Any, unconstrained: Tensor) -> Tensor:
+def _numbers(mask: Tensor, axes: int, site: Site, unconstrained: Tensor) -> Tensor:
     """Spread a mask over batch elements, and ``axes`` axes of an event, to all unconstrained numbers of a site."""
     batch = site["value"].dim() - site["fn"].event_dim + axes
     shape = unconstrained.shape[:batch]
     return mask.expand(shape).reshape(shape + (1,) * (unconstrained.dim() - batch)).expand(unconstrained.shape)
 
 
-def used(
-    model: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], trace: poutine.Trace
-) -> dict[str, Tensor]:
+def used(model: Model, args: Positional, kwargs: Keywords, trace: poutine.Trace) -> dict[str, Tensor]:
     """Return, for sites under a mask, which of the elements without a prior the rest of the density depends on.
 
     These have a flat prior. The others, such as those that pad a ragged array, would be flat altogether.
-
-    Cost: three runs of the model and a gradient, if there is any such site.
     """
     left_out = {}
     for name, site in messages(trace).items():
-        latent = site["type"] == "sample" and not site["is_observed"] and not site_is_subsample(site)
+        latent = site["type"] == "sample" and not site["is_observed"] and not is_subsample(site)
         mask = inside(site) if latent and not is_enumerated(site) else None
         if mask is not None:
             left_out[name] = mask
@@ -108,12 +112,9 @@ def used(
         with apart(), seeded(0, next(iter(bases.values())).device), pyro.validation_enabled(False), _At(values):
             return torch.as_tensor(poutine.trace(model).get_trace(*args, **kwargs).log_prob_sum())
 
-    try:
-        with torch.no_grad():
-            here, *others = (density({name: base + shift for name, base in bases.items()}) for shift in (0.0, *SHIFTS))
-    except Exception as error:  # a model's own code may raise anything
-        if not is_of_a_point(error):
-            raise
+    with at_a_point() as tried, torch.no_grad():
+        here, *others = (density({name: base + shift for name, base in bases.items()}) for shift in (0.0, *SHIFTS))
+    if tried.error is not None:
         return {name: ~mask for name, mask in left_out.items()}  # it hangs on these values
     if all(torch.equal(here.nan_to_num(), other.nan_to_num()) for other in others):
         return {}
@@ -134,6 +135,6 @@ class _At(Messenger):
         super().__init__()
         self.values = values
 
-    def _pyro_sample(self, msg: Any) -> None:
-        if msg["value"] is None and msg["name"] in self.values:
+    def _pyro_sample(self, msg: Site) -> None:
+        if is_open(msg) and msg["name"] in self.values:
             msg["value"] = self.values[msg["name"]]

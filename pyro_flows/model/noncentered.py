@@ -22,23 +22,25 @@ from __future__ import annotations
 import copy
 import functools
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypeVar, cast
 
 import pyro.distributions as dist
 import torch
 from torch import Tensor
+from torch.distributions import Distribution
 
+from pyro_flows.model.supports import WRAPPERS, family
+
+Fn = TypeVar("Fn", bound=Distribution)
 ELEMENTWISE = (dist.Normal, dist.StudentT, dist.Laplace, dist.Cauchy, dist.Logistic, dist.Gumbel, dist.LogNormal)
-WRAPPERS = (torch.distributions.Independent, dist.ExpandedDistribution, dist.MaskedDistribution)
 
 
-def location_scale(fn: Any) -> tuple[Tensor, Tensor] | None:
+def location_scale(fn: Distribution) -> tuple[Tensor, Tensor] | None:
     """Return location and scale of a location-scale distribution on the unconstrained scale, or None for any other.
 
     The scale has the location's shape, or is a lower triangular matrix over the last axis (multivariate normal).
     """
-    while isinstance(fn, WRAPPERS):
-        fn = fn.base_dist
+    fn = family(fn)
     if isinstance(fn, ELEMENTWISE):
         return torch.broadcast_tensors(fn.loc, fn.scale)
     return (fn.loc, fn.scale_tril) if isinstance(fn, dist.MultivariateNormal) else None
@@ -65,16 +67,16 @@ class Spread(NamedTuple):
     residual: Tensor
 
 
-def spread(fn: Any, x: Tensor, data: Information | None) -> Spread:
+def spread(fn: Distribution, x: Tensor, data: Information | None) -> Spread:
     """Return the unconstrained value of coordinates ``x``."""
     own = _normal(fn, x, data)
     x = x.to(own.root.dtype)
     value = own.middle + _times(own.root, x, own.middle)
     residual = x if own.prior is None else _times(own.prior[0], x, own.middle) + own.prior[1]
-    return Spread(value, _summed(own.log_diagonal.expand(value.shape), fn.event_dim), residual)
+    return Spread(value, _summed(own.log_diagonal.expand(value.shape), len(fn.event_shape)), residual)
 
 
-def standardize(fn: Any, y: Tensor, data: Information | None) -> Tensor:
+def standardize(fn: Distribution, y: Tensor, data: Information | None) -> Tensor:
     """Return the coordinates of an unconstrained value ``y``: the inverse of :func:`spread`."""
     middle, root, *_ = _normal(fn, y, data)
     if root.dim() > middle.dim():
@@ -94,7 +96,7 @@ class _Normal(NamedTuple):
     prior: tuple[Tensor, Tensor] | None
 
 
-def _normal(fn: Any, like: Tensor, data: Information | None) -> _Normal:
+def _normal(fn: Distribution, like: Tensor, data: Information | None) -> _Normal:
     """Return location and scale of y.
 
     They have the highest precision of their own, of values ``like`` and of data: products of matrices mix none.
@@ -127,28 +129,28 @@ def _times(scale: Tensor, x: Tensor, like: Tensor) -> Tensor:
     return (scale @ x.unsqueeze(-1)).squeeze(-1) if scale.dim() > like.dim() else scale * x
 
 
-def exact(fn: Any, value: Tensor, at: Spread) -> Any:
+def exact(fn: Fn, value: Tensor, at: Spread) -> Fn:
     """Return ``fn``, whose log density at this very ``value`` is computed from its coordinates."""
-    if isinstance(fn, WRAPPERS):
-        new = copy.copy(fn)
-        new.base_dist = exact(fn.base_dist, value, at)
-        return new
-    if type(fn) not in EXACT:  # a class of the model's own may have any density
+    if not isinstance(fn, WRAPPERS) and type(fn) not in EXACT:  # a class of the model's own may have any density
         return fn
     new = copy.copy(fn)
-    new.__class__ = EXACT[type(fn)]
-    new._placed = value, at
+    if isinstance(fn, WRAPPERS):
+        vars(new)["base_dist"] = exact(fn.base_dist, value, at)
+    else:
+        new.__class__ = cast(type[Fn], EXACT[type(fn)])
+        vars(new)["_placed"] = value, at
     return new
 
 
-def _exactly(kind: Any) -> Any:
+def _exactly(kind: type[Distribution]) -> type[Distribution]:
     """Return the subclass of distributions that know their density at one value."""
 
-    class Exactly(kind):  # type: ignore[misc]
+    class Exactly(kind):  # type: ignore[misc, valid-type]
+        _placed: tuple[Tensor, Spread]
+
         def log_prob(self, value: Tensor) -> Tensor:
             known, found = self._placed
-            log_prob: Tensor = _log_prob(self, found) if value is known else super().log_prob(value)
-            return log_prob
+            return _log_prob(self, found) if value is known else super().log_prob(value)
 
     return Exactly
 
@@ -156,7 +158,7 @@ def _exactly(kind: Any) -> Any:
 EXACT = {kind: _exactly(kind) for kind in (*ELEMENTWISE, dist.MultivariateNormal)}
 
 
-def _log_prob(fn: Any, at: Spread) -> Tensor:
+def _log_prob(fn: Distribution, at: Spread) -> Tensor:
     _, scale = _parts(fn)
     if isinstance(fn, dist.MultivariateNormal):
         log_scale = scale.diagonal(dim1=-2, dim2=-1).log()
@@ -166,15 +168,14 @@ def _log_prob(fn: Any, at: Spread) -> Tensor:
     return _standard(fn, at.residual) - scale.log()
 
 
-def _standard(fn: Any, residual: Tensor) -> Tensor:
+def _standard(fn: Distribution, residual: Tensor) -> Tensor:
     """Return the log density that a distribution has with location 0 and scale 1."""
     fn = copy.copy(fn)
-    fn.loc, fn.scale = residual.new_zeros(()), residual.new_ones(())
-    log_prob: Tensor = fn.log_prob(residual)  # whose value is another one
-    return log_prob
+    vars(fn).update(loc=residual.new_zeros(()), scale=residual.new_ones(()))
+    return fn.log_prob(residual)  # whose value is another one
 
 
-def moves(first: Any, second: Any) -> bool:
+def moves(first: Distribution, second: Distribution) -> bool:
     """Whether location or scale of a site differ between two runs."""
     before, after = location_scale(first), location_scale(second)
     if before is None or after is None:
@@ -182,7 +183,7 @@ def moves(first: Any, second: Any) -> bool:
     return any(a.shape == b.shape and not torch.equal(a, b) for a, b in zip(before, after, strict=True))
 
 
-def _parts(fn: Any) -> tuple[Tensor, Tensor]:
+def _parts(fn: Distribution) -> tuple[Tensor, Tensor]:
     parts = location_scale(fn)
     assert parts is not None  # sites are chosen by ``moves``
     return parts

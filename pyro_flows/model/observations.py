@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
@@ -19,9 +19,18 @@ from torch.utils._pytree import tree_flatten_with_path
 from pyro_flows._shapes import broadcast
 from pyro_flows._warnings import outside
 from pyro_flows.model.batching import apart
-from pyro_flows.model.faults import is_of_a_point, where_it_runs
-from pyro_flows.model.sites import Latent, Structure, messages
-from pyro_flows.model.supports import WRAPPERS, inside, is_narrower, is_whole, needs_guard, signature, support_of
+from pyro_flows.model.faults import at_a_point, where_it_runs
+from pyro_flows.model.sites import Latent, Model, Positional, Site, Structure, messages
+from pyro_flows.model.supports import (
+    WRAPPERS,
+    family,
+    inside,
+    is_narrower,
+    is_whole,
+    needs_guard,
+    signature,
+    support_of,
+)
 
 SHOWN = 3  # entries, or names, in a message
 NUMBERS = 4  # of one event in a message
@@ -40,21 +49,13 @@ class NothingObservedWarning(UserWarning):
 # values ---------------------------------------------------------------------------------------------------------------
 
 
-def check_values(structure: Structure, run: Run, model: Callable[[], Any]) -> frozenset[str]:
+def check_values(structure: Structure, run: Run, model: Callable[[], object]) -> frozenset[str]:
     """Check observed values against the supports of their likelihoods, and return the sites that need a guard.
 
     A support that is the same for all latents decides here. One that moves with latents (or a value that does) decides
     anew at each of them: such a site has to get a density of zero outside of its support, and so has a mixture whose
     components have supports of their own. Masked-out entries may be anything, and a distribution made with
-    ``validate_args=False`` is left alone.
-
-    Args:
-        structure: of the model.
-        run: runs the model at one unconstrained point, and returns the trace.
-        model: runs the model once more.
-
-    Raises:
-        ValueError: naming site, entries and support, for values outside of the support.
+    ``validate_args=False`` is left alone. ``run`` gives the trace at one unconstrained point, ``model`` runs once more.
     """
     nodes = messages(structure.trace)
     guards = {latent.name for latent in structure.latents if needs_guard(nodes[latent.name]["fn"])}
@@ -67,83 +68,71 @@ def check_values(structure: Structure, run: Run, model: Callable[[], Any]) -> fr
         with torch.no_grad(), pyro.validation_enabled(False):
             first, *others = [messages(trace) for trace in where_it_runs(run, structure.points, 2)] or [{}]
         for name in asked:
-            site: Any = first.get(name)
-            if not others or support_moves(site, others[0][name]) or _varies(site, structure):
+            if not others or support_moves(first[name], others[0][name]):
+                guards.add(name)
+                continue
+            # between values of enumerated latents, which lie along axes left of all plates
+            found, axes = inside(first[name]["fn"], first[name]["value"])
+            varies = found.dim() - axes > max(structure.plate_nesting, _batch_dim(first[name]))
+            if structure.enumerated and varies:
                 guards.add(name)
             else:
-                refuse_outside(site)
-                guards |= {name} if needs_guard(site["fn"]) else set()
+                refuse_outside(first[name])
+                guards |= {name} if needs_guard(first[name]["fn"]) else set()
     return frozenset(guards)
 
 
-def _left_alone(structure: Structure, model: Callable[[], Any]) -> set[str]:
+def _left_alone(structure: Structure, model: Callable[[], object]) -> set[str]:
     """The observed sites whose distributions were made with ``validate_args=False``."""
     nodes = messages(structure.trace)
     if not Distribution._validate_args:  # plates hand the global setting on as if it were a distribution's own
         values = {name: site["value"] for name, site in nodes.items() if site["type"] == "sample"}
         values = {name: value for name, value in values.items() if not nodes[name]["is_observed"]}
-        try:
-            with apart(), torch.no_grad(), pyro.validation_enabled(True), poutine.condition(data=values):
-                nodes = messages(poutine.trace(model).get_trace())
-        except Exception as error:  # from a check of arguments, or of the model's own at values that it has run at
-            if not is_of_a_point(error):
-                raise
+        given = poutine.condition(data=values)
+        with at_a_point() as tried, apart(), torch.no_grad(), pyro.validation_enabled(True), given:
+            nodes = messages(poutine.trace(model).get_trace())
+        if tried.error is not None:  # from a check of arguments, or of the model's own at values that it has run at
             return set()
     return {name for name in structure.observed if _is_unchecked(nodes[name]["fn"])}
 
 
-def _is_unchecked(fn: Any) -> bool:
+def _is_unchecked(fn: Distribution) -> bool:
     own = vars(fn).get("_validate_args") is False
     return own or (isinstance(fn, WRAPPERS) and _is_unchecked(fn.base_dist))
 
 
-def support_moves(one: Any, other: Any) -> bool:
+def support_moves(one: Site, other: Site) -> bool:
     """Whether the support of an observed site, or its value, differs between two runs."""
     pairs = [[*signature(site["fn"]), site["value"]] for site in (one, other)]
     return len(pairs[0]) != len(pairs[1]) or any(not _same(a, b) for a, b in zip(*pairs, strict=True))
 
 
-def _same(one: Any, other: Any) -> bool:
+def _same(one: object, other: object) -> bool:
     if isinstance(one, Tensor) and isinstance(other, Tensor):
         return one.shape == other.shape and torch.allclose(one, other, rtol=0.0, atol=0.0, equal_nan=True)
     return type(one) is type(other) and bool(one == other)
 
 
-def _varies(site: Any, structure: Structure) -> bool:
-    """Whether the support differs between values of enumerated latents, which lie along axes left of all plates."""
-    found, axes = inside(site["fn"], site["value"])
-    return bool(structure.enumerated) and found.dim() - axes > max(structure.plate_nesting, _batch_dim(site))
-
-
-def _batch_dim(site: Any) -> int:
+def _batch_dim(site: Site) -> int:
     return int(site["value"].dim()) - len(site["fn"].event_shape)
 
 
-def refuse_outside(site: Any) -> None:
+def refuse_outside(site: Site) -> None:
     """Raise an error if observed values lie outside of the support, whatever the latents are."""
     name, fn, value = site["name"], site["fn"], site["value"]
     found, axes = inside(fn, value)
-    found = found if site["mask"] is None else _masked(found, axes, site["mask"])
+    if site["mask"] is not None:
+        mask = torch.as_tensor(site["mask"], device=found.device)
+        found = found | ~mask.reshape(mask.shape + (1,) * axes)
     if bool(found.all()):
         return
-    family = _family(fn)
-    entries = _entries(name, value, ~found, len(fn.event_shape) - axes, _distances(family, value))
+    kind = family(fn)
+    entries = _entries(name, value, ~found, len(fn.event_shape) - axes, _distances(kind, value))
     raise ValueError(
-        f"site {name!r}: expected observed values in the support of {type(family).__name__} ({_stated(family)}), got "
+        f"site {name!r}: expected observed values in the support of {type(kind).__name__} ({_stated(kind)}), got "
         f"{int((~found).sum())} of {found.numel()} outside of it: {entries}. Correct them, use another likelihood, or "
         "mark them as missing with obs_mask=. If they are meant, make the distribution with validate_args=False."
     )
-
-
-def _masked(found: Tensor, axes: int, mask: Any) -> Tensor:
-    mask = torch.as_tensor(mask, device=found.device)
-    return found | ~mask.reshape(mask.shape + (1,) * axes)
-
-
-def _family(fn: Any) -> Any:
-    while isinstance(fn, WRAPPERS):
-        fn = fn.base_dist
-    return fn
 
 
 def _entries(name: str, value: Tensor, bad: Tensor, depth: int, distance: Tensor | None) -> str:
@@ -168,7 +157,7 @@ def _number(value: Tensor) -> str:
     return f"[{', '.join(listed)}{', ...' if value.numel() > NUMBERS else ''}]"
 
 
-def _distances(fn: Any, value: Tensor) -> Tensor | None:
+def _distances(fn: Distribution, value: Tensor) -> Tensor | None:
     """How far numbers lie outside of the bounds of an interval, or from a whole number; None for other supports."""
     support = _elementary(support_of(fn))
     number = value.double()
@@ -186,10 +175,11 @@ def _elementary(support: Any) -> Any:
     return support
 
 
-def _stated(fn: Any) -> str:
+def _stated(fn: Distribution) -> str:
     """A support in words: its name and its bounds."""
     if is_narrower(fn):
-        return f"what its transforms make of {type(_family(fn.base_dist)).__name__}, {_stated(_family(fn.base_dist))}"
+        base = family(fn.base_dist)
+        return f"what its transforms make of {type(base).__name__}, {_stated(base)}"
     support = _elementary(support_of(fn))
     bounds = {key: getattr(support, key) for key in ("lower_bound", "upper_bound") if hasattr(support, key)}
     name = type(support).__name__.lstrip("_")
@@ -202,7 +192,7 @@ def _range(bound: Any) -> str:
     return f"{low:.6g}" if low == high else f"{low:.6g} to {high:.6g}"
 
 
-def not_finite(site: Any, density: Tensor) -> str:
+def not_finite(site: Site, density: Tensor) -> str:
     """Say which entries of a site have a log density that is not finite, and, for data, what values they have."""
     name, bad = site["name"], ~torch.isfinite(density)
     said = f"site {name!r} has log density {float(density.sum())}"
@@ -216,7 +206,7 @@ def not_finite(site: Any, density: Tensor) -> str:
 
 
 def warn_if_nothing_observed(
-    structure: Structure, run: Run, model: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]
+    structure: Structure, run: Run, model: Model, args: Positional, kwargs: dict[str, object]
 ) -> None:
     """Warn, at the line outside of this package that called, if a model has neither data nor factors.
 
@@ -260,7 +250,7 @@ def _forgotten(structure: Structure, run: Run, arguments: dict[str, Tensor]) -> 
     return best[:SHOWN] + ([f"and {len(best) - SHOWN} more"] if len(best) > SHOWN else [])
 
 
-def _changes(one: Any, other: Any) -> bool:
+def _changes(one: Site, other: Site) -> bool:
     """Whether a site's distribution differs between two runs."""
     before, after = (site["fn"].log_prob(one["value"]) for site in (one, other))
     return not torch.allclose(before, after, equal_nan=True)
@@ -272,9 +262,9 @@ def _fits(latent: Latent, value: Tensor) -> bool:
     return value.dim() > 0 and len(value) > 1 and len(value) in lengths
 
 
-def _arguments(model: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> dict[str, Tensor]:
+def _arguments(model: Model, args: Positional, kwargs: dict[str, object]) -> dict[str, Tensor]:
     """The tensors among a model's arguments, by name where names can be found."""
-    given: dict[str, Any] = {**{f"argument {position}": value for position, value in enumerate(args)}, **kwargs}
+    given: dict[str, object] = {**{f"argument {position}": value for position, value in enumerate(args)}, **kwargs}
     with suppress(TypeError, ValueError):
         given = dict(inspect.signature(model).bind(*args, **kwargs).arguments)
     found = {}

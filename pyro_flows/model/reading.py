@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import cast
 
 import pyro
 import torch
 from pyro import poutine
 from pyro.distributions import NanMaskedMultivariateNormal, NanMaskedNormal, Unit
-from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from pyro_flows.model.batching import apart, quiet
@@ -20,32 +19,28 @@ from pyro_flows.model.handlers import Place, masks_over
 from pyro_flows.model.masks import coordinates, used
 from pyro_flows.model.noncentered import moves
 from pyro_flows.model.sites import (
+    Keywords,
     Latent,
+    Model,
     Plate,
+    Positional,
+    Site,
     Structure,
     comes_and_goes,
     is_data,
     is_deterministic,
     is_enumerated,
+    is_subsample,
     messages,
 )
 from pyro_flows.model.start import first_run, initial_value, prior_run, transform_of
-from pyro_flows.model.supports import WRAPPERS, check_density
+from pyro_flows.model.supports import check_density, family
 
 
 def read_structure(
-    model: Callable[..., Any],
-    args: Sequence[Any],
-    kwargs: Mapping[str, Any],
-    start: Callable[[Any], Tensor] = initial_value,
+    model: Model, args: Positional, kwargs: Keywords, start: Callable[[Site], Tensor] = initial_value
 ) -> Structure:
-    """Run ``model`` once at a starting value (``start`` of each latent site's message) and read its structure.
-
-    Raises:
-        ValueError: if there is no latent site; a latent is discrete and not enumerated, a Delta, has a support without
-            a bijection, or sits in a subsampled or sequential plate; or observed values are NaN or no tensor. The site
-            is named.
-    """
+    """Run ``model`` once at a starting value (``start`` of each latent site's message) and read its structure."""
     trace = first_run(model, args, kwargs, start)
     structure = _structure(trace, used(model, args, kwargs, trace))
     try:
@@ -65,7 +60,7 @@ def _structure(trace: poutine.Trace, unmasked: Mapping[str, Tensor]) -> Structur
 
     ``unmasked`` are elements of sites that are coordinates although a mask leaves them without a prior.
     """
-    sites = [site for site in messages(trace).values() if site["type"] == "sample" and not site_is_subsample(site)]
+    sites = [site for site in messages(trace).values() if site["type"] == "sample" and not is_subsample(site)]
     stochastic = [site for site in sites if not site["is_observed"]]
     latents: list[Latent] = []
     for site in stochastic:
@@ -98,7 +93,7 @@ def _structure(trace: poutine.Trace, unmasked: Mapping[str, Tensor]) -> Structur
     )
 
 
-def _read_latent(site: Any, offset: int, unmasked: Tensor | None) -> Latent:
+def _read_latent(site: Site, offset: int, unmasked: Tensor | None) -> Latent:
     name = site["name"]
     transform = transform_of(site)
     for plate in _subsampled(site):
@@ -122,39 +117,30 @@ def _read_latent(site: Any, offset: int, unmasked: Tensor | None) -> Latent:
     return Latent(name, *shapes, _plates(site), offset, size, mask, free, improper=improper)
 
 
-def _plates(site: Any) -> tuple[Plate, ...]:
-    frames = [frame for frame in site["cond_indep_stack"] if frame.dim is not None]
-    return tuple(Plate(frame.name, frame.dim, frame.size) for frame in frames)
+def _plates(site: Site) -> tuple[Plate, ...]:
+    stack = site["cond_indep_stack"]
+    return tuple(Plate(frame.name, frame.dim, frame.size) for frame in stack if frame.dim is not None)
 
 
-def _subsampled(site: Any) -> list[str]:
+def _subsampled(site: Site) -> list[str]:
     return [frame.name for frame in site["cond_indep_stack"] if frame.full_size not in (None, frame.size)]
 
 
-def _is_text(value: Any) -> bool:
+def _is_text(value: object) -> bool:
     """Whether a value is text, or a list of texts."""
     return isinstance(value, str) or (isinstance(value, (list, tuple)) and any(_is_text(part) for part in value))
 
 
-def check_observed(site: Any) -> None:
+def check_observed(site: Site) -> None:
     """Refuse data that are no tensor, or NaN where no mask leaves them out."""
-    name, value = site["name"], site["value"]
+    name, value = site["name"], cast(object, site["value"])
     if not isinstance(value, Tensor):
-        kind = type(value).__name__
-        raise ValueError(
-            f"site {name!r}: expected "
-            + (
-                "numbers as obs=, got text."
-                if _is_text(value)
-                else f"a tensor as obs=, got a {kind}. Use torch.as_tensor."
-            )
-        )
+        a_tensor = f"a tensor as obs=, got a {type(value).__name__}. Use torch.as_tensor."
+        expected = "numbers as obs=, got text." if _is_text(value) else a_tensor
+        raise ValueError(f"site {name!r}: expected {expected}")
     if not value.is_floating_point() or site["mask"] is False:
         return
-    fn = site["fn"]
-    while isinstance(fn, WRAPPERS):
-        fn = fn.base_dist
-    if isinstance(fn, (NanMaskedNormal, NanMaskedMultivariateNormal)):
+    if isinstance(family(site["fn"]), (NanMaskedNormal, NanMaskedMultivariateNormal)):
         return
     bad = torch.isnan(value)
     for mask, axes in masks_over(site):
@@ -167,9 +153,7 @@ def check_observed(site: Any) -> None:
         )
 
 
-def _dependence(
-    model: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], structure: Structure
-) -> Structure:
+def _dependence(model: Model, args: Positional, kwargs: Keywords, structure: Structure) -> Structure:
     """Find out, from a run near a draw of the prior, whether supports move, and which locations and scales.
 
     Where there is no such run, supports are taken to move, which costs a run of the model wherever they are needed.
@@ -198,7 +182,7 @@ def _dependence(
     return replace(structure, dependent=dependent, hierarchical=tuple(hierarchical))
 
 
-def _there(trace: poutine.Trace, name: str) -> Any:
+def _there(trace: poutine.Trace, name: str) -> Site:
     """Return a latent site of a run, which has to have it."""
     if name not in messages(trace):
         raise comes_and_goes(name)

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
-from typing import Any
 
 import torch
 from pyro import poutine
@@ -15,28 +14,36 @@ from torch import Tensor
 from pyro_flows import _checks
 from pyro_flows._batches import rows_for
 from pyro_flows._clock import unbounded
-from pyro_flows._fallbacks import fallback, first_line
+from pyro_flows._fallbacks import Tried, fallback, first_line
 from pyro_flows._seeding import seeded
 from pyro_flows.model.arguments import usable
-from pyro_flows.model.batching import advice, apart, filled_up, over_rows, pieces, possible_pieces, quiet
+from pyro_flows.model.batching import Found, Rows, advice, apart, filled_up, over_rows, pieces, possible_pieces, quiet
 from pyro_flows.model.enumeration import Enumerate, Evaluator
-from pyro_flows.model.factorizations import Factorizations
 from pyro_flows.model.faults import (
+    Factorizations,
     Faults,
     Subsampled,
     defined,
     is_of_a_point,
     passing_over,
     place_of,
-    site_of,
     where_it_runs,
 )
 from pyro_flows.model.gradients import values_and_grads
 from pyro_flows.model.handlers import Place, Resample, hold, place_all
 from pyro_flows.model.observations import check_values
-from pyro_flows.model.outcomes import in_floats, refused_sites
-from pyro_flows.model.precision import doubled, in_double, read_in_one_precision
-from pyro_flows.model.sites import Latent, Noncentered, Placed, Structure, check_latents, messages
+from pyro_flows.model.precision import doubled, in_double, in_floats, is_refused, read_in_one_precision
+from pyro_flows.model.sites import (
+    Keywords,
+    Latent,
+    Model,
+    Noncentered,
+    Placed,
+    Positional,
+    Structure,
+    check_latents,
+    messages,
+)
 from pyro_flows.model.work import Work
 from pyro_flows.model.writes import Batchable, FindWrites, Places
 
@@ -49,12 +56,7 @@ class Runs:
     """A model with its arguments and its structure, run at points; see :class:`~pyro_flows.LogDensity`."""
 
     def __init__(
-        self,
-        model: Callable[..., Any],
-        args: Sequence[Any] = (),
-        kwargs: Mapping[str, Any] | None = None,
-        *,
-        noncentered: Noncentered = (),
+        self, model: Model, args: Positional = (), kwargs: Keywords | None = None, *, noncentered: Noncentered = ()
     ) -> None:
         if not callable(model):
             raise ValueError(f"model: expected a callable Pyro model, got a {type(model).__name__}.")
@@ -63,11 +65,12 @@ class Runs:
         self.faults = Faults()
         self._settle(self._read(model).noncenter(noncentered))
 
-    def _read(self, model: Callable[..., Any]) -> Structure:
+    def _read(self, model: Model) -> Structure:
         """Read the structure of a model with these arguments, and tie it to its parameters."""
         with seeded(0):
             self._as_read, double = read_in_one_precision(model, self.args, self.kwargs)
-            refused = refused_sites(self._as_read)
+            nodes = messages(self._as_read.trace)
+            refused = frozenset(name for name in self._as_read.observed if is_refused(nodes[name]))
             if refused:
                 model = in_floats(model, refused)
                 self._as_read, double = read_in_one_precision(model, self.args, self.kwargs)
@@ -105,12 +108,8 @@ class Runs:
         if like is None:
             self._probe()
         else:
-            self._take_over(like)
-
-    def _take_over(self, like: Runs) -> None:
-        """Run the model as ``like`` does, which has found out how."""
-        self.batched, self._unbatched, self._writes = like.batched, like._unbatched, like._writes
-        self.work, self._factorizes = like.work, like._factorizes
+            self.batched, self._unbatched, self._writes = like.batched, like._unbatched, like._writes
+            self.work, self._factorizes = like.work, like._factorizes
 
     # one run ------------------------------------------------------------------------------------------------------
 
@@ -134,7 +133,7 @@ class Runs:
         with self.writing(z), defined(lambda: "in the model"):
             return place_all(self.structure, z, self._called, moving=bool(self._parameters))
 
-    def _called(self) -> Any:
+    def _called(self) -> object:
         return self.model(*self.args, **self.kwargs)
 
     def trace_at(self, z: Tensor) -> poutine.Trace:
@@ -155,7 +154,7 @@ class Runs:
     def single(self, z: Tensor, latents: Sequence[Latent] | None = None) -> Tensor:
         """Return the log density of one point (D,), or that in the coordinates of other ``latents``."""
         trace, ladj = self._run(z, enumerate_sites=True, latents=latents)
-        with self.writing(z), defined(lambda: site_of(messages(trace))):  # distributions write in place, too
+        with self.writing(z), defined(lambda: _failing(trace)):  # distributions write in place, too
             if not self.structure.enumerated:
                 return trace.log_prob_sum() + ladj
             if self._evaluator is None:
@@ -208,13 +207,12 @@ class Runs:
 
     def _why_unbatched(self, points: Tensor, single: Tensor, *, again: bool = True) -> str | None:
         """Return why values and gradients cannot be had for many points at once; None if they can."""
-        try:
-            with Work() as self.work:
-                batched, _ = values_and_grads(self.single, points)
-        except Exception as error:  # a model's own code may raise anything
-            if again and is_of_a_point(error):  # by chance, since it was none when this was tried point by point
+        with Tried() as tried, Work() as self.work:
+            batched, _ = values_and_grads(self.single, points)
+        if tried.error is not None:
+            if again and is_of_a_point(tried.error):  # by chance, since it was none when this was tried point by point
                 return self._why_unbatched(points, single, again=False)
-            return f"not batched: {first_line(error)}"
+            return f"not batched: {first_line(tried.error)}"
         if not torch.allclose(single, batched, rtol=1e-3, atol=1e-3, equal_nan=True):
             return "not batched: vmap gave other values than single runs"
         return None
@@ -233,12 +231,12 @@ class Runs:
 
     def map(
         self,
-        function: Callable[[Any], Any],
-        z: Any,
+        function: Callable[[Rows], Found],
+        z: Rows,
         *,
         randomness: str = "same",
-        instead: Callable[[Any], Any] = lambda row: None,
-    ) -> Any:
+        instead: Callable[[Rows], Found | None] = lambda row: None,
+    ) -> Found:
         """Apply a function of one point to all rows of ``z``, in chunks; results (dicts of tensors) are stacked.
 
         At points where the model raises an error they are what ``instead`` returns for a row (1, D), or else NaN (0 for
@@ -253,8 +251,8 @@ class Runs:
         return filled_up(list(found), self.faults)
 
     def strictly(
-        self, function: Callable[[Tensor], Any], z: Tensor, *, randomness: str = "same", batched: bool | None = None
-    ) -> Any:
+        self, function: Callable[[Rows], Found], z: Rows, *, randomness: str = "same", batched: bool | None = None
+    ) -> Found:
         """Return what :meth:`map` does; errors at single points are raised."""
         otherwise = None if randomness == "same" else partial(fallback, "drawn one by one")
         with quiet(), self.clock.watching():
@@ -282,3 +280,14 @@ class Runs:
     def parameters(self) -> dict[str, Tensor]:
         """Return the unconstrained leaves of the model's own parameters (``pyro.param``, modules), by name."""
         return dict(self._parameters)
+
+
+def _failing(trace: poutine.Trace) -> str:
+    """Say at which site of a run the log density raises an error."""
+    for name, site in messages(trace).items():
+        if site["type"] == "sample":
+            with Tried() as tried:
+                site["fn"].log_prob(site["value"])
+            if tried.error is not None:
+                return f"at site {name!r}"
+    return "in the log density"

@@ -75,8 +75,7 @@ class SiteValues(Digits):
 
         draws = seeded(0, self.device) if self.batched else nullcontext()  # of enumerated sites, if supports need them
         with torch.no_grad(), draws:
-            found: Tensor = self.map(flat, kept, randomness="different")
-        return found.to(self.dtype)
+            return self.map(flat, kept, randomness="different").to(self.dtype)
 
     def log_jacobian(self, z: Tensor) -> Tensor:
         """Return the log determinant (S,) of the map from ``z`` to the model's own values; the density contains it."""
@@ -86,8 +85,7 @@ class SiteValues(Digits):
             return sum((placed.ladj.sum() for placed in self.placed(row).values()), row.new_zeros(()))
 
         with torch.no_grad():
-            found: Tensor = self.map(ladj, z)
-        return found
+            return self.map(ladj, z)
 
     def log_prior(self, z: Tensor) -> dict[str, Tensor]:
         """Return the log prior density of each latent site, constrained: ``{name: (S, *batch)}``."""
@@ -107,14 +105,11 @@ class SiteValues(Digits):
             with turn(), passing_over():
                 return dict(zip(names, self._densities[names](z), strict=True))
         with torch.no_grad():
-            found: dict[str, Tensor] = self.map(
-                partial(self._densities_at, names), z, instead=partial(self._no_densities, names)
-            )
-        return found
+            return self.map(partial(self._densities_at, names), z, instead=partial(self._no_densities, names))
 
     def _densities_of(self, names: Sequence[str], z: Tensor) -> tuple[Tensor, ...]:
         with torch.no_grad():
-            found: dict[str, Tensor] = self.strictly(partial(self._densities_at, names), z)
+            found = self.strictly(partial(self._densities_at, names), z)
         return tuple(found[name] for name in names)
 
     def _densities_at(self, names: Sequence[str], row: Tensor) -> dict[str, Tensor]:

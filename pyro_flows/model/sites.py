@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypedDict, cast
 
 import torch
 from pyro import poutine
-from pyro.distributions import Delta, Unit
+from pyro.distributions import Delta, TorchDistribution, Unit
 from pyro.distributions.util import broadcast_shape
+from pyro.poutine.indep_messenger import CondIndepStackFrame
+from pyro.poutine.runtime import Message
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
@@ -21,7 +23,26 @@ from pyro_flows.model.noncentered import Information, exact, spread, standardize
 
 CHARTS = {"turn_about", "heavy_about", "heavy_scale", "wall_below", "wall_above"}
 
-Noncentered = bool | Sequence[str] | Mapping[str, Any]  # all or none, names, or numbers
+Model = Callable[..., object]
+Positional = Sequence[object]
+Keywords = Mapping[str, object]  # arguments of a model
+Options = Mapping[str, object] | None  # of one site's coordinates: plain numbers by name
+Noncentered = bool | Sequence[str] | Mapping[str, Options]  # all or none, names, or numbers
+
+
+class Site(TypedDict):
+    """What is read of Pyro's message about a site, and changed in it."""
+
+    name: str
+    type: str
+    fn: TorchDistribution
+    value: Tensor
+    is_observed: bool
+    mask: Tensor | bool | None
+    infer: dict[str, object]
+    cond_indep_stack: tuple[CondIndepStackFrame, ...]
+    kwargs: dict[str, object]
+    stop: bool
 
 
 @dataclass(frozen=True)
@@ -38,7 +59,7 @@ class Placed(NamedTuple):
 
     value: Tensor
     ladj: Tensor
-    prior: Any
+    prior: TorchDistribution
 
 
 @dataclass(frozen=True)
@@ -74,7 +95,7 @@ class Latent:
         shape = broadcast_shape(self.unconstrained_shape, z.shape[:-1] + (1,) * lifted)
         return flat.reshape(shape)
 
-    def place(self, z: Tensor, fn: Any) -> Placed:
+    def place(self, z: Tensor, fn: TorchDistribution) -> Placed:
         """Put the site at ``z``; ``fn`` is its prior."""
         unconstrained, charted, spreading = self.unconstrained(z), None, None
         if self.chart is not None:
@@ -91,7 +112,7 @@ class Latent:
             ladj, fn = ladj + spreading.ladj, exact(fn, value, spreading)
         return Placed(value, ladj if self.mask is None else torch.where(self.mask.to(ladj.device), ladj, 0.0), fn)
 
-    def flatten(self, value: Tensor, fn: Any) -> Tensor:
+    def flatten(self, value: Tensor, fn: TorchDistribution) -> Tensor:
         """Return the unconstrained coordinates of one constrained value (no batch axes), shape ``(size,)``."""
         unconstrained = bijection(fn).inv(value)
         unconstrained = standardize(fn, unconstrained, self.data) if self.noncentered else unconstrained
@@ -124,7 +145,7 @@ class Structure:
     dtype: torch.dtype
     device: torch.device
     trace: poutine.Trace = field(repr=False)
-    drawn: Mapping[str, Any] | None = field(default=None, repr=False)
+    drawn: Mapping[str, Site] | None = field(default=None, repr=False)
 
     def points(self, size: float) -> Tensor:
         """Return two points (2, D) at which to try the model, on either side of the values of its first run.
@@ -138,7 +159,7 @@ class Structure:
         step = size * torch.where(torch.isfinite(step), step, 1.0)
         return torch.stack([start + step, start - step])
 
-    def _flat(self, nodes: Mapping[str, Any]) -> Tensor:
+    def _flat(self, nodes: Mapping[str, Site]) -> Tensor:
         """Return the coordinates (D,) of the latents among the sites of a run."""
         parts = [latent.flatten(nodes[latent.name]["value"], nodes[latent.name]["fn"]) for latent in self.latents]
         return torch.cat([part.to(self.device, self.dtype) for part in parts]).detach()
@@ -149,12 +170,7 @@ class Structure:
         return sum(latent.size for latent in self.latents)
 
     def noncenter(self, chosen: Noncentered) -> Structure:
-        """Return this structure with other coordinates of sites, see :class:`LogDensity`; True: non-centered all over.
-
-        Raises:
-            ValueError: for non-centered coordinates of a site whose location and scale do not depend on other latents,
-                or that has none; for numbers that do not fit the site.
-        """
+        """Return this structure with other coordinates of sites, see :class:`LogDensity`; True: all non-centered."""
         if isinstance(chosen, bool):
             chosen = self.hierarchical if chosen else ()
         wanted = dict(chosen) if isinstance(chosen, Mapping) else dict.fromkeys(chosen)
@@ -167,13 +183,8 @@ class Structure:
                     f"got {name!r}."
                 )
         like = torch.zeros((), dtype=self.dtype, device=self.device)
-        bare = {"noncentered": False, "data": None, "chart": None}
-        latents = tuple(
-            replace(
-                latent, **{**bare, **(_coordinates(latent, wanted[latent.name], like) if latent.name in wanted else {})}
-            )
-            for latent in self.latents
-        )
+        bare = [replace(latent, noncentered=False, data=None, chart=None) for latent in self.latents]
+        latents = tuple(_in_coordinates(own, wanted[own.name], like) if own.name in wanted else own for own in bare)
         moved = any(latent.noncentered for latent in latents)
         return replace(self, latents=latents, dependent=self.dependent or moved)
 
@@ -183,13 +194,12 @@ class Structure:
         return [latent.name for latent in self.latents if latent.improper]
 
     @property
-    def noncentered(self) -> dict[str, Any]:
+    def noncentered(self) -> dict[str, Options]:
         """The sites with coordinates of their own, as :meth:`noncenter` takes them: plain numbers, or None."""
-        found: dict[str, Any] = {}
+        found: dict[str, Options] = {}
         for latent in self.latents:
-            options = write_chart(latent.chart)
+            options, data = write_chart(latent.chart), latent.data
             if latent.noncentered:
-                data = latent.data
                 options["noncentered"] = True
                 if data is not None:
                     options |= {"precision": data.precision.tolist(), "center": data.center.tolist()}
@@ -198,10 +208,10 @@ class Structure:
         return found
 
 
-def _coordinates(latent: Latent, given: Any, like: Tensor) -> dict[str, Any]:
-    """Return the fields of :class:`Latent` that plain numbers stand for."""
+def _in_coordinates(latent: Latent, given: Options, like: Tensor) -> Latent:
+    """Return a site in the coordinates that plain numbers stand for."""
     if given is None:
-        return {"noncentered": True}
+        return replace(latent, noncentered=True)
     try:
         chart, data = read_chart(given, latent.unconstrained_shape, like), None
         if "precision" in given:
@@ -216,7 +226,8 @@ def _coordinates(latent: Latent, given: Any, like: Tensor) -> dict[str, Any]:
         ) from None
     if data is not None and not bool(torch.isfinite(data.center).all() & (data.precision >= 0.0).all()):
         raise ValueError(f"noncentered: expected finite centers and precisions of 0 or more for site {latent.name!r}.")
-    return {"noncentered": bool(given.get("noncentered")) or data is not None, "data": data, "chart": chart}
+    noncentered = bool(given.get("noncentered")) or data is not None
+    return replace(latent, noncentered=noncentered, data=data, chart=chart)
 
 
 def messages(trace: Any) -> dict[str, Any]:
@@ -224,22 +235,32 @@ def messages(trace: Any) -> dict[str, Any]:
     return trace.nodes
 
 
-def is_data(site: Any) -> bool:
+def is_open(site: Site) -> bool:
+    """Whether a site has no value yet."""
+    return cast(object, site["value"]) is None
+
+
+def is_subsample(site: Site) -> bool:
+    """Whether a site holds the indices of a subsample."""
+    return site_is_subsample(cast(Message, site))
+
+
+def is_data(site: Site) -> bool:
     """Whether a sample site holds data: neither a factor nor a deterministic value nor a subsample."""
     return (
         site["type"] == "sample"
         and not site["infer"].get("_deterministic")
         and innermost(site["fn"]) not in (Unit, Delta)
-        and not site_is_subsample(site)
+        and not is_subsample(site)
     )
 
 
-def is_deterministic(site: Any) -> bool:
+def is_deterministic(site: Site) -> bool:
     """Whether a site holds a computed value: ``pyro.deterministic``, or a site that was reparametrized."""
     return site["is_observed"] and innermost(site["fn"]) is Delta
 
 
-def is_enumerated(site: Any) -> bool:
+def is_enumerated(site: Site) -> bool:
     """Whether a latent site is discrete and marked for parallel enumeration."""
     return site["infer"].get("enumerate") == "parallel" and site["fn"].has_enumerate_support
 
@@ -259,13 +280,14 @@ def check_latents(trace: poutine.Trace, placed: Mapping[str, Placed], structure:
         name
         for name, site in messages(trace).items()
         if site["type"] == "sample" and not site["is_observed"] and name not in known
-        if not site_is_subsample(site)
+        if not is_subsample(site)
     ]
     for name in (*new, *(latent.name for latent in structure.latents if latent.name not in placed)):
         raise comes_and_goes(name)
 
 
-def innermost(fn: Any) -> type:
+def innermost(fn: object) -> type:
+    """Return the class of the distribution inside of all others."""
     while hasattr(fn, "base_dist"):
         fn = fn.base_dist
     return type(fn)

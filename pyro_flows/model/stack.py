@@ -10,10 +10,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from pyro_flows._cache import Cache
 from pyro_flows._clock import unbounded
+from pyro_flows._fallbacks import Tried
 from pyro_flows.graphs import Recorder, Runner, agree, record
 from pyro_flows.model.batching import batch, quiet, where_possible
 from pyro_flows.model.gradients import batch_and_grads, batch_hessians, hessians, values_and_grads
@@ -34,23 +35,12 @@ class NotStackable(RuntimeError):
 
 
 class Stack:
-    r"""K log densities of one model, each with data of its own, evaluated side by side.
+    """K log densities of one model, each with data of its own, in the same coordinates, evaluated side by side.
 
     Points (K m, D) stand in K groups of m, one for each data set, and each is scored with the data of its group. Data
-    sets have to agree in everything but the numbers in some tensors. These tensors are inputs of the recorded graphs,
-    so that a model is recorded once for all data sets. The densities themselves share graphs from then on too.
-
-    Args:
-        densities: of one model; all have the same coordinates.
-
-    Attributes:
-        densities: as given.
-        dim, dtype, device: as those of each density.
-        evaluations: how many gradients have been taken so far, of all data sets together.
-
-    Raises:
-        NotStackable: if data sets or coordinates differ in more than numbers, the model takes numbers out of its data,
-            or the stack gives other values than the model.
+    sets have to agree in everything but the numbers in some tensors, or this is NotStackable. These tensors are inputs
+    of the recorded graphs, so that a model is recorded once for all data sets. The densities themselves share graphs
+    from then on too. ``evaluations`` counts gradients of all data sets together.
     """
 
     batched = True
@@ -70,8 +60,8 @@ class Stack:
             Recorder(self._quietly, self.numbers, unit=unit, large=large),
             Recorder(self._quiet_gradients, self.numbers, unit=unit),
         )
-        self._runners: Cache[Any, Runner] = Cache(KINDS_KEPT)
-        self._calls: Counter[Any] = Counter()
+        self._runners: Cache[tuple[str, int], Runner] = Cache(KINDS_KEPT)
+        self._calls: Counter[tuple[str, int]] = Counter()
         self._check()
         self._share()
 
@@ -129,8 +119,7 @@ class Stack:
 
     def _all(self, groups: Tensor, given: Sequence[Tensor]) -> Tensor:
         """Return the log densities (K, m) of groups of points (K, m, D)."""
-        found: Tensor = torch.func.vmap(lambda *part: self._values(*part)[0], randomness="same")(groups, *given)
-        return found
+        return batch(lambda z, *part: self._values(z, *part)[0])(groups, *given)
 
     def _differentiated(self, how: Values, groups: Tensor, *given: Tensor) -> tuple[Tensor, ...]:
         """Return derivatives of the log densities of groups of points (K, m, D), as ``how`` takes them."""
@@ -178,13 +167,12 @@ class Stack:
     def _check(self) -> None:
         """Compare with the model itself at a few points: gradients at some data sets, a value at each other one."""
         points = torch.cat([self.structure.points(size) for size in SIZES_COMPARED])
-        try:
+        with Tried(lambda error: not isinstance(error, NotStackable)) as tried:
             for _ in range(RECORDED_FROM):
                 value, grad = self.value_and_grad(points.repeat(len(self), 1))
-        except NotStackable:
-            raise
-        except Exception as error:  # a model's own code may raise anything
-            raise NotStackable(f"the model cannot take its data as inputs: {error}".splitlines()[0]) from error
+        if tried.error is not None:
+            why = f"the model cannot take its data as inputs: {tried.error}".splitlines()[0]
+            raise NotStackable(why) from tried.error
         self.evaluations = 0
         some = range(0, len(self), max(1, len(self) // DIFFERENTIATED))
         for number, density in enumerate(self.densities):
@@ -209,17 +197,13 @@ class Stack:
     # further data sets ----------------------------------------------------------------------------------------------
 
     def join(self, density: LogDensity) -> None:
-        """Let the density of a further data set take these graphs; it differs where those of the stack differ only.
-
-        Raises:
-            NotStackable: if its coordinates, or its arguments, are of another kind.
-        """
+        """Let the density of a further data set take these graphs; it differs where those of the stack differ only."""
         _check_alike(density, self.densities[0])
         leaves = tree_flatten((density.args, density.kwargs))[0]
         given = [leaves[place] for place in self._where]
         density.take(*(recorder.sharing(given) for recorder in self._recorders))
 
-    def at(self, z: Tensor, arguments: Sequence[tuple[Any, Any]]) -> Tensor:
+    def at(self, z: Tensor, arguments: Sequence[tuple[object, object]]) -> Tensor:
         """Return the log densities (K, m) of groups of points (K, m, D), each with arguments ``(args, kwargs)``."""
         leaves = [tree_flatten(each)[0] for each in arguments]
         given = [torch.stack([each[place] for each in leaves]) for place in self._where]
@@ -239,7 +223,7 @@ def _curvature(density: LogDensity, z: Tensor) -> tuple[Tensor]:
     return (hessians(density.single, z),)
 
 
-def signature(density: LogDensity) -> tuple[Any, ...]:
+def signature(density: LogDensity) -> tuple[object, ...]:
     """Return what data sets have to agree in to be stacked: coordinates, shapes and everything but numbers."""
     structure = density.structure
     latents = tuple(
@@ -252,12 +236,8 @@ def signature(density: LogDensity) -> tuple[Any, ...]:
     return (latents, str(form), shapes, observed, structure.hierarchical, density.batched, *more)
 
 
-def _sorted_out(densities: Sequence[LogDensity]) -> tuple[Any, list[int], list[tuple[Tensor, ...]]]:
-    """Return how arguments are put together, which tensors among them differ, and these of each data set.
-
-    Raises:
-        NotStackable: if the data sets differ in anything else.
-    """
+def _sorted_out(densities: Sequence[LogDensity]) -> tuple[TreeSpec, list[int], list[tuple[Tensor, ...]]]:
+    """Return how arguments are put together, which tensors among them differ, and these of each data set."""
     first = densities[0]
     if any(not density.batched for density in densities):
         raise NotStackable(densities[0].reason or "the model runs draw by draw")

@@ -3,25 +3,35 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from contextlib import nullcontext, suppress
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from pyro import poutine
-from pyro.distributions import Delta, ImproperUniform
+from pyro.distributions import Delta, ImproperUniform, TorchDistribution
 from pyro.poutine.messenger import Messenger
-from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch.distributions.constraints import Constraint
+from torch.distributions.transforms import Transform
 from torch.utils._pytree import tree_leaves
 
-from pyro_flows._fallbacks import first_line
+from pyro_flows._fallbacks import Tried, first_line
 from pyro_flows._seeding import derive, seeded
 from pyro_flows.model.batching import apart, quiet
 from pyro_flows.model.bijections import bijection, real_shape
-from pyro_flows.model.faults import is_about_dtypes, is_of_a_point, place_of
-from pyro_flows.model.sites import innermost, is_enumerated, messages
+from pyro_flows.model.faults import at_a_point, is_about_dtypes, is_of_a_point, place_of
+from pyro_flows.model.sites import (
+    Keywords,
+    Model,
+    Positional,
+    Site,
+    innermost,
+    is_enumerated,
+    is_open,
+    is_subsample,
+    messages,
+)
 
 Result = TypeVar("Result")
 
@@ -29,26 +39,24 @@ TRIES = 8  # draws of the prior at which a model is run, until it raises no erro
 MEDIAN_DRAWS = 15
 
 
-def initial_value(site: Any = None) -> Any:
-    """Pyro ``init_loc_fn``: the prior's median where it can be sampled, the middle of the support otherwise."""
-    if site is None:
-        return initial_value
+def initial_value(site: Site) -> Tensor:
+    """Return the prior's median where it can be sampled, the middle of the support otherwise."""
     fn = site["fn"]
     transform = transform_of(site)
     draws = _prior_draws(fn)
     if draws is None:
         shape = real_shape(transform, fn.shape())
-        return transform(torch.zeros(shape, **_like(fn.support)))
+        return transform(torch.zeros(shape, **_like(cast(Constraint, fn.support))))
     middle = transform.inv(draws).median(0).values
     return transform(torch.where(torch.isfinite(middle), middle, torch.zeros_like(middle)))
 
 
-def _prior_draws(fn: Any) -> Tensor | None:
+def _prior_draws(fn: TorchDistribution) -> Tensor | None:
     """Draws to start from, or None where there are none; samplers that cannot draw several at once are called often."""
     try:
         # some of Pyro's samplers ignore the shape that is asked for, or stumble on it
         with quiet(), suppress(RuntimeError, TypeError):
-            draws: Tensor = fn.sample((MEDIAN_DRAWS,))
+            draws = fn.sample(torch.Size((MEDIAN_DRAWS,)))
             if draws.shape == (MEDIAN_DRAWS, *fn.shape()):
                 return draws
         with quiet():
@@ -65,12 +73,12 @@ def _like(support: Constraint) -> dict[str, Any]:
     return {}
 
 
-def transform_of(site: Any) -> Any:
+def transform_of(site: Site) -> Transform:
     """Return the bijection onto a latent site's support, or say which site has none."""
     name = site["name"]
     if innermost(site["fn"]) is Delta:
         raise ValueError(f"site {name!r}: a Delta is a fixed value, no latent. Use pyro.deterministic({name!r}, ...).")
-    support = site["fn"].support
+    support = cast(Constraint, site["fn"].support)
     if support.is_discrete and site["infer"].get("enumerate") == "parallel":
         raise ValueError(
             f"site {name!r}: expected finitely many values to be summed over, got the {type(site['fn']).__name__}, "
@@ -92,36 +100,31 @@ def transform_of(site: Any) -> Any:
 
 
 class _Begin(Messenger):
-    """Give latent sites values, and remember the site that the model came to last.
-
-    Attributes:
-        last: the name of that site; None before the first one.
-        refused: whether a site is none that can be fitted, which is no error of the model.
-    """
+    """Give latent sites values; remember the site that the model came to last, and whether it is none to be fitted."""
 
     def __init__(self) -> None:
         super().__init__()
         self.last: str | None = None
         self.refused = False
 
-    def _pyro_sample(self, msg: Any) -> None:
+    def _pyro_sample(self, msg: Site) -> None:
         self.last = msg["name"]
-        if msg["value"] is None and not site_is_subsample(msg) and not is_enumerated(msg):
+        if is_open(msg) and not is_subsample(msg) and not is_enumerated(msg):
             msg["value"] = self.value(msg)
 
-    def value(self, msg: Any) -> Tensor:
+    def value(self, msg: Site) -> Tensor:
         raise NotImplementedError
 
 
 class _Start(_Begin):
     """Give latent sites their starting values; flat priors, which have no dtype of their own, take that of ``like``."""
 
-    def __init__(self, start: Callable[[Any], Tensor], like: Tensor) -> None:
+    def __init__(self, start: Callable[[Site], Tensor], like: Tensor) -> None:
         super().__init__()
         self.start = start
         self.like = like
 
-    def value(self, msg: Any) -> Tensor:
+    def value(self, msg: Site) -> Tensor:
         self.refused = True
         with torch.no_grad():
             value = self.start(msg)
@@ -141,45 +144,38 @@ class FromPrior(_Begin):
         self.like = like
         self.around = {} if around is None else messages(around)
 
-    def value(self, msg: Any) -> Tensor:
+    def value(self, msg: Site) -> Tensor:
         try:
-            drawn: Tensor = msg["fn"].sample()
+            return msg["fn"].sample()
         except NotImplementedError:
             transform = bijection(msg["fn"])
             shape = real_shape(transform, msg["fn"].shape())
             drawn = torch.randn(shape, dtype=self.like.dtype, device=self.like.device)
             if msg["name"] in self.around:
                 drawn = drawn + transform.inv(self.around[msg["name"]]["value"])
-            drawn = transform(drawn)
-        return drawn
+            return transform(drawn)
 
 
-def first_run(
-    model: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], start: Callable[[Any], Tensor]
-) -> poutine.Trace:
+def first_run(model: Model, args: Positional, kwargs: Keywords, start: Callable[[Site], Tensor]) -> poutine.Trace:
     """Run the model once at starting values, or at a draw of its prior where it raises an error there.
 
     Flat priors take the arguments' floating dtype (or, failing that, another one).
-
-    Raises:
-        ValueError: if the model raises an error at each draw, with the site; errors that no value of a latent causes
-            are raised as they are.
     """
     likes = _likes(args, kwargs)
     for number in range(1 + TRIES):
         for like in likes:
             handler: _Begin = FromPrior(like) if number else _Start(start, like)
             drawing = seeded(derive(number, "a first run"), like.device) if number else nullcontext()
-            try:
-                with apart(), torch.no_grad(), drawing, handler:
-                    return poutine.trace(model).get_trace(*args, **kwargs)
-            except Exception as error:  # a model's own code may raise anything
-                about_dtypes = is_about_dtypes(error)
-                if handler.refused or not (about_dtypes or is_of_a_point(error)) or (about_dtypes and like is likes[1]):
-                    raise
-                failed, place = error, place_of(handler.last, ())
-            if not about_dtypes:
+
+            def passes(error: Exception, handler: _Begin = handler, last: bool = like is likes[1]) -> bool:
+                return not handler.refused and (not last if is_about_dtypes(error) else is_of_a_point(error))
+
+            with Tried(passes) as tried, apart(), torch.no_grad(), drawing, handler:
+                return poutine.trace(model).get_trace(*args, **kwargs)
+            failed, place = tried.error, place_of(handler.last, ())
+            if failed is not None and not is_about_dtypes(failed):
                 break
+    assert failed is not None
     raise ValueError(
         f"model: expected it to run at the start or at one of {TRIES} draws of its prior, but it raised an error at "
         f"each of them, {place}: {first_line(failed)}. Check the shapes and values of its arguments there; "
@@ -187,7 +183,7 @@ def first_run(
     ) from failed
 
 
-def _likes(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+def _likes(args: Positional, kwargs: Keywords) -> tuple[Tensor, Tensor]:
     """Return examples of the arguments' floating dtype, and of the other one."""
     given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
     dtypes = [leaf.dtype for leaf in given if leaf.is_floating_point()]
@@ -198,35 +194,23 @@ def _likes(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Tensor, Tens
 
 
 def prior_run(
-    model: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], around: poutine.Trace, like: Tensor
+    model: Model, args: Positional, kwargs: Keywords, around: poutine.Trace, like: Tensor
 ) -> poutine.Trace | None:
     """Run the model at a draw of its prior; None if it raises an error at each of several draws."""
     for number in range(TRIES):
-        with apart(), torch.no_grad(), quiet(), seeded(derive(number, "a prior run"), like.device):
-            try:
-                with FromPrior(like, around):
-                    return poutine.trace(model).get_trace(*args, **kwargs)
-            except Exception as error:  # a model's own code may raise anything
-                if is_about_dtypes(error) or not is_of_a_point(error):
-                    raise
+        drawing = seeded(derive(number, "a prior run"), like.device)
+        with at_a_point(), apart(), torch.no_grad(), quiet(), drawing, FromPrior(like, around):
+            return poutine.trace(model).get_trace(*args, **kwargs)
     return None
 
 
 def at_some_draw(run: Callable[[], Result]) -> Result:
-    """Return what a run that draws latents returns, with another seed where the model raises an error.
-
-    Raises:
-        ValueError: if it raises one with each seed.
-    """
+    """Return what a run that draws latents returns, with another seed where the model raises an error."""
     for number in range(TRIES):
-        try:
-            with seeded(number):
-                return run()
-        except Exception as error:  # a model's own code may raise anything
-            if not is_of_a_point(error):
-                raise
-            failed = error
+        with at_a_point() as tried, seeded(number):
+            return run()
+    assert tried.error is not None
     raise ValueError(
         f"model: expected it to run at one of {TRIES} draws of its prior, but it raised an error at each of them: "
-        f"{first_line(failed)}. Check its arguments and its priors."
-    ) from failed
+        f"{first_line(tried.error)}. Check its arguments and its priors."
+    ) from tried.error

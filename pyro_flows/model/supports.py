@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from typing import Any, ClassVar
+from typing import ClassVar, TypeGuard, cast
 
 import pyro.distributions as dist
 import torch
@@ -11,58 +11,69 @@ from pyro.distributions.torch_distribution import ExpandedDistribution, MaskedDi
 from torch import Tensor
 from torch.distributions import Distribution, Independent, MixtureSameFamily, TransformedDistribution, constraints
 from torch.distributions.constraints import Constraint
-from torch.distributions.transforms import (
-    Transform,
-)
+from torch.distributions.transforms import Transform
+from torch.types import _size
 
 WRAPPERS = (Independent, ExpandedDistribution, MaskedDistribution)
+NO_AXES = torch.Size()
+Number = Tensor | bool | int | float
 ROUNDING = 1e-4  # how far sums, norms and diagonals of data may be from 1: torch's 1e-6 refuses rounded float32 data
 
 
 # which supports are what they claim -----------------------------------------------------------------------------------
 
 
-def is_whole(fn: Any) -> bool:
-    """Whether any real numbers are inside of a distribution's support."""
-    if isinstance(fn, WRAPPERS):
-        return is_whole(fn.base_dist)
-    if isinstance(fn, MixtureSameFamily):
-        return is_whole(fn.component_distribution)
-    support = support_of(fn)
+def family(fn: Distribution) -> Distribution:
+    """Return the distribution inside of wrappers."""
+    while isinstance(fn, WRAPPERS):
+        fn = fn.base_dist
+    return fn
+
+
+def elementary(support: Constraint | None) -> Constraint | None:
+    """Return the constraint of single numbers, or of what depends on each other, inside of ``independent`` ones."""
     while isinstance(support, constraints.independent):
         support = support.base_constraint
+    return support
+
+
+def is_whole(fn: Distribution) -> bool:
+    """Whether any real numbers are inside of a distribution's support."""
+    fn = family(fn)
+    if isinstance(fn, MixtureSameFamily):
+        return is_whole(fn.component_distribution)
+    support = elementary(support_of(fn))
     return support is None or (isinstance(support, type(constraints.real)) and not is_narrower(fn))
 
 
-def support_of(fn: Any) -> Any:
+def support_of(fn: Distribution) -> Constraint | None:
     """Return the support that a distribution states, or None if it states none."""
     try:
         support = fn.support
     except NotImplementedError:
         return None
-    return None if constraints.is_dependent(support) else support
+    return None if support is None or constraints.is_dependent(support) else support
 
 
-def is_narrower(fn: Any) -> bool:
+def is_narrower(fn: Distribution) -> TypeGuard[TransformedDistribution]:
     """Whether this is a transformed distribution whose support is only a part of the codomain of its transforms."""
-    plain = isinstance(fn, TransformedDistribution) and type(fn).support is TransformedDistribution.support
-    return plain and bool(fn.transforms) and not is_whole(fn.base_dist)
+    if not isinstance(fn, TransformedDistribution) or type(fn).support is not TransformedDistribution.support:
+        return False
+    return bool(fn.transforms) and not is_whole(fn.base_dist)
 
 
-def needs_guard(fn: Any) -> bool:
+def needs_guard(fn: Distribution) -> bool:
     """Whether a mixture's components have supports of their own, so that each has density outside of its own one."""
-    if isinstance(fn, WRAPPERS):
-        return needs_guard(fn.base_dist)
+    fn = family(fn)
     if isinstance(fn, MixtureSameFamily):
         component = fn.component_distribution
         return not is_whole(component) and any(isinstance(part, Tensor) for part in signature(component))
     return isinstance(fn, TransformedDistribution) and needs_guard(fn.base_dist)
 
 
-def signature(fn: Any) -> list[Any]:
+def signature(fn: Distribution) -> list[Number]:
     """Return all bounds of a distribution's support, tensors and numbers, so that two runs can be compared."""
-    if isinstance(fn, WRAPPERS):
-        return signature(fn.base_dist)
+    fn = family(fn)
     if isinstance(fn, MixtureSameFamily):
         return signature(fn.component_distribution)
     found = _numbers(support_of(fn))
@@ -71,7 +82,7 @@ def signature(fn: Any) -> list[Any]:
     return found
 
 
-def _numbers(thing: Any) -> list[Any]:
+def _numbers(thing: object) -> list[Number]:
     """Tensors and numbers among the attributes of a constraint or a transform, those of its parts too."""
     if isinstance(thing, (Tensor, bool, int, float)):
         return [thing]
@@ -83,7 +94,7 @@ def _numbers(thing: Any) -> list[Any]:
     return []
 
 
-def missing(fn: Any) -> tuple[Tensor, int] | None:
+def missing(fn: Distribution) -> tuple[Tensor, int] | None:
     """Return the mask that a distribution itself holds (False: left out), and how many axes of one event it has.
 
     None if it holds none.
@@ -102,7 +113,7 @@ def missing(fn: Any) -> tuple[Tensor, int] | None:
 # which values lie inside ----------------------------------------------------------------------------------------------
 
 
-def inside(fn: Any, value: Tensor) -> tuple[Tensor, int]:
+def inside(fn: Distribution, value: Tensor) -> tuple[Tensor, int]:
     """Return which numbers of ``value`` lie in the support, and how many of the last axes are axes of one event.
 
     Numbers that depend on each other (a simplex) stand for one. What a :class:`MaskedDistribution` masks out counts as
@@ -122,15 +133,15 @@ def inside(fn: Any, value: Tensor) -> tuple[Tensor, int]:
         found = events_inside(fn.component_distribution, value.unsqueeze(-1 - fn._event_ndims))
         return found.any(-1), 0
     if isinstance(fn, dist.MaskedMixture):
-        where: Any = fn.mask
-        return torch.where(where, events_inside(fn.component1, value), events_inside(fn.component0, value)), 0
-    support = support_of(fn)
+        return torch.where(
+            vars(fn)["mask"], events_inside(fn.component1, value), events_inside(fn.component0, value)
+        ), 0
+    support = elementary(support_of(fn))
     depth = len(fn.event_shape)
     if support is None:
         return torch.ones(value.shape[: value.dim() - depth], dtype=torch.bool, device=value.device), 0
-    while isinstance(support, constraints.independent):
-        support = support.base_constraint
-    found, axes = _check(support, value), depth - _event_dim(support)
+    event_dim = max(support.event_dim, int(isinstance(support, type(dist.constraints.positive_ordered_vector))))
+    found, axes = _check(support, value), depth - event_dim
     if isinstance(fn, (dist.NanMaskedNormal, dist.NanMaskedMultivariateNormal)):
         found = found | torch.isnan(value)
     if is_narrower(fn):
@@ -138,12 +149,12 @@ def inside(fn: Any, value: Tensor) -> tuple[Tensor, int]:
     return found, axes
 
 
-def events_inside(fn: Any, value: Tensor) -> Tensor:
+def events_inside(fn: Distribution, value: Tensor) -> Tensor:
     """Return which events of ``value`` lie in the support: one answer for each batch element."""
     return _all(*inside(fn, value))
 
 
-def _image(fn: Any, value: Tensor) -> Tensor:
+def _image(fn: TransformedDistribution, value: Tensor) -> Tensor:
     """Whether events come from the base's support, through the transforms."""
     try:
         for transform in reversed(fn.transforms):
@@ -157,11 +168,7 @@ def _all(found: Tensor, axes: int) -> Tensor:
     return found.flatten(-axes).all(-1) if axes else found
 
 
-def _event_dim(support: Constraint) -> int:
-    return max(support.event_dim, int(isinstance(support, type(dist.constraints.positive_ordered_vector))))
-
-
-def _check(support: Any, value: Tensor) -> Tensor:
+def _check(support: Constraint, value: Tensor) -> Tensor:
     """What the support says of values; sums, norms and diagonals of 1 hold up to rounding."""
     value = value if value.is_floating_point() else value.double()
     if isinstance(support, type(constraints.simplex)):
@@ -174,7 +181,7 @@ def _check(support: Any, value: Tensor) -> Tensor:
     if isinstance(support, type(dist.constraints.corr_matrix)):
         ones = (value.diagonal(dim1=-2, dim2=-1) - 1.0).abs() < ROUNDING
         return constraints.positive_definite.check(value) & ones.all(-1)
-    found: Tensor = support.check(value)
+    found = support.check(value)
     if isinstance(support, constraints.multinomial):
         found = found & (value % 1 == 0).all(-1)  # torch asks for the sum alone
     return found
@@ -188,56 +195,46 @@ class Guarded(dist.TorchDistribution):
 
     arg_constraints: ClassVar[dict[str, Constraint]] = {}
 
-    def __init__(self, base_dist: Any) -> None:
+    def __init__(self, base_dist: Distribution) -> None:
         self.base_dist = base_dist
+        self.has_rsample = base_dist.has_rsample
         super().__init__(base_dist.batch_shape, base_dist.event_shape, validate_args=False)
 
     @property
-    def support(self) -> Any:  # type: ignore[override]
-        return self.base_dist.support
+    def support(self) -> Constraint:
+        return cast(Constraint, self.base_dist.support)
 
-    @property
-    def has_rsample(self) -> bool:  # type: ignore[override]
-        return bool(self.base_dist.has_rsample)
+    def sample(self, sample_shape: _size = NO_AXES) -> Tensor:
+        return self.base_dist.sample(sample_shape)
 
-    def sample(self, sample_shape: Any = ()) -> Tensor:
-        found: Tensor = self.base_dist.sample(sample_shape)
-        return found
+    def rsample(self, sample_shape: _size = NO_AXES) -> Tensor:
+        return self.base_dist.rsample(sample_shape)
 
-    def rsample(self, sample_shape: Any = ()) -> Tensor:
-        found: Tensor = self.base_dist.rsample(sample_shape)
-        return found
-
-    def expand(self, batch_shape: Any, _instance: Any = None) -> Guarded:
+    def expand(self, batch_shape: _size, _instance: object = None) -> Guarded:
         return Guarded(self.base_dist.expand(batch_shape))
 
     def log_prob(self, value: Tensor) -> Tensor:
         return torch.where(events_inside(self.base_dist, value), self.base_dist.log_prob(value), -torch.inf)
 
 
-def guarded(fn: Any) -> Any:
+def guarded(fn: Distribution) -> Guarded:
     """Return the distribution with density zero outside of its support; the model's own object stays as it is."""
     return Guarded(_guard_components(fn))
 
 
-def _guard_components(fn: Any) -> Any:
+def _guard_components(fn: Distribution) -> Distribution:
+    new, base = copy.copy(fn), getattr(fn, "base_dist", None)
     if isinstance(fn, MixtureSameFamily):
-        new = copy.copy(fn)
-        new._component_distribution = guarded(fn.component_distribution)
-        return new
-    if isinstance(getattr(fn, "base_dist", None), Distribution) and needs_guard(fn.base_dist):
-        new = copy.copy(fn)
-        new.base_dist = _guard_components(fn.base_dist)
-        return new
-    return fn
+        vars(new)["_component_distribution"] = guarded(fn.component_distribution)
+    elif isinstance(base, Distribution) and needs_guard(base):
+        vars(new)["base_dist"] = _guard_components(base)
+    else:
+        return fn
+    return new
 
 
-def check_density(name: str, fn: Any, value: Tensor) -> None:
-    """Refuse the prior of a site that has no density, such as one by a transform that is not one-to-one.
-
-    Raises:
-        ValueError: naming the site.
-    """
+def check_density(name: str, fn: Distribution, value: Tensor) -> None:
+    """Refuse the prior of a site that has no density, such as one by a transform that is not one-to-one."""
     try:
         fn.log_prob(value)
     except NotImplementedError:

@@ -5,22 +5,23 @@ from __future__ import annotations
 import hashlib
 import inspect
 import marshal
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import fields, is_dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
-from pyro_flows._fallbacks import first_line
+from pyro_flows._fallbacks import Tried, first_line
 from pyro_flows._seeding import seeded
 from pyro_flows._tensors import storage_of
 from pyro_flows._turns import alone
 from pyro_flows.model.batching import quiet
 from pyro_flows.model.log_density import LogDensity
+from pyro_flows.model.sites import Keywords, Model, Positional
 
 COPIED = 2**24  # bytes of all arguments of a call; more are not copied
 ROUNDED = {torch.float32: 1e-3, torch.float64: 1e-6}  # relative differences of one log density, by other operations
@@ -29,9 +30,10 @@ SCALAR = 32  # bytes of a number of Python in a list, about
 MARSHAL = 2  # the last version whose bytes do not depend on how often an object is referred to
 
 Digests = Mapping[str, str]
+Feed = Callable[[bytes | memoryview], None]  # of a digest
 
 
-def own(args: Sequence[Any], kwargs: Mapping[str, Any] | None) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def own(args: Positional, kwargs: Keywords | None) -> tuple[tuple[object, ...], dict[str, object]]:
     """Return arguments whose numbers are the caller's no more, if they are at most 16 MB: what is given, otherwise.
 
     Tensors without gradients, arrays, tables and the lists, tuples and dicts that hold them are copied. Modules,
@@ -41,15 +43,14 @@ def own(args: Sequence[Any], kwargs: Mapping[str, Any] | None) -> tuple[tuple[An
     leaves = tree_leaves(given, is_leaf=_is_empty)
     if sum(map(_size, leaves)) > COPIED:
         return given
-    copies: dict[int, Any] = {}
+    copies: dict[int, object] = {}
     for leaf in leaves:  # one object that is given twice stays one
         if id(leaf) not in copies:
             copies[id(leaf)] = _copy(leaf)
-    found: tuple[tuple[Any, ...], dict[str, Any]] = tree_map(lambda leaf: copies[id(leaf)], given, is_leaf=_is_empty)
-    return found
+    return tree_map(lambda leaf: copies[id(leaf)], given, is_leaf=_is_empty)
 
 
-def _is_empty(value: Any) -> bool:
+def _is_empty(value: object) -> bool:
     return isinstance(value, (list, dict)) and not value
 
 
@@ -62,7 +63,7 @@ def _size(value: Any) -> int:
     return int(getattr(value, "nbytes", SCALAR))
 
 
-def _is_table(value: Any) -> bool:
+def _is_table(value: object) -> bool:
     known = hasattr(value, "iloc") or hasattr(value, "to_frame")  # tables, series, and indices
     return known and type(value).__module__.partition(".")[0] == "pandas"
 
@@ -95,11 +96,11 @@ def digests(density: LogDensity) -> dict[str, str]:
     return found
 
 
-def _is_strided(value: Any) -> bool:
+def _is_strided(value: object) -> TypeGuard[Tensor]:
     return isinstance(value, Tensor) and value.layout is torch.strided
 
 
-def _names(model: Callable[..., Any]) -> list[str]:
+def _names(model: Model) -> list[str]:
     """Return the names of the parameters that positional arguments go to, as far as they have names of their own."""
     with suppress(TypeError, ValueError):
         positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
@@ -107,15 +108,15 @@ def _names(model: Callable[..., Any]) -> list[str]:
     return []
 
 
-def _digest(value: Any) -> str:
+def _digest(value: object) -> str:
     total = hashlib.sha256()
-    _feed(total, value)
+    _feed(total.update, value)
     return total.hexdigest()
 
 
-def _feed(total: Any, value: Any) -> None:
+def _feed(total: Feed, value: object) -> None:
     """Feed a digest with all that is in a value."""
-    total.update(type(value).__qualname__.encode())
+    total(type(value).__qualname__.encode())
     if isinstance(value, Tensor):
         _feed_tensor(total, value)
     elif _is_table(value):
@@ -138,36 +139,36 @@ def _feed(total: Any, value: Any) -> None:
         _feed_array(total, np.asarray(value))
 
 
-def _plain(total: Any, value: Any) -> bool:
+def _plain(total: Feed, value: Any) -> bool:
     """Feed a digest with numbers, text, and lists and dicts of them alone; return whether it is such a value."""
     try:
-        total.update(marshal.dumps(value, MARSHAL))
+        total(marshal.dumps(value, MARSHAL))
     except ValueError:
         return False
     return True
 
 
-def _feed_tensor(total: Any, value: Tensor) -> None:
-    total.update(f"{value.dtype} {tuple(value.shape)}".encode())
+def _feed_tensor(total: Feed, value: Tensor) -> None:
+    total(f"{value.dtype} {tuple(value.shape)}".encode())
     value = value if _is_strided(value) else value.to_dense()
     whole = value.detach().cpu().contiguous().resolve_conj().resolve_neg()
-    total.update(whole.reshape(-1).view(torch.uint8).numpy().data)
+    total(whole.reshape(-1).view(torch.uint8).numpy().data)
 
 
-def _feed_array(total: Any, value: np.ndarray[Any, Any]) -> None:
-    total.update(f"{value.dtype} {value.shape}".encode())
+def _feed_array(total: Feed, value: np.ndarray) -> None:
+    total(f"{value.dtype} {value.shape}".encode())
     if value.dtype.hasobject:
         _feed(total, value.tolist())
         return
-    total.update(np.ascontiguousarray(value).reshape(-1).view(np.uint8).data)
+    total(np.ascontiguousarray(value).reshape(-1).view(np.uint8).data)
     if isinstance(value, np.ma.MaskedArray):
-        total.update(np.ascontiguousarray(np.ma.getmaskarray(value)).data)
+        total(np.ascontiguousarray(np.ma.getmaskarray(value)).data)
 
 
-def _feed_table(total: Any, value: Any) -> None:
+def _feed_table(total: Feed, value: Any) -> None:
     import pandas as pd
 
-    total.update(repr([*getattr(value, "columns", ())]).encode())
+    total(repr([*getattr(value, "columns", ())]).encode())
     with suppress(TypeError):  # cells that are lists or other objects
         _feed_array(total, pd.util.hash_pandas_object(value).to_numpy())
 
@@ -178,16 +179,8 @@ def _feed_table(total: Any, value: Any) -> None:
 def check_unchanged(density: LogDensity, before: Digests, z: Tensor, log_p: Tensor) -> None:
     """Refuse a model whose arguments are not what they were, or that has another log density at a draw.
 
-    Args:
-        density: the model with its arguments.
-        before: their digests at the time of the fit.
-        z: draws (S, D); none, for the model not to be run.
-        log_p: their log densities (S,) at that time, nats.
-
-    Raises:
-        ValueError: naming what has changed.
-
-    Cost: that of :func:`digests`, and one run of the model.
+    ``before`` are the digests of its arguments, and ``log_p`` (S,) the log densities at draws ``z`` (S, D), at the time
+    of the fit. Without draws the model is not run.
     """
     now = digests(density)
     changed = [name for name, value in before.items() if now.get(name) != value]
@@ -213,10 +206,9 @@ def _differs(density: LogDensity, z: Tensor, log_p: Tensor) -> str | None:
         return None
     row = int(finite[0])
     saved = float(log_p[row])
-    try:
-        with alone(), torch.no_grad(), seeded(0, density.device), quiet():
-            value = float(density.single(z[row].to(density.dtype)))
-    except Exception as error:  # code of the user's, which may raise anything
-        return f"it raises an error at a draw, and raised none in the fit ({first_line(error)})"
+    with Tried() as tried, alone(), torch.no_grad(), seeded(0, density.device), quiet():
+        value = float(density.single(z[row].to(density.dtype)))
+    if tried.error is not None:
+        return f"it raises an error at a draw, and raised none in the fit ({first_line(tried.error)})"
     allowed = ROUNDED_AT_LEAST + ROUNDED.get(density.dtype, 1e-3) * abs(saved)
     return None if abs(value - saved) <= allowed else f"its log density at a draw is {value:.6g}, and was {saved:.6g}"

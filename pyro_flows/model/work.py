@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from torch.utils._python_dispatch import TorchDispatchMode
-
 from pyro_flows._batches import ROWS_AT_LEAST
-from pyro_flows._tensors import tensors_in
+from pyro_flows._tensors import Args, Dispatch, Function, Kwargs, tensors_in
 
 LONG = 2000  # operations from which one graph serves all batch sizes: recording takes seconds
 AT_ONCE = 2**12  # numbers that one operation of a long graph handles in little more time than one number,
@@ -15,18 +11,14 @@ LONG_ROWS = 64  # and rows at most: the results of a long loop that its gradient
 LONG_VALUES, ROWS_OF_VALUES = 2**14, 1024  # the same for values alone, of which no results are kept
 
 
-class Work(TorchDispatchMode):
+class Work(Dispatch):
     """Counts operations inside, the numbers that they write, and those of the largest result."""
 
     def __init__(self) -> None:
         super().__init__()
         self.operations = self.numbers = self.largest = 0
 
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        return False  # True would import torch's compiler, and wrap each operation
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(self, func: Function, types: object, args: Args = (), kwargs: Kwargs = None) -> object:
         result = func(*args, **(kwargs or {}))
         sizes = [part.numel() for part in tensors_in((result,))]
         self.operations += 1

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import CodeType
 from typing import Any, NamedTuple
 
@@ -14,13 +14,14 @@ from torch._C import _functorch
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.overrides import TorchFunctionMode
 
-from pyro_flows._tensors import Memories, storage_of, tensors_in
+from pyro_flows._tensors import Args, Function, Kwargs, Memories, storage_of, tensors_in
+from pyro_flows.model.sites import Keywords
 
 Place = tuple[CodeType, int]  # in a program: code outside of torch, and its instruction
 _AT = "_pyro_flows_made_at"
 _TO_NUMPY = (Tensor.numpy, Tensor.__array__, Tensor.tolist)
 _CHOSEN = "_pyro_flows_chosen_by"  # the mask, of values that were read through one
-_ON_CHOSEN: dict[str, Any] = {
+_ON_CHOSEN: dict[str, Callable[..., Tensor]] = {
     **dict.fromkeys(("add", "iadd", "radd", "add_"), torch.add),
     **dict.fromkeys(("sub", "isub", "sub_"), torch.sub),
     **dict.fromkeys(("mul", "imul", "rmul", "mul_"), torch.mul),
@@ -72,10 +73,10 @@ class FindWrites(TorchFunctionMode):
         read = self._read.union(*(self._views[memory] for memory in self._memories))
         return Places(frozenset(self._written), frozenset(read - self._through), self._numpy, self._masks)
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(self, func: Function, types: object, args: Args = (), kwargs: Kwargs = None) -> object:
         kwargs = kwargs or {}
         self._numpy = self._numpy or func in _TO_NUMPY
-        self._masks = self._masks or (_WRITES.get(func, _no_index)(args, kwargs) is not None)
+        self._masks = self._masks or _written(func, args, kwargs) is not None
         given = [*tensors_in(args), *tensors_in(tuple(kwargs.values()))]
         versions = [0 if part.is_inference() else part._version for part in given]
         result = func(*args, **kwargs)
@@ -114,18 +115,14 @@ class Batchable(TorchFunctionMode):
     overwritten afterwards. Nor can it choose entries by a boolean mask that has a batch axis: ``x[mask] = value`` is
     written as ``torch.where(mask, value, x)``, and so is ``x[mask] += value``. Data without a batch axis may be handed
     to numpy, which the transforms of ``torch.func`` refuse.
-
-    Args:
-        places: where they are made, and where they are read.
-        like: a tensor with a batch axis, unseen as it is inside of ``vmap``.
     """
 
     def __init__(self, places: Places, like: Tensor) -> None:
         super().__init__()
         self.places, self.like = places, like
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in _TO_NUMPY and not _has_batch(args[0]):
+    def __torch_function__(self, func: Function, types: object, args: Args = (), kwargs: Kwargs = None) -> object:
+        if func in _TO_NUMPY and isinstance(args[0], Tensor) and not _has_batch(args[0]):
             with temporarily_clear_interpreter_stack():
                 return func(_bare(args[0]).detach(), *args[1:], **(kwargs or {}))
         if self.places.masks:
@@ -136,8 +133,7 @@ class Batchable(TorchFunctionMode):
         if isinstance(result, Tensor) and (self.places.made or self.places.read):
             place = _place()
             if place in self.places.made:
-                options: dict[str, Any] = {"dtype": result.dtype, "device": result.device}
-                return self.like.new_zeros(result.shape, **options).copy_(result)
+                return self.like.new_zeros(result.shape, dtype=result.dtype, device=result.device).copy_(result)
             if place in self.places.read:
                 return result.clone()
         return result
@@ -171,14 +167,10 @@ class _Write(NamedTuple):
     x: Tensor
     parts: tuple[Any, ...]
     mask: Tensor
-    value: Any
+    value: object
 
 
-def _no_index(args: Any, kwargs: Any) -> _Write | None:
-    return None
-
-
-def _read(x: Any, index: Any, value: Any = None) -> _Write | None:
+def _read(x: object, index: object, value: object = None) -> _Write | None:
     parts = tuple(index) if isinstance(index, (tuple, list)) else (index,)
     masks = [part for part in parts if isinstance(part, Tensor) and part.dtype == torch.bool]
     others = [part for part in parts if not (isinstance(part, Tensor) and part.dtype == torch.bool)]
@@ -186,25 +178,26 @@ def _read(x: Any, index: Any, value: Any = None) -> _Write | None:
     return _Write(x, parts, masks[0], value) if len(masks) == 1 and plain and isinstance(x, Tensor) else None
 
 
-def _set_item(args: Any, kwargs: Any) -> _Write | None:
-    return _read(*args)
+_WRITES = (Tensor.__setitem__, Tensor.index_put_)
 
 
-def _index_put(args: Any, kwargs: Any) -> _Write | None:
-    given = dict(zip(("x", "indices", "values", "accumulate"), args, strict=False)) | kwargs
+def _written(func: Function, args: Args, kwargs: Keywords) -> _Write | None:
+    """Return what is written through a mask; None if this is no such operation."""
+    if func is Tensor.__setitem__:
+        return _read(*args)
+    if func is not Tensor.index_put_:
+        return None
+    given = dict(zip(("x", "indices", "values", "accumulate"), args, strict=False)) | dict(kwargs)
     return None if given.get("accumulate") else _read(given["x"], given["indices"], given["values"])
 
 
-_WRITES: dict[Any, Any] = {Tensor.__setitem__: _set_item, Tensor.index_put_: _index_put}
-
-
-def _through_mask(func: Any, args: Any, kwargs: Any) -> tuple[bool, Any]:
+def _through_mask(func: Function, args: Args, kwargs: Keywords) -> tuple[bool, object]:
     """Run an operation that has to do with a boolean mask with a batch axis; return whether it was one, and its result.
 
     Values that are read through a mask keep the places of those that are not chosen, which are 0. So few operations can
     be done with them: to add, subtract or multiply what is no vector, or what the same mask chose, and to write.
     """
-    write = _WRITES.get(func, _no_index)(args, kwargs)
+    write = _written(func, args, kwargs)
     if write is not None and _has_batch(write.mask):
         view, mask = _aligned(write)
         view.copy_(torch.where(mask, _spread(write, view, mask), view))
@@ -220,7 +213,7 @@ def _through_mask(func: Any, args: Any, kwargs: Any) -> tuple[bool, Any]:
     chosen_by = next((mask for mask in by if mask is not None), None)
     if chosen_by is None:
         return False, None
-    operation = _ON_CHOSEN.get(getattr(func, "__name__", "").strip("_") if func not in _WRITES else "")
+    operation = None if func in _WRITES else _ON_CHOSEN.get(getattr(func, "__name__", "").strip("_"))
     vectors = [part for part in tensors_in(args) if getattr(part, _CHOSEN, None) is not chosen_by and part.dim()]
     if operation is None or vectors or kwargs:
         raise RuntimeError("indexing with a boolean mask that depends on a latent: its result has a dynamic shape")
@@ -244,7 +237,7 @@ def _aligned(write: _Write) -> tuple[Tensor, Tensor]:
     return view, write.mask.reshape(*write.mask.shape, *[1] * last)
 
 
-def _spread(write: _Write, view: Tensor, mask: Tensor) -> Any:
+def _spread(write: _Write, view: Tensor, mask: Tensor) -> Tensor:
     """Return the value that is written, with a place for each that could be chosen."""
     value, last = write.value, mask.dim() - write.mask.dim()
     if not isinstance(value, Tensor):

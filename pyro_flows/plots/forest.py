@@ -10,12 +10,15 @@ import numpy as np
 from pyro_flows import _checks
 from pyro_flows._figures import INK, LINE, WIDTH, color_of, panels, styled
 from pyro_flows.plots import parts
-from pyro_flows.plots.scalars import Choice, Names, Posteriors, common, named, raw, raw_label, used
+from pyro_flows.plots.scalars import Choice, Names, Posteriors, common, named, raw, raw_label
 from pyro_flows.results.labeled import named_draws
+from pyro_flows.results.labeled import posterior_group as used
 from pyro_flows.results.record import Record
 from pyro_flows.verdict.deciding import resample
 
 if TYPE_CHECKING:
+    import xarray as xr
+    from matplotlib.artist import Artist
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
@@ -29,7 +32,7 @@ def plot_forest(
     var_names: Names = None,
     *,
     filter_vars: str | None = None,
-    coords: Mapping[str, Any] | None = None,
+    coords: Mapping[str, object] | None = None,
     draws: str = "used",
     max_rows: int = 40,
     width: float = WIDTH,
@@ -59,8 +62,7 @@ def plot_forest(
     ...     mu = pyro.sample("mu", dist.Normal(0.0, 10.0))
     ...     with pyro.plate("row", len(y)):
     ...         pyro.sample("y", dist.Normal(mu, 1.0), obs=y)
-    >>> def guide(y):
-    ...     pyro.sample("mu", dist.Normal(y.sum() / 3.01, 3.01**-0.5))
+    >>> guide = lambda y: pyro.sample("mu", dist.Normal(y.sum() / 3.01, 3.01**-0.5))
     >>> posterior = pf.diagnose(model, guide, torch.tensor([0.4, 1.3, -0.2]), draws=400)
     >>> len(pf.plots.plot_forest(posterior).axes)
     1
@@ -83,12 +85,11 @@ def plot_forest(
     axes.tick_params(axis="y", length=0)
     names = list(layers) if everything else parts.with_status(posteriors)
     parts.foot(figure, "dot: mean; lines: central 50 % and 89 %", handles, names, columns=1)
-    note = f" · {len(shown)} of {len(labels)} scalars" if len(shown) < len(labels) else ""
-    parts.heading(figure, posteriors, f"Forest{note}")
+    parts.heading(figure, posteriors, "Forest" + parts.cut(shown, labels))
     return figure
 
 
-def _stages(posterior: Record) -> dict[str, Any]:
+def _stages(posterior: Record) -> dict[str, xr.Dataset]:
     """Return the draws of one posterior before and after what corrected them."""
     status = posterior.verdict.status
     if posterior.density is None and posterior._replaced and "raw_posterior" not in (posterior._stored or ({},))[0]:
@@ -106,9 +107,9 @@ def _stages(posterior: Record) -> dict[str, Any]:
     return found or {"draws": used(posterior)}
 
 
-def _rows(axes: Axes, rows: list[list[np.ndarray]]) -> list[Any]:
+def _rows(axes: Axes, rows: list[list[np.ndarray]]) -> list[Artist]:
     """Draw the intervals of each scalar, one line a layer; return what a legend needs."""
-    handles: dict[int, Any] = {}
+    handles: dict[int, Artist] = {}
     for place, layers in enumerate(rows):
         for number, values in enumerate(layers):
             finite = values[np.isfinite(values)]

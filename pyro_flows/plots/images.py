@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pyro_flows import _checks
 from pyro_flows._figures import WIDTH, panels, styled
 from pyro_flows.flows.flow import Flow
 from pyro_flows.plots.walks import interpolate, nearest
@@ -41,7 +40,7 @@ def plot_images(
     1
     """
     pictures = _pictures(images, image_shape)
-    columns = math.ceil(math.sqrt(len(pictures))) if columns is None else _checks.integer("columns", columns, 1)
+    columns = math.ceil(math.sqrt(len(pictures))) if columns is None else columns
     rows = math.ceil(len(pictures) / columns)
     height, width = pictures.shape[1:3]
     sheet = np.ones((rows * (height + 1) - 1, columns * (width + 1) - 1, pictures.shape[3]))

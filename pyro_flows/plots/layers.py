@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ from pyro_flows.flows.flow import Flow
 from pyro_flows.flows.mixture import FlowMixture
 from pyro_flows.plots import parts
 from pyro_flows.results.record import Record
-from pyro_flows.transforms import Compose, DiagonalAffine, LowerTriangularAffine, SinhArcsinh
+from pyro_flows.transforms import Bijection, Compose, DiagonalAffine, LowerTriangularAffine, SinhArcsinh
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -108,7 +108,7 @@ def _number(given: str | int, names: list[str] | None, dim: int) -> int:
 
 
 @torch.no_grad()
-def _clouds(flow: Flow, stack: list[Any], count: int, seed: int) -> list[Tensor]:
+def _clouds(flow: Flow, stack: list[Bijection], count: int, seed: int) -> list[Tensor]:
     """Return draws of the base, and what they are after each layer."""
     with seeded(seed, flow._like.device):
         clouds = [flow.base_distribution().sample((count,))]
@@ -117,16 +117,14 @@ def _clouds(flow: Flow, stack: list[Any], count: int, seed: int) -> list[Tensor]
     return clouds
 
 
-def _stack(bijection: Any) -> list[Any]:
+def _stack(bijection: Bijection) -> list[Bijection]:
     """Return the layers of chains, and of chains in them, one by one."""
-    return (
-        [part for layer in bijection.layers for part in _stack(layer)]
-        if isinstance(bijection, Compose)
-        else [bijection]
-    )
+    if not isinstance(bijection, Compose):
+        return [bijection]
+    return [part for layer in bijection.layers if isinstance(layer, Bijection) for part in _stack(layer)]
 
 
-def _layer_name(stack: list[Any], layer: int) -> str:
+def _layer_name(stack: list[Bijection], layer: int) -> str:
     """Name the state after a layer; the map around a flow is named by what it does."""
     if layer == 0:
         return "base"

@@ -10,11 +10,13 @@ import numpy as np
 
 from pyro_flows._figures import INK, SHOWN, WIDTH, color_of, grid_of, panels, styled
 from pyro_flows.plots import parts
-from pyro_flows.plots.scalars import Choice, Names, Posteriors, common, named, used
+from pyro_flows.plots.scalars import Choice, Names, Posteriors, common, named
+from pyro_flows.results.labeled import posterior_group as used
 from pyro_flows.results.labeled import prior_group
 from pyro_flows.results.record import Record
 
 if TYPE_CHECKING:
+    from matplotlib.artist import Artist
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
@@ -31,7 +33,7 @@ def plot_posterior(
     var_names: Names = None,
     *,
     filter_vars: str | None = None,
-    coords: Mapping[str, Any] | None = None,
+    coords: Mapping[str, object] | None = None,
     max_panels: int = 24,
     width: float = WIDTH,
 ) -> Figure:
@@ -72,7 +74,7 @@ def plot_prior_posterior(
     var_names: Names = None,
     *,
     filter_vars: str | None = None,
-    coords: Mapping[str, Any] | None = None,
+    coords: Mapping[str, object] | None = None,
     max_panels: int = 24,
     width: float = WIDTH,
 ) -> Figure:
@@ -99,8 +101,7 @@ def plot_prior_posterior(
     ...     mu = pyro.sample("mu", dist.Normal(0.0, 10.0))
     ...     with pyro.plate("row", len(y)):
     ...         pyro.sample("y", dist.Normal(mu, 1.0), obs=y)
-    >>> def guide(y):
-    ...     pyro.sample("mu", dist.Normal(y.sum() / 3.01, 3.01**-0.5))
+    >>> guide = lambda y: pyro.sample("mu", dist.Normal(y.sum() / 3.01, 3.01**-0.5))
     >>> posterior = pf.diagnose(model, guide, torch.tensor([0.4, 1.3, -0.2]), draws=400)
     >>> len(pf.plots.plot_prior_posterior(posterior, "mu").axes)
     1
@@ -127,19 +128,18 @@ def _grid(
     height = max(HEIGHT, min(HIGHEST, 0.45 * width / columns))
     foot = 0.5 if len(layers) == 1 and prior is None else 0.9
     figure, grid = panels(len(shown), columns=columns, size=(width, height * math.ceil(len(shown) / columns) + foot))
-    handles: list[Any] = []
+    handles: list[Artist] = []
     for axes, label in zip(grid, shown, strict=True):
         values = [layer[label] for layer in layers.values()]
         found = _marginal(axes, label, values, None if prior is None else prior[label])
         handles = found or handles
     names = parts.with_status(posteriors) if prior is None else ["posterior", "prior"]
     parts.foot(figure, "bar: central 89 %; dot: mean", handles, names, columns=int(width / 1.8))
-    note = f" · {len(shown)} of {len(labels)} scalars" if len(shown) < len(labels) else ""
-    parts.heading(figure, posteriors, text + note)
+    parts.heading(figure, posteriors, text + parts.cut(shown, labels))
     return figure
 
 
-def _marginal(axes: Axes, label: str, layers: list[np.ndarray], prior: np.ndarray | None) -> list[Any]:
+def _marginal(axes: Axes, label: str, layers: list[np.ndarray], prior: np.ndarray | None) -> list[Artist]:
     """Draw one scalar of all layers; return what a legend needs."""
     layers = [values[np.isfinite(values)] for values in layers]
     axes.set_title(parts.plain(label), loc="left", pad=3)
@@ -176,7 +176,7 @@ def _range(layers: list[np.ndarray], prior: np.ndarray | None) -> tuple[float, f
     return low, high
 
 
-def _outline(axes: Axes, prior: np.ndarray, bins: np.ndarray) -> Any:
+def _outline(axes: Axes, prior: np.ndarray, bins: np.ndarray) -> Artist:
     """Draw the prior, of which few draws may lie in the range, by wider bins."""
     wider = bins if parts.whole([prior]) else np.linspace(bins[0], bins[-1], BINS // 2)
     heights, _ = np.histogram(prior, bins=wider)

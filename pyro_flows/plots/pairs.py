@@ -23,12 +23,13 @@ from pyro_flows.plots.scalars import (
     raw_label,
     scalar,
     transformed,
-    used,
     variable,
 )
+from pyro_flows.results.labeled import posterior_group as used
 from pyro_flows.results.record import Record
 
 if TYPE_CHECKING:
+    from matplotlib.artist import Artist
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
@@ -45,7 +46,7 @@ def plot_pairs(
     *scalars: str,
     var_names: Names = None,
     filter_vars: str | None = None,
-    coords: Mapping[str, Any] | None = None,
+    coords: Mapping[str, object] | None = None,
     compare: Record | None = None,
     transform: Transform | None = None,
     labels: Sequence[str] | None = None,
@@ -79,8 +80,7 @@ def plot_pairs(
     >>> def model(y):
     ...     mu = pyro.sample("mu", dist.Normal(torch.zeros(2), 10.0).to_event(1))
     ...     pyro.sample("y", dist.Normal(mu, 1.0).to_event(1), obs=y)
-    >>> def guide(y):
-    ...     pyro.sample("mu", dist.Normal(y / 1.01, 1.01**-0.5).to_event(1))
+    >>> guide = lambda y: pyro.sample("mu", dist.Normal(y / 1.01, 1.01**-0.5).to_event(1))
     >>> posterior = pf.diagnose(model, guide, torch.tensor([0.4, 1.3]), draws=400)
     >>> len(pf.plots.plot_pairs(posterior, "mu[0]", "mu[1]").axes)
     1
@@ -119,8 +119,7 @@ def _drawn(
     if len(shown) == 2:
         figure = _single(posteriors, layers, titles, width)
     else:
-        note = f" · {len(shown)} of {len(labels)} scalars" if len(shown) < len(labels) else ""
-        figure = _triangle(posteriors, layers, titles, width, f"Pairs{note}")
+        figure = _triangle(posteriors, layers, titles, width, "Pairs" + parts.cut(shown, labels))
     return figure
 
 
@@ -152,7 +151,7 @@ def _triangle(
     """Draw marginals along the diagonal, and pairs below it."""
     count, names = len(titles), list(titles)
     figure, grid = panels(count**2, columns=count, size=(width, width * 0.95 + 0.4 * (len(layers) > 1)))
-    handles: list[Any] = []
+    handles: list[Artist] = []
     for number, axes in enumerate(grid):
         row, column = divmod(number, count)
         axes.set_visible(row >= column)
@@ -177,14 +176,14 @@ def _triangle(
     return figure
 
 
-def _panel(axes: Axes, layers: list[Layer], x: str, y: str, *, size: float) -> list[Any]:
+def _panel(axes: Axes, layers: list[Layer], x: str, y: str, *, size: float) -> list[Artist]:
     """Scatter the first layer, and enclose all if there are several; return what a legend needs."""
     clouds = [np.stack([layer[x], layer[y]], -1) for layer in layers]
     axes.set_xlim(*limits([cloud[:, 0] for cloud in clouds]))
     axes.set_ylim(*limits([cloud[:, 1] for cloud in clouds]))
     across, upwards = clouds[0][_spread_out(len(clouds[0]))].T
     dots: dict[str, Any] = {"alpha": 0.5, "markersize": size, "markeredgewidth": 0, "rasterized": True}
-    handles = [*axes.plot(across, upwards, ".", color=FLOW, **dots)]
+    handles: list[Artist] = [*axes.plot(across, upwards, ".", color=FLOW, **dots)]
     if len(clouds) > 1:
         handles += [parts.regions(axes, cloud, number, color_of(number)[0]) for number, cloud in enumerate(clouds)][1:]
     return handles

@@ -14,6 +14,7 @@ from pyro_flows._figures import BASE, FILLED, FLOW, INK, SHOWN, color_of, limits
 from pyro_flows.results.record import Record
 
 if TYPE_CHECKING:
+    from matplotlib.artist import Artist
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
@@ -41,12 +42,17 @@ def heading(figure: Figure, posteriors: Mapping[str, Record], text: str) -> None
     figure.suptitle(said, color=color, fontweight="bold")
 
 
+def cut(shown: Sequence[str], labels: Sequence[str]) -> str:
+    """Say in a heading how many scalars are shown, if these are not all."""
+    return f" · {len(shown)} of {len(labels)} scalars" if len(shown) < len(labels) else ""
+
+
 def with_status(posteriors: Mapping[str, Record]) -> list[str]:
     """Return the names of posteriors, each with the status of its verdict."""
     return [plain(f"{name} ({posterior.verdict.status})") for name, posterior in posteriors.items()]
 
 
-def foot(figure: Figure, note: str, handles: list[Any], names: Sequence[str], columns: int = 2) -> None:
+def foot(figure: Figure, note: str, handles: list[Artist], names: Sequence[str], columns: int = 2) -> None:
     """Write what marks mean below all panels, and name the layers if there are several."""
     if len(handles) < 2:
         figure.supxlabel(note, fontsize=8)
@@ -96,7 +102,7 @@ def edges(low: float, high: float, layers: Sequence[np.ndarray], count: int) -> 
     return np.arange(math.ceil(low) - 0.5, math.floor(high) + 0.5 + step, step)
 
 
-def histogram(axes: Axes, values: np.ndarray, bins: np.ndarray, *, filled: bool = True, number: int = 0) -> Any:
+def histogram(axes: Axes, values: np.ndarray, bins: np.ndarray, *, filled: bool = True, number: int = 0) -> Artist:
     """Draw the outline of a histogram, in the color and dashes of its layer; return it."""
     color, dashes = color_of(number)
     heights, _ = np.histogram(values, bins=bins)
@@ -115,7 +121,7 @@ def interval(axes: Axes, values: np.ndarray, height: float = 0.0, color: str = F
     axes.plot([values.mean()], [height], "o", color="white", **dot)
 
 
-def regions(axes: Axes, points: np.ndarray, number: int = 1, color: str = BASE) -> Any:
+def regions(axes: Axes, points: np.ndarray, number: int = 1, color: str = BASE) -> Artist:
     """Draw where 50 % and 90 % of points (S, 2) lie most densely, by a smoothed histogram over the axes' range."""
     finite = points[np.isfinite(points).all(-1)]
     frame = np.array([axes.get_xlim(), axes.get_ylim()])
@@ -130,17 +136,12 @@ def regions(axes: Axes, points: np.ndarray, number: int = 1, color: str = BASE) 
     if len(levels) == 2 and levels[0] > 0:
         centers = [(edges[1:] + edges[:-1]) / 2 for edges in (across, upwards)]
         axes.contourf(*centers, density.T, levels=[*levels, np.inf], colors=[color, color], alpha=0.12, zorder=0)
-        lines: dict[str, Any] = {
-            "colors": [color],
-            "linewidths": 1.2,
-            "linestyles": [color_of(number)[1]],
-            "zorder": 3,
-        }
-        axes.contour(*centers, density.T, levels=levels, **lines)
+        dashes = [color_of(number)[1]]
+        axes.contour(*centers, density.T, levels=levels, colors=[color], linewidths=1.2, linestyles=dashes, zorder=3)
     return axes.plot([], [], color=color, linestyle=color_of(number)[1], linewidth=1.2)[0]
 
 
-def cloud(axes: Axes, points: Tensor, colors: Any, *, equal: bool = True) -> None:
+def cloud(axes: Axes, points: Tensor, colors: str | np.ndarray, *, equal: bool = True) -> None:
     """Scatter points (N, 2); with ``equal``, both axes have the same scale."""
     values = points.detach().double().cpu().numpy()
     finite = values[np.isfinite(values).all(-1)]

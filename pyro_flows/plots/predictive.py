@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -16,6 +16,7 @@ from pyro_flows.results.labeled import predictive_groups
 from pyro_flows.results.record import Record
 
 if TYPE_CHECKING:
+    from matplotlib.artist import Artist
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
@@ -30,7 +31,7 @@ def plot_predictive(
     var_names: Names = None,
     *,
     filter_vars: str | None = None,
-    coords: Mapping[str, Any] | None = None,
+    coords: Mapping[str, object] | None = None,
     width: float = WIDTH,
 ) -> Figure:
     """Draw the distribution function of the data (line) over those of replicates drawn from the posterior (bands).
@@ -58,8 +59,7 @@ def plot_predictive(
     ...     mu = pyro.sample("mu", dist.Normal(0.0, 10.0))
     ...     with pyro.plate("row", len(y)):
     ...         pyro.sample("y", dist.Normal(mu, 1.0), obs=y)
-    >>> def guide(y):
-    ...     pyro.sample("mu", dist.Normal(y.sum() / 3.01, 3.01**-0.5))
+    >>> guide = lambda y: pyro.sample("mu", dist.Normal(y.sum() / 3.01, 3.01**-0.5))
     >>> posterior = pf.diagnose(model, guide, torch.tensor([0.4, 1.3, -0.2]), draws=400)
     >>> len(pf.plots.plot_predictive(posterior).axes)
     1
@@ -81,7 +81,7 @@ def predictive_data(
     var_names: Names = None,
     *,
     filter_vars: str | None = None,
-    coords: Mapping[str, Any] | None = None,
+    coords: Mapping[str, object] | None = None,
 ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     """Return the data (N,) and replicates (R, N) of each observed site, the same entries of both."""
     observed, replicates = predictive_groups(posterior, REPLICATES)
@@ -99,7 +99,7 @@ def _unreliable(posterior: Record) -> str:
     return " · draws unreliable" if posterior.verdict.status == "unreliable" else ""
 
 
-def _compare(axes: Axes, name: str, data: np.ndarray, replicates: np.ndarray) -> list[Any]:
+def _compare(axes: Axes, name: str, data: np.ndarray, replicates: np.ndarray) -> list[Artist]:
     low, high = _range(data, replicates)
     counts = parts.whole([data, replicates])
     values = _whole_numbers(low, high) if counts else np.linspace(low, high, GRID)

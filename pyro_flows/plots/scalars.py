@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -30,7 +30,7 @@ class Choice:
 
     var_names: Names = None
     filter_vars: str | None = None
-    coords: Mapping[str, Any] | None = None
+    coords: Mapping[str, object] | None = None
 
     def of(self, draws: xr.Dataset) -> dict[str, np.ndarray]:
         """Return the draws (S,) of each scalar by its label, ``theta[Choate]``."""
@@ -67,11 +67,6 @@ def _named(posterior: Record, method: str) -> str:
     return posterior.guide_name if posterior._of_mcmc or method == GUIDE else method
 
 
-def used(posterior: Record) -> xr.Dataset:
-    """The draws to use."""
-    return posterior_group(posterior)
-
-
 def raw(posterior: Record) -> xr.Dataset:
     """The guide's own draws, before any resampling or sampler.
 
@@ -81,8 +76,7 @@ def raw(posterior: Record) -> xr.Dataset:
     if not posterior._replaced:
         return posterior_group(posterior)
     if posterior._stored is not None and "raw_posterior" in posterior._stored[0]:
-        found: xr.Dataset = posterior._stored[0]["raw_posterior"]
-        return found
+        return posterior._stored[0]["raw_posterior"]
     if posterior.density is None:
         raise ValueError("posterior: its raw draws need its model; load(path, model, *args) with the fit's arguments.")
     return named_draws(posterior, posterior._need_density().constrain(posterior.z))

@@ -91,7 +91,6 @@ def interpolate(flow: Flow, points: Tensor, *, steps: int = 8, context: Tensor |
     """
     if points.shape != (4, *flow.event_shape):
         raise ValueError(f"points: expected shape {(4, *flow.event_shape)}, got {tuple(points.shape)}.")
-    _checks.integer("steps", steps, 2)
     z = to_normal(flow, flow.bijection.inverse_and_ladj(points, context)[0])
     latents = from_normal(flow, over_grid(z, steps))
     return flow.bijection.forward_and_ladj(latents, context)[0]
@@ -197,7 +196,7 @@ def inpaint(
     noise = torch.rand(points.shape, generator=generator, dtype=points.dtype, device=points.device)
     free = torch.where(known, points, low + (high - low) * noise).detach().requires_grad_()
     optimizer = torch.optim.Adam([free])
-    for step in range(_checks.integer("steps", steps, 1)):
+    for step in range(steps):
         share = 0.5 * (1.0 + math.cos(math.pi * step / steps))
         (gradient,) = torch.autograd.grad(-flow.log_prob(free, context).sum(), free)
         free.grad = torch.where(known, torch.zeros_like(gradient), gradient)

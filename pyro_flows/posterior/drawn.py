@@ -168,20 +168,20 @@ class Drawn(Shown):
         torch.Size([200, 2])
         """
         density = self._need_density()
-        count = len(self._used) if draws is None else _checks.integer("draws", draws, 1)
+        count = len(self._used) if draws is None else draws
         if count > len(self._used):
             raise ValueError(f"draws: expected at most {len(self._used)}, the draws that there are, got {count}.")
         self._hand_on("local_samples()")
         wanted = [names] if isinstance(names, str) else names
         with alone(), torch.no_grad():
-            return density.local_samples(self._used[:count], wanted, rows, seed=_checks.integer("seed", seed, 0))
+            return density.local_samples(self._used[:count], wanted, rows, seed=seed)
 
     def predictive(
         self,
-        *args: Any,
+        *args: object,
         draws: int | None = None,
         seed: int = 0,
-        model_kwargs: Mapping[str, Any] | None = None,
+        model_kwargs: Mapping[str, object] | None = None,
     ) -> dict[str, Tensor]:
         """Draw from the posterior predictive distribution: ``{name: (draws, *shape)}`` for each observed site.
 
@@ -200,7 +200,7 @@ class Drawn(Shown):
                 missing from the new run or has another shape there.
         """
         density = self._need_density()
-        count = len(self._used) if draws is None else _checks.integer("draws", draws, 1)
+        count = len(self._used) if draws is None else draws
         if count > len(self._used):
             raise ValueError(f"draws: expected at most {len(self._used)}, the draws that there are, got {count}.")
         self._hand_on("predictive()")

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_flows import _checks
 from pyro_flows._clock import Clock
 from pyro_flows.guides.autoflow import AutoFlow
 from pyro_flows.model.log_density import LogDensity
@@ -34,7 +33,7 @@ def from_draws(
     guide: Any,
     losses: Tensor,
     history: Sequence[Stage] = (),
-    settings: Mapping[str, Any] | None = None,
+    settings: Mapping[str, object] | None = None,
     warnings: Sequence[str] = (),
     failures: Sequence[str] = (),
     notes: Sequence[str] = (),
@@ -50,7 +49,6 @@ def from_draws(
     judged. Where the clock of ``density`` ends the scoring, the draws scored so far are all that there are. ``stopped``
     says where it ended the training before, ``moving`` that means or sds still changed a lot there.
     """
-    _checks.integer("draws", draws, 100)
     check_memory(density, draws)
     with torch.no_grad():
         pool = pool_of(density, draw, draws, times)
@@ -59,7 +57,13 @@ def from_draws(
         draws, (lost, rounded) = scored * draws // pool.wanted, density.lost_digits(pool.z, most=pool.checked)
         lost += infinite_places(density, pool.z, pool.log_p)
         said: dict[str, Any] = {"failures": [*failed, *failures, *lost], "doubts": doubts}
-        notes, pool = [*notes, *rounded, *_met(density)], pool._replace(checked=min(checked, pool.checked))
+        notes = [
+            *notes,
+            *rounded,
+            *density.faults.notes(),
+            *density.clock.notes(),
+        ]  # what the model raised, what was cut
+        pool = pool._replace(checked=min(checked, pool.checked))
         said |= {"notes": notes, "warnings": [*warnings, *cut]}
         found, samples = _decided(density, draw, pool, draws=draws, times=times, seed=seed, **said)
     about = {
@@ -81,11 +85,6 @@ def from_draws(
     )
 
 
-def _met(density: LogDensity) -> tuple[str, ...]:
-    """Say what the model raised, and what time did not allow."""
-    return (*density.faults.notes(), *density.clock.notes())
-
-
 def _cut(clock: Clock, scored: int, wanted: int, stopped: str, *, moving: bool) -> tuple[list[str], list[str]]:
     """Say once what the end of the time, or Ctrl-C, has cut, as a failure or a warning; nothing if neither came."""
     judged = f"; judged by {scored:,} of {wanted:,} draws" if scored < wanted else ""
@@ -103,13 +102,18 @@ def _decided(
     ``said`` goes to the judge.
     """
     values: dict[str, Tensor] = {}  # of the whole pool, if they are needed
+
+    def again() -> Weighing:
+        second = score_pool(density, draw, times * draws)
+        return weigh(second.z, second.log_p, second.log_q)
+
     found = decide(
         lambda n: (pool.z[:n], pool.log_q[:n]),
         lambda z: pool.log_p[: len(z)],
         coordinate_names(density.structure),
         draws=draws,
         seed=seed,
-        again=lambda: _weighed_again(density, draw, times * draws),
+        again=again,
         complaint=lambda z: density.complaint(z[: pool.checked], torch.isfinite(pool.log_p[: len(z)][: pool.checked])),
         changed=lambda z, log_weights: _changed(density, z, log_weights, draws, values),
         **said,
@@ -154,9 +158,3 @@ def _of_guide(guide: Any, draw: Draw) -> dict[str, Any]:
     missing = {} if flow is not None else {"flow": f"the guide ({name}) is not a flow guide of pyro_flows"}
     drawer = None if flow is not None else draw
     return {"guide": guide, "guide_name": name, "flow": flow, "missing": missing, "_drawer": drawer}
-
-
-def _weighed_again(density: LogDensity, draw: Draw, count: int) -> Weighing:
-    """Weigh a second pool of draws."""
-    pool = score_pool(density, draw, count)
-    return weigh(pool.z, pool.log_p, pool.log_q)

@@ -14,16 +14,16 @@ from torch import Tensor
 from pyro_flows import _checks
 from pyro_flows.flows.flow import Flow
 from pyro_flows.guides.autoflow import AutoFlow
-from pyro_flows.posterior.reported import Reported
+from pyro_flows.posterior.assessed import Assessed
 from pyro_flows.results import arviz_groups, files
-from pyro_flows.results.attributes import attributes
+from pyro_flows.results.record import attributes
 
 UNPICKLED = "unpickled without a model"
 
 
 @_checks.methods
 @dataclass(frozen=True, eq=False, repr=False)
-class Posterior(Reported):
+class Posterior(Assessed):
     r"""What a fit (or :func:`diagnose`) found. Nothing in it changes; methods give new values.
 
     If the verdict is unreliable, all methods that hand draws on (``summary``, ``to_arviz``, ``predictive``,
@@ -76,12 +76,9 @@ class Posterior(Reported):
     ...     mu = pyro.sample("mu", dist.Normal(0.0, 10.0))
     ...     with pyro.plate("row", len(y)):
     ...         pyro.sample("y", dist.Normal(mu, 1.0), obs=y)
-    >>> def guide(y):
-    ...     precision = len(y) + 0.01
-    ...     pyro.sample("mu", dist.Normal(y.sum() / precision, precision**-0.5))
+    >>> guide = lambda y: pyro.sample("mu", dist.Normal(y.sum() / 4.01, 4.01**-0.5))
     >>> y = torch.tensor([0.4, 1.3, -0.2, 0.9])
     >>> posterior = pf.diagnose(model, guide, y, draws=400)
-
     >>> posterior.verdict.status, posterior.samples["mu"].shape
     ('ok', torch.Size([400]))
     """
@@ -96,7 +93,7 @@ class Posterior(Reported):
         if self._stored is None:
             density = self._need_model()
             self._check_unchanged(runs=False)
-            groups = self._labeling.applied(arviz_groups.modelless_groups(self, density))
+            groups = self._labeling.applied(arviz_groups.all_groups(self, density, predictive=False, runs=False))
             state["_stored"] = groups, attributes(self)
             state["missing"]["groups"] = f"it was {UNPICKLED}; call to_arviz() or save() where the model is"
         if isinstance(self.flow, Flow) and self.flow.recipe is None:  # the user's own, of a class that may be local
@@ -144,9 +141,9 @@ def _compact(value: Any) -> Any:
 @_checks.options
 def load(
     path: str | os.PathLike[str],
-    model: Callable[..., Any] | None = None,
-    *args: Any,
-    model_kwargs: Mapping[str, Any] | None = None,
+    model: Callable[..., object] | None = None,
+    *args: object,
+    model_kwargs: Mapping[str, object] | None = None,
 ) -> Posterior:
     """Read a posterior that :meth:`Posterior.save` wrote. Tensors and JSON only: nothing in the files is run.
 
@@ -170,12 +167,9 @@ def load(
     ...     mu = pyro.sample("mu", dist.Normal(0.0, 10.0))
     ...     with pyro.plate("row", len(y)):
     ...         pyro.sample("y", dist.Normal(mu, 1.0), obs=y)
-    >>> def guide(y):
-    ...     precision = len(y) + 0.01
-    ...     pyro.sample("mu", dist.Normal(y.sum() / precision, precision**-0.5))
+    >>> guide = lambda y: pyro.sample("mu", dist.Normal(y.sum() / 4.01, 4.01**-0.5))
     >>> y = torch.tensor([0.4, 1.3, -0.2, 0.9])
     >>> posterior = pf.diagnose(model, guide, y, draws=400)
-
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     posterior.save(f"{folder}/saved")

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any, Self
 
 from pyro_flows import _arrays, _arviz, _checks
 from pyro_flows.results import labeled
-from pyro_flows.results.attributes import attributes
-from pyro_flows.results.labeling import Labeling
-from pyro_flows.results.record import Record, counted
+from pyro_flows.results.dims import Labeling
+from pyro_flows.results.record import Record, attributes, counted
 
 if TYPE_CHECKING:
     import pandas as pd
+    import xarray as xr
 
 ROWS_SHOWN = 30
 FAR_BELOW = 1000.0  # nats below the log evidence, from which on a single draw has made the ELBO
@@ -49,7 +49,7 @@ class Shown(Record):
         var_names: str | Sequence[str] | None = None,
         *,
         filter_vars: str | None = None,
-        coords: Mapping[str, Any] | None = None,
+        coords: Mapping[str, object] | None = None,
         ci_kind: str | None = None,
         ci_prob: float | None = None,
         round_to: int | str = "auto",
@@ -91,7 +91,7 @@ class Shown(Record):
         var_names: str | Sequence[str] | None = None,
         *,
         filter_vars: str | None = None,
-        coords: Mapping[str, Any] | None = None,
+        coords: Mapping[str, object] | None = None,
         ci_kind: str | None = None,
         ci_prob: float | None = None,
         round_to: int | str = "auto",
@@ -101,16 +101,14 @@ class Shown(Record):
         kind, prob = (ci_kind, ci_prob) if ci_kind and ci_prob else _arviz.default_interval()
         kind = _checks.choice("ci_kind", ci_kind or kind, ("eti", "hdi"))
         prob = prob if ci_prob is None else ci_prob
-        if prob is None or not 0 < prob < 1:
-            raise ValueError(f"ci_prob: expected a number between 0 and 1, got {prob!r}.")
         ess = None if self._by_chains else self.effective
         return _arviz.summary(draws, ess=ess, kind=kind, prob=prob, round_to=round_to)
 
-    def _draws(self) -> Any:
+    def _draws(self) -> xr.Dataset:
         return labeled.posterior_group(self)
 
     def assign_coords(
-        self, coords: Mapping[str, Any] | None = None, *, dims: Mapping[str, Sequence[str]] | None = None
+        self, coords: Mapping[str, object] | None = None, *, dims: Mapping[str, Sequence[str]] | None = None
     ) -> Self:
         """Return the same posterior with labels, which tables, figures, ArviZ objects, reports and files then have.
 
@@ -144,7 +142,7 @@ class Shown(Record):
     def to_arviz(
         self,
         *,
-        coords: Mapping[str, Any] | None = None,
+        coords: Mapping[str, object] | None = None,
         dims: Mapping[str, Sequence[str]] | None = None,
         predictive: bool = True,
     ) -> Any:

@@ -6,7 +6,7 @@ import copy
 import math
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -24,7 +24,7 @@ from pyro_flows.flows.recipe_json import not_rebuilt
 from pyro_flows.model.faults import where_it_runs
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.model.sites import Latent, messages
-from pyro_flows.model.supports import WRAPPERS, is_narrower, signature, support_of
+from pyro_flows.model.supports import family, is_narrower, signature, support_of
 from pyro_flows.priors.fitted import FittedPrior, PriorDistribution
 from pyro_flows.priors.parts import Joint, Part, describe
 from pyro_flows.results.dims import Labels
@@ -121,17 +121,11 @@ def prior_from(
 # the sites ------------------------------------------------------------------------------------------------------------
 
 
-def _bare(fn: Any) -> Any:
-    while isinstance(fn, WRAPPERS):
-        fn = fn.base_dist
-    return fn
-
-
 def _parts(density: LogDensity, name: str) -> tuple[Part, ...]:
     """Return the parts of a latent site: itself, or those that it got from an earlier fitted prior."""
     latent = next(latent for latent in density.structure.latents if latent.name == name)
     fn = messages(density.structure.trace)[name]["fn"]
-    earlier = _bare(fn)
+    earlier = family(fn)
     if isinstance(earlier, PriorDistribution) and len(earlier.prior.parts) > 1:
         return earlier.prior.parts
     support = support_of(fn)
@@ -140,8 +134,8 @@ def _parts(density: LogDensity, name: str) -> tuple[Part, ...]:
     if _moves(density, name):
         raise ValueError(f"sites: the support of {name!r} depends on other latents, so a prior of its own has none.")
     try:
-        if support is None or is_narrower(_bare(fn)):
-            raise NotImplementedError(f"the support of a {type(_bare(fn)).__name__}")
+        if support is None or is_narrower(family(fn)):
+            raise NotImplementedError(f"the support of a {type(family(fn)).__name__}")
         describe(support)
     except NotImplementedError as error:
         raise ValueError(f"sites: {name!r} cannot have a fitted prior: {error} has no name to be saved by.") from None

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import os
 from collections.abc import Sequence
-from typing import Any
 
 import pyro
 import torch
@@ -50,12 +49,9 @@ class FittedPrior(nn.Module):
     ...     mu = pyro.sample("mu", dist.Normal(0.0, 10.0))
     ...     with pyro.plate("row", len(y)):
     ...         pyro.sample("y", dist.Normal(mu, 1.0), obs=y)
-    >>> def guide(y):
-    ...     precision = len(y) + 0.01
-    ...     pyro.sample("mu", dist.Normal(y.sum() / precision, precision**-0.5))
+    >>> guide = lambda y: pyro.sample("mu", dist.Normal(y.sum() / 4.01, 4.01**-0.5))
     >>> y = torch.tensor([0.4, 1.3, -0.2, 0.9])
     >>> posterior = pf.diagnose(model, guide, y, draws=400)
-
     >>> prior = pf.prior_from(posterior, "mu", max_epochs=1)
     >>> prior.sites, prior().sample((5,)).shape
     (('mu',), torch.Size([5]))
@@ -174,7 +170,7 @@ class PriorDistribution(TorchDistribution):
         super().__init__(torch.Size(batch_shape), torch.Size(event), validate_args=False)
 
     @property
-    def support(self) -> constraints.Constraint:  # type: ignore[override]
+    def support(self) -> constraints.Constraint:
         """The site's own support, or all sites' one after the other."""
         return self._support
 
@@ -188,7 +184,7 @@ class PriorDistribution(TorchDistribution):
         """Names of the axes of each site."""
         return {part.name: part.dims for part in self.prior.parts}
 
-    def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> PriorDistribution:
+    def expand(self, batch_shape: Sequence[int], _instance: object = None) -> PriorDistribution:
         """Return independent copies."""
         return PriorDistribution(self.prior, torch.Size(batch_shape))
 

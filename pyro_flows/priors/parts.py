@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,9 +15,10 @@ from torch.distributions import constraints, transform_to
 from torch.distributions.constraints import Constraint
 from torch.distributions.transforms import Transform
 
+from pyro_flows._bundles import Entries
 from pyro_flows.model.bijections import biject_to
 
-PLAIN: dict[str, Any] = {
+PLAIN: dict[str, Constraint] = {
     "real": constraints.real,
     "simplex": constraints.simplex,
     "lower_cholesky": constraints.lower_cholesky,
@@ -34,23 +35,17 @@ BOUNDED: dict[str, tuple[Any, tuple[str, ...]]] = {
     "interval": (constraints.interval, ("lower_bound", "upper_bound")),
     "half_open_interval": (constraints.half_open_interval, ("lower_bound", "upper_bound")),
 }
+CONSTANTS = {"greater_than": constraints.positive, "greater_than_eq": constraints.nonnegative}  # of types of their own
 
 
 @dataclass(frozen=True)
 class Part:
-    """One site of a fitted prior.
+    """One site of a fitted prior."""
 
-    Attributes:
-        name: of the site.
-        shape: of its value, plates included.
-        support: of the whole value, as one event.
-        dims: a name for each axis that a plate had, None for others.
-    """
-
-    name: str
-    shape: torch.Size
-    support: Constraint
-    dims: tuple[str | None, ...]
+    name: str  # of the site
+    shape: torch.Size  # of its value, plates included
+    support: Constraint  # of the whole value, as one event
+    dims: tuple[str | None, ...]  # a name for each axis that a plate had, None for others
 
     @property
     def transform(self) -> Transform:
@@ -86,7 +81,7 @@ class Part:
         return {"name": self.name, "shape": list(self.shape), "support": support, "dims": list(self.dims)}
 
     @classmethod
-    def read(cls, text: Mapping[str, Any], dtype: torch.dtype) -> Part:
+    def read(cls, text: Entries, dtype: torch.dtype) -> Part:
         """Make a part of what :meth:`describe` gave."""
         dims = tuple(None if dim is None else str(dim) for dim in text["dims"])
         return cls(str(text["name"]), torch.Size(text["shape"]), restore(text["support"], dtype), dims)
@@ -96,11 +91,7 @@ class Part:
 
 
 def describe(support: Any) -> dict[str, Any]:
-    """Return a support as JSON has it.
-
-    Raises:
-        NotImplementedError: for one that is none of torch's and Pyro's common ones.
-    """
+    """Return a support as JSON has it."""
     if isinstance(support, constraints.independent):
         return {
             "kind": "independent",
@@ -111,23 +102,13 @@ def describe(support: Any) -> dict[str, Any]:
         if type(support) is type(plain):
             return {"kind": kind}
     for kind, (cls, names) in BOUNDED.items():
-        if type(support) in (cls, *_kin(kind)):
+        if type(support) in (cls, type(CONSTANTS.get(kind))):
             return {"kind": kind, **{name: torch.as_tensor(getattr(support, name)).tolist() for name in names}}
     raise NotImplementedError(f"the support {support}")
 
 
-def _kin(kind: str) -> tuple[type, ...]:
-    """Types of torch's constants that differ from the classes that users call."""
-    constants = {"greater_than": constraints.positive, "greater_than_eq": constraints.nonnegative}
-    return (type(constants[kind]),) if kind in constants else ()
-
-
-def restore(text: Mapping[str, Any], dtype: torch.dtype) -> Any:
-    """Make the support that :func:`describe` told of.
-
-    Raises:
-        ValueError: for an unknown kind.
-    """
+def restore(text: Entries, dtype: torch.dtype) -> Constraint:
+    """Make the support that :func:`describe` told of."""
     kind = text["kind"]
     if kind == "independent":
         return constraints.independent(restore(text["base"], dtype), int(text["axes"]))
@@ -181,7 +162,7 @@ class JointTransform(Transform):
         self.support = support
 
     @property
-    def codomain(self) -> Any:  # type: ignore[override]
+    def codomain(self) -> Constraint:  # type: ignore[override]
         return self.support
 
     @property
@@ -200,10 +181,10 @@ class JointTransform(Transform):
         pieces = zip(self.support.parts, x.split(self._sizes, -1), strict=True)
         return sum((part.forward(piece)[1] for part, piece in pieces), x.new_zeros(x.shape[:-1]))
 
-    def forward_shape(self, shape: Any) -> torch.Size:
+    def forward_shape(self, shape: Sequence[int]) -> torch.Size:
         return torch.Size((*shape[:-1], sum(math.prod(part.shape) for part in self.support.parts)))
 
-    def inverse_shape(self, shape: Any) -> torch.Size:
+    def inverse_shape(self, shape: Sequence[int]) -> torch.Size:
         return torch.Size((*shape[:-1], sum(self._sizes)))
 
 

@@ -6,20 +6,19 @@ import inspect
 import math
 import platform
 import textwrap
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
+from pyro_flows._bundles import Entries
 from pyro_flows._progress import unseen
 from pyro_flows.plots.predictive import predictive_data
 from pyro_flows.report import tables
-from pyro_flows.report.figures import Picture, pictures, replicates
-from pyro_flows.report.graph import graph
+from pyro_flows.report.figures import Picture, graph, pictures, replicates
 from pyro_flows.report.words import figures
-from pyro_flows.results.attributes import attributes_of
 from pyro_flows.results.methods_text import methods_text, references
-from pyro_flows.results.record import Record
+from pyro_flows.results.record import Record, attributes_of
 from pyro_flows.verdict.coverage import searched
 from pyro_flows.verdict.methods import METHODS
 
@@ -39,7 +38,7 @@ class Options:
     comparison: Any = None
     predictive: bool = True
     source: bool = True
-    chosen: Mapping[str, Any] = field(default_factory=dict)
+    chosen: Entries = field(default_factory=dict)
     watch: Callable[[str], None] = unseen
 
 
@@ -153,7 +152,7 @@ def recipe(posterior: Record) -> str:
     return f"import pyro_flows as pf\n\n{call}"
 
 
-def _asked(settings: Mapping[str, Any]) -> dict[str, Any]:
+def _asked(settings: Entries) -> dict[str, Any]:
     """Return the options of a fit; files of earlier versions do not tell which flow was asked for."""
     if "asked" in settings:
         return dict(settings["asked"])
@@ -161,7 +160,7 @@ def _asked(settings: Mapping[str, Any]) -> dict[str, Any]:
     return {name: settings[name] for name, value in usual.items() if settings.get(name) not in (None, value)}
 
 
-def _call(name: str, given: str, options: Mapping[str, Any]) -> str:
+def _call(name: str, given: str, options: Entries) -> str:
     words = _words({key: value for key, value in options.items() if DEFAULTS.get(key) != value})
     return f"posterior = pf.{name}({given}{', ' if words else ''}{words})\n"
 
@@ -179,7 +178,7 @@ def _arguments(posterior: Record) -> str:
     return ", ".join(named[:count]) if len(named) >= count else "*data"
 
 
-def _words(options: Mapping[str, Any]) -> str:
+def _words(options: Entries) -> str:
     """Return options as they are written in a call; infinity and a flow of the caller's have no literal."""
     found = {name: value for name, value in options.items() if value != math.inf}
     if str(found.get("flow", "")).startswith("<"):

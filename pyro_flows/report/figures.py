@@ -7,9 +7,14 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import pyro
+
 from pyro_flows import plots
 from pyro_flows._display import STATUS_COLORS
+from pyro_flows._fallbacks import Tried, fallback
 from pyro_flows._figures import INK, LINE
+from pyro_flows._seeding import seeded
+from pyro_flows._turns import alone
 from pyro_flows.results.labeled import NotThere
 from pyro_flows.results.record import Record
 
@@ -18,6 +23,10 @@ if TYPE_CHECKING:
 
 WIDTH = 3.7  # inches: a phone's 390 pixels, less margins, at 96 to an inch
 DPI = 150  # of clouds of points, which are pictures inside of the SVG
+NAME, TITLE = "graph", "Model"  # of the graph of the model
+CAPTION = "Shaded sites are observed, boxes are plates."
+INSTALL = "install graphviz, and its Python package of the same name, to see it"
+LARGEST = 200_000  # characters of SVG
 PANELS, ROWS, PRIORS, SCALARS = 12, 24, 8, 3
 VARIABLES = {
     INK: "--ink",
@@ -29,21 +38,13 @@ VARIABLES = {
 
 @dataclass(frozen=True)
 class Picture:
-    """A figure on the page.
+    """A figure on the page."""
 
-    Attributes:
-        name: for links and identifiers.
-        title: its heading.
-        caption: what is to be seen.
-        svg: the figure; empty if there is none.
-        missing: why there is none.
-    """
-
-    name: str
-    title: str
-    caption: str
-    svg: str = ""
-    missing: str = ""
+    name: str  # for links and identifiers
+    title: str  # its heading
+    caption: str  # what is to be seen
+    svg: str = ""  # the figure; empty if there is none
+    missing: str = ""  # why there is none
 
 
 def pictures(posterior: Record, chosen: dict[str, Any], *, scalars: int) -> list[Picture]:
@@ -122,3 +123,37 @@ def themed(svg: str, name: str, label: str) -> str:
     svg = re.sub(r"(<svg[^>]*?)\s+width=\"[^\"]*\"", r"\1", svg, count=1)
     svg = re.sub(r"(<svg[^>]*?)\s+height=\"[^\"]*\"", r"\1", svg, count=1)
     return svg.replace("<svg", f'<svg role="img" aria-label="{escape(label)}"', 1)
+
+
+# the graph of the model, by Pyro and graphviz -------------------------------------------------------------------------
+
+
+def graph(posterior: Record) -> Picture:
+    """Draw the model's sites and plates; the picture says why it is left out, if it is."""
+    density = posterior.density
+    if density is None:
+        return _without("the posterior was loaded without its model")
+    try:
+        import graphviz
+    except ImportError:
+        return _without(INSTALL)
+    with Tried() as tried:
+        with alone(), seeded(0, density.device):
+            drawn = pyro.render_model(density.model, density.args, density.kwargs, render_distributions=True)
+        svg = drawn.pipe(format="svg").decode()
+    if isinstance(tried.error, graphviz.ExecutableNotFound):
+        return _without(INSTALL)
+    if isinstance(tried.error, NotImplementedError):  # Pyro draws from all priors, and some are improper
+        return _without(f"Pyro could not draw it, for {str(tried.error).splitlines()[0]}")
+    if tried.error is not None:  # Pyro reads the model in its own way, which may not know all that it does
+        return _without(fallback("Pyro could not draw it", tried.error))
+    if len(svg) > LARGEST:
+        return _without("it has too many sites")
+    width = re.search(r'width="(\d+)pt"', svg)
+    found = themed(svg, NAME, f"{TITLE}. {CAPTION}")
+    style = f' style="max-width: {int(width[1]) * 4 // 3}px"' if width else ""
+    return Picture(NAME, TITLE, CAPTION, svg=found.replace("<svg", f"<svg{style}", 1))
+
+
+def _without(why: str) -> Picture:
+    return Picture(NAME, TITLE, CAPTION, missing=f"The graph of the model is left out: {why}.")

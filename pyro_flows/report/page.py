@@ -28,11 +28,7 @@ def write(posterior: Record, path: str | os.PathLike[str], table: pd.DataFrame, 
 
 
 def check_target(path: str | os.PathLike[str]) -> Path:
-    """Return where the page goes, or say why it cannot go there.
-
-    Raises:
-        ValueError: for a directory, and for a file that is no earlier report.
-    """
+    """Return where the page goes, or say why it cannot go there."""
     target = Path(path)
     if target.is_dir():
         raise ValueError(f"path: expected a file, {str(target)!r} is a directory. Name a file in it, report.html.")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pyro_flows._bundles import plain
+from pyro_flows._bundles import Entries, plain
 from pyro_flows._progress import UNTOLD
 
 if TYPE_CHECKING:
@@ -49,23 +49,14 @@ class Cell:
 
 @dataclass(frozen=True)
 class Table:
-    """A table that can be sorted.
+    """A table that can be sorted."""
 
-    Attributes:
-        name: for identifiers.
-        caption: what it holds.
-        first: the heading of the names of the rows.
-        columns: headings, with what each means.
-        rows: name and cells of each.
-        left_out: how many rows are not shown.
-    """
-
-    name: str
-    caption: str
-    first: str
-    columns: tuple[tuple[str, str], ...]
-    rows: tuple[tuple[str, tuple[Cell, ...]], ...]
-    left_out: int = 0
+    name: str  # for identifiers
+    caption: str  # what it holds
+    first: str  # the heading of the names of the rows
+    columns: tuple[tuple[str, str], ...]  # headings, with what each means
+    rows: tuple[tuple[str, tuple[Cell, ...]], ...]  # name and cells of each
+    left_out: int = 0  # how many rows are not shown
 
 
 def of_frame(frame: pd.DataFrame, name: str, caption: str, first: str) -> Table:
@@ -84,7 +75,7 @@ def _meaning(column: str) -> str:
     return MEANINGS.get(column, column)
 
 
-def _cell(value: Any) -> Cell:
+def _cell(value: object) -> Cell:
     if isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool):
         number = float(value)
         text = f"{int(number)}" if number.is_integer() and abs(number) < 1e15 else f"{number:.6g}"
@@ -128,7 +119,7 @@ def not_reproduced(table: Table) -> str:
     return f"The model does not reproduce the {', the '.join(extreme)}: p is below {EXTREME} or above {1 - EXTREME}."
 
 
-def flat(values: Mapping[str, Any]) -> list[tuple[str, str]]:
+def flat(values: Entries) -> list[tuple[str, str]]:
     """Return settings as names and texts, nested ones with points between the names."""
     found: list[tuple[str, str]] = []
     for name, value in plain(dict(values)).items():
@@ -139,28 +130,26 @@ def flat(values: Mapping[str, Any]) -> list[tuple[str, str]]:
     return found
 
 
-def _text(value: Any, most: int = 200) -> str:
+def _text(value: object, most: int = 200) -> str:
     if isinstance(value, float):
         return f"{value:.6g}"
     text = "none" if value is None or value == {} or value == [] else str(value)
     return text if len(text) <= most else f"{text[: most - 1]}…"
 
 
-def stages(history: Sequence[Mapping[str, Any]]) -> Table:
+def stages(history: Sequence[Entries]) -> Table:
     """Return what happened during the fit, a row a stage."""
     names = ("run", "start", "elbo", "k_hat", "ess_ratio", "steps", "why")
     titles = ("run", "start", "ELBO (nats)", "k-hat", "ESS/S", "steps", "how it ended")
     rows = []
     for number, stage in enumerate(history, 1):
-        cells = [Cell("–") if _is_untold(stage.get(name)) else _cell(_rounded(stage[name])) for name in names]
+        cells = [_figure(stage.get(name)) for name in names]
         rows.append((f"{number}. {stage['stage']}", tuple(cells)))
     return Table("history", "What happened during the fit", "stage", tuple((t, t) for t in titles), tuple(rows))
 
 
-def _is_untold(value: Any) -> bool:
-    """Whether a stage has no such figure, or one that a few draws beyond all mass have made."""
-    return value is None or (isinstance(value, float) and abs(value) > UNTOLD)
-
-
-def _rounded(value: Any) -> Any:
-    return round(value, 3) if isinstance(value, float) and math.isfinite(value) else value
+def _figure(value: object) -> Cell:
+    """Return a figure of a stage; nothing where there is none, or a few draws beyond all mass have made it."""
+    if value is None or (isinstance(value, float) and abs(value) > UNTOLD):
+        return Cell("–")
+    return _cell(round(value, 3) if isinstance(value, float) and math.isfinite(value) else value)

@@ -6,11 +6,12 @@ import inspect
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from pyro import poutine
+from pyro.distributions import TorchDistribution
 from torch import Tensor
 
 from pyro_flows import _arrays, _arviz
@@ -18,7 +19,7 @@ from pyro_flows._seeding import derive, seeded
 from pyro_flows.model.batching import apart
 from pyro_flows.model.handlers import Place, Resample
 from pyro_flows.model.log_density import LogDensity
-from pyro_flows.model.sites import Latent, Placed, is_data, is_deterministic, messages
+from pyro_flows.model.sites import Keywords, Latent, Placed, Positional, is_data, is_deterministic, messages
 from pyro_flows.results.dims import Labels, Layout
 from pyro_flows.results.record import Record
 
@@ -93,45 +94,25 @@ def likelihood_entry(density: LogDensity, variable: str, entry: int) -> Callable
     return lambda z: torch.as_tensor(layout(density.log_likelihood(z)[site])).double().reshape(len(z), -1)[:, entry]
 
 
-def all_groups(posterior: Record, density: LogDensity, *, predictive: bool) -> dict[str, xr.Dataset]:
-    """All groups of the ArviZ object, in its usual order."""
+def all_groups(posterior: Record, density: LogDensity, *, predictive: bool, runs: bool = True) -> dict[str, xr.Dataset]:
+    """All groups of the ArviZ object, in its usual order; without ``runs``, those that take neither model nor data."""
     labels = Labels(density.structure)
     latents = {latent.name: latent for latent in density.structure.latents}
-    chains = posterior.chain_count
-    groups = {"posterior": draws_group(labels, posterior.samples, chains)}
-    groups["sample_stats"] = _used_stats(posterior)
-    prior = density.log_prior(posterior._used)
-    groups["log_likelihood"] = likelihood_group(density, posterior._used, chains)
-    groups["log_prior"] = stack(
-        labels, _double(prior), lambda name: labels.latent(latents[name]).without_event(), chains
-    )
-    if predictive:
-        seed = int(posterior.settings["seed"])
-        groups |= _predictive(labels, density, posterior._used, seed, chains)
-    groups["observed_data"] = observed_group(density)
-    groups["constant_data"] = constants(density)
-    cut = {latent.name: _cut(latent, posterior._used) for latent in density.structure.latents}
+    chains, used = posterior.chain_count, posterior._used
+    groups = {"posterior": draws_group(labels, posterior.samples, chains), "sample_stats": _used_stats(posterior)}
+    if runs:
+        prior = _double(density.log_prior(used))
+        groups["log_likelihood"] = likelihood_group(density, used, chains)
+        groups["log_prior"] = stack(labels, prior, lambda name: labels.latent(latents[name]).without_event(), chains)
+        groups |= _predictive(labels, density, used, int(posterior.settings["seed"]), chains) if predictive else {}
+        groups |= {"observed_data": observed_group(density), "constant_data": constants(density)}
+    cut = {latent.name: _cut(latent, used) for latent in density.structure.latents}
     groups["unconstrained_posterior"] = stack(labels, cut, lambda name: labels.unconstrained(latents[name]), chains)
     if posterior._replaced:
-        groups["raw_posterior"] = draws_group(labels, density.constrain(posterior.z))
+        if runs:
+            groups["raw_posterior"] = draws_group(labels, density.constrain(posterior.z))
         groups["raw_sample_stats"] = _stats(posterior.log_p, posterior.log_q, posterior.log_weights)
     groups["fit"] = _fit(posterior)
-    return {name: group for name, group in groups.items() if group.data_vars}
-
-
-def modelless_groups(posterior: Record, density: LogDensity) -> dict[str, xr.Dataset]:
-    """Those groups that take neither a run of the model nor its data."""
-    labels = Labels(density.structure)
-    latents = {latent.name: latent for latent in density.structure.latents}
-    cut, chains = {latent.name: _cut(latent, posterior._used) for latent in latents.values()}, posterior.chain_count
-    groups = {
-        "posterior": draws_group(labels, posterior.samples, chains),
-        "sample_stats": _used_stats(posterior),
-        "unconstrained_posterior": stack(labels, cut, lambda name: labels.unconstrained(latents[name]), chains),
-        "fit": _fit(posterior),
-    }
-    if posterior._replaced:
-        groups["raw_sample_stats"] = _stats(posterior.log_p, posterior.log_q, posterior.log_weights)
     return {name: group for name, group in groups.items() if group.data_vars}
 
 
@@ -206,7 +187,7 @@ class _CarryOver(Place):
         super().__init__(latents, z)
         self.values = values
 
-    def _place(self, latent: Latent, fn: Any) -> Placed:
+    def _place(self, latent: Latent, fn: TorchDistribution) -> Placed:
         if fn.shape() != latent.shape:
             raise ValueError(
                 f"site {latent.name!r}: shape {tuple(latent.shape)} in the fit, {tuple(fn.shape())} with these "
@@ -215,9 +196,7 @@ class _CarryOver(Place):
         return self.values[latent.name]._replace(prior=fn)
 
 
-def predict(
-    density: LogDensity, z: Tensor, args: Sequence[Any], kwargs: Mapping[str, Any], *, seed: int
-) -> dict[str, Tensor]:
+def predict(density: LogDensity, z: Tensor, args: Positional, kwargs: Keywords, *, seed: int) -> dict[str, Tensor]:
     """Run the model on other arguments with its latents at ``z`` (S, D); return all other sites, drawn anew."""
     structure = density.structure
 
@@ -242,8 +221,7 @@ def predict(
             found = messages(run(row))
             return {name: found[name]["value"] for name in wanted}
 
-        drawn: dict[str, Tensor] = density.map(draw, z, randomness="different")
-        return drawn
+        return density.map(draw, z, randomness="different")
 
 
 def constants(density: LogDensity) -> xr.Dataset:

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pyro_flows._bundles import Entries
 from pyro_flows._untrusted import check_tensor, require
 from pyro_flows.flows.flow import Flow
 from pyro_flows.flows.mixture import FlowMixture
@@ -19,12 +20,8 @@ CHECKED = 8  # draws whose density is computed anew
 ROUNDED, ROUNDED_AT_LEAST = 1e-3, 1e-2  # relative, and nats: between machines and precisions
 
 
-def check_tensors(tensors: Mapping[str, Any], dim: int, verdict: Mapping[str, Any]) -> None:
-    """Refuse tensors of a posterior with D = ``dim`` coordinates that are of other shapes, or miss draws.
-
-    Raises:
-        Damaged: naming the tensor.
-    """
+def check_tensors(tensors: Entries, dim: int, verdict: Entries) -> None:
+    """Refuse tensors of a posterior with D = ``dim`` coordinates that are of other shapes, or miss draws."""
     z, used = tensors["z"], tensors["used"]
     check_tensor("z", z, (None, dim))
     check_tensor("used", used, (None, dim))
@@ -70,12 +67,8 @@ def _check_weights(tensors: Mapping[str, Tensor]) -> None:
     require(rises, "log_weights are not those of log_p - log_q")
 
 
-def check_texts(description: Mapping[str, Any]) -> None:
-    """Refuse texts, numbers and lists of other kinds than a posterior has.
-
-    Raises:
-        Damaged: naming the entry.
-    """
+def check_texts(description: Entries) -> None:
+    """Refuse texts, numbers and lists of other kinds than a posterior has."""
     verdict, coordinates = description["verdict"], description["coordinates"]
     require(isinstance(verdict, dict) and verdict.get("status") in STATUSES, "the verdict has no known status")
     texts = [verdict["where"], *verdict.get("reasons", ()), *verdict.get("notes", ()), *coordinates]
@@ -94,16 +87,12 @@ def check_texts(description: Mapping[str, Any]) -> None:
     require(lists, "labels are no lists")
 
 
-def _is_number(value: Any) -> bool:
+def _is_number(value: object) -> bool:
     return value in ("nan", "inf", "-inf") or (isinstance(value, (int, float)) and not isinstance(value, bool))
 
 
-def check_groups(groups: Mapping[str, Any], tensors: Mapping[str, Any]) -> None:
-    """Refuse groups whose posterior is not that of the samples.
-
-    Raises:
-        Damaged: naming the variable.
-    """
+def check_groups(groups: Entries, tensors: Entries) -> None:
+    """Refuse groups whose posterior is not that of the samples."""
     require("posterior" in groups, "there is no group 'posterior'")
     group = groups["posterior"]
     require({"chain", "draw"} <= set(group.sizes), "the posterior has no draws")
@@ -117,12 +106,8 @@ def check_groups(groups: Mapping[str, Any], tensors: Mapping[str, Any]) -> None:
 
 
 @torch.no_grad()
-def check_flow(flow: Flow | FlowMixture, tensors: Mapping[str, Any]) -> None:
-    """Refuse a flow that gives draws another density than they have.
-
-    Raises:
-        Damaged: saying by how much.
-    """
+def check_flow(flow: Flow | FlowMixture, tensors: Entries) -> None:
+    """Refuse a flow that gives draws another density than they have."""
     z, saved = tensors["z"][:CHECKED], tensors["log_q"][:CHECKED].double()
     require(flow.dim == z.shape[1], f"the flow has {flow.dim} coordinates, and not {z.shape[1]}")
     now = flow.log_prob(z.to(flow._like)).double()

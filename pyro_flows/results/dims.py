@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -12,6 +13,9 @@ from torch import Tensor
 from pyro_flows import _arrays
 from pyro_flows._shapes import broadcast
 from pyro_flows.model.sites import Latent, Plate, Structure, messages
+
+if TYPE_CHECKING:
+    import xarray as xr
 
 
 def coordinate_names(structure: Structure) -> list[str]:
@@ -30,19 +34,12 @@ def coordinate_names(structure: Structure) -> list[str]:
 
 @dataclass(frozen=True)
 class Layout:
-    """How values ``(S, *batch, *event)`` of a site become an array: phantom axes dropped, masked entries left out.
+    """How values ``(S, *batch, *event)`` of a site become an array: phantom axes dropped, masked entries left out."""
 
-    Attributes:
-        dims: names of the axes that stay.
-        batch: how many batch axes the value has.
-        phantom: singleton axes that belong to no plate, counted from the first batch axis.
-        keep: the entries that count, if some are masked out: a boolean mask over the batch axes.
-    """
-
-    dims: tuple[str, ...]
-    batch: int
-    phantom: tuple[int, ...] = ()
-    keep: Tensor | None = None
+    dims: tuple[str, ...]  # names of the axes that stay
+    batch: int  # how many batch axes the value has
+    phantom: tuple[int, ...] = ()  # singleton axes that belong to no plate, counted from the first batch axis
+    keep: Tensor | None = None  # the entries that count, if some are masked out: a boolean mask over the batch axes
 
     def __call__(self, values: Tensor) -> np.ndarray:
         if self.keep is not None:
@@ -160,8 +157,7 @@ class Labels:
     def data(self, site: str) -> Tensor:
         """The observed values of a site, one for each density that the model evaluates."""
         node = messages(self.structure.trace)[site]
-        values: Tensor = node["value"]
-        return values.expand(broadcast(values.shape, node["fn"].shape()))
+        return node["value"].expand(broadcast(node["value"].shape, node["fn"].shape()))
 
     def deterministic(self, site: str) -> Layout:
         """The layout of a deterministic site.
@@ -178,3 +174,35 @@ class Labels:
                 if all(batch + plate.dim >= 0 and shape[batch + plate.dim] == plate.size for plate in plates):
                     break
         return self._named(self.layout(site, shape, event_dim, plates), site, shape, self._kept.get(site, ()))
+
+
+# labels that a user gives ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Labeling:
+    """What :meth:`~pyro_flows.Posterior.assign_coords` was told."""
+
+    coords: dict[str, list[Any]] = field(default_factory=dict)  # labels of dimensions, numbers or strings
+    dims: dict[str, list[str]] = field(default_factory=dict)  # names of the dimensions of variables
+
+    def joined(self, coords: _arrays.Coords, dims: Mapping[str, Sequence[str]] | None) -> Labeling:
+        """Return these and further ones, which count where both say something."""
+        entries = {str(dim): [_plain(label) for label in labels] for dim, labels in (coords or {}).items()}
+        names = {name: [names] if isinstance(names, str) else list(names) for name, names in (dims or {}).items()}
+        return Labeling({**self.coords, **entries}, {**self.dims, **names})
+
+    def applied(self, groups: Mapping[str, xr.Dataset]) -> dict[str, xr.Dataset]:
+        """Label those dimensions and variables that these groups have."""
+        if not self.coords and not self.dims:
+            return dict(groups)
+        there = {str(name) for group in groups.values() for name in group.data_vars}
+        named = _arrays.relabel(groups, None, {name: dims for name, dims in self.dims.items() if name in there})
+        sizes = {str(dim) for group in named.values() for dim in group.sizes}
+        return _arrays.relabel(named, {dim: labels for dim, labels in self.coords.items() if dim in sizes}, None)
+
+
+def _plain(label: Any) -> Any:
+    """Return a label of NumPy or torch as Python's own, which JSON holds."""
+    found = label.item() if hasattr(label, "item") else label
+    return found if isinstance(found, (bool, int, float, str)) else str(found)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from pyro_flows import _arrays
-from pyro_flows._bundles import Bundle, plain
+from pyro_flows._bundles import Bundle, Entries, plain
 from pyro_flows._seeding import seeded
 from pyro_flows._untrusted import reading, require, unpacked
 from pyro_flows.flows.flow import Flow
@@ -22,11 +22,11 @@ from pyro_flows.flows.recipe_json import not_rebuilt, restored, to_json
 from pyro_flows.guides.autoflow import AutoFlow
 from pyro_flows.model.digits import ALLOWED
 from pyro_flows.model.log_density import LogDensity
+from pyro_flows.model.sites import Keywords, Model, Positional
 from pyro_flows.model.unchanged import own
 from pyro_flows.results import older
 from pyro_flows.results.consistent import check_flow, check_groups, check_tensors, check_texts
-from pyro_flows.results.dims import coordinate_names
-from pyro_flows.results.labeling import Labeling
+from pyro_flows.results.dims import Labeling, coordinate_names
 from pyro_flows.results.methods import guide_method
 from pyro_flows.results.record import Record
 from pyro_flows.verdict.chains import McmcDiagnostics, McmcDraws
@@ -43,16 +43,11 @@ FILES = Bundle("posterior", "pyro_flows posterior", TEXT, (NETCDF, TENSORS))
 
 
 def check_target(path: str | os.PathLike[str]) -> Path:
-    """Return the directory to write to, or say why it cannot be written.
-
-    Raises:
-        ValueError: if it is a file, a directory with content that is not a saved posterior, or one that cannot be
-            replaced as a whole.
-    """
+    """Return the directory to write to, or say why it cannot be written."""
     return FILES.check_target(path)
 
 
-def write(posterior: Record, groups: Mapping[str, Any], attrs: Mapping[str, str | float], path: Path) -> None:
+def write(posterior: Record, groups: Entries, attrs: Mapping[str, str | float], path: Path) -> None:
     """Write the three files, all or none: a run that breaks off leaves the earlier ones whole.
 
     A flow that could not be rebuilt from what is written is left out, with the reason.
@@ -88,15 +83,8 @@ def write(posterior: Record, groups: Mapping[str, Any], attrs: Mapping[str, str 
     FILES.write(path, plain(description), {NETCDF: _arrays.write(groups, attrs), TENSORS: stored.getvalue()})
 
 
-def read(
-    path: str | os.PathLike[str], model: Callable[..., Any] | None, args: Sequence[Any], kwargs: Mapping[str, Any]
-) -> dict[str, Any]:
-    """Read a saved posterior: the fields of a :class:`Posterior`.
-
-    Raises:
-        ValueError: if the directory is not a saved posterior, is damaged, was written in another format version, or if
-            the model with these arguments is not the one that was fitted.
-    """
+def read(path: str | os.PathLike[str], model: Model | None, args: Positional, kwargs: Keywords) -> dict[str, Any]:
+    """Read a saved posterior: the fields of a :class:`Posterior`."""
     source = Path(path)
     description, contents = FILES.read(source)
     with seeded(0):  # parameters are made before they are read
@@ -105,11 +93,11 @@ def read(
 
 def _read(
     source: Path,
-    description: Mapping[str, Any],
+    description: Entries,
     contents: Mapping[str, bytes],
-    model: Callable[..., Any] | None,
-    args: Sequence[Any],
-    kwargs: Mapping[str, Any],
+    model: Model | None,
+    args: Positional,
+    kwargs: Keywords,
 ) -> dict[str, Any]:
     with reading(source, TENSORS):
         tensors = unpacked(contents[TENSORS])
@@ -148,7 +136,7 @@ def _read(
     }
 
 
-def _fields(description: Mapping[str, Any], flow: Flow | FlowMixture | None) -> dict[str, Any]:
+def _fields(description: Entries, flow: Flow | FlowMixture | None) -> dict[str, Any]:
     settings = _revived(description["settings"])
     return {
         **{name: float(description["numbers"][name]) for name in NUMBER_FIELDS},
@@ -159,7 +147,7 @@ def _fields(description: Mapping[str, Any], flow: Flow | FlowMixture | None) -> 
     }
 
 
-def _flow(about: Mapping[str, Any], tensors: Mapping[str, Any]) -> Flow | FlowMixture | None:
+def _flow(about: Entries, tensors: Entries) -> Flow | FlowMixture | None:
     """Build the flow that was saved, if one was."""
     if about["flow"] is None:
         return None
@@ -168,7 +156,7 @@ def _flow(about: Mapping[str, Any], tensors: Mapping[str, Any]) -> Flow | FlowMi
     return flow
 
 
-def _missing(description: Mapping[str, Any], with_model: bool) -> dict[str, str]:
+def _missing(description: Entries, with_model: bool) -> dict[str, str]:
     """Say of each part that is not there why it is not."""
     about = description["guide"]
     found = {} if with_model else dict.fromkeys(("guide", "density"), "loaded without a model")
@@ -190,7 +178,7 @@ def _revived(value: Any) -> Any:
     return float(value) if value in ("nan", "inf", "-inf") else value
 
 
-def _verdict(stored: Mapping[str, Any], method: str) -> Verdict:
+def _verdict(stored: Entries, method: str) -> Verdict:
     """Make a verdict again; earlier files do not say the method."""
     numbers: dict[str, Any] = {name: float(stored[name]) for name in OF_WEIGHTS}
     reasons, notes = (tuple(stored.get(name, ())) for name in ("reasons", "notes"))
@@ -207,7 +195,7 @@ def like(density: LogDensity, z: Tensor) -> LogDensity:
     return density.in_double() if wider else density
 
 
-def _density(density: LogDensity, coordinates: Sequence[str], tensors: Mapping[str, Any]) -> LogDensity:
+def _density(density: LogDensity, coordinates: Sequence[str], tensors: Entries) -> LogDensity:
     """Check that the log density, made again, is the one that was fitted."""
     found = coordinate_names(density.structure)
     if list(coordinates) != found:

@@ -25,8 +25,7 @@ class NotThere(ValueError):
 def posterior_group(posterior: Record) -> xr.Dataset:
     """The draws to use, labeled as the caller asked for; of Markov chains one after the other, or as stored."""
     if posterior._stored is not None:
-        found: xr.Dataset = posterior._stored[0]["posterior"]
-        return found
+        return posterior._stored[0]["posterior"]
     return named_draws(posterior, posterior.samples, posterior.chain_count)
 
 
@@ -37,14 +36,9 @@ def named_draws(posterior: Record, samples: Mapping[str, Tensor], chains: int = 
 
 
 def prior_group(posterior: Record, draws: int = PRIOR_SHOWN) -> xr.Dataset:
-    """Draws of the prior of all latent and deterministic sites, labeled as the posterior's.
-
-    Raises:
-        ValueError: if a prior cannot be drawn from, or if there is neither a model nor a stored prior.
-    """
+    """Draws of the prior of all latent and deterministic sites, labeled as the posterior's."""
     if posterior.density is None and posterior._stored is not None and "prior" in posterior._stored[0]:
-        found: xr.Dataset = posterior._stored[0]["prior"]
-        return found
+        return posterior._stored[0]["prior"]
     density = _density(posterior)
     try:
         prior = density.prior(draws, seed=int(posterior.settings["seed"]))
@@ -64,11 +58,7 @@ def _density(posterior: Record) -> LogDensity:
 
 
 def predictive_groups(posterior: Record, draws: int) -> tuple[xr.Dataset, xr.Dataset]:
-    """The data, and replicates of them at draws to use, which are taken from all chains alike.
-
-    Raises:
-        ValueError: if there is neither a model nor a stored group, or if the model cannot draw its data.
-    """
+    """The data, and replicates of them at draws to use, which are taken from all chains alike."""
     stored = {} if posterior._stored is None else posterior._stored[0]
     if "posterior_predictive" in stored and "observed_data" in stored:
         found = stored["posterior_predictive"]

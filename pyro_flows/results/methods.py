@@ -2,51 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 import torch
 
+from pyro_flows._bundles import Entries
 from pyro_flows.flows.flow import Flow
 from pyro_flows.flows.mixture import FlowMixture
-from pyro_flows.verdict.methods import (
-    AMORTIZED,
-    CONDITIONALS,
-    GAUSSIAN,
-    GRID,
-    GUIDE,
-    INDEPENDENT,
-    MIXTURE,
-    TABULATED,
-    TRAINED,
-)
+from pyro_flows.verdict import methods as made
 
-OF_BUILDERS = {"sliced": GRID, "nested": CONDITIONALS, "marginals": INDEPENDENT}
+OF_BUILDERS = {"sliced": made.GRID, "nested": made.CONDITIONALS, "marginals": made.INDEPENDENT}
 PAIRS = 8  # of points, at whose middles an affine map is known
 STRAIGHT = 1e-4  # of the distance between the images of a pair: training moves images by a hundred times as much
 
 
-def guide_method(flow: Flow | FlowMixture | None, settings: Mapping[str, Any]) -> str:
+def guide_method(flow: Flow | FlowMixture | None, settings: Entries) -> str:
     """Return what made a guide's own draws; ``settings`` tell whether the guide is the caller's, or amortized.
 
     A flow that could not be stored was one that the caller gave to a fit.
     """
     if settings.get("diagnosed"):
-        return GUIDE
+        return made.GUIDE
     if settings.get("amortized"):
-        return AMORTIZED
-    return TRAINED if flow is None else method_of(flow)
+        return made.AMORTIZED
+    return made.TRAINED if flow is None else method_of(flow)
 
 
 def method_of(sampler: Flow | FlowMixture) -> str:
     """Return the method that a sampler is."""
     if isinstance(sampler, FlowMixture):
-        return MIXTURE if len(sampler.components) > 1 else method_of(sampler.members[int(sampler.which[0])])
+        return made.MIXTURE if len(sampler.components) > 1 else method_of(sampler.members[int(sampler.which[0])])
     recipe = sampler.recipe
     known = OF_BUILDERS.get(recipe.builder) if recipe is not None and recipe.named else None
     if known is not None:
-        return TABULATED if known == INDEPENDENT and sampler.dim == 1 else known
-    return GAUSSIAN if sampler.base in ("normal", "student_t") and is_affine(sampler) else TRAINED
+        return made.TABULATED if known == made.INDEPENDENT and sampler.dim == 1 else known
+    return made.GAUSSIAN if sampler.base in ("normal", "student_t") and is_affine(sampler) else made.TRAINED
 
 
 @torch.no_grad()

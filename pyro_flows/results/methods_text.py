@@ -3,28 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import Any
 
+from pyro_flows._bundles import Entries
 from pyro_flows.flows.flow import Flow
 from pyro_flows.flows.mixture import FlowMixture
-from pyro_flows.results.attributes import attributes_of
 from pyro_flows.results.methods import method_of
-from pyro_flows.results.record import Record, counted
+from pyro_flows.results.record import Record, attributes_of, counted
+from pyro_flows.verdict import methods as made
 from pyro_flows.verdict.deciding import POOL
 from pyro_flows.verdict.judging import MENDED
-from pyro_flows.verdict.methods import (
-    AMORTIZED,
-    CONDITIONALS,
-    GAUSSIAN,
-    GRID,
-    GUIDE,
-    INDEPENDENT,
-    METHODS,
-    MIXTURE,
-    TABULATED,
-    TRAINED,
-)
 from pyro_flows.verdict.references import bibtex, named
 from pyro_flows.verdict.thresholds import K_HAT_GOOD, SHIFT_MOST
 from pyro_flows.verdict.verdict import Verdict
@@ -83,7 +70,7 @@ def _text(posterior: Record) -> Text:
         _of_others(text, posterior)
         return text
     improper = posterior.verdict._improper
-    if improper and posterior.settings.get("round") is None and posterior.verdict.guide_method != GUIDE:
+    if improper and posterior.settings.get("round") is None and posterior.verdict.guide_method != made.GUIDE:
         text.say(f"no approximation was fitted: {_improper(posterior)}")
         return text
     text.say(_guide(text, posterior))
@@ -107,9 +94,9 @@ def _improper(posterior: Record) -> str:
 
 def _guide(text: Text, posterior: Record) -> str:
     method, flow = posterior.verdict.guide_method, posterior.flow
-    if method == GUIDE:
+    if method == made.GUIDE:
         return f"the approximation was a guide of the authors' own ({posterior.guide_name})"
-    if method == AMORTIZED:
+    if method == made.AMORTIZED:
         return _amortized(text, posterior)
     if "rows" in posterior.settings:
         return _by_rows(text, posterior)
@@ -119,7 +106,7 @@ def _guide(text: Text, posterior: Record) -> str:
 def _amortized(text: Text, posterior: Record) -> str:
     """Say how the flow for all data sets was trained."""
     about = posterior.settings["amortized"]
-    density, flows, workflow = METHODS[AMORTIZED].cites
+    density, flows, workflow = made.METHODS[made.AMORTIZED].cites
     return (
         f"the approximation was a conditional normalizing flow {text.cite(density, flows)}, trained by maximum "
         f"likelihood on {about['simulations']:,} simulations of the model, in {about['steps']:,} steps of Adam "
@@ -131,7 +118,7 @@ def _by_rows(text: Text, posterior: Record) -> str:
     """Say how latents were integrated out, row by row."""
     steps, method = len(posterior.losses), posterior.verdict.guide_method
     what = "a Gaussian at a mode of their marginal density"
-    if method != GAUSSIAN or steps:
+    if method != made.GAUSSIAN or steps:
         what = f"a normalizing flow, trained on minibatches in {steps} steps of Adam {text.cite('Kingma2015')}"
     rows = posterior.settings["rows"]
     if not rows:
@@ -145,32 +132,32 @@ def _by_rows(text: Text, posterior: Record) -> str:
 
 def _sampler(text: Text, method: str, flow: Flow | FlowMixture | None, posterior: Record) -> str:
     """Say what a sampler is, in one sentence without its stop."""
-    if isinstance(flow, FlowMixture) and method == MIXTURE:
+    if isinstance(flow, FlowMixture) and method == made.MIXTURE:
         return _mixture(text, flow, posterior)
-    cites = METHODS[method].cites
-    options: Mapping[str, Any] = flow.recipe.options if isinstance(flow, Flow) and flow.recipe is not None else {}
+    cites = made.METHODS[method].cites
+    options: Entries = flow.recipe.options if isinstance(flow, Flow) and flow.recipe is not None else {}
     names = posterior.coordinates
-    if method == GRID:
+    if method == made.GRID:
         of, about = names[options["coordinate"]], f"a grid of {options['slices']} values"
         return (
             f"the marginal density of {of} was tabulated, and all other coordinates were taken as Gaussian given {of}, "
             f"by conditional Laplace approximations on {about} {text.cite(*cites)}"
         )
-    if method == CONDITIONALS:
+    if method == made.CONDITIONALS:
         held = ", ".join(names[number] for number in options["held"])
         return (
             f"the approximation was a flow of {held}, with the Gaussian distribution that all other coordinates have "
             f"given these {text.cite(*cites)}"
         )
-    if method == INDEPENDENT:
+    if method == made.INDEPENDENT:
         return "the coordinates are independent under the posterior, and the density of each was tabulated"
-    if method == TABULATED:
+    if method == made.TABULATED:
         return f"the density of {names[0]}, the only coordinate, was tabulated"
     base = _base(flow)
     settings = posterior.settings
-    if method == GAUSSIAN and (settings.get("round") is None or not settings.get("gradient_evaluations", 1)):
+    if method == made.GAUSSIAN and (settings.get("round") is None or not settings.get("gradient_evaluations", 1)):
         return f"the approximation was an affine map of {base} that was not fitted, since the time was over"
-    if method == GAUSSIAN:
+    if method == made.GAUSSIAN:
         return (
             f"the approximation was a Gaussian (an affine map of {base}), placed by Laplace approximations at modes, "
             f"by Pathfinder {text.cite(*cites)} and by the moments of weighted draws"
@@ -192,7 +179,7 @@ def _trained(text: Text, flow: Flow | FlowMixture | None, base: str) -> str:
     )
     count = recipe.options.get("layers") if recipe is not None else None
     layers = f" of {f'{count} ' if count else ''}{kind}" if kind else ""
-    agrawal, *gradients, adam = METHODS[TRAINED].cites
+    agrawal, *gradients, adam = made.METHODS[made.TRAINED].cites
     return (
         f"the approximation was a normalizing flow{layers} {text.cite(key, agrawal)} with an affine map, over {base}, "
         f"trained on the evidence lower bound by path gradients {text.cite(*gradients)} and Adam {text.cite(adam)}"
@@ -207,7 +194,7 @@ def _mixture(text: Text, flow: FlowMixture, posterior: Record) -> str:
         what = f"a mixture of {images} under exact symmetries of the posterior"
     else:
         what = f"a mixture of {count} distributions"
-    if set(kinds) == {GAUSSIAN}:
+    if set(kinds) == {made.GAUSSIAN}:
         fitted = f", fitted by population Monte Carlo {text.cite('Cappe2008')}" if len(flow.members) == count else ""
         return f"the approximation was {what}, each an affine map of {_base(flow.members[0])}{fitted}"
     parts = "; for a part, ".join(_sampler(text, kind, member, posterior) for kind, member in kinds.items())

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
+from pyro_flows._bundles import Entries
 from pyro_flows.verdict.chains import McmcDiagnostics
 
 THIRD = 3  # the first format with American spelling
@@ -19,7 +20,7 @@ WORDS = {"noncentred": "noncentered", "elbo_centred": "elbo_centered", "elbo_non
 OPTIONS = {"noncentred": "noncentered", "centre": "center"}  # of a site's coordinates
 
 
-def present(description: Mapping[str, Any], tensors: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+def present(description: Entries, tensors: Entries) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return what a file says and its tensors, as the present format has them."""
     found = dict(description)
     if description["version"] >= THIRD:
@@ -31,7 +32,7 @@ def present(description: Mapping[str, Any], tensors: Mapping[str, Any]) -> tuple
     return _with_chains(found, tensors) if found.get("kind") == "Chains" else (found, dict(tensors))
 
 
-def _with_chains(found: dict[str, Any], tensors: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+def _with_chains(found: dict[str, Any], tensors: Entries) -> tuple[dict[str, Any], dict[str, Any]]:
     """Put the chains of another sampler where those of our own are."""
     extra, z = tensors["extra"], tensors["z"]
     count, old = extra["count"], extra["figures"]
@@ -48,19 +49,19 @@ def _with_chains(found: dict[str, Any], tensors: Mapping[str, Any]) -> tuple[dic
     return found, {**tensors, "chains": chains}
 
 
-def attributes(attrs: Mapping[str, str | float], description: Mapping[str, Any]) -> dict[str, str | float]:
+def attributes(attrs: Mapping[str, str | float], description: Entries) -> dict[str, str | float]:
     """Return the attributes of stored groups in the words of the present format."""
     if description["version"] >= THIRD:
         return dict(attrs)
     return {**attrs, "settings": json.dumps(description["settings"]), "verdict": _spelled(attrs["verdict"])}
 
 
-def _stage(entry: Mapping[str, Any]) -> dict[str, Any]:
+def _stage(entry: Entries) -> dict[str, Any]:
     found = _renamed(entry)
     return {**found, "details": _renamed(found["details"])} if isinstance(found.get("details"), Mapping) else found
 
 
-def _renamed(entry: Mapping[str, Any]) -> dict[str, Any]:
+def _renamed(entry: Entries) -> dict[str, Any]:
     return {WORDS.get(name, name): _sites(value) if name == "noncentred" else value for name, value in entry.items()}
 
 

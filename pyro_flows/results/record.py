@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+from pyro_flows._bundles import plain
 from pyro_flows._warnings import warn_unreliable
 from pyro_flows.flows.flow import Flow
 from pyro_flows.flows.mixture import FlowMixture
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.model.unchanged import Digests, check_unchanged, digests
-from pyro_flows.results.labeling import Labeling
+from pyro_flows.results.dims import Labeling
 from pyro_flows.verdict.chains import McmcDraws
 from pyro_flows.verdict.deciding import Draw
 from pyro_flows.verdict.methods import GUIDE
@@ -142,11 +145,7 @@ class Record:
         return found
 
     def _need_model(self) -> LogDensity:
-        """Return the model as a log density, for its structure, or where its data have been checked already.
-
-        Raises:
-            ValueError: if there is no model.
-        """
+        """Return the model as a log density, for its structure, or where its data have been checked already."""
         if self.density is None:
             why = self.missing.get("density", "loaded without a model")
             raise ValueError(
@@ -170,3 +169,40 @@ def counted(posterior: Record) -> str:
 
 
 Recorded = TypeVar("Recorded", bound=Record)  # what takes a posterior gives a posterior
+
+
+# what the ArviZ object of a result says of itself ---------------------------------------------------------------------
+
+PACKAGES = ("pyro-ppl", "torch", "arviz-base", "arviz-stats")
+
+
+def attributes(posterior: Record) -> dict[str, str | float]:
+    """Return what the object says of itself, the verdict first: numbers and strings only."""
+    kind = {"corrected": "psis-resampled", "refined": "chains"}.get(posterior.verdict.status, posterior.method)
+    kind = "mcmc" if posterior._of_mcmc else kind
+    found: dict[str, str | float] = {
+        "status": posterior.verdict.status,  # both first, where a display that is cut short still shows them
+        "verdict": str(posterior.verdict),
+        "method": posterior.method,
+        "inference_library": "pyro_flows",
+        "inference_library_version": _version("pyro-flows"),
+        **{f"{name.replace('-', '_')}_version": _version(name) for name in PACKAGES},
+        "settings": json.dumps(plain(posterior.settings)),
+        "seed": int(posterior.settings["seed"]),
+        "device": str(posterior.z.device),
+        "dtype": str(posterior.z.dtype).removeprefix("torch."),
+        "sampling": kind,
+    }
+    return found
+
+
+def attributes_of(posterior: Record) -> dict[str, str | float]:
+    """Return the attributes as they were stored, if the posterior was loaded."""
+    return attributes(posterior) if posterior._stored is None else posterior._stored[1]
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "unknown"

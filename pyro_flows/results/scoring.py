@@ -41,11 +41,7 @@ class Pool(NamedTuple):
 
 
 def check_memory(density: LogDensity, draws: int) -> None:
-    """Refuse more draws than the memory of this machine holds.
-
-    Raises:
-        ValueError: with the number that it could hold.
-    """
+    """Refuse more draws than the memory of this machine holds."""
     memory = _memory()
     size = torch.finfo(density.dtype).bits // 8 * POOL * COPIES * (density.dim + 1)
     if draws * size > memory:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import operator
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pyro_flows import _checks
 from pyro_flows._cache import Cache
-from pyro_flows._fallbacks import fallback
+from pyro_flows._fallbacks import Tried, fallback
 from pyro_flows.flows.flow import Flow
 from pyro_flows.guides.autoflow import AutoFlow
 from pyro_flows.guides.setup import AUTO
@@ -26,6 +26,8 @@ from pyro_flows.svi.recorded import Arguments, RecordedStep, eager_step
 from pyro_flows.svi.whole import Whole
 from pyro_flows.transforms.networks import Paced
 
+Program = Callable[..., object]  # a model or a guide
+Keywords = dict[str, object]
 STEPS_KEPT, MOST_RECORDED = 8, 12  # graphs of one guide, by the shapes of data; that are made in all
 
 
@@ -78,17 +80,21 @@ class PathELBO(ELBO):
     def __init__(self, num_particles: int = 16) -> None:
         super().__init__(num_particles=num_particles)
         self.reason: str | None = None
-        self._kept: weakref.WeakKeyDictionary[Any, _Kept] = weakref.WeakKeyDictionary()
+        self._kept: weakref.WeakKeyDictionary[Program, _Kept] = weakref.WeakKeyDictionary()
         self._plain = Trace_ELBO(num_particles=num_particles)
 
-    def loss(self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any) -> float:
+    def loss(
+        self, model: Callable[..., object], guide: Callable[..., object], *args: object, **kwargs: object
+    ) -> float:
         """Return an estimate of the negative ELBO in nats, without gradients."""
         kept = self._kept_of(model, guide, args, kwargs)
         if kept is None:
             return float(self._plain.loss(model, guide, *args, **kwargs))
         return _value(kept.step(self.num_particles, Arguments(args, kwargs))[0])
 
-    def loss_and_grads(self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any) -> float:
+    def loss_and_grads(
+        self, model: Callable[..., object], guide: Callable[..., object], *args: object, **kwargs: object
+    ) -> float:
         """Add the gradients to those of the guide's parameters; return an estimate of the negative ELBO in nats."""
         kept = self._kept_of(model, guide, args, kwargs)
         if kept is None:
@@ -114,7 +120,7 @@ class PathELBO(ELBO):
             parameter.grad = own.clone() if parameter.grad is None else parameter.grad + own
         return _value(terms)
 
-    def differentiable_loss(self, *_: Any, **__: Any) -> Tensor:
+    def differentiable_loss(self, *_: object, **__: object) -> Tensor:
         """Not available: the path gradient is not the derivative of a loss.
 
         Raises:
@@ -124,10 +130,10 @@ class PathELBO(ELBO):
             "PathELBO: the path gradient is not the derivative of a loss. Use SVI, loss_and_grads, or Trace_ELBO."
         )
 
-    def _get_trace(self, model: Any, guide: Any, args: Any, kwargs: Any) -> Any:
+    def _get_trace(self, model: Program, guide: Program, args: Sequence[object], kwargs: Keywords) -> Any:
         return self._plain._get_trace(model, guide, args, kwargs)
 
-    def _kept_of(self, model: Any, guide: Any, args: Any, kwargs: Any) -> _Kept | None:
+    def _kept_of(self, model: Program, guide: Program, args: Sequence[object], kwargs: Keywords) -> _Kept | None:
         """Return what is kept of a guide and its model; None, with a reason, where they need Pyro's own ELBO."""
         kept = self._kept.get(guide)
         if kept is None or not kept.is_of(model, guide):
@@ -139,16 +145,16 @@ class PathELBO(ELBO):
 class _Kept:
     """A guide with its model's log density, and the graphs of its steps."""
 
-    def __init__(self, model: Any, guide: Any, args: Any, kwargs: Any) -> None:
+    def __init__(self, model: Program, guide: Program, args: Sequence[object], kwargs: Keywords) -> None:
         self.model = model
         self.reason: str | None = None  # why steps are not recorded
         self.unfit: str | None = None  # why Pyro's own ELBO is needed
-        try:
+        with Tried() as tried:
             self._read(model, guide, args, kwargs)
-        except Exception as error:  # a model's own code may raise anything
-            self.unfit = fallback("Trace_ELBO is used", error)
+        if tried.error is not None:
+            self.unfit = fallback("Trace_ELBO is used", tried.error)
 
-    def _read(self, model: Any, guide: Any, args: Any, kwargs: Any) -> None:
+    def _read(self, model: Program, guide: Program, args: Sequence[object], kwargs: Keywords) -> None:
         if not isinstance(guide, AutoFlow):
             raise TypeError(f"the guide is a {type(guide).__name__}, and no flow guide")
         guide.initialize(*args, **kwargs)
@@ -166,9 +172,9 @@ class _Kept:
         paced = guide._cautious == AUTO and any(module.gain is not None for module in self.gains)
         self.pace = Pace(self.flow, self.parameters, begun=guide._paced) if paced else None
         self._arguments = Arguments(args, kwargs)
-        self._steps: Cache[Any, RecordedStep | str] = Cache(STEPS_KEPT)
+        self._steps: Cache[tuple[object, ...], RecordedStep | str] = Cache(STEPS_KEPT)
         self._recorded = 0
-        self._base: tuple[Any, BasePoints] | None = None
+        self._base: tuple[object, BasePoints] | None = None
 
     def whole(self) -> Whole | None:
         """Return the parameters as one vector, which the guide keeps; None if they are of several kinds."""
@@ -180,7 +186,7 @@ class _Kept:
             guide._whole = Whole(self.parameters) if len(kinds) == 1 else None
         return guide._whole
 
-    def is_of(self, model: Any, guide: Any) -> bool:
+    def is_of(self, model: Program, guide: Any) -> bool:
         """Whether the guide still has the flow, and is still trained on the model, that this was made for."""
         return self.model == model and (self.unfit is not None or self.flow is guide._flow)
 
@@ -207,10 +213,9 @@ class _Kept:
         self._recorded += 1
         if self._recorded > MOST_RECORDED:
             return fallback("the step is not recorded: shapes, or arguments that are no tensors, change too often")
-        try:
+        with Tried() as tried:
             return RecordedStep(self.flow, self._with(arguments), arguments, x)
-        except Exception as error:  # a layer's or a model's own code may raise anything
-            return fallback("the step is not recorded", error)
+        return fallback("the step is not recorded", tried.error)
 
     def _with(self, arguments: Arguments) -> LogDensity:
         """Return the density with these data, which is read anew where they are others."""

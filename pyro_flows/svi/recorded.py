@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from pyro_flows.flows.flow import Flow
@@ -19,14 +18,14 @@ from pyro_flows.objectives import pulled
 from pyro_flows.training.flow_graphs import Passes, gradient_of, points
 
 STEEP = 5.0  # times the median length of a draw's gradient: with few draws, one would decide a step
-Shapes = tuple[Any, ...]
+Shapes = tuple[object, ...]
 PLAIN = (bool, int, float, str, type(None), torch.dtype, torch.device)  # what is compared by how it is written
 
 
 class Arguments:
     """A model's arguments: their tensors, which are inputs of a graph, and all else, which a graph depends on."""
 
-    def __init__(self, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
+    def __init__(self, args: Sequence[object], kwargs: dict[str, object]) -> None:
         leaves, self.form = tree_flatten((tuple(args), kwargs))
         self.where = [place for place, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
         self.tensors = [leaves[place] for place in self.where]
@@ -41,7 +40,7 @@ class Arguments:
         shapes = tuple((part.shape, part.dtype, part.device) for part in self.tensors)
         return (str(self.form), shapes, tuple(map(repr, self.rest)))
 
-    def with_tensors(self, tensors: Sequence[Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def with_tensors(self, tensors: Sequence[Tensor]) -> tuple[tuple[object, ...], dict[str, object]]:
         """Return arguments and keyword arguments with other tensors in the place of these."""
         leaves = list(self.rest)
         for place, value in zip(self.where, tensors, strict=True):
@@ -54,15 +53,9 @@ class Arguments:
 class RecordedStep:
     """From base points and data to the terms of the ELBO and the path gradient, as one graph.
 
-    Args:
-        flow: an unconditional flow; the graph reads its parameters where they are, so an optimizer changes them in
-            place.
-        density: of the model, with the arguments below.
-        arguments: of the model; their tensors are inputs.
-        like: base points (S, D) of the steps to come.
-
-    Raises:
-        Exception: of any kind, if a layer or the model cannot be recorded, or the graph gives other values than they.
+    The graph reads the parameters of the flow, an unconditional one, where they are, so an optimizer changes them in
+    place. The tensors among the model's arguments are inputs. ``like`` are base points (S, D) of the steps to come. An
+    error of any kind says that a layer or the model cannot be recorded, or that the graph gives other values than they.
     """
 
     def __init__(self, flow: Flow, density: LogDensity, arguments: Arguments, like: Tensor) -> None:
@@ -77,7 +70,7 @@ class RecordedStep:
         terms, gradient = self._run(*self.passes.state, x, *tensors)
         return terms, gradient
 
-    def _graph(self, arguments: Arguments) -> Any:
+    def _graph(self, arguments: Arguments) -> fx.GraphModule:
         kind, whole, bare = self.passes.kind, Stitcher(), copy.copy(self.density)
 
         def scored(z: Tensor, *tensors: Tensor) -> tuple[Tensor, Tensor]:

@@ -9,17 +9,9 @@ from torch import Tensor, nn
 
 
 class Whole:
-    """One vector whose memory is that of all parameters: an optimizer of it moves them.
+    """One vector whose memory is that of all parameters, of one dtype and device: an optimizer of it moves them.
 
     Pyro's optimizers take about a tenth of a millisecond for each tensor, however small. Four couplings have 26.
-
-    Args:
-        parameters: of one dtype and device.
-
-    Raises:
-        ValueError: if their dtypes or devices differ.
-
-    Cost: that of a look at each parameter's address.
 
     >>> import torch
     >>> from pyro_flows.svi.whole import Whole

@@ -12,7 +12,7 @@ import torch
 
 import pyro_flows as pf
 from pyro_flows._fallbacks import strict
-from pyro_flows.report import graph as graphs
+from pyro_flows.report import figures as graphs
 from pyro_flows.report import tables
 from pyro_flows.report.content import Options, content, recipe
 from pyro_flows.report.figures import themed
