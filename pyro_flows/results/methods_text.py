@@ -11,8 +11,7 @@ from pyro_flows.flows.mixture import FlowMixture
 from pyro_flows.results.attributes import attributes_of
 from pyro_flows.results.methods import method_of
 from pyro_flows.results.record import Record, counted
-from pyro_flows.verdict.deciding import POOL
-from pyro_flows.verdict.judging import MENDED
+from pyro_flows.verdict.deciding import MENDED, POOL
 from pyro_flows.verdict.methods import (
     AMORTIZED,
     CONDITIONALS,

@@ -9,9 +9,12 @@ LATEX = str.maketrans(
 )  # BibTeX sorts ASCII only
 
 
-def _read(text: str) -> dict[str, tuple[str, str, str, int, Mapping[str, str]]]:
-    """Return kind, authors, title, year and where it appeared of each work by its key; long lines go on indented."""
-    works = {}
+Work = tuple[str, str, str, int, Mapping[str, str]]  # kind, authors, title, year, and where it appeared
+
+
+def _read(text: str) -> dict[str, Work]:
+    """Return the works by their keys; long lines go on indented."""
+    works: dict[str, Work] = {}
     for block in text.strip().split("\n\n"):
         first, authors, title, where = block.replace("\n  ", " ").split("\n")
         kind, key = first.split()
