@@ -212,7 +212,7 @@ class Sampler:
         return self.at_home(z, stats["part"].long()), stats
 
     def at_home(self, z: Tensor, k: Tensor) -> Tensor:
-        """Return points z (..., D) of parts k (...) as they are before exact symmetries; see ``exchange.py``."""
+        """Return points z (..., D) of parts k (...) as they are before exact symmetries; see ``hmc.py``."""
         return z if self.exchange is None else self.exchange.home(z, k)
 
     def _sweep(self, *, adapt: bool = False) -> dict[str, Tensor]:

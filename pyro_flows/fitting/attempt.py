@@ -1,4 +1,4 @@
-"""What a fit has come to so far: the coordinates, a run, and what an attempt of a method is given."""
+"""What a fit has come to so far: the coordinates, a run, all runs, and what an attempt of a method is given."""
 
 from __future__ import annotations
 
@@ -21,6 +21,8 @@ from pyro_flows.starts.coordinates import Climbed
 from pyro_flows.starts.start import Start
 from pyro_flows.training.trainer import Trainer
 from pyro_flows.verdict.chains import McmcDraws
+
+Sampler = Flow | FlowMixture  # has ``draw`` and ``log_prob``
 
 
 @dataclass
@@ -130,9 +132,6 @@ class Attempt:
         best = self.run.best
         asked = self.plan.escalate and not self.plan.train_model
         return asked and best is not None and not (best.enough or self.run.improper)
-
-
-Sampler = Flow | FlowMixture  # has ``draw`` and ``log_prob``
 
 
 @dataclass

@@ -2,7 +2,7 @@
 
 Scales of a hierarchy, of a random walk, of errors of measurement: the posterior then has a neck for each of them, and
 thousands of coordinates in it are integrated out exactly. What is left is a density of a few coordinates. See
-``modes/conditionals.py``, ``modes/conditionals.py`` and ``modes/hyperparameter_marginal.py``.
+``modes/conditionals.py`` and ``modes/hyperparameter_marginal.py``.
 """
 
 from __future__ import annotations
