@@ -128,6 +128,12 @@ def gradient_budget(density: LogDensity, gradients: float) -> float:
     return gradients * min(max(DEAR / (BESIDE + density.written), 1.0), CHEAPEST)
 
 
+def _only_lacks_draws(found: McmcDiagnostics) -> bool:
+    """Whether superchains agree, and draws will be enough: more of them may cost less than to train a flow."""
+    nearly = min(found.ess_bulk, found.ess_tail) >= ESS_OF_CHAINS_NEARLY * ESS_OF_CHAINS
+    return nearly and found.nested_r_hat <= R_HAT_CONVERGED
+
+
 def _gone_on(sampler: Sampler, found: McmcDiagnostics, spent: float, bar: Bar, patient: bool) -> McmcDiagnostics:
     """Go on with chains that will have draws enough before a flow could be trained; return their figures.
 
@@ -142,8 +148,7 @@ def _gone_on(sampler: Sampler, found: McmcDiagnostics, spent: float, bar: Bar, p
         if objections(found):
             needed = sampler.gradients_needed(found)
             more = min(max(attempted - spent, LONGER_THAN_THOUGHT * needed), trained - spent)
-            near = min(found.ess_bulk, found.ess_tail) >= ESS_OF_CHAINS_NEARLY * ESS_OF_CHAINS
-            if patient or not (near and found.nested_r_hat <= R_HAT_CONVERGED) or needed > more:
+            if patient or not _only_lacks_draws(found) or needed > more:
                 break
         elif objections(sampler.figures()):  # found may be of some coordinates only
             break
