@@ -25,9 +25,8 @@ from benchmarks.kernels.targets import TARGETS, prepared
 from benchmarks.markdown import table
 from pyro_flows import _mixing
 from pyro_flows.correction import adaptation, sampler
-from pyro_flows.correction.hmc import hamiltonian
+from pyro_flows.correction.hmc import hamiltonian, microcanonical
 from pyro_flows.correction.latent import Latent
-from pyro_flows.correction.microcanonical import microcanonical
 from pyro_flows.correction.sampler import Sampler
 
 KERNELS = {

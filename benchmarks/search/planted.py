@@ -16,8 +16,8 @@ from torch import Tensor
 import pyro_flows as pf
 from benchmarks.zoo.narrow import BY_HAND
 from pyro_flows._seeding import seeded
-from pyro_flows.fitting.combine import MODE_DRAWS
 from pyro_flows.modes.missed_modes import missed_modes
+from pyro_flows.verdict.deciding import SEARCHED_DRAWS
 
 MASS, DISTANCE, PRIOR = (0.1, 0.9), (2.0, 10.0), (3.0, 30.0)  # of the second mode; in sds of the first
 HALF_LOG_TWO_PI = 0.5 * math.log(2.0 * math.pi)
@@ -90,7 +90,7 @@ class Planted:
         first, second = self.logs(z)
         if float(weights[second > first].sum()) > PRESENT * self.mass:  # so near that some draws are in it
             return True
-        z = z[:MODE_DRAWS]
+        z = z[:SEARCHED_DRAWS]
         return bool(missed_modes(density, [], z, _first(z), _first, seed=self.number, wandering=False).lacks)
 
     def is_told(self) -> bool:

@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pyro_flows._seeding import derive, seeded
+from pyro_flows.fitting.flow_training import begin
 from pyro_flows.fitting.laplace_grid import AT_ONCE as SLICED
 from pyro_flows.fitting.laplace_grid import LIGHTER as LIGHTER_SLICES
 from pyro_flows.fitting.methods import AT_ONCE, LIGHTER
 from pyro_flows.fitting.plan import Plan
-from pyro_flows.fitting.rounds import LOOKED_AT_DRAWS, shift_is_noise, weighed
-from pyro_flows.fitting.selection import begin
+from pyro_flows.fitting.rounds import shift_is_noise, weighed
 from pyro_flows.flows.flow import Flow
 from pyro_flows.flows.parts import affine_base_of
 from pyro_flows.flows.recipe import set_df
@@ -24,6 +24,7 @@ from pyro_flows.starts.matching import matched
 from pyro_flows.starts.start import Start
 from pyro_flows.training.loop import Training
 from pyro_flows.verdict import thresholds
+from pyro_flows.verdict.deciding import LOOKED_AT_DRAWS
 from pyro_flows.verdict.weighing import Weighing
 
 HEAVIER = (8.0, 5.0)  # degrees of freedom of a Student-t distribution whose weights correct it

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pyro_flows._seeding import derive, seeded
 from pyro_flows.comparison.controls import controls, of_gradients
-from pyro_flows.correction.more import can_go_on, go_on
+from pyro_flows.correction.refine import can_go_on, go_on
 from pyro_flows.verdict.deciding import POOL, resample
 from pyro_flows.verdict.psis import psis
 

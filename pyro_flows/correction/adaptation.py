@@ -22,8 +22,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from pyro_flows.correction.latent import Points
 from pyro_flows.correction.metric import Metric
+from pyro_flows.modes.under_covered import Points
 
 WANTED = 0.8  # mean acceptance: far points of a flow's latent space bear smaller steps than the most
 RATE = 0.05  # of the ascent, in the log of the trajectory length
@@ -41,7 +41,6 @@ class Moved(NamedTuple):
     end: Tensor  # of each trajectory (C, D), accepted or not
     velocity: Tensor  # there
     chance: Tensor  # of acceptance
-    accepted: Tensor
     error: Tensor  # of the energy
     energy: Tensor  # at the point taken
     diverging: Tensor
@@ -49,14 +48,7 @@ class Moved(NamedTuple):
 
 @dataclass
 class Kernel:
-    """What the moves of all chains have in common, and what adaptation keeps of the moves before.
-
-    Attributes:
-        step: step size, in latent units.
-        length: of a trajectory, in latent units; one trajectory takes 2 u times that.
-        moves: adapted on so far.
-        most_leaps: of a trajectory.
-    """
+    """What the moves of all chains have in common, and what adaptation keeps of the moves before: latent units."""
 
     step: float = 0.5
     length: float = 1.5
@@ -75,22 +67,18 @@ class Kernel:
         return cls(step=step, anchor=math.log(step))
 
     def leaps(self, number: int) -> int:
-        """Return how many leaps the move with this number takes."""
         return max(1, min(self.most_leaps, math.ceil(2.0 * halton(number) * self.length / self.step)))
 
     def adapt(self, before: Points, moved: Moved, metric: Metric, number: int) -> None:
         """Learn from one move."""
         self.moves += 1
-        self._adapt_step(float(moved.chance.mean()))
-        self._adapt_length(before, moved, metric, number)
-
-    def _adapt_step(self, acceptance: float) -> None:
-        count = float(self.moves)
+        count, acceptance = float(self.moves), float(moved.chance.mean())
         self.deficit += (WANTED - acceptance - self.deficit) / (count + DELAY)
         log_step = self.anchor - math.sqrt(count) / SHRINKAGE * self.deficit
         weight = count**-FORGETTING
         self.mean_log_step += weight * (log_step - self.mean_log_step)
         self.step = math.exp(log_step)
+        self._adapt_length(before, moved, metric, number)
 
     def _adapt_length(self, before: Points, moved: Moved, metric: Metric, number: int) -> None:
         start, end = metric.units(before.x), metric.units(moved.end)
@@ -127,7 +115,6 @@ class Kernel:
             self.step = math.exp(self.mean_log_step)
 
     def stored(self) -> dict[str, Any]:
-        """Return all numbers."""
         return asdict(self)
 
 

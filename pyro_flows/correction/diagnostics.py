@@ -23,25 +23,13 @@ def figures(
 
 
 def examined(
-    z: Tensor,
-    stats: Mapping[str, Tensor],
-    names: Sequence[str],
-    *,
-    superchain: Tensor,
-    began: Tensor,
-    sweeps: int,
+    z: Tensor, stats: Mapping[str, Tensor], names: Sequence[str], *, superchain: Tensor, began: Tensor, sweeps: int,
     watched: Sequence[int] | None = None,
-) -> tuple[McmcDiagnostics, list[int]]:
-    """Judge chains by some coordinates, all by default, and the log density; return them too, the worst ones first.
+) -> tuple[McmcDiagnostics, list[int]]:  # fmt: skip
+    """Judge draws z (C, N, D) by the ``watched`` coordinates, all by default, and the log density.
 
-    Args:
-        z: draws (C, N, D).
-        stats: numbers of each draw (C, N).
-        names: of the coordinates.
-        superchain: number of the starting point that each chain shares with others (C,).
-        began: part of a mixture in which each chain began (C,).
-        sweeps: of each chain since its kernel was fixed.
-        watched: numbers of the coordinates.
+    Return the coordinates too, the worst ones first. ``superchain`` (C,) numbers the starting points that chains share,
+    ``began`` (C,) the parts of a mixture in which they began.
     """
     looked_at = range(z.shape[2]) if watched is None else watched
     values = torch.cat([z[..., list(looked_at)].double(), stats["lp"].double()[..., None]], -1)

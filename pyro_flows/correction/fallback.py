@@ -18,20 +18,19 @@ from pyro_flows._progress import Bar
 from pyro_flows._seeding import derive
 from pyro_flows.correction.judging import Work, around, covered_by, evidence_of
 from pyro_flows.correction.latent import Latent
-from pyro_flows.correction.new_starts import mixes_with_others
 from pyro_flows.correction.refine import CHAINS, MAX_STEPS, METHODS, refined
 from pyro_flows.correction.sampler import SUBCHAINS, Sampler
 from pyro_flows.correction.search import MISS, missed_by_chains
-from pyro_flows.correction.starts import dispersed_points
+from pyro_flows.correction.starts import dispersed_points, mixes_with_others
 from pyro_flows.flows.flow import Flow
 from pyro_flows.flows.mixture import FlowMixture
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.results.record import Recorded
 from pyro_flows.results.scoring import INFINITE
 from pyro_flows.verdict.chains import McmcDiagnostics, McmcDraws, objections
+from pyro_flows.verdict.deciding import LOOKED_AT_DRAWS
 from pyro_flows.verdict.thresholds import ESS_OF_CHAINS, ESS_OF_CHAINS_NEARLY, ESS_SHARE_FAR_OFF, R_HAT_CONVERGED
 
-BEGUN_FROM = 4000  # draws of a round, whose weights tell whether a sampler is tried
 UNTRAINED, ATTEMPT, LAST = 300_000, 600_000, 1_500_000  # gradients: in the place of training, after it, last
 TRAINED = 1_200_000  # gradients that training, the race before and a sampler after it take, where dimensions are many
 FEW = 50  # dimensions; with more, training takes several times as long
@@ -100,7 +99,7 @@ def attempt(
     times as many cheap ones.
     """
     with density.clock.watching():
-        z, log_q = flow.draw(BEGUN_FROM)
+        z, log_q = flow.draw(LOOKED_AT_DRAWS)
     ratios = (density(z) - log_q).double()
     weights = torch.softmax(torch.where(torch.isfinite(ratios), ratios, -torch.inf), 0).nan_to_num(nan=0.0)
     if not float(weights.square().sum()) * len(z) * ESS_SHARE_FAR_OFF < 1.0 or not bool(weights.sum() > 0.0):
@@ -131,10 +130,8 @@ def gradient_budget(density: LogDensity, gradients: float) -> float:
 
 def _only_lacks_draws(found: McmcDiagnostics) -> bool:
     """Whether superchains agree, and draws will be enough: more of them may cost less than to train a flow."""
-    return (
-        min(found.ess_bulk, found.ess_tail) >= ESS_OF_CHAINS_NEARLY * ESS_OF_CHAINS
-        and found.nested_r_hat <= R_HAT_CONVERGED
-    )
+    nearly = min(found.ess_bulk, found.ess_tail) >= ESS_OF_CHAINS_NEARLY * ESS_OF_CHAINS
+    return nearly and found.nested_r_hat <= R_HAT_CONVERGED
 
 
 def _gone_on(sampler: Sampler, found: McmcDiagnostics, spent: float, bar: Bar, patient: bool) -> McmcDiagnostics:

@@ -12,11 +12,10 @@ from torch import Tensor
 from pyro_flows import _stages
 from pyro_flows._clock import Clock
 from pyro_flows.correction.diagnostics import figures
-from pyro_flows.correction.new_starts import mixes_with_others
 from pyro_flows.correction.sampler import Sampler
 from pyro_flows.correction.search import MissedByChains, bridge, held_out, missed_by_chains
 from pyro_flows.correction.smc import Annealed
-from pyro_flows.correction.starts import affine_flow, flow_of
+from pyro_flows.correction.starts import affine_flow, flow_of, mixes_with_others
 from pyro_flows.correction.stopping import unresolved
 from pyro_flows.flows.flow import Flow
 from pyro_flows.flows.mixture import FlowMixture
@@ -31,8 +30,8 @@ from pyro_flows.verdict.deciding import CHECKED
 from pyro_flows.verdict.methods import METHODS
 from pyro_flows.verdict.next_step import IMPROPER
 from pyro_flows.verdict.thresholds import (
-    EDGE_SHARE,
     ESS_OF_COMPARISON,
+    MISSED_MASS_OF_TAILS,
     MISSED_MASS_SHARE,
     SHIFT_ERRORS,
     SHIFT_MOST,
@@ -87,9 +86,12 @@ def concluded(posterior: Recorded, work: Work, seed: int, clock: Clock) -> Recor
     if work.annealed is not None and math.isfinite(work.annealed.log_evidence):
         evidence = work.annealed.log_evidence
     result = replace(posterior, verdict=verdict, chains=chains, history=history, _stored=None, log_evidence=evidence)
-    if verdict.status == "refined" and chains is not None:
-        return _with_draws(result, chains)
-    return _raw(result) if posterior.verdict.status != verdict.status else result
+    if verdict.status == "refined" and chains is not None:  # one chain after the other
+        log_p = chains.stats["lp"].flatten()
+        return _using(result, chains.z.flatten(0, 1), log_p, log_p - chains.stats["log_weight"].flatten())
+    if posterior.verdict.status == verdict.status:
+        return result
+    return _using(result, result.z, result.log_p, result.log_q)  # the guide's own: nothing better can be relied on
 
 
 def _come_to(posterior: Record, work: Work) -> tuple[McmcDraws | None, McmcDiagnostics | None]:
@@ -125,7 +127,7 @@ def _checked(posterior: Record, chains: McmcDraws, seed: int, work: Work) -> Mis
         return MissedByChains([*invalid, *disagreements(posterior, chains)], rounded)
     moments = around(chains)
     own = flow is posterior.flow  # else an affine one, that chains moved in
-    covered = _covered(posterior.log_p - posterior.log_q) if own else covered_by(flow, density)
+    covered = _middle(posterior.log_p - posterior.log_q) if own else covered_by(flow, density)
     evidence = evidence_of(flow, moments, chains, density)
     given = (flow.log_prob, covered, evidence, posterior.history)
     told: dict[str, Any] = {"seed": seed, "searched": work.searched}
@@ -150,10 +152,10 @@ def around(chains: McmcDraws) -> Flow:
 def covered_by(flow: Flow | FlowMixture, density: LogDensity) -> float:
     """Return the log of the mass that a flow covers, as far as its draws tell."""
     z, log_q = flow.draw(BRIDGED)
-    return _covered(density(z) - log_q)
+    return _middle(density(z) - log_q)
 
 
-def _covered(ratios: Tensor) -> float:
+def _middle(ratios: Tensor) -> float:
     return float(ratios[torch.isfinite(ratios)].median())
 
 
@@ -193,13 +195,13 @@ def disagreements(posterior: Record, chains: McmcDraws) -> list[str]:
     shift, ratio = (z.mean(0) - mean).abs() / away.sqrt(), (away.sqrt() / z.std(0)).log()
     chance = SHIFT_ERRORS / math.sqrt(effective)
     excess = torch.maximum(shift - chance, ratio - SHIFT_ERRORS * error) - SHIFT_MOST
-    ordered, outside = z.sort(0).values, int(EDGE_SHARE * len(z))
+    ordered, outside = z.sort(0).values, int(MISSED_MASS_OF_TAILS * len(z))
     edges = ordered[outside], ordered[-1 - outside]  # torch.quantile took 16 million numbers at most for long
     beyond = torch.stack(
         [(weights[:, None] * (draws < edges[0])).sum(0), (weights[:, None] * (draws > edges[1])).sum(0)]
     )
-    tail = beyond.amax(0) - EDGE_SHARE - MISSED_MASS_SHARE - SHIFT_ERRORS * math.sqrt(EDGE_SHARE / effective)
-    excess = torch.maximum(excess, tail)
+    noise = SHIFT_ERRORS * math.sqrt(MISSED_MASS_OF_TAILS / effective)
+    excess = torch.maximum(excess, beyond.amax(0) - MISSED_MASS_OF_TAILS - MISSED_MASS_SHARE - noise)
     worst = int(excess.nan_to_num(nan=math.inf).argmax())
     if float(excess[worst]) <= 0.0:
         return []
@@ -241,25 +243,7 @@ def _stage(work: Work, found: McmcDiagnostics | None, verdict: Verdict) -> Stage
     return Stage(STAGE, details=entry)
 
 
-def _with_draws(posterior: Recorded, chains: McmcDraws) -> Recorded:
-    """Put the chains' draws in the place of the draws to use, one chain after the other."""
-    used = chains.z.flatten(0, 1)
-    log_p = chains.stats["lp"].flatten()
-    return replace(
-        posterior,
-        samples=posterior._need_model().constrain(used),
-        _used=used,
-        _used_log_p=log_p,
-        _used_log_q=log_p - chains.stats["log_weight"].flatten(),
-    )
-
-
-def _raw(posterior: Recorded) -> Recorded:
-    """Put the guide's draws in the place of the draws to use: nothing better can be relied on."""
-    return replace(
-        posterior,
-        samples=posterior._need_model().constrain(posterior.z),
-        _used=posterior.z,
-        _used_log_p=posterior.log_p,
-        _used_log_q=posterior.log_q,
-    )
+def _using(posterior: Recorded, used: Tensor, log_p: Tensor, log_q: Tensor) -> Recorded:
+    """Put draws (S, D) in the place of the draws to use."""
+    samples = posterior._need_model().constrain(used)
+    return replace(posterior, samples=samples, _used=used, _used_log_p=log_p, _used_log_q=log_q)

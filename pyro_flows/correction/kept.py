@@ -16,7 +16,6 @@ STATS = (
 def numbers_of(
     moved: Moved, *, leaps: int, step: float, proposed: int, independent: Tensor, changes: Tensor
 ) -> dict[str, Tensor]:  # fmt: skip
-    """Return the numbers (C,) of a sweep that ended with a move."""
     like = moved.chance
     return {
         "lp": moved.points.log_p,
@@ -35,12 +34,7 @@ def numbers_of(
 
 
 class Kept:
-    """Draws z (C, D), one after the other, and numbers (C,) of each.
-
-    Args:
-        z: earlier draws (C, N, D).
-        stats: their numbers (C, N), or nothing.
-    """
+    """Draws z (C, D), one after the other, and numbers (C,) of each, from earlier ones (C, N, D) and (C, N) on."""
 
     def __init__(self, z: Tensor, stats: dict[str, Tensor]) -> None:
         self._like = z[:, :0]
@@ -58,16 +52,13 @@ class Kept:
             self._stats[name].append(value)
 
     def choose(self, chosen: slice) -> None:
-        """Keep the chosen draws only."""
         self._z = self._z[chosen]
         self._stats = {name: values[chosen] for name, values in self._stats.items()}
 
     def total(self, name: str) -> float:
-        """Return the sum of a number over all draws."""
         return sum(float(one.sum()) for one in self._stats[name])
 
     def stacked(self) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return all draws (C, N, D), and their numbers (C, N)."""
         if not self._z:
             return self._like, dict.fromkeys(STATS, self._like[..., 0])
         return torch.stack(self._z, 1), {name: torch.stack(values, 1) for name, values in self._stats.items()}

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -26,6 +26,7 @@ from pyro_flows.flows.mixture import Component, FlowMixture
 from pyro_flows.flows.stacked import but_own, log_sum, stacked
 from pyro_flows.graphs import Recorder, Runner
 from pyro_flows.model.log_density import LogDensity
+from pyro_flows.modes.under_covered import Points
 from pyro_flows.transforms import LowerTriangularAffine
 from pyro_flows.transforms.nested import Nested
 from pyro_flows.transforms.sliced import Sliced
@@ -42,29 +43,6 @@ def _widest(flow: Flow) -> int:
     sliced = [layer.values.shape[1] for layer in flow.modules() if isinstance(layer, Sliced)]
     matrices = [len(layer.order) ** 2 for layer in flow.modules() if isinstance(layer, Nested)]
     return max(flow.dim, *linear, *sliced, *matrices, 1)
-
-
-class Points(NamedTuple):
-    """Points of C chains and what is known there: x (C, D), parts k (C,), densities (C,) and gradients (C, D)."""
-
-    x: Tensor
-    k: Tensor
-    z: Tensor
-    log_p: Tensor  # of the model, at z
-    log_pi: Tensor  # the target
-    slope: Tensor  # its gradient
-    log_ref: Tensor  # of a draw from the flow or mixture
-    ref_slope: Tensor
-
-    @property
-    def log_weight(self) -> Tensor:
-        """log p(z) - log q(z)."""
-        return self.log_pi - self.log_ref
-
-    def where(self, taken: Tensor, other: Points) -> Points:
-        """Return ``self`` where ``taken`` (C,), else ``other``."""
-        pairs = zip(self, other, strict=True)
-        return Points(*(torch.where(taken if a.dim() == 1 else taken[:, None], a, b) for a, b in pairs))
 
 
 def only_finite(

@@ -64,17 +64,12 @@ def _spread(x: Tensor) -> Tensor:
     return 0.5 * (high - low)
 
 
-def _balanced(x: Tensor, slope: Tensor) -> Tensor:
-    """Return scales that are between those of the draws and those that gradients tell: a long direction is in both."""
-    found = (_spread(x) / _spread(slope)).sqrt().nan_to_num(nan=1.0, posinf=SCALES[1])
-    return found.clamp(*SCALES).to(x.dtype)
-
-
 def learned(x: Tensor, slope: Tensor) -> Metric:
     """Return the metric of points (N, D) of all chains and the gradients of the log density there (N, D)."""
     if not 1 < x.shape[1] <= MOST_DIM:
         return Metric.of(scale_of(x))
-    scale = _balanced(x, slope)
+    scale = (_spread(x) / _spread(slope)).sqrt().nan_to_num(nan=1.0, posinf=SCALES[1])  # a long direction is in both
+    scale = scale.clamp(*SCALES).to(x.dtype)
     units = scale.double()
     y, h = x.double() / units, slope.double() * units
     usable = torch.isfinite(y).all(1) & torch.isfinite(h).all(1)

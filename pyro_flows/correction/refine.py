@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from pyro_flows import _checks, _stages
 from pyro_flows._clock import Clock, unbounded
@@ -18,13 +19,16 @@ from pyro_flows._turns import alone
 from pyro_flows.correction.judging import Work, concluded
 from pyro_flows.correction.latent import Latent
 from pyro_flows.correction.nuts import nuts
-from pyro_flows.correction.sampler import HAMILTONIAN, MICROCANONICAL, SUBCHAINS, Sampler
+from pyro_flows.correction.sampler import HAMILTONIAN, KEPT, MICROCANONICAL, SUBCHAINS, Sampler
 from pyro_flows.correction.smc import anneal
 from pyro_flows.correction.starts import NoStart, can_be_resumed, dispersed_points, flow_of, starting_points
 from pyro_flows.flows.mixture import FlowMixture
-from pyro_flows.results.record import Recorded
+from pyro_flows.results.record import Record, Recorded
+from pyro_flows.results.scoring import score_pool
 from pyro_flows.verdict.chains import McmcDraws
+from pyro_flows.verdict.deciding import POOL, resample
 from pyro_flows.verdict.thresholds import ESS_SHARE_HOPELESS
+from pyro_flows.verdict.weighing import weigh
 
 METHODS = ("auto", "hmc", "imh", "nuts", "smc")
 FEWEST, MOST_CHAINS = 16, 4096
@@ -33,18 +37,13 @@ MAX_STEPS = 2000  # sweeps of each chain
 PARTICLES = 1024
 NUTS_CHAINS, NUTS_WARM_UP = 4, 500
 ASKED = "refine() was called"
+LEAST = 1000  # draws that a pool is weighed for
 
 
 def refine(
-    posterior: Recorded,
-    *,
-    method: str,
-    chains: int,
-    max_steps: int,
-    max_seconds: float,
-    seed: int | None,
+    posterior: Recorded, *, method: str, chains: int, max_steps: int, max_seconds: float, seed: int | None,
     progress: bool,
-) -> Recorded:
+) -> Recorded:  # fmt: skip
     """Do what :meth:`~pyro_flows.posterior.posterior.Record.refine` says."""
     _checks.choice("method", method, METHODS)
     _checks.integer("chains", chains, FEWEST, MOST_CHAINS)
@@ -78,19 +77,14 @@ def refined(
         density.under(clock)
         try:
             with clock.part(_stages.SAMPLER):
-                _run(posterior, work, chains, max_steps, seed, bar)
+                try:
+                    _sample(posterior, work, chains, max_steps, seed, bar)
+                except NoStart as error:  # which is what speaks against the draws
+                    work.failures.append(str(error))
             work.gradients = density.evaluations - before
             return concluded(posterior, work, seed, clock)
         finally:
             density.under(unbounded())
-
-
-def _run(posterior: Recorded, work: Work, chains: int, max_steps: int, seed: int, bar: Bar) -> None:
-    """Do the sampler's work; where no chain can begin, that is what speaks against the draws."""
-    try:
-        _sample(posterior, work, chains, max_steps, seed, bar)
-    except NoStart as error:
-        work.failures.append(str(error))
 
 
 def _sample(posterior: Recorded, work: Work, chains: int, max_steps: int, seed: int, bar: Bar) -> None:
@@ -136,3 +130,40 @@ def _run_nuts(posterior: Recorded, work: Work, latent: Latent, draws: int, seed:
     z, stats, _ = nuts(latent, x, draws=draws, warm_up=min(draws, NUTS_WARM_UP))
     state = {"superchain": torch.arange(len(x)), "began": k}
     work.chains = McmcDraws(z, stats, state, {"method": "nuts", "seed": seed, "sweeps": draws})
+
+
+def can_go_on(posterior: Record) -> bool:
+    """Whether the draws to use are of chains that can be gone on with."""
+    chains = posterior.chains
+    known = chains is not None and can_be_resumed(chains)
+    return known and posterior.verdict.status == "refined" and posterior.density is not None
+
+
+def go_on(posterior: Record, chains: McmcDraws, each: int, *, seed: int) -> Tensor:
+    """Return ``each`` further draws (C, n, D) of each chain, spaced as those that there are."""
+    density = posterior._need_model()
+    with alone(), seeded(seed, density.device), few_threads(density.numbers, chains.count), torch.no_grad():
+        own = derive(seed, f"more draws {chains.numbers['seed']}")
+        latent = Latent(flow_of(posterior), density)
+        return Sampler(latent, posterior.coordinates, chains, kept=KEPT, seed=own).more(each)
+
+
+def more_draws(posterior: Record, count: int, *, seed: int) -> Tensor:
+    """Return ``count`` further unconstrained draws (n, D) in the way of the verdict: see ``Posterior.sample``."""
+    density = posterior._need_density()
+    if posterior.verdict.status == "refined" and posterior.chains is not None:
+        if not can_go_on(posterior):
+            of = "NUTS" if posterior.chains.numbers["method"] == "nuts" else "an earlier version"
+            raise ValueError(f"sample: chains of {of} are not gone on with; refine(method='hmc') can be.")
+        each = math.ceil(count / posterior.chains.count)
+        return go_on(posterior, posterior.chains, each, seed=seed).transpose(0, 1).flatten(0, 1)[:count]
+    flow = posterior.flow
+    if flow is None:
+        raise ValueError(f"sample: {posterior.missing.get('flow', 'there is no flow')}. Draw from the guide itself.")
+    with alone(), seeded(derive(seed, "more draws"), density.device), torch.no_grad():
+        if posterior.verdict.status != "corrected":
+            drawn: Tensor = flow.draw(count)[0]
+            return drawn
+        pool = score_pool(density, flow.draw, POOL * max(count, LEAST))
+        weighing = weigh(pool.z, pool.log_p, pool.log_q)
+        return pool.z[resample(weighing.log_weights, count, seed=seed)]

@@ -20,12 +20,19 @@ from pyro_flows import _mixing
 from pyro_flows._seeding import derive
 from pyro_flows.correction.adaptation import Kernel
 from pyro_flows.correction.diagnostics import examined, slowest
-from pyro_flows.correction.exchange import are_copies, exchange_of, exchanged, swapped
-from pyro_flows.correction.hmc import hamiltonian, independent, relabel
+from pyro_flows.correction.hmc import (
+    are_copies,
+    exchange_of,
+    exchanged,
+    hamiltonian,
+    independent,
+    microcanonical,
+    relabel,
+    swapped,
+)
 from pyro_flows.correction.kept import Kept, numbers_of
 from pyro_flows.correction.latent import Latent
 from pyro_flows.correction.metric import Metric, learned
-from pyro_flows.correction.microcanonical import microcanonical
 from pyro_flows.correction.stopping import next_look, resolved_sds, suffices, sweeps_needed
 from pyro_flows.verdict.chains import McmcDiagnostics, McmcDraws, diverge, objections
 from pyro_flows.verdict.thresholds import (
@@ -48,15 +55,7 @@ COUNTS, METRIC = ("sweeps", "waiting", "checked", "halved"), ("axes", "roots")  
 
 
 class Sampler:
-    """Chains under way.
-
-    Args:
-        latent: the space that they move in.
-        names: of the coordinates.
-        chains: where they stand, and all they have come to.
-        kept: draws of each chain to be kept, at least; up to twice as many.
-        seed: of all sweeps.
-    """
+    """Chains under way, from where others stand: ``kept`` to twice as many draws of each are kept."""
 
     def __init__(self, latent: Latent, names: Sequence[str], chains: McmcDraws, *, kept: int, seed: int) -> None:
         self.latent, self.names, self.kept, self.seed = latent, list(names), max(kept, KEPT), seed
@@ -97,7 +96,6 @@ class Sampler:
         return cls(latent, names, McmcDraws(z[:, None][:, :0], {}, state, numbers), kept=kept, seed=seed)
 
     def chains(self) -> McmcDraws:
-        """Return where the chains stand."""
         ring = [torch.stack(of) for of in self.round]
         state = {
             "x": self.points.x,
@@ -136,7 +134,8 @@ class Sampler:
                 continue
             report(f"sweep {self.numbers['sweeps']}")
             self._keep(self._sweep())
-            if not patient and self._diverges():
+            least = DIVERGENT_SHARE_OF_CHAINS * len(self.points.x) * self.kept
+            if not patient and self.draws.total("diverging") > DIVERGENT_TIMES_MOST * least:
                 if self.numbers["halved"] >= HALVINGS or self.latent.density.evaluations + self._needed(0.5) > end:
                     return found
                 self._begin_halved()
@@ -145,16 +144,11 @@ class Sampler:
                 left = max(end - self.latent.density.evaluations, 0.0)
                 if self.told or self.gradients_needed(found) > short_of * left:
                     return found
-                if not self._halve(found):
+                if diverge(found) and self.numbers["halved"] < HALVINGS:
+                    self._begin_halved()
+                else:
                     self._make_room(found)
         return found
-
-    def _diverges(self) -> bool:
-        """Whether more trajectories have diverged than chains of the fewest draws could make up for."""
-        return (
-            self.draws.total("diverging")
-            > DIVERGENT_TIMES_MOST * DIVERGENT_SHARE_OF_CHAINS * len(self.points.x) * self.kept
-        )
 
     def _needed(self, step: float = 1.0) -> float:
         """Return how many gradients the draws to be kept take at least, by the kernel, or with a part of its step."""
@@ -169,11 +163,6 @@ class Sampler:
     def _gradients(self, sweeps: float, step: float = 1.0) -> float:
         leaps = min(self.kernel.length / (step * self.kernel.step), 0.5 * self.kernel.most_leaps / step)  # in the mean
         return sweeps * max(leaps, 1.0) * len(self.points.x)
-
-    def begin_draws(self, *, thin: int) -> None:
-        """Drop all draws; keep one of ``thin`` sweeps from now on."""
-        self.draws.choose(slice(0))
-        self.numbers |= {"fixed_at": self.numbers["sweeps"], "checked": 0, "thin": thin, "waiting": 0}
 
     def more(self, draws: int) -> Tensor:
         """Return further draws (C, n, D) of each chain, spaced as those that are kept."""
@@ -223,7 +212,7 @@ class Sampler:
         return self.at_home(z, stats["part"].long()), stats
 
     def at_home(self, z: Tensor, k: Tensor) -> Tensor:
-        """Return points z (..., D) of parts k (...) as they are before exact symmetries; see ``exchange.py``."""
+        """Return points z (..., D) of parts k (...) as they are before exact symmetries; see ``hmc.py``."""
         return z if self.exchange is None else self.exchange.home(z, k)
 
     def _sweep(self, *, adapt: bool = False) -> dict[str, Tensor]:
@@ -275,32 +264,21 @@ class Sampler:
         self.numbers["waiting"] = 0
         self.draws.add(self.points.z, numbers)
 
-    def _halve(self, found: McmcDiagnostics) -> bool:
-        """Begin the draws anew with half of the step size where trajectories diverge; return whether that was done."""
-        if not diverge(found) or self.numbers["halved"] >= HALVINGS:
-            return False
-        self._begin_halved()
-        return True
-
     def _begin_halved(self) -> None:
         """Begin anew with half of the step size, and trajectories as long as before."""
         self.kernel.halve()
-        self.numbers["halved"] += 1
-        self.begin_draws(thin=1)
+        self.draws.choose(slice(0))
+        halved = self.numbers["halved"] + 1
+        self.numbers |= {"halved": halved, "fixed_at": self.numbers["sweeps"], "checked": 0, "thin": 1, "waiting": 0}
 
     def _make_room(self, found: McmcDiagnostics) -> None:
         """Drop the first half of draws that superchains still disagree on; else every other one, where all are full."""
         room = min(ROOM, ROOM_NUMBERS // self.points.x.numel())
-        if len(self.draws) < max(2 * self.kept, room):
-            return
-        if not found.nested_r_hat <= R_HAT_ROUGH:
-            chosen = slice(len(self.draws) // 2, None)
-        else:
-            chosen = slice(1, None, 2)
-            self.numbers["thin"] *= 2
-        self._choose(chosen)
+        if len(self.draws) >= max(2 * self.kept, room):
+            rough = not found.nested_r_hat <= R_HAT_ROUGH
+            self.numbers["thin"] *= 1 if rough else 2
+            self._choose(slice(len(self.draws) // 2, None) if rough else slice(1, None, 2))
 
     def _choose(self, chosen: slice) -> None:
-        """Keep the chosen draws only."""
         self.draws.choose(chosen)
         self.numbers["checked"] = len(self.draws)

@@ -19,12 +19,12 @@ from pyro_flows.modes.missed_modes import Search, missed_modes
 from pyro_flows.modes.missed_regions import TRUNCATED_TAIL, Guide, MissedRegion, to_name
 from pyro_flows.modes.symmetries import SignedPermutation
 from pyro_flows.modes.truncated_tails import with_truncated_tails
-from pyro_flows.modes.umbrella import Space
-from pyro_flows.modes.under_covered import BY_WALKERS
+from pyro_flows.modes.under_covered import BY_WALKERS, Space
 from pyro_flows.modes.units import in_units
 from pyro_flows.results.stage import Stage
 from pyro_flows.verdict.bridge import bridge_value
 from pyro_flows.verdict.chains import McmcDraws
+from pyro_flows.verdict.deciding import LOOKED_AT_DRAWS, SEARCHED_DRAWS
 from pyro_flows.verdict.psis import psis
 from pyro_flows.verdict.thresholds import (
     DENSITY_GAP_OF_WALKERS,
@@ -34,13 +34,11 @@ from pyro_flows.verdict.thresholds import (
     REGION_MASS_SHARE,
 )
 
-SEARCHED = 1000  # draws of the chains
 TOO_LITTLE, MISS = "the chains have too little mass", "the chains miss a mode"  # which longer chains may have
 HELD_OUT = 4  # one superchain of so many
 OF_GUIDES = (_stages.SEARCH,)
 OF_CHAINS = _stages.SEARCH_BY_CHAINS, _stages.EARLIER_SEARCH_BY_CHAINS
 WHOLE_UP_TO = 50  # dimensions: beyond that a history keeps the spreads of a place, not its correlations
-WEIGHED = 4000  # draws that the mass of a region is found by
 NO_PLACE = BY_WALKERS, TRUNCATED_TAIL  # starts that stand for more than the region of a normal distribution
 INSIDE = 3.0  # standard deviations of a chi-square: draws of a normal distribution that lie farther out do not count
 
@@ -59,7 +57,7 @@ class MissedByChains:
 
 
 def noted(search: Search | None, stage: str = _stages.SEARCH) -> list[Stage]:
-    """Return what a fit\'s history keeps of a search, for a sampler to look at later: places and spreads as lists."""
+    """Return what a fit's history keeps of a search, for a sampler to look at later: places and spreads as lists."""
     lacks = [] if search is None else [lack for lack in search.lacks if lack.start.name not in NO_PLACE]
     if not lacks:
         return []
@@ -72,18 +70,10 @@ def noted(search: Search | None, stage: str = _stages.SEARCH) -> list[Stage]:
 
 @counted(_stages.MISSED_BY_CHAINS)
 def missed_by_chains(
-    density: LogDensity,
-    chains: McmcDraws,
-    score: Callable[[Tensor], Tensor],
-    covered: float,
-    evidence: float,
-    history: Sequence[Mapping[str, Any]],
-    *,
-    seed: int,
-    searched: bool = False,
-    joined: Callable[[Tensor], bool] = lambda places: False,
-    space: Space | None = None,
-) -> MissedByChains:
+    density: LogDensity, chains: McmcDraws, score: Callable[[Tensor], Tensor], covered: float, evidence: float,
+    history: Sequence[Mapping[str, Any]], *, seed: int, searched: bool = False,
+    joined: Callable[[Tensor], bool] = lambda places: False, space: Space | None = None,
+) -> MissedByChains:  # fmt: skip
     """Return what chains lack, in words, and what was not looked at.
 
     The search of :func:`~pyro_flows.modes.missed_modes` is made with draws of the chains. They count as draws of the
@@ -94,22 +84,15 @@ def missed_by_chains(
     would begin at the same points, and is not made. What chains hold does not end the search: its next part may find
     what they lack.
 
-    Args:
-        density: log p, unnormalized.
-        chains: that have converged, as far as their own figures tell.
-        score: log density of the flow or mixture.
-        covered: log of the mass that the flow covers.
-        evidence: log of all mass, as far as flow and chains tell.
-        history: of the fit.
-        seed: of the search.
-        searched: whether a search from the flow's draws has found nothing.
-        joined: whether chains that begin at some places come to where the others are, which tells it too.
-        space: the latent space of the flow, if its own weights are good enough to tell where it is thin.
+    ``score`` is the log density of the flow, ``covered`` the log of the mass that it covers, ``evidence`` that of all.
+    ``searched`` says that a search from the flow's draws has found nothing. ``joined`` says whether chains that begin
+    at some places come to where the others are, which tells it too. ``space`` is the latent space of the flow, if its
+    own weights are good enough to tell where it is thin.
     """
     other = held_out(chains)
     z, log_p = chains.z[other].flatten(0, 1), chains.stats["lp"][other].flatten()
     generator = torch.Generator().manual_seed(derive(seed, "draws to search from"))
-    chosen = torch.randperm(len(z), generator=generator)[:SEARCHED].to(z.device)
+    chosen = torch.randperm(len(z), generator=generator)[:SEARCHED_DRAWS].to(z.device)
     seed = derive(seed, "modes that chains lack")
     search, regions = Search(), _Regions(density, chains, evidence, seed)
 
@@ -123,7 +106,10 @@ def missed_by_chains(
         given: dict[str, Any] = {"seed": seed, "space": space, "sift": left}
         search = missed_modes(density, [], z[chosen], log_p[chosen] - covered, score, **given)
     found = _not_visited(history, regions, joined)
-    search = _and_tails(search, density, chains, seed)
+    worth = math.inf if chains.figures is None else chains.figures.ess_tail
+    all_ = chains.z.flatten(0, 1)
+    even = all_, torch.zeros_like(all_[:, 0])
+    search = with_truncated_tails(search, density, lambda: even, worth=worth, seed=seed)[0]
     if search.lacks:
         place = (search.sentence or "").partition(" near ")[2]
         said = f"{TOO_LITTLE if to_name(search.lacks)[0].beside else MISS} near {place}"
@@ -133,32 +119,23 @@ def missed_by_chains(
     return MissedByChains(found, list(search.notes), noted(search, _stages.SEARCH_BY_CHAINS), twins)
 
 
-def _and_tails(search: Search, density: LogDensity, chains: McmcDraws, seed: int) -> Search:
-    """Go on with a search that has found no mode: look for a tail that all draws of the chains come short of."""
-    worth = math.inf if chains.figures is None else chains.figures.ess_tail
-    z = chains.z.flatten(0, 1)
-    return with_truncated_tails(search, density, lambda: (z, torch.zeros_like(z[:, 0])), worth=worth, seed=seed)[0]
-
-
 def _not_visited(
     history: Sequence[Mapping[str, Any]], regions: _Regions, joined: Callable[[Tensor], bool]
 ) -> list[str]:  # fmt: skip
     """Return what the search of the last guide said, and those of earlier chains, where chains do not go to all places.
 
-    Another search may fail to find these again.
+    From those they do not go in and out of, they may come to the same distribution. Another search may fail to find
+    these again.
     """
     guides, earlier = (
         [stage["details"] for stage in history if stage["stage"] in names] for names in (OF_GUIDES, OF_CHAINS)
     )
-    return [search["sentence"] for search in (*guides[-1:], *earlier) if not _went_to(search, regions, joined)]
-
-
-def _went_to(search: Mapping[str, Any], regions: _Regions, joined: Callable[[Tensor], bool]) -> bool:
-    """Whether chains go in and out of all places of a search, or come to the same distribution from the others."""
-    z = regions.chains.z
-    pairs = zip(search["places"], search["spreads"], strict=True)
-    places = [place for place, spread in pairs if not regions.visited(z.new_tensor(place), z.new_tensor(spread))]
-    return not places or joined(z.new_tensor(places))
+    z, found = regions.chains.z, []
+    for search in (*guides[-1:], *earlier):
+        pairs = zip(search["places"], search["spreads"], strict=True)
+        places = [place for place, spread in pairs if not regions.visited(z.new_tensor(place), z.new_tensor(spread))]
+        found += [search["sentence"]] if places and not joined(z.new_tensor(places)) else []
+    return found
 
 
 def held_out(chains: McmcDraws) -> Tensor:
@@ -202,7 +179,7 @@ class _Regions:
         """
         near = [self.inside(lack.start.loc, lack.start.scale) for lack in lacks]
         went = [
-            lack.start.name not in NO_PLACE and self._visited(inside, lack.start.loc, lack.start.scale)
+            lack.start.name not in NO_PLACE and self.visited(lack.start.loc, lack.start.scale, inside)
             for lack, inside in zip(lacks, near, strict=True)
         ]
         asked = [number for number, lack in enumerate(lacks) if went[number] and not lack.beside]
@@ -215,16 +192,14 @@ class _Regions:
         return went
 
     @torch.no_grad()
-    def visited(self, loc: Tensor, scale: Tensor) -> bool:
+    def visited(self, loc: Tensor, scale: Tensor, inside: Tensor | None = None) -> bool:
         """Whether chains go in and out of the region of a normal distribution, agree on its share, and have enough.
 
         A region that weights know to hold next to nothing of all mass need not be visited; where half of the draws are
-        inside, no weights are asked. Where a guide covers little
-        of the posterior, such as a normal distribution in a funnel, tops of the density look like modes that it lacks.
+        inside, no weights are asked. Where a guide covers little of the posterior, such as a normal distribution in a
+        funnel, tops of the density look like modes that it lacks.
         """
-        return self._visited(self.inside(loc, scale), loc, scale)
-
-    def _visited(self, inside: Tensor, loc: Tensor, scale: Tensor) -> bool:
+        inside = self.inside(loc, scale) if inside is None else inside
         share = float(inside.double().mean())
         if share < REGION_MASS_SHARE:  # more is never needed
             needed, most = self._needed(loc, scale)
@@ -248,7 +223,7 @@ class _Regions:
         Both are found by importance sampling from the normal, where that can be done.
         """
         with seeded(self.seed, self.density.device):
-            noise = torch.randn(WEIGHED, len(loc), dtype=loc.dtype, device=loc.device)
+            noise = torch.randn(LOOKED_AT_DRAWS, len(loc), dtype=loc.dtype, device=loc.device)
         away = noise * scale if scale.dim() == 1 else noise @ scale.mT
         size = (scale if scale.dim() == 1 else scale.diagonal()).abs().log().sum()
         log_g = -0.5 * noise.square().sum(1) - size - 0.5 * len(loc) * math.log(2.0 * math.pi)
@@ -258,7 +233,7 @@ class _Regions:
             return MISSED_MASS_SHARE, math.inf
         k_hat = psis(ratios)[1]
         weights = (ratios - self.evidence).exp()
-        mean, error = float(weights.mean()), 2.0 * float(weights.std()) / math.sqrt(WEIGHED)
+        mean, error = float(weights.mean()), 2.0 * float(weights.std()) / math.sqrt(LOOKED_AT_DRAWS)
         needed = REGION_MASS_SHARE * min(mean - error, 1.0)
         return (needed, mean + error) if k_hat < K_HAT_MOST else (max(MISSED_MASS_SHARE, needed), math.inf)
 

@@ -20,8 +20,9 @@ from torch import Tensor
 from pyro_flows._seeding import derive
 from pyro_flows.correction.adaptation import Kernel
 from pyro_flows.correction.hmc import hamiltonian, independent, relabel
-from pyro_flows.correction.latent import Latent, Points
+from pyro_flows.correction.latent import Latent
 from pyro_flows.correction.metric import Metric, scale_of
+from pyro_flows.modes.under_covered import Points
 
 POPULATIONS = 8
 KEEP = 0.7  # of the effective particles, at each step
@@ -34,14 +35,7 @@ ACCURATE = 0.1  # of the largest difference in beta: the last digits do not matt
 
 @dataclass
 class Annealed:
-    """What annealing came to.
-
-    Attributes:
-        points: particles (P,), equally weighted draws of the posterior.
-        log_evidence: nats.
-        standard_error: of it, from the spread of populations.
-        temperatures: each beta, 1 the last; one that was cut short does not end in 1.
-    """
+    """Equally weighted particles (P,), their log evidence and its error in nats, and each beta, 1 the last."""
 
     points: Points
     log_evidence: float = math.nan

@@ -2,24 +2,31 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
+from pyro_flows import _mixing
 from pyro_flows._seeding import derive, seeded
 from pyro_flows.correction.latent import Latent
+from pyro_flows.correction.sampler import Sampler
 from pyro_flows.flows.flow import Flow
 from pyro_flows.flows.mixture import FlowMixture
-from pyro_flows.modes.umbrella import Point, walked
-from pyro_flows.modes.under_covered import level_of
+from pyro_flows.model.log_density import LogDensity
+from pyro_flows.modes.under_covered import level_of, walked
 from pyro_flows.results.record import Record
 from pyro_flows.transforms.linear import LowerTriangularAffine
 from pyro_flows.verdict.chains import McmcDraws
 from pyro_flows.verdict.deciding import resample
+from pyro_flows.verdict.thresholds import R_HAT_OF_SHORT_CHAINS
 
 DF = 15.0
 JITTER = 1e-8  # of a variance
 WALKERS, SETTLING, MOVES = 64, 4, 12  # moves under the posterior at first, then for each of
 HEIGHTS = 5.0, 3.0  # nats
+PLACES = 8  # each with as many chains
+PERIODS = (16, 16), (32, 64)  # sweeps until the start is forgotten, and sweeps that are compared: once, and again
 
 
 class NoStart(ValueError):
@@ -48,8 +55,9 @@ def starting_points(z: Tensor, log_weights: Tensor, count: int, *, seed: int) ->
 def dispersed_points(latent: Latent, z: Tensor, log_weights: Tensor, count: int, *, seed: int) -> Tensor:
     """Return ``count`` points (K, D) for chains to begin at: draws, and as many that were drawn out of where they lie.
 
-    R-hat tells of a region that a flow lacks only if some chains begin there. See ``modes/umbrella.py``; the second
-    walk, with a lower height, lets points go back from regions of little mass. Cost: 10,000 gradients.
+    R-hat tells of a region that a flow lacks only if some chains begin there. See
+    ``modes/under_covered.py``; the second walk, with a lower height, lets points go back from regions of little mass.
+    Cost: 10,000 gradients.
 
     In a mixture of many parts, all are draws.
 
@@ -61,7 +69,7 @@ def dispersed_points(latent: Latent, z: Tensor, log_weights: Tensor, count: int,
     inside = starting_points(z, log_weights, count - count // 2, seed=seed)
     begun = starting_points(z, log_weights, WALKERS, seed=derive(seed, "walkers"))
     with seeded(derive(seed, "dispersed"), latent.density.device):
-        points: Point = latent.look(*latent.place(begun))
+        points = latent.look(*latent.place(begun))
         points = walked(latent, points, SETTLING, level=0.0)
         level = level_of(points)
         for height in HEIGHTS:
@@ -105,3 +113,42 @@ def flow_of(posterior: Record) -> Flow | FlowMixture:
     if posterior.flow is not None and getattr(posterior.flow, "base", "student_t") != "uniform":
         return posterior.flow
     return affine_flow(posterior.z, posterior.log_weights)
+
+
+@torch.no_grad()
+def mixes_with_others(sampler: Sampler, places: Tensor) -> bool:
+    r"""Whether chains from the best of some places (N, D) agree with those of a sampler, in the same space and kernel.
+
+    A place that chains leave within a hundred sweeps exchanges draws with the rest as often as its mass asks for, since
+    the kernel is reversible. So chains that are much longer, and have converged, have visited it if it has a mass.
+    Where a posterior has thousands of modes, no share of a single one could tell that. R-hat compares chains from
+    the places with each other and with the earlier draws, by each coordinate and the log density. Chains that are where
+    the others are after few sweeps need no more of them.
+    """
+    density = sampler.latent.density
+    best = places[density(places).topk(min(PLACES, len(places))).indices]
+    many = len(sampler.points.x)  # chains as the sampler has, whose graphs are there already
+    group = torch.arange(many) * len(best) // many
+    z = best[group.to(best.device)]
+    x, k = sampler.latent.place(z)
+    before = sampler.chains()
+    state = {**before.state, "x": x, "k": k, "began": k, "superchain": group}
+    numbers = {**before.numbers, "thin": 1}
+    chains = replace(before, z=z[:, None][:, :0], stats={}, state=state, numbers=numbers)
+    new = Sampler(sampler.latent, sampler.names, chains, kept=1, seed=derive(sampler.seed, "joining"))
+    old = _with_height(density, before.z.flatten(0, 1))
+    generator = torch.Generator().manual_seed(derive(sampler.seed, "compared draws"))
+    order = torch.randperm(len(old), generator=generator).to(old.device)
+    for forgotten, compared in PERIODS:
+        new.more(forgotten)
+        drawn = new.more(compared)
+        shortest = min(compared * int(torch.bincount(group).min()), len(old))
+        groups = [drawn[(group == number).to(drawn.device)].flatten(0, 1)[:shortest] for number in range(len(best))]
+        compared_with = [_with_height(density, part) for part in groups] + [old[order[:shortest]]]
+        if float(_mixing.r_hat(torch.stack(compared_with)).max()) <= R_HAT_OF_SHORT_CHAINS:
+            return True
+    return False
+
+
+def _with_height(density: LogDensity, z: Tensor) -> Tensor:
+    return torch.cat([z, density(z)[:, None]], 1)

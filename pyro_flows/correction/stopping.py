@@ -34,9 +34,7 @@ def suffices(found: McmcDiagnostics) -> bool:
 def allowed(draws: Tensor, *, few: bool) -> Tensor:
     """Return the standard errors (D,) that sds of draws (C, N, D) may have, as a part of them.
 
-    Args:
-        draws: of chains.
-        few: whether draws are cheap, and so few that they understate the errors of heavy tails.
+    Draws that are cheap, and so ``few``, understate the errors of heavy tails.
     """
     heavy = _mixing.kurtoses(draws) > LIGHT
     return torch.where(heavy & few, SD_ERROR_OF_FEW_DRAWS, SD_ERROR_OF_CHAINS)
@@ -45,11 +43,6 @@ def allowed(draws: Tensor, *, few: bool) -> Tensor:
 def shortfall(draws: Tensor, may_be: Tensor) -> float:
     """Return the worst ratio of the standard errors of the sds of draws (C, N, D) to those that may be (D,)."""
     return float((_mixing.sd_errors(draws).nan_to_num(nan=0.0) / may_be).max())
-
-
-def _are_few(found: McmcDiagnostics, gradients: float) -> bool:
-    """Whether draws are cheap, and so few that they understate the errors of heavy tails."""
-    return gradients < CHEAP and found.sweeps < EARLY
 
 
 class Sds(NamedTuple):
@@ -66,7 +59,7 @@ def resolved_sds(found: McmcDiagnostics, draws: Tensor, gradients: float) -> Sds
     The first half is warm-up if the second half alone tells sds clearly better. Chance makes one of two halves of heavy
     tails the better one: that with fewer draws far out, whose sds are too small.
     """
-    few = _are_few(found, gradients)
+    few = gradients < CHEAP and found.sweeps < EARLY
     may_be = allowed(draws, few=few)
     lack = shortfall(draws, may_be)
     if lack <= 1.0:

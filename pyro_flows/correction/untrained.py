@@ -13,13 +13,13 @@ from torch import Tensor
 from pyro_flows import _stages
 from pyro_flows._ledger import counted
 from pyro_flows._progress import Bar
-from pyro_flows.correction.exchange import exchange_of
-from pyro_flows.correction.fallback import ATTEMPT, BEGUN_FROM, FEW, UNTRAINED, chains_from, gradient_budget
+from pyro_flows.correction.fallback import ATTEMPT, FEW, UNTRAINED, chains_from, gradient_budget
+from pyro_flows.correction.hmc import exchange_of
 from pyro_flows.correction.judging import around, covered_by, evidence_of
 from pyro_flows.correction.latent import Latent
-from pyro_flows.correction.new_starts import mixes_with_others
 from pyro_flows.correction.refine import CHAINS
 from pyro_flows.correction.search import MissedByChains, missed_by_chains
+from pyro_flows.correction.starts import mixes_with_others
 from pyro_flows.flows.flow import Flow
 from pyro_flows.flows.mixture import FlowMixture
 from pyro_flows.flows.parts import location_scale
@@ -27,12 +27,13 @@ from pyro_flows.flows.recipe import start_at
 from pyro_flows.flows.stacked import Images
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.modes.barriers import are_separated
-from pyro_flows.modes.missed_modes import MOVED_DRAWS, mirrored
+from pyro_flows.modes.missed_modes import mirrored
 from pyro_flows.modes.missed_regions import Guide, MissedRegion
 from pyro_flows.modes.symmetric_modes import with_symmetric_modes
-from pyro_flows.modes.symmetries import SignedPermutation, group, identity, image_of, product
+from pyro_flows.modes.symmetries import MOVED_DRAWS, SignedPermutation, group, identity, image_of, product
 from pyro_flows.starts.start import Start
 from pyro_flows.verdict.chains import McmcDraws
+from pyro_flows.verdict.deciding import LOOKED_AT_DRAWS
 
 SYMMETRIES = 3  # times that chains begin, of which each search may find further twins
 FEW_DRAWS = 50  # by which the copy is told that a twin belongs to
@@ -144,7 +145,7 @@ def _begun(flow: Flow, density: LogDensity, twins: Sequence[SignedPermutation]) 
         if len(images) > MOST_COPIES:
             return None
         sampler: Flow | FlowMixture = FlowMixture.copied(flow, images) if len(images) > 1 else flow
-        z, log_q = sampler.draw(BEGUN_FROM)
+        z, log_q = sampler.draw(LOOKED_AT_DRAWS)
         ratios = (density(z) - log_q).double()
         usable = torch.isfinite(ratios)
         if not bool(usable.any()):

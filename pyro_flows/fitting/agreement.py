@@ -13,10 +13,10 @@ from pyro_flows.fitting.rounds import Round
 from pyro_flows.flows.flow import Flow
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.results.stage import Stage
+from pyro_flows.verdict.deciding import LOOKED_AT_DRAWS
 from pyro_flows.verdict.psis import psis
 from pyro_flows.verdict.thresholds import EVIDENCE_GAP_OF_RUNS, R_HAT_OF_RUNS
 
-COMPARED_DRAWS = 4000
 BALANCED_DRAWS, BALANCING_STEPS = 2000, 200
 NAMED = 3  # coordinates; the verdict counts the others
 
@@ -30,7 +30,6 @@ class Agreement:
 
     @property
     def holds(self) -> bool:
-        """Whether the runs found the same posterior."""
         return not self.disagreements
 
 
@@ -40,7 +39,7 @@ def compare(outcomes: Sequence[Round], names: Sequence[str]) -> Agreement:
 
     Weights are proportional to the estimated evidence of each run that has one.
     """
-    draws = torch.stack([outcome.flow().sample((COMPARED_DRAWS,)) for outcome in outcomes])
+    draws = torch.stack([outcome.flow().sample((LOOKED_AT_DRAWS,)) for outcome in outcomes])
     found = disagreements(dict(zip(names, r_hat(draws).tolist(), strict=True)))
     evidences = torch.tensor([outcome.weighing.log_evidence for outcome in outcomes], dtype=torch.float64)
     spread = float(evidences.max() - evidences.min())

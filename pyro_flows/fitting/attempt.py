@@ -1,4 +1,4 @@
-"""What a fit has come to so far: the coordinates, a run, and what an attempt of a method is given."""
+"""What a fit has come to so far: the coordinates, a run, all runs, and what an attempt of a method is given."""
 
 from __future__ import annotations
 
@@ -14,11 +14,15 @@ from pyro_flows.fitting.rounds import Round
 from pyro_flows.flows.flow import Flow
 from pyro_flows.flows.mixture import FlowMixture
 from pyro_flows.model.log_density import LogDensity
+from pyro_flows.modes.laplace_grid import Marginal
+from pyro_flows.modes.missed_modes import Search
 from pyro_flows.results.stage import Stage
 from pyro_flows.starts.coordinates import Climbed
 from pyro_flows.starts.start import Start
 from pyro_flows.training.trainer import Trainer
 from pyro_flows.verdict.chains import McmcDraws
+
+Sampler = Flow | FlowMixture  # has ``draw`` and ``log_prob``
 
 
 @dataclass
@@ -50,18 +54,11 @@ class Prepared:
 class Run:
     """What a run has come to so far.
 
-    Attributes:
-        number: of the run, from 0 on.
-        trainer: of the last round, with the losses of all.
-        best: the best round, and ``kept`` its entry in the history.
-        modes: starts at modes.
-        history: an entry for each stage.
-        untrained: the flow that a race starts with.
-        chains: of a sampler that sufficed where the first round did not, or before it.
-        sampled: whether that was before any training: these chains have gone through the search for modes they lack.
-        copies: of the flow that these chains began at, at its images under exact symmetries, if there are any.
-        multimodal: a mixture at all modes that were found, tried in the place of training, or after the first round.
-        improper: what tells that the posterior has no finite integral, so that nothing more was done.
+    ``trainer`` is that of the last round, with the losses of all; ``kept`` the entry of the ``best`` round in the
+    history. ``chains`` are of a sampler that sufficed where the first round did not, or, if ``sampled``, before any
+    training: these have gone through the search for modes they lack, and may have begun at ``copies`` of a flow at its
+    images under exact symmetries. ``multimodal`` is a mixture at all modes that were found. ``improper`` tells that the
+    posterior has no finite integral, so that nothing more was done.
     """
 
     number: int
@@ -79,16 +76,13 @@ class Run:
 
     @property
     def rank(self) -> tuple[float, float]:
-        """The larger the better."""
         return (-1.0, -math.inf) if self.best is None else self.best.rank
 
     @property
     def losses(self) -> torch.Tensor:
-        """The negative ELBO of each step."""
         return torch.tensor([] if self.trainer is None else self.trainer.losses)
 
     def note(self, stage: Stage) -> Stage:
-        """Add an entry to the history, and return it."""
         stage = replace(stage, run=self.number)
         self.history.append(stage)
         return stage
@@ -111,15 +105,9 @@ class Run:
 
 @dataclass
 class Attempt:
-    """What an attempt of a method is given, and where it puts what it finds.
+    """What an attempt of a method is given: all that it finds is in ``run`` at once, so that Ctrl-C loses nothing.
 
-    Attributes:
-        plan: what the caller asked for.
-        prepared: the coordinates.
-        run: all that is found is here at once, so that Ctrl-C or the end of the time loses nothing.
-        seed: of the run.
-        lack: where the runs before lack a mode, if they do: this run begins there.
-        starts: the best first, once they are found.
+    ``lack`` is where the runs before lack a mode, if they do: this run begins there. ``starts`` are the best first.
     """
 
     plan: Plan
@@ -131,7 +119,6 @@ class Attempt:
 
     @property
     def density(self) -> LogDensity:
-        """The log density in the coordinates chosen so far."""
         return self.prepared.density
 
     @property
@@ -145,3 +132,49 @@ class Attempt:
         best = self.run.best
         asked = self.plan.escalate and not self.plan.train_model
         return asked and best is not None and not (best.enough or self.run.improper)
+
+
+@dataclass
+class Combined:
+    """The runs and what they come to together.
+
+    ``plain`` is the flow of the best run, or a mixture of runs that disagree; ``sampler`` the same with copies at its
+    images under exact symmetries where it lacks modes, ``copies`` of each flow; ``multimodal`` the mixture at all modes
+    that were found, where it is the sampler, and ``surveys`` how often it was tried. ``search`` is None if there was no
+    time for one. ``slices`` are along a coordinate, where the sampler comes short of its tail.
+    """
+
+    runs: list[Run] = field(default_factory=lambda: [Run(0)])
+    plain: Sampler | None = None
+    sampler: Sampler | None = None
+    history: list[Stage] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    failures: list[str] = field(default_factory=list)
+    disagreements: list[str] = field(default_factory=list)
+    search: Search | None = None
+    copies: int = 1
+    added: int = 0
+    multimodal: MultimodalCandidate | None = None
+    surveys: int = 0
+    slices: Marginal | None = None
+    improper: list[str] = field(default_factory=list)
+
+    @property
+    def kept(self) -> list[Run]:
+        """The runs that can be compared; if there are none, those that got anywhere."""
+        weighed = [run for run in self.runs if run.best is not None and run.best.weighed]
+        return weighed or [run for run in self.runs if run.best is not None] or self.runs
+
+    @property
+    def best(self) -> Run:
+        """The run with the best verdict, then the best ELBO."""
+        return max(self.kept, key=lambda run: run.rank)
+
+    @property
+    def chains(self) -> McmcDraws | None:
+        """Chains that sufficed, unless a mixture, tables or slices took the place of the flow they began at.
+
+        Chains that needed no trained flow may have moved among copies of a normal distribution, which is a mixture too.
+        """
+        replaced = self.multimodal is not None or isinstance(self.sampler, FlowMixture)
+        return None if replaced and not self.best.sampled else self.best.chains

@@ -15,16 +15,14 @@ from pyro_flows.correction.fallback import chains_miss_mode
 from pyro_flows.correction.judging import around, evidence_of
 from pyro_flows.correction.search import held_by
 from pyro_flows.fitting.agreement import balanced, compare, stage
-from pyro_flows.fitting.attempt import Attempt, Prepared, Run
-from pyro_flows.fitting.combined import Combined, Sampler
+from pyro_flows.fitting.attempt import Attempt, Combined, Prepared, Run, Sampler
 from pyro_flows.fitting.guide_space import latent_of
 from pyro_flows.fitting.laplace_grid import STAGE as GRID_STAGE
 from pyro_flows.fitting.laplace_grid import grid_for_tail, with_tails_checked
 from pyro_flows.fitting.multimodal import MultimodalCandidate, multimodal
 from pyro_flows.fitting.plan import Plan
-from pyro_flows.fitting.prepare import begin_only
-from pyro_flows.fitting.run import make_run
-from pyro_flows.fitting.volume import too_uneven
+from pyro_flows.fitting.rounds import too_uneven
+from pyro_flows.fitting.run import begin_only, make_run
 from pyro_flows.flows.flow import Flow
 from pyro_flows.flows.mixture import FlowMixture
 from pyro_flows.model.log_density import LogDensity
@@ -35,11 +33,11 @@ from pyro_flows.modes.symmetries import SignedPermutation, group
 from pyro_flows.modes.under_covered import BY_WALKERS
 from pyro_flows.results.dims import coordinate_names
 from pyro_flows.starts.start import Start
+from pyro_flows.verdict.deciding import SEARCHED_DRAWS
 
 RUNS_ADDED, BESIDE = 7, 1  # at most, one for each mode that is missed; for mass next to what is covered
 SURVEYS = 2  # at most, of all modes at once
 MAX_COPIES = 128  # of each flow: draws are scored by all of them
-MODE_DRAWS = 1000
 
 
 def make_runs(plan: Plan, prepared: Prepared, found: Combined) -> None:
@@ -89,7 +87,7 @@ def drawn(found: Combined) -> Tensor:
     assert sampler is not None
     if chains is not None:
         return chains.z.flatten(0, 1)
-    return (multimodal.sampler if multimodal is not None and multimodal.enough else sampler).draw(MODE_DRAWS)[0]
+    return (multimodal.sampler if multimodal is not None and multimodal.enough else sampler).draw(SEARCHED_DRAWS)[0]
 
 
 def _combine(plan: Plan, prepared: Prepared, found: Combined) -> None:
@@ -121,7 +119,6 @@ def _take(found: Combined, tried: MultimodalCandidate) -> bool:
 
 
 def _look(plan: Plan, density: LogDensity, found: Combined) -> None:
-    """Search for modes that the sampler lacks."""
     assert found.sampler is not None
     with plan.clock.part(_stages.MISSED):
         found.search, found.slices = None, None
@@ -140,8 +137,9 @@ def _complete(plan: Plan, prepared: Prepared, found: Combined) -> None:
         if not _miss_another(plan, prepared.density, found):
             return
         found.best.chains = None
-    if _is_thin_alone(found):
-        return
+    lacks = () if found.search is None else found.search.lacks
+    if found.slices is None and all(lack.start.name == BY_WALKERS for lack in lacks):
+        return  # the flow is only too thin next to where it lies: a run of its own has nowhere else to begin
     moves: list[SignedPermutation] = []
     sliced = False
     while found.search is not None and found.search.lacks and not plan.clock.over:
@@ -159,18 +157,13 @@ def _complete(plan: Plan, prepared: Prepared, found: Combined) -> None:
             moves = []
         else:
             mixed = found.multimodal is not None and found.multimodal.stage.stage != GRID_STAGE
-            if found.added >= _most_added(plan, found.search) or mixed or _too_many([*moves, *more]):
+            beside = all(lack.beside for lack in found.search.lacks) and plan.refine is not None  # chains can go there
+            if found.added >= (BESIDE if beside else RUNS_ADDED) or mixed or _too_many([*moves, *more]):
                 return
             accepted("run at a missed mode")
             _add_run(plan, prepared, found, found.search.lacks[0].start)
             _copied(found, moves)
         _look(plan, prepared.density, found)
-
-
-def _most_added(plan: Plan, search: Search) -> int:
-    """Return how many runs may be added: to mass next to what is covered, chains can go by themselves."""
-    beside = all(lack.beside for lack in search.lacks)
-    return BESIDE if beside and plan.refine is not None else RUNS_ADDED
 
 
 def _is_held_by_chains(plan: Plan, density: LogDensity, found: Combined) -> bool:
@@ -193,12 +186,6 @@ def _miss_another(plan: Plan, density: LogDensity, found: Combined) -> bool:
     return False
 
 
-def _is_thin_alone(found: Combined) -> bool:
-    """Whether the flow is only too thin next to where it lies: a run of its own has nowhere else to begin."""
-    lacks = () if found.search is None else found.search.lacks
-    return found.slices is None and all(lack.start.name == BY_WALKERS for lack in lacks)
-
-
 def _too_many(moves: Sequence[SignedPermutation]) -> bool:
     """Whether exact symmetries tell of more equal modes than copies, let alone runs, could ever have."""
     return bool(moves) and group(moves, MAX_COPIES) is None
@@ -213,7 +200,7 @@ def _surveyed(plan: Plan, density: LogDensity, found: Combined) -> bool:
     seed = derive(plan.seed, f"survey {found.surveys}")
     with plan.clock.part(_stages.SEVERAL):
         with seeded(seed, density.device):
-            z = torch.cat([found.sampler.draw(MODE_DRAWS)[0].to(places), places])
+            z = torch.cat([found.sampler.draw(SEARCHED_DRAWS)[0].to(places), places])
         tried = multimodal(density, z, places, seed=seed, bar=plan.bar)
         if tried is not None:
             found.history.append(tried.stage)
@@ -262,9 +249,8 @@ def _add_run(plan: Plan, prepared: Prepared, found: Combined, lack: Start) -> No
 
 
 def _search(plan: Plan, density: LogDensity, found: Combined, sampler: Sampler) -> Search:
-    """Look for modes that a sampler lacks."""
     with density.clock.watching():
-        z, log_q = sampler.draw(density.affordable(MODE_DRAWS))
+        z, log_q = sampler.draw(density.affordable(SEARCHED_DRAWS))
     modes = [mode for run in found.runs for mode in run.modes]
     wandering = not (sampler is found.best.flow(plan, density) and found.best.best is not None and found.best.best.even)
     space = latent_of(sampler, density) if wandering else None

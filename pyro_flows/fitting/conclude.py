@@ -5,8 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from pyro_flows.correction.search import noted
-from pyro_flows.fitting.attempt import Run
-from pyro_flows.fitting.combined import Combined
+from pyro_flows.fitting.attempt import Combined, Run
 from pyro_flows.fitting.plan import Plan
 from pyro_flows.flows.mixture import FlowMixture
 from pyro_flows.flows.recipe import AUTO

@@ -34,14 +34,13 @@ from pyro_flows.model.unchanged import own
 from pyro_flows.modes.missed_modes import Search, missed_modes
 from pyro_flows.modes.missed_regions import Score
 from pyro_flows.modes.truncated_tails import with_truncated_tails
-from pyro_flows.modes.umbrella import Space
+from pyro_flows.modes.under_covered import Space
 from pyro_flows.posterior.draws import from_draws
 from pyro_flows.posterior.posterior import Posterior
-from pyro_flows.verdict.deciding import Draw
+from pyro_flows.verdict.deciding import SEARCHED_DRAWS, Draw
 from pyro_flows.verdict.thresholds import ESS_SHARE_LEAST
 from pyro_flows.verdict.weighing import weigh
 
-SEARCHED_DRAWS = 1000  # from which missed modes are searched for
 HIDDEN = "no search for missed modes was made, since auxiliary sites hide the guide's density at given points"
 THIN = "no search for missed modes was made, since a first sample had poor weights"
 
@@ -106,14 +105,9 @@ def diagnose(
 
 
 def _diagnose(
-    model: Callable[..., Any],
-    guide: Callable[..., Any],
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    draws: int,
-    seed: int,
-    bar: Bar,
-) -> Posterior:
+    model: Callable[..., Any], guide: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], draws: int,
+    seed: int, bar: Bar,
+) -> Posterior:  # fmt: skip
     bar.watch(_stages.READING)
     if isinstance(guide, AutoHierarchicalFlow):
         with seeded(seed):
@@ -135,15 +129,9 @@ def _diagnose(
 
 
 def _judged(
-    density: LogDensity,
-    model: Callable[..., Any],
-    guide: Callable[..., Any],
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    draws: int,
-    seed: int,
-    bar: Bar,
-) -> Posterior:
+    density: LogDensity, model: Callable[..., Any], guide: Callable[..., Any], args: tuple[Any, ...],
+    kwargs: dict[str, Any], draws: int, seed: int, bar: Bar,
+) -> Posterior:  # fmt: skip
     """Draw from the guide and judge the draws.
 
     Raises:

@@ -18,14 +18,13 @@ from pyro_flows._threads import few_threads
 from pyro_flows._turns import alone
 from pyro_flows._warnings import outside
 from pyro_flows.correction.fallback import fallback_sampler, which
-from pyro_flows.fitting.attempt import Attempt, Prepared
+from pyro_flows.fitting.attempt import Attempt, Combined, Prepared
 from pyro_flows.fitting.combine import combine, drawn, make_runs
-from pyro_flows.fitting.combined import Combined
 from pyro_flows.fitting.conclude import conclude
 from pyro_flows.fitting.hierarchical import fit_hierarchical
 from pyro_flows.fitting.plan import Plan, as_asked, recipe_for
-from pyro_flows.fitting.prepare import prepare
 from pyro_flows.fitting.ranks import check_alone
+from pyro_flows.fitting.run import prepare
 from pyro_flows.flows.recipe import AUTO, FlowLike
 from pyro_flows.model.arguments import usable
 from pyro_flows.model.faults import Subsampled
@@ -165,7 +164,6 @@ def fit(
 
 
 def _options(flow: FlowLike, layers: int | None) -> dict[str, Any]:
-    """Return the options of the builder."""
     if layers is None:
         return {}
     if not isinstance(flow, str):
@@ -205,7 +203,10 @@ def _fit(plan: Plan, *, grow: bool) -> Posterior:
     warn_if_nothing_observed(density.structure, density.trace_at, plan.model, plan.args, plan.kwargs)
     check_memory(density, plan.draws)
     plan = replace(plan, max_steps=default_steps(density.dim)) if grow else plan
-    _check_training_of_model(plan, density)
+    if plan.train_model and not density.parameters():
+        raise ValueError("train_model: expected a model with parameters of its own (pyro.param, modules), got none.")
+    if plan.train_model and plan.runs > 1:
+        raise ValueError("runs: expected 1 with train_model=True, since the runs would share the model's parameters.")
     with few_threads(density.numbers):
         try:
             return _fitted(plan, density)
@@ -251,10 +252,3 @@ def _fitted(plan: Plan, density: LogDensity) -> Posterior:
     searched = found.search is not None and found.search.passed
     passed = chains is not None and found.best.sampled
     return fallback_sampler(posterior, plan.refine, clock, plan.bar, chains, searched=searched, passed=passed)
-
-
-def _check_training_of_model(plan: Plan, density: LogDensity) -> None:
-    if plan.train_model and not density.parameters():
-        raise ValueError("train_model: expected a model with parameters of its own (pyro.param, modules), got none.")
-    if plan.train_model and plan.runs > 1:
-        raise ValueError("runs: expected 1 with train_model=True, since the runs would share the model's parameters.")

@@ -2,50 +2,129 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import copy
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
 
 from pyro_flows import _stages
-from pyro_flows._progress import Bar, in_nats
+from pyro_flows._progress import in_nats
 from pyro_flows.fitting.attempt import Attempt
-from pyro_flows.fitting.rounds import LOOKED_AT_DRAWS, acceptable_gap, assess, shift_is_noise, weighed
-from pyro_flows.fitting.selection import Entrant, race, share
+from pyro_flows.fitting.plan import SHARE_OF_SECONDS
+from pyro_flows.fitting.rounds import acceptable_gap, assess, shift_is_noise, weighed
 from pyro_flows.flows.flow import Flow
+from pyro_flows.flows.recipe import begin_at
+from pyro_flows.model.log_density import LogDensity
 from pyro_flows.modes.propriety import improper_tails
-from pyro_flows.training.loop import Budget, Look, train
+from pyro_flows.results.stage import Stage
+from pyro_flows.starts.start import Start, divergence
+from pyro_flows.training.convergence import Monitor
+from pyro_flows.training.loop import BATCH, STEP_SIZE, Budget, Check, Look, train
 from pyro_flows.training.trainer import Trainer
-from pyro_flows.verdict.thresholds import SHIFT_SEEN, SHIFT_SEEN_IN_TRAINING
+from pyro_flows.verdict.deciding import LOOKED_AT_DRAWS
+from pyro_flows.verdict.thresholds import EVIDENCE_GAP_OF_TRIALS, SHIFT_SEEN, SHIFT_SEEN_IN_TRAINING
 
-RACE_SHARE = 0.5  # of the seconds that are left, if there is a bound
+RACE_STEPS = 100
+STEP_SIZES = (STEP_SIZE, 3e-3)
+CLOSE = 10.0  # nats between two starts that are worth racing
+ELSEWHERE = 1.0  # nats of divergence between two starts, from which they are not next to the same
+
+
+@dataclass(frozen=True)
+class Entrant:
+    """A start and a step size after a few steps, on a flow of its own, and the ELBO that they reached."""
+
+    start: Start
+    trainer: Trainer
+    elbo: float
+    gap: float  # between log evidence and ELBO, by the same draws
+
+    @classmethod
+    def run(
+        cls, fresh: Flow, density: LogDensity, start: Start, size: float, steps: int, *, seed: int,
+        extra: Sequence[Tensor] = (),
+    ) -> Entrant:  # fmt: skip
+        flow = copy.deepcopy(fresh)
+        begin(flow, start)
+        trainer = Trainer(flow, density, learning_rate=size, batch=BATCH, extra=extra)
+        monitor = Monitor()
+        with density.clock.part(_stages.TRIAL):
+            for step in range(steps):
+                trainer.step(size * min(1.0, (step + 1) / (0.5 * RACE_STEPS)))
+            trainer.write()
+            monitor.add(*Check.make(flow, density, seed=seed)())
+        finished = bool(monitor.elbos)
+        return cls(start, trainer, *((monitor.elbos[0], monitor.gaps[0]) if finished else (-math.inf, math.inf)))
+
+    @property
+    def stage(self) -> Stage:
+        size, before = self.trainer.learning_rate, self.start.elbo
+        return Stage(_stages.TRIAL_RUN, start=self.start.name, step_size=size, start_elbo=before, elbo=self.elbo)
+
+
+def begin(flow: Flow, start: Start) -> None:
+    """Put the affine map of a flow at a start."""
+    begin_at(flow, start.loc, start.scale)
+
+
+def share(max_steps: int) -> int:
+    """Steps of each entrant, so that all of them together take at most half of the budget."""
+    return max(1, min(RACE_STEPS, max_steps // (2 * (len(STEP_SIZES) + 1))))
+
+
+def race(
+    fresh: Flow, density: LogDensity, starts: Sequence[Start], steps: int, *, seed: int, extra: Sequence[Tensor]
+) -> tuple[Entrant, list[Entrant]]:
+    """Run the best start, with a second step size if need be, and the widest of the others that are close.
+
+    Returns the winner, and all. A wide start can still come to see what a narrow one has left out; one that is no
+    wider, or next to the same, cannot. Each trains a copy of the flow. With ``extra``, the model's own parameters, one
+    entrant trains them for good.
+    """
+
+    def enter(start: Start, size: float) -> Entrant:
+        return Entrant.run(fresh, density, start, size, steps, seed=seed, extra=extra)
+
+    done = [enter(starts[0], STEP_SIZES[0])]
+    if not extra and not done[0].gap < EVIDENCE_GAP_OF_TRIALS:
+        done += [enter(starts[0], size) for size in STEP_SIZES[1:]]
+    if not extra:
+        done += [enter(start, STEP_SIZES[0]) for start in _wider(starts[0], starts[1:])]
+    best = max(done, key=lambda entrant: entrant.elbo if math.isfinite(entrant.elbo) else -math.inf)
+    return best, done
+
+
+def _wider(best: Start, others: Sequence[Start]) -> list[Start]:
+    """Return the widest of other starts that are close, if it reaches where the best one does not."""
+    close = [start for start in others if best.elbo - start.elbo < CLOSE and start.volume > best.volume]
+    widest = max(close, key=lambda start: start.volume, default=None)
+    return [] if widest is None or divergence(widest, best) < ELSEWHERE else [widest]
 
 
 def train_flow(at: Attempt) -> str | None:
     """Race the starts, and train the winner; the name of the round if it is enough."""
-    winner = _race(at)
-    if winner is None:
-        return None
-    _first_round(at, winner.trainer)
-    assert at.run.best is not None
-    return _stages.FIRST_ROUND if at.run.best.enough else None
-
-
-def has_no_integral(at: Attempt, flow: Flow) -> bool:
-    """Whether the posterior seems to be improper: then no training, and no sampler, comes to an end of it."""
-    with at.plan.clock.part(_stages.PROPRIETY):
-        at.run.improper = improper_tails(at.density, lambda: flow.draw(LOOKED_AT_DRAWS)[0], seed=at.seed)
-    return bool(at.run.improper)
-
-
-def _race(at: Attempt) -> Entrant | None:
-    """Race starts and step sizes; return the winner, None if there was no time for a race."""
     plan, density = at.plan, at.density
     flow = at.run.untrained = plan.fresh(density)
     trained = list(density.parameters().values()) if plan.train_model else []
     winner: Entrant | None = None
-    with plan.clock.part(_stages.TRIALS, share=RACE_SHARE):
+    with plan.clock.part(_stages.TRIALS, share=SHARE_OF_SECONDS):
         winner, entrants = race(flow, density, at.starts, share(plan.max_steps), seed=at.seed, extra=trained)
         for entrant in entrants:
             at.run.note(entrant.stage)
-    return winner
+    if winner is None:  # there was no time for a race
+        return None
+    _first_round(at, winner.trainer)
+    return _stages.FIRST_ROUND if at.run.best is not None and at.run.best.enough else None
+
+
+def is_improper(at: Attempt, flow: Flow | None = None) -> str | None:
+    """Whether the posterior seems to be improper: then no training, and no sampler, comes to an end of it."""
+    drawn = at.run.flow(at.plan, at.density) if flow is None else flow
+    with at.plan.clock.part(_stages.PROPRIETY):
+        at.run.improper = improper_tails(at.density, lambda: drawn.draw(LOOKED_AT_DRAWS)[0], seed=at.seed)
+    return _stages.PROPRIETY if at.run.improper else None
 
 
 def _first_round(at: Attempt, trainer: Trainer) -> None:
@@ -59,22 +138,21 @@ def _first_round(at: Attempt, trainer: Trainer) -> None:
             weighing.log_weights
         )
 
+    def report(done: int, elbo: float, state: str) -> None:
+        plan.bar.show(f"{done} steps, {in_nats(elbo)}{state}")
+
     def endless() -> bool:
-        return has_no_integral(at, trainer.flow)
+        return is_improper(at, trainer.flow) is not None
 
     stalls = plan.escalate and plan.refine is not None
     asked = endless if plan.escalate and density.structure.improper else None
     look = None if plan.train_model else Look(acceptable_gap(density.dim), weigh, stalls, asked)
     while True:
         left = Budget(plan.max_steps - len(trainer.losses), plan.clock)
-        training = train(trainer, left, seed=at.seed, report=_reporter(plan.bar), look=look)
+        training = train(trainer, left, seed=at.seed, report=report, look=look)
         outcome = assess(_stages.FIRST_ROUND, trainer, training)
         at.run.take(outcome, trainer)
         done = not training.early or plan.clock.over or (stalls and outcome.only_k_hat_fails)
         if done or shift_is_noise(outcome.weighing, seen=SHIFT_SEEN_IN_TRAINING * SHIFT_SEEN):
             return
         look = None
-
-
-def _reporter(bar: Bar) -> Callable[[int, float, str], None]:
-    return lambda done, elbo, state: bar.show(f"{done} steps, {in_nats(elbo)}{state}")

@@ -2,7 +2,7 @@
 
 Scales of a hierarchy, of a random walk, of errors of measurement: the posterior then has a neck for each of them, and
 thousands of coordinates in it are integrated out exactly. What is left is a density of a few coordinates. See
-``modes/hyperparameters.py``, ``modes/conditionals.py`` and ``modes/hyperparameter_marginal.py``.
+``modes/conditionals.py`` and ``modes/hyperparameter_marginal.py``.
 """
 
 from __future__ import annotations
@@ -13,17 +13,15 @@ import torch
 from torch import Tensor
 
 from pyro_flows._seeding import derive, seeded
-from pyro_flows.fitting.plan import Plan
-from pyro_flows.fitting.rounds import Round, acceptable_gap, assess
+from pyro_flows.fitting.plan import SHARE_OF_SECONDS, Plan
+from pyro_flows.fitting.rounds import Round, acceptable_gap, status_of, untrained
 from pyro_flows.flows.flow import Flow
 from pyro_flows.flows.gaussian_conditionals import marginal_flow, with_tails
 from pyro_flows.model.log_density import LogDensity
-from pyro_flows.modes.conditionals import Conditional, conditional
+from pyro_flows.modes.conditionals import Conditional, can_have_conditionals, conditional, hyperparameters_of
 from pyro_flows.modes.hyperparameter_marginal import Sample, fit_flow, sampled
-from pyro_flows.modes.hyperparameters import can_have_conditionals, hyperparameters_of
 from pyro_flows.results.dims import coordinate_names
 from pyro_flows.starts.prior import prior_draws, spread_of
-from pyro_flows.training.loop import BATCH, STEP_SIZE, Training
 from pyro_flows.training.trainer import Trainer
 from pyro_flows.verdict.methods import CONDITIONALS
 from pyro_flows.verdict.thresholds import ESS_OF_MARGINAL_LEAST
@@ -31,7 +29,6 @@ from pyro_flows.verdict.thresholds import ESS_OF_MARGINAL_LEAST
 STAGE = CONDITIONALS
 SEED = "coordinates held"  # its digits, on which draws depend
 DONE = "converged: given a few latents, the others are Gaussian"
-SHARE_OF_SECONDS = 0.5
 PRIOR = 500  # draws that tell where to begin
 POINTS = 2  # near which normality is looked at
 LAYERS, LAYERS_OF_TWO = 4, 2  # of the flow of the held coordinates: four of two make draws that are far beyond all mass
@@ -43,23 +40,20 @@ TRIES = 3
 
 def conditionals_at_start(plan: Plan, density: LogDensity, *, seed: int) -> tuple[Round, Trainer] | None:
     """Hold a few coordinates, before any training; None if others are not normal, or if draws are not good enough."""
-    asked = plan.automatic and plan.escalate and plan.runs == 1 and not plan.train_model
-    if not asked or not can_have_conditionals(density):
+    if not plan.open or not can_have_conditionals(density):
         return None
     with plan.clock.part(STAGE, share=SHARE_OF_SECONDS), seeded(derive(seed, SEED), density.device):
         found = conditionals_flow(density, seed=seed)
         if found is None:
             return None
         flow, held = found
-        trainer = Trainer(flow, density, learning_rate=STEP_SIZE, batch=BATCH)
-        outcome = assess(STAGE, trainer, Training([], 0.0, True, False, DONE, 0, 0, early=True))
+        outcome, trainer = untrained(STAGE, flow, density, 0.0, DONE)
         names = coordinate_names(density.structure)
         details = {**outcome.stage.details, "held": [names[number] for number in held]}
         outcome = replace(outcome, stage=replace(outcome.stage, details=details))
-        good = outcome.can_be_used and outcome.weighing.log_evidence - outcome.weighing.elbo < acceptable_gap(
-            density.dim
-        )
-        return (outcome, trainer) if good else None
+        weighing = outcome.weighing
+        good = weighing.log_evidence - weighing.elbo < acceptable_gap(density.dim)
+        return (outcome, trainer) if good and status_of(weighing) != "unreliable" else None
     return None
 
 

@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_flows.correction.latent import Latent, Points
+from pyro_flows.correction.latent import Latent, only_finite
 from pyro_flows.flows.flow import Flow
 from pyro_flows.flows.mixture import FlowMixture
 from pyro_flows.guides.autoflow import AutoFlow
 from pyro_flows.model.batching import quiet
 from pyro_flows.model.log_density import LogDensity
-from pyro_flows.modes.umbrella import Space
+from pyro_flows.modes.under_covered import Points, Space
 
 
 def space_of(guide: Any, density: LogDensity, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Space | None:
@@ -34,13 +34,7 @@ def latent_of(flow: Flow | FlowMixture, density: LogDensity) -> Latent | None:
 
 
 class GuideSpace:
-    """The posterior in the space of a base distribution, of which the guide is the image under a transform.
-
-    Args:
-        base: a distribution of vectors.
-        transform: from its draws to unconstrained vectors of the model.
-        density: the model's log density.
-    """
+    """The posterior in the space of a base distribution, of which the guide is the image under a transform."""
 
     dear = False  # as far as is known
 
@@ -68,15 +62,5 @@ class GuideSpace:
         with torch.enable_grad():
             pulled = torch.autograd.grad(ladj.sum() + (z * grad).sum(), leaf, retain_graph=True)[0]
             score = torch.autograd.grad(log_ref.sum(), leaf)[0]
-        log_pi = log_p.to(x) + ladj.detach()
-        fine = torch.isfinite(log_pi) & torch.isfinite(pulled).all(1) & torch.isfinite(z).all(1)
-        return Points(
-            x=x,
-            k=k,
-            z=z.detach().to(self.density.dtype),
-            log_p=log_p,
-            log_pi=torch.where(fine, log_pi, -torch.inf),
-            slope=torch.where(fine[:, None], pulled, 0.0),
-            log_ref=log_ref.detach(),
-            ref_slope=score,
-        )
+        seen = z.detach().to(self.density.dtype), log_p, log_p.to(x) + ladj.detach(), pulled, log_ref.detach(), score
+        return Points(x, k, *only_finite(*seen))

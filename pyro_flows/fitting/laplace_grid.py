@@ -15,10 +15,10 @@ from torch import Tensor
 
 from pyro_flows._seeding import derive, seeded
 from pyro_flows.correction.judging import covered_by
+from pyro_flows.fitting.flow_training import begin
 from pyro_flows.fitting.multimodal import MultimodalCandidate, is_enough, weighed
-from pyro_flows.fitting.plan import Plan
-from pyro_flows.fitting.rounds import LOOKED_AT_DRAWS, Round, assess
-from pyro_flows.fitting.selection import begin
+from pyro_flows.fitting.plan import SHARE_OF_SECONDS, Plan
+from pyro_flows.fitting.rounds import Round, status_of, untrained
 from pyro_flows.flows.flow import Flow
 from pyro_flows.flows.mixture import FlowMixture
 from pyro_flows.model.log_density import LogDensity
@@ -30,18 +30,16 @@ from pyro_flows.modes.truncated_tails import with_truncated_tails
 from pyro_flows.results.dims import coordinate_names
 from pyro_flows.results.stage import Stage
 from pyro_flows.starts.start import Start
-from pyro_flows.training.loop import BATCH, STEP_SIZE, Training
 from pyro_flows.training.trainer import Trainer
+from pyro_flows.verdict.deciding import JUDGED_DRAWS, LOOKED_AT_DRAWS
 from pyro_flows.verdict.methods import GRID
-from pyro_flows.verdict.thresholds import ESS_SHARE_PROMISING, MISSED_MASS_OF_TAILS
+from pyro_flows.verdict.thresholds import ESS_SHARE_PROMISING, K_HAT_GOOD, MISSED_MASS_OF_TAILS
 
 STAGE = GRID
 SEED = "slices along a coordinate"  # its digits, on which draws depend
 AT_ONCE = "converged: draws from the conditional Laplace grid pass the checks"
 WRITTEN, OPERATIONS = 30_000, 500  # numbers of an evaluation, and its operations, up to which slices come first
-SHARE_OF_SECONDS = 0.5
 LIGHTER = 120.0, 30.0  # degrees of freedom of the base, in turn
-TAIL_DRAWS = 20_000
 
 
 def grid_at_start(plan: Plan, density: LogDensity, start: Start, *, seed: int) -> tuple[Round, Trainer] | None:
@@ -55,16 +53,15 @@ def grid_at_start(plan: Plan, density: LogDensity, start: Start, *, seed: int) -
         if found is None or not found.enough:
             return None
         assert isinstance(found.sampler, Flow)
-        trainer = Trainer(found.sampler, density, learning_rate=STEP_SIZE, batch=BATCH)
-        outcome = assess(STAGE, trainer, Training([], start.elbo, True, False, AT_ONCE, 0, 0, early=True))
-        return (outcome, trainer) if outcome.is_ok else None
+        outcome, trainer = untrained(STAGE, found.sampler, density, start.elbo, AT_ONCE)
+        good = status_of(outcome.weighing) == "ok" and outcome.weighing.k_hat < K_HAT_GOOD
+        return (outcome, trainer) if good else None
     return None
 
 
 def grid_comes_first(plan: Plan, density: LogDensity) -> bool:
     """Whether slices are tried before any training: they are cheap, and nobody has asked for a flow by name."""
-    asked = plan.automatic and plan.escalate and plan.runs == 1 and not plan.train_model
-    return asked and can_have_grid(density) and density.written <= WRITTEN and density.work.operations <= OPERATIONS
+    return plan.open and can_have_grid(density) and density.written <= WRITTEN and density.work.operations <= OPERATIONS
 
 
 def grid_for_tail(
@@ -93,13 +90,12 @@ def with_tails_checked(
 
     The draws of the search serve again where no more can be afforded.
     """
-    count = density.affordable(TAIL_DRAWS)
+    count = density.affordable(JUDGED_DRAWS)
     again = search.draws if search.draws is not None and len(search.draws[0]) >= count else None
     return with_truncated_tails(search, density, lambda: again or _weighted(density, sampler, count), seed=seed)
 
 
 def _weighted(density: LogDensity, sampler: Flow | FlowMixture, count: int) -> tuple[Tensor, Tensor]:
-    """Return draws of a sampler, and their log weights."""
     z, log_q = sampler.draw(count)
     return z, density(z) - log_q
 

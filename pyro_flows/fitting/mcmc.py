@@ -22,7 +22,6 @@ from pyro_flows.results.dims import coordinate_names
 from pyro_flows.results.scoring import infinite_places
 from pyro_flows.verdict.chains import McmcDraws
 from pyro_flows.verdict.mcmc import judge_mcmc
-from pyro_flows.verdict.verdict import Verdict
 
 LEAST_DRAWS = 10  # of a chain
 METHOD = "mcmc"
@@ -85,10 +84,13 @@ def from_mcmc(
         density, z, lost = _with_digits(density, values)
         with torch.no_grad():
             log_p, samples = density(z), density.constrain(z)
-    lost = ([*lost[0], *infinite_places(density, z, log_p)], lost[1])
+    failures, rounded = [*lost[0], *infinite_places(density, z, log_p)], lost[1]
     names = coordinate_names(density.structure)
     stats = {} if diverging is None else {"diverging": diverging.to(z.device)}
     chains = McmcDraws(z.reshape(count, -1, density.dim), stats, {}, {"method": METHOD})
+    verdict = judge_mcmc(chains.z, log_p.reshape(count, -1), names, diverging)
+    verdict = replace(verdict, reasons=(*failures, *verdict.reasons), notes=(*rounded, *verdict.notes))
+    verdict = replace(verdict, status="unreliable") if failures else verdict
     nothing = torch.full_like(log_p, math.nan)
     of_guide: dict[str, Any] = dict.fromkeys(OF_GUIDE, math.nan)
     return Posterior(
@@ -101,7 +103,7 @@ def from_mcmc(
         _used_log_p=log_p,
         _used_log_q=nothing,
         **of_guide,
-        verdict=_besides(judge_mcmc(chains.z, log_p.reshape(count, -1), names, diverging), *lost),
+        verdict=verdict,
         losses=torch.zeros(0),
         history=(),
         settings={"draws": len(z), "chains": count, "seed": seed, "noncentered": density.structure.noncentered},
@@ -124,12 +126,6 @@ def _with_digits(density: LogDensity, values: dict[str, Tensor]) -> tuple[LogDen
         lost = density.lost_digits(z) if any(part.dtype == torch.float32 for part in values.values()) else ([], [])
         density = density.in_double()
         return density, density.unconstrain(values), lost
-
-
-def _besides(verdict: Verdict, failures: list[str], notes: list[str]) -> Verdict:
-    """Return the verdict with more that speaks against the draws, or is to be known."""
-    status = "unreliable" if failures else verdict.status
-    return replace(verdict, status=status, reasons=(*failures, *verdict.reasons), notes=(*notes, *verdict.notes))
 
 
 def _read(mcmc: Any) -> tuple[dict[str, Tensor], Tensor | None, str]:

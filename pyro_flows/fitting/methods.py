@@ -8,19 +8,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from pyro_flows import _stages
 from pyro_flows._ledger import accepted
 from pyro_flows.correction.fallback import attempt
 from pyro_flows.correction.untrained import chains_of_gaussian
 from pyro_flows.fitting.attempt import Attempt
-from pyro_flows.fitting.flow_training import has_no_integral, train_flow
+from pyro_flows.fitting.flow_training import begin, is_improper, train_flow
 from pyro_flows.fitting.gaussian_conditionals import conditionals_at_start
 from pyro_flows.fitting.laplace_grid import grid_at_start, grid_comes_first
 from pyro_flows.fitting.multimodal import multimodal
-from pyro_flows.fitting.rounds import JUDGED_DRAWS, LOOKED_AT_DRAWS, assess, is_far_off, shift_is_noise, weighed
-from pyro_flows.fitting.selection import begin
+from pyro_flows.fitting.plan import SHARE_OF_SECONDS
+from pyro_flows.fitting.rounds import is_far_off, shift_is_noise, untrained, weighed
 from pyro_flows.flows.parts import affine_base_of
 from pyro_flows.flows.recipe import set_df
 from pyro_flows.modes.population_monte_carlo import can_be_tempered
@@ -28,14 +28,12 @@ from pyro_flows.results.dims import coordinate_names
 from pyro_flows.results.stage import Stage
 from pyro_flows.starts.coordinates import climbed
 from pyro_flows.starts.prior import prior_draws
-from pyro_flows.training.loop import BATCH, STEP_SIZE, Training
-from pyro_flows.training.trainer import Trainer
+from pyro_flows.verdict.deciding import JUDGED_DRAWS, LOOKED_AT_DRAWS
 from pyro_flows.verdict.methods import CONDITIONALS, GAUSSIAN, GRID, MCMC, MIXTURE, TRAINED
 from pyro_flows.verdict.thresholds import ESS_SHARE_HOPELESS, ESS_SHARE_PROMISING
 
 AS_READ, AT_MODES, AT_THE_BEST, AFTER = "as read", "at modes", "at the best start", "after a flow"
 AT_FIRST = 80  # dimensions up to which a few coordinates are held before any others are chosen; above, chains cost less
-MCMC_SHARE = 0.5  # of the seconds that are left, if there is a bound, for chains in the place of training
 LIGHTER = (4.0, 1.0)  # times the base's degrees of freedom: what a nearly normal posterior bears, first
 AT_ONCE = "converged: weighting changes no result at the start"
 AT_ONCE_SAMPLED = "no flow was trained: MCMC that began at a Gaussian converged"
@@ -48,14 +46,7 @@ SURVEYED_FROM = 500  # draws that tell where a survey of modes begins
 
 
 class Method(NamedTuple):
-    """A row of the table.
-
-    Attributes:
-        name: of the method, see ``verdict/methods.py``.
-        when: the moment of a run at which it is tried.
-        asked: whether it is tried.
-        attempt: tries it; the name of the acceptance test that was passed, None if it does not suffice.
-    """
+    """A row of the table: a method is tried at a moment of a run if it is ``asked`` for."""
 
     name: str
     when: str
@@ -81,6 +72,8 @@ def _grid_of_hierarchy(at: Attempt) -> str | None:
     Paths that were made for this are kept.
     """
     prepared = at.prepared
+    if not grid_comes_first(at.plan, at.density):
+        return None
     wholly = prepared.climbed = climbed(prepared.density, True, seed=at.seed)
     found = None
     if math.isfinite(wholly.elbo):
@@ -119,16 +112,8 @@ def _is_hierarchical(at: Attempt) -> bool:
     return bool(at.density.structure.hierarchical)
 
 
-def _hierarchy_comes_first(at: Attempt) -> bool:
-    return _is_hierarchical(at) and grid_comes_first(at.plan, at.density)
-
-
 def _few(at: Attempt) -> bool:
     return at.prepared.as_read.dim <= AT_FIRST
-
-
-def _hierarchy_of_few(at: Attempt) -> bool:
-    return _is_hierarchical(at) and _few(at)
 
 
 def _no_hierarchy_of_few(at: Attempt) -> bool:
@@ -153,10 +138,7 @@ def _gaussian(at: Attempt) -> str | None:
             if cheap and not shift_is_noise(weighed(plain, density, LOOKED_AT_DRAWS)):
                 continue
             begin(set_df(flow, lighter * df), start)
-            trainer = Trainer(flow, density, learning_rate=STEP_SIZE, batch=BATCH)
-            outcome = assess(
-                _stages.FIRST_ROUND, trainer, Training([], start.elbo, True, False, AT_ONCE, 0, 0, early=True)
-            )
+            outcome, trainer = untrained(_stages.FIRST_ROUND, flow, density, start.elbo, AT_ONCE)
             if shift_is_noise(outcome.weighing):
                 at.run.take(outcome, trainer)
                 return GAUSSIAN
@@ -184,14 +166,6 @@ def _mixture(at: Attempt, *, barrier: float = BARRIER) -> str | None:
     return run.multimodal.stage.stage if run.multimodal.enough else None
 
 
-def _mixture_of_flow(at: Attempt) -> str | None:
-    return _mixture(at, barrier=0.0)
-
-
-def _has_modes(at: Attempt) -> bool:
-    return len(at.run.modes) > 1 and at.lack is None
-
-
 def _glance_is_cheap(at: Attempt) -> bool:
     density = at.density
     cheap = density.numbers * density.dim <= CHEAP and density.work.operations <= FEW_OPERATIONS
@@ -213,14 +187,12 @@ def _may_have_modes(at: Attempt) -> bool:
 def _chains_of_gaussian(at: Attempt) -> str | None:
     """Try a sampler in the place of a flow, where a flow would need thousands of steps."""
     plan, run, density = at.plan, at.run, at.density
-    with plan.clock.part(_stages.AT_ONCE, share=MCMC_SHARE):
+    with plan.clock.part(_stages.AT_ONCE, share=SHARE_OF_SECONDS):
         names = coordinate_names(density.structure)
         found = chains_of_gaussian(at.starts[0], density, names, plan.draws, seed=at.seed, bar=plan.bar)
         if found is not None:
             flow, run.copies, run.chains = found
-            trainer = Trainer(flow, density, learning_rate=STEP_SIZE, batch=BATCH)
-            training = Training([], at.starts[0].elbo, False, False, AT_ONCE_SAMPLED, 0, 0)
-            run.take(assess(_stages.INITIAL, trainer, training, look=False), trainer)
+            run.take(*untrained(_stages.INITIAL, flow, density, at.starts[0].elbo, AT_ONCE_SAMPLED, look=False))
             run.sampled = True
             return "MCMC instead of training"
     return None
@@ -237,25 +209,15 @@ def _chains_of_flow(at: Attempt) -> str | None:
     plan, density = at.plan, at.density
     assert at.run.trainer is not None
     with plan.clock.part(_stages.NEXT):
-        given: dict[str, Any] = {"seed": at.seed, "bar": plan.bar}
         names = coordinate_names(density.structure)
-        at.run.chains = attempt(at.run.trainer.flow, density, names, plan.draws, **given)
+        at.run.chains = attempt(at.run.trainer.flow, density, names, plan.draws, seed=at.seed, bar=plan.bar)
     return None if at.run.chains is None else "MCMC in the latent space"
 
 
-# ---- no method can answer --------------------------------------------------------------------------------------------
-
-
-def _no_integral(at: Attempt) -> str | None:
-    """End a run whose posterior is improper."""
-    assert at.run.best is not None
-    return _stages.PROPRIETY if has_no_integral(at, at.run.best.flow) else None
-
-
 METHODS = (
-    Method(GRID, AS_READ, _hierarchy_comes_first, _grid_of_hierarchy),
-    Method(CONDITIONALS, AS_READ, _hierarchy_of_few, _conditionals),
-    Method(MIXTURE, AT_MODES, _has_modes, _mixture),
+    Method(GRID, AS_READ, _is_hierarchical, _grid_of_hierarchy),
+    Method(CONDITIONALS, AS_READ, lambda at: _is_hierarchical(at) and _few(at), _conditionals),
+    Method(MIXTURE, AT_MODES, lambda at: len(at.run.modes) > 1 and at.lack is None, _mixture),
     Method(GAUSSIAN, AT_THE_BEST, lambda at: not at.plan.train_model, _gaussian),
     Method(GRID, AT_THE_BEST, lambda at: at.from_scratch and not _is_hierarchical(at), _grid_at_best),
     Method(MIXTURE, AT_THE_BEST, _glance_is_cheap, _mixture),
@@ -263,7 +225,7 @@ METHODS = (
     Method(MCMC, AT_THE_BEST, _chains_come_first, _chains_of_gaussian),
     Method(CONDITIONALS, AT_THE_BEST, lambda at: at.from_scratch and not _few(at), _conditionals),
     Method(TRAINED, AT_THE_BEST, lambda at: True, train_flow),
-    Method(_stages.PROPRIETY, AFTER, lambda at: at.goes_on, _no_integral),
-    Method(MIXTURE, AFTER, _may_have_modes, _mixture_of_flow),
+    Method(_stages.PROPRIETY, AFTER, lambda at: at.goes_on, is_improper),
+    Method(MIXTURE, AFTER, _may_have_modes, lambda at: _mixture(at, barrier=0.0)),
     Method(MCMC, AFTER, lambda at: at.goes_on and at.plan.refine is not None, _chains_of_flow),
 )

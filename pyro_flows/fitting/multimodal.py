@@ -25,6 +25,7 @@ from pyro_flows.modes.separable import is_separable, marginals
 from pyro_flows.modes.survey import ROUNDS, Survey, can_be_surveyed, climbed_from, has_new, survey
 from pyro_flows.modes.units import units_of
 from pyro_flows.results.stage import Stage
+from pyro_flows.verdict.deciding import LOOKED_AT_DRAWS
 from pyro_flows.verdict.methods import INDEPENDENT, MIXTURE, TABULATED
 from pyro_flows.verdict.psis import psis
 from pyro_flows.verdict.thresholds import (
@@ -45,7 +46,6 @@ LINE_POINTS = 17  # on a line between two modes
 OF_TERM, ITS_OWN = 100, 0.9  # draws of a term, and their mean share of the density where it holds them alone
 GLANCED = 96  # climbs of a round, until there is more than one mode
 FEW_ROUNDS = 2  # of a survey
-WEIGHED = 4000  # draws that tell whether a table is right
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,11 @@ def multimodal(
         best = more if more is not None and more.worth > min(best.worth, ESS_SHARE_PROMISING) else best
         if in_vain and best.worth < ESS_SHARE_PROMISING:
             break
-    tried = None if best is None else _as_sampler(best, len(found.weighty()), found.over)
+    tried = None
+    if best is not None:
+        count, modes = len(best.parts), len(found.weighty())
+        said = f"the posterior has several modes: a mixture of {count} Student-t distributions was begun at {modes}"
+        tried = _mixture(best, f"{said} of them", {"modes": modes, "parts": count, "survey is over": found.over})
     return tried if tried is not None and (tried.enough or barrier) else _brought(density, tried, seed, bar)
 
 
@@ -175,7 +179,7 @@ def _tabulated(density: LogDensity, found: Survey, z: Tensor, seed: int) -> Mult
 
 def weighed(density: LogDensity, sampler: Flow) -> tuple[float, float]:
     """Return the effective share of draws of a sampler, and k-hat."""
-    z, log_q = sampler.draw(WEIGHED)
+    z, log_q = sampler.draw(LOOKED_AT_DRAWS)
     ratios = (density(z) - log_q).double().nan_to_num(nan=-torch.inf, posinf=-torch.inf)
     if not bool(torch.isfinite(ratios).any()):
         return 0.0, math.inf
@@ -195,12 +199,6 @@ def _start(found: Survey) -> tuple[Tensor, Tensor, Tensor]:
 
 def _fitted(density: LogDensity, parts: Parts, seed: int, bar: Bar) -> Generation | None:
     return fitted(density, parts, seed=seed, report=bar.show)
-
-
-def _as_sampler(best: Generation, modes: int, over: bool) -> MultimodalCandidate:
-    count = len(best.parts)
-    said = f"the posterior has several modes: a mixture of {count} Student-t distributions was begun at {modes} of them"
-    return _mixture(best, said, {"modes": modes, "parts": count, "survey is over": over})
 
 
 def _mixture(best: Generation, said: str, details: dict[str, Any]) -> MultimodalCandidate:

@@ -28,30 +28,17 @@ USUAL = {
     "refine": "auto",
     "runs": 1,
 }
+SHARE_OF_SECONDS = 0.5  # that are left, for each part of a fit, if there is a bound
 TRAINED = "realnvp"  # where a fit is not told which flow
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The model with its arguments, the recipe of the flow, and what bounds the work.
+    """The model with its arguments, the recipe of the flow, and what bounds the work: see :func:`fit`.
 
-    Attributes:
-        model: the Pyro model.
-        args: its positional arguments.
-        kwargs: its keyword arguments.
-        recipe: of the flow.
-        draws: how many to return.
-        seed: of all randomness.
-        runs: how many were asked for.
-        max_steps: of a run.
-        train_model: whether the model's own parameters are trained too.
-        escalate: whether more is tried where one flow does not suffice.
-        refine: the sampler that finishes the work where need be; None for none.
-        clock: the bound in seconds.
-        bar: the line that tells how far the work is.
-        automatic: whether the choice of a flow was left open, so that slices along a coordinate may take its place.
-        checked: draws that are run with Pyro's checks of arguments on, at most.
-        asked: the options of the call that are not the usual ones, as JSON values.
+    ``automatic`` says that the choice of a flow was left open, so that other methods may take its place. At most
+    ``checked`` draws are run with Pyro's checks of arguments on. ``asked`` are the options of the call that are not the
+    usual ones, as JSON values.
     """
 
     model: Callable[..., Any]
@@ -70,6 +57,11 @@ class Plan:
     automatic: bool = False
     checked: int = CHECKED
     asked: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def open(self) -> bool:
+        """Whether other methods than a flow may answer: nobody has asked for one."""
+        return self.automatic and self.escalate and self.runs == 1 and not self.train_model
 
     def fresh(self, density: LogDensity) -> Flow:
         """Return an untrained flow over the coordinates of ``density``.

@@ -20,11 +20,11 @@ from pyro_flows.model.batching import over_rows, quiet
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.model.sites import messages
 from pyro_flows.modes.missed_regions import Score
+from pyro_flows.modes.symmetries import ROUND_TRIP
 from pyro_flows.verdict.deciding import Draw
 
 LOG_Q = " log q"  # beside the sites' values
 UNCONSTRAINED = "_unconstrained"  # after the names of AutoNormal's auxiliary sites
-ROUND_TRIP = 1e-3
 NO_DENSITY = "a point-mass guide such as AutoDelta has no density, so it cannot be weighed against the posterior"
 
 
@@ -35,7 +35,6 @@ def run_guide(guide: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[st
 
 
 def random_sites(trace: poutine.Trace) -> dict[str, Any]:
-    """Return the sites that a guide draws."""
     return {
         name: site
         for name, site in messages(trace).items()
@@ -93,12 +92,9 @@ def _innermost(fn: Any) -> Any:
 
 
 def from_traces(
-    guide: Callable[..., Any],
-    density: LogDensity,
-    args: Sequence[Any],
-    kwargs: Mapping[str, Any],
+    guide: Callable[..., Any], density: LogDensity, args: Sequence[Any], kwargs: Mapping[str, Any],
     sites: Mapping[str, Any],
-) -> tuple[Draw, Score | None]:
+) -> tuple[Draw, Score | None]:  # fmt: skip
     """Return what draws, and the density at given points; None for that where auxiliary sites hide it."""
     masks = {latent.name: latent.mask for latent in density.structure.latents if latent.mask is not None}
 

@@ -12,9 +12,9 @@ from pyro_flows import _stages
 from pyro_flows.flows.flow import Flow
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.results.stage import Stage
-from pyro_flows.training.loop import Training
+from pyro_flows.training.loop import BATCH, STEP_SIZE, Training
 from pyro_flows.training.trainer import Trainer
-from pyro_flows.verdict.judging import judge
+from pyro_flows.verdict.deciding import JUDGED_DRAWS, LOOKED_AT_DRAWS, judge
 from pyro_flows.verdict.thresholds import (
     ESS_SHARE_EVEN,
     ESS_SHARE_FAR_OFF,
@@ -26,10 +26,12 @@ from pyro_flows.verdict.thresholds import (
     K_HAT_GOOD,
     SHIFT_SEEN,
     SHIFT_SEEN_ERRORS,
+    VAR_LOG_P_RATIO,
+    VAR_LOG_P_RATIO_MOST,
 )
 from pyro_flows.verdict.weighing import Weighing, weigh
 
-JUDGED_DRAWS, LOOKED_AT_DRAWS, GLANCED_DRAWS = 20_000, 4000, 256
+GLANCED_DRAWS = 256
 FEWER_DRAWS, JUDGED_NUMBERS = 8000, 4_000_000  # where draws have many coordinates
 
 
@@ -59,7 +61,6 @@ class Round:
 
     @property
     def weighed(self) -> bool:
-        """Whether there was time to draw a sample of it."""
         return len(self.weighing.log_weights) > 1
 
     @property
@@ -72,21 +73,9 @@ class Round:
         return even and self.weighing.k_hat >= K_HAT_GOOD and self.weighed
 
     @property
-    def is_ok(self) -> bool:
-        """Whether a verdict on its sample would be ``ok``, with a k-hat to spare."""
-        fine = judge(self.weighing, _numbers(self.weighing)).status == "ok"
-        return fine and self.weighing.k_hat < K_HAT_GOOD and self.weighed
-
-    @property
-    def can_be_used(self) -> bool:
-        """Whether a verdict on its sample would not be ``unreliable``."""
-        return judge(self.weighing, _numbers(self.weighing)).status != "unreliable" and self.weighed
-
-    @property
     def rank(self) -> tuple[float, float]:
-        """The larger the better: the verdict first, then the ELBO."""
-        status = judge(self.weighing, _numbers(self.weighing)).status
-        return float(("unreliable", "corrected", "ok").index(status)), self.weighing.elbo
+        """The larger the better: the verdict on its sample first, then the ELBO."""
+        return float(("unreliable", "corrected", "ok").index(status_of(self.weighing))), self.weighing.elbo
 
 
 def acceptable_gap(dim: int) -> float:
@@ -99,7 +88,7 @@ def passes_strictly(weighing: Weighing) -> bool:
     gap, ratio = weighing.log_evidence - weighing.elbo, weighing.ess / len(weighing.log_weights)
     small = max(EVIDENCE_GAP_SMALL, EVIDENCE_GAP_SMALL_A_DIM * len(weighing.mean_shift))
     slight = ratio > ESS_SHARE_GOOD and gap < small and weighing.k_hat < weighing.threshold
-    fine = judge(weighing, _numbers(weighing)).status == "ok"
+    fine = status_of(weighing) == "ok"
     return fine and (weighing.k_hat < K_HAT_GOOD or slight) and gap < acceptable_gap(len(weighing.mean_shift))
 
 
@@ -112,14 +101,14 @@ def shift_is_noise(weighing: Weighing, *, seen: float = SHIFT_SEEN) -> bool:
 
 @torch.no_grad()
 def weighed(flow: Flow, density: LogDensity, draws: int) -> Weighing:
-    """Weigh a fresh sample of a flow."""
     with density.clock.watching():
         z, log_q = flow.draw(density.affordable(draws))
     return weigh(z, density(z), log_q, quantiles=True)
 
 
-def _numbers(weighing: Weighing) -> list[str]:
-    return [str(i) for i in range(len(weighing.mean_shift))]
+def status_of(weighing: Weighing) -> str:
+    """Return the verdict on a sample, ``unreliable`` if it is too small."""
+    return judge(weighing, [str(i) for i in range(len(weighing.mean_shift))]).status
 
 
 @torch.no_grad()
@@ -149,14 +138,20 @@ def assess(name: str, trainer: Trainer, training: Training, *, look: bool = True
     return Round(copy.deepcopy(flow), weighing, training, _stage(name, trainer, weighing, training))
 
 
+def untrained(
+    name: str, flow: Flow, density: LogDensity, elbo: float, why: str, *, look: bool = True
+) -> tuple[Round, Trainer]:
+    """Weigh a flow as it is; see :func:`assess`."""
+    trainer = Trainer(flow, density, learning_rate=STEP_SIZE, batch=BATCH)
+    return assess(name, trainer, Training([], elbo, look, False, why, 0, 0, early=look), look=look), trainer
+
+
 def unweighed(dim: int, elbo: float) -> Weighing:
-    """Return the weighing of no draws."""
     nothing = torch.full((dim,), torch.nan)
     return Weighing(torch.zeros(1), math.inf, 0.0, elbo, -math.inf, nothing, nothing, 0.0, math.inf, 0)
 
 
 def _stage(name: str, trainer: Trainer, weighing: Weighing, training: Training) -> Stage:
-    """What the history says of a round."""
     return Stage(
         name,
         elbo=weighing.elbo,
@@ -172,3 +167,29 @@ def _stage(name: str, trainer: Trainer, weighing: Weighing, training: Training) 
         falls=training.falls,
         details={"flow": trainer.evaluation, "model": trainer.density.reason or "recorded"},
     )
+
+
+@torch.no_grad()
+def too_uneven(flow: Flow, density: LogDensity) -> tuple[list[str], list[str]]:
+    """Say so where the posterior's density is more uneven than a volume-preserving flow can be.
+
+    Such a flow hands on the base's Var[log q], which the posterior's Var[log p] has to equal. A little more is a
+    warning, much more a failure: draws of such a flow do not come to where most of the variance is. Returns both kinds.
+    """
+    if flow.recipe is None or flow.recipe.builder != "nice":
+        return [], []
+    with density.clock.watching():
+        z, log_q = flow.draw(LOOKED_AT_DRAWS)
+    log_p = density(z)
+    weighing = weigh(z, log_p, log_q)
+    weights = weighing.log_weights.exp().nan_to_num()
+    log_p = torch.where(weights > 0, log_p.double(), 0.0)
+    spread = (weights * (log_p - (weights * log_p).sum()).square()).sum()
+    base = flow.base_distribution()
+    ratio = float(spread / base.log_prob(base.sample((LOOKED_AT_DRAWS,))).var())
+    if not ratio > VAR_LOG_P_RATIO:
+        return [], []
+    said = [
+        f"Var[log p] is {ratio:.1f} times that of the base, so NICE, which preserves volume, cannot fit: use realnvp"
+    ]
+    return (said, []) if ratio < VAR_LOG_P_RATIO_MOST else ([], said)

@@ -21,12 +21,7 @@ def are_separated(density: LogDensity, places: Tensor, z: Tensor, near: Tensor |
     A ball about a poor normal distribution holds draws that never were near its mode: in 200 dimensions two modes 21
     standard deviations apart lie in the same one. Draws are climbed from, as the places of many dimensions lie far from
     their tops. Where a climb comes to no rest, there is no top, and no answer: False.
-
-    Args:
-        density: log p, unnormalized.
-        places: to ask about.
-        z: draws (S, D).
-        near: which draws (L, S) are compared with a place; all by default.
+    Only draws (S, D) that are ``near`` (L, S) are compared with a place; all by default.
 
     Cost: a climb for each place, and 64 or a few more for draws; all of them side by side.
     """
@@ -36,12 +31,14 @@ def are_separated(density: LogDensity, places: Tensor, z: Tensor, near: Tensor |
     ends = climb(density, points, units_of(z, full=False).expand_as(points), ticks=TICKS)
     count = len(places)
     tops, settled, heights = ends.points[count:], ends.settled[count:], ends.heights[count:]
+    share = torch.linspace(0.0, 1.0, BETWEEN + 2, dtype=tops.dtype, device=tops.device)[1:-1, None, None]
     answers = []
     for number, compared in enumerate(chosen[:, used] & settled):
         if not bool(ends.settled[number]) or not bool(compared.any()):
             answers.append(False)
             continue
-        lowest = _lowest_between(density, ends.points[number], tops[compared])
+        lines = ends.points[number] + share * (tops[compared] - ends.points[number])
+        lowest = density(lines.flatten(0, 1)).nan_to_num(nan=-torch.inf).reshape(BETWEEN, -1).amin(0)
         least = torch.minimum(heights[compared], ends.heights[number])
         answers.append(bool((lowest < least - DEEP).all()))
     return answers
@@ -55,10 +52,3 @@ def _some_of(near: Tensor) -> Tensor:
     found = torch.zeros_like(near)
     found[:, order] = near[:, order] & (near[:, order].cumsum(1) <= CLIMBERS)
     return found
-
-
-def _lowest_between(density: LogDensity, top: Tensor, others: Tensor) -> Tensor:
-    """Return the lowest log density (N,) on the lines from one top (D,) to others (N, D)."""
-    share = torch.linspace(0.0, 1.0, BETWEEN + 2, dtype=top.dtype, device=top.device)[1:-1, None, None]
-    lines = top + share * (others - top)
-    return density(lines.flatten(0, 1)).nan_to_num(nan=-torch.inf).reshape(BETWEEN, -1).amin(0)

@@ -13,6 +13,7 @@ from pyro_flows.model.log_density import LogDensity
 from pyro_flows.modes.missed_regions import Guide, MissedRegion
 from pyro_flows.modes.survey import can_be_surveyed, distances, survey
 from pyro_flows.modes.symmetric_modes import symmetric_modes_of
+from pyro_flows.modes.symmetries import MOVED_DRAWS
 from pyro_flows.modes.tempering import temper
 from pyro_flows.modes.terms import places_of_terms
 from pyro_flows.modes.units import in_units, units_of
@@ -28,7 +29,7 @@ from pyro_flows.modes.unverified_modes import (
 from pyro_flows.starts.curvature import lower_triangular
 from pyro_flows.starts.gaussians import Gaussians
 from pyro_flows.starts.pathfinder import Paths, pathfinder
-from pyro_flows.starts.portfolio import SEARCHES_UNBATCHED
+from pyro_flows.starts.portfolio import SAME_END, SEARCHES_UNBATCHED
 from pyro_flows.starts.prior import prior_draws
 from pyro_flows.starts.start import Start
 from pyro_flows.verdict.psis import psis
@@ -41,9 +42,8 @@ PRIOR_CLIMBERS, FEW_CLIMBERS = 24, 12  # paths from draws of the prior; fewer, w
 CAREFUL = 0.01  # of the units, for a second path from each of those: long first steps leap over modes
 MANY_TERMS = 2000
 WEIGHED, WEIGHED_UNBATCHED = 400, 50  # draws from the normal at the end of a path; at least
-SAME_END, TWINS = 0.1, 2  # sds between ends of paths that are one place; paths to each that are weighed
+TWINS = 2  # paths to one place that are weighed
 ROUNDS, SURVEYED, FEW = 2, 96, 30  # of a survey; climbs, up to so many dimensions, and a third of them beyond
-OWN_DRAWS = 200  # of the guide, that tell which mode it covers, and what their images hold
 DOUBTS = 12  # places that paths go on from
 
 
@@ -66,7 +66,7 @@ def climbed(
     shares[len(own) + len(far) :] = CAREFUL
     longer = len(own) if _is_cheap(density) else 0
     paths = pathfinder(density, points, shares * units, seed=derive(seed, "modes"), own=longer)
-    drawn = z[:OWN_DRAWS], log_q[:OWN_DRAWS], units
+    drawn = z[:MOVED_DRAWS], log_q[:MOVED_DRAWS], units
     found = symmetric_modes_of(guide, paths, len(own), *drawn) if density.batched else []
     if found:
         return found
@@ -76,19 +76,17 @@ def climbed(
         found = found or _tempered(guide, paths, *worth, seed=seed)
         curved = by_curvature(guide, paths, worth[0], doubtful, units, unresolved) if _are_beside(found) else None
         if curved is not None:
-            found += symmetric_modes_of(guide, curved, 1, *drawn) or _at_tops(guide, curved, units, seed=seed)
+            more = symmetric_modes_of(guide, curved, 1, *drawn)
+            if not more:  # normals at tops are weighed, the guide's own one first; where they are poor, tempered from
+                more, poor = _weighed(guide, curved, 1, units, seed=seed)
+                more = more or _tempered(guide, curved, *worth_measuring(guide, curved, 1, poor, units), seed=seed)
+            found += more
     return [found[number] for number in distinct([lack.place for lack in found], units, by=TOPS_APART)]
 
 
 def _are_beside(lacks: Sequence[MissedRegion]) -> bool:
     """Whether no mode is lacked by these, so that others may be."""
     return all(lack.beside for lack in lacks)
-
-
-def _at_tops(guide: Guide, curved: Paths, units: Tensor, *, seed: int) -> list[MissedRegion]:
-    """Weigh normals at tops, the guide's own one first; where they are poor, temper from them."""
-    found, doubtful = _weighed(guide, curved, 1, units, seed=seed)
-    return found or _tempered(guide, curved, *worth_measuring(guide, curved, 1, doubtful, units), seed=seed)
 
 
 def surveyed(guide: Guide, z: Tensor, doubts: list[Start], *, seed: int) -> list[MissedRegion]:
@@ -110,7 +108,7 @@ def surveyed(guide: Guide, z: Tensor, doubts: list[Start], *, seed: int) -> list
         return []
     covered = (~thin).nonzero()[:, 0]
     if not len(covered):  # a flow may be thin at the very top of what it covers, far from all of its draws
-        covered = distances(found, z[:OWN_DRAWS]).median(1).values.argmin()[None]
+        covered = distances(found, z[:MOVED_DRAWS]).median(1).values.argmin()[None]
         looked_at[covered] = False
         if not bool(looked_at.any()):
             return []

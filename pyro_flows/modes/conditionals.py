@@ -27,9 +27,14 @@ from pyro_flows.flows.flow import Flow
 from pyro_flows.flows.gaussian_conditionals import nested
 from pyro_flows.flows.gaussian_conditionals import nested_of as map_of
 from pyro_flows.model.log_density import LogDensity
-from pyro_flows.starts.curvature import second_derivatives
+from pyro_flows.starts.curvature import FULL_HESSIAN_UP_TO, second_derivatives
 from pyro_flows.transforms.nested import Terms
 
+MOST_HELD = 6
+MOST_NUMBERS = 3e7  # that are written for one Hessian
+MOVES = 3  # at random, from each point
+MOVED = 0.5  # spreads
+SAME = {torch.float64: 1e-7, torch.float32: 3e-3}  # change of an entry of a Hessian of units, that is none
 RATES = (-2.0, -1.0, -0.5, 0.5, 1.0, 2.0)  # of exponentials: powers of a scale, a variance or a precision
 MOST_RATES = 3
 POLYNOMIAL = 4  # degree, at most
@@ -41,21 +46,69 @@ MOST_TERMS = 160
 AT_ONCE = 2e7  # numbers of Hessians that are worked on together
 ROWS = 256
 
+
+def can_have_conditionals(density: LogDensity) -> bool:
+    """Whether a hundred Hessians can be had."""
+    cheap = density.dim * density.written <= MOST_NUMBERS
+    return density.batched and 2 < density.dim <= FULL_HESSIAN_UP_TO and density.dtype in SAME and cheap
+
+
+@torch.no_grad()
+def hyperparameters_of(density: LogDensity, points: Tensor) -> list[int]:
+    r"""Return the coordinates to hold, rising; none if there are more than a few, or if all others are not normal.
+
+    In a latent Gaussian model the log density is quadratic in all coordinates but a few, :math:`\theta`: scales, and
+    slopes of what is latent itself. Then the Hessian over the others does not depend on them. So the others are moved
+    at random, and a coordinate whose row of the Hessian changes most is held, until nothing changes.
+
+    The others are moved near points (N, D). Randomness is torch's global one. Cost: up to 14 times 4 N Hessians.
+    """
+    before = -second_derivatives(density, points, exact=True).double()
+    if not bool(torch.isfinite(before).all()):
+        return []
+    units = before.diagonal(dim1=1, dim2=2).abs().sqrt()
+    units = torch.maximum(units, 1e-6 * units.amax(1, keepdim=True))
+    held = list[int]()
+    while True:
+        change = _change(density, points, before, units, held)
+        if float(change.max()) <= SAME[density.dtype]:
+            break
+        held.append(int(change.square().sum(1).argmax()))
+        if len(held) > MOST_HELD or len(held) > density.dim - 2:
+            return []
+    for one in held[:-1]:
+        fewer = [number for number in held if number != one]
+        if float(_change(density, points, before, units, fewer).max()) <= SAME[density.dtype]:
+            held = fewer
+    return sorted(held)
+
+
+def _change(density: LogDensity, points: Tensor, before: Tensor, units: Tensor, held: list[int]) -> Tensor:
+    """Return the largest change (D, D) of entries of Hessians in units, with others than those held moved at random.
+
+    It is infinite where a Hessian is not finite.
+    """
+    noise = torch.randn(MOVES, *points.shape, dtype=torch.float64, device=points.device)
+    noise[..., held] = 0.0
+    moved = points + (MOVED * noise / units.clamp_min(1e-3)).to(points)
+    after = -second_derivatives(density, moved.flatten(0, 1), exact=True).double().unflatten(0, moved.shape[:2])
+    change = (after - before).abs() / (units[:, :, None] * units[:, None, :])
+    change = change.nan_to_num(nan=torch.inf).amax((0, 1))
+    change[held] = 0.0
+    change[:, held] = 0.0
+    return change
+
+
 Function = tuple[float, float, float]  # rate, power and share, see Terms
 NOTHING: Function = (0.0, 0.0, 0.0)
 
 
 @dataclass(frozen=True)
 class Conditional:
-    """The distribution of all coordinates but the held ones, given these.
+    """The distribution of all coordinates but the held ones, given these: coefficients (T, E + D - k) of T functions.
 
-    Attributes:
-        density: of all.
-        held: numbers of the held coordinates.
-        order: of the others, as the rows of the precision stand for them: few entries of its root are not zero.
-        terms: functions of the held coordinates.
-        coefficients: (T, E + D - k).
-        entries: rows and columns (E,) of the lower half of the precision.
+    ``order`` is that of the others in the precision, whose root has few entries that are not zero. ``entries`` are rows
+    and columns (E,) of its lower half.
     """
 
     density: LogDensity = field(repr=False)
@@ -125,15 +178,10 @@ def _numbers(density: LogDensity, held: list[int], order: Tensor, theta: Tensor)
 
 @torch.no_grad()
 def conditional(density: LogDensity, held: list[int], center: Tensor, spread: Tensor) -> Conditional | None:
-    """Return the distribution of all coordinates but the held ones; None if no functions describe it.
+    """Return the distribution of all coordinates but the k held ones; None if no functions describe it.
 
-    Args:
-        density: quadratic in the coordinates that are not held.
-        held: k of them.
-        center: (k,), about which functions are looked for.
-        spread: (k,), how far they are looked at.
-
-    Cost: 13 k Hessians, and three for each function; up to 160 functions.
+    Functions are looked for about ``center`` (k,), as far as ``spread`` (k,) tells. Cost: 13 k Hessians, and three for
+    each function; up to 160 functions.
     """
     plain = torch.tensor([number for number in range(density.dim) if number not in held], device=center.device)
     sets = list[list[Function]]()
@@ -199,15 +247,10 @@ def _fitted(
     units = terms.at(theta).abs().amax(0)
     solved = least_squares(terms.at(theta) / units, values / size)
     kept = solved.abs().amax(1) > NEGLIGIBLE[density.dtype]
-    terms = _some(terms, kept)
+    terms = terms._replace(rates=terms.rates[kept], powers=terms.powers[kept], shares=terms.shares[kept])
     solved = least_squares(terms.at(theta) / units[kept], values / size)
     found = Conditional(density, held, plain[order], terms, solved * size / units[kept, None], (rows, columns))
     return found if found.holds(theta) else None
-
-
-def _some(terms: Terms, kept: Tensor) -> Terms:
-    """Return those of some functions that are kept (T,)."""
-    return terms._replace(rates=terms.rates[kept], powers=terms.powers[kept], shares=terms.shares[kept])
 
 
 def _order(linked: Tensor) -> Tensor:

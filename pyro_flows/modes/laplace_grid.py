@@ -26,10 +26,9 @@ from torch import Tensor
 
 from pyro_flows._seeding import derive, seeded
 from pyro_flows.model.log_density import LogDensity
-from pyro_flows.modes.held import Tops
 from pyro_flows.modes.propriety import finer
 from pyro_flows.modes.tables import OUTSIDE, Table
-from pyro_flows.modes.tops import Tails
+from pyro_flows.modes.tops import FARTHEST, Tails, Tops
 from pyro_flows.modes.under_covered import is_usable
 from pyro_flows.starts.curvature import second_derivatives
 from pyro_flows.starts.prior import spread_of
@@ -41,7 +40,7 @@ UP_TO = 50  # dimensions
 MOST = 4  # coordinates
 LOOKED_AT = 2000  # draws, for which coordinates and where
 TELLING = 0.02  # sum of squared correlations with the distances of others from their middles
-NOISE, CUT = 5.0, 6.0  # standard errors of a correlation that is one; spreads to which draws are cut
+NOISE = 5.0  # standard errors of a correlation that is one
 MOST_ALONE, MOST_BENT = 16, 2  # sites of one coordinate that are looked at before any draw; and that get slices
 BENT = 0.05  # change of log curvatures over two spreads
 DRAWN, KNOWN = 128, 0.15  # draws of a slice, and the relative standard error of its mass
@@ -133,7 +132,7 @@ def closer(density: LogDensity, marginal: Marginal, *, seed: int) -> Marginal | 
 def telling(z: Tensor) -> list[int]:
     """Return the coordinates of draws (S, D) that tell most of how far the others are from their middles."""
     away = z.double() - z.double().median(0).values
-    away = (away / away.abs().median(0).values.clamp_min(1e-300)).clamp(-1.5 * CUT, 1.5 * CUT)
+    away = (away / away.abs().median(0).values.clamp_min(1e-300)).clamp(-1.5 * FARTHEST, 1.5 * FARTHEST)
     signed, size = ((part - part.mean(0)) / part.std(0).clamp_min(1e-300) for part in (away, away.abs()))
     correlation = (signed.mT @ size / len(z)).fill_diagonal_(0.0)
     correlation = torch.where(correlation.abs() > NOISE / math.sqrt(len(z)), correlation, 0.0)

@@ -13,14 +13,13 @@ import torch
 from torch import Tensor
 
 from pyro_flows.model.stack import Stack
-from pyro_flows.modes.held import SMALL, roots_of
 from pyro_flows.modes.laplace_grid import BENT, DEEP, FEWEST, MOST_ALONE, UP_TO
 from pyro_flows.modes.tables import Table
+from pyro_flows.modes.tops import NEWTON, SMALL, roots_of
 from pyro_flows.starts.start import Start
 
 # spreads from the middle
 SIDE = (*(0.5 * number for number in range(1, 9)), 5.0, 6.5, 8.0, 11.0, 15.0, 20.0, 30.0, 45.0)
-NEWTON = 4  # steps at most
 
 
 class Bent(NamedTuple):
@@ -38,7 +37,6 @@ class Middles(NamedTuple):
 
     @classmethod
     def of(cls, starts: Sequence[Start]) -> Middles:
-        """Return those of starts."""
         roots = torch.stack([start.scale if start.scale.dim() == 2 else start.scale.diag() for start in starts])
         return cls(torch.stack([start.loc for start in starts]), roots @ roots.mT)
 

@@ -14,15 +14,13 @@ from pyro_flows.model.log_density import LogDensity
 from pyro_flows.modes.climbs import climbed, surveyed
 from pyro_flows.modes.missed_regions import Guide, MissedRegion, Score, is_resolved, missed_regions_of, to_name
 from pyro_flows.modes.symmetric_modes import with_symmetric_modes
-from pyro_flows.modes.symmetries import are_the_same, images, moves, signed_permutation
-from pyro_flows.modes.umbrella import Space
-from pyro_flows.modes.under_covered import under_covered_region
+from pyro_flows.modes.symmetries import MOVED_DRAWS, are_the_same, images, moves, signed_permutation
+from pyro_flows.modes.under_covered import Space, under_covered_region
 from pyro_flows.modes.unverified_modes import UNWEIGHED
 from pyro_flows.starts.portfolio import SEARCHES_UNBATCHED
 from pyro_flows.starts.start import Start
 from pyro_flows.verdict.own_values import element
 
-MOVED_DRAWS = 200
 SEEDS = 2  # draws at which exact moves are looked for
 
 
@@ -63,18 +61,11 @@ def missed_modes(
        are too few, tempering does, in comparison with the region that the guide covers, by the same method. Where the
        normal is too poor even for that, Newton's steps and a Hessian give a better one (``unverified_modes.py``). Where
        Hessians cost too much and nothing else is found, a note says so, unless ``sift`` takes such places out, too.
-    4. Draws wander to where the guide is thin next to them: see :func:`under_covered_region`.
+    4. If ``wandering``, draws (in the latent ``space`` of the guide, if it has one) wander to where the guide is thin.
 
-    Args:
-        density: log p, unnormalized.
-        modes: starts whose places are looked at too.
-        z: draws (S, D) of the guide.
-        log_q: their log densities (S,).
-        score: the guide's log density.
-        seed: of the search.
-        wandering: whether the fourth is made.
-        space: the guide's latent space, where it has one that the fourth can use.
-        sift: takes out of what a search found what is covered after all; where nothing is left, the next one is made.
+    Draws z (S, D) of the guide have log densities ``log_q`` (S,), and ``score`` tells them anywhere. Places of
+    ``modes`` are looked at too. ``sift`` takes out of what a search found what is covered after all; where nothing is
+    left, the next one is made.
     """
     z = z.to(density.dtype)
     with torch.no_grad():

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.modes.symmetries import SignedPermutation
-from pyro_flows.starts.resolution import without_noise
+from pyro_flows.starts.prior import without_noise
 from pyro_flows.starts.start import Start
 from pyro_flows.verdict.thresholds import DENSITY_GAP_OF_MODES, MISSED_MASS_ERRORS, MISSED_MASS_SHARE
 
@@ -98,10 +98,7 @@ def is_resolved(density: LogDensity, place: Tensor) -> bool:
 def share_error(thin: Tensor, mass: Tensor, there: Tensor) -> tuple[float, float, float]:
     """Return the share of wanderers at thin places, that of weighted draws, and the standard error of the difference.
 
-    Args:
-        thin: which wanderers (N,) ended where the guide is thin.
-        mass: normalized weights (S,) of the guide's draws.
-        there: which of these draws (S,) are at such places.
+    Wanderers (N,) ended where the guide is ``thin``; so are draws (S,) with normalized weights that are ``there``.
     """
     count = len(thin)
     known, effective = float(mass[there].sum()), float(1.0 / mass.square().sum())

@@ -44,11 +44,9 @@ class Unit:
 
     @property
     def sites(self) -> set[str]:
-        """The sites that it changes."""
         return {self.site} if self.other is None else {self.site, self.other}
 
     def apply(self, values: Values, middles: Values) -> dict[str, Tensor]:
-        """Return the sites that it changes, of values (..., *shape)."""
         value = values[self.site]
         if self.other is not None:
             return {self.site: values[self.other], self.other: value}

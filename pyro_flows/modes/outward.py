@@ -20,7 +20,7 @@ from torch import Tensor
 from pyro_flows._fallbacks import strict
 from pyro_flows.graphs import Recorder
 from pyro_flows.model.log_density import LogDensity
-from pyro_flows.modes.held import SMALL, hessians
+from pyro_flows.modes.tops import SMALL, hessians
 
 DOUBLINGS = 40  # of the first distance, at most
 SURE = {torch.float64: 30.0, torch.float32: 12.0}  # nats below the top, under which rounding may look like a tail,

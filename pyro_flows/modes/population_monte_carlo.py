@@ -70,7 +70,6 @@ class Parts:
         return terms + (self.log_weights.double() - size)[:, None]
 
     def draw(self, count: int) -> Tensor:
-        """Draw (S, D) by torch's global generator."""
         k = torch.multinomial(self.log_weights.double().exp(), count, replacement=True)
         x = torch.randn(count, self.loc.shape[1], dtype=self.loc.dtype, device=self.loc.device)
         chi = torch.distributions.Chi2(torch.full_like(x, self.df)).sample()
@@ -220,7 +219,6 @@ def fitted(
 
 
 def _evolved(density: LogDensity, parts: Parts) -> Generation | None:
-    """Return the best of a few generations."""
     best: Generation | None = None
     for _ in range(GENERATIONS):
         now = generation(density, parts)
@@ -247,7 +245,6 @@ def generation(density: LogDensity, parts: Parts) -> Generation | None:
 
 
 def _moved(now: Generation) -> Parts:
-    """Return the mixture after a step of EM."""
     parts, z = now.parts, now.z.double()
     shares = torch.softmax(now.log_parts, 0).nan_to_num(nan=0.0) * now.weights
     mass = shares.sum(1)

@@ -24,12 +24,12 @@ from pyro_flows._fallbacks import passed_over
 from pyro_flows._seeding import derive, seeded
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.modes.outward import Outward, Side
+from pyro_flows.modes.tops import FARTHEST
 from pyro_flows.starts.prior import spread_of
 from pyro_flows.verdict.next_step import IMPROPER
 
 Slow = tuple[bool | None, ...]  # one way and the other
 
-FARTHEST = 6.0  # units, to which draws are cut
 MOST, UP_TO = 32, 100  # coordinates that are looked at; dimensions, for Hessians
 FALLS, LAST = 2, 9.0  # that have to be known at least, at distances within such a factor of the last one
 FARTHEST_LEAST = 6.0  # units, that the last place has to be away
@@ -68,7 +68,10 @@ def improper_tails(density: LogDensity, draw: Callable[[], Tensor], *, seed: int
         for (coordinate, name, label), pair in zip(found, slow, strict=True):
             steps = [sign * units[coordinate] for sign, too_slow in zip((1.0, -1.0), pair, strict=True) if too_slow]
             if steps or _ends_numbers(other, coordinate, name, middle, units):
-                return [_said(label, sorted({_end(other, coordinate, name, middle, step) for step in steps}))]
+                ends = sorted({_end(other, coordinate, name, middle, step) for step in steps})
+                where = f", towards {' and '.join(ends)} values" if ends else ""
+                slowly = "whose prior is improper, its density decays no faster than 1/distance"
+                return [f"{IMPROPER}{label}, {slowly}{where}"]
             told |= set() if None in pair else {coordinate}
     density.proper = told.issuperset(coordinates) and len(coordinates) == len(_coordinates(density))
     return []
@@ -170,11 +173,6 @@ def finer(density: LogDensity, z: Tensor) -> Tensor:
     except (RuntimeError, TypeError, ValueError):  # products of a matrix of data, in single precision, with latents
         return z
     return z.double() if finer.dtype == torch.float64 else z
-
-
-def _said(label: str, ends: list[str]) -> str:
-    where = f", towards {' and '.join(ends)} values" if ends else ""
-    return f"{IMPROPER}{label}, whose prior is improper, its density decays no faster than 1/distance{where}"
 
 
 def _coordinates(density: LogDensity) -> list[tuple[int, str, str]]:

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from pyro_flows._seeding import derive, seeded
 from pyro_flows.model.log_density import LogDensity
+from pyro_flows.starts.curvature import FULL_HESSIAN_UP_TO
 
-UP_TO = 200  # dimensions
 PROBES = 3  # pairs of points between which each coordinate is exchanged
 TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4}  # of the largest gradient
 LINE, FAR = 160, 1e4  # points on each side of a coordinate, and units that they reach
@@ -46,7 +46,7 @@ def is_separable(density: LogDensity, points: Tensor, *, seed: int, modes: Tenso
     pair is missed; importance weights of whatever is built on this show it. Cost: 3 to 6 times D + 3 gradients.
     """
     dim = density.dim
-    if not density.batched or dim > UP_TO or len(points) < 2:
+    if not density.batched or dim > FULL_HESSIAN_UP_TO or len(points) < 2:
         return False
     if dim == 1:
         return True
@@ -77,11 +77,7 @@ def _changes_alone(density: LogDensity, a: Tensor, b: Tensor, half: Tensor) -> b
 def marginals(density: LogDensity, center: Tensor, modes: Tensor, units: Tensor) -> Marginals | None:
     """Tabulate the coordinates of a separable density; None where no table settles.
 
-    Args:
-        density: log p, a product over coordinates.
-        center: a point (D,) of high density.
-        modes: (K, D), whose values are looked about.
-        units: a scale for each coordinate (D,).
+    ``center`` (D,) is a point of high density; values of modes (K, D) are looked about in units (D,).
     """
     height = density(center[None])[0]
     offsets = torch.logspace(-3.0, math.log10(FAR), LINE, dtype=torch.float64, device=center.device)
@@ -97,7 +93,10 @@ def marginals(density: LogDensity, center: Tensor, modes: Tensor, units: Tensor)
         new, heights = _looked(density, center, extra)
         values, order = torch.cat([values, new], 1).sort(1)
         found = torch.cat([found, heights], 1).gather(1, order)
-        before, last = last, _log_integral(values, found)
+        top = found.amax(1)  # the integrals (D,) are of piecewise linear densities
+        weight = (found - top[:, None]).exp()
+        before = last
+        last = top + (0.5 * values.diff(dim=1) * (weight[:, 1:] + weight[:, :-1])).sum(1).log()
     if not bool(((last - before).abs() < AGREE).all()):
         return None
     return Marginals(values, found - last[:, None], float(height.double() + (last - height.double()).sum()))
@@ -129,10 +128,3 @@ def _between(values: Tensor, found: Tensor) -> Tensor:
     start = torch.where(index > 0, cells.gather(1, (index - 1).clamp_min(0)), 0.0)
     within = ((places * cells[:, -1:] - start) / (cells.gather(1, index) - start).clamp_min(1e-300)).clamp(0.0, 1.0)
     return (values.gather(1, index) + within * width.gather(1, index)).sort(1).values
-
-
-def _log_integral(values: Tensor, found: Tensor) -> Tensor:
-    """Return the log of the integral (D,) of a piecewise linear density."""
-    top = found.amax(1)
-    weight = (found - top[:, None]).exp()
-    return top + (0.5 * values.diff(dim=1) * (weight[:, 1:] + weight[:, :-1])).sum(1).log()

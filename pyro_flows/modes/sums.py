@@ -61,7 +61,9 @@ class Sums(TorchFunctionMode):
             self._long[id(found)] = found
             return found
         if terms is not None:
-            self._terms[id(found)] = found, _as(terms, found)
+            same = terms[..., 0].numel() == found.numel()  # a total may have kept axes that were summed
+            shaped = terms.reshape(*found.shape, -1) if same else terms.expand(*found.shape, -1)
+            self._terms[id(found)] = found, shaped
         if log is not None:
             self._logs[id(found)] = found, log
         return found
@@ -135,12 +137,6 @@ def _joined(parts: Iterable[Tensor]) -> Tensor:
     parts = list(parts)
     shape = torch.broadcast_shapes(*(part.shape[:-1] for part in parts))
     return torch.cat([part.expand(*shape, -1) for part in parts], -1)
-
-
-def _as(terms: Tensor, total: Tensor) -> Tensor:
-    """Return terms (..., K) in the shape of their total, which may have kept axes that were summed."""
-    same = terms[..., 0].numel() == total.numel()
-    return terms.reshape(*total.shape, -1) if same else terms.expand(*total.shape, -1)
 
 
 def _last(x: Tensor, axis: Any) -> Tensor:

@@ -19,8 +19,9 @@ from pyro_flows._seeding import derive, seeded
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.modes.terms import tops_of_terms
 from pyro_flows.modes.units import factors, unit_of_modes, units_of
-from pyro_flows.starts.climb import climb
-from pyro_flows.starts.curvature import inverse_roots, lower_triangular
+from pyro_flows.starts.charting import PRIOR_DRAWS
+from pyro_flows.starts.climb import FEW_TICKS, climb
+from pyro_flows.starts.curvature import FULL_HESSIAN_UP_TO, inverse_roots, lower_triangular
 from pyro_flows.starts.prior import prior_draws
 
 CLIMBS = 256  # of a round
@@ -34,15 +35,13 @@ WIDELY, NEARER = 200_000, (0.3, 10.0)  # points of all rounds, at most, where fe
 DEARER = 4  # what stands for the modes, than normals there
 LAYERS = 16  # of points, by their distance from the modes so far
 ROUNDS, IN_VAIN = 12, 3  # at most; rounds without a new mode, one after the other, after which it is over
-UP_TO, TERMS = 200, 50_000  # dimensions; these times the numbers that one evaluation handles
+TERMS = 50_000  # dimensions times the numbers that one evaluation handles
 MOST = 200  # modes
 LEAST_HEADS, CURVED = 8, 4000  # new modes of a round, the highest; rows of their Hessians
-PRIOR = 100  # draws
 OUTWARDS = 0.01, 100.0
 ABOUT = 0.1, 2.0  # spreads of all modes
 STEPS = 1.0, 0.1, 0.01  # units of a path, of the local scale: long first steps leap over modes
 WITHIN = 12.0  # nats of Laplace evidence below the best
-TICKS = 60  # of a path
 SAME = 0.5  # of a scale that an end tells, a coordinate of up to four: ends there are one mode
 STILL = 0.1  # a point of a ridge, from which there is more to gain, is no mode
 APART = 1.0  # standard deviations between two modes, a coordinate of up to four: normals nearer than two sds have one
@@ -77,21 +76,14 @@ class Survey:
 
 def can_be_surveyed(density: LogDensity) -> bool:
     """Whether a survey is cheap: the density is batched and has few terms, and curvatures are small matrices."""
-    return density.batched and density.dim <= UP_TO and density.dim * density.numbers <= TERMS
+    return density.batched and density.dim <= FULL_HESSIAN_UP_TO and density.dim * density.numbers <= TERMS
 
 
 @torch.no_grad()
 def survey(
-    density: LogDensity,
-    z: Tensor,
-    *,
-    seed: int,
-    rounds: int = ROUNDS,
-    climbs: int = CLIMBS,
-    known: Known | None = None,
-    before: Survey | None = None,
-    ridges: bool = False,
-) -> Survey:
+    density: LogDensity, z: Tensor, *, seed: int, rounds: int = ROUNDS, climbs: int = CLIMBS,
+    known: Known | None = None, before: Survey | None = None, ridges: bool = False,
+) -> Survey:  # fmt: skip
     """Climb from near and far of draws z (S, D) of a guide or start; return the modes that were met.
 
     ``known`` is the log density of what stands for the modes so far, of normals there by default. ``before`` is a
@@ -144,7 +136,7 @@ def _ends(
     cost = max(density.dim * max(1, len(found)), density.numbers) * (1 if known is None else DEARER)
     affordable = min(SCREENED_NUMBERS / cost, SCREENED_WRITTEN / max(1, density.written)) / count
     many = int(max(1, min(SCREENED, affordable))) if len(found) else 1
-    prior = prior_draws(density, PRIOR, seed=seed)
+    prior = prior_draws(density, PRIOR_DRAWS, seed=seed)
     points = torch.cat([z[:8], _broad(density, found, prior, z, count * (1 + many) // 2)])
     points, heights = _finite(density, points)
     plain, screened, promise = points[: count // 2], points[count // 2 :], heights[count // 2 :]
@@ -193,7 +185,7 @@ def _climbed(density: LogDensity, found: Survey, points: Tensor, z: Tensor) -> t
         return points, points
     local = units_of(z, full=False) if not len(found) else found.roots.norm(dim=2).median(0).values
     steps = torch.tensor(STEPS, dtype=z.dtype, device=z.device).repeat(len(points))[: len(points), None]
-    ends = climb(density, points, steps * local, ticks=TICKS)
+    ends = climb(density, points, steps * local, ticks=FEW_TICKS)
     usable = torch.isfinite(ends.heights) & (ends.settled | found.ridges)
     order = usable.nonzero()[:, 0][ends.heights[usable].argsort(descending=True)]
     return ends.points[order], ends.scales[order]

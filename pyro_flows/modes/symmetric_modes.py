@@ -19,11 +19,10 @@ from pyro_flows.model.log_density import LogDensity
 from pyro_flows.modes.missed_regions import Guide, MissedRegion, missed_regions_of
 from pyro_flows.modes.symmetries import SignedPermutation, are_the_same, identity, image_of, product
 from pyro_flows.modes.units import units_of
-from pyro_flows.modes.unverified_modes import TOPS_APART, distinct
+from pyro_flows.modes.unverified_modes import LOOKED_AT, TOPS_APART, distinct
 from pyro_flows.starts.climb import climb
 from pyro_flows.starts.pathfinder import Paths
 
-LOOKED_AT = 4  # tops, the highest first
 CLIMBERS = 8  # draws, of which the highest top is the guide's own
 STEPS, NEAR, FAR = 6, 0.3, 3.0  # of each sign along each axis, from a part of the least to some of the greatest sd
 FAR_OFF = 20.0  # nats below a top, at which densities count as one, and an image as empty

@@ -27,6 +27,7 @@ from pyro_flows.modes.move import Kind, Members, Move, Unit, Values, kinds_of, l
 
 ADDITIONS = 12
 ROUND_TRIP = 1e-3
+MOVED_DRAWS = 200  # of a guide, that tell which mode it covers, and what their images hold
 COMPARED = 8  # draws by which signed permutations are told
 RETURNED = 3.0  # nats below the height where a move began
 TOGETHER = 2048  # images that one run of the model looks at
@@ -137,7 +138,6 @@ def identity(dim: int) -> SignedPermutation:
 
 
 def image_of(z: Tensor, move: SignedPermutation) -> Tensor:
-    """Return the images of points ``z`` (S, D)."""
     order, signs = move
     return z[:, list(order)] * z.new_tensor(signs)
 

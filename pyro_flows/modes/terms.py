@@ -21,7 +21,7 @@ from pyro_flows.model.gradients import hessians, values_and_grads
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.modes.sums import MOST_TERMS, Counting, Taking
 from pyro_flows.modes.units import unit_of_modes, units_of
-from pyro_flows.starts.climb import climb
+from pyro_flows.starts.climb import TICKS, climb
 from pyro_flows.starts.curvature import differences, lower_triangular, roots_of
 
 CHOICES = MOST_TERMS  # of terms, at one sum: of each of its results, if it has several
@@ -29,16 +29,14 @@ BRANCHES = 128  # densities in all
 SUMS, FEW = 16, 2  # at most, and with several results: with more, a model sums over paths, as those of Markov chains do
 SAME, AS_WIDE = 0.5, 0.3  # units between normals that are one, and log ratio of their widths, a coordinate
 FROM = 3  # draws that each is climbed from
-TICKS = 100
 ABOVE = 1e-4  # of a log density, rounding of single precision
 
 
 class Terms:
     """A log density whose points (S, D + 1) say in their last number which branch they are in.
 
-    Attributes:
-        branches: rows (B, 1 + M): the number of a sum, and for each of its M results the term that is taken. There are
-            none where the density has no sum of few terms, or is not batched.
+    Branches are rows (B, 1 + M): the number of a sum, and for each of its M results the term that is taken. There are
+    none where the density has no sum of few terms, or is not batched.
     """
 
     def __init__(self, density: LogDensity, z: Tensor) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,8 +12,9 @@ from pyro_flows._seeding import derive
 from pyro_flows.flows.flow import Flow
 from pyro_flows.model.stack import Stack
 from pyro_flows.modes.climbs import _weighed
-from pyro_flows.modes.missed_modes import MOVED_DRAWS, Search, mirrored, sentence_on
+from pyro_flows.modes.missed_modes import Search, mirrored, sentence_on
 from pyro_flows.modes.missed_regions import Guide, MissedRegion, is_resolved, regions_of_walkers
+from pyro_flows.modes.symmetries import MOVED_DRAWS
 from pyro_flows.modes.tempering import Tempered, move_walkers_together, temper
 from pyro_flows.modes.under_covered import BY_WALKERS
 from pyro_flows.modes.units import units_of
@@ -38,72 +40,75 @@ def missed_together(stack: Stack, flows: Sequence[Flow], *, seed: int) -> list[S
     Symmetries are tried on the first data sets only: where one of them shows a missed mode, all data sets count as
     lacking, so that each is fitted by itself.
     """
-    looks = [_Look(stack, number, flow) for number, flow in enumerate(flows)]
-    found: list[list[MissedRegion]] = [[] for _ in looks]
-    usable = [number for number, look in enumerate(looks) if look.guide is not None]
+    looks = [_look(stack, number, flow) for number, flow in enumerate(flows)]
+    usable = [look for look in looks if look is not None]
     if not usable:
         return [Search() for _ in looks]
-    symmetric = any(mirrored(*looks[number].few) for number in usable[:MIRRORED])
+    symmetric = any(mirrored(look.guide, *look.few) for look in usable[:MIRRORED])
+    found: list[list[MissedRegion]] = [[] for _ in looks]
     for search in (_climbed, _wandered):
-        for number, lacks in zip(usable, search(stack, looks, usable, seed), strict=True):
-            found[number] = found[number] or [lack for lack in lacks if is_resolved(looks[number].density, lack.place)]
+        for look, lacks in zip(usable, search(stack, usable, seed), strict=True):
+            resolved = [lack for lack in lacks if is_resolved(look.guide.density, lack.place)]
+            found[look.number] = found[look.number] or resolved
     return [_search(look, lacks, symmetric) for look, lacks in zip(looks, found, strict=True)]
 
 
-class _Look:
+class _Look(NamedTuple):
     """Draws of one flow, and the guide that it is."""
 
-    def __init__(self, stack: Stack, number: int, flow: Flow) -> None:
-        density = stack.densities[number]
-        z, log_q = flow.draw(DRAWS)
-        with torch.no_grad():
-            weights = density(z) - log_q
-        finite = torch.isfinite(weights)
-        self.density = density
-        self.guide = Guide(density, flow.log_prob, float(weights[finite].median())) if bool(finite.any()) else None
-        self.z, self.log_q, self.weights = z[finite], log_q[finite], weights[finite]
-        self.units = units_of(self.z) if self.guide is not None else torch.eye(stack.dim)
+    number: int
+    guide: Guide
+    z: Tensor
+    log_q: Tensor
+    weights: Tensor
+    units: Tensor
 
     @property
-    def few(self) -> tuple[Guide, Tensor, Tensor]:
-        return _guide(self), self.z[:MOVED_DRAWS], self.log_q[:MOVED_DRAWS]
+    def few(self) -> tuple[Tensor, Tensor]:
+        return self.z[:MOVED_DRAWS], self.log_q[:MOVED_DRAWS]
 
 
-Searcher = Callable[[Stack, Sequence[_Look], Sequence[int], int], list[list[MissedRegion]]]
+def _look(stack: Stack, number: int, flow: Flow) -> _Look | None:
+    """Draw from a flow; None if no draw has a density."""
+    density, (z, log_q) = stack.densities[number], flow.draw(DRAWS)
+    with torch.no_grad():
+        weights = density(z) - log_q
+    finite = torch.isfinite(weights)
+    if not bool(finite.any()):
+        return None
+    z, log_q, weights = z[finite], log_q[finite], weights[finite]
+    return _Look(number, Guide(density, flow.log_prob, float(weights.median())), z, log_q, weights, units_of(z))
 
 
-def _climbed(stack: Stack, looks: Sequence[_Look], usable: Sequence[int], seed: int) -> list[list[MissedRegion]]:
+def _climbed(stack: Stack, looks: Sequence[_Look], seed: int) -> list[list[MissedRegion]]:
     """Climb from a few points for each data set; return what is missed at the ends."""
-    chosen = stack.select(usable)
     prior = prior_draws(stack.densities[0], PRIOR, seed=derive(seed, "modes from the prior"))
-    points = torch.cat([torch.cat([_own_points(looks[number]), prior]) for number in usable])
-    count = len(points) // len(usable)
-    units = torch.stack([_full(looks[number].units) for number in usable]).repeat_interleave(count, 0)
-    paths = pathfinder(chosen, points, units, seed=derive(seed, "modes"))
-    own = [_part(paths, slice(place * count, (place + 1) * count)) for place in range(len(usable))]
+    points = torch.cat([torch.cat([_own_points(look), prior]) for look in looks])
+    count = len(points) // len(looks)
+    units = torch.stack([_full(look.units) for look in looks]).repeat_interleave(count, 0)
+    paths = pathfinder(stack.select([look.number for look in looks]), points, units, seed=derive(seed, "modes"))
+    own = [_part(paths, slice(place * count, (place + 1) * count)) for place in range(len(looks))]
     found, doubts = [], []
-    for number, part in zip(usable, own, strict=True):
-        look, own_seed = looks[number], derive(seed, f"weighed {number}")
-        lacks, doubtful = _weighed(_guide(look), part, OWN, look.units, seed=own_seed)
+    for look, part in zip(looks, own, strict=True):
+        lacks, doubtful = _weighed(look.guide, part, OWN, look.units, seed=derive(seed, f"weighed {look.number}"))
         found.append(lacks)
         doubts.append([] if lacks else doubtful)
-    more = _tempered(stack, looks, usable, own, doubts, seed)
+    more = _tempered(stack, looks, own, doubts, seed)
     return [lacks or heavy for lacks, heavy in zip(found, more, strict=True)]
 
 
 def _tempered(
-    stack: Stack, looks: Sequence[_Look], usable: Sequence[int], own: Sequence[Paths],
-    doubts: Sequence[Sequence[UnverifiedMode]], seed: int,
-) -> list[list[MissedRegion]]:  # fmt: skip
+    stack: Stack, looks: Sequence[_Look], own: Sequence[Paths], doubts: Sequence[Sequence[UnverifiedMode]], seed: int
+) -> list[list[MissedRegion]]:
     """Measure masses at the ends of doubtful paths, two of each data set at most, by tempering them all together."""
     asked, chosen, normals = [], [], []
-    for place, (number, paths, doubtful) in enumerate(zip(usable, own, doubts, strict=True)):
-        numbers, worth = worth_measuring(_guide(looks[number]), paths, OWN, doubtful, looks[number].units)
+    for place, (look, paths, doubtful) in enumerate(zip(looks, own, doubts, strict=True)):
+        numbers, worth = worth_measuring(look.guide, paths, OWN, doubtful, look.units)
         if worth:
             asked.append((place, worth[:MEASURED]))
-            chosen.append(number)
+            chosen.append(look.number)
             normals.append((numbers[: 1 + MEASURED] * (1 + MEASURED))[: 1 + MEASURED])  # as many for each
-    found: list[list[MissedRegion]] = [[] for _ in usable]
+    found: list[list[MissedRegion]] = [[] for _ in looks]
     if not asked:
         return found
     parts = [[part[numbers] for part in own[place].best] for (place, _), numbers in zip(asked, normals, strict=True)]
@@ -111,19 +116,14 @@ def _tempered(
     walk = temper(stack.select(chosen), best, seed=derive(seed, "tempering"))
     for row, (place, worth) in enumerate(asked):
         rows = slice(row * (1 + MEASURED), row * (1 + MEASURED) + 1 + len(worth))
-        guide, mine = _guide(looks[usable[place]]), Tempered(*(part[rows] for part in walk))
-        found[place] = modes_with_mass(guide, own[place].ends, worth, mine)
+        mine = Tempered(*(part[rows] for part in walk))
+        found[place] = modes_with_mass(looks[place].guide, own[place].ends, worth, mine)
     return found
 
 
 def _part(paths: Paths, part: slice) -> Paths:
     best = Gaussians(*(x[part] for x in paths.best))
     return Paths(best, paths.elbo[part], paths.ends[part], paths.settled[part])
-
-
-def _guide(look: _Look) -> Guide:
-    assert look.guide is not None
-    return look.guide
 
 
 def _full(units: Tensor) -> Tensor:
@@ -138,35 +138,34 @@ def _own_points(look: _Look) -> Tensor:
     return torch.cat([own, *(center + factor * (part - center) for factor, part in zip(OUTWARDS, far, strict=True))])
 
 
-def _wandered(stack: Stack, looks: Sequence[_Look], usable: Sequence[int], seed: int) -> list[list[MissedRegion]]:
+def _wandered(stack: Stack, looks: Sequence[_Look], seed: int) -> list[list[MissedRegion]]:
     """Let weighted draws of all data sets wander; return places where guides are too thin."""
-    chosen = stack.select(usable)
     begun = []
-    for number in usable:
-        ratios = torch.log_softmax(looks[number].weights.double(), 0)
-        begun.append(looks[number].z[resample(ratios, MANY_WALKERS, seed=derive(seed, f"wanderers {number}"))])
-    units = torch.stack([_full(looks[number].units) for number in usable])
+    for look in looks:
+        ratios = torch.log_softmax(look.weights.double(), 0)
+        begun.append(look.z[resample(ratios, MANY_WALKERS, seed=derive(seed, f"wanderers {look.number}"))])
+    units, chosen = torch.stack([_full(look.units) for look in looks]), stack.select([look.number for look in looks])
     ends, log_p = move_walkers_together(chosen, torch.stack(begun), units, seed=derive(seed, "wandering"))
-    return [_thin(looks[number], *parts) for number, *parts in zip(usable, ends, log_p, strict=True)]
+    return [_thin(look, *parts) for look, *parts in zip(looks, ends, log_p, strict=True)]
 
 
 def _thin(look: _Look, ends: Tensor, log_p: Tensor) -> list[MissedRegion]:
     """Return a place where the guide is too thin, if more draws came there than weights know of."""
-    guide = _guide(look)
+    guide = look.guide
     ratios = (look.weights - guide.covered).double()
     there = guide.is_under_covered(look.z, look.weights + look.log_q, by=DENSITY_GAP_OF_WALKERS)
     thin = guide.is_under_covered(ends, log_p, by=DENSITY_GAP_OF_WALKERS)
     return regions_of_walkers(ends, thin, torch.softmax(ratios, 0), there, BY_WALKERS)
 
 
-def _search(look: _Look, lacks: Sequence[MissedRegion], symmetric: bool) -> Search:
+def _search(look: _Look | None, lacks: Sequence[MissedRegion], symmetric: bool) -> Search:
     """Put what was found into words."""
     paths = EACH * len(OUTWARDS) + PRIOR
     notes = (f"many data sets were fitted side by side, and the search for missed modes had {paths} paths for each",)
-    if look.guide is None:
+    if look is None:
         return Search(notes=notes)
     if lacks:
-        return Search(tuple(lacks), sentence_on(look.density, lacks, look.z[:MOVED_DRAWS]), notes)
+        return Search(tuple(lacks), sentence_on(look.guide.density, lacks, look.few[0]), notes)
     if symmetric:
         return Search((), "the model has a symmetry, and modes were missed at another data set", notes)
     return Search(notes=notes, passed=True)

@@ -1,20 +1,106 @@
-"""Tops of a density over all coordinates but one, which is held at places far from the middle of draws."""
+"""Tops of a density over all coordinates but one, which is held at places far from the middle of draws; Hessians."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from pyro_flows.model.log_density import LogDensity
-from pyro_flows.modes.held import SMALL, Held, Tops, tops_at
-from pyro_flows.modes.propriety import FARTHEST
-from pyro_flows.starts.climb import climb
+from pyro_flows.starts.climb import FEW_TICKS, climb
+from pyro_flows.starts.curvature import second_derivatives
 from pyro_flows.starts.prior import spread_of
 
-TICKS = 60
+SMALL = 0.1  # nats that do not matter
+HESSIANS = 2e7  # numbers that are worked on at once
+NEWTON = 4  # steps at most
+LEVEL = 1e-6  # of a curvature that is left given other coordinates, below which differences may not tell it from none
+FARTHEST = 6.0  # units, to which draws are cut
 RIDGE = 1e-12  # added to the diagonal of a correlation matrix
+
+
+class Held:
+    """A log density of points with the number of a coordinate behind them, along which no path is to move."""
+
+    def __init__(self, density: LogDensity, *, recorded: bool) -> None:
+        self.density, self._evaluate = density, density.value_and_grad if recorded else density.unrecorded
+        self.dim, self.numbers, self.written = density.dim + 1, density.numbers, density.written
+
+    def value_and_grad(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """Return log densities (S,) and gradients (S, D + 1), zero at the coordinate that is held and at its number."""
+        value, grad = self._evaluate(z[:, :-1])
+        grad = torch.cat([grad, torch.zeros_like(grad[:, :1])], 1)
+        return value, grad.scatter(1, z[:, -1:].nan_to_num(nan=0.0).long(), 0.0)
+
+
+class Tops(NamedTuple):
+    """Tops over all coordinates but the one held (K, D + 1), their heights (K,), and roots (K, D, D) of Hessians.
+
+    Hessians are those where the last step of Newton's method began, which gains next to nothing.
+
+    Roots are NaN where there is no top; they are the identity along the coordinate that is held.
+    """
+
+    points: Tensor
+    heights: Tensor
+    roots: Tensor
+
+
+def tops_at(density: Held, points: Tensor, settled: Tensor) -> Tops:
+    """Return the tops at points (K, D + 1).
+
+    Paths that have not settled take some steps of Newton's method: in the neck of a funnel, units are others than far
+    from it. They are at the top where one more step would gain next to nothing.
+    """
+    left = torch.arange(len(points), device=points.device)
+    height, grad = density.value_and_grad(points)
+    nan = torch.full((len(points), density.dim - 1, density.dim - 1), torch.nan, dtype=torch.float64)
+    tops = Tops(points.clone(), height.double(), nan.to(points.device))
+    for _ in range(NEWTON):
+        roots = _roots(density.density, points[:, :-1], points[:, -1].long())
+        usable, slope = ~roots.isnan().any(2).any(1), grad[:, :-1, None].double()
+        step = torch.cholesky_solve(slope, roots.nan_to_num(nan=1.0))
+        known = usable & (settled | ((slope * step).sum((1, 2)) / 2.0 < SMALL))
+        moved = points + torch.cat([step[:, :, 0].to(points), torch.zeros_like(points[:, -1:])], 1)
+        above, slopes = density.value_and_grad(moved)
+        better = above > height
+        best = torch.where(better[:, None], moved, points), torch.where(better, above, height), roots
+        for whole, part in zip(tops, best, strict=True):
+            whole[left[known]] = part[known].to(whole)
+        going = usable & ~known & better
+        if not bool(going.any()):
+            break
+        points, left, settled, height, grad = (each[going] for each in (moved, left, settled, above, slopes))
+    return tops
+
+
+def hessians(density: LogDensity, points: Tensor, *, exact: bool = False) -> Tensor:
+    """Return Hessians (K, D, D) of -log p, in pieces that fit into the memory."""
+    many = int(max(1, HESSIANS // (density.dim * max(1, density.numbers))))
+    return torch.cat([-second_derivatives(density, part, exact=exact).double() for part in points.split(many)])
+
+
+def _roots(density: LogDensity, points: Tensor, held: Tensor) -> Tensor:
+    """Return roots (K, D, D) of Hessians over all coordinates but the one held; NaN where there is none."""
+    curvatures = hessians(density, points)
+    roots = roots_of(curvatures, held)
+    pivots = roots.diagonal(dim1=1, dim2=2).square() / curvatures.diagonal(dim1=1, dim2=2)
+    level = (pivots < LEVEL).any(1).nonzero()[:, 0]  # the last digits decide whether there is a root
+    if len(level):
+        roots = roots.index_copy(0, level, roots_of(hessians(density, points[level], exact=True), held[level]))
+    return roots
+
+
+def roots_of(hessians: Tensor, held: Tensor) -> Tensor:
+    """Return roots (K, D, D) of Hessians, changed to the identity along the one held (K,); NaN if there is none."""
+    rows = torch.arange(len(held), device=held.device)
+    hessians[rows, held] = 0.0
+    hessians[rows, :, held] = 0.0
+    hessians[rows, held, held] = 1.0
+    roots, faults = torch.linalg.cholesky_ex(0.5 * (hessians + hessians.mT))
+    return torch.where((faults == 0)[:, None, None], roots, torch.nan)
 
 
 class Tails:
@@ -53,7 +139,7 @@ class Tails:
         usable = heights.isfinite().any(0).nonzero()[:, 0]
         if len(usable):
             units = torch.cat([self.units, self.units.new_ones(1)]).expand(len(usable), -1)
-            ends = climb(density, points[usable], units, ticks=TICKS)
+            ends = climb(density, points[usable], units, ticks=FEW_TICKS)
             known = ends.points.isfinite().all(1)
             known[known.clone()] = self._noise(ends.points[known][:, :-1], recorded=recorded) < SMALL
             usable = usable[known]
@@ -71,7 +157,6 @@ class Tails:
         return torch.stack([(height - here).abs() for height in heights]).amax(0)
 
     def values(self, points: Tensor) -> Tensor:
-        """Return log densities (S,) of points (S, D)."""
         return self._values(points, recorded=True)
 
     def _values(self, points: Tensor, *, recorded: bool) -> Tensor:

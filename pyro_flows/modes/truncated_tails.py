@@ -70,7 +70,6 @@ def truncated_tail(
 
 
 def _quantiles(values: Tensor, mass: Tensor, levels: Sequence[float]) -> Tensor:
-    """Return quantiles of weighted draws (S,)."""
     rows = values[None]
     return weighted_quantiles(rows, in_order(rows), mass, values.new_tensor(levels))[:, 0]
 

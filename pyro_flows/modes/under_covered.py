@@ -1,14 +1,30 @@
-"""Posterior mass next to the draws of q that q under-represents: a tail, or the neck of a funnel."""
+r"""Posterior mass next to the draws of q that q under-represents: a tail, or the neck of a funnel.
+
+A region that holds a few percent of the mass, and where a flow has next to nothing, is entered seldom: in the flow's
+latent space it is far away, and the way to it is narrow. Weights know nothing of it, and so do chains that begin at the
+guide's draws. The excess :math:`\ell(x) = \log p(z) - \log q(z) - c` grows along the way. So points move under
+
+.. math:: \pi_h(x) \propto \pi(x)\, \big(e^{-\ell(x)} + e^{-h}\big)^{-1},
+
+which is the posterior :math:`\pi` times its excess over the guide, up to a factor :math:`e^h`. A region with a share m
+of the mass gets up to :math:`e^h m` times as much as it had. After that, points move under :math:`\pi` itself. Where
+the region has no mass, they leave it; where it has, they tell how much.
+
+Reference: Torrie and Valleau 1977, "Nonphysical sampling distributions in Monte Carlo free-energy estimation: umbrella
+sampling" (doi 10.1016/0021-9991(77)90121-8), here with the log weight as the coordinate.
+"""
 
 from __future__ import annotations
+
+import math
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from pyro_flows._seeding import derive, seeded
 from pyro_flows.modes.missed_regions import Guide, MissedRegion, regions_of_walkers
-from pyro_flows.modes.tempering import move_walkers
-from pyro_flows.modes.umbrella import HIGH, Point, Space, excess, walked
+from pyro_flows.modes.tempering import LEAPS, move_walkers
 from pyro_flows.modes.units import units_of
 from pyro_flows.verdict.deciding import resample
 from pyro_flows.verdict.thresholds import (
@@ -16,13 +32,90 @@ from pyro_flows.verdict.thresholds import (
     ESS_SHARE_LEAST,
     MASS_HARDLY_REACHED,
     MISSED_MASS_SHARE,
-    WALKERS_OUT_SHARE,
+    TAIL_SHARE,
 )
 
+DECADES = 1.5  # by which leaps differ: the way in is narrow
+HIGH = 5.0  # nats of excess, up to which points are drawn outwards
 MANY_WALKERS, FEWER = 256, 64  # the less where a look at one is dear
 BY_WALKERS = "wandered"
 FIRST, OUT, BACK = 16, 48, 64  # moves: to see whether there is any way out, farther out, and under the density itself
 LOOKS = 8  # at the way back
+
+
+class Points(NamedTuple):
+    """Points of C chains in the latent space of a guide: x (C, D), parts k (C,), densities (C,), gradients (C, D)."""
+
+    x: Tensor
+    k: Tensor
+    z: Tensor
+    log_p: Tensor  # of the model, at z
+    log_pi: Tensor  # the target
+    slope: Tensor  # its gradient
+    log_ref: Tensor  # of a draw from the guide
+    ref_slope: Tensor
+
+    @property
+    def log_weight(self) -> Tensor:
+        return self.log_pi - self.log_ref
+
+    def where(self, taken: Tensor, other: Points) -> Points:
+        pairs = zip(self, other, strict=True)
+        return Points(*(torch.where(taken if a.dim() == 1 else taken[:, None], a, b) for a, b in pairs))
+
+
+class Space(Protocol):
+    """The latent space of a guide, with the posterior as its target; ``dear`` if a look at a point takes long."""
+
+    @property
+    def dear(self) -> bool: ...
+    def place(self, z: Tensor) -> tuple[Tensor, Tensor]: ...
+    def look(self, x: Tensor, k: Tensor) -> Points: ...
+
+
+@torch.no_grad()
+def walked(space: Space, points: Points, moves: int, *, level: float, height: float | None = None) -> Points:
+    r"""Move points by Hamiltonian dynamics under :math:`\pi_h`, or under the posterior itself.
+
+    The excess is counted from a log weight, the ``level``. Without a ``height``, points move under the posterior.
+
+    Cost: five gradients for each move of a point. Random numbers come from torch's global generator.
+    """
+    for _ in range(moves):
+        points = _moved(space, points, level, height)
+    return points
+
+
+def excess(points: Points, level: float) -> Tensor:
+    """Return log p - log q - c (C,), very low where that is not finite."""
+    return (points.log_weight - level).nan_to_num(nan=-1e6, posinf=1e6, neginf=-1e6)
+
+
+def _moved(space: Space, points: Points, level: float, height: float | None) -> Points:
+    """Move all points once, each with a step size of its own."""
+    velocity = torch.randn_like(points.x)
+    value, slope = _target(points, level, height)
+    start = 0.5 * velocity.square().sum(1) - value
+    step = 10.0 ** (-DECADES * torch.rand_like(velocity[:, :1])) * points.x.shape[1] ** -0.25
+    new = points
+    for _ in range(LEAPS):
+        velocity = velocity + 0.5 * step * slope
+        new = space.look(new.x + step * velocity, points.k)
+        value, slope = _target(new, level, height)
+        velocity = velocity + 0.5 * step * slope
+    chance = (start - 0.5 * velocity.square().sum(1) + value).nan_to_num(nan=-math.inf).exp()
+    return new.where(torch.rand_like(chance) < chance, points)
+
+
+def _target(points: Points, level: float, height: float | None) -> tuple[Tensor, Tensor]:
+    """Return the log density (C,) that points move under, and its gradient (C, D)."""
+    if height is None:
+        return points.log_pi, points.slope
+    over = excess(points, level)
+    drawn = -torch.logaddexp(-over, torch.full_like(over, -height))
+    share = torch.sigmoid(height - over)[:, None]  # of the pull outwards that is left
+    value = torch.where(torch.isfinite(points.log_pi), points.log_pi + drawn, -math.inf)
+    return value, points.slope + share * (points.slope - points.ref_slope)
 
 
 @torch.no_grad()
@@ -33,15 +126,8 @@ def under_covered_region(
 
     Weights know of places where the guide is thin as long as it has a draw there; only what exceeds that counts. Where
     the latent space of the guide is known, and the weights are good enough for a verdict, wanderers are first drawn out
-    to where it is thin; see ``umbrella.py``. Elsewhere they move under the density itself; see :func:`move_walkers`.
-
-    Args:
-        guide: its density, and what it covers.
-        space: its latent space, if it has one.
-        z: draws (S, D) of the guide, or of another distribution.
-        weights: their log weights (S,).
-        log_q: their log densities (S,).
-        seed: of the walk.
+    to where it is thin. Elsewhere they move under the density itself; see :func:`move_walkers`. Draws z (S, D) have log
+    weights (S,) and log densities (S,).
     """
     log_mass = torch.log_softmax((weights - guide.covered).double(), 0)
     count = FEWER if space is not None and space.dear else MANY_WALKERS
@@ -76,14 +162,16 @@ def _drawn_out(
     wanderers than draws are left there: they were drawn to there, so that their share falls to what it is.
     """
     with seeded(derive(seed, "umbrella"), chosen.device):
-        points: Point = space.look(*space.place(chosen))
+        points = space.look(*space.place(chosen))
         level = level_of(points)
         points = walked(space, points, FIRST, level=level, height=HIGH)
-        if float((excess(points, level) > DENSITY_GAP_OF_WALKERS).double().mean()) <= WALKERS_OUT_SHARE:
+        if float((excess(points, level) > DENSITY_GAP_OF_WALKERS).double().mean()) <= TAIL_SHARE:
             return None
         points = walked(space, points, OUT, level=level, height=HIGH)
         points = space.look(points.x.repeat(2, 1), points.k.repeat(2))
-        by = max(DENSITY_GAP_OF_WALKERS, _hardly_reached(over - level, log_mass))
+        ordered, places = (over - level).sort()  # beyond the excess that is hardly reached, draws have next to no mass
+        reached = int((log_mass[places].exp().cumsum(0) < 1.0 - MASS_HARDLY_REACHED).sum())
+        by = max(DENSITY_GAP_OF_WALKERS, float(ordered[min(reached, len(ordered) - 1)]))
         there = over - level > by
         known = float(log_mass.exp()[there].sum()) + MISSED_MASS_SHARE
         for _ in range(LOOKS):
@@ -94,14 +182,6 @@ def _drawn_out(
     return points.z, thin, there
 
 
-def level_of(points: Point) -> float:
-    """Return the median of the log weights."""
+def level_of(points: Points) -> float:
     known = points.log_weight[torch.isfinite(points.log_weight)]
     return float(known.median()) if len(known) else 0.0
-
-
-def _hardly_reached(over: Tensor, log_mass: Tensor) -> float:
-    """Return the excess beyond which weighted draws have next to no mass."""
-    ordered, places = over.sort()
-    below = log_mass[places].exp().cumsum(0)
-    return float(ordered[int((below < 1.0 - MASS_HARDLY_REACHED).sum().clamp_max(len(ordered) - 1))])

@@ -13,6 +13,7 @@ from torch import Tensor
 from pyro_flows._seeding import derive
 from pyro_flows.modes.missed_regions import Guide, MissedRegion, is_resolved
 from pyro_flows.modes.tempering import Tempered, log_mean, move_walkers
+from pyro_flows.modes.tops import NEWTON, SMALL
 from pyro_flows.modes.units import in_units
 from pyro_flows.starts.curvature import inverse_roots, lower_triangular
 from pyro_flows.starts.gaussians import Gaussians
@@ -30,8 +31,6 @@ CURVED_UP_TO = 2**19  # dimensions times the numbers that one evaluation handles
 UNWEIGHED = (
     "the search for missed modes found a region whose mass it could not estimate: Hessians cost too much for this model"
 )
-NEWTON_STEPS = 4
-TO_GAIN = 0.1  # nats by another step, at a top
 SAME = 3.0  # standard deviations by Laplace's normal, within which tops are one
 TOPS_APART = 6.0  # units, the norm of all coordinates together
 LOOKED_AT = 4  # places whose mass is measured by tempering, the best first
@@ -63,13 +62,9 @@ def worth_measuring(
 
 
 def by_curvature(
-    guide: Guide,
-    paths: Paths,
-    tempered: Sequence[int],
-    doubtful: Sequence[UnverifiedMode],
-    units: Tensor,
+    guide: Guide, paths: Paths, tempered: Sequence[int], doubtful: Sequence[UnverifiedMode], units: Tensor,
     unresolved: list[MissedRegion],
-) -> Paths | None:
+) -> Paths | None:  # fmt: skip
     """Return Laplace's normals at the guide's own mode, first, and at places that only poor normals came to.
 
     In hundreds of dimensions a path from afar comes to a mode with a normal that is tens of nats too poor, and the
@@ -95,12 +90,12 @@ def by_curvature(
     if not poor:
         return None
     chosen = [base, *poor]
-    modes = ends[chosen] if bool(paths.settled[chosen].all()) else newton(density, ends[chosen], NEWTON_STEPS)
+    modes = ends[chosen] if bool(paths.settled[chosen].all()) else newton(density, ends[chosen], NEWTON)
     roots = inverse_roots(density, modes)[0]
     top, slopes = density.value_and_grad(modes)
     to_gain = (roots.mT @ slopes[..., None])[..., 0].square().sum(1)
     away = torch.linalg.solve(roots, (modes - modes[0])[..., None])[..., 0].norm(dim=1)
-    kept = (to_gain < TO_GAIN) & (away > SAME)  # no top without bound, nor the guide's own once more
+    kept = (to_gain < SMALL) & (away > SAME)  # no top without bound, nor the guide's own once more
     kept[0] = True
     size = torch.linalg.slogdet(roots)[1] + 0.5 * density.dim * math.log(2.0 * math.pi)
     tells = guide.covered - float((top + size)[0]) < MASS_GAP_OF_LAPLACE_A_DIM * density.dim

@@ -121,7 +121,7 @@ class Drawn(Shown):
         Raises:
             ValueError: if a loaded posterior has no model, if the guide is no flow, or for chains of NUTS.
         """
-        from pyro_flows.correction.more import more_draws
+        from pyro_flows.correction.refine import more_draws
 
         z = more_draws(self, draws, seed=seed)
         self._hand_on("sample()")

@@ -13,6 +13,7 @@ from pyro_flows._seeding import derive, seeded
 from pyro_flows.model.charts import Walls, write_chart
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.model.sites import Latent, messages
+from pyro_flows.starts.curvature import FULL_HESSIAN_UP_TO
 from pyro_flows.starts.pathfinder import pathfinder
 from pyro_flows.starts.prior import possible_points, prior_draws, spread_of
 from pyro_flows.starts.start import Start
@@ -29,7 +30,6 @@ WALLED_FROM = 8  # points from which walls are looked for
 OUT = 24  # steps outwards, each of twice the length, from a hundredth of a spread on
 HALVINGS = 60
 DEEP = 50.0  # nats below a point, at which a wall no longer matters
-UP_TO = 200  # coordinates that are looked along
 
 
 def choose_charts(density: LogDensity, start: Start | None, *, seed: int) -> tuple[LogDensity, Start | None, list[str]]:
@@ -69,7 +69,6 @@ def choose_charts(density: LogDensity, start: Start | None, *, seed: int) -> tup
 
 
 def _names(density: LogDensity) -> list[str]:
-    """Return the sites that have a chart."""
     return [latent.name for latent in density.structure.latents if latent.chart is not None]
 
 
@@ -138,7 +137,7 @@ def _walls(density: LogDensity, draws: Tensor) -> tuple[Tensor, Tensor]:
     from all points: of few, none may be near all walls, as where a scale of locations is small.
     """
     none = torch.full_like(draws[0], torch.inf)
-    if density.dim > UP_TO or not bool((density(draws) == -torch.inf).any()):
+    if density.dim > FULL_HESSIAN_UP_TO or not bool((density(draws) == -torch.inf).any()):
         return -none, none
     points = possible_points(density, draws)[:WALLED_FROM]
     if not len(points):

@@ -22,7 +22,7 @@ from pyro_flows.starts.gaussians import (
 )
 
 HISTORY, LARGE, LARGE_HISTORY = 12, 200, 6  # steps that L-BFGS knows of, up to so many dimensions, and beyond
-TICKS = 100
+TICKS, FEW_TICKS = 100, 60  # of a path, and of one of many
 RISE = 1e-4  # of what the slope promises
 SHRINK = (0.1, 0.5)
 GROW = 2.0  # where the density does not curve down

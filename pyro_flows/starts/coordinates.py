@@ -263,7 +263,6 @@ class _Ascent:
         return moved[: self.dim], self.units[: self.dim] * log_scale.exp(), moved[self.dim :]
 
     def step(self, look: Any, noise: Tensor, step: int) -> None:
-        """Follow the path gradient of the ELBO, once."""
         loc, scale, said = self.result()
         _, score, pull = look(loc + scale * noise, said)
         path = score + noise / scale

@@ -85,13 +85,16 @@ def _units(diagonal: Tensor) -> Tensor:
 def second_derivatives(density: LogDensity | Stack, points: Tensor, *, exact: bool = False) -> Tensor:
     """Hessians (K, D, D): differences of recorded gradients in double precision, automatic differentiation otherwise.
 
-    In units of scales, differences have errors of 1e-10 to 1e-7, and take a third to a ninth of the time. ``exact``
-    ones are taken automatically, but those of long models.
+    In units of scales, differences have errors of 1e-10 to 1e-7, and take a third to a ninth of the time; autograd is
+    used at points with too narrow scales. ``exact`` ones are taken automatically, but those of long models: operations
+    are not recorded for second derivatives, which would take 40 times as long.
     """
     if isinstance(density, Stack):
         return density.hessians(points)
     if (density.long and density.dtype == torch.float64) or (_has_digits(density) and not exact):
-        return _by_differences(density, points)
+        coordinates = torch.arange(density.dim, device=points.device)
+        found = torch.cat([_rows(density, part, coordinates) for part in points.split(POINTS_AT_ONCE)])
+        return _where_coarse(points, found.diagonal(dim1=-2, dim2=-1), found, partial(_by_autograd, density))
     return _by_autograd(density, points)
 
 
@@ -126,17 +129,6 @@ def _diagonals_by_differences(density: LogDensity, points: Tensor) -> Tensor:
     parts = torch.arange(density.dim, device=points.device).split(ROWS_AT_ONCE)
     rows = [[differences(density, point, part).gather(1, part[:, None])[:, 0] for part in parts] for point in points]
     return torch.stack([torch.cat(row) for row in rows])
-
-
-def _by_differences(density: LogDensity, points: Tensor) -> Tensor:
-    """Hessians (K, D, D) by differences of recorded gradients, by autograd at points with too narrow scales.
-
-    The operations of a model are not recorded for its second derivatives: for a long one, these would take 40 times as
-    long.
-    """
-    coordinates = torch.arange(density.dim, device=points.device)
-    found = torch.cat([_rows(density, part, coordinates) for part in points.split(POINTS_AT_ONCE)])
-    return _where_coarse(points, found.diagonal(dim1=-2, dim2=-1), found, partial(_by_autograd, density))
 
 
 def _where_coarse(

@@ -79,7 +79,6 @@ class Gaussians(NamedTuple):
         return stretch(self.units, self.root[:, None] * (identity_like(turn) + turn).mT).mT
 
     def with_rows(self, rows: Tensor, others: Gaussians) -> Gaussians:
-        """Return these with ``others`` in the place of some rows (N,)."""
         if not len(rows):
             return self
         return Gaussians(*(mine.index_copy(0, rows, other) for mine, other in zip(self, others, strict=True)))
@@ -157,5 +156,4 @@ def choose(mask: Tensor, ours: Tensor, theirs: Tensor | float) -> Tensor:
 
 
 def identity_like(x: Tensor) -> Tensor:
-    """Return the identity (D, D) for matrices (..., D)."""
     return torch.eye(x.shape[-1], dtype=x.dtype, device=x.device)

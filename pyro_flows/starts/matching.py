@@ -12,17 +12,17 @@ from torch import Tensor
 from pyro_flows._seeding import derive, seeded
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.starts.start import Start
+from pyro_flows.verdict.deciding import JUDGED_DRAWS, LOOKED_AT_DRAWS
 from pyro_flows.verdict.thresholds import ESS_SHARE_MATCHED, ESS_SHARE_OF_MOMENTS, K_HAT_MOST
 from pyro_flows.verdict.weighing import Weighing, weigh
 
 NAME = "matched moments"
-FIRST_DRAWS, DRAWS = 4000, 20_000
 ROUNDS = 2
 COVARIANCE_ERROR = 0.02  # nats that the noise of a full covariance may cost
 
 
 @torch.no_grad()
-def matched(density: LogDensity, start: Start, df: float, *, seed: int, draws: int = DRAWS) -> Start:
+def matched(density: LogDensity, start: Start, df: float, *, seed: int, draws: int = JUDGED_DRAWS) -> Start:
     r"""Return the start with the weighted mean and covariance of its own draws; the same start if weights are too poor.
 
     Draws z_i come from a Student-t distribution with the start's location and covariance. With normalized weights
@@ -44,7 +44,7 @@ def matched(density: LogDensity, start: Start, df: float, *, seed: int, draws: i
     (arXiv 0710.4242), with one component.
     """
     for number in range(ROUNDS):
-        count = density.affordable(draws if number else FIRST_DRAWS)
+        count = density.affordable(draws if number else LOOKED_AT_DRAWS)
         with density.clock.watching():
             noise, log_noise = _noise(density, df, count, seed=derive(seed, f"matching {number}"))
             z = start.map(noise)

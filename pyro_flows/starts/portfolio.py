@@ -15,10 +15,8 @@ from pyro_flows._seeding import seeded
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.starts.curvature import FULL_HESSIAN_UP_TO, inverse_roots, lower_triangular, scales
 from pyro_flows.starts.laplace import laplace
-from pyro_flows.starts.pathfinder import pathfinder
-from pyro_flows.starts.pooling import pool
-from pyro_flows.starts.prior import SEARCHES, possible_points, prior_draws, spread_of
-from pyro_flows.starts.resolution import without_noise
+from pyro_flows.starts.pathfinder import pathfinder, pool
+from pyro_flows.starts.prior import SEARCHES, possible_points, prior_draws, spread_of, without_noise
 from pyro_flows.starts.start import Start, divergence, standard
 from pyro_flows.verdict.thresholds import K_HAT_MOST
 
@@ -28,7 +26,7 @@ PATH_EVALUATIONS = 100  # of one path, with those of the Gaussians along it
 PATHS_IF_LARGE = 4
 LEGS = 2
 SAME = 0.1  # nats
-SAME_END = 0.1  # sds
+SAME_END = 0.1  # sds between ends of paths that are one place
 CHEAP_HESSIAN_UP_TO, STEPS_AFTER_PATHS = 50, 10
 CHEAP_HESSIAN_WRITES = 1e6  # numbers for each point, at most
 SCORE_DRAWS = 256

@@ -26,11 +26,9 @@ class Start:
 
     @property
     def volume(self) -> float:
-        """The log determinant of the map."""
         return float((self.scale if self.scale.dim() == 1 else self.scale.diagonal()).log().sum())
 
     def map(self, noise: Tensor) -> Tensor:
-        """Return the images (S, D) of noise (S, D)."""
         return self.loc + (self.scale * noise if self.scale.dim() == 1 else noise @ self.scale.mT)
 
 

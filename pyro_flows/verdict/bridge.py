@@ -17,10 +17,7 @@ def bridge_value(at_p: Tensor, at_q: Tensor, share: float) -> tuple[float, bool]
     .. math:: Z = \frac{\frac 1{N_q} \sum_{z \sim q} e^\ell / (s e^\ell + (1 - s) Z)}
                        {\frac 1{N_p} \sum_{z \sim p} 1 / (s e^\ell + (1 - s) Z)}
 
-    Args:
-        at_p: log ratios (N_p,) at draws of p, in double precision.
-        at_q: log ratios (N_q,) at draws of q; -inf where p is zero.
-        share: s, of the draws of p among all that count.
+    Ratios are at draws of p (N_p,) and of q (N_q,), in double precision; s is the share of those of p.
 
     Reference: Meng and Wong 1996, "Simulating ratios of normalizing constants via a simple identity".
     """

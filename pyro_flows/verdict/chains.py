@@ -172,7 +172,6 @@ def _cpu(value: Any) -> Any:
 
 
 def as_numbers(figures: McmcDiagnostics | None) -> dict[str, Any] | None:
-    """Return figures as JSON has them."""
     return None if figures is None else asdict(figures)
 
 

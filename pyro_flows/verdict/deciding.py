@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,12 +11,139 @@ import torch
 from torch import Tensor
 
 from pyro_flows._seeding import derive
-from pyro_flows.verdict.judging import judge
+from pyro_flows.verdict.next_step import IMPROPER
+from pyro_flows.verdict.thresholds import (
+    ESS_SHARE_LEAST,
+    ESS_SHARE_UNDOUBTED,
+    K_HAT_GOOD,
+    MEAN_SHIFT_MOST,
+    SD_WIDENING_MOST,
+    SHIFT_MOST,
+)
 from pyro_flows.verdict.verdict import Verdict
-from pyro_flows.verdict.weighing import Weighing, weigh
+from pyro_flows.verdict.weighing import Weighing, in_words, weigh
 
+MENDED = f"is not below {K_HAT_GOOD} and weighting changes the results"
+LEAST_DRAWS = 100  # of which the weights tell anything
+TOO_MUCH = "too much to correct"
 POOL = 4
+# draws of a candidate that decide on it, those that tell whether that is worth while, and those that a search begins at
+JUDGED_DRAWS, LOOKED_AT_DRAWS, SEARCHED_DRAWS = 20_000, 4000, 1000
 CHECKED = 50  # draws run with Pyro's argument checks on
+
+
+def judge(
+    weighing: Weighing, names: Sequence[str], *, warnings: Sequence[str] = (), failures: Sequence[str] = (),
+    notes: Sequence[str] = (), doubts: Sequence[str] = (), changed: Sequence[str] = (),
+) -> Verdict:  # fmt: skip
+    """Turn the weighing of draws into a verdict.
+
+    Args:
+        weighing: of the draws.
+        names: labels of the coordinates.
+        warnings: what speaks against the raw draws (a fit that was cut short, runs that disagree).
+        failures: what speaks against the weighted draws too (a mode that the guide lacks).
+        notes: what was not checked, or is to be known.
+        doubts: what speaks against draws whose weights are not good (a run that began at a missed mode and left it).
+        changed: what weighting changes besides means and sds of the coordinates.
+    """
+    if improper := [failure for failure in failures if failure.startswith(IMPROPER)]:
+        return _unweighed(weighing, names, improper)
+    if (count := len(weighing.log_weights)) < LEAST_DRAWS:
+        few = f"too few draws to judge ({count})"
+        return _unweighed(weighing, names, [*failures, few, *doubts, *warnings], notes)
+    return _weighed(weighing, names, warnings, failures, notes, doubts, changed)
+
+
+def _weighed(
+    weighing: Weighing, names: Sequence[str], warnings: Sequence[str], failures: Sequence[str], notes: Sequence[str],
+    doubts: Sequence[str], changed: Sequence[str],
+) -> Verdict:  # fmt: skip
+    """Return the verdict on draws whose weights tell something."""
+    ratio = weighing.ess / len(weighing.log_weights)
+    notes = (*notes, *_heavy_tailed(weighing, names))
+    reasons = list(failures)
+    good = weighing.k_hat < K_HAT_GOOD and ratio >= ESS_SHARE_UNDOUBTED
+    reasons += () if good else doubts
+    if not weighing.k_hat < weighing.threshold:
+        reasons.append(f"k-hat {weighing.k_hat:.2f} is not below its threshold {weighing.threshold:.2f}")
+    if ratio < ESS_SHARE_LEAST:
+        reasons.append(f"ESS/S {ratio:.3f} is below {ESS_SHARE_LEAST}")
+    moved = _moved(weighing, names) or list(changed)
+    reasons += _past_mending(weighing, names, to_mend=bool(moved))
+    mean, where, sd, _ = _largest_shifts(weighing)
+    moved = [] if any(TOO_MUCH in reason for reason in reasons) else moved  # the worst coordinate is named once
+    if weighing.broken:
+        moved.append(f"{weighing.broken} draws have no finite log density")
+    status = "unreliable" if reasons else "corrected" if moved or warnings or doubts else "ok"
+    return Verdict(
+        status=status,
+        k_hat=weighing.k_hat,
+        k_threshold=weighing.threshold,
+        ess_ratio=ratio,
+        mean_shift=mean,
+        sd_shift=sd,
+        where=names[where],
+        reasons=(*reasons, *moved, *warnings, *(doubts if good else ())),
+        notes=tuple(notes),
+    )
+
+
+def _unweighed(
+    weighing: Weighing, names: Sequence[str], reasons: Sequence[str], notes: Sequence[str] = ()
+) -> Verdict:  # fmt: skip
+    """Return the verdict on draws whose weights tell nothing: it has no k-hat."""
+    mean, where, sd, _ = _largest_shifts(weighing)
+    ratio = weighing.ess / len(weighing.log_weights)
+    figures = (math.nan, weighing.threshold, ratio, mean, sd, names[where])
+    return Verdict("unreliable", *figures, reasons=tuple(reasons), notes=tuple(notes))
+
+
+def _heavy_tailed(weighing: Weighing, names: Sequence[str]) -> tuple[str, ...]:
+    """Return a note on the coordinates whose quantiles were compared in place of moments, if there are any."""
+    if weighing.heavy is None or not bool(weighing.heavy.any()):
+        return ()
+    found = [names[index] for index in weighing.heavy.nonzero().flatten().tolist()]
+    said = ", ".join(found[:3]) + (f" and {len(found) - 3} more" if len(found) > 3 else "")
+    return (f"{said}: heavy tails where unconstrained, so quantiles were compared; means and sds there may not exist",)
+
+
+def _largest_shifts(weighing: Weighing) -> tuple[float, int, float, int]:
+    """Return the largest shift of a mean and its coordinate, and the largest change of an sd and its coordinate."""
+    (mean, where), (sd, sd_where) = weighing.mean_shift.max(0), weighing.sd_shift.max(0)
+    return float(mean), int(where), float(sd), int(sd_where)
+
+
+def _moved(weighing: Weighing, names: Sequence[str]) -> list[str]:
+    """Say which mean and which sd weighting changes."""
+    mean, where, sd, sd_where = _largest_shifts(weighing)
+    by_mean, by_sd = f"by {in_words(mean)} sd", f"by a factor {in_words(math.exp(sd))}"
+    moved = []
+    if mean > SHIFT_MOST:
+        moved.append(f"importance weighting changes the mean of {names[where]} {by_mean}")
+    if sd > SHIFT_MOST and moved and where == sd_where:
+        moved[0] += f" and its sd {by_sd}"
+    elif sd > SHIFT_MOST:
+        moved.append(f"importance weighting changes the sd of {names[sd_where]} {by_sd}")
+    return moved
+
+
+def _past_mending(weighing: Weighing, names: Sequence[str], *, to_mend: bool) -> list[str]:
+    mean, where, sd, sd_where = _largest_shifts(weighing)
+    reasons = []
+    if math.isnan(mean) or math.isnan(sd):
+        reasons.append(f"a mean or an sd of {names[where if math.isnan(mean) else sd_where]} is not a number")
+    elif not weighing.distance <= MEAN_SHIFT_MOST:
+        by = in_words(weighing.distance)
+        reasons.append(f"importance weighting changes the mean of {names[weighing.farthest]} by {by} sd, {TOO_MUCH}")
+    elif weighing.widening > SD_WIDENING_MOST:
+        times = in_words(math.exp(weighing.widening))
+        reasons.append(f"importance weighting widens the sd of {names[weighing.widest]} {times} times, {TOO_MUCH}")
+    if to_mend and K_HAT_GOOD <= weighing.k_hat < weighing.threshold:
+        reasons.append(f"k-hat {weighing.k_hat:.2f} {MENDED}, so the weights have infinite variance")
+    return reasons
+
+
 Draw = Callable[[int], tuple[Tensor, Tensor]]  # n -> z (n, D), log q (n,)
 
 
@@ -36,39 +164,18 @@ class Decision:
 
 
 def decide(
-    draw: Draw,
-    score: Callable[[Tensor], Tensor],
-    names: Sequence[str],
-    *,
-    draws: int,
-    seed: int,
-    warnings: Sequence[str] = (),
-    failures: Sequence[str] = (),
-    notes: Sequence[str] = (),
-    doubts: Sequence[str] = (),
-    again: Callable[[], Weighing] | None = None,
-    complaint: Callable[[Tensor], str | None] = lambda z: None,
+    draw: Draw, score: Callable[[Tensor], Tensor], names: Sequence[str], *, draws: int, seed: int,
+    warnings: Sequence[str] = (), failures: Sequence[str] = (), notes: Sequence[str] = (), doubts: Sequence[str] = (),
+    again: Callable[[], Weighing] | None = None, complaint: Callable[[Tensor], str | None] = lambda z: None,
     changed: Callable[[Tensor, Tensor], list[str]] = lambda z, log_weights: [],
-) -> Decision:
+) -> Decision:  # fmt: skip
     """Draw a pool of four times as many draws as asked for, weigh and judge it, and choose the draws to use.
 
     The pool steadies k-hat, whose standard error is about (1 + k) / sqrt(3 sqrt(S)). The first ``draws`` of it are the
     raw draws; where weighting mends them, the draws to use are resampled from the whole pool, and a second pool has to
-    come to the same verdict.
-
-    Args:
-        draw: n -> draws z (n, D) and their log density (n,) under the guide.
-        score: z -> log density (n,) under the model.
-        names: labels of the coordinates.
-        draws: how many.
-        seed: of the resampling.
-        warnings: see :func:`judge`.
-        failures: see :func:`judge`.
-        notes: see :func:`judge`.
-        doubts: see :func:`judge`.
-        again: weighs a second pool, if draws are to be corrected.
-        changed: draws and their log weights -> what weighting changes in the model's own values, in words.
-        complaint: z -> what is invalid about the model at some of the first draws, though its density is finite there.
+    come to the same verdict, which ``again`` weighs. ``changed`` says what weighting changes in the model's own values,
+    ``complaint`` what is invalid about the model at some of the first draws, though its density is finite there. For
+    the rest see :func:`judge`.
     """
     pool, pool_q = draw(POOL * draws)
     pool_p = score(pool)
@@ -81,7 +188,9 @@ def decide(
     if verdict.status == "corrected" and again is not None:  # one lucky pool does not correct a guide
         worse = _worse(judge(again(), names))
         verdict = judge(weighing, names, failures=(*failures, *worse), **said) if worse else verdict
-    index = _to_use(weighing, verdict, draws, seed=seed)
+    index = torch.arange(draws, device=pool.device)
+    if verdict.status == "corrected":
+        index = resample(weighing.log_weights, draws, seed=seed)
     return Decision(
         z=pool[:draws],
         log_p=pool_p[:draws],
@@ -94,13 +203,6 @@ def decide(
         used_log_q=pool_q[index],
         index=index,
     )
-
-
-def _to_use(weighing: Weighing, verdict: Verdict, draws: int, *, seed: int) -> Tensor:
-    """Return the numbers of the draws to use: by their weights, where these correct them, else the first ones."""
-    if verdict.status == "corrected":
-        return resample(weighing.log_weights, draws, seed=seed)
-    return torch.arange(draws, device=weighing.log_weights.device)
 
 
 def _worse(second: Verdict) -> tuple[str, ...]:

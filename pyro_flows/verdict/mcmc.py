@@ -47,18 +47,14 @@ def judge_mcmc(draws: Tensor, log_p: Tensor, names: Sequence[str], diverging: Te
         where=names[int(torch.minimum(ess["bulk"], ess["tail"]).argmin())],
         divergences=math.nan if diverging is None else diverged / total,
     )
+    notes += ["one chain: R-hat compares its halves, and no other chain could disagree"] if len(draws) == 1 else []
+    notes += ["divergences are not known"] if diverging is None else []
     return Verdict(
         status="unreliable" if reasons else "ok",
         where="",
         reasons=tuple(reasons),
-        notes=(*notes, *_unknown(draws, diverging)),
+        notes=tuple(notes),
         chains=figures,
         guide_method=MCMC,
         **dict.fromkeys(OF_WEIGHTS, math.nan),
     )
-
-
-def _unknown(draws: Tensor, diverging: Tensor | None) -> list[str]:
-    """Say what chains cannot tell."""
-    one = ["one chain: R-hat compares its halves, and no other chain could disagree"] if len(draws) == 1 else []
-    return one + ([] if diverging is not None else ["divergences are not known"])

@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
+from pyro_flows.verdict.methods import AMORTIZED, GUIDE, MCMC
+
 # A cause is known by the words of its reason, since a saved verdict holds its reasons as text.
 DIGITS = (("rounding changes",), "give data and parameters in double precision")
 INVALID = (("the model is invalid", "no finite log density"), "check the data and the priors")
@@ -54,27 +56,17 @@ OF_MCMC = (
 OF_MIXING = "run more warm-up steps and draw longer chains"
 
 
-def next_step(reasons: Sequence[str]) -> str:
-    """Return what helps against the reasons for which a fit is unreliable."""
-    return _first(OF_FITS, reasons, OF_WEIGHTS)
+STEPS = {
+    None: (OF_FITS, OF_WEIGHTS),
+    GUIDE: (OF_GUIDES, OF_TRAINING),
+    AMORTIZED: (OF_AMORTIZED, OF_LEARNING),
+    MCMC: (OF_MCMC, OF_MIXING),
+}  # by the method, None for all of a fit
 
 
-def next_step_of_guide(reasons: Sequence[str]) -> str:
-    """Return what helps against the reasons for which a guide of the caller's is unreliable."""
-    return _first(OF_GUIDES, reasons, OF_TRAINING)
-
-
-def next_step_of_amortized(reasons: Sequence[str]) -> str:
-    """Return what helps against the reasons for which the answer of an amortized flow is unreliable."""
-    return _first(OF_AMORTIZED, reasons, OF_LEARNING)
-
-
-def next_step_of_mcmc(reasons: Sequence[str]) -> str:
-    """Return what helps against the reasons for which Markov chains of the caller's are unreliable."""
-    return _first(OF_MCMC, reasons, OF_MIXING)
-
-
-def _first(table: Sequence[tuple[tuple[str, ...], str]], reasons: Sequence[str], otherwise: str) -> str:
+def next_step(reasons: Sequence[str], method: str | None = None) -> str:
+    """Return what helps against the reasons for which a result of some method is unreliable."""
+    table, otherwise = STEPS[method if method in STEPS else None]
     if improper := PROPER.search("; ".join(reasons)):
         return f"give `{improper[1] or improper[2]}` a proper prior"
     for words, step in table:

@@ -23,12 +23,8 @@ def changed_values(values: Mapping[str, Tensor], log_weights: Tensor, draws: int
 
     A scale or a bound is the exponential of its coordinate. Its draws may have a tail that is too heavy by far, where
     the coordinate's hardly differ. Of values that have no fourth moment under the weights, quantiles are compared, and
-    those of the draws to use: in a long tail, an unlucky sample is as far off as a poor guide.
-
-    Args:
-        values: by site, each (S, ...).
-        log_weights: of the draws (S,), normalized.
-        draws: the first of these are the draws to use; all of them by default.
+    those of the draws to use, the first ``draws`` of all: in a long tail, an unlucky sample is as far off as a poor
+    guide. ``log_weights`` (S,) are normalized.
     """
     weights = log_weights.double().exp()
     effective = float(1.0 / weights.square().sum())

@@ -194,14 +194,12 @@ MISSED_MASS_SHARE = 0.02
 # Missed mass next to the guide: standard errors that its share has to exceed. Source: chosen.
 MISSED_MASS_ERRORS = 2.0
 # Short tail: share of the mass beyond a quantile that draws may lack. Grid: share of a flow's weighted draws that lie
-# where the grid has too little density, at most. Source: chosen.
+# where the grid has too little density, at most. Comparison of chains: share of their draws beyond each of two
+# quantiles. Source: chosen.
 MISSED_MASS_OF_TAILS = 0.01
-# Comparison of chains: share of their draws beyond each of two quantiles. Source: chosen.
-EDGE_SHARE = 0.01
-# Short tail: share of the draws beyond each of two quantiles. Source: chosen.
+# Short tail: share of the draws beyond each of two quantiles. Missed mass next to the guide: share of the walkers that
+# get out; with fewer, the search ends. Source: chosen.
 TAIL_SHARE = 0.05
-# Missed mass next to the guide: share of the walkers that get out; with fewer, the search ends. Source: chosen.
-WALKERS_OUT_SHARE = 0.05
 # Missed mode of chains: part of a region's mass that chains need. Source: chosen.
 REGION_MASS_SHARE = 0.5
 # Short tail: probability by which quartiles of a grid may differ from those of the draws. Source: chosen.

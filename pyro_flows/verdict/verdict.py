@@ -7,14 +7,8 @@ from dataclasses import dataclass
 
 from pyro_flows._display import verdict_html
 from pyro_flows.verdict.chains import McmcDiagnostics
-from pyro_flows.verdict.methods import AMORTIZED, GUIDE, MCMC
-from pyro_flows.verdict.next_step import (
-    IMPROPER,
-    next_step,
-    next_step_of_amortized,
-    next_step_of_guide,
-    next_step_of_mcmc,
-)
+from pyro_flows.verdict.methods import GUIDE, MCMC
+from pyro_flows.verdict.next_step import IMPROPER, next_step
 from pyro_flows.verdict.thresholds import ESS_SHARE_LEAST, SHIFT_MOST
 from pyro_flows.verdict.weighing import in_words
 
@@ -97,10 +91,7 @@ class Verdict:
         """What helps against the reasons, if the verdict is unreliable; empty otherwise."""
         if self.status != "unreliable":
             return ""
-        if self._of_others:
-            return next_step_of_mcmc(self.reasons)
-        of_method = {GUIDE: next_step_of_guide, AMORTIZED: next_step_of_amortized}
-        return of_method.get(self.guide_method, next_step)(self.reasons)
+        return next_step(self.reasons, MCMC if self._of_others else self.guide_method)
 
     def __str__(self) -> str:
         if self._improper:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pyro_flows.verdict.psis import largest_k, psis
-from pyro_flows.verdict.thresholds import ESS_SHARE_LEAST, LOG_WEIGHT_EVEN, TAIL_INDEX_HEAVY
+from pyro_flows.verdict.thresholds import LOG_WEIGHT_EVEN, TAIL_INDEX_HEAVY
 
 UNTOLD = 1000  # times an sd, or by that factor: larger changes are all alike to a reader
 LEVELS = 0.05, 0.25, 0.5, 0.75, 0.95  # of quantiles that stand for moments
@@ -48,11 +48,6 @@ class Weighing:
     def threshold(self) -> float:
         """Largest admissible k-hat for this many draws."""
         return largest_k(len(self.log_weights))
-
-    @property
-    def admissible(self) -> bool:
-        """Whether weighted averages can be trusted."""
-        return self.k_hat < self.threshold and self.ess >= ESS_SHARE_LEAST * len(self.log_weights)
 
 
 def weigh(z: Tensor, log_p: Tensor, log_q: Tensor, *, quantiles: bool = False) -> Weighing:

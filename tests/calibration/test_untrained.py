@@ -16,12 +16,12 @@ import pyro_flows as pf
 from pyro_flows import LogDensity
 from pyro_flows.calibration.untrained import CORRECTED_SLICES, _Trial, _weighed
 from pyro_flows.fitting.laplace_grid import AT_ONCE
-from pyro_flows.fitting.rounds import LOOKED_AT_DRAWS
 from pyro_flows.flows.parts import location_scale
 from pyro_flows.model.stack import Stack
 from pyro_flows.modes.laplace_grid_together import FEWEST, SIDE, Bent, _table, bent, grids_together
 from pyro_flows.modes.tables import flow_along
 from pyro_flows.starts.together import starts_together
+from pyro_flows.verdict.deciding import LOOKED_AT_DRAWS
 from tests.calibration.models import data_sets, regression
 
 COUNT = 6

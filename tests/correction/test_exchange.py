@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import pyro_flows as pf
-from pyro_flows.correction.exchange import exchange_of
+from pyro_flows.correction.hmc import exchange_of
 from pyro_flows.correction.latent import Latent
 from pyro_flows.correction.sampler import Sampler
 from pyro_flows.flows.mixture import FlowMixture

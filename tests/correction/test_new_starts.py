@@ -7,9 +7,8 @@ import torch
 
 import pyro_flows as pf
 from pyro_flows.correction.latent import Latent
-from pyro_flows.correction.new_starts import mixes_with_others
 from pyro_flows.correction.sampler import Sampler
-from pyro_flows.correction.starts import affine_flow, can_be_resumed
+from pyro_flows.correction.starts import affine_flow, can_be_resumed, mixes_with_others
 from pyro_flows.fitting.combine import MAX_COPIES, _too_many
 from pyro_flows.results.dims import coordinate_names
 

@@ -12,10 +12,9 @@ from pyro_flows._cache import Cache
 from pyro_flows.correction import hmc
 from pyro_flows.correction import metric as metric_module
 from pyro_flows.correction.adaptation import Kernel, halton
-from pyro_flows.correction.hmc import hamiltonian, independent, relabel
+from pyro_flows.correction.hmc import hamiltonian, independent, microcanonical, relabel
 from pyro_flows.correction.latent import Latent
 from pyro_flows.correction.metric import Metric, learned, scale_of
-from pyro_flows.correction.microcanonical import microcanonical
 from pyro_flows.flows.mixture import Component, FlowMixture
 
 CHAINS = 4000

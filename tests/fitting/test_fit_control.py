@@ -218,7 +218,7 @@ STAGES = {
     _stages.PATHS: (portfolio, "along_paths", 1, model),
     _stages.ELBOS: (portfolio, "_scored", 1, model),
     _stages.STARTS: ("pyro_flows.fitting.run", "portfolio", 1, model),
-    _stages.PARAMETERIZING: ("pyro_flows.fitting.prepare", "choose_coordinates", 1, effects),
+    _stages.PARAMETERIZING: ("pyro_flows.fitting.run", "choose_coordinates", 1, effects),
     _stages.TRIAL: (Trainer, "step", 5, model),
     _stages.TRAINING: (Trainer, "step", 75, model),
     _stages.MOMENTS: ("pyro_flows.fitting.run", "matched", 1, model),

@@ -139,7 +139,7 @@ def test_large_models_try_chains_first_and_go_back_to_the_coordinates_that_were_
         chosen.append(density)
         return pf.LogDensity(errors, (X, Y), noncentered=["at"]), None, {"elbo": 0.0}
 
-    monkeypatch.setattr("pyro_flows.fitting.prepare.choose_coordinates", choose)
+    monkeypatch.setattr("pyro_flows.fitting.run.choose_coordinates", choose)
     posterior = pf.fit(errors, X, Y, draws=1000, progress=False)
     assert len(chosen) == 1
     assert PARAMETERIZATION not in stages(posterior)

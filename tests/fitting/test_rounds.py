@@ -14,14 +14,13 @@ import torch
 import pyro_flows as pf
 from pyro_flows.fitting import rounds
 from pyro_flows.fitting.agreement import compare
-from pyro_flows.fitting.attempt import Run
+from pyro_flows.fitting.attempt import Combined, Run
 from pyro_flows.fitting.combine import _take
-from pyro_flows.fitting.combined import Combined
 from pyro_flows.fitting.conclude import _in_vain
 from pyro_flows.fitting.fit import default_steps
+from pyro_flows.fitting.flow_training import begin
 from pyro_flows.fitting.multimodal import MultimodalCandidate
 from pyro_flows.fitting.rounds import Round, assess, unweighed
-from pyro_flows.fitting.selection import begin
 from pyro_flows.flows.mixture import FlowMixture
 from pyro_flows.flows.parts import location_scale
 from pyro_flows.flows.recipe import Recipe, set_df

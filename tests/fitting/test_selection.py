@@ -7,7 +7,7 @@ import pyro.distributions as dist
 import pytest
 
 import pyro_flows as pf
-from pyro_flows.fitting import selection
+from pyro_flows.fitting import flow_training
 from pyro_flows.starts.start import standard
 from tests.models import real
 
@@ -28,13 +28,13 @@ def test_only_starts_that_are_wider_and_elsewhere_are_raced(case):
     """Of the seventeen posteriors, races took 100 steps for starts next to the best one, and gained nothing."""
     scale, away, elbo, raced = OTHERS[case]
     other = replace(BEST, loc=BEST.loc + away, scale=scale * BEST.scale, elbo=elbo)
-    assert (selection._wider(BEST, [other]) == [other]) is raced
+    assert (flow_training._wider(BEST, [other]) == [other]) is raced
 
 
 def test_the_widest_of_those_that_are_close_is_raced():
     others = [replace(BEST, scale=scale * BEST.scale, elbo=-2.0) for scale in (3.0, 5.0, 4.0)]
-    assert selection._wider(BEST, others) == [others[1]]
-    assert selection._wider(BEST, []) == []
+    assert flow_training._wider(BEST, others) == [others[1]]
+    assert flow_training._wider(BEST, []) == []
 
 
 @pytest.mark.parametrize(("scale", "entrants"), [(1.0, 1), (8.0, 2)])
@@ -43,6 +43,6 @@ def test_entrants_of_a_race(scale, entrants):
     flow = pf.realnvp(2, layers=2, seed=0).double()
     best = replace(BEST, elbo=-0.1)
     other = replace(best, scale=scale * best.scale, elbo=-1.0)
-    winner, done = selection.race(flow, density, [best, other], 5, seed=0, extra=())
+    winner, done = flow_training.race(flow, density, [best, other], 5, seed=0, extra=())
     assert len(done) == entrants
     assert winner.elbo == max(entrant.elbo for entrant in done)

@@ -12,12 +12,12 @@ import torch
 import pyro_flows as pf
 from pyro_flows._progress import Bar
 from pyro_flows.correction.fallback import _gone_on
+from pyro_flows.correction.hmc import microcanonical
 from pyro_flows.correction.latent import Latent
-from pyro_flows.correction.microcanonical import microcanonical
 from pyro_flows.correction.sampler import ROUND, Sampler
 from pyro_flows.correction.search import held_by
 from pyro_flows.correction.untrained import chains_of_gaussian
-from pyro_flows.fitting.selection import begin
+from pyro_flows.fitting.flow_training import begin
 from pyro_flows.flows.parts import affine_base_of, location_scale
 from pyro_flows.flows.recipe import latent_recipe, set_df
 from pyro_flows.modes.missed_regions import MissedRegion

@@ -13,9 +13,8 @@ from torch import Tensor
 import pyro_flows as pf
 from pyro_flows.flows.gaussian_conditionals import marginal_flow, with_tails
 from pyro_flows.flows.recipe_json import from_json, not_rebuilt, to_json
-from pyro_flows.modes.conditionals import conditional
+from pyro_flows.modes.conditionals import can_have_conditionals, conditional, hyperparameters_of
 from pyro_flows.modes.hyperparameter_marginal import fit_flow, sampled
-from pyro_flows.modes.hyperparameters import can_have_conditionals, hyperparameters_of
 from pyro_flows.transforms import DiagonalAffine
 from pyro_flows.transforms.nested import Nested, Terms
 

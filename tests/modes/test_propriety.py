@@ -13,7 +13,7 @@ from torch.distributions import constraints
 import pyro_flows as pf
 from benchmarks.zoo.case import Maker
 from benchmarks.zoo.propriety import VARIANTS
-from pyro_flows.fitting.prepare import first_draws
+from pyro_flows.fitting.run import first_draws
 from pyro_flows.modes.propriety import finer, improper_tails
 from tests.models import real
 from tests.registry import normal

@@ -18,10 +18,19 @@ from pyro_flows.correction.latent import Latent
 from pyro_flows.correction.starts import NoStart, dispersed_points
 from pyro_flows.flows.laplace_grid import sliced
 from pyro_flows.modes.missed_regions import PLACES, Guide
-from pyro_flows.modes.umbrella import HIGH, excess, walked
-from pyro_flows.modes.under_covered import BACK, BY_WALKERS, LOOKS, is_usable, level_of, under_covered_region
+from pyro_flows.modes.under_covered import (
+    BACK,
+    BY_WALKERS,
+    HIGH,
+    LOOKS,
+    excess,
+    is_usable,
+    level_of,
+    under_covered_region,
+    walked,
+)
 from pyro_flows.transforms.linear import LowerTriangularAffine
-from pyro_flows.verdict.thresholds import DENSITY_GAP_OF_WALKERS, WALKERS_OUT_SHARE
+from pyro_flows.verdict.thresholds import DENSITY_GAP_OF_WALKERS, TAIL_SHARE
 from tests.modes.test_tempering import flat
 from tests.registry import normal
 
@@ -93,7 +102,7 @@ def test_points_are_drawn_out_of_the_guide_and_go_back():
         out = walked(space, points, 16, level=level_of(points), height=HIGH)
         far = excess(out, level_of(points)) > DENSITY_GAP_OF_WALKERS
         back = walked(space, out, 64, level=level_of(points))
-    assert float((excess(points, level_of(points)) > DENSITY_GAP_OF_WALKERS).double().mean()) < WALKERS_OUT_SHARE
+    assert float((excess(points, level_of(points)) > DENSITY_GAP_OF_WALKERS).double().mean()) < TAIL_SHARE
     assert float(far.double().mean()) > 0.3
     gone = float((back.z.abs().amax(1) > 4.3).double().mean())
     assert gone == pytest.approx(1.0 - (2.0 * cdf(4.3) - 1.0) ** 3, abs=0.075)  # three standard errors and a half

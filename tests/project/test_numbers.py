@@ -36,7 +36,7 @@ PHRASES = {
         "by more than the Monte Carlo error of {fitting.fit.fit(draws)} draws",
         "If their effective share has not risen by {verdict.thresholds.ESS_SHARE_RISE|gain}",
         "in up to {modes.laplace_grid.UP_TO} dimensions and for models of few operations",
-        "Given up to {modes.hyperparameters.MOST_HELD|word} coordinates",
+        "Given up to {modes.conditionals.MOST_HELD|word} coordinates",
         "In up to {fitting.methods.AT_FIRST} dimensions this comes before the parameterization is chosen",
         "In {fitting.methods.AT_FIRST} to {starts.curvature.FULL_HESSIAN_UP_TO} dimensions it is tried if the chains",
         "In {fitting.methods.SAMPLED_FROM} to {fitting.methods.SAMPLED_UP_TO} dimensions a flow takes thousands of "
@@ -69,7 +69,7 @@ PHRASES = {
         "by more than {verdict.thresholds.SHIFT_MOST} and {verdict.thresholds.SHIFT_ERRORS|word} standard errors",
         "names the worst {fitting.agreement.NAMED|word} and counts the others",
         "(dimensions times data above {modes.unverified_modes.CURVED_UP_TO|million})",
-        "up to a factor of {modes.umbrella.HIGH|tens}",
+        "up to a factor of {modes.under_covered.HIGH|tens}",
         "up to {modes.propriety.UP_TO} dimensions and for the first {modes.propriety.MOST} such coordinates",
         "This is tried for up to {modes.propriety.HIDDEN} such coordinates",
         "Levels up to {modes.outward.DEEP} nats down are seen",
@@ -136,7 +136,7 @@ PHRASES = {
     "docs/design.md": [
         "from {fitting.methods.SAMPLED_FROM} to {fitting.methods.SAMPLED_UP_TO} dimensions",
         "up to {modes.laplace_grid.UP_TO} dimensions: in hierarchical models",
-        "given up to {modes.hyperparameters.MOST_HELD|word} hyperparameters",
+        "given up to {modes.conditionals.MOST_HELD|word} hyperparameters",
         "up to {fitting.methods.AT_FIRST} dimensions before chains",
         "above {fitting.methods.AT_FIRST} after them",
         "(diagonal above {flows.recipe.FULL_AFFINE_UP_TO} dimensions)",

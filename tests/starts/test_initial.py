@@ -13,8 +13,7 @@ from pyro_flows.model.gradients import hessian_diagonals
 from pyro_flows.model.work import LONG
 from pyro_flows.starts import curvature
 from pyro_flows.starts.laplace import newton
-from pyro_flows.starts.pathfinder import pathfinder
-from pyro_flows.starts.pooling import pool
+from pyro_flows.starts.pathfinder import pathfinder, pool
 from pyro_flows.starts.portfolio import along_paths, portfolio
 from pyro_flows.starts.prior import prior_draws
 from pyro_flows.starts.start import Start, divergence

@@ -12,8 +12,7 @@ from pyro_flows.starts import pathfinder as module
 from pyro_flows.starts.climb import Climb, climb
 from pyro_flows.starts.curvature import inverse_roots, lower_triangular, scales
 from pyro_flows.starts.gaussians import Gaussians
-from pyro_flows.starts.pathfinder import pathfinder
-from pyro_flows.starts.pooling import POOLED, pool
+from pyro_flows.starts.pathfinder import POOLED, pathfinder, pool
 from tests.invariants import close
 from tests.registry import normal
 

@@ -11,7 +11,7 @@ import pyro_flows as pf
 from pyro_flows import LogDensity
 from pyro_flows.modes.missed_regions import is_resolved
 from pyro_flows.starts.portfolio import portfolio
-from pyro_flows.starts.resolution import without_noise
+from pyro_flows.starts.prior import without_noise
 
 TUMOURS = torch.tensor([0.0, 1.0, 0.0, 2.0, 5.0, 1.0, 3.0, 0.0, 4.0, 9.0])
 RATS = torch.tensor([18.0, 20.0, 17.0, 20.0, 47.0, 19.0, 25.0, 20.0, 22.0, 48.0])

@@ -27,7 +27,7 @@ from pyro_flows.modes import (
 from pyro_flows.results import arviz_groups
 from pyro_flows.starts import matching
 from pyro_flows.training import convergence
-from pyro_flows.verdict import deciding, judging, weighing
+from pyro_flows.verdict import deciding, weighing
 from tests.fitting import test_early_stop, test_rounds
 from tests.model import test_charts
 from tests.modes import test_symmetric_modes, test_symmetries, test_tempering
@@ -253,8 +253,8 @@ def conversion(_):
 
 # bugs -----------------------------------------------------------------------------------------------------------------
 
-JUDGE, WEIGH, DECIDE = (judging, "_weighed"), (weighing, "weigh"), (deciding, "decide")
-MOVED, PAST = (judging, "_moved"), (judging, "_past_mending")
+JUDGE, WEIGH, DECIDE = (deciding, "_weighed"), (weighing, "weigh"), (deciding, "decide")
+MOVED, PAST = (deciding, "_moved"), (deciding, "_past_mending")
 NORMAL = (noncentered, "_normal")
 
 BUGS = [
