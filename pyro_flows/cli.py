@@ -34,6 +34,7 @@ from pyro_flows._files import replace_file
 from pyro_flows._inputs import match, read_data, read_model
 from pyro_flows._options import (
     ANY_FLOW,
+    Checkpoint,
     Data,
     Debug,
     Draws,
@@ -132,6 +133,7 @@ def fit_command(
     refine: Refine = True,
     train_model: TrainModel = False,
     report: ReportFile = None,
+    checkpoint: Checkpoint = None,
     progress: Progress = None,
     debug: Debug = False,
 ) -> None:
@@ -154,6 +156,7 @@ def fit_command(
             "escalate": escalate,
             "refine": "auto" if refine else False,
             "train_model": train_model,
+            "checkpoint": checkpoint,
         }
         ending.interrupts.hold(True)  # from here on, fit alone lets the first signal through
         with joined() as ranks:
