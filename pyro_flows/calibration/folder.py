@@ -33,13 +33,17 @@ class Folder:
     """
 
     def __init__(
-        self, path: str | os.PathLike[str] | None, model: Callable[..., Any], cases: Sequence[Case], about: Mapping[str, Any]
-    ) -> None:  # fmt: skip
-        self.path, self.model, self.cases = None if path is None else Path(path), model, cases
+        self,
+        path: str | os.PathLike[str] | None = None,
+        model: Callable[..., Any] | None = None,
+        cases: Sequence[Case] = (),
+        about: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.path, self.model = None if path is None else Path(path), model
         self.done: dict[int, Posterior] = {}
         if self.path is None:
             return
-        about = {**about, "data": digest_of([(case.args, case.kwargs) for case in cases])}
+        about = {**(about or {}), "data": digest_of([(case.args, case.kwargs) for case in cases])}
         text = json.dumps({name: str(value) for name, value in about.items()}, indent=1)
         self._check(self.path, text)
         for number, case in enumerate(cases):
@@ -55,7 +59,9 @@ class Folder:
             stored = (path / ABOUT).read_text()
         except (OSError, ValueError) as error:
             why = getattr(error, "strerror", None) or error
-            raise ValueError(f"checkpoint: expected a new folder or one of fit_many, got {str(path)!r} ({why}).") from error
+            raise ValueError(
+                f"checkpoint: expected a new folder or one of fit_many, got {str(path)!r} ({why}). {REMEDY}"
+            ) from error
         if stored != text:
             raise ValueError(
                 f"checkpoint: expected one of this call, got {str(path)!r} of another model, other data or other "

@@ -185,10 +185,9 @@ def identity(density: LogDensity) -> dict[str, Any]:
     These are digests of arguments and parameters, the log density at two points to the last digit, the packages, this
     package's code, and the processor.
     """
-    model = inspect.unwrap(density.model)
     parameters = {name: digest_of(value) for name, value in density.parameters().items()}
     return {
-        "model": str(getattr(model, "__qualname__", type(model).__qualname__)),
+        "model": qualname(density.model),
         **digests(density),
         "parameters": parameters,
         "log density": None if type(density) is not LogDensity else _values(density),
@@ -196,6 +195,12 @@ def identity(density: LogDensity) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "software": software(),
     }
+
+
+def qualname(model: Callable[..., Any]) -> str:
+    """Return the name of a model, which is the same in another process."""
+    found = inspect.unwrap(model)
+    return str(getattr(found, "__qualname__", type(found).__qualname__))
 
 
 @torch.no_grad()
