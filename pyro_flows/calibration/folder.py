@@ -82,9 +82,13 @@ class Folder:
         return None if self.path is None else self.path / f"{number}.journal"
 
     def add(self, number: int, posterior: Posterior) -> None:
-        """Save a finished fit."""
-        if self.path is not None and number not in self.done:
+        """Save a finished fit; the work goes on if that fails."""
+        if self.path is None:
+            return
+        try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", UnreliableWarning)
                 posterior.save(self.path / str(number))
             (self.path / f"{number}.journal").unlink(missing_ok=True)
+        except OSError as error:
+            warnings.warn(f"checkpoint: {error.strerror}; the work goes on.", stacklevel=2)
