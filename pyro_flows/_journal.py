@@ -36,6 +36,7 @@ EVERY = 10.0  # seconds between two writes, at least,
 SHARE = 0.02  # and the share of the time that writing may take
 DENSE = 1e6  # bytes of results for each second that they took, up to which they are kept; others are computed again
 LEAST = 1000  # bytes that would be worth it: what took less than a millisecond is not looked at
+KINDS = ("float64", "float32", "bfloat16", "float16", "int64", "int32", "uint8", "bool")  # of numbers
 REMEDY = "Name a new file, or remove it to begin anew."
 
 
@@ -74,9 +75,9 @@ class Journal:
         """Whether nothing is to be kept: inside of a step, and once the call was cut, so that it goes another way."""
         return self.stopped or self.inside > 0
 
-    def due(self, every: float = EVERY) -> bool:
-        """Whether it is time to write."""
-        return time.monotonic() - self.last >= max(every, self.took / SHARE)
+    def due(self, every: float | None = None) -> bool:
+        """Whether it is time to write: ``every`` so many seconds, and not too often."""
+        return time.monotonic() - self.last >= max(EVERY if every is None else every, self.took / SHARE)
 
     @undisturbed
     def write(self) -> None:
@@ -395,10 +396,9 @@ def _size(form: Any) -> int:
     if "items" in form:
         return sum(map(_size, form["items"].values()))
     name, shape = form["tensor"]
-    dtype = getattr(torch, name, None)
-    require(isinstance(dtype, torch.dtype), f"it has numbers of kind {name}")
+    require(name in KINDS, f"it has numbers of kind {name}")
     require(all(type(length) is int and length >= 0 for length in shape), "a shape is none")
-    return math.prod(shape) * int(dtype.itemsize)
+    return math.prod(shape) * int(getattr(torch, name).itemsize)
 
 
 def _decoded(form: Any, cut: _Cut, device: torch.device) -> Any:

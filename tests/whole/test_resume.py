@@ -60,7 +60,7 @@ def by_chains(**more):
     return started.refine(chains=16, max_steps=100, progress=False, **more)
 
 
-CALLS = [by_start, by_flow, by_chains]
+CALLS = [(by_start, Stopped), (by_flow, KeyboardInterrupt), (by_chains, Stopped)]
 
 
 def numbers(posterior):
@@ -79,31 +79,34 @@ def called(call, **more):
         return numbers(call(**more))
 
 
-def stopping(monkeypatch, at):
-    """Raise at the ``at``-th look at the clock, as all evaluations take one; return the list of looks."""
+def stopping(monkeypatch, at, error=Stopped):
+    """Raise an error at the ``at``-th look at the clock, as all evaluations take one; return the list of looks."""
     looks, look = [], Clock.look
 
     def counted(self):
         looks.append(None)
         if len(looks) == at:
-            raise Stopped
+            raise error
         look(self)
 
     monkeypatch.setattr(Clock, "look", counted)
     return looks
 
 
-@pytest.mark.parametrize("call", CALLS)
-def test_a_call_goes_on_to_the_last_digit(call, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("call", "error"), CALLS)
+def test_a_call_goes_on_to_the_last_digit(call, error, tmp_path, monkeypatch):
+    """After an error, and after Ctrl-C, with which a fit returns what it has."""
     monkeypatch.setattr(_journal, "EVERY", 0.0)
     with monkeypatch.context() as patch:
         looks = stopping(patch, -1)
         expected = called(call)
     path, at = tmp_path / "kept", random.Random(len(looks)).randrange(len(looks) // 2, len(looks))
     with monkeypatch.context() as patch:
-        stopping(patch, at)
-        with pytest.raises(Stopped):
-            called(call, checkpoint=path)
+        stopping(patch, at, error)
+        found = expected
+        with suppress(Stopped):
+            found = called(call, checkpoint=path)
+        assert (found == expected) == (error is Stopped)
     with monkeypatch.context() as patch:
         again = stopping(patch, -1)
         assert called(call, checkpoint=path) == expected
@@ -235,23 +238,19 @@ def guide(y):
 
 
 class Answers:
-    """What answers at once in the place of a fit; it is asked for each data set of a batch, so that batches stay."""
-
-    def __init__(self, unreliable=()):
-        self.unreliable = unreliable
+    """What answers at once in the place of a fit."""
 
     def __repr__(self):
         return "answers"
 
     def posterior(self, y, *, model_kwargs, draws, seed):
         found = pf.diagnose(normal, guide, y, draws=draws, seed=seed)
-        status = "unreliable" if len(y) in self.unreliable else "corrected"
-        return replace(found, verdict=replace(found.verdict, status=status))
+        return replace(found, verdict=replace(found.verdict, status="corrected"))
 
 
 def by_many(**more):
     options = {"draws": 100, "progress": False, "refine": False, "escalate": False, "max_steps": 40}
-    return pf.fit_many(normal, [Y, Y[:5] + 1.0, Y[1:4]], **{**options, **more})
+    return pf.fit_many(normal, [Y, Y[:5] + 1.0], **{**options, **more})
 
 
 def many_numbers(**more):
@@ -279,10 +278,10 @@ def test_many_answers_go_on_from_a_folder(tmp_path, monkeypatch):
     path, answers = tmp_path / "kept", {"amortized": Answers()}
     expected = many_numbers(**answers)
     with monkeypatch.context() as patch:
-        stop_adding(patch, 2)
+        stop_adding(patch, 1)
         with pytest.raises(Stopped):
             many_numbers(checkpoint=path, **answers)
-    assert sorted(item.name for item in path.iterdir()) == ["0", "1", "fit_many.json"]
+    assert sorted(item.name for item in path.iterdir()) == ["0", "fit_many.json"]
     assert many_numbers(checkpoint=path, **answers) == expected
     with pytest.raises(ValueError, match=r"^checkpoint: expected one of this call, got .* other options"):
         by_many(checkpoint=path, seed=1, **answers)
@@ -297,10 +296,10 @@ def test_many_answers_go_on_from_a_folder(tmp_path, monkeypatch):
 def test_many_fits_go_on_from_a_folder(tmp_path, monkeypatch):
     path, expected = tmp_path / "kept", many_numbers()
     with monkeypatch.context() as patch:
-        stop_adding(patch, 2)
+        stop_adding(patch, 1)
         with pytest.raises(Stopped):
             many_numbers(checkpoint=path)
-    assert sorted(item.name for item in path.iterdir()) == ["0", "1", "2.journal", "fit_many.json"]
+    assert sorted(item.name for item in path.iterdir()) == ["0", "1.journal", "fit_many.json"]
     assert many_numbers(checkpoint=path) == expected
 
 
@@ -333,7 +332,7 @@ def in_a_fork(work, *, end=None, number=signal.SIGKILL):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("call", "kills"), [(by_start, 5), (by_flow, 12), (by_chains, 12)])
+@pytest.mark.parametrize(("call", "kills"), [(by_flow, 12), (by_chains, 12), (by_start, 4)])
 def test_killed_at_any_moment(call, kills, tmp_path):
     expected, seconds = in_a_fork(lambda: called(call))
     chance, ended = random.Random(kills), 0
