@@ -110,7 +110,7 @@ class Journal:
             stored = json.loads(text)
             keys, steps = stored["steps"]
             cut = _Cut(data)
-            known = {key: _step(*step, cut) for key, step in zip(keys, steps, strict=True)}
+            known = {key: _step(step, cut) for key, step in zip(keys, steps, strict=True)}
             require(cut.at == len(data), "it has more numbers than steps")
             require(isinstance(stored["about"], dict), "it does not say what it is of")
         except Exception as error:  # whatever a damaged file leads to
@@ -381,7 +381,8 @@ class _Cut:
         return self.data[self.at - size : self.at]
 
 
-def _step(inputs: Any, form: Any, size: Any, cut: _Cut) -> Step:
+def _step(stored: Any, cut: _Cut) -> Step:
+    inputs, form, size = stored
     require(type(inputs) is int, "a step has no digest")
     require(_size(form) == size, "a step has other numbers than its form")
     return Step(inputs, form, cut.take(size))

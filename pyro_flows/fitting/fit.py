@@ -237,7 +237,7 @@ def _about(plan: Plan) -> dict[str, Any]:
     built = plan.recipe.builder
     state = [*built.state_dict().values()] if isinstance(built, nn.Module) else []
     flow = [str(getattr(built, "__qualname__", built if isinstance(built, str) else type(built).__qualname__))]
-    flow += [str(plan.recipe.options), _journal.checksum(state), plan.automatic]
+    flow += [str(plan.recipe.options), str(_journal.checksum(state)), str(plan.automatic)]
     return {"call": "fit", **named, "refine": plan.refine, "max_seconds": plan.clock.seconds, "flow": flow}
 
 
