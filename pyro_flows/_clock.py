@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 
+from pyro_flows import _journal
 from pyro_flows._interrupts import STATE, undisturbed
 from pyro_flows._ledger import counted
 from pyro_flows._tensors import Args, Dispatch, Function, Kwargs
@@ -160,6 +161,8 @@ class Part:
         STATE.hold(self._held)
         self.clock.stop, self.clock.open, self.clock.depth = self.stop, self._around, self.clock.depth - 1
         self._counted.__exit__(None, None, None)
+        if isinstance(error, (OutOfTime, KeyboardInterrupt)):
+            _journal.stop()
         if isinstance(error, OutOfTime):
             if self.noted:
                 self.clock.skip(self.name)

@@ -78,11 +78,17 @@ def counted(part: str) -> Iterator[None]:
         kept.book(before)
 
 
-def booked(gradients: int) -> None:
-    """Count gradients for the parts that are open."""
+def booked(gradients: int, parts: Parts | None = None) -> None:
+    """Count gradients for the parts that are open, or for others."""
     kept = _kept.get()
     if kept is not None:
-        kept.gradients[kept.open] += gradients
+        kept.gradients[kept.open if parts is None else parts] += gradients
+
+
+def gradients() -> Counter[Parts]:
+    """Return the gradients that were counted so far."""
+    kept = _kept.get()
+    return Counter() if kept is None else Counter(kept.gradients)
 
 
 def found(search: str, regions: int) -> None:

@@ -45,6 +45,10 @@ Refine = Annotated[bool, typer.Option(help="Run Markov chains from the flow's dr
 TrainModel = Annotated[
     bool, typer.Option("--train-model", help="Also train the model's own parameters (pyro.param, modules).")
 ]
+Checkpoint = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE", help="Keep what the work has come to in a file: the same command goes on from there."),
+]
 Data = Annotated[Path, typer.Option(help="JSON, CSV or npz file with a field for each parameter of the model.")]
 ModelName = Annotated[str, typer.Argument(metavar="FILE.py:MODEL", help="A Python file and a Pyro model in it.")]
 ReportFile = Annotated[

@@ -108,6 +108,7 @@ def fit_command(
     refine: ask.Refine = True,
     train_model: ask.TrainModel = False,
     report: ask.ReportFile = None,
+    checkpoint: ask.Checkpoint = None,
     progress: ask.Progress = None,
     debug: ask.Debug = False,
 ) -> None:
@@ -130,6 +131,7 @@ def fit_command(
             "escalate": escalate,
             "refine": "auto" if refine else False,
             "train_model": train_model,
+            "checkpoint": checkpoint,
         }
         ending.interrupts.hold(True)  # from here on, fit alone lets the first signal through
         with joined() as ranks:

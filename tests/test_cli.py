@@ -438,6 +438,16 @@ def refused(done):
     return lines[0]
 
 
+def test_a_checkpoint_of_something_else_is_refused(folder, tmp_path):
+    (tmp_path / "kept").write_bytes(b"pyro_flows density checkpoint 2\n")
+    done = run(
+        *("fit", f"{folder}/models.py:schools", "--data", folder / "data.json", "--out", tmp_path / "out"),
+        *("--checkpoint", tmp_path / "kept"),
+    )
+    assert refused(done).startswith("pyro-flows: error: checkpoint: expected one of this release and call, got that of")
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(
     ("model", "options", "message"),
     [

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import nn
 
-from pyro_flows import _checks
+from pyro_flows import _checks, _journal
 from pyro_flows._progress import Bar
 from pyro_flows._seeding import derive, seeded
 from pyro_flows._turns import alone
@@ -42,6 +43,7 @@ def amortize(
     simulations: int | None = None,
     max_epochs: int = 10,
     max_seconds: float | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
     seed: int = 0,
     progress: bool = True,
 ) -> Amortized:
@@ -72,6 +74,8 @@ def amortize(
             than 1e8 numbers of data, and 10 000 at least.
         max_epochs: passes through these at most; the training ends earlier where held-out pairs do not gain any more.
         max_seconds: of the training, at most.
+        checkpoint: a file that keeps the training, as that of :func:`fit_density` does; the simulations, which take
+            less, are made again.
         seed: of all randomness.
         progress: show what is being done.
 
@@ -99,6 +103,7 @@ def amortize(
     'amortized flow'
     """
     _checks.choice("flow", flow, ("auto", *BUILDERS))
+    _journal.check(checkpoint)
     if encoder is not None and not isinstance(encoder, nn.Module):
         raise ValueError(f"encoder: expected a torch module, got a {type(encoder).__name__}.")
     with alone(), Bar("amortize", progress) as bar:
@@ -116,6 +121,7 @@ def amortize(
         "max_epochs": max_epochs,
         "max_seconds": max_seconds,
         "batch": BATCH,
+        "checkpoint": checkpoint,
         "seed": seed,
     }
     fitted = fit_density(start, read.z[REFERENCE:].float(), context=features[REFERENCE:], progress=progress, **options)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol, cast
 
 from pyro_flows import _checks
@@ -18,6 +19,7 @@ from pyro_flows._turns import alone
 from pyro_flows._warnings import outside
 from pyro_flows.calibration.batch import FEWEST, coordinates_for, fit_stack, size_of_batch
 from pyro_flows.calibration.cases import Case, cases_of, grouped
+from pyro_flows.calibration.folder import Folder
 from pyro_flows.calibration.processes import check_jobs, fit_each
 from pyro_flows.calibration.ranks import STATUSES
 from pyro_flows.correction.fallback import which
@@ -28,6 +30,7 @@ from pyro_flows.model.log_density import LogDensity
 from pyro_flows.model.observations import warn_if_nothing_observed
 from pyro_flows.model.precision import LostDigits
 from pyro_flows.model.stack import NotStackable
+from pyro_flows.model.unchanged import qualname, software
 from pyro_flows.posterior.posterior import Posterior
 from pyro_flows.results.scoring import check_memory
 from pyro_flows.verdict.deciding import CHECKED
@@ -60,6 +63,7 @@ def fit_many(
     together: bool = True,
     jobs: int | None = None,
     amortized: Answers | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
     progress: bool = True,
 ) -> list[Posterior]:
     r"""Fit one model to many data sets; return a judged posterior for each.
@@ -89,6 +93,9 @@ def fit_many(
             ``joblib.parallel_config`` says, if it was called (Dask, Ray), else this process.
         amortized: what :func:`amortize` returned for this model: it answers first, and only data sets to which its
             answer is unreliable are fitted. Their draws are then :math:`q(\theta \mid y)` of one flow for all.
+        checkpoint: a folder that keeps finished posteriors, each as a saved one, and checkpoints of fits one by one. A
+            call that was stopped goes on from there, and comes to the same draws and verdicts. It belongs to one model,
+            its data, options and packages. A batch of data sets side by side is made again as a whole.
         progress: show what is being done, how many are done, and about how long the others will take.
 
     Returns:
@@ -98,7 +105,8 @@ def fit_many(
         and so does one that comes before the first posterior.
 
     Raises:
-        ValueError: before any work, for a bad option; for data that the model cannot be fitted to, with their number.
+        ValueError: before any work, for a bad option, or a checkpoint that is damaged or of another call; for data that
+            the model cannot be fitted to, with their number.
         ImportError: for several processes without joblib.
 
     Cost: for small models a fifth to a fifteenth of as many calls of :func:`fit`; memory for 128 data sets at a time.
@@ -113,8 +121,12 @@ def fit_many(
     """
     cases = cases_of(model, data, model_kwargs)
     options = {"flow": flow, "layers": layers, "draws": draws, "max_steps": max_steps}
-    many = Many(model, cases, {**options, "escalate": escalate, "refine": refine}, seed, together, jobs, amortized)
-    found: dict[int, Posterior] = {}
+    options |= {"escalate": escalate, "refine": refine}
+    many = Many(model, cases, options, seed, together, jobs, amortized)
+    named = {**options, "flow": flow if isinstance(flow, str) else type(flow).__name__, "model": qualname(model)}
+    about = {**named, "seed": seed, "together": together, "amortized": amortized, "software": software()}
+    kept = many.kept = Folder(checkpoint, model, cases, about)
+    found = dict(kept.done)
     with interruptible(), Bar("fit_many", progress) as bar:
         try:
             _fit_all(many, found, bar)
@@ -132,11 +144,16 @@ def fit_many(
 
 def _fit_all(many: Many, found: dict[int, Posterior], bar: Bar) -> None:
     """Fit all data sets; put what is done into ``found``."""
-    finished = 0
+    done = dict(many.kept.done)
+    finished = len(done)
     for numbers in many.batches():
-        for number, posterior, final in many.fits(numbers, bar):
+        for number, posterior, final in many.fits(numbers, bar, done) if set(numbers) - set(done) else ():
+            if number in done:
+                continue
             found[number] = posterior
             finished += final
+            if final:
+                many.kept.add(number, posterior)
             bar.count(finished, len(many.cases))
             if STATE.take():
                 return
@@ -152,7 +169,8 @@ def count(statuses: Iterator[str]) -> dict[str, int]:
 class Many:
     """All fits of a call: which go side by side, and how.
 
-    ``options`` are those of :func:`fit`, and ``reason`` says why data sets do not go side by side, once that is known.
+    ``options`` are those of :func:`fit`, ``reason`` says why data sets do not go side by side, once that is known, and
+    ``kept`` is what is done already.
     """
 
     model: Callable[..., object]
@@ -163,6 +181,7 @@ class Many:
     jobs: int | None
     amortized: Answers | None = None
     reason: str | None = None
+    kept: Folder = field(default_factory=Folder)
 
     def __post_init__(self) -> None:
         options = self.options
@@ -194,12 +213,10 @@ class Many:
         again = [number for number in numbers if number not in done]
         if self.amortized is not None:
             bar.watch(AMORTIZED)
-            for number in list(again):
-                answer = self._answered(self.amortized, number)
-                if answer.verdict.status != "unreliable":
-                    again.remove(number)
-                    yield number, answer, True
-            numbers = again
+            answers = {number: self._answered(self.amortized, number) for number in numbers}
+            answered = [number for number, answer in answers.items() if answer.verdict.status != "unreliable"]
+            yield from ((number, answers[number], True) for number in answered if number in again)
+            again, numbers = ([number for number in part if number not in answered] for part in (again, numbers))
         if self.together and len(numbers) >= FEWEST and self.reason is None:
             for number, posterior in zip(numbers, self._side_by_side(numbers, bar), strict=False):
                 if posterior is None:
@@ -212,7 +229,7 @@ class Many:
         seeds = {number: derive(self.seed, f"data set {number}") for number in again}
         cases = {number: self.cases[number] for number in again}
         options = {name: value for name, value in self.options.items() if value is not None}
-        for number, posterior in fit_each(self.model, cases, options, seeds, self.jobs):
+        for number, posterior in fit_each(self.model, cases, options, seeds, self.jobs, self.kept.under_way):
             yield number, posterior, True
 
     def _answered(self, amortized: Answers, number: int) -> Posterior:

@@ -6,6 +6,7 @@ import importlib.util
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from pyro_flows._bundles import Entries
@@ -76,10 +77,16 @@ class FitTask:
 
 
 def fit_each(
-    model: Model, cases: Mapping[int, Case], options: Entries, seeds: Mapping[int, int], jobs: int | None
+    model: Model,
+    cases: Mapping[int, Case],
+    options: Entries,
+    seeds: Mapping[int, int],
+    jobs: int | None,
+    checkpoint: Callable[[int], Path | None],
 ) -> Iterator[tuple[int, Posterior]]:
     """Yield the number and the posterior of each data set in turn, with its model."""
-    tasks = [FitTask(model, number, case, options, seeds[number]) for number, case in cases.items()]
+    own = {number: {**options, "checkpoint": checkpoint(number)} for number in cases}
+    tasks = [FitTask(model, number, case, own[number], seeds[number]) for number, case in cases.items()]
     for (number, case), posterior in zip(cases.items(), run_all(tasks, jobs), strict=True):
         yield number, posterior if posterior.density is not None else with_model(posterior, model, case)
 

@@ -76,7 +76,8 @@ class Latent:
         numbers = max(density.numbers, len(self.parts) * max(map(_widest, self.flows)))
         recordable = density.batched and not self._by_parts and not density.by_rows
         # Graphs of their own, so that chains that go on repeat themselves.
-        self._recorder = Recorder(self._single, numbers, own=True, before=self._prepare) if recordable else None
+        given: dict[str, Any] = {"own": True, "before": self._prepare, "changed": density.faults}
+        self._recorder = Recorder(self._single, numbers, **given) if recordable else None
         self.leaps: Cache[Any, Runner | None] = Cache(LEAPS_KEPT)  # steps of trajectories
 
     @property

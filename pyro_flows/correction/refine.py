@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from pyro_flows import _checks, _stages
+from pyro_flows import _checks, _journal, _stages
 from pyro_flows._clock import Clock, unbounded
 from pyro_flows._interrupts import STATE, interruptible
 from pyro_flows._progress import Bar
@@ -23,6 +24,7 @@ from pyro_flows.correction.sampler import HAMILTONIAN, KEPT, MICROCANONICAL, SUB
 from pyro_flows.correction.smc import anneal
 from pyro_flows.correction.starts import NoStart, can_be_resumed, dispersed_points, flow_of, starting_points
 from pyro_flows.flows.mixture import FlowMixture
+from pyro_flows.model.unchanged import identity
 from pyro_flows.results.record import Record, Recorded
 from pyro_flows.results.scoring import score_pool
 from pyro_flows.verdict.chains import McmcDraws
@@ -43,6 +45,7 @@ LEAST = 1000  # draws that a pool is weighed for
 def refine(
     posterior: Recorded, *, method: str, chains: int, max_steps: int, max_seconds: float, seed: int | None,
     progress: bool,
+    checkpoint: str | os.PathLike[str] | None = None,
 ) -> Recorded:  # fmt: skip
     """Do what :meth:`~pyro_flows.posterior.posterior.Record.refine` says."""
     _checks.choice("method", method, METHODS)
@@ -55,16 +58,24 @@ def refine(
     posterior._need_density()
     if method == "nuts" and isinstance(posterior.flow, FlowMixture):
         raise ValueError("method: NUTS walks in the latent space of one flow, and this is a mixture; take 'auto'.")
-    with interruptible(), Bar("refine", progress) as bar:
+    _journal.check(checkpoint)
+    asked = {"method": method, "chains": chains, "max_steps": max_steps, "max_seconds": max_seconds, "seed": seed}
+    about = lambda: {"call": "refine", **asked, "draws": _draws_of(posterior), **identity(posterior._need_model())}  # noqa: E731
+    with interruptible(), Bar("refine", progress) as bar, _journal.keeping(checkpoint, about):
         work = Work(method, ASKED, most=posterior._need_density().most_gradients)
         STATE.hold(True)
         found = refined(posterior, work, chains, max_steps, seed, Clock(seconds, watch=bar.watch), bar)
         bar.close(f"{found.method}, {found.verdict.status}")
-    asked = {"method": method, "chains": chains, "max_steps": max_steps, "max_seconds": max_seconds, "seed": seed}
     settings = {**found.settings, "refinements": [*found.settings.get("refinements", []), asked]}
     if "gradient_evaluations" in settings:
         settings["gradient_evaluations"] += work.gradients
     return replace(found, settings=settings)
+
+
+def _draws_of(posterior: Recorded) -> list[int]:
+    """Return digests of a posterior's draws, weights and chains."""
+    chains = [] if posterior.chains is None else [posterior.chains.z, *posterior.chains.state.values()]
+    return [_journal.checksum(part) for part in ([posterior.z, posterior.log_p, posterior.log_weights], chains)]
 
 
 def refined(

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from pyro_flows import _mixing
+from pyro_flows._journal import loop
 from pyro_flows._seeding import derive
 from pyro_flows.correction.adaptation import Kernel
 from pyro_flows.correction.diagnostics import examined, slowest
@@ -31,10 +32,10 @@ from pyro_flows.correction.hmc import (
     swapped,
 )
 from pyro_flows.correction.kept import Kept, numbers_of
-from pyro_flows.correction.latent import Latent
+from pyro_flows.correction.latent import Latent, Points
 from pyro_flows.correction.metric import Metric, learned
 from pyro_flows.correction.stopping import next_look, resolved_sds, suffices, sweeps_needed
-from pyro_flows.verdict.chains import McmcDiagnostics, McmcDraws, diverge, objections
+from pyro_flows.verdict.chains import McmcDiagnostics, McmcDraws, as_numbers, diverge, objections
 from pyro_flows.verdict.thresholds import (
     DIVERGENT_SHARE_OF_CHAINS,
     DIVERGENT_TIMES_MOST,
@@ -70,6 +71,8 @@ class Sampler:
         numbers["exchange"] = self.exchange is not None
         self.swaps = self.exchange is None and are_copies(latent)
         self.round = [tuple(of.unbind(0)) for of in state["round"].unbind(0)] if state["round"].shape[1] == 3 else []
+        self.found: McmcDiagnostics | None = None  # the figures of the last look in a run
+        self.over = True  # no run is under way
         self.told = False  # whether the last look found enough draws, for all standard deviations too
         self.judged = None if chains.figures is None else (self._at(), chains.figures)
 
@@ -124,31 +127,60 @@ class Sampler:
         Unless ``patient``, the step size is halved as soon as ten times as many trajectories diverge as may, and chains
         are given up where the gradients would not do for that: each half begins the draws anew, at twice the cost.
         """
-        found, end = None, self.latent.density.evaluations + gradients
-        while self.numbers["sweeps"] < sweeps and self.latent.density.evaluations < end:
-            if self.numbers["fixed_at"] is None:
-                report(f"warm-up, sweep {self.numbers['sweeps']}")
-                self._warm_up()
-                if not self.round and self.latent.density.evaluations + self._needed() > end:
-                    return found
-                continue
-            report(f"sweep {self.numbers['sweeps']}")
-            self._keep(self._sweep())
-            least = DIVERGENT_SHARE_OF_CHAINS * len(self.points.x) * self.kept
-            if not patient and self.draws.total("diverging") > DIVERGENT_TIMES_MOST * least:
-                if self.numbers["halved"] >= HALVINGS or self.latent.density.evaluations + self._needed(0.5) > end:
-                    return found
+        end, self.found, self.over = self.latent.density.evaluations + gradients, None, False
+        with loop("chains", self.points.x) as kept:
+            kept.take(self._put_back)
+            while not self.over:
+                going = self.numbers["sweeps"] < sweeps and self.latent.density.evaluations < end
+                self.over = not going or self._go_on(end, report, patient, short_of)
+                kept.offer(self._state)
+            kept.end(self._state)
+        return self.found
+
+    def _go_on(self, end: float, report: Callable[[str], None], patient: bool, short_of: float) -> bool:
+        """Move once, and look at the draws when it is time to; return whether this is the end."""
+        if self.numbers["fixed_at"] is None:
+            report(f"warm-up, sweep {self.numbers['sweeps']}")
+            self._warm_up()
+            return not self.round and self.latent.density.evaluations + self._needed() > end
+        report(f"sweep {self.numbers['sweeps']}")
+        self._keep(self._sweep())
+        least = DIVERGENT_SHARE_OF_CHAINS * len(self.points.x) * self.kept
+        if not patient and self.draws.total("diverging") > DIVERGENT_TIMES_MOST * least:
+            if self.numbers["halved"] >= HALVINGS or self.latent.density.evaluations + self._needed(0.5) > end:
+                return True
+            self._begin_halved()
+        if len(self.draws) >= max(self.kept, self.numbers["checked"] + self.numbers.get("pause", self.kept // 2)):
+            found = self.found = self._looked_at()
+            left = max(end - self.latent.density.evaluations, 0.0)
+            if self.told or self.gradients_needed(found) > short_of * left:
+                return True
+            if diverge(found) and self.numbers["halved"] < HALVINGS:
                 self._begin_halved()
-            if len(self.draws) >= max(self.kept, self.numbers["checked"] + self.numbers.get("pause", self.kept // 2)):
-                found = self._looked_at()
-                left = max(end - self.latent.density.evaluations, 0.0)
-                if self.told or self.gradients_needed(found) > short_of * left:
-                    return found
-                if diverge(found) and self.numbers["halved"] < HALVINGS:
-                    self._begin_halved()
-                else:
-                    self._make_room(found)
-        return found
+            else:
+                self._make_room(found)
+        return False
+
+    def _state(self) -> dict[str, Any]:
+        """Return all that :meth:`run` changes."""
+        z, stats = self.draws.stacked()
+        figures = [as_numbers(self.found), self.judged and [self.judged[0], as_numbers(self.judged[1])]]
+        told = {"over": self.over, "told": self.told, "figures": figures, "kernel": self.kernel.stored()}
+        tensors = {"points": self.points, "metric": self.metric, "z": z, "stats": stats, "round": self.round}
+        return {**told, **tensors, "numbers": self.numbers, "density": self.latent.density.state()}
+
+    def _put_back(self, state: dict[str, Any]) -> None:
+        found, judged = state["figures"]
+        self.over, self.told, self.found = state["over"], state["told"], found and McmcDiagnostics.of(found)
+        self.judged = judged and (tuple(judged[0]), McmcDiagnostics.of(judged[1]))
+        self.points, self.metric, self.kernel = (
+            Points(*state["points"]),
+            Metric(*state["metric"]),
+            Kernel(**state["kernel"]),
+        )
+        self.draws, self.round = Kept(state["z"], state["stats"]), [tuple(of) for of in state["round"]]
+        self.numbers = state["numbers"]
+        self.latent.density.put_back(state["density"])
 
     def _needed(self, step: float = 1.0) -> float:
         """Return how many gradients the draws to be kept take at least, by the kernel, or with a part of its step."""

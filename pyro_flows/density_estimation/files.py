@@ -128,15 +128,6 @@ def _rebuild(text: Any, state: Any) -> Flow:
 # checkpoints ----------------------------------------------------------------------------------------------------------
 
 
-def check_checkpoint(path: str | os.PathLike[str] | None) -> None:
-    """Say before the work if no checkpoint can be written there."""
-    if path is None:
-        return
-    folder = Path(os.path.realpath(path)).parent
-    if Path(path).is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
-        raise ValueError(f"checkpoint: expected a file in a directory that can be written to, got {str(path)!r}.")
-
-
 def values_of(flow: Flow) -> list[float]:
     """Return what the flow makes of some points: the same for any two that are new, however their networks differ.
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from pyro_flows import _checks
+from pyro_flows import _checks, _journal
 from pyro_flows._interrupts import STATE, interruptible
 from pyro_flows._progress import Bar
 from pyro_flows._seeding import derive, seeded
@@ -128,7 +128,7 @@ def fit_density(
     began = CLOCKS[_checks.choice("clock", clock, CLOCKS)]()
     options = _checked(preprocess, levels, learning_rate, weight_decay, start, max_epochs, seed)
     seconds = math.inf if max_seconds is None else _checks.positive("max_seconds", max_seconds)
-    files.check_checkpoint(checkpoint)
+    _journal.check(checkpoint)
     device = like(flow).device if isinstance(flow, Flow) else None
     with interruptible(), alone(), seeded(derive(seed, "fit_density"), device):
         made = make(flow, data, context)

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from pyro_flows import _stages
+from pyro_flows._journal import milestone
 from pyro_flows._ledger import accepted
 from pyro_flows.correction.fallback import attempt
 from pyro_flows.correction.untrained import chains_of_gaussian
@@ -57,9 +58,12 @@ class Method(NamedTuple):
 def answered(at: Attempt, when: str) -> bool:
     """Try the methods of a moment in their order; say whether one of them ended the run."""
     for method in METHODS:
-        if method.when == when and method.asked(at) and (test := method.attempt(at)) is not None:
-            accepted(test)
-            return True
+        if method.when == when and method.asked(at):
+            test = method.attempt(at)
+            milestone()
+            if test is not None:
+                accepted(test)
+                return True
     return False
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -12,6 +14,7 @@ from torch import Tensor, fx
 from pyro_flows._batches import ROWS_AT_LEAST, nearby, rows_for
 from pyro_flows._cache import Cache
 from pyro_flows._fallbacks import fallback
+from pyro_flows._journal import evaluated
 from pyro_flows.graphs.graph import first_results, is_pure
 from pyro_flows.graphs.recording import Unrecordable, record
 from pyro_flows.graphs.rounding import DIGITS, agree, moved_by
@@ -47,6 +50,8 @@ class Recorder:
         own: whether each batch that is no larger than a piece has a graph of its own from its first call on, so that
             one point and batch size always give the same digits.
         before: what to do with points of a batch before it is recorded, such as to record what the function calls.
+        changed: an object of plain values, the only one that the function changes. With it, results may come from the
+            checkpoint of a call.
     """
 
     def __init__(
@@ -60,7 +65,9 @@ class Recorder:
         whole: Recorder | None = None,
         own: bool = False,
         before: Callable[[Tensor], object] = lambda z: None,
+        changed: object = None,
     ) -> None:
+        self._changed = changed
         self._function, self.given, self.unit, self.whole = function, tuple(given), unit, whole
         self._numbers, most = max(numbers, 1), rows_for(numbers)
         self._own, self._at, self._before = own, 1 if own else RECORDED_FROM, before
@@ -70,6 +77,7 @@ class Recorder:
         self.runners: Cache[Kind, Runner] = Cache(KINDS_KEPT)
         self._calls: Counter[Kind] = Counter()  # with a unit, by the size of a piece; otherwise all under size 0
         self._wasted: Counter[Kind] = Counter()  # numbers, by the size of a batch that had no graph of its own
+        self._examples: dict[Kind, Tensor] = {}  # a row (1, D) of the batches that graphs were recorded for
 
     def function(self, z: Tensor) -> tuple[Tensor, ...]:
         """Call the function itself."""
@@ -85,7 +93,7 @@ class Recorder:
     def __call__(self, z: Tensor) -> tuple[Tensor, ...]:
         """Return the function's results, without a graph of autograd's."""
         if self.reason is not None:
-            return self.function(z)
+            return tuple(self._evaluated([z], partial(self.function, z), self._changed))
         z = z.contiguous()
         rows = self._size(z)
         if len(z) == rows:
@@ -135,6 +143,25 @@ class Recorder:
         self._wasted.clear()
         self.reason = None
 
+    def state(self) -> dict[str, Any]:
+        """Return what decides by which graphs batches go, so that a run may go on elsewhere to the last digit."""
+        counts = [
+            [[rows, str(dtype), str(device), count] for (rows, dtype, device), count in counter.items()]
+            for counter in (self._calls, self._wasted)
+        ]
+        return {"graphs": [[kind[0], self._examples[kind]] for kind in self.runners], "counts": counts}
+
+    def put_back(self, state: Mapping[str, Any]) -> None:
+        """Go on from what :meth:`state` returned: record the graphs that there were, and count on."""
+        for rows, row in state["graphs"]:
+            kind = rows, row.dtype, row.device
+            if kind in self.runners or self._record(row.expand(rows, -1).contiguous()):
+                self.runners[kind]  # the last one that was used
+        for counter, counts in zip((self._calls, self._wasted), state["counts"], strict=True):
+            counter.clear()
+            for rows, dtype, device, count in counts:
+                counter[rows, getattr(torch, dtype.removeprefix("torch.")), torch.device(device)] = count
+
     def _piece(self, z: Tensor) -> tuple[Tensor, ...]:
         return self._pieces([z])[0]
 
@@ -144,11 +171,16 @@ class Recorder:
         while len(found) < len(pieces):
             runner, lent = self._runner(pieces[len(found)])
             if runner is None:
-                found.append(self.function(pieces[len(found)]))
+                piece = pieces[len(found)]
+                found.append(self._evaluated([piece], partial(self.function, piece), self._changed))
                 continue
-            results = runner.many([(piece, *self.given) for piece in pieces[len(found) :]])
+            rest = pieces[len(found) :]
+            results = self._evaluated(rest, partial(runner.many, [(piece, *self.given) for piece in rest]))
             found += [tuple(each[:1]) for each in results] if lent else results
         return found
+
+    def _evaluated(self, pieces: Sequence[Tensor], compute: Callable[[], Any], changed: object = None) -> Any:
+        return compute() if self._changed is None else evaluated(pieces, compute, changed)
 
     def _runner(self, z: Tensor) -> tuple[Runner | None, bool]:
         """Return the graph for such a piece, recorded if due, and whether it is the whole's, with more results."""
@@ -191,6 +223,7 @@ class Recorder:
         if not self._repeats(recorded, fresh):
             self.reason = fallback("not recorded: the graph gave other values at new points")
             return False
+        self._examples[len(z), z.dtype, z.device] = z[:1].clone()
         for gone in self.runners.put((len(z), z.dtype, z.device), runner):
             self._calls.pop(gone, None)
             self._wasted.pop(gone, None)

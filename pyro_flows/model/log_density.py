@@ -9,11 +9,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from itertools import pairwise
 
-import pyro
+import pyrofrom typing import Any
+
 import torch
 from torch import Tensor, fx
 
 from pyro_flows._clock import Clock
+from pyro_flows._journal import evaluated
 from pyro_flows._ledger import booked
 from pyro_flows._turns import turn
 from pyro_flows.graphs import Recorder
@@ -84,13 +86,26 @@ class LogDensity(SiteValues):
     def _take_own(self) -> None:
         """Evaluate by recorders of one's own, whose graphs have the data as constants."""
         (unit, large), numbers = self.work.rows(2), max(self.numbers, self.work.largest // (2 * LARGER))
-        self._with_gradients = Recorder(self._gradients, numbers, unit=unit)
-        self._values = Recorder(self._plain_values, numbers, unit=unit, large=large, whole=self._with_gradients)
+        about: dict[str, Any] = {"unit": unit, "changed": self.faults}
+        self._with_gradients = Recorder(self._gradients, numbers, **about)
+        self._values = Recorder(self._plain_values, numbers, large=large, whole=self._with_gradients, **about)
 
     def spend(self, gradients: int) -> None:
         """Count gradients that were taken of this density, here or by a graph of its own."""
         self.evaluations += gradients
         booked(gradients)
+
+    def state(self) -> dict[str, Any]:
+        """Return all that evaluations change, so that a run may go on elsewhere to the last digit."""
+        graphs = [recorder.state() for recorder in (self._with_gradients, self._values)]
+        return {"evaluations": self.evaluations, "faults": dict(vars(self.faults)), "graphs": graphs}
+
+    def put_back(self, state: Mapping[str, Any]) -> None:
+        """Go on from what :meth:`state` returned."""
+        for recorder, stored in zip((self._with_gradients, self._values), state["graphs"], strict=True):
+            recorder.put_back(stored)
+        self.evaluations = state["evaluations"]
+        vars(self.faults).update(state["faults"])
 
     def affordable(self, draws: int) -> int:
         """Return how many of so many draws a check may evaluate: fewer where evaluations write many numbers."""
@@ -205,7 +220,7 @@ class LogDensity(SiteValues):
                 found = [self._with_gradients(part) for part in self._portions(z, self._with_gradients)]
                 value, grad = found[0] if len(found) == 1 else map(torch.cat, zip(*found, strict=True))
                 return value.to(z.dtype), grad
-        return self.unrecorded(z)
+        return tuple(evaluated([z], lambda: self.unrecorded(z), self.faults))  # type: ignore[return-value]
 
     def _portions(self, z: Tensor, recorder: Recorder) -> Iterator[Tensor]:
         """Yield ``z`` in whole numbers of the recorder's pieces, with a look at the clock before each."""

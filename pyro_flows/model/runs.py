@@ -6,15 +6,18 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
+from typing import Any
 
 import torch
 from pyro import poutine
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from pyro_flows import _checks
 from pyro_flows._batches import rows_for
 from pyro_flows._clock import unbounded
 from pyro_flows._fallbacks import Tried, fallback, first_line
+from pyro_flows._journal import evaluated
 from pyro_flows._seeding import seeded
 from pyro_flows.model.arguments import usable
 from pyro_flows.model.batching import Found, Rows, advice, apart, filled_up, over_rows, pieces, possible_pieces, quiet
@@ -247,8 +250,16 @@ class Runs:
         """
         rows = partial(self.strictly, function, randomness=randomness)
         alone, add = partial(rows, batched=False), self.faults.add
-        found = possible_pieces(rows, z, alone=alone, halves=self.batched, instead=instead, note=add)
-        return filled_up(list(found), self.faults)
+
+        def compute() -> Any:
+            found = possible_pieces(rows, z, alone=alone, halves=self.batched, instead=instead, note=add)
+            return filled_up(list(found), self.faults)
+
+        given = tree_leaves(z)
+        moving = torch.is_grad_enabled() and (self._parameters or any(part.requires_grad for part in given))
+        if moving or randomness != "same":
+            return compute()
+        return evaluated(given, compute, self.faults)
 
     def strictly(
         self, function: Callable[[Rows], Found], z: Rows, *, randomness: str = "same", batched: bool | None = None

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import inspect
 import marshal
+import platform
+import sys
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import fields, is_dataclass
+from pathlib import Path
 from typing import Any, TypeGuard
 
 import numpy as np
+import pyro
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
@@ -19,6 +24,7 @@ from pyro_flows._fallbacks import Tried, first_line
 from pyro_flows._seeding import seeded
 from pyro_flows._tensors import storage_of
 from pyro_flows._turns import alone
+from pyro_flows.graphs import interpreter_is_built
 from pyro_flows.model.batching import quiet
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.model.sites import Keywords, Model, Positional
@@ -88,11 +94,11 @@ def digests(density: LogDensity) -> dict[str, str]:
     args, kwargs = density.args, density.kwargs
     names = [*_names(density.model), *map(str, range(len(args)))][: len(args)]
     given = [*zip(names, args, strict=False), *kwargs.items()]
-    found = {f"argument {name!r}": _digest(value) for name, value in given}
+    found = {f"argument {name!r}": digest_of(value) for name, value in given}
     known = {storage_of(leaf) for leaf in tree_leaves((args, kwargs)) if _is_strided(leaf)}
     for name, value in density.structure.observed.items():
         if not _is_strided(value) or storage_of(value) not in known:
-            found[f"the observed value of site {name!r}"] = _digest(value)
+            found[f"the observed value of site {name!r}"] = digest_of(value)
     return found
 
 
@@ -108,7 +114,8 @@ def _names(model: Model) -> list[str]:
     return []
 
 
-def _digest(value: object) -> str:
+def digest_of(value: object) -> str:
+    """Return a SHA-256 digest of an argument, see :func:`digests`."""
     total = hashlib.sha256()
     _feed(total.update, value)
     return total.hexdigest()
@@ -171,6 +178,50 @@ def _feed_table(total: Feed, value: Any) -> None:
     total(repr([*getattr(value, "columns", ())]).encode())
     with suppress(TypeError):  # cells that are lists or other objects
         _feed_array(total, pd.util.hash_pandas_object(value).to_numpy())
+
+
+def identity(density: LogDensity) -> dict[str, Any]:
+    """Return what tells a model with its arguments from others, in another process too, and what its numbers hang on.
+
+    These are digests of arguments and parameters, the log density at two points to the last digit, the packages, this
+    package's code, and the processor.
+    """
+    parameters = {name: digest_of(value) for name, value in density.parameters().items()}
+    return {
+        "model": qualname(density.model),
+        **digests(density),
+        "parameters": parameters,
+        "log density": None if type(density) is not LogDensity else _values(density),
+        "device": str(density.device),
+        "threads": torch.get_num_threads(),
+        "software": software(),
+    }
+
+
+def qualname(model: Callable[..., Any]) -> str:
+    """Return the name of a model, which is the same in another process."""
+    found = inspect.unwrap(model)
+    return str(getattr(found, "__qualname__", type(found).__qualname__))
+
+
+@torch.no_grad()
+def _values(density: LogDensity) -> list[str]:
+    found = []
+    with alone(), seeded(0, density.device), quiet():
+        for point in density.structure.points(1.0):
+            with suppress(Exception):  # code of the user's, which may raise anything
+                found.append(repr(float(density.single(point))))
+    return found
+
+
+@functools.cache
+def software() -> str:
+    """Return a digest of all that decides about the last digits of a result, but for the number of threads."""
+    total = hashlib.sha256(f"{torch.__version__} {pyro.__version__} {np.__version__} {interpreter_is_built()}".encode())
+    total.update(f"{sys.version} {platform.machine()} {torch.backends.cpu.get_cpu_capability()}".encode())
+    for file in sorted(Path(__file__).parents[1].rglob("*.py")):
+        total.update(file.read_bytes())
+    return total.hexdigest()
 
 
 # comparison -----------------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
@@ -57,6 +58,7 @@ class Drawn(Shown):
         max_seconds: float = math.inf,
         seed: int | None = None,
         progress: bool = True,
+        checkpoint: str | os.PathLike[str] | None = None,
     ) -> Self:
         r"""Let a sampler finish the work: many short chains in the flow's latent space, begun at its draws.
 
@@ -84,12 +86,14 @@ class Drawn(Shown):
             max_seconds: bound on the seconds.
             seed: of all moves; the posterior's own by default. One seed, one answer.
             progress: show what is being done, as :func:`fit` does.
+            checkpoint: a file that keeps what chains have come to, as that of :func:`fit` does.
 
         Returns:
             A new posterior. Its draws to use are the chains', at least as many as before, if it is refined.
 
         Raises:
-            ValueError: for a bad option, NUTS with a mixture, or if a loaded posterior needs its model for this.
+            ValueError: for a bad option, NUTS with a mixture, a checkpoint that is damaged or of another call, or if a
+                loaded posterior needs its model for this.
 
         References: Hoffman et al. 2019 (arXiv 1903.03704); Hoffman, Radul and Sountsov 2021 (ChEES); Margossian et al.
         2024 (nested R-hat, arXiv 2110.13017); Li et al. 2024 (arXiv 2409.04332).
@@ -106,7 +110,7 @@ class Drawn(Shown):
         from pyro_flows.correction.refine import refine
 
         options: dict[str, Any] = {"max_steps": max_steps, "max_seconds": max_seconds, "seed": seed}
-        return refine(self, method=method, chains=chains, progress=progress, **options)
+        return refine(self, method=method, chains=chains, progress=progress, checkpoint=checkpoint, **options)
 
     def sample(self, draws: int, *, seed: int = 0) -> dict[str, Tensor]:
         """Draw anew in the way of the verdict: ``{name: (draws, *shape)}``, constrained.

@@ -183,7 +183,7 @@ class _Family:
         self.sites = [latent for latent in density.structure.latents if latent.name in density.structure.hierarchical]
         self.size = sum(latent.size for latent in self.sites)
         self.evaluations = 0
-        self._recorder = Recorder(self._gradients, density.numbers)
+        self._recorder = Recorder(self._gradients, density.numbers, changed=density.faults)
 
     def information(self, log_precision: Tensor, center: Tensor) -> dict[str, Information]:
         """Cut precisions and centers (K,) into sites."""

@@ -9,6 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from pyro_flows._journal import evaluated
 from pyro_flows.graphs import refuse_recording
 from pyro_flows.model.batching import quiet
 from pyro_flows.model.gradients import hessian_diagonals, hessians
@@ -146,7 +147,7 @@ def _automatic(density: LogDensity, points: Tensor, second: Callable[..., Tensor
         return None
     try:
         with torch.no_grad(), quiet(), density.clock.watching():
-            found = second(density.single, points)
+            found = evaluated([points], lambda: second(density.single, points), density.faults)
     except RuntimeError:
         refuse_recording("second derivatives by differences")  # a run of the model for each coordinate and point
         return None

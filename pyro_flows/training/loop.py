@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from pyro_flows import _stages
 from pyro_flows._clock import Clock, unbounded
+from pyro_flows._journal import loop
 from pyro_flows._seeding import seeded
 from pyro_flows.flows.flow import Flow
 from pyro_flows.model.log_density import LogDensity
@@ -38,6 +40,7 @@ LIGHT = "weighting changes no result"
 STALLED = "training ended early: the importance weights hardly improved"
 STOPPED = "training was stopped"
 ENDLESS = "training ended early: the posterior seems to be improper"
+OWN = ("still", "why", "elbo", "try_from", "share", "ask_from", "ended")  # values of a run that steps change
 
 Report = Callable[[int, float, str], None]  # steps done, ELBO, state
 
@@ -133,8 +136,29 @@ def train(
     )
 
 
+@dataclass
+class _Cooling:
+    """A cool-down under way: steps that were done before it, its own steps, and the average of its last fifth.
+
+    Attributes:
+        why: ``LIGHT`` if the training is over after it, ``STALLED`` if it is a try, ``""`` if it is the last one.
+    """
+
+    why: str
+    begun: int
+    steps: int
+    past: int = 0
+    averaged: int = 0
+    average: Tensor | None = None
+
+    def add(self, weights: Tensor) -> None:
+        """Add the weights after a step to the average."""
+        self.averaged += 1
+        self.average = weights.clone() if self.average is None else self.average.lerp_(weights, 1.0 / self.averaged)
+
+
 class _Run:
-    """One run of the loop."""
+    """One run of the loop. All that it changes is in :meth:`_state`, so that it can go on after any step."""
 
     def __init__(self, trainer: Trainer, budget: Budget, check: Check, report: Report, look: Look | None) -> None:
         self.trainer, self.budget, self.check, self.report, self.look = trainer, budget, check, report, look
@@ -142,6 +166,8 @@ class _Run:
         self.first = len(trainer.losses)  # a race may have gone before
         self.still, self.why, self.elbo = False, "no steps", -math.inf
         self.try_from, self.share, self.ask_from = 0.0, 0.0, ASKED_AFTER
+        self.cooling: _Cooling | None = None
+        self.ended: str | None = None  # why, once it has; empty at the end of the last cool-down
 
     @property
     def done(self) -> int:
@@ -149,65 +175,118 @@ class _Run:
 
     def train(self, *, settle: bool) -> Training:
         """Do what :func:`train` says."""
-        budget, trainer = self.budget, self.trainer
-        with budget.clock.part(_stages.TRAINING):
-            self.ratchet.best = self.elbo = self.check.elbo()
-            early, steady = "", _steady_share(budget.steps)
-            while self.done < steady and budget.left(self.done) and not self.still and not early:
-                trainer.step(trainer.learning_rate * min(1.0, (self.done + 1) / WARM_UP))
-                if self.done % CHECK_EVERY == 0:
-                    early = self._checked(settle)
-            if early in (STALLED, ENDLESS):
-                return self._ended(False, f"{early} after {self.done} steps")
-            if early:
-                return self._ended(True, f"converged: {early} after {self.done} steps", early=True)
-            self._cool(max(COOL_AT_LEAST, min(int(COOL_SHARE * self.done), COOL_AT_MOST)))
-            steps = f"training did not converge in {self.done} steps"
-            return self._ended(self.still, f"converged: {self.why}" if self.still else f"{steps} ({self.why})")
+        with self.budget.clock.part(_stages.TRAINING), loop("training", self.trainer.weights) as kept:
+            if not kept.take(self._put_back):
+                self.ratchet.best = self.elbo = self.check.elbo()
+            while self.ended is None:
+                self._go_on(settle)
+                kept.offer(self._state)
+            kept.end(self._state)
+            return self._finished(self.ended)
         self.ratchet.rescue()
         done, few = self.done, len(self.monitor.elbos) < WINDOW
         why = f"{STOPPED} after {done} steps and did not converge" + (f" ({self.why})" if done else "")
-        return replace(self._ended(False, why), moving=not self.still and (self.monitor.restless or few))
+        return replace(self._result(False, why), moving=not self.still and (self.monitor.restless or few))
 
-    def _checked(self, settle: bool) -> str:
-        """Look at the functionals, and at the weights; return why the training is over, if the weights say so."""
+    def _go_on(self, settle: bool) -> None:
+        """Take one step, or end a stretch of them."""
+        trainer, done = self.trainer, self.done
+        if self.cooling is not None:
+            self._cool_on(self.cooling)
+        elif done < _steady_share(self.budget.steps) and self.budget.left(done) and not self.still:
+            trainer.step(trainer.learning_rate * min(1.0, (done + 1) / WARM_UP))
+            if self.done % CHECK_EVERY == 0:
+                self._look_at_all(settle)
+        else:
+            self._cool("", max(COOL_AT_LEAST, min(int(COOL_SHARE * done), COOL_AT_MOST)))
+
+    def _look_at_all(self, settle: bool) -> None:
+        """Look at the functionals, and at the weights: these may end the training, or begin a cool-down."""
         self.trainer.write()
         self.elbo = self.monitor.add(*self.check())
         self.still, self.why = self.monitor.stationary() if settle else (False, "a budget alone ends it")
         self.ratchet.look(self.elbo)
         self.report(self.first + self.done, self.elbo, "converging")
         if self.look is None or self.still:
-            return ""
+            return
         if self.look.endless is not None and self.done >= self.ask_from:
             self.ask_from = AGAIN * self.done
             if self.look.endless():
-                return ENDLESS
+                self.ended = ENDLESS
+                return
         if self.monitor.promises(self.look.gap) and self.look.weigh()[0]:
-            self._cool(COOL_EARLY)
-            return LIGHT
-        return self._tried(self.look) if self.done >= self.try_from and self.monitor.level() else ""
+            self._cool(LIGHT, COOL_EARLY)
+        elif self.done >= self.try_from and self.monitor.level():
+            self._cool(STALLED, COOL_TRIED)
 
-    def _tried(self, look: Look) -> str:
-        """Cool down for a while, and look at the weights; return why the training is over, if they say so."""
-        self._cool(COOL_TRIED)
-        enough, share = look.weigh()
-        stalled = look.stalls and share < ESS_SHARE_RISE * self.share
-        self.try_from, self.share = AGAIN * self.done if look.stalls else math.inf, share
-        return LIGHT if enough else STALLED if stalled else ""
+    def _cool(self, why: str, steps: int) -> None:
+        """Begin to lower the step size to zero."""
+        self.cooling = _Cooling(why, self.done, min(self.budget.left(self.done), steps))
 
-    def _cool(self, steps: int) -> None:
-        done = self.done
+    def _cool_on(self, cooling: _Cooling) -> None:
+        """Take one step on a cosine, or end the cool-down."""
+        trainer, steps, past = self.trainer, cooling.steps, cooling.past
+        if past == steps or not self.budget.left(cooling.begun + past):
+            self._end_cooling(cooling)
+            return
+        trainer.step(trainer.learning_rate * 0.5 * (1.0 + math.cos(math.pi * past / steps)))
+        cooling.past += 1
+        if past >= (1.0 - AVERAGED_SHARE) * steps:
+            cooling.add(trainer.weights)
+        if cooling.past % CHECK_EVERY == 0:
+            trainer.write()
+            value = self.check.elbo()
+            self.ratchet.look(value)
+            self.report(self.first + cooling.begun + cooling.past, value, "cooling")
 
-        def told(past: int, elbo: float) -> None:
-            self.report(self.first + done + past, elbo, "cooling")
+    def _end_cooling(self, cooling: _Cooling) -> None:
+        """Keep the average if the ELBO does not fall; then go on, or end."""
+        trainer, self.cooling = self.trainer, None
+        trainer.write()
+        self.elbo = self.ratchet.look(self.check.elbo())
+        if cooling.average is not None:
+            last, kept = self.elbo, trainer.keep()
+            trainer.assign(cooling.average)
+            better = self.check.elbo()
+            if not better >= last:
+                trainer.assign(kept)
+            self.elbo = max(better, last)
+        self.ended = self._tried() if cooling.why == STALLED else cooling.why
 
-        steps = min(self.budget.left(done), steps)
-        self.elbo = _cool(self.trainer, self.budget, done, steps, self.check, self.ratchet, told)
+    def _tried(self) -> str | None:
+        """Look at the weights after a try; return why the training is over, if they say so."""
+        assert self.look is not None
+        enough, share = self.look.weigh()
+        stalled = self.look.stalls and share < ESS_SHARE_RISE * self.share
+        self.try_from, self.share = AGAIN * self.done if self.look.stalls else math.inf, share
+        return LIGHT if enough else STALLED if stalled else None
 
-    def _ended(self, still: bool, why: str, *, early: bool = False) -> Training:
+    def _finished(self, ended: str) -> Training:
+        if ended in (STALLED, ENDLESS):
+            return self._result(False, f"{ended} after {self.done} steps")
+        if ended:
+            return self._result(True, f"converged: {ended} after {self.done} steps", early=True)
+        steps = f"training did not converge in {self.done} steps"
+        return self._result(self.still, f"converged: {self.why}" if self.still else f"{steps} ({self.why})")
+
+    def _result(self, still: bool, why: str, *, early: bool = False) -> Training:
         moving = not still and self.monitor.restless
         losses, trainer = self.trainer.losses[self.first :], self.trainer
         return Training(losses, self.elbo, still, moving, why, trainer.skipped, self.ratchet.falls, early=early)
+
+    def _state(self) -> dict[str, Any]:
+        own = {name: getattr(self, name) for name in OWN}
+        parts = {"monitor": vars(self.monitor), "ratchet": self.ratchet.state(), "trainer": self.trainer.state()}
+        cooling = None if self.cooling is None else vars(self.cooling)
+        return {"own": own, **parts, "cooling": cooling, "density": self.trainer.density.state()}
+
+    def _put_back(self, state: dict[str, Any]) -> None:
+        for name in OWN:
+            setattr(self, name, state["own"][name])
+        self.monitor, self.cooling = Monitor(**state["monitor"]), state["cooling"] and _Cooling(**state["cooling"])
+        self.ratchet.put_back(state["ratchet"])
+        self.trainer.put_back(state["trainer"])
+        self.trainer.density.put_back(state["density"])
 
 
 class _Ratchet:
@@ -215,6 +294,14 @@ class _Ratchet:
 
     def __init__(self, trainer: Trainer, elbo: float) -> None:
         self.trainer, self.kept, self.best, self.falls = trainer, trainer.keep(), elbo, 0
+
+    def state(self) -> dict[str, Any]:
+        """Return all that looks change."""
+        return {"kept": self.kept, "best": self.best, "falls": self.falls}
+
+    def put_back(self, state: dict[str, Any]) -> None:
+        """Go on from what :meth:`state` returned."""
+        self.kept, self.best, self.falls = state["kept"], state["best"], state["falls"]
 
     def look(self, elbo: float) -> float:
         """Keep the present parameters if they are the best, go back if they are far from it; return their ELBO."""
@@ -236,39 +323,3 @@ class _Ratchet:
 def _steady_share(steps: int) -> int:
     """How many of ``steps`` may pass before the cool-down has to begin."""
     return max(steps - max(COOL_AT_LEAST, int(steps * COOL_SHARE / (1.0 + COOL_SHARE))), steps // 2)
-
-
-def _cool(
-    trainer: Trainer,
-    budget: Budget,
-    done: int,
-    steps: int,
-    check: Check,
-    ratchet: _Ratchet,
-    report: Callable[[int, float], None],
-) -> float:
-    """Lower the step size to zero along a cosine; average the last fifth, kept if the ELBO does not fall."""
-    average: Tensor | None = None
-    averaged = 0
-    for step in range(steps):
-        if not budget.left(done + step):
-            break
-        trainer.step(trainer.learning_rate * 0.5 * (1.0 + math.cos(math.pi * step / steps)))
-        if step >= (1.0 - AVERAGED_SHARE) * steps:
-            averaged += 1
-            average = trainer.keep() if average is None else average.lerp_(trainer.weights, 1.0 / averaged)
-        if (step + 1) % CHECK_EVERY == 0:
-            trainer.write()
-            value = check.elbo()
-            ratchet.look(value)
-            report(step + 1, value)
-    trainer.write()
-    last = ratchet.look(check.elbo())
-    if average is None:
-        return last
-    kept = trainer.keep()
-    trainer.assign(average)
-    better = check.elbo()
-    if not better >= last:
-        trainer.assign(kept)
-    return max(better, last)

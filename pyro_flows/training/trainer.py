@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ BLEND = 0.5
 DEFENSIVE = 0.3
 LOOK_EVERY = 10  # steps between two looks at what they have come to, since a look makes a GPU wait
 EAGER_STEPS = 10  # a shorter run would not pay for recording
+PLAIN = ("learning_rate", "evaluation", "_recordable", "_blend", "_careful", "_skips_seen")  # that steps change
 
 
 class Trainer:
@@ -49,6 +51,7 @@ class Trainer:
         self._points = BasePoints(flow)
         self._drawn: list[tuple[Tensor, Tensor]] = []
         self._step: Step | None = None
+        self._to_record = False  # the step that there was where the training was broken off
         self._recordable = not self.extra
         self.evaluation = "eager"
         self.moments = Moments.fresh(self.weights)
@@ -92,6 +95,22 @@ class Trainer:
         self.learning_rate *= 0.5
         self.moments = self.moments.forget()
 
+    def state(self) -> dict[str, Any]:
+        """Return all that steps change, so that they may go on elsewhere to the last digit."""
+        numbers = {name: getattr(self, name) for name in PLAIN}
+        tensors = {"weights": self.weights, "moments": self.moments, "left_out": self._left_out, "drawn": self._drawn}
+        return {**tensors, "losses": self.losses, "recorded": self._step is not None, **numbers}
+
+    def put_back(self, state: Mapping[str, Any]) -> None:
+        """Go on from what :meth:`state` returned; the step is recorded again once there is another one."""
+        self.moments = Moments(*state["moments"])
+        self._losses, self._pending, self._left_out = list(state["losses"]), [], state["left_out"]
+        self._drawn = [(x, ratio) for x, ratio in state["drawn"]]
+        for name in PLAIN:
+            setattr(self, name, state[name])
+        self._to_record = state["recorded"]
+        self.assign(state["weights"])
+
     # steps ----------------------------------------------------------------------------------------------------------
 
     def step(self, learning_rate: float) -> None:
@@ -100,6 +119,8 @@ class Trainer:
         if self.extra:
             self._advance(*self._elbo(), learning_rate)
             return
+        if self._to_record:
+            self._record_again()
         if not self._drawn:
             self._look()
         x, log_importance_ratio = self._drawn.pop()
@@ -147,6 +168,13 @@ class Trainer:
         self.write()
         estimate = elbo(self.flow, self.density, self.batch)
         return gradient_of(estimate.loss, self.parameters), estimate.terms, estimate.log_weights
+
+    def _record_again(self) -> None:
+        """Record the step where the training goes on elsewhere; what that changes besides was changed before."""
+        self._to_record, faults = False, dict(vars(self.density.faults))
+        with torch.random.fork_rng(devices=[]):
+            self._record()
+        vars(self.density.faults).update(faults)
 
     def _record(self) -> None:
         self._recordable = False

@@ -1,0 +1,345 @@
+"""Calls that are stopped at any moment go on from their checkpoint, to the last digit of unbroken ones."""
+
+import hashlib
+import json
+import multiprocessing
+import os
+import random
+import signal
+import time
+import warnings
+from contextlib import suppress
+from dataclasses import replace
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+
+import pyro_flows as pf
+from pyro_flows import _journal
+from pyro_flows._clock import Clock
+from pyro_flows.calibration.folder import Folder
+from pyro_flows.model.unchanged import identity
+
+Y = torch.tensor([1.0, 2.5, 0.5, 3.0, 1.5, 2.0])
+
+
+class Stopped(BaseException):
+    """No ``Exception``, so that nothing takes it for a failure of the model."""
+
+
+def normal(y):
+    mu = pyro.sample("mu", dist.Normal(0.0, 5.0))
+    sigma = pyro.sample("sigma", dist.HalfNormal(5.0))
+    pyro.sample("y", dist.Normal(mu, sigma).expand([len(y)]).to_event(1), obs=y)
+
+
+def bent(y):
+    x = pyro.sample("x", dist.Normal(0.0, 1.0))
+    w = pyro.sample("w", dist.Normal(torch.sin(3.0 * x), 0.3))
+    pyro.sample("y", dist.Normal(x * w, 0.5), obs=y)
+
+
+def by_start(**more):
+    return pf.fit(normal, Y, draws=200, progress=False, **more)
+
+
+def by_flow(**more):
+    options = {"flow": "realnvp", "layers": 2, "max_steps": 90, "escalate": False, "refine": False}
+    return pf.fit(bent, torch.tensor(0.4), draws=100, progress=False, **options, **more)
+
+
+def narrow(y):
+    pyro.sample("x", dist.Normal(0.0, 0.3))
+    pyro.sample("w", dist.Normal(0.0, 0.3))
+
+
+def by_chains(**more):
+    started = pf.diagnose(bent, narrow, torch.tensor(0.4), draws=400)
+    return started.refine(chains=16, max_steps=100, progress=False, **more)
+
+
+CALLS = [(by_start, Stopped), (by_flow, KeyboardInterrupt), (by_chains, Stopped)]
+
+
+def numbers(posterior):
+    """All that a call returns, but for seconds."""
+    fields = {name: getattr(posterior, name) for name in ("z", "log_p", "log_q", "log_weights", "losses")}
+    chains = {} if posterior.chains is None else {"chains": posterior.chains.z, **posterior.chains.state}
+    tensors = {**fields, **posterior.samples, **chains}
+    settings = {name: value for name, value in posterior.settings.items() if name != "seconds"}
+    plain = [str(posterior.verdict), posterior.history, settings, posterior.log_evidence, posterior.k_hat]
+    return {name: _journal.checksum([value]) for name, value in tensors.items()} | {"plain": repr(plain)}
+
+
+def called(call, **more):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a fit that is cut so short is unreliable
+        return numbers(call(**more))
+
+
+def stopping(monkeypatch, at, error=Stopped):
+    """Raise an error at the ``at``-th look at the clock, as all evaluations take one; return the list of looks."""
+    looks, look = [], Clock.look
+
+    def counted(self):
+        looks.append(None)
+        if len(looks) == at:
+            raise error
+        look(self)
+
+    monkeypatch.setattr(Clock, "look", counted)
+    return looks
+
+
+@pytest.mark.parametrize(("call", "error"), CALLS)
+def test_a_call_goes_on_to_the_last_digit(call, error, tmp_path, monkeypatch):
+    """After an error, and after Ctrl-C, with which a fit returns what it has."""
+    monkeypatch.setattr(_journal, "EVERY", 0.0)
+    with monkeypatch.context() as patch:
+        looks = stopping(patch, -1)
+        expected = called(call)
+    path, at = tmp_path / "kept", random.Random(len(looks)).randrange(len(looks) // 2, len(looks))
+    with monkeypatch.context() as patch:
+        stopping(patch, at, error)
+        found = expected
+        with suppress(Stopped):
+            found = called(call, checkpoint=path)
+        assert (found == expected) == (error is Stopped)
+    with monkeypatch.context() as patch:
+        again = stopping(patch, -1)
+        assert called(call, checkpoint=path) == expected
+    assert len(again) < len(looks) or call is by_start
+
+
+# evaluations ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.falls_back
+def test_evaluations_of_slow_models_are_kept_and_those_that_draw_are_not(tmp_path, monkeypatch):
+    runs = []
+
+    def branching(y):
+        x = pyro.sample("x", dist.Normal(0.0, 1.0))
+        runs.append(float(x.detach()))
+        if runs[-1] > 1.5:
+            raise ValueError("too large")
+        pyro.deterministic("twice", 2.0 * x)
+        pyro.sample("y", dist.Normal(x, 0.5), obs=y)
+
+    monkeypatch.setattr(_journal, "DENSE", float("inf"))
+    z, results = torch.linspace(-1.0, 2.0, 7)[:, None], []
+    for _ in range(2):
+        density = pf.LogDensity(branching, (torch.tensor(0.7),))
+        runs.clear()
+        with _journal.keeping(tmp_path / "kept", lambda: {"call": "this"}), torch.no_grad():
+            found = [density(z), *density.value_and_grad(z), density.constrain(z)["twice"]]
+        results.append([*(value.nan_to_num().tolist() for value in found), vars(density.faults), density.evaluations])
+        if len(results) == 1:
+            assert len(runs) > 20
+    assert not runs
+    assert results[0] == results[1]
+    assert results[0][-2]["undefined"] == 3
+
+    drawn = []
+    for _ in range(2):
+        with _journal.keeping(tmp_path / "random", lambda: {}):
+            found = _journal.evaluated([z], lambda: (torch.rand(7),), density.faults)
+            drawn.append(found[0].tolist())
+    assert drawn[0] != drawn[1]
+
+
+def test_what_is_inside_of_a_step_is_no_step_and_what_comes_after_a_cut_is_not_kept(tmp_path):
+    def step(value):
+        def compute():
+            _journal.evaluated([value], lambda: [value + 1.0])
+            time.sleep(0.002)
+            return [2.0 * value]
+
+        return _journal.evaluated([value], compute)[0]
+
+    one = torch.ones(1)
+    with _journal.keeping(tmp_path / "kept", lambda: {}):
+        assert step(one) == step(one) == 2.0
+        _journal.stop()
+        step(one)
+    kept = _journal.Journal(tmp_path / "kept", {})
+    assert list(kept.evaluations) == [0, 1]
+    with _journal.keeping(tmp_path / "kept", lambda: {}), pytest.raises(ValueError, match="got others at a step"):
+        step(one + 1.0)
+
+
+# files ----------------------------------------------------------------------------------------------------------------
+
+
+def sealed(body):
+    return _journal.FORMAT + hashlib.sha256(body).hexdigest().encode() + b"\n" + body
+
+
+def test_files_of_others_and_damaged_ones_are_refused_before_the_work(tmp_path):
+    path = tmp_path / "kept"
+    with _journal.keeping(path, lambda: {"seed": 1}):
+        _journal.evaluated([torch.ones(3)], lambda: time.sleep(0.002) or [torch.zeros(3)])
+    whole = path.read_bytes()
+    body = whole.split(b"\n", 2)[2]
+    text, _, data = body.partition(b"\n")
+    other = json.loads(text)
+    tensors = [["float64", [2**40]], ["float32", [-3]], ["float32", [True]], ["load", [3]], ["float32"], "float32"]
+    steps = [[[0], [[5, {"tensor": form}, 12]]] for form in tensors]
+    steps += [[[0], [["5", [], 0]]], [[0, 1], [[5, [], 0]]], {}, [[0], [[5, [], 12]]]]
+    forms = [sealed(json.dumps({**other, "steps": one}).encode() + b"\n" + data) for one in steps]
+    deep = sealed(b"[" * 100_000 + b"\n" + data)
+    for bad in (whole[:-1], whole[:60], whole.replace(b"seed", b"feed"), sealed(b"{}\n"), deep, *forms):
+        path.write_bytes(bad)
+        with pytest.raises(
+            ValueError, match=r"^checkpoint: expected a whole file, got .*kept', damaged \(.*to begin anew"
+        ):
+            _journal.Journal(path, {"seed": 1})
+    for bad in (b"", b"pyro_flows density checkpoint 2\n", b"\x80\x04\x95"):
+        path.write_bytes(bad)
+        with pytest.raises(ValueError, match=r"^checkpoint: expected one of this release and call, got"):
+            _journal.Journal(path, {"seed": 1})
+    path.write_bytes(whole)
+    with pytest.raises(ValueError, match=r"^checkpoint: expected one of this call, got .* \(different: seed, draws\)"):
+        _journal.Journal(path, {"seed": 2, "draws": 3})
+    assert path.read_bytes() == whole
+
+
+def test_a_checkpoint_belongs_to_a_model_its_data_and_options(tmp_path):
+    path = tmp_path / "kept"
+    density = pf.LogDensity(normal, (Y,))
+    about = {"call": "fit", **identity(density)}
+    assert about == {"call": "fit", **identity(pf.LogDensity(normal, (Y.clone(),)))}
+    other = identity(pf.LogDensity(normal, (Y + 1.0,)))
+    assert [name for name in other if other[name] != about[name]] == ["argument 'y'", "log density"]
+    with _journal.keeping(path, lambda: about):
+        _journal.evaluated([Y], lambda: time.sleep(0.01) or [Y])
+    with pytest.raises(ValueError, match=r"^checkpoint: expected one of this call, .*draws, seed"):
+        by_start(checkpoint=path)
+    with pytest.raises(ValueError, match=r"^checkpoint: expected a file in a directory that can be written to"):
+        by_start(checkpoint=tmp_path)
+
+    def subsampled(y):
+        mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+        with pyro.plate("row", len(y), subsample_size=2) as rows:
+            pyro.sample("y", dist.Normal(mu, 1.0), obs=y[rows])
+
+    with pytest.raises(ValueError, match=r"^checkpoint: expected a model whose plates have their full size"):
+        pf.fit(subsampled, Y, checkpoint=path, progress=False)
+
+
+# fit_many -------------------------------------------------------------------------------------------------------------
+
+
+def guide(y):
+    pyro.sample("mu", dist.Normal(y.mean(), 0.5))
+    pyro.sample("sigma", dist.LogNormal(0.0, 0.5))
+
+
+class Answers:
+    """What answers at once in the place of a fit."""
+
+    def __repr__(self):
+        return "answers"
+
+    def posterior(self, y, *, model_kwargs, draws, seed):
+        found = pf.diagnose(normal, guide, y, draws=draws, seed=seed)
+        return replace(found, verdict=replace(found.verdict, status="corrected"))
+
+
+def by_many(**more):
+    options = {"draws": 100, "progress": False, "refine": False, "escalate": False, "max_steps": 40}
+    return pf.fit_many(normal, [Y, Y[:5] + 1.0], **{**options, **more})
+
+
+def many_numbers(**more):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return [
+            [*map(_journal.checksum, ([*one.samples.values()], [one.log_weights])), str(one.verdict)]
+            for one in by_many(**more)
+        ]
+
+
+def stop_adding(patch, number):
+    """Raise as the posterior of a data set is to be saved."""
+    add = Folder.add
+
+    def stopped(self, at, posterior):
+        if at == number:
+            raise Stopped
+        add(self, at, posterior)
+
+    patch.setattr(Folder, "add", stopped)
+
+
+def test_many_answers_go_on_from_a_folder(tmp_path, monkeypatch):
+    path, answers = tmp_path / "kept", {"amortized": Answers()}
+    expected = many_numbers(**answers)
+    with monkeypatch.context() as patch:
+        stop_adding(patch, 1)
+        with pytest.raises(Stopped):
+            many_numbers(checkpoint=path, **answers)
+    assert sorted(item.name for item in path.iterdir()) == ["0", "fit_many.json"]
+    assert many_numbers(checkpoint=path, **answers) == expected
+    with pytest.raises(ValueError, match=r"^checkpoint: expected one of this call, got .* other options"):
+        by_many(checkpoint=path, seed=1, **answers)
+    (path / "0" / "guide.pt").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"^checkpoint: .* is damaged"):
+        by_many(checkpoint=path, **answers)
+    with pytest.raises(ValueError, match=r"^checkpoint: expected a new folder or one of fit_many"):
+        by_many(checkpoint=path / "0", **answers)
+
+
+@pytest.mark.slow
+def test_many_fits_go_on_from_a_folder(tmp_path, monkeypatch):
+    path, expected = tmp_path / "kept", many_numbers()
+    with monkeypatch.context() as patch:
+        stop_adding(patch, 1)
+        with pytest.raises(Stopped):
+            many_numbers(checkpoint=path)
+    assert sorted(item.name for item in path.iterdir()) == ["0", "1.journal", "fit_many.json"]
+    assert many_numbers(checkpoint=path) == expected
+
+
+# kills ----------------------------------------------------------------------------------------------------------------
+
+
+def in_a_fork(work, *, end=None, number=signal.SIGKILL):
+    """Return what ``work`` returns in a forked process, and its seconds; None if a signal ended it before."""
+    context = multiprocessing.get_context("fork")
+    inside, outside = context.Pipe()
+
+    def run():
+        torch.set_num_threads(1)
+        _journal.EVERY = 0.0
+        outside.send(None)
+        began = time.monotonic()
+        outside.send((work(), time.monotonic() - began))
+
+    process = context.Process(target=run)
+    process.start()
+    inside.recv()
+    if end is not None and not inside.poll(end):
+        os.kill(process.pid, number)
+    found = None
+    with suppress(EOFError):
+        outside.close()
+        found = inside.recv()
+    process.join()
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("call", "kills"), [(by_flow, 12), (by_chains, 12), (by_start, 4)])
+def test_killed_at_any_moment(call, kills, tmp_path):
+    expected, seconds = in_a_fork(lambda: called(call))
+    chance, ended = random.Random(kills), 0
+    for trial in range(kills):
+        path = tmp_path / str(trial)
+        found = in_a_fork(lambda path=path: called(call, checkpoint=path), end=chance.uniform(0.0, seconds))
+        ended += found is None
+        assert in_a_fork(lambda path=path: called(call, checkpoint=path))[0] == expected
+        assert [item.name for item in tmp_path.iterdir() if item.name.startswith(".")] == []
+    print(f"{call.__name__}: {ended} of {kills} killed on the way, all went on to the same numbers")
