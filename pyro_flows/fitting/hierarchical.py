@@ -25,8 +25,8 @@ from pyro_flows.fitting.marginal_density import MarginalDensity
 from pyro_flows.fitting.plan import Plan
 from pyro_flows.fitting.ranks import Followed, RowsOfRank, ranks
 from pyro_flows.guides.collapsed import FEW_PARTS, FULL_UP_TO, climb
+from pyro_flows.guides.crossed import CrossedMarginal
 from pyro_flows.guides.hierarchical import AutoHierarchicalFlow
-from pyro_flows.guides.marginal import Marginal
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.model.observations import NothingObservedWarning
 from pyro_flows.model.sites import messages
@@ -41,7 +41,6 @@ from pyro_flows.verdict.thresholds import ESS_SHARE_LEAST, K_HAT_GOOD, ROW_ERROR
 from pyro_flows.verdict.weighing import in_words, weigh
 
 WHOLE_UP_TO = 1000  # latents that are judged together, if the model has all rows at each run
-MARGINAL_DRAWS = 1000  # of the globals, each of which takes a pass over all rows
 LOOKED_AT, TRIED = 64, 400  # draws at which rows are looked at; by which a round of training is judged
 TIMED = 4  # draws that tell how long judging takes
 ROUND = 500  # steps of the first round; each next one has twice as many
@@ -153,7 +152,7 @@ def _seconds_to_judge(guide: AutoHierarchicalFlow, density: MarginalDensity, dra
     """Time a few evaluations, and return about how many seconds judging takes at most."""
     began = monotonic()
     density.marginal(_global_draw(guide)(TIMED)[0])
-    return (monotonic() - began) / TIMED * POOL * min(draws, MARGINAL_DRAWS) + 0.1
+    return (monotonic() - began) / TIMED * POOL * density.affordable(draws) + 0.1
 
 
 def _concluded(
@@ -229,9 +228,10 @@ def _check_rows(found: _Checks, guide: AutoHierarchicalFlow, density: MarginalDe
         "rows": rows,
         "worst_rows": [[row.plate, row.row] for row in worst] + [list(row) for row in second],
     }
+    how = "normal distributions of all" if isinstance(marginal, CrossedMarginal) else f"{marginal.count} draws of each"
     found.notes.append(
-        f"samples hold the latents outside of plates; those of {rows:,} rows were integrated out by {marginal.count} "
-        f"draws of each (error {errors.differences:.2g} nats, of the log evidence {errors.level:.2g} nats), and "
+        f"samples hold the latents outside of plates; those of {rows:,} rows were integrated out by {how} "
+        f"(error {errors.differences:.2g} nats, of the log evidence {errors.level:.2g} nats), and "
         "local_samples() draws them"
     )
 
@@ -251,7 +251,9 @@ def _posterior(
         warnings.warn(what, NothingObservedWarning, stacklevel=outside())
     said = {**about, "settings": {**about["settings"], **checks.settings}}
     said |= {"notes": checks.notes, "failures": checks.failures}
-    count = min(draws, MARGINAL_DRAWS)
+    if isinstance(density.marginal, CrossedMarginal):
+        said["times"] = 1
+    count = density.affordable(draws)
     found = from_draws(density, _global_draw(guide), draws=count, seed=seed, guide=guide, **said)
     if said["settings"].get("diagnosed"):
         return found
@@ -260,7 +262,7 @@ def _posterior(
 
 def _second_mode(density: MarginalDensity, z: Tensor, seed: int) -> list[str]:
     """Say where climbs from draws of the prior end, if that is far from the draws ``z`` and about as high."""
-    values = density.prior(PRIOR_DRAWS, seed=seed)
+    values = density.prior(min(PRIOR_DRAWS, density.affordable(POOL * PRIOR_DRAWS) // POOL), seed=seed)
     if values is None or density.dim > FULL_UP_TO:
         return []
     few = density.marginal.with_parts(FEW_PARTS)
@@ -296,7 +298,7 @@ def _named(names: list[str], rows: int, what: str) -> list[str]:
 
 def _is_good(guide: AutoHierarchicalFlow, density: MarginalDensity) -> tuple[bool, float]:
     """Return whether weights of the globals correct what is wrong with the draws, and the ELBO."""
-    z, log_q = _global_draw(guide)(TRIED)
+    z, log_q = _global_draw(guide)(min(TRIED, density.affordable(POOL * TRIED) // POOL))
     density.marginal.choose_count(z[:LOOKED_AT])
     found = weigh(z, density(z), log_q)
     return found.k_hat < K_HAT_GOOD and found.ess >= ESS_SHARE_LEAST * len(z), found.elbo
@@ -370,7 +372,7 @@ def _global_draw(guide: AutoHierarchicalFlow) -> Draw:
 def _marginal(guide: AutoHierarchicalFlow, args: Any, kwargs: Any, seed: int) -> MarginalDensity:
     """Return the log density of the globals; see :class:`MarginalDensity`."""
     middle = _global_draw(guide)(LOOKED_AT)[0].median(0).values
-    return MarginalDensity(Marginal(guide._rows(args, kwargs), middle, guide._start, seed))
+    return MarginalDensity(guide.density_of_globals(args, kwargs, middle, seed))
 
 
 def _whole_draw(

@@ -70,6 +70,7 @@ NORMAL = 1e-4  # mean relative variance of the weights of a row, below which row
 TRIES, FAR, SECOND = 4, 3.0, 0.01  # prior draws from which second modes are sought; sds apart; least part of the mass
 REACHED = 0.3  # draws that fall within a standard deviation of a second mode, from which on it is integrated over
 MOST_DIMENSIONS = 21201  # of torch's Sobol points
+MOST_DRAWS = 1000  # of the globals that are judged, each of which takes a pass over all rows
 ALL = ""  # in the place of a plate: all latents in plates are one row
 
 
@@ -152,6 +153,7 @@ class Marginal:
         first: the approximation at ``z``.
         parts: the rows of each run.
         clock: is looked at before each part of the data.
+        most_draws: how many draws of the globals are judged.
 
     Raises:
         ValueError: if rows are drawn and are not independent given the globals; without ``most``, if the model is
@@ -169,7 +171,7 @@ class Marginal:
         most: int | None = None,
     ) -> None:
         self.rows, self.start, self.seed, self.remember = rows, start, seed, remember
-        self.clock = unbounded()
+        self.clock, self.most_draws = unbounded(), MOST_DRAWS
         self.first = rows.near_mode(z, start, {})
         again = rows.run(z, at_values(self.first.base), self.first.at.chosen).densities()
         if any(

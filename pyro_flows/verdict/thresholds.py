@@ -181,6 +181,11 @@ EVIDENCE_GAP_OF_RUNS = 0.3
 # chosen; an error of this size moves a mean by as many sds at most.
 ROW_ERROR_MOST = 0.2
 
+# Latents in crossed plates: sds of a row between two modes, from which on the second counts. Source: chosen.
+CROSSED_MODES_APART = 3.0
+# The same: nats that the mass at a second mode may be lower. Source: chosen.
+CROSSED_MODE_LOWER = -5.0
+
 # ---- data ------------------------------------------------------------------------------------------------------------
 
 # Amortized posterior: share of simulated data sets that may be as far out, at either end, as data that count as

@@ -22,7 +22,7 @@ class Whole:
     Cost: that of a look at each parameter's address.
 
     >>> import torch
-    >>> from pyro_flows.svi.whole import Whole
+    >>> from pyro_flows.guides.whole import Whole
     >>> parameters = [torch.nn.Parameter(torch.ones(2)), torch.nn.Parameter(torch.zeros(1, 1))]
     >>> whole = Whole(parameters)
     >>> whole.vector.data.mul_(3.0)
@@ -35,6 +35,8 @@ class Whole:
         if len({(part.dtype, part.device) for part in parameters}) != 1:
             raise ValueError("parameters: expected one dtype and device.")
         self.parameters = list(parameters)
+        self._gradient: Tensor | None = None  # the vector's, of which the parameters' ones are parts
+        self._parts: list[Tensor] = []
         self.vector = nn.Parameter(torch.cat([part.detach().reshape(-1) for part in parameters]))
         self.hold()
 
@@ -56,6 +58,25 @@ class Whole:
         """Give each parameter memory of its own, for copies and files, until the next :meth:`hold`."""
         for part in self.parameters:
             part.data = part.data.clone()
+            part.grad = None if part.grad is None else part.grad.clone()
+        self._gradient, self._parts = None, []
+
+    def gather(self) -> None:
+        """Let each parameter add its gradient to its part of the vector's, and give over what it has already."""
+        if self.vector.grad is None:
+            self.vector.grad = torch.zeros_like(self.vector)
+        if self.vector.grad is not self._gradient:
+            self._gradient, before = self.vector.grad, self._parts
+            parts = self._gradient.split([part.numel() for part in self.parameters])
+            self._parts = [own.view_as(part) for part, own in zip(self.parameters, parts, strict=True)]
+            for part, own, old in zip(self.parameters, self._parts, before or self._parts, strict=True):
+                if part.grad is not None and part.grad is not old:
+                    own.add_(part.grad)
+                part.grad = own
+        for part, own in zip(self.parameters, self._parts, strict=True):
+            if part.grad is not own:  # an optimizer of the parameters has taken it away
+                own.zero_() if part.grad is None else own.copy_(part.grad)
+                part.grad = own
 
     def add_gradient(self, gradient: Tensor) -> None:
         """Add to the gradient of the vector."""
