@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -134,6 +134,7 @@ def evidence(
         error = ERROR_OF_ROWS
     count = DRAWS if draws is None else _checks.integer("draws", draws, LEAST)
     wanted = METHODS if method == "auto" else (method,)
+    makers: dict[str, Callable[[Record, int], Estimate]]
     makers = {"importance": partial(_importance, error=error), "bridge": _bridge, "smc": _smc}
     posterior._check_unchanged()
     numbers = 0 if posterior.density is None else posterior.density.numbers

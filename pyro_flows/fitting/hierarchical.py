@@ -27,6 +27,7 @@ from pyro_flows.fitting.ranks import Followed, RowsOfRank, ranks
 from pyro_flows.guides.collapsed import FEW_PARTS, FULL_UP_TO, climb
 from pyro_flows.guides.crossed import CrossedMarginal
 from pyro_flows.guides.hierarchical import AutoHierarchicalFlow
+from pyro_flows.guides.marginal import MOST_DRAWS
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.model.observations import NothingObservedWarning
 from pyro_flows.model.sites import messages
@@ -37,7 +38,14 @@ from pyro_flows.results.methods import method_of
 from pyro_flows.results.scoring import JUDGING
 from pyro_flows.results.stage import Stage
 from pyro_flows.verdict.deciding import POOL, Draw
-from pyro_flows.verdict.thresholds import ESS_SHARE_LEAST, K_HAT_GOOD, ROW_ERROR_MOST
+from pyro_flows.verdict.thresholds import (
+    ESS_SHARE_LEAST,
+    GLOBAL_MODE_LOWER,
+    GLOBAL_MODES_APART,
+    K_HAT_GOOD,
+    K_HAT_MOST,
+    ROW_ERROR_MOST,
+)
 from pyro_flows.verdict.weighing import in_words, weigh
 
 WHOLE_UP_TO = 1000  # latents that are judged together, if the model has all rows at each run
@@ -48,8 +56,6 @@ RATE, LAST_RATE = 5e-3, 0.02  # of Adam, and the part of it at the end of a roun
 NAMED = 5  # rows
 PRIOR_DRAWS, CLIMBS = 256, 3  # of which the best are climbed from
 NOT_SOUGHT = "no search for missed modes was made"
-SOUGHT = f"no search for missed modes was made, but for climbs from {CLIMBS} of {PRIOR_DRAWS} draws of the prior"
-APART, LOWER = 5.0, -5.0  # sds between modes; nats that a second mode may be lower
 
 
 def diagnose_hierarchical(
@@ -73,7 +79,7 @@ def diagnose_hierarchical(
         z, _ = _global_draw(guide)(LOOKED_AT)
         second = marginal.marginal.second_modes(z.median(0).values)
         failures = _of_rows(second, marginal.marginal.row_count, guide) + _second_mode(marginal, z, seed)
-        said = {"failures": failures, "notes": [SOUGHT], **about}
+        said = {"failures": failures, "notes": [_sought(marginal)], **about}
         return from_draws(density, draw, draws=draws, seed=seed, guide=guide, **said)
 
 
@@ -141,6 +147,7 @@ def _fitted(guide: AutoHierarchicalFlow, density: MarginalDensity | None, plan: 
         stage = _stages.FIRST_ROUND if trained.stages else _stages.INITIAL
         trained.stages.append(Stage(stage=stage, elbo=elbo, steps=len(trained.losses)))
         steps = min(steps, plan.max_steps - len(trained.losses))
+        over = over or (density is not None and not density.marginal.trainable)
         if ranks().agreed(trained.good or over or steps <= 0):
             return
         plan.bar.watch(_stages.TRAINING)
@@ -206,7 +213,7 @@ def _checked(guide: AutoHierarchicalFlow, density: MarginalDensity, seed: int, c
     sought = NOT_SOUGHT
     with clock.part(_stages.MISSED):
         found.failures += _second_mode(density, z, seed)
-        sought = SOUGHT
+        sought = _sought(density)
     found.notes.append(sought)
     return found
 
@@ -260,9 +267,21 @@ def _posterior(
     return replace(found, verdict=replace(found.verdict, guide_method=method_of(guide._top._single)))
 
 
+def _searches(density: MarginalDensity) -> tuple[int, int]:
+    """Return how many draws of the prior there are, and from how many is climbed: fewer where each takes long."""
+    share = density.marginal.most_draws / MOST_DRAWS
+    return round(share * PRIOR_DRAWS), max(1, round(share * CLIMBS))
+
+
+def _sought(density: MarginalDensity) -> str:
+    draws, climbs = _searches(density)
+    return f"no search for missed modes was made, but for climbs from {climbs} of {draws} draws of the prior"
+
+
 def _second_mode(density: MarginalDensity, z: Tensor, seed: int) -> list[str]:
     """Say where climbs from draws of the prior end, if that is far from the draws ``z`` and about as high."""
-    values = density.prior(min(PRIOR_DRAWS, density.affordable(POOL * PRIOR_DRAWS) // POOL), seed=seed)
+    draws, climbs = _searches(density)
+    values = density.prior(draws, seed=seed)
     if values is None or density.dim > FULL_UP_TO:
         return []
     few = density.marginal.with_parts(FEW_PARTS)
@@ -270,13 +289,13 @@ def _second_mode(density: MarginalDensity, z: Tensor, seed: int) -> list[str]:
     own = climb(few, center)
     starts = density.unconstrain(values).to(center)
     order = torch.nan_to_num(few(starts), nan=-torch.inf).argsort(descending=True)
-    for start in starts[order[:CLIMBS]]:
+    for start in starts[order[:climbs]]:
         mode = climb(few, start)
         if mode is None or own is None:
             continue
         apart = ((mode - own) / spread).abs()
         heights = few(torch.stack([own, mode]))
-        if float(apart.max()) > APART and float(heights[1] - heights[0]) > LOWER:
+        if float(apart.max()) > GLOBAL_MODES_APART and float(heights[1] - heights[0]) > -GLOBAL_MODE_LOWER:
             name = coordinate_names(density.structure)[int(apart.argmax())]
             return [
                 f"a second mode of the latents outside of plates, {in_words(float(apart.max()))} sds away in {name}"
@@ -298,10 +317,11 @@ def _named(names: list[str], rows: int, what: str) -> list[str]:
 
 def _is_good(guide: AutoHierarchicalFlow, density: MarginalDensity) -> tuple[bool, float]:
     """Return whether weights of the globals correct what is wrong with the draws, and the ELBO."""
-    z, log_q = _global_draw(guide)(min(TRIED, density.affordable(POOL * TRIED) // POOL))
+    z, log_q = _global_draw(guide)(TRIED * density.marginal.most_draws // MOST_DRAWS)
     density.marginal.choose_count(z[:LOOKED_AT])
     found = weigh(z, density(z), log_q)
-    return found.k_hat < K_HAT_GOOD and found.ess >= ESS_SHARE_LEAST * len(z), found.elbo
+    limit = K_HAT_GOOD if len(z) == TRIED else K_HAT_MOST  # a few draws say little of k-hat
+    return found.k_hat < limit and found.ess >= ESS_SHARE_LEAST * len(z), found.elbo
 
 
 class _Loss(nn.Module):

@@ -17,6 +17,7 @@ MENDING, NEAR_ENOUGH = 12, 1e-3  # steps of BFGS; gain of a step in nats at whic
 RUNS = 512  # of the model, for the covariance
 FULL_UP_TO = 200  # dimensions of a full covariance
 PROBES = 16  # random directions, for a diagonal one
+SETTLED = 0.3  # log ratio of lengths, below which they are not mended
 LENGTH = 0.3  # of difference quotients, in standard deviations
 DRAWS = 8  # of a row
 
@@ -37,7 +38,7 @@ def start_of_globals(few: Density, z: Tensor) -> tuple[Tensor, Tensor] | None:
         again = climb(few, mode)
         mode = mode if again is None else again
     covariance = _covariance(few, mode)
-    if few.first.at.drawn and isinstance(few, Marginal):
+    if few.first.at.drawn or isinstance(few, CrossedMarginal):
         mode = _mend(few.with_parts(MOST_PARTS), mode, covariance)
         some = few.with_parts(max(FEW_PARTS, RUNS // (2 * len(mode))))
         covariance = _covariance(some, mode, _diagonal(covariance).sqrt())
@@ -106,11 +107,15 @@ def _diagonal(covariance: Tensor) -> Tensor:
 def _covariance(density: Density, mode: Tensor, sds: Tensor | None = None) -> Tensor:
     """Return the inverse of the negative Hessian, or of its diagonal, with the sizes of its eigenvalues."""
     full = len(mode) <= FULL_UP_TO
-    for _ in range(TURNS if sds is None else 1):
-        sds = torch.ones_like(mode) if sds is None else sds
-        curvature = _curvature(density, mode, LENGTH * sds) if full else _curvatures(density, mode, LENGTH * sds)
+    lengths, turns = (torch.ones_like(mode), TURNS) if sds is None else (sds, 1)
+    for turn in range(turns):
+        dense = full and (turn == turns - 1 or len(mode) <= PROBES)  # the last one, or all if they cost less
+        curvature = (_curvature if dense else _curvatures)(density, mode, LENGTH * lengths)
         diagonal = _diagonal(curvature)
-        sds = torch.where(diagonal > 0, diagonal.clamp_min(1e-12).rsqrt(), sds).clamp(1e-6, 10.0)
+        sds = torch.where(diagonal > 0, diagonal.clamp_min(1e-12).rsqrt(), lengths).clamp(1e-6, 10.0)
+        if dense and bool(((sds / lengths).log().abs() < SETTLED).all()):
+            break
+        lengths = sds
     assert sds is not None
     if not full:
         return sds.square()

@@ -30,6 +30,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 from torch.func import jvp, vmap
+from torch.nn.functional import pad
 
 from pyro_flows._clock import unbounded
 from pyro_flows._seeding import derive, seeded
@@ -41,15 +42,15 @@ from pyro_flows.guides.conditional import (
     of_prior,
     vectorized,
 )
-from pyro_flows.guides.marginal import ALL, Errors, WorstRow, parts_of
+from pyro_flows.guides.marginal import ALL, MOST_DRAWS, Errors, WorstRow, parts_of
 from pyro_flows.model.batching import batch, quiet
 from pyro_flows.model.sites import messages
-from pyro_flows.verdict.thresholds import CROSSED_MODE_LOWER, CROSSED_MODES_APART
+from pyro_flows.verdict.thresholds import ROW_MODE_SHARE, ROW_MODES_APART
 
 MOST_DENSE = 3000  # rows of all sites but the largest: their matrix is factored for each value of the globals
 AT_ONCE = 4_000_000  # numbers: derivatives of the terms at several points
 FACTORED, WITH_GRAPH = 4, 4  # points that are factored at once; whose gradients are taken at once
-LEAST_DRAWS, MOST_DRAWS, WRITTEN = 200, 1000, 800_000_000  # draws that are judged; numbers that all of them may take
+LEAST_DRAWS, WRITTEN = 200, 800_000_000  # draws that are judged; numbers that all of them may take
 FARTHEST = 3.0  # log factor of curvatures
 DIGIT = 1024  # rows are numbered by digits, so that single precision tells them apart
 JITTER = 0.3  # of the point at which it is found which rows are read
@@ -138,17 +139,25 @@ class Crossed:
             for site, part in zip(self.sites, parts, strict=True)
         }
 
-    def _densities(self, z: Tensor, u: Tensor) -> tuple[Tensor, ...]:
-        """Return the weighed log densities of each site at a point, each (rows,): minibatches are mapped."""
+    def _densities(self, z: Tensor, u: Tensor, *, kept: bool | None = None) -> tuple[Tensor, ...]:
+        """Return the weighed log densities of each site at a point, each (rows,): minibatches are mapped.
+
+        Without the terms that are ``kept``, one minibatch will do.
+        """
 
         def part(chosen: dict[str, Tensor]) -> dict[str, Tensor]:
             return self.rows.run(z, at_values(self.split(u)), chosen, through=True).densities()
 
-        found = vmap(part, randomness="same")(self._chosen) if self._chosen else part({})
+        if self._chosen and kept is not False:
+            found = vmap(part, randomness="same")(self._chosen)
+        else:
+            found = part({name: chosen[0] for name, chosen in self._chosen.items()})
         terms = []
         for name, weight in self._weights.items():
-            own = found[name][0] if self._chosen and weight is None else found[name]
-            if weight is not None:
+            own = found[name]
+            if weight is None:
+                own = own[0] if self._chosen and kept is not False else own
+            elif kept is not False:
                 own = own * weight.reshape(len(weight), *[1] * (own.dim() - weight.dim()), *weight.shape[1:])
             terms.append(own.flatten())
         return tuple(terms)
@@ -157,57 +166,55 @@ class Crossed:
         """Find which rows each term reads, and the places of all pairs of numbers in H."""
         generator = torch.Generator().manual_seed(0)
         u = self.mode + JITTER * torch.randn(self.size, generator=generator).to(self.mode)
-        signs = (2.0 * torch.randint(2, (self.size,), generator=generator) - 1.0).to(u)
-        tangents, offset = [], 0
+        tangents, signs, offset = [], [], 0
         for site in self.sites:
-            rows = torch.arange(site.value.numel() // site.size).repeat_interleave(site.size).to(u)
-            here = torch.zeros_like(u)
-            here[offset : offset + len(rows)] = 1.0
-            wide = torch.zeros_like(u)
-            wide[offset : offset + len(rows)] = rows
-            row_signs = signs[offset : offset + len(rows) : site.size].repeat_interleave(site.size)
-            signed = torch.zeros_like(u)
-            signed[offset : offset + len(rows)] = row_signs
-            tangents += [here, (wide / DIGIT).floor(), wide.remainder(DIGIT), signed]
-            offset += len(rows)
+            row = torch.arange(site.value.numel(), device=u.device) // site.size
+            signs.append(2.0 * torch.randint(2, (int(row[-1]) + 1,), generator=generator).to(u) - 1.0)
+            for own in (torch.ones_like(row), row // DIGIT, row % DIGIT, signs[-1][row]):
+                tangents.append(pad(own.to(u), (offset, self.size - offset - len(row))))
+            offset += len(row)
         self._terms = self._terms_of(z, u, torch.stack(tangents), signs)
-        unique, self._slots = torch.unique(self._keys(), return_inverse=True)
+        keys = [self._keys(term) for term in self._terms]
+        unique, inverse = torch.unique(torch.cat(keys), return_inverse=True)
+        self._slots = inverse.split([len(own) for own in keys])
         self.pattern = Pattern(unique // self.size, unique % self.size, self.size, self.head, self.sites[0].size)
-        first, other = (self.assemble(z[None], point[None])[1] for point in (u, self.mode - JITTER * signs))
+        first, other = (self.assemble(z[None], point[None])[1] for point in (u, 2.0 * self.mode - u))
         self.quadratic = torch.allclose(first, other, rtol=1e-4, atol=1e-5 * float(first.abs().max()))
 
-    def _terms_of(self, z: Tensor, u: Tensor, tangents: Tensor, signs: Tensor) -> list[Term]:
+    def _terms_of(self, z: Tensor, u: Tensor, tangents: Tensor, signs: Sequence[Tensor]) -> list[Term]:
+        """Return the terms with the rows that they read, from derivatives along tangents, four for each site.
+
+        Raises:
+            ValueError: if one reads several rows of a site.
+        """
+
         def along(tangent: Tensor) -> tuple[Tensor, ...]:
             return jvp(lambda values: self._densities(z, values), (u,), (tangent,))[1]
 
-        slopes = vmap(along, randomness="same")(tangents)
         terms = [Term(weight is not None) for weight in self._weights.values()]
-        for term, own in zip(terms, slopes, strict=True):
+        for term, slopes in zip(terms, vmap(along, randomness="same")(tangents), strict=True):
             offset = start = 0
-            for place, site in enumerate(self.sites):
-                one, high, low, signed = own[4 * place : 4 * place + 4].double()
+            for site, sign, own in zip(self.sites, signs, slopes.double().split(4), strict=True):
+                one, high, low, signed = own
                 read = torch.isfinite(one) & ((one != 0.0) | (signed != 0.0))
                 if bool(read.any()):
                     safe = torch.where(one != 0.0, one, 1.0)
-                    row = (DIGIT * (high / safe).round() + (low / safe).round()).long()
-                    row = torch.where(read, row, 0)
-                    rows = site.value.numel() // site.size
-                    if bool(((row < 0) | (row >= rows)).any()):
-                        raise ValueError(f"several rows of site {site.name!r} are read together")
-                    expected = one * signs[offset : offset + rows * site.size : site.size].double()[row]
-                    if bool(((signed - expected).abs() > 1e-3 * torch.maximum(one.abs(), signed.abs()))[read].any()):
+                    row = torch.where(read, (DIGIT * (high / safe).round() + (low / safe).round()).long(), 0)
+                    known = (row >= 0) & (row < len(sign))
+                    expected = one * sign.double()[torch.where(known, row, 0)]
+                    known &= (signed - expected).abs() <= 1e-3 * torch.maximum(one.abs(), signed.abs())
+                    if not bool(known[read].all()):
                         raise ValueError(f"several rows of site {site.name!r} are read together")
                     term.reads += [(start + k, offset + row * site.size + k, read) for k in range(site.size)]
                 offset, start = offset + site.value.numel(), start + site.size
         return terms
 
-    def _keys(self) -> Tensor:
-        """Return the places in H, row times n plus column, of all pairs of numbers that terms read."""
-        found = []
-        for term in self._terms:
-            for first, (_, one, _) in enumerate(term.reads):
-                for _, other, _ in term.reads[: first + 1]:
-                    found.append(torch.minimum(one, other) * self.size + torch.maximum(one, other))
+    def _keys(self, term: Term) -> Tensor:
+        """Return the places in H, row times n plus column, of all pairs of numbers that a term reads."""
+        found = [torch.zeros(0, dtype=torch.long)]
+        for before, (_, one, _) in enumerate(term.reads):
+            for _, other, _ in term.reads[: before + 1]:
+                found.append(torch.minimum(one, other) * self.size + torch.maximum(one, other))
         return torch.cat(found)
 
     # derivatives -----------------------------------------------------------------------------------------------------
@@ -235,26 +242,28 @@ class Crossed:
             look: is called first.
         """
         look()
-        first, second, places = [], [], []
-        for term, slope, bend in zip(self._terms, *self._derived(z, u), strict=True):
-            counted = float(kept is None or kept == term.subsampled)
+        first, second, places, slots = [], [], [], []
+        for term, own, slope, bend in zip(self._terms, self._slots, *self._derived(z, u, kept), strict=True):
+            if kept is not None and kept != term.subsampled:
+                continue
             for before, (k, where, read) in enumerate(term.reads):
-                first.append(torch.where(read, slope[:, k * (k + 1) // 2].double(), 0.0) * counted)
+                first.append(torch.where(read, slope[:, k * (k + 1) // 2].double(), 0.0))
                 places.append(where)
                 for j, _, also in term.reads[: before + 1]:
-                    second.append(torch.where(read & also, -bend[:, k * (k + 1) // 2 + j].double(), 0.0) * counted)
+                    second.append(torch.where(read & also, -bend[:, k * (k + 1) // 2 + j].double(), 0.0))
+            slots.append(own)
         none = torch.zeros(len(z), 1, dtype=torch.float64, device=z.device)
         gradient = none.repeat(1, self.size).index_add(1, torch.cat(places), torch.cat(first, 1))
-        return gradient, none.repeat(1, len(self.pattern.row)).index_add(1, self._slots, torch.cat(second, 1))
+        return gradient, none.repeat(1, len(self.pattern.row)).index_add(1, torch.cat(slots), torch.cat(second, 1))
 
-    def _derived(self, z: Tensor, u: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    def _derived(self, z: Tensor, u: Tensor, kept: bool | None) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
         """Return first and second derivatives of the terms along shifts of whole sites, (S, pairs, rows) each."""
         unit = torch.eye(self.numbers, dtype=u.dtype, device=u.device)
         one, other = torch.tril_indices(self.numbers, self.numbers)
 
         def single(row: Tensor, base: Tensor) -> Any:
             def values(shift: Tensor) -> tuple[Tensor, ...]:
-                return self._densities(row, base + shift[self.owner])
+                return self._densities(row, base + shift[self.owner], kept=kept)
 
             def bent(along: Tensor, also: Tensor) -> Any:
                 none = torch.zeros_like(along)
@@ -546,6 +555,11 @@ class CrossedMarginal:
         return max(LEAST_DRAWS, min(MOST_DRAWS, WRITTEN // written))
 
     @property
+    def trainable(self) -> bool:
+        """Whether a better guide of the globals can make the weights good: not where they have the noise of u."""
+        return self.system.quadratic
+
+    @property
     def row_count(self) -> int:
         """How many rows the sites in plates have."""
         return sum(site.value.numel() // site.size for site in self.system.sites)
@@ -593,7 +607,7 @@ class CrossedMarginal:
             other = system.normal(z[None], look=self.clock.look, start=start)
             there = system.heights(z[None], other.mean.to(z), self.clock.look) + other.log_scales().sum(1)
             apart = ((other.mean - own.mean) / own.log_scales().exp())[0].abs()
-            if float(apart.max()) > CROSSED_MODES_APART and float(there - height) > CROSSED_MODE_LOWER:
+            if float(apart.max()) > ROW_MODES_APART and float(there - height) > math.log(ROW_MODE_SHARE):
                 return [self._row_of(int(apart.argmax()))]
         return []
 

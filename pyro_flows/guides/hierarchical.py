@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
@@ -12,6 +13,7 @@ import torch
 from pyro import poutine
 from pyro.infer.autoguide.effect import AutoMessenger
 from pyro.nn.module import pyro_method
+from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import prune_subsample_sites, site_is_subsample
 from torch import Tensor, nn
 from torch._C import _functorch
@@ -67,6 +69,12 @@ class AutoHierarchicalFlow(AutoMessenger):  # type: ignore[metaclass]
     :math:`\theta`, this is their exact conditional distribution. Elsewhere it is Laplace's approximation with trained
     tails.
 
+    Latents whose data are in other plates, such as effects of students and lecturers on ratings, are drawn together, if
+    they are too many for the flow: :math:`H` then couples all latents in plates, is added up over all rows of the data,
+    and is factored with the largest site first (Papaspiliopoulos, Roberts and Zanella 2020,
+    doi:10.1093/biomet/asz058). In a step of SVI with a minibatch, what the rows say of them is an expansion at the mode
+    of the flow's latents. For this the first run needs all rows.
+
     Nothing is stored for a row but its last mode, from which the next Newton step begins. So the guide needs no
     parameters for rows and no encoder: it trains on minibatches (``subsample_size=`` or ``subsample=`` of
     ``pyro.plate``), and new rows take one pass.
@@ -74,7 +82,8 @@ class AutoHierarchicalFlow(AutoMessenger):  # type: ignore[metaclass]
     It is a ``GuideMessenger``: the model runs twice a step, and its own plates are the guide's. Use it in ``SVI`` with
     ``Trace_ELBO``, vectorized particles too. Minibatches add noise to gradients, so let the learning rate fall.
 
-    Cost of a step: two runs of the model, and one pass backward for each number of a row.
+    Cost of a step: two runs of the model, and one pass backward for each number of a row. With crossed plates, a dense
+    factor of the numbers of all sites but the largest one, at most 3000, in the place of the passes backward.
 
     Args:
         model: a Pyro model with latents outside of plates. Its plates may be nested. Latents are continuous.
@@ -92,13 +101,14 @@ class AutoHierarchicalFlow(AutoMessenger):  # type: ignore[metaclass]
         local: names of the sites in plates that have conditional distributions.
         sizes: numbers of each latent site of a run, unconstrained.
         subsampled: whether a run has a part of the rows of a plate.
-        reason: what the guide cannot follow: pairs of sites in crossed plates, which it takes as independent given the
-            flow's latents; None if there is nothing.
+        reason: what the guide cannot follow: pairs of sites in crossed plates that cannot be coupled, which it takes as
+            independent given the flow's latents; None if there is nothing.
 
     Raises:
         ValueError: for a model that is not callable; and when the model is first run, for discrete latents, a model
             without latents outside of plates, more than 64 numbers in a row, latents of a subsampled plate that depend
-            on each other.
+            on each other, crossed plates of which a row of the data reads several rows, an index that was forgotten, a
+            log density that is NaN.
 
     References: Tierney and Kadane 1986 (doi:10.1080/01621459.1986.10478240); Rue, Martino and Chopin 2009
     (doi:10.1111/j.1467-9868.2008.00700.x); Agrawal and Domke 2021 (arXiv 2111.03144), for the factorization.
@@ -171,7 +181,12 @@ class AutoHierarchicalFlow(AutoMessenger):  # type: ignore[metaclass]
 
     def _read(self, args: Any, kwargs: Any) -> None:
         """Read the structure from a run; find which sites are in plates, and where the globals start."""
-        trace = first_run(self.model, args, kwargs, initial_value)
+        plates = _Plates()
+        try:
+            trace = first_run(plates(self.model), args, kwargs, initial_value)
+        except (RuntimeError, ValueError, IndexError) as error:
+            plates.explain(error)
+            raise
         sites = [site for site in messages(trace).values() if site["type"] == "sample" and not site_is_subsample(site)]
         for site in sites:
             check_plates(site)
@@ -401,7 +416,8 @@ class AutoHierarchicalFlow(AutoMessenger):  # type: ignore[metaclass]
         """Draw unconstrained values of the latents in plates, given the others."""
         if self._crossed is not None:
             return self._crossed_locals(self._crossed, z)
-        now = self._rows(args, kwargs).near_mode(z, self._start, chosen or {}, graph=torch.is_grad_enabled())
+        graph = torch.is_grad_enabled()
+        now = self._rows(args, kwargs).near_mode(z, self._start, chosen or {}, graph=graph, patient=not graph)
         if remember:
             self._remember(now)
         densities: list[Tensor] = []
@@ -593,6 +609,29 @@ class AutoHierarchicalFlow(AutoMessenger):  # type: ignore[metaclass]
             torch.manual_seed(0)
             draws = self.sample_posterior(QUANTILE_DRAWS, *args, **kwargs)
         return {name: torch.quantile(value, levels.to(value), dim=0) for name, value in draws.items()}
+
+
+class _Plates(Messenger):
+    """Remember the subsampled plates of a run, to tell where an index was forgotten."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.taken: dict[str, tuple[int, int]] = {}
+
+    def _pyro_post_sample(self, msg: Any) -> None:
+        if site_is_subsample(msg) and len(msg["value"]) < msg["fn"].size:
+            self.taken[msg["name"]] = len(msg["value"]), msg["fn"].size
+
+    def explain(self, error: Exception) -> None:
+        """Raise an error with a hint, if this one is about the sizes of a plate and of its minibatch."""
+        numbers = {int(number) for number in re.findall(r"\d+", str(error))}
+        for name, (rows, size) in self.taken.items():
+            if {rows, size} <= numbers:
+                raise ValueError(
+                    f"model: plate {name!r} takes {rows} of {size} rows, and something in it has all {size} "
+                    f"({first_line(error)}). Write `with pyro.plate(...) as rows:`, and index each argument that has a "
+                    "value for each row, as in `x[rows]`."
+                ) from error
 
 
 @dataclass
