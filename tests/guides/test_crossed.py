@@ -163,6 +163,7 @@ def grid(system, z):
     return middle, (weights * (points - middle).square()).sum(0).sqrt()
 
 
+@pytest.mark.slow
 def test_a_fit_of_crossed_plates_is_right():
     args = simulated(2000, (210, 205))
     posterior = pf.fit(effects, *args, 500, progress=False, draws=400)
@@ -176,6 +177,7 @@ def test_a_fit_of_crossed_plates_is_right():
     assert draws["b"].shape == (100, 205)
 
 
+@pytest.mark.slow
 def test_effects_of_binary_ratings_are_never_wrongly_ok():
     y, *rest = simulated(1500, (210, 205))
     posterior = pf.fit(effects, (y > 0.5).double(), *rest, 500, None, True, progress=False, draws=100)
