@@ -85,7 +85,7 @@ class StoredGuide(LatentGuide):
                     _place(full, tensor)
             self._in_store = True
         told: Mapping[str, Tensor] = tensors
-        if in_svi() and (whole := self._as_one()) is not None:
+        if in_svi() and (whole := self._as_one(tensors)) is not None:
             if gather and torch.is_grad_enabled():
                 whole.gather()
             told = {self._pyro_get_fullname("flow"): whole.vector}
@@ -96,10 +96,9 @@ class StoredGuide(LatentGuide):
                 tensor.unconstrained = weakref.ref(tensor)  # type: ignore[attr-defined]
                 _param_statement(full, tensor, constraint=constraints.real, name=full)
 
-    def _as_one(self) -> Whole | None:
+    def _as_one(self, named: Mapping[str, Tensor]) -> Whole | None:
         """Return the trained parameters as one vector; None if they are of several kinds."""
-        named = self._named_tensors().values()
-        trained = {id(part): part for part in named if isinstance(part, nn.Parameter) and part.requires_grad}
+        trained = {id(part): part for part in named.values() if isinstance(part, nn.Parameter) and part.requires_grad}
         parameters = list(trained.values())
         whole = self._whole
         if whole is None or list(map(id, whole.parameters)) != list(trained) or not whole.hold():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -38,6 +39,7 @@ class Whole:
         self._gradient: Tensor | None = None  # the vector's, of which the parameters' ones are parts
         self._parts: list[Tensor] = []
         self.vector = nn.Parameter(torch.cat([part.detach().reshape(-1) for part in parameters]))
+        self._offsets = [0, *itertools.accumulate(part.numel() for part in self.parameters)][:-1]
         self.hold()
 
     @torch.no_grad()
@@ -46,12 +48,10 @@ class Whole:
         first = self.parameters[0]
         if first.dtype != self.vector.dtype or first.device != self.vector.device:
             return False
-        offset = 0
-        for part in self.parameters:
-            own = self.vector.data[offset : offset + part.numel()].view(part.shape)
-            if part.data_ptr() != own.data_ptr():
-                part.data = own.copy_(part)
-            offset += part.numel()
+        begin, width = self.vector.data_ptr(), self.vector.element_size()
+        for part, offset in zip(self.parameters, self._offsets, strict=True):
+            if part.data_ptr() != begin + width * offset:
+                part.data = self.vector.data[offset : offset + part.numel()].view(part.shape).copy_(part)
         return True
 
     def release(self) -> None:
