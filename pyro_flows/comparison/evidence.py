@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
 METHODS = ("importance", "bridge", "smc")
 DRAWS = 16_000  # of the flow, scored anew: an error of .008 nats at ESS/S = .5
+LEAST, ERROR_OF_ROWS = 100, 0.05  # draws that are added; nats that are asked where a draw is a pass over all rows
 MORE = 4  # times as many of a distribution with the moments of chains,
 NUMBERS = 20_000_000  # or their coordinates,
 ROUNDS, FINE = 3, 0.003  # so often, unless the error is as small (nats)
@@ -75,7 +77,8 @@ class Evidence:
 
     Importance sampling estimates :math:`p(y) = \mathrm{E}_q[\tilde p(z) / q(z)]`; bridge sampling is Meng and Wong's
     (1996), as in Gronau et al. 2017 (arXiv 1703.05984). Cost: 16 000 evaluations of the density, and as many of the
-    guide; bridge sampling takes as many again.
+    guide; bridge sampling takes as many again. For a standard error e that is asked, :math:`(1/r - 1) / e^2`
+    evaluations in all, with r the share of effective draws, less those that the posterior has.
 
     >>> from pyro_flows import Estimate, Evidence
     >>> found = Evidence(-31.3113, 0.0006, "importance", (Estimate("importance", -31.3113, 0.0006),))
@@ -111,12 +114,20 @@ class Evidence:
     __repr__ = __str__
 
 
-def evidence(posterior: Record, *, method: str, seed: int, draws: int | None = None) -> Evidence:
+def evidence(
+    posterior: Record, *, method: str, seed: int, draws: int | None = None, error: float | None = None
+) -> Evidence:  # fmt: skip
     """Estimate the evidence by all methods that the posterior allows; see :meth:`Posterior.evidence`."""
     _checks.choice("method", method, ("auto", *METHODS))
+    if draws is not None and error is not None:
+        raise ValueError("error: expected draws or error, got both.")
+    error = None if error is None else _checks.positive("error", error)
+    if draws is None and error is None and posterior.density is not None and posterior.density.by_rows:
+        error = ERROR_OF_ROWS
     count = DRAWS if draws is None else draws
     wanted = METHODS if method == "auto" else (method,)
-    makers = {"importance": _importance, "bridge": _bridge, "smc": _smc}
+    makers: dict[str, Callable[[Record, int], Estimate]]
+    makers = {"importance": partial(_importance, error=error), "bridge": _bridge, "smc": _smc}
     posterior._check_unchanged()
     numbers = 0 if posterior.density is None else posterior.density.numbers
     device = posterior._used.device
@@ -151,15 +162,33 @@ def improper_priors(posterior: Record) -> list[str]:
 # importance sampling --------------------------------------------------------------------------------------------------
 
 
-def _importance(posterior: Record, count: int) -> Estimate:
+def _importance(posterior: Record, count: int, *, error: float | None) -> Estimate:
     if not posterior._by_chains:
-        return importance(_ratio(posterior, count))
+        return importance(_ratio(posterior, count)) if error is None else _to_error(posterior, count, error)
     fitted = _from_moments(posterior, MORE * count)
     by_flow = None if posterior.flow is None else importance(_ratio(posterior, count))
     found = [estimate for estimate in (fitted, by_flow) if estimate is not None]
     if not found:
         return Estimate("importance", math.nan, math.inf, "the draws are chains, there is no density to weigh them by")
     return min(found, key=lambda estimate: estimate.standard_error)
+
+
+def _to_error(posterior: Record, most: int, error: float) -> Estimate:
+    """Add draws to those of the posterior until the standard error is as asked, at most as many as can be afforded."""
+    ratio = posterior.log_p.double() - posterior.log_q.double()
+    most = most if posterior.density is None else max(posterior.density.affordable(most), len(ratio))
+    while True:
+        found = importance(ratio)
+        left = most - len(ratio) if posterior._raw_draws() is not None and posterior.density is not None else 0
+        if found.standard_error <= error or left < LEAST:
+            break
+        wanted = len(ratio) * ((found.standard_error / error) ** 2 - 1.0)
+        more = left if not wanted < left else max(LEAST, math.ceil(1.1 * wanted))
+        ratio = torch.cat([ratio, _ratio(posterior, min(more, left))])
+    short = (
+        "" if found.standard_error <= error or found.note else f"more than {error:.2g} nats after {len(ratio):,} draws"
+    )
+    return replace(found, note=found.note or short)
 
 
 def _from_moments(posterior: Record, count: int) -> Estimate | None:

@@ -25,8 +25,9 @@ from pyro_flows.fitting.marginal_density import MarginalDensity
 from pyro_flows.fitting.plan import Plan
 from pyro_flows.fitting.ranks import Followed, RowsOfRank, ranks
 from pyro_flows.guides.collapsed import FEW_PARTS, FULL_UP_TO, climb
+from pyro_flows.guides.crossed import CrossedMarginal
 from pyro_flows.guides.hierarchical import AutoHierarchicalFlow
-from pyro_flows.guides.marginal import Marginal
+from pyro_flows.guides.marginal import MOST_DRAWS
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.model.observations import NothingObservedWarning
 from pyro_flows.model.sites import messages
@@ -37,11 +38,17 @@ from pyro_flows.results.methods import method_of
 from pyro_flows.results.scoring import JUDGING
 from pyro_flows.results.stage import Stage
 from pyro_flows.verdict.deciding import POOL, Draw
-from pyro_flows.verdict.thresholds import ESS_SHARE_LEAST, K_HAT_GOOD, ROW_ERROR_MOST
+from pyro_flows.verdict.thresholds import (
+    ESS_SHARE_LEAST,
+    GLOBAL_MODE_LOWER,
+    GLOBAL_MODES_APART,
+    K_HAT_GOOD,
+    K_HAT_MOST,
+    ROW_ERROR_MOST,
+)
 from pyro_flows.verdict.weighing import in_words, weigh
 
 WHOLE_UP_TO = 1000  # latents that are judged together, if the model has all rows at each run
-MARGINAL_DRAWS = 1000  # of the globals, each of which takes a pass over all rows
 LOOKED_AT, TRIED = 64, 400  # draws at which rows are looked at; by which a round of training is judged
 TIMED = 4  # draws that tell how long judging takes
 ROUND = 500  # steps of the first round; each next one has twice as many
@@ -49,8 +56,6 @@ RATE, LAST_RATE = 5e-3, 0.02  # of Adam, and the part of it at the end of a roun
 NAMED = 5  # rows
 PRIOR_DRAWS, CLIMBS = 256, 3  # of which the best are climbed from
 NOT_SOUGHT = "no search for missed modes was made"
-SOUGHT = f"no search for missed modes was made, but for climbs from {CLIMBS} of {PRIOR_DRAWS} draws of the prior"
-APART, LOWER = 5.0, -5.0  # sds between modes; nats that a second mode may be lower
 
 
 def diagnose_hierarchical(
@@ -74,7 +79,7 @@ def diagnose_hierarchical(
         z, _ = _global_draw(guide)(LOOKED_AT)
         second = marginal.marginal.second_modes(z.median(0).values)
         failures = _of_rows(second, marginal.marginal.row_count, guide) + _second_mode(marginal, z, seed)
-        said = {"failures": failures, "notes": [SOUGHT], **about}
+        said = {"failures": failures, "notes": [_sought(marginal)], **about}
         return from_draws(density, draw, draws=draws, seed=seed, guide=guide, **said)
 
 
@@ -142,6 +147,7 @@ def _fitted(guide: AutoHierarchicalFlow, density: MarginalDensity | None, plan: 
         stage = _stages.FIRST_ROUND if trained.stages else _stages.INITIAL
         trained.stages.append(Stage(stage=stage, elbo=elbo, steps=len(trained.losses)))
         steps = min(steps, plan.max_steps - len(trained.losses))
+        over = over or (density is not None and not density.marginal.trainable)
         if ranks().agreed(trained.good or over or steps <= 0):
             return
         plan.bar.watch(_stages.TRAINING)
@@ -153,7 +159,7 @@ def _seconds_to_judge(guide: AutoHierarchicalFlow, density: MarginalDensity, dra
     """Time a few evaluations, and return about how many seconds judging takes at most."""
     began = monotonic()
     density.marginal(_global_draw(guide)(TIMED)[0])
-    return (monotonic() - began) / TIMED * POOL * min(draws, MARGINAL_DRAWS) + 0.1
+    return (monotonic() - began) / TIMED * POOL * density.affordable(draws) + 0.1
 
 
 def _concluded(
@@ -207,7 +213,7 @@ def _checked(guide: AutoHierarchicalFlow, density: MarginalDensity, seed: int, c
     sought = NOT_SOUGHT
     with clock.part(_stages.MISSED):
         found.failures += _second_mode(density, z, seed)
-        sought = SOUGHT
+        sought = _sought(density)
     found.notes.append(sought)
     return found
 
@@ -229,9 +235,10 @@ def _check_rows(found: _Checks, guide: AutoHierarchicalFlow, density: MarginalDe
         "rows": rows,
         "worst_rows": [[row.plate, row.row] for row in worst] + [list(row) for row in second],
     }
+    how = "normal distributions of all" if isinstance(marginal, CrossedMarginal) else f"{marginal.count} draws of each"
     found.notes.append(
-        f"samples hold the latents outside of plates; those of {rows:,} rows were integrated out by {marginal.count} "
-        f"draws of each (error {errors.differences:.2g} nats, of the log evidence {errors.level:.2g} nats), and "
+        f"samples hold the latents outside of plates; those of {rows:,} rows were integrated out by {how} "
+        f"(error {errors.differences:.2g} nats, of the log evidence {errors.level:.2g} nats), and "
         "local_samples() draws them"
     )
 
@@ -251,16 +258,30 @@ def _posterior(
         warnings.warn(what, NothingObservedWarning, stacklevel=outside())
     said = {**about, "settings": {**about["settings"], **checks.settings}}
     said |= {"notes": checks.notes, "failures": checks.failures}
-    count = min(draws, MARGINAL_DRAWS)
+    if isinstance(density.marginal, CrossedMarginal):
+        said["times"] = 1
+    count = density.affordable(draws)
     found = from_draws(density, _global_draw(guide), draws=count, seed=seed, guide=guide, **said)
     if said["settings"].get("diagnosed"):
         return found
     return replace(found, verdict=replace(found.verdict, guide_method=method_of(guide._top._single)))
 
 
+def _searches(density: MarginalDensity) -> tuple[int, int]:
+    """Return how many draws of the prior there are, and from how many is climbed: fewer where each takes long."""
+    share = density.marginal.most_draws / MOST_DRAWS
+    return round(share * PRIOR_DRAWS), max(1, round(share * CLIMBS))
+
+
+def _sought(density: MarginalDensity) -> str:
+    draws, climbs = _searches(density)
+    return f"no search for missed modes was made, but for climbs from {climbs} of {draws} draws of the prior"
+
+
 def _second_mode(density: MarginalDensity, z: Tensor, seed: int) -> list[str]:
     """Say where climbs from draws of the prior end, if that is far from the draws ``z`` and about as high."""
-    values = density.prior(PRIOR_DRAWS, seed=seed)
+    draws, climbs = _searches(density)
+    values = density.prior(draws, seed=seed)
     if values is None or density.dim > FULL_UP_TO:
         return []
     few = density.marginal.with_parts(FEW_PARTS)
@@ -268,13 +289,13 @@ def _second_mode(density: MarginalDensity, z: Tensor, seed: int) -> list[str]:
     own = climb(few, center)
     starts = density.unconstrain(values).to(center)
     order = torch.nan_to_num(few(starts), nan=-torch.inf).argsort(descending=True)
-    for start in starts[order[:CLIMBS]]:
+    for start in starts[order[:climbs]]:
         mode = climb(few, start)
         if mode is None or own is None:
             continue
         apart = ((mode - own) / spread).abs()
         heights = few(torch.stack([own, mode]))
-        if float(apart.max()) > APART and float(heights[1] - heights[0]) > LOWER:
+        if float(apart.max()) > GLOBAL_MODES_APART and float(heights[1] - heights[0]) > -GLOBAL_MODE_LOWER:
             name = coordinate_names(density.structure)[int(apart.argmax())]
             return [
                 f"a second mode of the latents outside of plates, {in_words(float(apart.max()))} sds away in {name}"
@@ -296,10 +317,11 @@ def _named(names: list[str], rows: int, what: str) -> list[str]:
 
 def _is_good(guide: AutoHierarchicalFlow, density: MarginalDensity) -> tuple[bool, float]:
     """Return whether weights of the globals correct what is wrong with the draws, and the ELBO."""
-    z, log_q = _global_draw(guide)(TRIED)
+    z, log_q = _global_draw(guide)(TRIED * density.marginal.most_draws // MOST_DRAWS)
     density.marginal.choose_count(z[:LOOKED_AT])
     found = weigh(z, density(z), log_q)
-    return found.k_hat < K_HAT_GOOD and found.ess >= ESS_SHARE_LEAST * len(z), found.elbo
+    limit = K_HAT_GOOD if len(z) == TRIED else K_HAT_MOST  # a few draws say little of k-hat
+    return found.k_hat < limit and found.ess >= ESS_SHARE_LEAST * len(z), found.elbo
 
 
 class _Loss(nn.Module):
@@ -370,7 +392,7 @@ def _global_draw(guide: AutoHierarchicalFlow) -> Draw:
 def _marginal(guide: AutoHierarchicalFlow, args: Any, kwargs: Any, seed: int) -> MarginalDensity:
     """Return the log density of the globals; see :class:`MarginalDensity`."""
     middle = _global_draw(guide)(LOOKED_AT)[0].median(0).values
-    return MarginalDensity(Marginal(guide._rows(args, kwargs), middle, guide._start, seed))
+    return MarginalDensity(guide.density_of_globals(args, kwargs, middle, seed))
 
 
 def _whole_draw(

@@ -14,6 +14,7 @@ from torch import Tensor
 from pyro_flows import _checks
 from pyro_flows._clock import Clock
 from pyro_flows.guides.conditional import Rows
+from pyro_flows.guides.crossed import CrossedMarginal
 from pyro_flows.guides.marginal import ALL, Marginal
 from pyro_flows.model.bijections import bijection
 from pyro_flows.model.log_density import LogDensity
@@ -35,7 +36,7 @@ class MarginalDensity(LogDensity):
     by_rows = True
     level_error = 0.0
 
-    def __init__(self, marginal: Marginal) -> None:
+    def __init__(self, marginal: Marginal | CrossedMarginal) -> None:
         self.marginal = marginal
         nodes, first = messages(marginal.first.at.trace), marginal.first
         values = {name: bijection(nodes[name]["fn"])(value) for name, value in first.base.items()}
@@ -99,7 +100,7 @@ class MarginalDensity(LogDensity):
 
     def affordable(self, draws: int) -> int:
         """Return how many of so many draws a check may evaluate, each by a pass over all rows."""
-        return min(draws, 1000)
+        return min(draws, self.marginal.most_draws)
 
     def __call__(self, z: Tensor) -> Tensor:
         """Return the log density (S,) at ``z`` (S, D), without gradients."""

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from pyro_flows.guides.conditional import Conditional, Rows, Start
+from pyro_flows.guides.crossed import CrossedMarginal
 from pyro_flows.guides.marginal import Marginal
 
 FEW_PARTS, MOST_PARTS = 8, 256  # minibatches by which a mode is found, and mended
@@ -18,16 +17,20 @@ MENDING, NEAR_ENOUGH = 12, 1e-3  # steps of BFGS; gain of a step in nats at whic
 RUNS = 512  # of the model, for the covariance
 FULL_UP_TO = 200  # dimensions of a full covariance
 PROBES = 16  # random directions, for a diagonal one
+SETTLED = 0.3  # log ratio of lengths, below which they are not mended
 LENGTH = 0.3  # of difference quotients, in standard deviations
 DRAWS = 8  # of a row
 
+Density = Marginal | CrossedMarginal
 
-def start_of_globals(
-    rows: Rows, z: Tensor, start: Start, remember: Callable[[Conditional], None]
-) -> tuple[Tensor, Tensor] | None:  # fmt: skip
-    """Return a mode (D,) and the scale there, (D, D) triangular or (D,); None if there is no finite density."""
-    few = Marginal(rows, z, start, 0, remember=remember, most=FEW_PARTS)
-    few.count = DRAWS
+
+def start_of_globals(few: Density, z: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Return a mode (D,) and the scale there, (D, D) triangular or (D,); None if there is no finite density.
+
+    Args:
+        few: the log density by ``FEW_PARTS`` parts.
+        z: a point (D,).
+    """
     mode = climb(few, z)
     if mode is None:
         return None
@@ -35,7 +38,7 @@ def start_of_globals(
         again = climb(few, mode)
         mode = mode if again is None else again
     covariance = _covariance(few, mode)
-    if few.first.at.drawn:
+    if few.first.at.drawn or isinstance(few, CrossedMarginal):
         mode = _mend(few.with_parts(MOST_PARTS), mode, covariance)
         some = few.with_parts(max(FEW_PARTS, RUNS // (2 * len(mode))))
         covariance = _covariance(some, mode, _diagonal(covariance).sqrt())
@@ -47,13 +50,13 @@ def start_of_globals(
     return mode, torch.diag(covariance.diagonal().sqrt()) if bool(failed) else root
 
 
-def _at(density: Marginal, z: Tensor) -> tuple[Tensor, Tensor]:
+def _at(density: Density, z: Tensor) -> tuple[Tensor, Tensor]:
     """Return value and gradient at one point."""
     value, gradient = density.value_and_grad(z.unsqueeze(0))
     return value[0], gradient[0].to(z)
 
 
-def climb(density: Marginal, z: Tensor) -> Tensor | None:
+def climb(density: Density, z: Tensor) -> Tensor | None:
     """Return the best point of a climb by L-BFGS; None if no density is finite."""
     point = z.clone()
     best: list[Any] = [-math.inf, None]
@@ -72,7 +75,7 @@ def climb(density: Marginal, z: Tensor) -> Tensor | None:
     return found
 
 
-def _mend(density: Marginal, mode: Tensor, covariance: Tensor) -> Tensor:
+def _mend(density: Density, mode: Tensor, covariance: Tensor) -> Tensor:
     """Climb a density of more rows by BFGS, whose first metric is the covariance."""
     metric = torch.diag(covariance) if covariance.dim() == 1 else covariance
     value, gradient = _at(density, mode)
@@ -101,14 +104,18 @@ def _diagonal(covariance: Tensor) -> Tensor:
     return covariance if covariance.dim() == 1 else covariance.diagonal()
 
 
-def _covariance(density: Marginal, mode: Tensor, sds: Tensor | None = None) -> Tensor:
+def _covariance(density: Density, mode: Tensor, sds: Tensor | None = None) -> Tensor:
     """Return the inverse of the negative Hessian, or of its diagonal, with the sizes of its eigenvalues."""
     full = len(mode) <= FULL_UP_TO
-    for _ in range(TURNS if sds is None else 1):
-        sds = torch.ones_like(mode) if sds is None else sds
-        curvature = _curvature(density, mode, LENGTH * sds) if full else _curvatures(density, mode, LENGTH * sds)
+    lengths, turns = (torch.ones_like(mode), TURNS) if sds is None else (sds, 1)
+    for turn in range(turns):
+        dense = full and (turn == turns - 1 or len(mode) <= PROBES)  # the last one, or all if they cost less
+        curvature = (_curvature if dense else _curvatures)(density, mode, LENGTH * lengths)
         diagonal = _diagonal(curvature)
-        sds = torch.where(diagonal > 0, diagonal.clamp_min(1e-12).rsqrt(), sds).clamp(1e-6, 10.0)
+        sds = torch.where(diagonal > 0, diagonal.clamp_min(1e-12).rsqrt(), lengths).clamp(1e-6, 10.0)
+        if dense and bool(((sds / lengths).log().abs() < SETTLED).all()):
+            break
+        lengths = sds
     assert sds is not None
     if not full:
         return sds.square()
@@ -116,7 +123,7 @@ def _covariance(density: Marginal, mode: Tensor, sds: Tensor | None = None) -> T
     return (vectors / values.abs().clamp_min(1e-6)) @ vectors.mT
 
 
-def _curvature(density: Marginal, at: Tensor, lengths: Tensor) -> Tensor:
+def _curvature(density: Density, at: Tensor, lengths: Tensor) -> Tensor:
     """Return the negative Hessian by differences of gradients."""
     steps = torch.diag(lengths)
     _, gradients = density.value_and_grad(torch.cat([at - steps, at + steps]))
@@ -124,7 +131,7 @@ def _curvature(density: Marginal, at: Tensor, lengths: Tensor) -> Tensor:
     return (before - after) / (2.0 * lengths.unsqueeze(1))
 
 
-def _curvatures(density: Marginal, at: Tensor, lengths: Tensor) -> Tensor:
+def _curvatures(density: Density, at: Tensor, lengths: Tensor) -> Tensor:
     """Return the diagonal of the negative Hessian, from differences along vectors of random signs."""
     generator = torch.Generator().manual_seed(0)
     signs = (2.0 * torch.randint(2, (PROBES, len(at)), generator=generator) - 1.0).to(at)

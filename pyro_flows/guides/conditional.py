@@ -339,13 +339,18 @@ class Rows:
         _eliminate(numbers)
         return Conditional(sites, numbers, total, alone, at)
 
-    def near_mode(self, z: Tensor, start: Start, chosen: Mapping[str, Tensor], *, graph: bool = False) -> Conditional:
-        """Return the approximation near a mode. Most often, rows are near one at once, or after one step."""
+    def near_mode(
+        self, z: Tensor, start: Start, chosen: Mapping[str, Tensor], *, graph: bool = False, patient: bool = True
+    ) -> Conditional:
+        """Return the approximation near a mode. Most often, rows are near one at once, or after one step.
+
+        Unless ``patient``, a step upwards is enough: the next run of a guide in training goes on from there.
+        """
         first = self.conditional(z, start, chosen, graph=graph)
         if first.near:
             return first
         now = self.conditional(z, at_values(first.moved(first.base, first.steps())), first.at.chosen, graph=graph)
-        if now.near and all(map(_all_above, now.heights(), first.heights())):
+        if (now.near or not patient) and all(map(_all_above, now.heights(), first.heights())):
             return now
         return self.conditional(z, at_values(self.mode(z.detach(), first)), first.at.chosen, graph=graph)
 

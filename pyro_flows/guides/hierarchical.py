@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
@@ -12,15 +13,16 @@ import torch
 from pyro import poutine
 from pyro.infer.autoguide.effect import AutoMessenger
 from pyro.nn.module import pyro_method
+from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import prune_subsample_sites, site_is_subsample
 from torch import Tensor, nn
 from torch._C import _functorch
 
 from pyro_flows import _checks
-from pyro_flows._fallbacks import fallback
+from pyro_flows._fallbacks import fallback, first_line
 from pyro_flows.flows.recipe import FlowLike, begin_at
 from pyro_flows.guides.autoflow import QUANTILE_DRAWS, AutoFlow, levels_of
-from pyro_flows.guides.collapsed import MOST_PARTS, start_of_globals
+from pyro_flows.guides.collapsed import DRAWS, FEW_PARTS, MOST_PARTS, start_of_globals
 from pyro_flows.guides.conditional import (
     At,
     Conditional,
@@ -33,8 +35,9 @@ from pyro_flows.guides.conditional import (
     read_elsewhere,
     vectorized,
 )
+from pyro_flows.guides.crossed import Crossed, CrossedMarginal, Expansion
 from pyro_flows.guides.known import Drawn, Known
-from pyro_flows.guides.marginal import check_data, parts_of
+from pyro_flows.guides.marginal import Marginal, check_data, parts_of
 from pyro_flows.guides.setup import AUTO
 from pyro_flows.model.batching import apart
 from pyro_flows.model.bijections import bijection
@@ -47,6 +50,7 @@ MOST_NUMBERS = 64  # of a row: each takes a pass backward
 JOINT_UP_TO = 200  # coordinates of sites that are put into the flow, since their rows are not independent
 MORE_ROWS = 4  # times the rows by which the flow started, from which on it starts anew
 DRAWN_AT_ONCE = 4_000_000  # numbers of latents
+REACH = 0.3  # of difference quotients, in sds
 
 
 @_checks.constructor
@@ -65,6 +69,12 @@ class AutoHierarchicalFlow(AutoMessenger):  # type: ignore[metaclass]
     :math:`\theta`, this is their exact conditional distribution. Elsewhere it is Laplace's approximation with trained
     tails.
 
+    Latents whose data are in other plates, such as effects of students and lecturers on ratings, are drawn together, if
+    they are too many for the flow: :math:`H` then couples all latents in plates, is added up over all rows of the data,
+    and is factored with the largest site first (Papaspiliopoulos, Roberts and Zanella 2020,
+    doi:10.1093/biomet/asz058). In a step of SVI with a minibatch, what the rows say of them is an expansion at the mode
+    of the flow's latents. For this the first run needs all rows.
+
     Nothing is stored for a row but its last mode, from which the next Newton step begins. So the guide needs no
     parameters for rows and no encoder: it trains on minibatches (``subsample_size=`` or ``subsample=`` of
     ``pyro.plate``), and new rows take one pass.
@@ -72,7 +82,8 @@ class AutoHierarchicalFlow(AutoMessenger):  # type: ignore[metaclass]
     It is a ``GuideMessenger``: the model runs twice a step, and its own plates are the guide's. Use it in ``SVI`` with
     ``Trace_ELBO``, vectorized particles too. Minibatches add noise to gradients, so let the learning rate fall.
 
-    Cost of a step: two runs of the model, and one pass backward for each number of a row.
+    Cost of a step: two runs of the model, and one pass backward for each number of a row. With crossed plates, a dense
+    factor of the numbers of all sites but the largest one, at most 3000, in the place of the passes backward.
 
     Args:
         model: a Pyro model with latents outside of plates. Its plates may be nested. Latents are continuous.
@@ -90,13 +101,14 @@ class AutoHierarchicalFlow(AutoMessenger):  # type: ignore[metaclass]
         local: names of the sites in plates that have conditional distributions.
         sizes: numbers of each latent site of a run, unconstrained.
         subsampled: whether a run has a part of the rows of a plate.
-        reason: what the guide cannot follow: pairs of sites in crossed plates, which it takes as independent given the
-            flow's latents; None if there is nothing.
+        reason: what the guide cannot follow: pairs of sites in crossed plates that cannot be coupled, which it takes as
+            independent given the flow's latents; None if there is nothing.
 
     Raises:
         ValueError: for a model that is not callable; and when the model is first run, for discrete latents, a model
             without latents outside of plates, more than 64 numbers in a row, latents of a subsampled plate that depend
-            on each other.
+            on each other, crossed plates of which a row of the data reads several rows, an index that was forgotten, a
+            log density that is NaN.
 
     References: Tierney and Kadane 1986 (doi:10.1080/01621459.1986.10478240); Rue, Martino and Chopin 2009
     (doi:10.1111/j.1467-9868.2008.00700.x); Agrawal and Domke 2021 (arXiv 2111.03144), for the factorization.
@@ -148,6 +160,9 @@ class AutoHierarchicalFlow(AutoMessenger):  # type: ignore[metaclass]
         self.subsampled = False
         self._z: Tensor | None = None  # the globals of this run
         self._run: _Run | None = None
+        self._crossed: Crossed | None = None  # the system of all latents in plates, where rows are not independent
+        self._expansion: Expansion | None = None
+        self._about: tuple[Tensor, Tensor] | None = None  # globals at which the expansion is, and their sds
         self._began: tuple[int, tuple[int, ...]] | None = None  # given rows by which the flow started, and its state
 
     @property
@@ -166,7 +181,12 @@ class AutoHierarchicalFlow(AutoMessenger):  # type: ignore[metaclass]
 
     def _read(self, args: Any, kwargs: Any) -> None:
         """Read the structure from a run; find which sites are in plates, and where the globals start."""
-        trace = first_run(self.model, args, kwargs, initial_value)
+        plates = _Plates()
+        try:
+            trace = first_run(plates(self.model), args, kwargs, initial_value)
+        except (RuntimeError, ValueError, IndexError) as error:
+            plates.explain(error)
+            raise
         sites = [site for site in messages(trace).values() if site["type"] == "sample" and not site_is_subsample(site)]
         for site in sites:
             check_plates(site)
@@ -201,8 +221,9 @@ class AutoHierarchicalFlow(AutoMessenger):  # type: ignore[metaclass]
             self.local = [name for name in there if frames[name]]
             top = self._globals(args, kwargs)
             z = top._init_loc().to(top._like)
-            first = self._rows(args, kwargs).conditional(z, beginning, {}, graph=True)
-            moved = self._to_join(first)
+            rows = self._rows(args, kwargs)
+            first = rows.conditional(z, beginning, {}, graph=True)
+            moved = self._to_join(rows, first)
             if moved is None:
                 break
             if moved not in self._own:
@@ -210,34 +231,46 @@ class AutoHierarchicalFlow(AutoMessenger):  # type: ignore[metaclass]
         self._events = {site.name: site.event_dim for site in first.sites}
         check_data(self._rows(args, kwargs), z, self._start, parts_of(first, 0, MOST_PARTS))
         self._begin(top, z, args, kwargs)
-        shapes = [Compose([SinhArcsinh(1), DiagonalAffine(1)]) for _ in first.numbers]
+        shapes = [Compose([SinhArcsinh(1), DiagonalAffine(1)]) for _ in ([] if self._crossed else first.numbers)]
         top._flow.add_module("local", nn.ModuleList(shapes).to(top._like))
         self.top = top
 
-    def _to_join(self, first: Conditional) -> str | None:
+    def _to_join(self, rows: Rows, first: Conditional) -> str | None:
         """Return a site that the flow has to take: its rows, or what is read of them, do not stand for themselves.
 
         Raises:
             ValueError: if there are too many numbers for the flow, or they are those of a subsample.
         """
-        for site in (*coupled(first), *read_elsewhere(first)):
+        joined, pairs = [*coupled(first), *read_elsewhere(first)], crossed(first)
+        smaller = [min(pair, key=lambda site: site.value.numel()) for pair in pairs]
+        why = ""
+        if not all(self._fits(site) for site in (*joined, *smaller)):
+            try:
+                self._crossed = self._solved(rows, first.at.z)
+                return None
+            except Exception as error:  # a model's own code may raise anything
+                why = f" No sparse system couples them: {first_line(error)}."
+        for site in joined:
             if not self._fits(site):
                 self._give_up(
                     site.name,
                     f"site {site.name!r}: its rows depend on each other given all other latents, or on a subsample of "
                     f"the data, and the flow cannot take them ({site.value.numel()} numbers; at most {JOINT_UP_TO}, "
                     "and not in a subsampled plate). Write the model with rows that are independent given the latents "
-                    "outside of their plate, and their data in the same plate.",
+                    f"outside of their plate, and their data in the same plate.{why}",
                 )
             return site.name
-        for pair in crossed(first):
-            small = min(pair, key=lambda site: site.value.numel())
+        for pair, small in zip(pairs, smaller, strict=True):
             if self._fits(small):
                 return small.name
             names = " and ".join(repr(site.name) for site in pair)
-            self.reason = f"{names} are in crossed plates: taken as independent given the flow's latents"
+            self.reason = f"{names} are in crossed plates: taken as independent given the flow's latents.{why}"
             fallback(self.reason)
         return None
+
+    def _solved(self, rows: Rows, z: Tensor) -> Crossed:
+        """Return the system that couples all latents in plates."""
+        return Crossed(rows, z)
 
     def _give_up(self, name: str, reason: str) -> None:
         """Refuse a site in plates that has no conditional distribution. Subclasses may give it one of their own."""
@@ -275,12 +308,28 @@ class AutoHierarchicalFlow(AutoMessenger):  # type: ignore[metaclass]
         if self._init != AUTO or top.affine is None:
             return
         try:
-            found = start_of_globals(self._rows(args, kwargs), z, self._start, self._remember)
+            found = start_of_globals(self.density_of_globals(args, kwargs, z, 0, most=FEW_PARTS), z)
         except Exception as error:  # a model's own code may raise anything
             fallback("the guide starts at the prior", error)
             return
         if found is not None:
             begin_at(top._single, *found)
+            if self._crossed is not None:
+                mode, scale = found
+                self._crossed.mode = self._crossed.normal(mode[None]).mean[0].detach().to(mode)
+                self._about = mode, scale if scale.dim() == 1 else scale.norm(dim=1)
+
+    def density_of_globals(
+        self, args: Any, kwargs: Any, z: Tensor, seed: int, *, most: int | None = None
+    ) -> Marginal | CrossedMarginal:
+        """Return the log density of the latents outside of plates; ``z`` is a point (D,), the rest as in Marginal."""
+        if self._crossed is not None:
+            return CrossedMarginal(self._crossed, seed)
+        if most is None:
+            return Marginal(self._rows(args, kwargs), z, self._start, seed)
+        few = Marginal(self._rows(args, kwargs), z, self._start, seed, remember=self._remember, most=most)
+        few.count = DRAWS
+        return few
 
     def _begin_again(self, args: Any, kwargs: Any) -> None:
         """Let the flow start anew, if it did so by a few given rows, more are given, and it was not trained since.
@@ -288,7 +337,7 @@ class AutoHierarchicalFlow(AutoMessenger):  # type: ignore[metaclass]
         Other packages run a guide first on a batch of two.
         """
         state = tuple(parameter._version for parameter in self._top._flow.parameters())
-        if not self.subsampled or (self._began is not None and state != self._began[1]):
+        if not self.subsampled or self._crossed is not None or (self._began is not None and state != self._began[1]):
             return
         z = self._top._init_loc().to(self._top._like)
         with poutine.block():
@@ -365,7 +414,10 @@ class AutoHierarchicalFlow(AutoMessenger):  # type: ignore[metaclass]
         self, z: Tensor, args: Any, kwargs: Any, *, remember: bool = True, chosen: Mapping[str, Tensor] | None = None
     ) -> _Run:
         """Draw unconstrained values of the latents in plates, given the others."""
-        now = self._rows(args, kwargs).near_mode(z, self._start, chosen or {}, graph=torch.is_grad_enabled())
+        if self._crossed is not None:
+            return self._crossed_locals(self._crossed, z)
+        graph = torch.is_grad_enabled()
+        now = self._rows(args, kwargs).near_mode(z, self._start, chosen or {}, graph=graph, patient=not graph)
         if remember:
             self._remember(now)
         densities: list[Tensor] = []
@@ -379,6 +431,26 @@ class AutoHierarchicalFlow(AutoMessenger):  # type: ignore[metaclass]
         values = now.moved(now.base, now.draw(noise))
         by_site = {name: torch.stack(parts).sum(0) for name, parts in now.by_site(densities).items()}
         return _Run(values, by_site, now.at.chosen)
+
+    def _crossed_locals(self, system: Crossed, z: Tensor) -> _Run:
+        """Draw all latents in plates together, at points (*batch, D)."""
+        flat = z.reshape(-1, z.shape[-1])
+        noise = torch.randn(len(flat), system.size, dtype=torch.float64, device=z.device)
+        if system.first.at.drawn:
+            if self._expansion is None:
+                about, reach = self._about or (flat[0].detach(), torch.full_like(flat[0], 1.0).detach())
+                self._expansion = Expansion(system, about, REACH * reach)
+            u, density = self._expansion.drawn(flat, noise)
+        else:
+            u, density = system.drawn(flat, noise)
+        values, densities = system.split(u.to(z)), system.split(density.to(z))
+        for site in system.sites:
+            lead = [*z.shape[: max(z.dim() - 1 - self._nesting, 0)]]
+            lead += [1] * (self._nesting - len(site.batch)) if z.dim() > 1 else []
+            values[site.name] = values[site.name].reshape(*lead, *site.value.shape)
+            own = densities[site.name].reshape(*lead, *site.batch, -1)
+            densities[site.name] = own.sum(-1)
+        return _Run(values, densities, {})
 
     def _shaped(self, index: int, noise: Tensor) -> tuple[Tensor, Tensor]:
         """Return what the trained map of a number makes of its noise, and the log derivative."""
@@ -537,6 +609,29 @@ class AutoHierarchicalFlow(AutoMessenger):  # type: ignore[metaclass]
             torch.manual_seed(0)
             draws = self.sample_posterior(QUANTILE_DRAWS, *args, **kwargs)
         return {name: torch.quantile(value, levels.to(value), dim=0) for name, value in draws.items()}
+
+
+class _Plates(Messenger):
+    """Remember the subsampled plates of a run, to tell where an index was forgotten."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.taken: dict[str, tuple[int, int]] = {}
+
+    def _pyro_post_sample(self, msg: Any) -> None:
+        if site_is_subsample(msg) and len(msg["value"]) < msg["fn"].size:
+            self.taken[msg["name"]] = len(msg["value"]), msg["fn"].size
+
+    def explain(self, error: Exception) -> None:
+        """Raise an error with a hint, if this one is about the sizes of a plate and of its minibatch."""
+        numbers = {int(number) for number in re.findall(r"\d+", str(error))}
+        for name, (rows, size) in self.taken.items():
+            if {rows, size} <= numbers:
+                raise ValueError(
+                    f"model: plate {name!r} takes {rows} of {size} rows, and something in it has all {size} "
+                    f"({first_line(error)}). Write `with pyro.plate(...) as rows:`, and index each argument that has a "
+                    "value for each row, as in `x[rows]`."
+                ) from error
 
 
 @dataclass

@@ -35,6 +35,7 @@ from pyro.distributions.util import scale_and_mask
 from torch import Tensor
 
 from pyro_flows._clock import unbounded
+from pyro_flows._fallbacks import fallback
 from pyro_flows._seeding import derive, seeded
 from pyro_flows.guides.conditional import (
     NEAR,
@@ -48,28 +49,34 @@ from pyro_flows.guides.conditional import (
     of_prior,
     vectorized,
 )
+from pyro_flows.model.batching import over_rows, quiet
 from pyro_flows.model.observations import refuse_outside, support_moves
 from pyro_flows.model.reading import check_observed
 from pyro_flows.model.sites import is_data, messages
 from pyro_flows.model.supports import inside
 from pyro_flows.verdict.psis import psis
-from pyro_flows.verdict.thresholds import K_HAT_MOST
+from pyro_flows.verdict.thresholds import (
+    K_HAT_MOST,
+    ROW_ERROR_GOOD,
+    ROW_ERROR_KNOWN,
+    ROW_MODE_REACHED,
+    ROW_MODE_SHARE,
+    ROW_MODES_APART,
+    ROW_WEIGHTS_EVEN,
+    ROW_WEIGHTS_UNEVEN,
+)
 
 DRAWS_LEAST, DRAWS_MOST = 4, 256  # of a row, K
 DRAWS_WIDE = 16  # of a row that is not normal, at least
-NOISE = 0.05  # nats: error of differences of the log density, from which on K is doubled
 AT_ONCE = 1_000_000  # numbers: draws of rows at once
 SMALLEST = 1e-12  # distance of points from 0 and 1
 LOOKED_AT, LOOKED_BY = 200, 32  # rows whose k-hat is estimated: those with the most uneven weights; draws of each
 PICKED_FROM = 64  # draws of a row that is not normal, of which one is picked
-KNOWN = 0.95  # of the points, at which the error of a row has to be known
-UNEVEN = 0.01  # relative variance of an estimate of a row: below it, its k-hat does not matter
 NEGLIGIBLE = 60.0  # nats below the largest weight of a row
 JITTER = 0.1  # of a point, to tell whether points can be batched
-NORMAL = 1e-4  # mean relative variance of the weights of a row, below which rows are normal
-TRIES, FAR, SECOND = 4, 3.0, 0.01  # prior draws from which second modes are sought; sds apart; least part of the mass
-REACHED = 0.3  # draws that fall within a standard deviation of a second mode, from which on it is integrated over
+TRIES = 4  # prior draws from which second modes are sought
 MOST_DIMENSIONS = 21201  # of torch's Sobol points
+MOST_DRAWS = 1000  # of the globals that are judged, each of which takes a pass over all rows
 ALL = ""  # in the place of a plate: all latents in plates are one row
 
 
@@ -152,6 +159,8 @@ class Marginal:
         first: the approximation at ``z``.
         parts: the rows of each run.
         clock: is looked at before each part of the data.
+        most_draws: how many draws of the globals are judged.
+        trainable: whether a better guide of the globals can make the weights good.
 
     Raises:
         ValueError: if rows are drawn and are not independent given the globals; without ``most``, if the model is
@@ -169,7 +178,7 @@ class Marginal:
         most: int | None = None,
     ) -> None:
         self.rows, self.start, self.seed, self.remember = rows, start, seed, remember
-        self.clock = unbounded()
+        self.clock, self.most_draws, self.trainable = unbounded(), MOST_DRAWS, True
         self.first = rows.near_mode(z, start, {})
         again = rows.run(z, at_values(self.first.base), self.first.at.chosen).densities()
         if any(
@@ -190,6 +199,7 @@ class Marginal:
         self._dimensions = dict.fromkeys(self._groups.values(), 0)  # numbers of a row
         for number in self.first.numbers:
             self._dimensions[self._groups[number.site.name]] += self._inner(number, number.own.shape).numel()
+        self.mapped = True  # whether draws of rows are mapped, where the model takes no batches
         self.batched = True
         self.batched = self._can_be_batched(z)
 
@@ -256,7 +266,7 @@ class Marginal:
         self.adapt(z)
         while True:
             found = self.errors(z)
-            if found.differences <= NOISE or self.count >= DRAWS_MOST:
+            if found.differences <= ROW_ERROR_GOOD or self.count >= DRAWS_MOST:
                 return found
             self.count *= 2
 
@@ -272,7 +282,7 @@ class Marginal:
             for halves, kept in self._nets(z, number):
                 own = torch.where(halves[0] == halves[1], 0.0, 0.5 * (halves[0] - halves[1])) * kept
                 known = torch.isfinite(own)
-                if bool((known.double().mean(0) < KNOWN).any()):
+                if bool((known.double().mean(0) < ROW_ERROR_KNOWN).any()):
                     return Errors(math.inf, math.inf)
                 own = torch.where(known, own, 0.0)
                 differences += float(own.var(0).sum())
@@ -293,7 +303,7 @@ class Marginal:
         if not self.wide:
             terms = self._terms(z, 0)
             relative = [torch.log_softmax(terms.weights(plate), 0) + math.log(self.count) for plate in terms.kept]
-            self.wide = any(not float(part.exp().var(0).mean()) <= NORMAL for part in relative)
+            self.wide = any(not float(part.exp().var(0).mean()) <= ROW_WEIGHTS_EVEN for part in relative)
             self.count = max(self.count, DRAWS_WIDE) if self.wide else self.count
         return self.wide
 
@@ -408,7 +418,7 @@ class Marginal:
                 relative = torch.log_softmax(weights, 0) + math.log(len(weights))
                 uneven = relative.exp().var(0).mean(0) * kept
                 order = uneven.argsort(descending=True)[: max(1, LOOKED_AT // len(self.parts))]
-                for row in order[uneven[order] > UNEVEN * here.count].tolist():
+                for row in order[uneven[order] > ROW_WEIGHTS_UNEVEN * here.count].tolist():
                     _, k_hat = psis(relative[:, :, row].reshape(-1))
                     if not k_hat < K_HAT_MOST:
                         found.append(WorstRow(plate, int(index[row]), float(k_hat)))
@@ -433,15 +443,17 @@ class Marginal:
                 then = self.rows.conditional(points, at_values(base), part.chosen)
                 steps = zip(then.by_number(then.base), now.by_number(now.base), now.numbers, strict=True)
                 far = [
-                    (((one - other) / own.sd).abs() > FAR) & (own.curvature.abs() > 0.0)  # or it is masked
+                    (((one - other) / own.sd).abs() > ROW_MODES_APART) & (own.curvature.abs() > 0.0)  # or it is masked
                     for one, other, own in steps
                 ]
                 lost = [~(length.abs() <= NEAR) for length in then.decrement]
                 apart, none, reached = self._by_rows(then, far), self._by_rows(then, lost), self._reached(now, then)
                 for plate, second in self._masses(then, points, number).items():
                     index = part.chosen.get(plate, torch.arange(len(second)))
-                    new = (apart[plate] > 0.0) & (none[plate] == 0.0) & (second - mass[plate] > math.log(SECOND))
-                    new &= ~(reached[plate] > math.log(REACHED))
+                    new = (
+                        (apart[plate] > 0.0) & (none[plate] == 0.0) & (second - mass[plate] > math.log(ROW_MODE_SHARE))
+                    )
+                    new &= ~(reached[plate] > math.log(ROW_MODE_REACHED))
                     found |= {(plate, int(index[row])) for row in new.nonzero().flatten().tolist()}
         return sorted(found)
 
@@ -504,17 +516,30 @@ class Marginal:
         return found
 
     def _single(self, row: Tensor, number: int, dead: Mapping[str, Tensor]) -> _Terms:
-        """Return what a part of the data says at a point (D,), by one run for each draw of rows."""
+        """Return what a part of the data says at a point (D,): draws of rows are mapped, or run one by one."""
         now, steps, log_q = self._draws(row, number, dead)
-        found: list[_Terms] = []
-        for draw in range(self.count if now.sites else 1):
-            values = now.moved(now.base, [step[draw] for step in steps])
+        kept: dict[str, Tensor] = {}
+
+        def one(drawn: Mapping[str, Tensor]) -> dict[str, Tensor]:
+            values = {site.name: drawn[f"y {site.name}"] for site in now.sites}
             at = self.rows.run(row, at_values(values), now.at.chosen, through=True)
-            found.append(self._gathered(at, {name: part[draw] for name, part in log_q.items()}, number))
-        for plate in found[0].kept:
-            found[0].log_p[plate] = torch.cat([one.log_p[plate] for one in found])
-            found[0].log_q[plate] = torch.cat([one.log_q[plate] for one in found])
-        return found[0]
+            found = self._gathered(at, {name: drawn[f"q {name}"] for name in log_q}, number)
+            kept.update(found.kept)
+            parts = {f"p {plate}": own[0] for plate, own in found.log_p.items()}
+            return {"total": found.total, **parts, **{f"q {plate}": own[0] for plate, own in found.log_q.items()}}
+
+        def not_mapped(error: Exception) -> None:
+            self.mapped = False
+            fallback("rows are drawn one by one", error)
+
+        if not now.sites:
+            return self._gathered(self.rows.run(row, at_values({}), now.at.chosen, through=True), {}, number)
+        drawn = {f"y {name}": own for name, own in now.moved(now.base, steps).items()}
+        drawn |= {f"q {name}": own for name, own in log_q.items()}
+        with quiet():
+            found = over_rows(one, drawn, batched=self.mapped, otherwise=not_mapped)
+        log_p, of_q = ({plate: found[f"{kind} {plate}"] for plate in kept} for kind in "pq")
+        return _Terms(found["total"][0], log_p, of_q, kept)
 
     def _draws(
         self, points: Tensor, number: int, dead: Mapping[str, Tensor]
@@ -649,10 +674,12 @@ def check_data(rows: Rows, z: Tensor, start: Start, parts: Sequence[Part]) -> No
     """Look at all observed values of some parts. A support that moves with the globals decides at each of their draws.
 
     Raises:
-        ValueError: for a value that is NaN or outside of the support of its likelihood, with the site and the row.
+        ValueError: for a value that is NaN or outside of the support of its likelihood, and for a log density that is
+            NaN wherever the globals are, with the site and the row.
     """
     for part in parts:
         at, other = (rows.run(point, start, part.chosen) for point in (z, z + JITTER))
+        lost, also = (run.densities() for run in (at, other))
         for name, site in messages(at.trace).items():
             if site["type"] != "sample" or not site["is_observed"] or not is_data(site):
                 continue
@@ -664,8 +691,15 @@ def check_data(rows: Rows, z: Tensor, start: Start, parts: Sequence[Part]) -> No
                 fine, axes = inside(site["fn"], site["value"])
                 fine = fine & ~torch.isnan(site["value"])
                 fine = fine.flatten(fine.dim() - axes).all(-1) if axes else fine
-                row = (~fine).nonzero()[0].tolist()
-                raise ValueError(f"{error} In all data, the first is at {_row_named(site, row, at.chosen)}.") from None
+                row = _row_named(site, (~fine).nonzero()[0].tolist(), at.chosen)
+                raise ValueError(f"{error} In all data, the first is at {row}.") from None
+            undefined = torch.isnan(lost[name]) & torch.isnan(also[name])
+            if bool(undefined.any()):
+                row = _row_named(site, undefined.nonzero()[0].tolist(), at.chosen) or "all rows"
+                raise ValueError(
+                    f"site {name!r}: its log density is NaN in {int(undefined.sum())} of {undefined.numel()} rows, the "
+                    f"first at {row}, and its values are not. Look for NaN among the model's other arguments there."
+                )
 
 
 def _row_named(site: Any, index: list[int], chosen: Mapping[str, Tensor]) -> str:

@@ -25,6 +25,7 @@ from pyro_flows._seeding import seeded
 from pyro_flows.flows.recipe import FlowLike, Recipe
 from pyro_flows.guides.autoflow import AutoFlow
 from pyro_flows.guides.conditional import Rows
+from pyro_flows.guides.crossed import Crossed
 from pyro_flows.guides.hierarchical import AutoHierarchicalFlow
 from pyro_flows.guides.setup import AUTO, PRIOR
 from pyro_flows.model.batching import apart
@@ -153,6 +154,9 @@ class AutoFlowMessenger(AutoHierarchicalFlow, AutoNormalMessenger):  # type: ign
     def _give_up(self, name: str, reason: str) -> None:
         fallback(f"site {name!r} gets a normal with parameters a row", ValueError(reason))
         self._own.append(name)
+
+    def _solved(self, rows: Rows, z: Tensor) -> Crossed:
+        raise ValueError("sites in crossed plates get normals")
 
     def _made(self, model: Callable[..., Any], args: Any, kwargs: Any) -> AutoFlow:
         flow, options = self._of_globals

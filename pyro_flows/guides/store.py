@@ -10,11 +10,14 @@ import pyro
 import torch
 from pyro.nn.module import _is_module_local_param_enabled
 from pyro.params.param_store import param_with_module_name
+from pyro.poutine import runtime
 from pyro.poutine.runtime import effectful
+from pyro.poutine.trace_messenger import TraceMessenger
 from torch import Tensor, nn
 from torch.distributions import constraints
 
 from pyro_flows.guides.setup import LatentGuide
+from pyro_flows.guides.whole import Whole
 
 UNSLOWED = {"gain": 1.0, "relative": 0.0}  # buffers of small steps, as they leave a flow without small steps
 
@@ -63,10 +66,11 @@ class StoredGuide(LatentGuide):
         self._flow  # noqa: B018
         return super().load_state_dict(*args, **kwargs)
 
-    def _register(self, whole: nn.Parameter | None = None) -> None:
+    def _register(self, *, gather: bool = True) -> None:
         """Tell Pyro of the flow's parameters; make the store hold the very tensors of this guide.
 
-        With ``whole``, the parameters as one vector, optimizers get this vector, by the name of the flow.
+        In SVI, optimizers get the parameters as one vector, by the name of the flow. With ``gather``, its gradient is
+        that of the parameters.
 
         What the store holds under our names is either another guide's (then ours replaces it) or was loaded into the
         store (then we take its values over). The store holds the buffers too, m and L among them: without them the
@@ -81,14 +85,26 @@ class StoredGuide(LatentGuide):
                     _place(full, tensor)
             self._in_store = True
         told: Mapping[str, Tensor] = tensors
-        if whole is not None:
-            told = {self._pyro_get_fullname("flow"): whole}
+        if in_svi() and (whole := self._as_one(tensors)) is not None:
+            if gather and torch.is_grad_enabled():
+                whole.gather()
+            told = {self._pyro_get_fullname("flow"): whole.vector}
             pyro.get_param_store()._param_to_name.update({tensor: name for name, tensor in told.items()})
         for full, tensor in told.items():
             if isinstance(tensor, nn.Parameter):
                 # a param statement as pyro.param makes it, past the store's look-up and transform of real numbers
                 tensor.unconstrained = weakref.ref(tensor)  # type: ignore[attr-defined]
                 _param_statement(full, tensor, constraint=constraints.real, name=full)
+
+    def _as_one(self, named: Mapping[str, Tensor]) -> Whole | None:
+        """Return the trained parameters as one vector; None if they are of several kinds."""
+        trained = {id(part): part for part in named.values() if isinstance(part, nn.Parameter) and part.requires_grad}
+        parameters = list(trained.values())
+        whole = self._whole
+        if whole is None or list(map(id, whole.parameters)) != list(trained) or not whole.hold():
+            kinds = {(part.dtype, part.device) for part in parameters}
+            whole = self._whole = Whole(parameters) if len(kinds) == 1 else None
+        return whole
 
     def _named_tensors(self) -> dict[str, Tensor]:
         """Return the flow's parameters and buffers by their names in Pyro's store."""
@@ -117,6 +133,12 @@ class StoredGuide(LatentGuide):
         """See to it that draws are those of values that were loaded into the store since the guide last ran."""
         if self._in_store and not _is_module_local_param_enabled():
             self._take_over(self._named_tensors())
+
+
+def in_svi() -> bool:
+    """Whether a step of SVI asks for parameters; Pyro's compiled losses ask once more, and need each one."""
+    asked = [part for part in runtime._PYRO_STACK if isinstance(part, TraceMessenger) and part.param_only]
+    return len(asked) == 1
 
 
 @effectful(type="param")

@@ -8,9 +8,9 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from itertools import pairwise
+from typing import Any
 
-import pyrofrom typing import Any
-
+import pyro
 import torch
 from torch import Tensor, fx
 

@@ -24,7 +24,9 @@ if TYPE_CHECKING:
 class Assessed(Drawn):
     """A posterior that assesses its model and writes reports; see :class:`~pyro_flows.Posterior`."""
 
-    def evidence(self, method: str = "auto", *, draws: int | None = None, seed: int = 0) -> Evidence:
+    def evidence(
+        self, method: str = "auto", *, draws: int | None = None, error: float | None = None, seed: int = 0
+    ) -> Evidence:
         r"""Estimate the log evidence :math:`\log Z = \log \int \tilde p(z)\,dz`, nats, with an honest standard error.
 
         ``importance``: the mean of :math:`\tilde p / q` over fresh draws of the flow. ``bridge``: Meng and Wong's
@@ -36,6 +38,9 @@ class Assessed(Drawn):
         Args:
             method: ``"auto"``, ``"importance"``, ``"bridge"`` or ``"smc"``.
             draws: of the flow or guide, 16 000 by default, each scored once. Without a model, the raw ones are taken.
+            error: standard error that is asked of importance sampling, nats, in the place of ``draws``. Draws are added
+                to those of the posterior until it is reached, 16 000 at most. Where latents in plates were integrated
+                out, each is a pass over all rows: then 0.05 is the default, and there are 1000 draws at most.
             seed: of these draws.
 
         Returns:
@@ -43,7 +48,7 @@ class Assessed(Drawn):
             verdict is unreliable, or k-hat too high for one.
 
         Raises:
-            ValueError: for an unknown method, or one that these draws do not allow.
+            ValueError: for an unknown method, or one that these draws do not allow; for both ``draws`` and ``error``.
 
         References: Meng and Wong 1996; Frühwirth-Schnatter 2004; Vehtari et al. 2024.
 
@@ -58,7 +63,7 @@ class Assessed(Drawn):
         """
         from pyro_flows.comparison.evidence import evidence
 
-        found = evidence(self, method=method, draws=draws, seed=seed)
+        found = evidence(self, method=method, draws=draws, error=error, seed=seed)
         self._hand_on("evidence()")
         return found
 

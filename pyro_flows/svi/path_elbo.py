@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from pyro.infer import ELBO, Trace_ELBO
-from pyro.poutine.runtime import am_i_wrapped
 from torch import Tensor
 
 from pyro_flows import _checks
@@ -19,11 +18,11 @@ from pyro_flows._fallbacks import Tried, fallback
 from pyro_flows.flows.flow import Flow
 from pyro_flows.guides.autoflow import AutoFlow
 from pyro_flows.guides.setup import AUTO
+from pyro_flows.guides.store import in_svi
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.objectives import BasePoints
 from pyro_flows.svi.pace import Pace
 from pyro_flows.svi.recorded import Arguments, RecordedStep, eager_step
-from pyro_flows.svi.whole import Whole
 from pyro_flows.transforms.networks import Paced
 
 Program = Callable[..., object]  # a model or a guide
@@ -100,9 +99,8 @@ class PathELBO(ELBO):
         if kept is None:
             return float(self._plain.loss_and_grads(model, guide, *args, **kwargs))
         assert isinstance(guide, AutoFlow)
-        whole = kept.whole() if am_i_wrapped() else None  # in SVI, and not beside an optimizer of torch
         with guide._pyro_context:  # parameters have names inside
-            guide._register(None if whole is None else whole.vector)
+            guide._register(gather=False)
         if kept.pace is not None:
             kept.pace.follow()
         terms, gradient = kept.step(self.num_particles, Arguments(args, kwargs))
@@ -111,8 +109,8 @@ class PathELBO(ELBO):
         if kept.pace is not None:
             gradient = kept.pace(gradient)
             guide._paced = kept.pace.begun
-        if whole is not None:
-            whole.add_gradient(gradient)
+        if in_svi() and guide._whole is not None:  # and not beside an optimizer of torch
+            guide._whole.add_gradient(gradient)
             return _value(terms)
         sizes = [parameter.numel() for parameter in kept.parameters]
         for parameter, part in zip(kept.parameters, gradient.split(sizes), strict=True):
@@ -175,16 +173,6 @@ class _Kept:
         self._steps: Cache[tuple[object, ...], RecordedStep | str] = Cache(STEPS_KEPT)
         self._recorded = 0
         self._base: tuple[object, BasePoints] | None = None
-
-    def whole(self) -> Whole | None:
-        """Return the parameters as one vector, which the guide keeps; None if they are of several kinds."""
-        guide = self.guide()
-        if guide is None or not self.parameters:
-            return None
-        if guide._whole is None or guide._whole.parameters[0] is not self.parameters[0] or not guide._whole.hold():
-            kinds = {(part.dtype, part.device) for part in self.parameters}
-            guide._whole = Whole(self.parameters) if len(kinds) == 1 else None
-        return guide._whole
 
     def is_of(self, model: Program, guide: Any) -> bool:
         """Whether the guide still has the flow, and is still trained on the model, that this was made for."""

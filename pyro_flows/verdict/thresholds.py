@@ -180,6 +180,24 @@ EVIDENCE_GAP_OF_RUNS = 0.3
 # Rows of a plate: standard error of differences of the log density, from which on the draws are not used. Source:
 # chosen; an error of this size moves a mean by as many sds at most.
 ROW_ERROR_MOST = 0.2
+# Rows of a plate: the same, from which on each row gets twice as many draws. Source: chosen.
+ROW_ERROR_GOOD = 0.05
+# Rows of a plate: share of the draws of the others at which the error of a row has to be known. Source: chosen.
+ROW_ERROR_KNOWN = 0.95
+# Rows of a plate: mean relative variance of the weights of a row, up to which rows count as normal. Source: chosen.
+ROW_WEIGHTS_EVEN = 1e-4
+# Rows of a plate: relative variance of an estimate of a row, above which its k-hat matters. Source: chosen.
+ROW_WEIGHTS_UNEVEN = 0.01
+# Latents in plates: sds between two modes of a row, from which on the second counts. Source: chosen.
+ROW_MODES_APART = 3.0
+# The same: mass of the second mode, as a part of that of the first, from which on it counts. Source: chosen.
+ROW_MODE_SHARE = 0.01
+# The same: draws within an sd of the second mode, from which on it is integrated over. Source: chosen.
+ROW_MODE_REACHED = 0.3
+# Latents outside of plates: sds between two modes, from which on the second counts. Source: chosen.
+GLOBAL_MODES_APART = 5.0
+# The same: nats that a second mode may be lower. Source: chosen.
+GLOBAL_MODE_LOWER = 5.0
 
 # ---- data ------------------------------------------------------------------------------------------------------------
 

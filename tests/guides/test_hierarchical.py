@@ -200,11 +200,42 @@ def test_effects_whose_data_are_subsampled_elsewhere_are_given_to_the_flow():
     assert rows_of(by_index, x, group, 10)[0].local == []
 
 
-@pytest.mark.falls_back
-def test_large_crossed_plates_are_said_to_be_taken_as_independent():
+def test_large_crossed_plates_are_coupled():
     guide, _ = rows_of(crossed, torch.zeros(201, 202, dtype=torch.float64), 201, 202)
     assert guide.local == ["a", "b"]
-    assert guide.reason == "'a' and 'b' are in crossed plates: taken as independent given the flow's latents"
+    assert guide.reason is None
+    assert guide.sample_posterior(2, torch.zeros(201, 202, dtype=torch.float64), 201, 202)["a"].shape == (2, 201, 1)
+
+
+def unboxed(y, rows, columns):
+    """No batch of points goes through it."""
+    crossed(y, rows, columns)
+    float(pyro.sample("more", dist.Normal(real(0.0), 1.0)))
+
+
+@pytest.mark.falls_back
+def test_large_crossed_plates_that_cannot_be_coupled_are_said_to_be_taken_as_independent():
+    guide, _ = rows_of(unboxed, torch.zeros(201, 202, dtype=torch.float64), 201, 202)
+    assert guide.local == ["a", "b"]
+    assert "'a' and 'b' are in crossed plates: taken as independent given the flow's latents" in guide.reason
+    assert ".item()" in guide.reason
+
+
+def with_features(y, x, batch, forget):
+    mu = pyro.sample("mu", dist.Normal(real(0.0), 5.0))
+    with pyro.plate("row", len(y), subsample_size=batch) as index:
+        z = pyro.sample("z", dist.Normal(mu, 1.0))
+        pyro.sample("y", dist.Normal(z + (x if forget else x[index]), 1.0), obs=y[index])
+
+
+def test_a_forgotten_index_and_nan_among_features_are_named():
+    x = data(50)
+    with pytest.raises(ValueError, match=r"plate 'row' takes 10 of 50 rows.*index each argument"):
+        pf.AutoHierarchicalFlow(with_features).initialize(x, x, 10, True)
+    broken = x.clone()
+    broken[37] = math.nan
+    with pytest.raises(ValueError, match=r"site 'y': its log density is NaN in 1 of 10 rows, the first at row\[37\]"):
+        pf.AutoHierarchicalFlow(with_features).initialize(x, broken, 10, False)
 
 
 def test_draws_have_the_shapes_of_the_model():

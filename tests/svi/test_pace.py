@@ -11,8 +11,8 @@ import torch
 from pyro.infer import SVI
 
 import pyro_flows as pf
+from pyro_flows.guides.whole import Whole
 from pyro_flows.svi.pace import FIRST, Pace
-from pyro_flows.svi.whole import Whole
 from tests.models import normal, real
 
 Y = real(1.3, 0.4, 2.2)

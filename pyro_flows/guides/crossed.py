@@ -1,0 +1,644 @@
+r"""Latents whose data are in other plates, such as students and lecturers of ratings: one sparse normal distribution.
+
+Write u for the unconstrained values of these latents, and :math:`\theta` for the other ones. Each term t of the log
+density, a row of the data or of a prior, reads at most one row of each site: :math:`\ell_t(u_{s(t)}, u_{l(t)}, \dots)`.
+Which row it is follows from two directional derivatives, along ones and along the rows' numbers. Their ratio is the
+number of the row. Two more derivatives of a term, along shifts of whole sites, are then its gradient and its curvature.
+They are added up over all rows of the data, by minibatches:
+
+.. math:: \log p(u, y \mid \theta) \approx \text{const} + g^\top (u - u_0) - \tfrac12 (u - u_0)^\top H (u - u_0).
+
+H couples no two rows of one site but through others. So the largest site is eliminated row by row, and what is left is
+a dense matrix of the rows of the other sites. This is exact where all is normal, and Laplace's approximation elsewhere.
+
+The density of the globals is estimated by one draw of u each, :math:`\hat p(\theta) = p(\theta, u, y) / q(u \mid
+\theta)`, whose noise depends on :math:`\theta` alone. It has no error where u is normal. Elsewhere, weights of
+:math:`\theta` are those of pairs, so that their k-hat judges q as well.
+
+Sources: Rue, Martino and Chopin 2009, doi:10.1111/j.1467-9868.2008.00700.x; Papaspiliopoulos, Roberts and Zanella 2020
+(doi:10.1093/biomet/asz058), for crossed designs; Andrieu and Roberts 2009, doi:10.1214/07-AOS574.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+from torch.func import jvp, vmap
+from torch.nn.functional import pad
+
+from pyro_flows._clock import unbounded
+from pyro_flows._seeding import derive, seeded
+from pyro_flows.guides.conditional import (
+    Conditional,
+    Rows,
+    at_values,
+    beginning,
+    of_prior,
+    vectorized,
+)
+from pyro_flows.guides.marginal import ALL, MOST_DRAWS, Errors, WorstRow, parts_of
+from pyro_flows.model.batching import batch, quiet
+from pyro_flows.model.sites import messages
+from pyro_flows.verdict.thresholds import ROW_MODE_SHARE, ROW_MODES_APART
+
+MOST_DENSE = 3000  # rows of all sites but the largest: their matrix is factored for each value of the globals
+AT_ONCE = 4_000_000  # numbers: derivatives of the terms at several points
+FACTORED, WITH_GRAPH = 4, 4  # points that are factored at once; whose gradients are taken at once
+LEAST_DRAWS, WRITTEN = 200, 800_000_000  # draws that are judged; numbers that all of them may take
+FARTHEST = 3.0  # log factor of curvatures
+DIGIT = 1024  # rows are numbered by digits, so that single precision tells them apart
+JITTER = 0.3  # of the point at which it is found which rows are read
+DENSE_PAIRS = 200  # times as long as the product of a pair of numbers takes each in a dense product
+MOST_STEPS, NEAR = 40, 1e-3  # Newton steps; gain in nats at which they end
+TRIES = 3  # prior draws from which second modes are sought
+
+
+Look = Callable[[], object]
+
+
+@dataclass
+class Term:
+    """The rows of one site of a run, and what they read.
+
+    Attributes:
+        subsampled: whether a run has a part of the rows.
+        reads: for each number of a row of the latents, the places in u that are read; and which rows read none.
+    """
+
+    subsampled: bool
+    reads: list[tuple[int, Tensor, Tensor]] = field(default_factory=list)
+
+
+class Crossed:
+    """The terms of a model by which its latents in plates depend on each other.
+
+    Args:
+        rows: the model with its data.
+        z: a point (D,).
+        seed: of the order of the rows.
+
+    Raises:
+        ValueError: if latents are in subsampled plates, terms read several rows of a site, or there are too many rows
+            besides those of the largest site.
+        Exception: of any kind, from models that ``torch.func.vmap`` cannot batch.
+    """
+
+    def __init__(self, rows: Rows, z: Tensor, seed: int = 0) -> None:
+        self.rows = rows
+        at = rows.run(z, beginning, {})
+        if at.given:
+            raise ValueError(f"all rows of plate {next(iter(at.given))!r} are needed at first")
+        self.sites = sorted(at.locals.values(), key=lambda site: -site.value.numel())
+        for site in self.sites:
+            if any(name in at.drawn for name in site.plates):
+                raise ValueError(f"site {site.name!r} is in a subsampled plate")
+        self.first = Conditional(self.sites, [], z.new_zeros(()), z.new_zeros(()), at)
+        self.size = sum(site.value.numel() for site in self.sites)
+        self.head = self.sites[0].value.numel()  # numbers of the site that is eliminated
+        if self.size - self.head > MOST_DENSE:
+            raise ValueError(f"{self.size - self.head} numbers besides those of the largest site, at most {MOST_DENSE}")
+        sizes = [site.size for site in self.sites]
+        starts = [sum(sizes[:place]) for place in range(len(sizes))]
+        owners = [
+            (torch.arange(site.value.numel()) % site.size) + start
+            for site, start in zip(self.sites, starts, strict=True)
+        ]
+        self.owner = torch.cat(owners).to(z.device)  # which number of a row each one is
+        self.numbers = sum(sizes)
+        self.mode = torch.cat([site.value.detach().flatten() for site in self.sites])
+        parts = parts_of(self.first, seed, None)
+        self._chosen = {name: torch.stack([part.chosen[name] for part in parts]) for name in at.drawn}
+        fresh = {name: torch.stack([part.fresh[name] for part in parts]) for name in at.drawn}
+        nodes = messages(at.trace)
+        self._weights = {name: self._weight(nodes[name], fresh) for name in at.densities()}
+        with quiet():
+            self._read(z)
+
+    # what is read ----------------------------------------------------------------------------------------------------
+
+    def _weight(self, site: Any, fresh: Mapping[str, Tensor]) -> Tensor | None:
+        """Return how often the rows of a site count in each part; None if all parts have the same rows."""
+        weight: Tensor | None = None
+        for frame in vectorized(site):
+            if frame.name in fresh:
+                own = fresh[frame.name].reshape(-1, frame.size, *[1] * (-1 - frame.dim)).double()
+                weight = own * (frame.size / frame.full_size) * (1.0 if weight is None else weight)
+        return weight
+
+    def split(self, u: Tensor) -> dict[str, Tensor]:
+        """Return values (..., n) by site, each (..., *batch, *event)."""
+        parts = u.split([site.value.numel() for site in self.sites], -1)
+        return {
+            site.name: part.reshape(*part.shape[:-1], *site.value.shape)
+            for site, part in zip(self.sites, parts, strict=True)
+        }
+
+    def _densities(self, z: Tensor, u: Tensor, *, kept: bool | None = None) -> tuple[Tensor, ...]:
+        """Return the weighed log densities of each site at a point, each (rows,): minibatches are mapped.
+
+        Without the terms that are ``kept``, one minibatch will do.
+        """
+
+        def part(chosen: dict[str, Tensor]) -> dict[str, Tensor]:
+            return self.rows.run(z, at_values(self.split(u)), chosen, through=True).densities()
+
+        if self._chosen and kept is not False:
+            found = vmap(part, randomness="same")(self._chosen)
+        else:
+            found = part({name: chosen[0] for name, chosen in self._chosen.items()})
+        terms = []
+        for name, weight in self._weights.items():
+            own = found[name]
+            if weight is None:
+                own = own[0] if self._chosen and kept is not False else own
+            elif kept is not False:
+                own = own * weight.reshape(len(weight), *[1] * (own.dim() - weight.dim()), *weight.shape[1:])
+            terms.append(own.flatten())
+        return tuple(terms)
+
+    def _read(self, z: Tensor) -> None:
+        """Find which rows each term reads, and the places of all pairs of numbers in H."""
+        generator = torch.Generator().manual_seed(0)
+        u = self.mode + JITTER * torch.randn(self.size, generator=generator).to(self.mode)
+        tangents, signs, offset = [], [], 0
+        for site in self.sites:
+            row = torch.arange(site.value.numel(), device=u.device) // site.size
+            signs.append(2.0 * torch.randint(2, (int(row[-1]) + 1,), generator=generator).to(u) - 1.0)
+            for own in (torch.ones_like(row), row // DIGIT, row % DIGIT, signs[-1][row]):
+                tangents.append(pad(own.to(u), (offset, self.size - offset - len(row))))
+            offset += len(row)
+        self._terms = self._terms_of(z, u, torch.stack(tangents), signs)
+        keys = [self._keys(term) for term in self._terms]
+        unique, inverse = torch.unique(torch.cat(keys), return_inverse=True)
+        self._slots = inverse.split([len(own) for own in keys])
+        self.pattern = Pattern(unique // self.size, unique % self.size, self.size, self.head, self.sites[0].size)
+        first, other = (self.assemble(z[None], point[None])[1] for point in (u, 2.0 * self.mode - u))
+        self.quadratic = torch.allclose(first, other, rtol=1e-4, atol=1e-5 * float(first.abs().max()))
+
+    def _terms_of(self, z: Tensor, u: Tensor, tangents: Tensor, signs: Sequence[Tensor]) -> list[Term]:
+        """Return the terms with the rows that they read, from derivatives along tangents, four for each site.
+
+        Raises:
+            ValueError: if one reads several rows of a site.
+        """
+
+        def along(tangent: Tensor) -> tuple[Tensor, ...]:
+            return jvp(lambda values: self._densities(z, values), (u,), (tangent,))[1]
+
+        terms = [Term(weight is not None) for weight in self._weights.values()]
+        for term, slopes in zip(terms, vmap(along, randomness="same")(tangents), strict=True):
+            offset = start = 0
+            for site, sign, own in zip(self.sites, signs, slopes.double().split(4), strict=True):
+                one, high, low, signed = own
+                read = torch.isfinite(one) & ((one != 0.0) | (signed != 0.0))
+                if bool(read.any()):
+                    safe = torch.where(one != 0.0, one, 1.0)
+                    row = torch.where(read, (DIGIT * (high / safe).round() + (low / safe).round()).long(), 0)
+                    known = (row >= 0) & (row < len(sign))
+                    expected = one * sign.double()[torch.where(known, row, 0)]
+                    known &= (signed - expected).abs() <= 1e-3 * torch.maximum(one.abs(), signed.abs())
+                    if not bool(known[read].all()):
+                        raise ValueError(f"several rows of site {site.name!r} are read together")
+                    term.reads += [(start + k, offset + row * site.size + k, read) for k in range(site.size)]
+                offset, start = offset + site.value.numel(), start + site.size
+        return terms
+
+    def _keys(self, term: Term) -> Tensor:
+        """Return the places in H, row times n plus column, of all pairs of numbers that a term reads."""
+        found = [torch.zeros(0, dtype=torch.long)]
+        for before, (_, one, _) in enumerate(term.reads):
+            for _, other, _ in term.reads[: before + 1]:
+                found.append(torch.minimum(one, other) * self.size + torch.maximum(one, other))
+        return torch.cat(found)
+
+    # derivatives -----------------------------------------------------------------------------------------------------
+
+    @property
+    def written(self) -> int:
+        """How many second derivatives of terms there are at a point."""
+        rows = sum(len(term.reads[0][1]) if term.reads else 1 for term in self._terms)
+        return self.numbers * (self.numbers + 1) // 2 * rows
+
+    @property
+    def at_once(self) -> int:
+        """How many points are taken together."""
+        return max(1, AT_ONCE // self.written)
+
+    def assemble(
+        self, z: Tensor, u: Tensor, *, kept: bool | None = None, look: Look = lambda: None
+    ) -> tuple[Tensor, Tensor]:
+        """Return the gradient g (S, n) of the log density, and the entries of H (S, entries) at points.
+
+        Args:
+            z: globals (S, D).
+            u: latents in plates (S, n).
+            kept: of terms in plates that are subsampled (True), of others (False), or of all (None).
+            look: is called first.
+        """
+        look()
+        first, second, places, slots = [], [], [], []
+        for term, own, slope, bend in zip(self._terms, self._slots, *self._derived(z, u, kept), strict=True):
+            if kept is not None and kept != term.subsampled:
+                continue
+            for before, (k, where, read) in enumerate(term.reads):
+                first.append(torch.where(read, slope[:, k * (k + 1) // 2].double(), 0.0))
+                places.append(where)
+                for j, _, also in term.reads[: before + 1]:
+                    second.append(torch.where(read & also, -bend[:, k * (k + 1) // 2 + j].double(), 0.0))
+            slots.append(own)
+        none = torch.zeros(len(z), 1, dtype=torch.float64, device=z.device)
+        gradient = none.repeat(1, self.size).index_add(1, torch.cat(places), torch.cat(first, 1))
+        return gradient, none.repeat(1, len(self.pattern.row)).index_add(1, torch.cat(slots), torch.cat(second, 1))
+
+    def _derived(self, z: Tensor, u: Tensor, kept: bool | None) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """Return first and second derivatives of the terms along shifts of whole sites, (S, pairs, rows) each."""
+        unit = torch.eye(self.numbers, dtype=u.dtype, device=u.device)
+        one, other = torch.tril_indices(self.numbers, self.numbers)
+
+        def single(row: Tensor, base: Tensor) -> Any:
+            def values(shift: Tensor) -> tuple[Tensor, ...]:
+                return self._densities(row, base + shift[self.owner], kept=kept)
+
+            def bent(along: Tensor, also: Tensor) -> Any:
+                none = torch.zeros_like(along)
+                return jvp(lambda shift: jvp(values, (shift,), (along,))[1], (none,), (also,))
+
+            return vmap(bent, randomness="same")(unit[one], unit[other])
+
+        with quiet():
+            found: tuple[tuple[Tensor, ...], tuple[Tensor, ...]] = batch(single)(z, u)
+        return found
+
+    def heights(self, z: Tensor, u: Tensor, look: Look = lambda: None) -> Tensor:
+        """Return the log joint density (S,) at points."""
+        look()
+        with quiet():
+            values = batch(self._densities)(z, u)
+        return torch.stack([own.double().sum(1) for own in values]).sum(0)
+
+    def normal(self, z: Tensor, *, look: Look = lambda: None, start: Tensor | None = None) -> Normal:
+        """Return the normal approximation at globals (S, D), differentiable in them."""
+        u = self._near(z, look, start)
+        return self.pattern.normal(u.double(), *self.assemble(z, u, look=look))
+
+    def drawn(self, z: Tensor, noise: Tensor, *, look: Look = lambda: None) -> tuple[Tensor, Tensor]:
+        """Return u (S, n) at globals (S, D) from standard normal noise (S, n), and its log densities, number by number.
+
+        Few points are factored at once, since each has a dense matrix.
+        """
+        u = self._near(z, look, None)
+        gradient, entries = self.assemble(z, u, look=look)
+        return self.pattern.drawn(u.double(), gradient, entries, noise)
+
+    def _near(self, z: Tensor, look: Look, start: Tensor | None) -> Tensor:
+        """Return points near modes; any point will do where all is normal."""
+        u = (self.mode if start is None else start).expand(len(z), self.size)
+        return u if self.quadratic else self._climbed(z.detach(), u, look)
+
+    @torch.no_grad()
+    def _climbed(self, z: Tensor, u: Tensor, look: Look) -> Tensor:
+        """Take Newton steps, halved where the log density would fall, to a mode at each point."""
+        height = self.heights(z, u, look)
+        for _ in range(MOST_STEPS):
+            gradient, entries = self.assemble(z, u, look=look)
+            step = (self.pattern.normal(u.double(), gradient, entries).mean - u).to(u)
+            left = (step.double() * gradient).sum(1)
+            share = torch.where(left.abs() > NEAR, 1.0, 0.0)
+            for _ in range(10):
+                there = self.heights(z, u + (share[:, None] * step).to(u), look)
+                fine = (there >= height) | (share == 0.0)
+                if bool(fine.all()):
+                    break
+                share = torch.where(fine, share, 0.5 * share)
+            moved = fine & (share > 0.0)
+            u = torch.where(moved[:, None], u + (share[:, None] * step).to(u), u)
+            gain = torch.where(moved, there - height, 0.0)
+            height = torch.where(moved, there, height)
+            if not bool((gain > NEAR).any()):
+                break
+        return u
+
+
+class Pattern:
+    """Where H has entries, and how it is factored: the rows of the largest site one by one, and then what is left.
+
+    Args:
+        row: of the entries of the upper triangle of H.
+        column: of these entries.
+        size: n.
+        head: numbers that are eliminated, the first ones.
+        width: numbers of one row of these.
+        dense: whether links are multiplied as a dense matrix; by default, where this is faster.
+    """
+
+    def __init__(
+        self, row: Tensor, column: Tensor, size: int, head: int, width: int, *, dense: bool | None = None
+    ) -> None:
+        self.row, self.column, self.size, self.head, self.width = row, column, size, head, width
+        self.own = (column < head).nonzero()[:, 0]
+        self.mixed = ((row < head) & (column >= head)).nonzero()[:, 0]
+        self.rest = (row >= head).nonzero()[:, 0]
+        tail = size - head
+        of_row, of_tail = row[self.mixed] // width, column[self.mixed] - head
+        links, self.link = torch.unique(of_row * max(tail, 1) + of_tail, return_inverse=True)
+        self.link_row, self.link_tail = links // max(tail, 1), links % max(tail, 1)
+        counts = torch.bincount(self.link_row, minlength=head // width)
+        pairs = int(counts.square().sum())
+        self.dense = head * tail**2 < DENSE_PAIRS * pairs * width if dense is None else dense
+        if not self.dense:  # pairs of links of one row, each once
+            starts = counts.cumsum(0) - counts
+            of_link = counts[self.link_row]
+            one = torch.arange(len(links)).repeat_interleave(of_link)
+            place = torch.arange(len(one)) - (of_link.cumsum(0) - of_link).repeat_interleave(of_link)
+            other = starts[self.link_row[one]] + place
+            once = other <= one
+            self.one, self.other = one[once], other[once]
+            places = self.link_tail[self.one], self.link_tail[self.other]
+            self.product = torch.maximum(*places) * tail + torch.minimum(*places)
+
+    def drawn(self, center: Tensor, gradient: Tensor, entries: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+        """Return what standard normal noise (S, n) becomes, and its log densities, number by number."""
+        found = []
+        for piece in zip(*(part.split(FACTORED) for part in (center, gradient, entries, noise)), strict=True):
+            own = self.normal(*piece[:3])
+            density = -0.5 * piece[3].square() - 0.5 * math.log(2.0 * math.pi) - own.log_scales()
+            found.append((own.draw(piece[3]), density))
+        values, densities = (torch.cat(parts) for parts in zip(*found, strict=True))
+        return values, densities
+
+    def normal(self, center: Tensor, gradient: Tensor, entries: Tensor) -> Normal:
+        """Return the normal distributions, one for each point."""
+        found = [self._factored(own) for own in entries]
+        factors = Normal(self, center, *(torch.stack(parts) for parts in zip(*found, strict=True)))
+        factors.mean = center + factors.solve(gradient)
+        return factors
+
+    def _factored(self, entries: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the factors of the rows of the first site, links in their units, and the factor of the rest."""
+        width, tail = self.width, self.size - self.head
+        place = self.row[self.own] * width + self.column[self.own] % width
+        upper = entries.new_zeros(self.head * width).index_add(0, place, entries[self.own]).reshape(-1, width, width)
+        blocks = upper + upper.triu(1).mT
+        place = self.link * width + self.row[self.mixed] % width
+        links = entries.new_zeros(len(self.link_row) * width).index_add(0, place, entries[self.mixed])
+        root = _root(blocks)
+        scaled = torch.linalg.solve_triangular(root[self.link_row], links.reshape(-1, width, 1), upper=False)[..., 0]
+        place = (self.column[self.rest] - self.head) * tail + self.row[self.rest] - self.head
+        flat = entries.new_zeros(tail * tail).index_add(0, place, entries[self.rest])
+        if self.dense:
+            spread = entries.new_zeros(self.head // width * tail, width)
+            spread = spread.index_add(0, self.link_row * tail + self.link_tail, scaled).reshape(-1, tail, width)
+            matrix = spread.transpose(1, 2).reshape(-1, tail)
+            lower = flat.reshape(tail, tail) - (matrix.mT @ matrix).tril()
+        else:
+            products = scaled[self.one, 0] * scaled[self.other, 0]
+            for k in range(1, width):
+                products = products + scaled[self.one, k] * scaled[self.other, k]
+            lower = flat.index_add(0, self.product, products, alpha=-1).reshape(tail, tail)
+        return root, scaled, _root(lower + lower.tril(-1).mT)
+
+
+def _root(matrices: Tensor) -> Tensor:
+    """Return triangular factors; NaN where there is none."""
+    root, failed = torch.linalg.cholesky_ex(matrices)
+    return torch.where((failed > 0)[..., None, None], torch.nan, root) if bool(failed.any()) else root
+
+
+class Normal:
+    """Normal distributions of u, one for each of S points.
+
+    Attributes:
+        mean: (S, n).
+    """
+
+    def __init__(self, pattern: Pattern, center: Tensor, root: Tensor, links: Tensor, rest: Tensor) -> None:
+        self.pattern, self.mean, self.root, self.links, self.rest = pattern, center, root, links, rest
+
+    def solve(self, right: Tensor) -> Tensor:
+        """Return the solutions of H x = right (S, n)."""
+        head, tail = self._split(right)
+        head = torch.linalg.solve_triangular(self.root, head.unsqueeze(-1), upper=False)[..., 0]
+        tail = tail - self._to_tail(head)
+        tail = torch.cholesky_solve(tail.unsqueeze(-1), self.rest)[..., 0]
+        return self._joined(head - self._to_head(tail), tail)
+
+    def draw(self, noise: Tensor) -> Tensor:
+        """Return what standard normal noise (S, n) becomes."""
+        head, tail = self._split(noise)
+        tail = torch.linalg.solve_triangular(self.rest.mT, tail.unsqueeze(-1), upper=True)[..., 0]
+        return self.mean + self._joined(head - self._to_head(tail), tail)
+
+    def log_scales(self) -> Tensor:
+        """Return the logarithms of the conditional standard deviations (S, n): their sum is half of -log det H."""
+        head = self.root.diagonal(dim1=-2, dim2=-1).flatten(1)
+        return -torch.cat([head, self.rest.diagonal(dim1=-2, dim2=-1)], 1).log()
+
+    def _split(self, values: Tensor) -> tuple[Tensor, Tensor]:
+        head, tail = values.split([self.pattern.head, self.pattern.size - self.pattern.head], 1)
+        return head.reshape(len(values), -1, self.pattern.width), tail
+
+    def _joined(self, head: Tensor, tail: Tensor) -> Tensor:
+        """Return head, in units of its rows, and tail as one."""
+        head = torch.linalg.solve_triangular(self.root.mT, head.unsqueeze(-1), upper=True)[..., 0]
+        return torch.cat([head.flatten(1), tail], 1)
+
+    def _to_tail(self, head: Tensor) -> Tensor:
+        own = (self.links * head[:, self.pattern.link_row]).sum(-1)
+        whole = own.new_zeros(len(own), self.pattern.size - self.pattern.head)
+        return whole.index_add(1, self.pattern.link_tail, own)
+
+    def _to_head(self, tail: Tensor) -> Tensor:
+        own = self.links * tail[:, self.pattern.link_tail].unsqueeze(-1)
+        whole = own.new_zeros(len(own), self.pattern.head // self.pattern.width, self.pattern.width)
+        return whole.index_add(1, self.pattern.link_row, own)
+
+
+class Expansion:
+    """What the rows of subsampled plates say of u, near one value of the globals: so a minibatch need not know it.
+
+    Curvatures are continued by the exponential of their relative slopes, gradients by their slopes.
+
+    Args:
+        system: the terms.
+        z: globals (D,).
+        reach: of difference quotients (D,).
+    """
+
+    @torch.no_grad()
+    def __init__(self, system: Crossed, z: Tensor, reach: Tensor) -> None:
+        self.system, self.z = system, z
+        self.center = system.normal(z[None]).mean[0].to(z)
+        points = torch.cat([z[None], z + torch.diag(reach), z - torch.diag(reach)])
+        found = [
+            system.assemble(piece, self.center.expand(len(piece), -1), kept=True)
+            for piece in points.split(system.at_once)
+        ]
+        gradient, entries = (torch.cat(parts) for parts in zip(*found, strict=True))
+        self.gradient, above, below = gradient.split([1, len(z), len(z)])
+        self.slope = (above - below) / (2.0 * reach[:, None])
+        self.entries, above, below = entries.split([1, len(z), len(z)])
+        relative = (above - below) / (2.0 * reach[:, None] * self.entries)
+        self.relative = torch.where(torch.isfinite(relative), relative, 0.0)
+
+    def drawn(self, z: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+        """Return what :meth:`Crossed.drawn` returns; differentiable in the globals, priors are those of the model."""
+        away = (z - self.z).double()
+        center = self.center.expand(len(z), -1)
+        gradient, entries = self.system.assemble(z, center, kept=False)
+        gradient = gradient + self.gradient + away @ self.slope
+        factor = (away @ self.relative).clamp(-FARTHEST, FARTHEST).exp()
+        return self.system.pattern.drawn(center.double(), gradient, entries + self.entries * factor, noise)
+
+
+class CrossedMarginal:
+    """The log density of the globals, latents in crossed plates integrated out by one draw each; see the module.
+
+    It has what :class:`~pyro_flows.guides.marginal.Marginal` has.
+
+    Args:
+        system: the terms.
+        seed: of the noise.
+    """
+
+    count, batched = 1, True
+
+    def __init__(self, system: Crossed, seed: int) -> None:
+        self.system, self.seed = system, seed
+        self.rows, self.first = system.rows, system.first
+        self.clock = unbounded()
+
+    def __call__(self, z: Tensor) -> Tensor:
+        """Return the log density (S,), in double precision."""
+        with torch.no_grad():
+            return torch.cat([self._values(piece) for piece in z.split(self.system.at_once)])
+
+    def value_and_grad(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the log density (S,) and its gradient (S, D)."""
+        values, gradients = [], []
+        for piece in z.split(WITH_GRAPH):
+            leaf = piece.detach().clone().requires_grad_()
+            with torch.enable_grad():
+                value = self._values(leaf)
+                gradients.append(torch.autograd.grad(value.sum(), leaf)[0].double())
+            values.append(value.detach())
+        return torch.cat(values), torch.cat(gradients)
+
+    def _values(self, z: Tensor) -> Tensor:
+        u, log_q = self._drawn(z, 0)
+        return self.system.heights(z, u, self.clock.look) - log_q
+
+    def _drawn(self, z: Tensor, seed: int) -> tuple[Tensor, Tensor]:
+        """Return a draw (S, n) of the latents at each point, and its log density."""
+        noise = torch.stack([self._noise(row, seed) for row in z])
+        found = self.system.drawn(z, noise, look=self.clock.look)
+        return found[0].to(z), found[1].sum(1)
+
+    def _noise(self, row: Tensor, seed: int) -> Tensor:
+        """Return the noise of a point, which hangs on nothing but the point and the seed."""
+        digest = hashlib.blake2b(row.detach().double().cpu().numpy().tobytes(), digest_size=7)
+        number = derive(self.seed + seed, f"latents in crossed plates at {digest.hexdigest()}")
+        generator = torch.Generator().manual_seed(number)
+        return torch.randn(self.system.size, generator=generator, dtype=torch.float64).to(row.device)
+
+    # what a verdict asks ---------------------------------------------------------------------------------------------
+
+    @property
+    def most_draws(self) -> int:
+        """How many draws of the globals are judged: each takes the derivatives of all terms, and a dense factor."""
+        written = self.system.written + (self.system.size - self.system.head) ** 2
+        return max(LEAST_DRAWS, min(MOST_DRAWS, WRITTEN // written))
+
+    @property
+    def trainable(self) -> bool:
+        """Whether a better guide of the globals can make the weights good: not where they have the noise of u."""
+        return self.system.quadratic
+
+    @property
+    def row_count(self) -> int:
+        """How many rows the sites in plates have."""
+        return sum(site.value.numel() // site.size for site in self.system.sites)
+
+    def plate_of(self, name: str) -> str:
+        """Return ``ALL``: the latents are drawn together."""
+        return ALL
+
+    def rows_of(self, plate: str) -> int:
+        """Return 1: all are one row."""
+        return 1
+
+    def with_parts(self, most: int) -> Self:
+        """Return the same: a part of the rows says too little."""
+        return self
+
+    def adapt(self, z: Tensor) -> bool:
+        """Return whether q has heavy tails: it has not."""
+        return False
+
+    def choose_count(self, z: Tensor) -> Errors:
+        """Return no errors: noise is a part of the weights."""
+        return Errors(0.0, 0.0)
+
+    def worst_rows(self, z: Tensor) -> list[WorstRow]:
+        """Return none: rows are not judged one by one."""
+        return []
+
+    @torch.no_grad()
+    def second_modes(self, z: Tensor) -> list[tuple[str, int]]:
+        """Return plate and index of a row that is elsewhere in a second mode at a point ``z`` (D,); most often none.
+
+        Climbs from draws of the prior look for it, unless all is normal.
+        """
+        system = self.system
+        if system.quadratic:
+            return []
+        own = system.normal(z[None], look=self.clock.look)
+        height = system.heights(z[None], own.mean.to(z), self.clock.look) + own.log_scales().sum(1)
+        for attempt in range(TRIES):
+            self.clock.look()
+            with seeded(derive(self.seed, f"crossed modes {attempt}"), z.device):
+                drawn = self.rows.run(z, of_prior, self.first.at.chosen).locals
+            start = torch.cat([drawn[site.name].value.detach().flatten() for site in system.sites])
+            other = system.normal(z[None], look=self.clock.look, start=start)
+            there = system.heights(z[None], other.mean.to(z), self.clock.look) + other.log_scales().sum(1)
+            apart = ((other.mean - own.mean) / own.log_scales().exp())[0].abs()
+            if float(apart.max()) > ROW_MODES_APART and float(there - height) > math.log(ROW_MODE_SHARE):
+                return [self._row_of(int(apart.argmax()))]
+        return []
+
+    def _row_of(self, place: int) -> tuple[str, int]:
+        for site in self.system.sites:
+            if place < site.value.numel():
+                return "/".join(site.plates), place // site.size
+            place -= site.value.numel()
+        raise IndexError(place)
+
+    def row_likelihoods(self, z: Tensor) -> dict[str, Tensor]:
+        """Return the log likelihood of all data, up to the prior of the globals: ``{ALL: (S, 1)}``."""
+        return {ALL: self(z)[:, None]}
+
+    @torch.no_grad()
+    def local_draws(self, z: Tensor, names: Sequence[str], rows: Tensor, seed: int) -> dict[str, Tensor]:
+        """Draw latents of all rows given points: ``{name: (S, *shape)}``, constrained.
+
+        Where they are not normal, they are those by which the points were weighed.
+        """
+        found: dict[str, list[Tensor]] = {name: [] for name in names}
+        nodes = messages(self.first.at.trace)
+        for piece in z.split(self.system.at_once):
+            u, _ = self._drawn(piece, seed if self.system.quadratic else 0)
+            own = self.system.split(u)
+            with quiet():
+                placed = batch(lambda row, base: self._constrained(row, base, names))(piece, own)
+            for name in names:
+                found[name].append(placed[name].reshape(len(piece), *nodes[name]["value"].shape))
+        return {name: torch.cat(parts) for name, parts in found.items()}
+
+    def _constrained(self, z: Tensor, values: Mapping[str, Tensor], names: Sequence[str]) -> dict[str, Tensor]:
+        at = self.rows.run(z, at_values(values), self.first.at.chosen, through=True)
+        return {name: messages(at.trace)[name]["value"] for name in names}

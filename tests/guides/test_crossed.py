@@ -1,0 +1,203 @@
+"""Latents in crossed plates: the sparse system is exact where all is normal, and judged by weights elsewhere."""
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro.infer import SVI, Predictive, Trace_ELBO
+
+import pyro_flows as pf
+from pyro_flows.guides.conditional import Rows
+from pyro_flows.guides.crossed import Crossed, CrossedMarginal, Expansion
+from pyro_flows.model.reading import read_structure
+from pyro_flows.model.start import initial_value
+from tests.models import real
+
+
+def ratings(y, student, lecturer, sizes, batch=None, rows=None):
+    """Ratings of lecturers by students, with a slope of each student, and lecturers in departments."""
+    mu = pyro.sample("mu", dist.Normal(real(0.0), 3.0))
+    scales = pyro.sample("scales", dist.LogNormal(real(0.0, 0.0, 0.0), 1.0).to_event(1))
+    with pyro.plate("student", sizes[0]):
+        a = pyro.sample("a", dist.Normal(real(0.0, 0.0), scales[0] * real(1.0, 0.3)).to_event(1))
+    with pyro.plate("department", 3):
+        c = pyro.sample("c", dist.Normal(real(0.0), 0.7))
+    with pyro.plate("lecturer", sizes[1]):
+        b = pyro.sample("b", dist.Normal(c[torch.arange(sizes[1]) % 3], scales[1]))
+    with pyro.plate("rating", len(y), subsample_size=batch, subsample=rows) as index:
+        s, late = student[index], (index % 2).double()
+        mean = mu + a[s, 0] + late * a[s, 1] + b[lecturer[index]]
+        pyro.sample("y", dist.Normal(mean, scales[2]), obs=y[index])
+
+
+def simulated(count, sizes, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    student = torch.randint(sizes[0], (count,), generator=generator)
+    lecturer = torch.randint(sizes[1], (count,), generator=generator)
+    a, b = (torch.randn(size, generator=generator, dtype=torch.float64) for size in sizes)
+    noise = torch.randn(count, generator=generator, dtype=torch.float64)
+    return 0.5 + 0.8 * a[student] + 0.6 * b[lecturer] + 0.9 * noise, student, lecturer, sizes
+
+
+def by_hand(y, student, lecturer, sizes, z):
+    """Return mean and covariance of (a, b, c) given the others, and their log likelihood with the prior at ``z``."""
+    mu, scales = z[0], z[1:].exp()
+    n = 2 * sizes[0] + sizes[1] + 3
+    prior = torch.zeros(n, n, dtype=torch.float64)
+    at_a, at_b, at_c = torch.arange(2 * sizes[0]), 2 * sizes[0] + torch.arange(sizes[1]), n - 3 + torch.arange(3)
+    to_c = torch.nn.functional.one_hot(torch.arange(sizes[1]) % 3, 3).double()
+    prior[at_a, at_a] = (scales[0] * real(1.0, 0.3).repeat(sizes[0])) ** 2
+    prior[at_c, at_c] = 0.49
+    prior[at_b[:, None], at_b] = 0.49 * to_c @ to_c.mT + scales[1] ** 2 * torch.eye(sizes[1])
+    prior[at_b[:, None], at_c] = 0.49 * to_c
+    prior[at_c[:, None], at_b] = 0.49 * to_c.mT
+    row, index = torch.arange(len(y)), torch.arange(len(y))
+    design = torch.zeros(len(y), n, dtype=torch.float64)
+    design[row, 2 * student] = 1.0
+    design[row, 2 * student + 1] = (index % 2).double()
+    design[row, at_b[lecturer]] = 1.0
+    whole = design @ prior @ design.mT + scales[2] ** 2 * torch.eye(len(y))
+    gain = prior @ design.mT @ torch.linalg.inv(whole)
+    normal = torch.distributions.MultivariateNormal(mu.expand(len(y)), whole)
+    log_p = normal.log_prob(y) + dist.Normal(0.0, 3.0).log_prob(mu) + dist.Normal(0.0, 1.0).log_prob(z[1:]).sum()
+    return gain @ (y - mu), prior - gain @ design @ prior, log_p
+
+
+NAMES = ["a", "b", "c"]
+
+
+def system_of(model, *args, local=NAMES):
+    hidden = pyro.poutine.block(model, hide=local)
+    latents = read_structure(hidden, args, {}, initial_value).latents
+    z = torch.zeros(sum(latent.size for latent in latents), dtype=torch.float64)
+    return Crossed(Rows(model, latents, local, args, {}), z)
+
+
+POINTS = real([0.3, -0.2, 0.1, -0.1], [-0.4, 0.3, -0.6, 0.2])
+
+
+@pytest.mark.parametrize("batch", [None, 16])
+def test_density_gradient_mean_and_covariance_are_exact(batch):
+    args = simulated(40, (6, 5))
+    system = system_of(ratings, *args, batch)
+    assert system.quadratic
+    leaf = POINTS.clone().requires_grad_()
+    expected = torch.stack([by_hand(*args, z)[2] for z in leaf])
+    density = CrossedMarginal(system, 0)
+    value, gradient = density.value_and_grad(POINTS)
+    assert torch.allclose(value, expected.detach(), atol=1e-8)
+    assert torch.allclose(density(POINTS), value, atol=1e-10)
+    assert torch.allclose(gradient, torch.autograd.grad(expected.sum(), leaf)[0], atol=1e-7)
+    mean, covariance, _ = by_hand(*args, POINTS[0])
+    order = [range(12), range(12, 17), range(17, 20)]
+    places = [place for site in system.sites for place in order[NAMES.index(site.name)]]
+    found = system.normal(POINTS[:1])
+    assert torch.allclose(found.mean[0], mean[places], atol=1e-8)
+    noise = torch.eye(20, dtype=torch.float64)
+    root = torch.cat([found.draw(one[None]) - found.mean for one in noise])
+    assert torch.allclose(root.mT @ root, covariance[places][:, places], atol=1e-8)
+
+
+def test_both_ways_to_eliminate_agree():
+    system = system_of(ratings, *simulated(40, (6, 5)))
+    pattern, entries = system.pattern, system.assemble(POINTS, system.mode.expand(2, -1))[1]
+    found = {}
+    for dense in (True, False):
+        pattern.__init__(pattern.row, pattern.column, pattern.size, pattern.head, pattern.width, dense=dense)
+        found[dense] = pattern.normal(system.mode.double(), torch.zeros(2, 20, dtype=torch.float64), entries).rest
+    assert torch.allclose(found[True], found[False])
+
+
+def test_an_expansion_is_exact_where_it_was_made_and_close_near_it():
+    args = simulated(40, (6, 5))
+    system = system_of(ratings, *args, 16)
+    found = Expansion(system, POINTS[0], torch.full((4,), 0.02, dtype=torch.float64))
+    for away, near in ((0.0, 1e-7), (0.05, 0.02)):
+        z = POINTS[:1] + away
+        draws, density = found.drawn(z, torch.zeros(1, 20, dtype=torch.float64))
+        exact, known = system.drawn(z, torch.zeros(1, 20, dtype=torch.float64))
+        assert torch.allclose(draws, exact, atol=near)
+        assert torch.allclose(density, known, atol=near)
+
+
+def together(y, batch):
+    """Each row reads two rows of one site."""
+    scale = pyro.sample("scale", dist.LogNormal(real(0.0), 1.0))
+    with pyro.plate("step", 300):
+        x = pyro.sample("x", dist.Normal(real(0.0), scale))
+    with pyro.plate("row", 299, subsample_size=batch) as index:
+        pyro.sample("y", dist.Normal(x[index + 1] - x[index], 1.0), obs=y[index])
+
+
+def test_what_it_cannot_follow_is_named():
+    guide = pf.AutoHierarchicalFlow(together, init="prior")
+    with pytest.raises(ValueError, match=r"site 'x'.*several rows of site 'x' are read together"):
+        guide.initialize(torch.zeros(299, dtype=torch.float64), 50)
+    args = simulated(900, (210, 205))
+    guide = pf.AutoHierarchicalFlow(ratings, init="prior")
+    with pytest.raises(ValueError, match="all rows of plate 'rating' are needed at first"):
+        guide.initialize(*args, None, torch.arange(100))
+
+
+def effects(y, student, lecturer, sizes, batch=None, rows=None, binary=False):
+    mu = pyro.sample("mu", dist.Normal(real(0.0), 3.0))
+    scales = pyro.sample("scales", dist.LogNormal(real(0.0, 0.0), 1.0).to_event(1))
+    with pyro.plate("student", sizes[0]):
+        a = pyro.sample("a", dist.Normal(real(0.0), scales[0]))
+    with pyro.plate("lecturer", sizes[1]):
+        b = pyro.sample("b", dist.Normal(real(0.0), scales[1]))
+    with pyro.plate("rating", len(y), subsample_size=batch, subsample=rows) as index:
+        mean = mu + a[student[index]] + b[lecturer[index]]
+        fn = dist.Bernoulli(logits=mean) if binary else dist.Normal(mean, 0.9)
+        pyro.sample("y", fn, obs=y[index])
+
+
+def grid(system, z):
+    """Return means and sds of the globals by importance weights of many draws around ``z``'s."""
+    mean, root = z.mean(0), torch.linalg.cholesky(torch.cov(z.mT))
+    generator = torch.Generator().manual_seed(1)
+    noise = torch.randn(400, len(mean), generator=generator, dtype=torch.float64)
+    points = mean + 1.2 * noise @ root.mT
+    weights = torch.softmax(CrossedMarginal(system, 0)(points) + 0.5 * noise.square().sum(1), 0)[:, None]
+    middle = (weights * points).sum(0)
+    return middle, (weights * (points - middle).square()).sum(0).sqrt()
+
+
+@pytest.mark.slow
+def test_a_fit_of_crossed_plates_is_right():
+    args = simulated(2000, (210, 205))
+    posterior = pf.fit(effects, *args, 500, progress=False, draws=400)
+    assert posterior.verdict.status in ("ok", "corrected")
+    z = torch.cat([posterior.samples["mu"][:, None], posterior.samples["scales"].log()], 1)
+    mean, sd = grid(system_of(effects, *args, local=["a", "b"]), z)
+    assert float(((z.mean(0) - mean) / sd).abs().max()) < 0.2
+    assert float((z.std(0) / sd).log().abs().max()) < 0.12
+    draws = posterior.local_samples(["a", "b"], draws=100)
+    assert draws["a"].shape == (100, 210)
+    assert draws["b"].shape == (100, 205)
+
+
+@pytest.mark.slow
+def test_effects_of_binary_ratings_are_never_wrongly_ok():
+    y, *rest = simulated(1500, (210, 205))
+    posterior = pf.fit(effects, (y > 0.5).double(), *rest, 500, None, True, progress=False, draws=100)
+    assert posterior.verdict.status == "unreliable"
+
+
+@pytest.mark.parametrize("given", [False, True])
+def test_it_trains_on_minibatches(given):
+    args = simulated(1200, (210, 205))
+    every = torch.arange(1200)
+    guide = pf.AutoHierarchicalFlow(effects, layers=2).initialize(
+        *args, None if given else 300, every if given else None
+    )
+    pyro.set_rng_seed(0)
+    svi = SVI(effects, guide, pyro.optim.Adam({"lr": 1e-3}), pf.PathELBO(num_particles=1) if given else Trace_ELBO())
+    for rows in torch.randperm(1200).split(300):
+        assert svi.step(*args, None if given else 300, rows if given else None) > 0.0
+    posterior = pf.diagnose(
+        effects, guide, *args, None if given else 300, every if given else None, draws=200, progress=False
+    )
+    assert posterior.verdict.status in ("ok", "corrected")
+    draws = Predictive(effects, guide=guide, num_samples=3)(*args, None if given else 300, every if given else None)
+    assert draws["a"].reshape(3, -1).shape == (3, 210)
