@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -101,9 +102,11 @@ class AffineCoupling(Coupling):
         hidden: Sequence[int] = (32, 32),
         activation: str = "silu",
         network: str | None = None,
+        frames: int = 1,
         log_scale_bound: float = 8.0,
     ) -> None:
-        super().__init__(dim, mask=mask, context_dim=context_dim, hidden=hidden, activation=activation, network=network)
+        options: dict[str, Any] = {"hidden": hidden, "activation": activation, "network": network, "frames": frames}
+        super().__init__(dim, mask=mask, context_dim=context_dim, **options)
         self.log_scale_bound = _checks.positive("log_scale_bound", log_scale_bound)
 
     def _read(self, raw: Tensor) -> tuple[Tensor, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -13,7 +14,7 @@ from pyro_flows.transforms.conditioners import conditioner
 
 
 class _Standardizing(Bijection):
-    """Shapes of a shift and a log scale for each coordinate, or for each channel of an image."""
+    """Shapes of a shift and a log scale for each coordinate, or for each channel of a signal or an image."""
 
     def __init__(self, dim: int | Sequence[int]) -> None:
         super().__init__()
@@ -21,7 +22,7 @@ class _Standardizing(Bijection):
         shape = (self.dim,) if isinstance(self.dim, int) else self.dim
         self.event_dim = len(shape)  # type: ignore[assignment]
         self._width, self._ones = shape[0], (1,) * (len(shape) - 1)
-        self._pixels = 1 if isinstance(self.dim, int) else self.dim[1] * self.dim[2]
+        self._pixels = math.prod(shape[1:])
         self.conditioner = conditioner(0, 0, 2 * self._width)
 
     def _check(self, x: Tensor, context: Tensor | None) -> None:

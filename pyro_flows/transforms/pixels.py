@@ -49,7 +49,7 @@ class Logit(Bijection):
     def __init__(self, dim: int | Sequence[int], *, alpha: float = 0.05) -> None:
         super().__init__()
         self.dim = _checks.size("dim", dim)
-        self.event_dim = 1 if isinstance(self.dim, int) else 3  # type: ignore[assignment]
+        self.event_dim = 1 if isinstance(self.dim, int) else len(self.dim)  # type: ignore[assignment]
         self.alpha = _checks.positive("alpha", alpha)
         if self.alpha >= 0.5:
             raise ValueError(f"alpha: expected a number between 0 and 0.5, got {alpha!r}.")
@@ -143,7 +143,7 @@ class Dequantize(nn.Module):
         self.levels = _checks.integer("levels", levels, 2)
         shape = (self.dim,) if isinstance(self.dim, int) else self.dim
         self._axes = tuple(range(-len(shape), 0))
-        options = {"hidden": hidden, "activation": activation, "network": network, "image": len(shape) == 3}
+        options = {"hidden": hidden, "activation": activation, "network": network, "axes": len(shape)}
         width = shape[0]
         self.conditioner = conditioner(width, 0, 2 * width, **options) if variational else None  # type: ignore[arg-type]
         self.register_buffer("_like", torch.zeros(()), persistent=False)

@@ -77,11 +77,13 @@ class SplineCoupling(Coupling):
         """Knots, by their widths and by their heights, move by up to B times as far as what they are made of."""
         reach = torch.tensor([1.0, 1.0] + [max(1.0, 2.0 * self.bound)] * (self.per - 2))
         moved = int((~self.mask).sum())
-        return reach.max() if self.event_dim == 3 else reach.repeat(moved)
+        return reach.repeat(moved) if self.event_dim == 1 else reach.max()
 
     def _read(self, raw: Tensor) -> tuple[Tensor, ...]:
-        image = self.event_dim == 3
-        numbers = raw.unflatten(-3, (self.per, -1)).movedim(-4, -1) if image else raw.unflatten(-1, (-1, self.per))
+        axis = -self.event_dim
+        channels = axis < -1
+        numbers = raw.unflatten(axis, (self.per, -1) if channels else (-1, self.per))
+        numbers = numbers.movedim(axis - 1, -1) if channels else numbers
         log_scale, shift, knots = numbers.split([1, 1, self.per - 2], dim=-1)
         log_scale = bounded(log_scale.squeeze(-1), self.log_scale_bound)
         return log_scale, shift.squeeze(-1), knots
