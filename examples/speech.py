@@ -7,7 +7,6 @@ goes on from its checkpoint.
 
 import argparse
 import wave
-from dataclasses import replace
 from pathlib import Path
 
 import librosa
@@ -18,7 +17,6 @@ from torch.utils.data import DataLoader
 
 import pyro_flows as pf
 from pyro_flows import datasets
-from pyro_flows.flows.signals import at_length
 
 WINDOW, HOP, BANDS, LENGTH = 256, 80, 40, 4000  # samples of a window and of a frame; bands; samples of a crop
 
@@ -64,7 +62,7 @@ def main():
     print(f"{fit.validation / LENGTH:.2f} nats a sample of utterances that were held out")
 
     chosen, frames = min(held, key=lambda pair: abs(len(pair[0]) - 24000))  # of about three seconds
-    longer = replace(fit, flow=at_length(fit.flow, len(chosen)))
+    longer = fit.at_length(len(chosen))
     drawn = {heat: longer.sample(1, frames.flatten(), temperature=heat, seed=0).flatten() for heat in (1.0, 0.7)}
     made = {"recorded": chosen / 32768, **{f"temperature {heat}": sound for heat, sound in drawn.items()}}
     figure, axes = plt.subplots(len(made), sharex=True, figsize=(8, 6), layout="constrained")

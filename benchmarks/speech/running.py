@@ -15,7 +15,6 @@ import argparse
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +27,6 @@ from benchmarks import records, tables
 from benchmarks.markdown import about, number, table
 from pyro_flows import datasets
 from pyro_flows._seeding import seeded
-from pyro_flows.flows.signals import at_length
 
 RATE, WINDOW, HOP, BANDS = 8000, 256, 80, 40  # samples a second, of a window, of a frame (10 ms); bands
 BEYOND = (WINDOW - HOP) // 2  # samples of a window on either side of its frame
@@ -116,15 +114,14 @@ def nats(fit: pf.DensityFit, speech: Speech, names: Sequence[str]) -> float:
     with seeded(0):
         for name in names:
             y, context = speech.dequantized(name), speech.frames[name].flatten()
-            total += float(at_length(fit.flow, y.shape[-1]).log_prob(y, context))
+            total += float(fit.at_length(y.shape[-1]).flow.log_prob(y, context))
             count += y.numel()
     return total / count
 
 
 def synthesized(fit: pf.DensityFit, frames: Tensor, temperature: float) -> np.ndarray:
     """Return a wave of the flow for standardized frames."""
-    longer = replace(fit, flow=at_length(fit.flow, len(frames) * HOP))
-    drawn = longer.sample(1, frames.reshape(1, -1), temperature=temperature, seed=0)
+    drawn = fit.at_length(len(frames) * HOP).sample(1, frames.reshape(1, -1), temperature=temperature, seed=0)
     return drawn.flatten().clamp(-1.0, 1.0).numpy()
 
 
@@ -219,10 +216,10 @@ def section(rows: Sequence[records.Row]) -> str:
     ]
     seconds = max(float(row["seconds"] or 0.0) for row in rows)
     text = (
-        f"55 of 558 recorded prompts were held out whole. The flow was trained for {seconds:.0f} CPU seconds, given mel "
-        f"spectrograms of {BANDS} bands and frames of {1000 * HOP // RATE} ms. Nats are those of amplitudes between -1 "
-        "and 1, with noise of one level of 16 bits. Distances are those of reconstructions to the recordings, by mel "
-        f"spectrograms and by spectra. {about(list(rows))} pyro_flows {rows[0]['version']}."
+        f"55 of 558 recorded prompts were held out whole. The flow was trained for {seconds:.0f} CPU seconds, given "
+        f"mel spectrograms of {BANDS} bands, with frames of {1000 * HOP // RATE} ms. Nats are those of amplitudes "
+        "between -1 and 1, with noise of one level of 16 bits. Distances are those of reconstructions to recordings, "
+        f"by mel spectrograms and by spectra. {about(list(rows))} pyro_flows {rows[0]['version']}."
     )
     return f"{text}\n\n{table(header, body)}"
 

@@ -41,7 +41,7 @@ def waveglow(
     The context is F rows of features, one after the other, such as the frames of a mel spectrogram, which share the
     length of the signal evenly. Networks prepare it frame by frame, so it costs little. Call
     ``flow.bijection.start_from(batch, context)`` before training, which sets the ActNorm. Networks see neighbors only,
-    so one set of weights serves signals of all lengths (``at_length`` in ``flows/signals.py``). The inverse costs as
+    so one set of weights serves signals of all lengths (``at_length`` of :class:`DensityFit`). The inverse costs as
     much as the forward pass. Not for guides, which need vectors.
 
     Args:
