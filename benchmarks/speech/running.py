@@ -14,23 +14,27 @@ from __future__ import annotations
 import argparse
 import math
 import time
-from collections.abc import Callable, Sequence
+import wave
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 import pyro_flows as pf
 from benchmarks import records, tables
+from benchmarks.density.gallery import save
 from benchmarks.markdown import about, number, table
 from pyro_flows import datasets
+from pyro_flows._figures import panels, styled
 from pyro_flows._seeding import seeded
 
 RATE, WINDOW, HOP, BANDS = 8000, 256, 80, 40  # samples a second, of a window, of a frame (10 ms); bands
 BEYOND = (WINDOW - HOP) // 2  # samples of a window on either side of its frame
-LENGTH = 50 * HOP  # of a crop
+LENGTH, BATCH = 50 * HOP, 2  # of a crop; crops a step
 FLOOR, DIM = 1e-5, 1e-3  # of mel magnitudes and of magnitudes, under the logarithm
 TEMPERATURES = (1.0, 0.8, 0.6)
 ORDER = 16  # of linear prediction
@@ -49,15 +53,17 @@ FIELDS = (
 OUT = records.RESULTS / "speech.csv"
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "evidence" / "densities.md"
 
+Correction = Callable[[np.ndarray, Tensor], np.ndarray]
+
 
 # data -----------------------------------------------------------------------------------------------------------------
 
 
-def log_mel(wave: np.ndarray) -> np.ndarray:
-    """Return the log mel spectrogram (frames, bands) of a wave of whole frames, each window around its frame."""
+def log_mel(sound: np.ndarray) -> np.ndarray:
+    """Return the log mel spectrogram (frames, bands) of a sound of whole frames, each window around its frame."""
     import librosa
 
-    padded = np.pad(wave, BEYOND, mode="reflect")
+    padded = np.pad(sound, BEYOND, mode="reflect")
     options = {"sr": RATE, "n_fft": WINDOW, "hop_length": HOP, "n_mels": BANDS, "center": False, "power": 1.0}
     return np.log(np.maximum(librosa.feature.melspectrogram(y=padded, **options), FLOOR)).T
 
@@ -100,8 +106,8 @@ def train(speech: Speech, out: Path, seconds: float, **options: object) -> pf.De
     flow = pf.waveglow((1, LENGTH), frames=LENGTH // HOP, context_dim=LENGTH // HOP * BANDS, **options)
     flow.bijection.start_from(*next(iter(DataLoader(speech.crops(speech.train, 64), 64))))
     held_out = tuple(next(iter(DataLoader(speech.crops(speech.validation, 64), 64))))
-    more = {"batch": 8, "learning_rate": 2e-3, "weight_decay": 0.0, "max_seconds": seconds, "clock": "cpu"}
-    loader = DataLoader(speech.crops(speech.train, 800), 8)
+    more = {"batch": BATCH, "learning_rate": 2e-3, "weight_decay": 0.0, "max_seconds": seconds, "clock": "cpu"}
+    loader = DataLoader(speech.crops(speech.train, 400 * BATCH), BATCH)
     fit = pf.fit_density(flow, loader, validation=held_out, checkpoint=out / "checkpoint", **more)
     fit.save(out / "density")
     return fit
@@ -125,6 +131,25 @@ def synthesized(fit: pf.DensityFit, frames: Tensor, temperature: float) -> np.nd
     return drawn.flatten().clamp(-1.0, 1.0).numpy()
 
 
+def corrected(sound: np.ndarray, mels: Tensor) -> np.ndarray:
+    """Return the sound with the energy of each band and frame moved to that of its log mel spectrogram, in eight rounds.
+
+    A flow's draw has about the spectrogram that it was given. What is left is a gain for each band, by Fourier
+    transforms of overlapping windows, which is why one round is not enough.
+    """
+    import librosa
+
+    basis = librosa.filters.mel(sr=RATE, n_fft=WINDOW, n_mels=BANDS)
+    share = (basis / np.maximum(basis.sum(0), 1e-12)).T
+    padded = np.pad(sound, BEYOND, mode="reflect")
+    for _ in range(8):
+        spectrum = librosa.stft(padded, n_fft=WINDOW, hop_length=HOP, center=False)
+        wanted = mels.numpy().T - np.log(np.maximum(basis @ np.abs(spectrum), FLOOR))
+        options = {"n_fft": WINDOW, "hop_length": HOP, "center": False, "length": len(padded)}
+        padded = librosa.istft(spectrum * np.exp(share @ wanted), **options)
+    return np.clip(padded[BEYOND : BEYOND + len(sound)], -1.0, 1.0)
+
+
 # what others make of it -----------------------------------------------------------------------------------------------
 
 
@@ -133,7 +158,7 @@ def linear_predictions(speech: Speech) -> dict[str, float]:
     with seeded(0):
         waves = {name: speech.dequantized(name)[0].double() for name in speech.recordings}
     train = [waves[name] for name in speech.train]
-    before = torch.cat([_before(wave) for wave in train])
+    before = torch.cat([_before(sound) for sound in train])
     weights = torch.linalg.lstsq(before, torch.cat(train)[:, None]).solution[:, 0]
     variance, left = torch.cat(train).square().mean(), (torch.cat(train) - before @ weights).square().mean()
     test = torch.cat([waves[name] for name in speech.test])
@@ -147,9 +172,9 @@ def linear_predictions(speech: Speech) -> dict[str, float]:
     }
 
 
-def _before(wave: Tensor) -> Tensor:
+def _before(sound: Tensor) -> Tensor:
     """Return the samples before each one (T, order), zeros before the first."""
-    return torch.nn.functional.pad(wave, (ORDER, -1)).unfold(0, ORDER, 1)
+    return torch.nn.functional.pad(sound, (ORDER, -1)).unfold(0, ORDER, 1)
 
 
 def griffin_lim(mels: Tensor) -> np.ndarray:
@@ -163,13 +188,13 @@ def griffin_lim(mels: Tensor) -> np.ndarray:
     return np.clip(padded[BEYOND : BEYOND + length], -1.0, 1.0)
 
 
-def distances(wave: np.ndarray, other: np.ndarray) -> tuple[float, float]:
+def distances(sound: np.ndarray, other: np.ndarray) -> tuple[float, float]:
     """Return the mean difference of log mel spectrograms, in nats, and the log spectral distance, in decibels."""
     import librosa
 
-    levels = [20.0 * np.log10(np.abs(librosa.stft(one, n_fft=WINDOW, hop_length=HOP)) + DIM) for one in (wave, other)]
+    levels = [20.0 * np.log10(np.abs(librosa.stft(one, n_fft=WINDOW, hop_length=HOP)) + DIM) for one in (sound, other)]
     apart = np.sqrt(np.square(levels[0] - levels[1]).mean(0)).mean()
-    return float(np.abs(log_mel(wave) - log_mel(other)).mean()), float(apart)
+    return float(np.abs(log_mel(sound) - log_mel(other)).mean()), float(apart)
 
 
 # rows -----------------------------------------------------------------------------------------------------------------
@@ -181,10 +206,10 @@ def reconstructed(speech: Speech, make: Callable[[str], np.ndarray]) -> dict[str
     spent, found, length = 0.0, [], 0
     for name in speech.test:
         began = time.process_time()
-        wave = make(name)
+        sound = make(name)
         spent += time.process_time() - began
-        found.append([len(wave) * value for value in distances(amplitudes(speech.recordings[name]), wave)])
-        length += len(wave)
+        found.append([len(sound) * value for value in distances(amplitudes(speech.recordings[name]), sound)])
+        length += len(sound)
     mel, spectrum = (float(value) for value in np.sum(found, 0) / length)
     return {"log_mel": mel, "log_spectrum": spectrum, "real_time": spent / (length / RATE)}
 
@@ -198,13 +223,43 @@ def judge(speech: Speech, fit: pf.DensityFit) -> list[dict[str, object]]:
     about = {"seconds": fit.settings["seconds"], "steps": fit.settings["steps"]}
     about["nats"] = nats(fit, speech, speech.test)
     for temperature in TEMPERATURES:
-        made = reconstructed(speech, lambda name, t=temperature: synthesized(fit, speech.frames[name], t))
-        rows.append({"method": f"WaveGlow, temperature {temperature}", **about, **made})
+        for name, after in (("", lambda sound, mels: sound), (", bands corrected", corrected)):
+
+            def make(utterance: str, heat: float = temperature, after: Correction = after) -> np.ndarray:
+                return after(synthesized(fit, speech.frames[utterance], heat), speech.mels[utterance])
+
+            made = reconstructed(speech, make)
+            rows.append({"method": f"WaveGlow, temperature {temperature}{name}", **about, **made})
     said = {"version": records.code_version(), "machine": records.machine(), "software": records.software()}
     return [
         {key: f"{value:.5g}" if isinstance(value, float) else value for key, value in {**row, **said}.items()}
         for row in rows
     ]
+
+
+def listen(speech: Speech, fit: pf.DensityFit, out: Path, chosen: str) -> None:
+    """Write what is made of one spectrogram as sound files and a picture."""
+    frames, mels = speech.frames[chosen], speech.mels[chosen]
+    drawn = synthesized(fit, frames, 1.0)
+    sounds = {"recorded": amplitudes(speech.recordings[chosen]), "WaveGlow": drawn}
+    sounds |= {"WaveGlow, bands corrected": corrected(drawn, mels), "Griffin-Lim": griffin_lim(mels)}
+    for name, sound in sounds.items():
+        with wave.open(str(out / f"{name.replace(', ', '-').replace(' ', '-')}.wav"), "wb") as file:
+            file.setparams((1, 2, RATE, 0, "NONE", ""))
+            file.writeframes((sound * 32767.0).astype("<i2").tobytes())
+    save(_spectrograms(sounds), out / "speech-spectrograms.png")
+
+
+@styled
+def _spectrograms(sounds: Mapping[str, np.ndarray]) -> Figure:
+    figure, axes = panels(len(sounds), columns=1, size=(6.4, 1.3 * len(sounds)))
+    for axis, (name, sound) in zip(axes, sounds.items(), strict=True):
+        about = {"NFFT": WINDOW, "Fs": RATE, "noverlap": WINDOW - HOP, "vmin": -120, "vmax": -30}
+        axis.specgram(sound + 1e-6, cmap="magma", **about)
+        axis.set_title(name)
+        axis.set_ylabel("Hz")
+    axes[-1].set_xlabel("seconds")
+    return figure
 
 
 def section(rows: Sequence[records.Row]) -> str:
@@ -241,5 +296,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(fit.summary())
     rows = judge(speech, fit)
     records.write(options.csv, FIELDS, rows)
+    listen(speech, fit, options.out, min(speech.test, key=lambda name: abs(len(speech.recordings[name]) - 2 * RATE)))
     page = tables.replace(options.page.read_text(encoding="utf-8"), "speech", section(records.read(options.csv)))
     options.page.write_text(page, encoding="utf-8")

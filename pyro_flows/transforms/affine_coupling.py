@@ -21,13 +21,14 @@ class AdditiveCoupling(Coupling):
     The inverse costs the same as the forward pass: one evaluation of the network.
 
     Args:
-        dim: number of coordinates, or the shape (C, H, W) of an image.
-        mask: booleans, ``True`` for the kept ones (default: the first half, of an image's channels).
+        dim: number of coordinates, or the shape (C, T) of a signal or (C, H, W) of an image.
+        mask: booleans, ``True`` for the kept ones (default: the first half, of channels if there are any).
         context_dim: width of the context.
         hidden: widths of the network's hidden layers.
         activation: its activation.
         network: ``"mlp"``, ``"robust"`` or ``"residual"``; for images ``"convolution"``, ``"robust"`` or ``"residual"``
-            (``None``: the first).
+            (``None``: the first); for signals ``"wavenet"``.
+        frames: how many frames of a signal have their own part of the context, one after the other.
 
     Raises:
         ValueError: for a mask that moves nothing or has the wrong shape, or a wrong width.
@@ -65,13 +66,14 @@ class AffineCoupling(Coupling):
 
     Args:
         dim: number of coordinates (with one coordinate and no context, s and t are free parameters), or the shape
-            (C, H, W) of an image.
-        mask: booleans, ``True`` for the kept ones (default: the first half, of an image's channels).
+            (C, T) of a signal or (C, H, W) of an image.
+        mask: booleans, ``True`` for the kept ones (default: the first half, of channels if there are any).
         context_dim: width of the context.
         hidden: widths of the network's hidden layers.
         activation: its activation.
         network: ``"mlp"``, ``"robust"`` or ``"residual"``; for images ``"convolution"``, ``"robust"`` or ``"residual"``
-            (``None``: the first).
+            (``None``: the first); for signals ``"wavenet"``.
+        frames: how many frames of a signal have their own part of the context, one after the other.
         log_scale_bound: B, in nats.
 
     Raises:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -82,7 +83,7 @@ class Squeeze(Bijection):
         return *self.forward_and_ladj(x, context), self._squeeze(score)
 
     def _squeeze(self, x: Tensor) -> Tensor:
-        taken = [[slice(place, None, self.group) for place in corner] for corner in self._corners]
+        taken: list[Any] = [[slice(place, None, self.group) for place in corner] for corner in self._corners]
         return torch.cat([x[(..., *places)] for places in taken], dim=-self.event_dim)
 
 
@@ -97,7 +98,7 @@ class MultiScale(Bijection):
     half of the channels.
 
     Args:
-        coarse: a bijection of (C/2, H, W) that keeps the shape; it also names the shape.
+        coarse: a bijection of (C/2, T) or (C/2, H, W) that keeps the shape; it also names the shape.
 
     Raises:
         ValueError: for a ``coarse`` that does not name its shape or changes it, or an input of another shape.

@@ -96,11 +96,11 @@ class Conv1x1(LULinear):
     It mixes channels between couplings that keep some of them. Both ways cost O(C^2) a pixel.
 
     Args:
-        dim: the shape (C, H, W) of an image.
+        dim: the shape (C, T) of a signal or (C, H, W) of an image.
         seed: of the permutation of channels; None: no permutation.
 
     Raises:
-        ValueError: for a ``dim`` that is not the shape of an image, or an input of another shape.
+        ValueError: for a ``dim`` that is no such shape, or an input of another shape.
 
     Reference: Kingma and Dhariwal, *Glow*, NeurIPS 2018 (arXiv 1807.03039), section 3.2.
 

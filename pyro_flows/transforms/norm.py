@@ -30,7 +30,7 @@ class _Standardizing(Bijection):
         _checks.context(type(self).__name__, context, 0)
 
     def _spread(self, values: Tensor) -> Tensor:
-        """Give numbers for channels the axes of an image."""
+        """Give numbers for channels the axes of a signal or an image."""
         return values.reshape(self._width, *self._ones)
 
     def _ladj(self, log_scale: Tensor, x: Tensor) -> Tensor:
@@ -80,7 +80,7 @@ class ActNorm(_Standardizing):
     vectors. Both ways cost O(D).
 
     Args:
-        dim: number of coordinates, or the shape (C, H, W) of an image.
+        dim: number of coordinates, or the shape (C, T) of a signal or (C, H, W) of an image.
 
     Raises:
         ValueError: for a ``dim`` below 1, a wrong shape, or data with fewer than two points or with values that are not
@@ -138,7 +138,7 @@ class BatchNorm(_Standardizing):
     starts as the identity in eval mode.
 
     Args:
-        dim: number of coordinates, or the shape (C, H, W) of an image.
+        dim: number of coordinates, or the shape (C, T) of a signal or (C, H, W) of an image.
         momentum: share of a batch in the running averages.
         epsilon: what is added to the variance.
 

@@ -31,7 +31,7 @@ class Logit(Bijection):
     :math:`\log_2 n - \log p(y) / (D \ln 2)`: 8 is added for 256 levels, nothing else. Both ways cost O(D).
 
     Args:
-        dim: number of coordinates, or the shape (C, H, W) of an image.
+        dim: number of coordinates, or the shape (C, T) of a signal or (C, H, W) of an image.
         alpha: between 0 and 0.5; 0.05 for color images, 1e-6 for digits on black are usual.
 
     Raises:
@@ -103,13 +103,13 @@ class Dequantize(nn.Module):
     The network starts at a = b = 0, which is uniform noise; :math:`|b| \le 4`, smoothly.
 
     Args:
-        dim: number of coordinates D, or the shape (C, H, W) of an image.
+        dim: number of coordinates D, or the shape (C, T) of a signal or (C, H, W) of an image.
         levels: their number n.
         variational: whether the noise is learned.
         hidden: widths of its network's hidden layers.
         activation: their activation.
         network: ``"mlp"``, ``"robust"`` or ``"residual"``; for images ``"convolution"``, ``"robust"`` or ``"residual"``
-            (``None``: the first).
+            (``None``: the first); for signals ``"wavenet"``.
 
     Cost: O(D) a point, and one evaluation of the network if the noise is learned.
 

@@ -28,15 +28,15 @@ class SplineCoupling(Coupling):
     coordinate and no context the spline is free, and bends one dimension.
 
     Args:
-        dim: number of coordinates, or the shape (C, H, W) of an image.
-        mask: booleans, ``True`` for the kept ones (default: the first half, of an image's channels).
+        dim: number of coordinates, or the shape (C, T) of a signal or (C, H, W) of an image.
+        mask: booleans, ``True`` for the kept ones (default: the first half, of channels if there are any).
         bins: their number K.
         bound: B, in units of x.
         context_dim: width of the context.
         hidden: widths of the network's hidden layers.
         activation: its activation.
         network: ``"mlp"``, ``"robust"`` or ``"residual"``; for images ``"convolution"``, ``"robust"`` or ``"residual"``
-            (``None``: the first).
+            (``None``: the first); for signals ``"wavenet"``.
         log_scale_bound: bound of the affine map's log scale, in nats.
 
     Raises:

@@ -70,7 +70,8 @@ class WaveNet(Network):
         kept = kept.expand(*batch, *kept.shape[-2:]).reshape(count, *kept.shape[-2:])
         found, additions = [], None
         if context is not None and self.features is not None:
-            features = self.features(context.expand(*batch, -1).reshape(count, self.frames, -1).mT)
+            rows = context.expand(*batch, -1).reshape(count, self.frames, context.shape[-1] // self.frames)
+            features = self.features(rows.mT)
             additions = None if self.additions is None else self.additions(features)
             found = [features.repeat_interleave(kept.shape[-1] // self.frames, -1)]
         if self.inward is not None:
