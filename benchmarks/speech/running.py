@@ -36,7 +36,8 @@ RATE, WINDOW, HOP, BANDS = 8000, 256, 80, 40  # samples a second, of a window, o
 BEYOND = (WINDOW - HOP) // 2  # samples of a window on either side of its frame
 LENGTH, BATCH = 50 * HOP, 2  # of a crop; crops a step
 FLOOR, DIM = 1e-5, 1e-3  # of mel magnitudes and of magnitudes, under the logarithm
-TEMPERATURES = (1.0, 0.8, 0.6)
+TEMPERATURES = (1.0, 0.7)
+ROUNDS = 32  # of the correction of bands
 ORDER = 16  # of linear prediction
 FIELDS = (
     "method",
@@ -52,8 +53,6 @@ FIELDS = (
 )
 OUT = records.RESULTS / "speech.csv"
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "evidence" / "densities.md"
-
-Correction = Callable[[np.ndarray, Tensor], np.ndarray]
 
 
 # data -----------------------------------------------------------------------------------------------------------------
@@ -132,7 +131,7 @@ def synthesized(fit: pf.DensityFit, frames: Tensor, temperature: float) -> np.nd
 
 
 def corrected(sound: np.ndarray, mels: Tensor) -> np.ndarray:
-    """Return the sound with the energy of each band and frame moved to that of its log mel spectrogram, in eight rounds.
+    """Return the sound with the energy of each band and frame moved to its log mel spectrogram, in some rounds.
 
     A flow's draw has about the spectrogram that it was given. What is left is a gain for each band, by Fourier
     transforms of overlapping windows, which is why one round is not enough.
@@ -142,7 +141,7 @@ def corrected(sound: np.ndarray, mels: Tensor) -> np.ndarray:
     basis = librosa.filters.mel(sr=RATE, n_fft=WINDOW, n_mels=BANDS)
     share = (basis / np.maximum(basis.sum(0), 1e-12)).T
     padded = np.pad(sound, BEYOND, mode="reflect")
-    for _ in range(8):
+    for _ in range(ROUNDS):
         spectrum = librosa.stft(padded, n_fft=WINDOW, hop_length=HOP, center=False)
         wanted = mels.numpy().T - np.log(np.maximum(basis @ np.abs(spectrum), FLOOR))
         options = {"n_fft": WINDOW, "hop_length": HOP, "center": False, "length": len(padded)}
@@ -219,17 +218,16 @@ def judge(speech: Speech, fit: pf.DensityFit) -> list[dict[str, object]]:
     rows: list[dict[str, object]] = [
         {"method": name, "nats": value} for name, value in linear_predictions(speech).items()
     ]
-    rows.append({"method": "Griffin-Lim", **reconstructed(speech, lambda name: griffin_lim(speech.mels[name]))})
-    about = {"seconds": fit.settings["seconds"], "steps": fit.settings["steps"]}
-    about["nats"] = nats(fit, speech, speech.test)
-    for temperature in TEMPERATURES:
-        for name, after in (("", lambda sound, mels: sound), (", bands corrected", corrected)):
-
-            def make(utterance: str, heat: float = temperature, after: Correction = after) -> np.ndarray:
-                return after(synthesized(fit, speech.frames[utterance], heat), speech.mels[utterance])
-
-            made = reconstructed(speech, make)
-            rows.append({"method": f"WaveGlow, temperature {temperature}{name}", **about, **made})
+    trained = {"seconds": fit.settings["seconds"], "steps": fit.settings["steps"]}
+    trained["nats"] = nats(fit, speech, speech.test)
+    makers: dict[str, Callable[[str], np.ndarray]] = {"Griffin-Lim": lambda name: griffin_lim(speech.mels[name])}
+    for heat in TEMPERATURES:
+        makers[f"WaveGlow, temperature {heat}"] = lambda name, heat=heat: synthesized(fit, speech.frames[name], heat)
+    for label, make in makers.items():
+        ways = {"": make, ", bands corrected": lambda name, make=make: corrected(make(name), speech.mels[name])}
+        for more, way in ways.items():
+            known = trained if label.startswith("WaveGlow") else {}
+            rows.append({"method": label + more, **known, **reconstructed(speech, way)})
     said = {"version": records.code_version(), "machine": records.machine(), "software": records.software()}
     return [
         {key: f"{value:.5g}" if isinstance(value, float) else value for key, value in {**row, **said}.items()}
