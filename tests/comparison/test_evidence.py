@@ -37,6 +37,7 @@ def covered(estimates, truth):
     return sum(abs(value - truth) < NORMAL_95 * error for value, error in estimates)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("column", PINE)
 def test_radiata_pine(column):
     posterior = pf.diagnose(pine, pine_guide, *pine_data(column), draws=1000)
@@ -91,6 +92,7 @@ def test_intervals_hold_the_truth_as_often_as_they_say():
     assert 90 <= inside <= 98
 
 
+@pytest.mark.slow
 def test_intervals_are_not_wide_without_need():
     """A chi-squared test of the errors over their standard errors: 100 trials, 1 in 1000."""
     x, y = regression_data(5, 60)
@@ -116,6 +118,7 @@ def test_heavy_tails_of_weights_widen_the_error_and_end_it():
     assert math.isnan(importance(torch.full((100,), -torch.inf)).value)
 
 
+@pytest.mark.slow
 def test_chains_are_weighed_by_their_moments():
     """A normal start that is off: its own weights have no error, bridge sampling one of .01 and more."""
     x, y = regression_data(20, 120)
