@@ -11,6 +11,7 @@ from pyro_flows.fitting.fit import fit
 from pyro_flows.fitting.mcmc import from_mcmc
 from pyro_flows.flows.flow import Flow
 from pyro_flows.flows.images import glow, multiscale_realnvp
+from pyro_flows.flows.signals import waveglow
 from pyro_flows.flows.vectors import nice, planar, realnvp, spline
 from pyro_flows.guides.autoflow import AutoFlow
 from pyro_flows.guides.named import AutoNICE, AutoPlanar, AutoRealNVP
@@ -121,6 +122,7 @@ __all__ = [
     "show_versions",
     "spline",
     "transforms",
+    "waveglow",
 ]
 
 

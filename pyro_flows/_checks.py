@@ -47,7 +47,7 @@ def options(function: Callable[P, R]) -> Callable[P, R]:
     checks = checks_of(function)
     places = [name for name, one in found.items() if one.kind is kinds[1]]
 
-    def checked(name: str, value: Any) -> Any:
+    def checked(name: str, value: object) -> Any:
         return checks[name](name, value) if name in checks else value
 
     @functools.wraps(function)
@@ -104,23 +104,35 @@ def choice(name: str, value: object, choices: Iterable[str]) -> str:
     raise ValueError(f"{name}: expected one of {', '.join(map(repr, options))}, got {value!r}.{hint}")
 
 
-def size(name: str, value: object) -> int | tuple[int, int, int]:
-    """Return a number of coordinates as it is, or the shape (C, H, W) of an image as a tuple."""
-    if isinstance(value, int):
-        return integer(name, value, 1, MOST_COORDINATES)
-    if isinstance(value, (tuple, list)) and len(value) == 3:
-        channels, height, width = (integer(name, side, 1, MOST_COORDINATES) for side in value)
-        integer(f"{name}, coordinates in all", channels * height * width, 1, MOST_COORDINATES)
-        return channels, height, width
-    raise ValueError(f"{name}: expected an integer >= 1 or the shape (C, H, W) of an image, got {value!r}.")
+def size(name: str, value: object) -> int | tuple[int, ...]:
+    """Return a number of coordinates as it is, or the shape (C, T) of a signal or (C, H, W) of an image as a tuple."""
+    return integer(name, value, 1, MOST_COORDINATES) if isinstance(value, int) else grid(name, value, "an integer or ")
+
+
+def grid(name: str, value: object, other: str = "") -> tuple[int, ...]:
+    """Return the shape (C, T) of a signal or (C, H, W) of an image as a tuple."""
+    if not isinstance(value, (tuple, list)) or len(value) not in (2, 3):
+        shapes = f"{other}the shape (C, T) of a signal or (C, H, W) of an image"
+        raise ValueError(f"{name}: expected {shapes}, got {value!r}.")
+    shape = tuple(integer(name, side, 1, MOST_COORDINATES) for side in value)
+    integer(f"{name}, coordinates in all", math.prod(shape), 1, MOST_COORDINATES)
+    return shape
 
 
 def image(name: str, value: object) -> tuple[int, int, int]:
     """Return the shape (C, H, W) of an image as a tuple."""
-    shape = () if isinstance(value, int) else size(name, value)
-    if isinstance(shape, int) or not shape:
+    if not isinstance(value, (tuple, list)) or len(value) != 3:
         raise ValueError(f"{name}: expected the shape (C, H, W) of an image, got {value!r}.")
-    return shape
+    channels, height, width = grid(name, value)
+    return channels, height, width
+
+
+def divisor(name: str, value: object, *numbers: int) -> int:
+    """Return ``value`` as an int that divides all of these numbers."""
+    found = integer(name, value, 1)
+    if any(number % found for number in numbers):
+        raise ValueError(f"{name}: expected a divisor of {' and of '.join(map(str, numbers))}, got {value!r}.")
+    return found
 
 
 def event(owner: str, x: Tensor, dim: int | tuple[int, ...]) -> None:
@@ -163,7 +175,7 @@ def floating(name: str, value: Tensor, like: Tensor | torch.dtype) -> Tensor:
     return value.to(dtype)
 
 
-def vector(name: str, value: Any, dim: int) -> Tensor:
+def vector(name: str, value: object, dim: int) -> Tensor:
     """Return ``value`` as a finite tensor of shape ``(dim,)``."""
     tensor = torch.as_tensor(value)
     if tensor.shape != (dim,) or not bool(torch.isfinite(tensor).all()):

@@ -6,16 +6,19 @@ import gzip
 import importlib
 import math
 import os
-from collections.abc import Callable
+import wave
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.data import Dataset
 
 from pyro_flows import _checks
 
+PROMPTS = "/usr/share/asterisk/sounds/en_US_f_Allison"  # where Debian puts them
 ENTROPY = {"moons": 1.007584, "gaussians": 2.831880, "checkerboard": math.log(32.0), "pinwheel": 2.3178}
 
 
@@ -249,3 +252,100 @@ def idx(path: str | os.PathLike[str]) -> Tensor:
             f"path: expected {head + math.prod(shape)} bytes for shape {shape}, {str(source)!r} holds {len(content)}."
         )
     return torch.frombuffer(bytearray(content[head:]), dtype=torch.uint8).reshape(shape)
+
+
+def prompts(folder: str | os.PathLike[str] = PROMPTS) -> dict[str, Tensor]:
+    """Return recorded prompts by name, in alphabetical order: one speaker, 8000 samples a second, int16, ``(T,)`` each.
+
+    The English ones are Debian's ``asterisk-core-sounds-en-wav`` (18 MB, Allison Smith, CC-BY-SA-3.0): 558 utterances,
+    24.6 minutes. There are others in Spanish, French, Italian and Russian. Recordings of silence are left out.
+
+    Args:
+        folder: with files in the WAV format, and folders of them.
+
+    Raises:
+        FileNotFoundError: if there are none; the message says what to install.
+        ValueError: for a file of another rate or width, or with more than one channel.
+
+    Cost: all files are read, at each call.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     with wave.open(f"{folder}/one.wav", "wb") as file:
+    ...         file.setparams((1, 2, 8000, 0, "NONE", ""))
+    ...         file.writeframes(bytes([1, 0, 255, 255]))
+    ...     prompts(folder)
+    {'one': tensor([ 1, -1], dtype=torch.int16)}
+    """
+    source, found = Path(folder), dict[str, Tensor]()
+    for path in sorted(source.rglob("*.wav")):
+        if path.parent.name == "silence":
+            continue
+        with wave.open(str(path)) as file:
+            if (file.getnchannels(), file.getsampwidth(), file.getframerate()) != (1, 2, 8000):
+                raise ValueError(f"folder: expected one channel of 16 bits at 8 kHz, {str(path)!r} has others.")
+            content = bytearray(file.readframes(file.getnframes()))
+        found[str(path.relative_to(source).with_suffix(""))] = torch.frombuffer(content, dtype=torch.int16)
+    if not found:
+        raise FileNotFoundError(
+            f"folder: no recordings in {str(source)!r}: apt-get install asterisk-core-sounds-en-wav."
+        )
+    return found
+
+
+class Crops(Dataset[tuple[Tensor, Tensor]]):
+    r"""Random crops of recordings with the frames that describe them, for a ``DataLoader`` and a conditional flow.
+
+    Item n is anything but the n-th: a recording is drawn with a chance proportional to its frames, then a place in it.
+    Amplitudes k become :math:`y = (k + u) / 32768`, with fresh noise u in [0, 1): a signal ``(1, T)`` between -1 and 1,
+    and its frames one after the other, ``(T / hop * features,)``.
+
+    Args:
+        pairs: recordings, whole numbers from -32768 to 32767, ``(S,)`` each, of whole frames; and the frames of each,
+            ``(S / hop, features)``.
+        length: T, of whole frames; shorter recordings are left out.
+        count: items of an epoch (default: as many as make the length of all recordings).
+
+    Raises:
+        ValueError: if no recording is as long, or frames do not share T evenly.
+
+    Cost: O(T) an item.
+
+    >>> y, context = Crops([(torch.arange(40, dtype=torch.int16), torch.zeros(4, 3))], length=20)[0]
+    >>> y.shape, context.shape
+    (torch.Size([1, 20]), torch.Size([6]))
+    """
+
+    def __init__(self, pairs: Sequence[tuple[Tensor, Tensor]], *, length: int, count: int | None = None) -> None:
+        hops = {len(recording) / len(frames) for recording, frames in pairs}
+        self.hop, self.length = int(max(hops, default=1)), _checks.integer("length", length, 1)
+        if hops != {self.hop} or length % self.hop:
+            raise ValueError(f"length: expected recordings and crops of whole frames of one length, got {length}.")
+        self.pairs = [pair for pair in pairs if len(pair[0]) >= length]
+        if not self.pairs:
+            raise ValueError(f"length: expected at most that of the longest recording, got {length}.")
+        self.ends = torch.tensor([len(frames) for _, frames in self.pairs]).cumsum(0)
+        self.count = int(self.ends[-1]) * self.hop // length if count is None else count
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        if not 0 <= index < self.count:
+            raise IndexError(index)
+        which = int(torch.searchsorted(self.ends, torch.randint(int(self.ends[-1]), ()), right=True))
+        (recording, frames), size = self.pairs[which], self.length // self.hop
+        first = int(torch.randint(len(frames) - size + 1, ()))
+        levels = recording[first * self.hop : first * self.hop + self.length]
+        return dequantized(levels)[None], frames[first : first + size].flatten()
+
+
+def dequantized(levels: Tensor) -> Tensor:
+    """Return ``(k + U(0, 1)) / 32768`` for amplitudes k of 16 bits, of any shape, as float32 between -1 and 1.
+
+    Cost: O(their number).
+
+    >>> bool((dequantized(torch.tensor([-32768, 32767])).abs() <= 1.0).all())
+    True
+    """
+    return (levels.float() + torch.rand(levels.shape)) / 32768.0

@@ -265,6 +265,22 @@ IMAGE_TRANSFORMS: dict[str, tuple[Callable[[tuple, int], pf.transforms.Bijection
     "Squeeze-between": (_squeezed, {"identity": False}),
 }
 
+# The same for maps of signals (C, T), with a context of three frames.
+SIGNAL_TRANSFORMS: dict[str, tuple[Callable[[tuple, int], pf.transforms.Bijection], dict]] = {
+    "ActNorm-started": (lambda s, c: _act_norm(s), {"identity": False}),
+    "AdditiveCoupling": (_image(pf.transforms.AdditiveCoupling, frames=3), {}),
+    "AffineCoupling": (_image(pf.transforms.AffineCoupling, frames=3), {}),
+    "AffineCoupling-flipped": (
+        _image(pf.transforms.AffineCoupling, lambda s: masks.channels(s, flip=True), frames=3),
+        {},
+    ),
+    "AffineCoupling-rows": (_image(pf.transforms.AffineCoupling, _rows, frames=3), {}),
+    "BatchNorm-started": (lambda s, c: _batch_norm(s), {"identity": False}),
+    "Conv1x1-permuted": (lambda s, c: pf.transforms.Conv1x1(s, seed=3), {"sd": 0.15, "identity": False}),
+    "Logit": (lambda s, c: pf.transforms.Logit(s, alpha=0.01), {"identity": False, "unit": True}),
+    "SplineCoupling": (_image(pf.transforms.SplineCoupling, bins=3, bound=2.0), {"sd": 0.1}),
+}
+
 # Builders with the options that the cases use.
 FLOWS: dict[str, tuple[Callable[..., pf.Flow], dict]] = {
     "nice": (pf.nice, {"layers": 4, "hidden": HIDDEN}),
@@ -276,6 +292,9 @@ IMAGE_FLOWS: dict[str, tuple[Callable[..., pf.Flow], dict]] = {
     "glow": (pf.glow, {"levels": 2, "layers": 2, "hidden": HIDDEN}),
     "multiscale_realnvp": (pf.multiscale_realnvp, {"levels": 2, "layers": 1, "hidden": HIDDEN}),
 }
+SIGNAL_FLOWS: dict[str, tuple[Callable[..., pf.Flow], dict]] = {
+    "waveglow": (pf.waveglow, {"group": 2, "levels": 2, "frames": 3, "hidden": (6, 6)}),
+}
 BARE = ("Logit", "Permutation")  # transforms without parameters
 NUMERIC = {"planar"}  # flows without a closed inverse
 # Transforms that take no context.
@@ -286,7 +305,7 @@ def make_flow(
     name: str, dim: int | tuple, *, context_dim: int = 0, sd: float = 0.15, dtype: torch.dtype = torch.float64, **more
 ) -> pf.Flow:
     """A flow of the registry with random parameters (``sd=0``: as it starts)."""
-    builder, options = {**FLOWS, **IMAGE_FLOWS}[name]
+    builder, options = {**FLOWS, **IMAGE_FLOWS, **SIGNAL_FLOWS}[name]
     options = {**options, "context_dim": context_dim, **more}
     return built(lambda: builder(dim, **options), dtype=dtype, sd=sd, seed=dim if isinstance(dim, int) else dim[0])
 
@@ -314,19 +333,22 @@ def _image_cases(shapes: tuple[tuple[int, ...], ...]) -> list[Case]:
     cases = []
     for shape, context_dim in itertools.product(shapes, (0, CONTEXT)):
         end = "-" + "x".join(map(str, shape)) + ("-context" if context_dim else "")
-        for name, (factory, more) in IMAGE_TRANSFORMS.items():
+        of_images = IMAGE_TRANSFORMS, IMAGE_FLOWS, "images"
+        maps, flows, kind = of_images if len(shape) == 3 else (SIGNAL_TRANSFORMS, SIGNAL_FLOWS, "signals")
+        for name, (factory, more) in maps.items():
             if not (context_dim and name.split("-")[0] in NO_CONTEXT):
                 build, family = partial(factory, shape, context_dim), name.split("-")[0]
-                cases.append(Case(name + end, build, shape, context_dim, family=f"{family} of images", **more))
-        for name in IMAGE_FLOWS if shape[1] % 4 == 0 else ():
+                cases.append(Case(name + end, build, shape, context_dim, family=f"{family} of {kind}", **more))
+        for name in flows if shape[1] % 4 == 0 else ():
             build = partial(_bijection_of, name, shape, context_dim)
             cases.append(Case(name + end, build, shape, context_dim, sd=0.1, identity=False, family=name))
     return cases
 
 
 IMAGE = (2, 4, 4)
-SMALL = _cases(DIMS) + _image_cases((IMAGE, (4, 2, 4)))
-TYPICAL = [case for case in SMALL if case.shape in ((3,), IMAGE)]
+SIGNAL = (2, 12)
+SMALL = _cases(DIMS) + _image_cases((IMAGE, (4, 2, 4), SIGNAL))
+TYPICAL = [case for case in SMALL if case.shape in ((3,), IMAGE, SIGNAL)]
 LARGE = [case for case in _cases((100,)) if not case.context_dim]
 
 
@@ -337,7 +359,7 @@ def in_two_dimensions(case: Case) -> bool:
 
 def is_not_typical(case: Case) -> bool:
     """Cases that are slow in tests of what does not depend on the number of coordinates."""
-    return case.shape not in ((3,), IMAGE)
+    return case not in TYPICAL
 
 
 def each(cases: Iterable[Case], slow: Callable[[Case], bool] = in_two_dimensions) -> Callable:
@@ -373,7 +395,7 @@ def unregistered() -> set[str]:
     """Names of public transforms and of flow builders that no case covers."""
     public = {name for name in transforms.__all__ if _is_bijection(getattr(transforms, name))}
     covered = {type(case.start()).__name__ for case in SMALL} | {case.name.split("-")[0] for case in SMALL}
-    return (public - covered) | (BUILDERS.keys() - FLOWS.keys() - IMAGE_FLOWS.keys())
+    return (public - covered) | (BUILDERS.keys() - FLOWS.keys() - IMAGE_FLOWS.keys() - SIGNAL_FLOWS.keys())
 
 
 def _is_bijection(value: object) -> bool:

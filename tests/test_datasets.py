@@ -3,7 +3,10 @@
 import gzip
 import importlib.util
 import math
+import wave
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -152,3 +155,58 @@ def test_patches_come_from_parts_that_do_not_overlap():
     assert last.abs().max() < 1.0
     with pytest.raises(ValueError, match="at most 48"):
         datasets.photo_patches(64)
+
+
+# recordings -----------------------------------------------------------------------------------------------------------
+
+
+def record(path, levels, rate=8000):
+    path.parent.mkdir(exist_ok=True)
+    with wave.open(str(path), "wb") as file:
+        file.setparams((1, 2, rate, 0, "NONE", ""))
+        file.writeframes(np.asarray(levels, "<i2").tobytes())
+
+
+def test_prompts_are_read_by_name(tmp_path):
+    record(tmp_path / "b.wav", [-32768, 32767])
+    record(tmp_path / "digits" / "a.wav", [5])
+    record(tmp_path / "silence" / "1.wav", [0, 0])
+    found = datasets.prompts(tmp_path)
+    assert {name: values.tolist() for name, values in found.items()} == {"b": [-32768, 32767], "digits/a": [5]}
+    record(tmp_path / "c.wav", [1], rate=16000)
+    with pytest.raises(ValueError, match=r"folder: expected one channel of 16 bits at 8 kHz.*c\.wav"):
+        datasets.prompts(tmp_path)
+    with pytest.raises(FileNotFoundError, match="apt-get install asterisk-core-sounds-en-wav"):
+        datasets.prompts(tmp_path / "nothing")
+
+
+@pytest.mark.skipif(
+    not Path(datasets.PROMPTS).is_dir(), reason="needs recordings: apt-get install asterisk-core-sounds-en-wav"
+)
+def test_english_prompts():
+    found = datasets.prompts()
+    assert len(found) == 558
+    assert sum(map(len, found.values())) / 8000 / 60 == pytest.approx(24.6, abs=0.1)
+
+
+def test_crops_are_parts_of_recordings_with_their_frames():
+    """Each sample tells where it is from, and so does each frame."""
+    pairs = [
+        (10 * torch.arange(start, start + 8 * n), torch.arange(start, start + 8 * n, 8)[:, None].float())
+        for start, n in ((0, 10), (100, 4), (200, 2))
+    ]
+    crops = datasets.Crops(pairs, length=24, count=60)
+    assert (len(crops), len(datasets.Crops(pairs, length=24))) == (60, 112 // 24)
+    starts = set()
+    for y, frames in crops:
+        levels = y[0].double() * 32768.0
+        first = int(levels[0]) // 10
+        assert torch.equal((levels / 10.0).floor(), torch.arange(first, first + 24).double())
+        assert frames.tolist() == [first, first + 8, first + 16]
+        starts.add(first)
+    assert starts == {*range(0, 57, 8), 100, 108}
+    for wrong, match in (({"length": 12}, "whole frames"), ({"length": 88}, "longest recording")):
+        with pytest.raises(ValueError, match=match):
+            datasets.Crops(pairs, **wrong)
+    with pytest.raises(ValueError, match="whole frames of one length"):
+        datasets.Crops([*pairs, (torch.zeros(30), torch.zeros(10, 1))], length=24)

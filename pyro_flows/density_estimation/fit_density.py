@@ -82,9 +82,10 @@ def fit_density(
             which nothing stops the training but the budget. With a ``DataLoader``, it cannot be a share.
         preprocess: ``"standardize"`` (each coordinate), ``"whiten"`` (correlations too; see
             ``density_estimation/standardizing.py``), ``None``, or ``"auto"``: standardized for vectors, and for images
-            with one scale for all pixels; nothing after a :class:`~pyro_flows.transforms.Logit`, which needs the unit
-            cube. A map of this kind that the flow has, from an earlier fit, is replaced, never doubled; and ``"auto"``
-            leaves a trained flow as it is where that describes the data better, so that its training goes on.
+            with one scale for all pixels; nothing for signals, nor after a :class:`~pyro_flows.transforms.Logit`, which
+            needs the unit cube. A map of this kind that the flow has, from an earlier fit, is replaced, never doubled;
+            and ``"auto"`` leaves a trained flow as it is where that describes the data better, so that its training
+            goes on.
         levels: for quantized data, how many levels they have (256 for bytes): values 0 to ``levels - 1``, or the same
             divided by ``levels - 1``. Level k becomes ``(k + U(0, 1)) / levels``, with fresh noise each time, and the
             density is one on the unit cube.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,6 +17,7 @@ from pyro_flows._seeding import seeded
 from pyro_flows.density_estimation import files
 from pyro_flows.density_estimation.points import CHUNK, Levels, Source, source
 from pyro_flows.flows.flow import Flow
+from pyro_flows.flows.signals import at_length
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -84,6 +85,14 @@ class DensityFit:
         with nullcontext() if seed is None else seeded(seed, like(self.flow).device):
             x = base.sample(torch.Size((count,)))
         return self.flow.bijection.forward_and_ladj(temperature * x, about)[0]
+
+    def at_length(self, length: int) -> DensityFit:
+        """Return the same density for signals of another length T, of whole frames; the weights are the same.
+
+        Raises:
+            ValueError: for a flow of another kind than :func:`pyro_flows.waveglow`, or a length that does not divide.
+        """
+        return replace(self, flow=at_length(self.flow, length))
 
     def nats(self, data: Any, context: Any = None, *, seed: int = 0) -> float:
         """Return the mean log density of data given as to :func:`fit_density`; quantized values get noise first."""

@@ -70,9 +70,9 @@ def with_scale(flow: Flow, train: Source, kind: str | None) -> tuple[Flow, str |
     scale: then ``"auto"`` leaves it as it is.
     """
     own = ending(flow)
-    if kind is None:
-        return flow, None
     images, auto = len(flow.event_shape) > 1, kind == "auto"
+    if kind is None or (auto and len(flow.event_shape) == 2):
+        return flow, None
     if auto:
         inner = flow.bijection
         if isinstance(inner.layers[-1] if isinstance(inner, Compose) else inner, Logit):

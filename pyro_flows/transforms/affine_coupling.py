@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,13 +21,14 @@ class AdditiveCoupling(Coupling):
     The inverse costs the same as the forward pass: one evaluation of the network.
 
     Args:
-        dim: number of coordinates, or the shape (C, H, W) of an image.
-        mask: booleans, ``True`` for the kept ones (default: the first half, of an image's channels).
+        dim: number of coordinates, or the shape (C, T) of a signal or (C, H, W) of an image.
+        mask: booleans, ``True`` for the kept ones (default: the first half, of channels if there are any).
         context_dim: width of the context.
         hidden: widths of the network's hidden layers.
         activation: its activation.
         network: ``"mlp"``, ``"robust"`` or ``"residual"``; for images ``"convolution"``, ``"robust"`` or ``"residual"``
-            (``None``: the first).
+            (``None``: the first); for signals ``"wavenet"``.
+        frames: how many frames of a signal have their own part of the context, one after the other.
 
     Raises:
         ValueError: for a mask that moves nothing or has the wrong shape, or a wrong width.
@@ -64,13 +66,14 @@ class AffineCoupling(Coupling):
 
     Args:
         dim: number of coordinates (with one coordinate and no context, s and t are free parameters), or the shape
-            (C, H, W) of an image.
-        mask: booleans, ``True`` for the kept ones (default: the first half, of an image's channels).
+            (C, T) of a signal or (C, H, W) of an image.
+        mask: booleans, ``True`` for the kept ones (default: the first half, of channels if there are any).
         context_dim: width of the context.
         hidden: widths of the network's hidden layers.
         activation: its activation.
         network: ``"mlp"``, ``"robust"`` or ``"residual"``; for images ``"convolution"``, ``"robust"`` or ``"residual"``
-            (``None``: the first).
+            (``None``: the first); for signals ``"wavenet"``.
+        frames: how many frames of a signal have their own part of the context, one after the other.
         log_scale_bound: B, in nats.
 
     Raises:
@@ -101,9 +104,11 @@ class AffineCoupling(Coupling):
         hidden: Sequence[int] = (32, 32),
         activation: str = "silu",
         network: str | None = None,
+        frames: int = 1,
         log_scale_bound: float = 8.0,
     ) -> None:
-        super().__init__(dim, mask=mask, context_dim=context_dim, hidden=hidden, activation=activation, network=network)
+        options: dict[str, Any] = {"hidden": hidden, "activation": activation, "network": network, "frames": frames}
+        super().__init__(dim, mask=mask, context_dim=context_dim, **options)
         self.log_scale_bound = _checks.positive("log_scale_bound", log_scale_bound)
 
     def _read(self, raw: Tensor) -> tuple[Tensor, ...]:

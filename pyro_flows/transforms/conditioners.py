@@ -10,17 +10,10 @@ from torch import Tensor, nn
 
 from pyro_flows import _checks
 from pyro_flows._arguments import widths
-from pyro_flows.transforms.networks import (
-    ACTIVATIONS,
-    IMAGE_NETWORKS,
-    VECTOR_NETWORKS,
-    Free,
-    Linear,
-    Network,
-    Robust,
-    beside,
-)
+from pyro_flows.transforms.networks import ACTIVATIONS, NETWORKS, Free, Linear, Network, Robust, beside
+from pyro_flows.transforms.wavenet import WaveNet
 
+KINDS: dict[int, dict[str, type[Network]]] = {**NETWORKS, 2: {"wavenet": WaveNet}}
 Pull = Callable[[Tensor], Tensor]
 
 
@@ -46,29 +39,33 @@ def conditioner(
     hidden: Sequence[int] | int = (32, 32),
     activation: str = "silu",
     network: str | None = None,
-    image: bool = False,
+    axes: int = 1,
+    frames: int = 1,
     start: Tensor | None = None,
 ) -> Free | Network:
     """Return free parameters if there is nothing to condition on, a network otherwise.
 
     Args:
-        kept: how many coordinates (channels of an image) are conditioned on (0: none).
+        kept: how many coordinates (channels of a signal or image) are conditioned on (0: none).
         context_dim: width of the context (0: none).
         out: how many numbers (channels) the layer needs.
         hidden: widths of the hidden layers, or of residual blocks.
         activation: one of ``elu``, ``relu``, ``silu``, ``softplus``, ``tanh``.
-        network: ``mlp`` (the default), ``robust`` or ``residual`` for vectors, ``convolution`` (the default),
-            ``robust`` or ``residual`` for images.
-        image: whether events are images.
+        network: ``mlp`` (the default), ``robust`` or ``residual`` for vectors, ``wavenet`` for signals,
+            ``convolution`` (the default), ``robust`` or ``residual`` for images.
+        axes: of an event: 1 of vectors, 2 of signals, 3 of images.
+        frames: how many parts of a signal have a context of their own.
         start: the ``out`` numbers that come out before any training (default: zeros).
     """
     _checks.integer("context_dim", context_dim, 0)
     hidden = widths("hidden", hidden)
     _checks.choice("activation", activation, ACTIVATIONS)
-    kinds = IMAGE_NETWORKS if image else VECTOR_NETWORKS
+    kinds = KINDS[axes]
     kind = kinds[next(iter(kinds)) if network is None else _checks.choice("network", network, kinds)]
     if kept + context_dim == 0:
         return Free(out, start)
+    if issubclass(kind, WaveNet):
+        return kind(kept, context_dim, out, hidden, activation, start, frames=frames)
     return kind(kept, context_dim, out, hidden, activation, start)
 
 

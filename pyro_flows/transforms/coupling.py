@@ -37,6 +37,7 @@ class Coupling(Bijection):
         hidden: Sequence[int] = (32, 32),
         activation: str = "silu",
         network: str | None = None,
+        frames: int = 1,
     ) -> None:
         super().__init__()
         self.dim = _checks.size("dim", dim)
@@ -44,12 +45,14 @@ class Coupling(Bijection):
         shape = (self.dim,) if isinstance(self.dim, int) else self.dim
         self.event_dim = len(shape)  # type: ignore[assignment]
         self._axes = tuple(range(-len(shape), 0))
-        self.register_buffer("mask", _read_mask(mask, shape))
+        self.register_buffer("mask", _read_mask(mask, shape, context_dim))
         self.register_load_state_dict_post_hook(_reindex)
         self._index()
         kept, moved = (part.shape[self._axes[0]] for part in self._split(self.mask))
         options: dict[str, Any] = {"hidden": hidden, "activation": activation, "network": network}
-        self.conditioner = conditioner(kept, context_dim, self.per * moved, image=len(shape) == 3, **options)
+        if len(shape) == 2:
+            options["frames"] = _checks.divisor("frames", frames, shape[1], context_dim)
+        self.conditioner = conditioner(kept, context_dim, self.per * moved, axes=len(shape), **options)
 
     def slow(self, count: float) -> None:
         """Let a step of Adam move the map as little as an affine one, as one of ``count`` couplings.
@@ -101,7 +104,9 @@ class Coupling(Bijection):
 
     def _blank(self, raw: Tensor) -> Tensor:
         """Put zeros where a masked image does not move."""
-        return torch.where(self.mask.repeat(self.per, 1, 1), 0, raw) if self._way == "masked" else raw
+        if self._way != "masked":
+            return raw
+        return torch.where(self.mask.repeat(self.per, *[1] * (self.event_dim - 1)), 0, raw)
 
     def _check(self, x: Tensor, context: Tensor | None) -> None:
         _checks.event(type(self).__name__, x, self.dim)
@@ -182,33 +187,37 @@ def _way(mask: Tensor) -> tuple[str, tuple[int, int], bool]:
 
     Two blocks of coordinates or of channels, and every other one of an even number of coordinates, need no index.
     """
-    line, image = _line(mask), mask.dim() == 3
-    if image and not bool((mask == line[:, None, None]).all()):
+    line, several = _line(mask), mask.dim() > 1
+    if several and not bool((mask.flatten(1) == line[:, None]).all()):
         return "masked", (0, 0), True
     first, changes = bool(line[0]), int((line[1:] != line[:-1]).sum())
     if changes <= 1:
         size = int((line == line[0]).sum())
         return "blocks", (size, len(line) - size), first
-    if changes == len(line) - 1 and len(line) % 2 == 0 and not image:
+    if changes == len(line) - 1 and len(line) % 2 == 0 and not several:
         return "every other", (0, 0), first
     return "order", (int(line.sum()), int((~line).sum())), True
 
 
 def _line(mask: Tensor) -> Tensor:
-    """Return the mask of coordinates, or of an image's channels at its first pixel."""
-    return mask[:, 0, 0] if mask.dim() == 3 else mask
+    """Return the mask of coordinates, or of channels at the first time or pixel."""
+    return mask.flatten(1)[:, 0] if mask.dim() > 1 else mask
 
 
-def _read_mask(mask: Tensor | None, shape: tuple[int, ...]) -> Tensor:
-    """Return the mask as booleans (the default one for None), or say what is wrong with it."""
+def _read_mask(mask: Tensor | None, shape: tuple[int, ...], context_dim: int) -> Tensor:
+    """Return the mask as booleans (the default one for None), or say what is wrong with it.
+
+    Of an image, some of it has to be kept; of a signal, unless there is a context.
+    """
+    some = len(shape) == 3 or (len(shape) == 2 and not context_dim)
     if mask is None:
         mask = half(shape[0]) if len(shape) == 1 else channels(shape)
     given = torch.as_tensor(mask)
     kept = given == 1
     usable = given.shape == shape and bool((kept | (given == 0)).all()) and not bool(kept.all())
-    if not usable or (len(shape) == 3 and not bool(kept.any())):
+    if not usable or (some and not bool(kept.any())):
         got = given.tolist() if given.dim() == 1 else f"shape {tuple(given.shape)}"
         size = str(shape[0]) if len(shape) == 1 else str(shape)
-        needs = "at least one of them False (moved)" + (" and one True (kept)" if len(shape) == 3 else "")
+        needs = "at least one of them False (moved)" + (" and one True (kept)" if some else "")
         raise ValueError(f"mask: expected {size} booleans, {needs}, got {got}.")
     return kept

@@ -1,8 +1,9 @@
-"""Maps that rearrange images (C, H, W): space to depth, and several scales."""
+"""Maps that rearrange signals (C, T) and images (C, H, W): space to depth, and several scales."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,19 +12,24 @@ from pyro_flows import _checks
 from pyro_flows.transforms.base import Bijection
 
 
+@_checks.constructor
 class Squeeze(Bijection):
     r"""Space to depth: each block of 2 x 2 pixels becomes one pixel of four times the channels; :math:`\log|J| = 0`.
 
     (C, H, W) becomes (4 C, H/2, W/2). The channels of a block's pixels follow one another in the order top left, bottom
     right, top right, bottom left, so each half of them is a checkerboard. ``Squeeze(shape).inv`` is depth to space.
 
-    Cost: a copy of the image.
+    Of a signal, k samples become one: (C, T) becomes (k C, T/k). Every other sample of a block makes the first half of
+    the channels, every other one of the rest a half of what is left, and so on.
+
+    Cost: a copy of the signal or image.
 
     Args:
-        dim: the shape (C, H, W) of x, with H and W even.
+        dim: the shape (C, T) or (C, H, W) of x, with T divisible by k, or H and W by 2.
+        group: k, for signals.
 
     Raises:
-        ValueError: for an odd height or width, or an input of another shape.
+        ValueError: for a length, height or width that is not divisible, or an input of another shape.
 
     Reference: Dinh, Sohl-Dickstein and Bengio, *Density estimation using Real NVP*, ICLR 2017
     (arXiv 1605.08803), section 3.6.
@@ -31,42 +37,54 @@ class Squeeze(Bijection):
     >>> import torch, pyro_flows as pf
     >>> pf.transforms.Squeeze((1, 2, 2))(torch.tensor([[[1.0, 2.0], [3.0, 4.0]]])).flatten().tolist()
     [1.0, 4.0, 2.0, 3.0]
+    >>> pf.transforms.Squeeze((1, 8), group=4)(torch.arange(8.0)[None])[:, 0].tolist()
+    [1.0, 3.0, 2.0, 0.0]
     """
 
-    event_dim = 3
-
-    def __init__(self, dim: Sequence[int]) -> None:
+    def __init__(self, dim: Sequence[int], *, group: int = 2) -> None:
         super().__init__()
-        channels, height, width = self.dim = _checks.image("dim", dim)
-        if height % 2 or width % 2:
-            raise ValueError(f"dim: expected an even height and width, got {self.dim}; pad or crop the image.")
-        self._squeezed = (4 * channels, height // 2, width // 2)
+        _, *sides = self.dim = _checks.grid("dim", dim)
+        self.event_dim = len(self.dim)  # type: ignore[assignment]
+        image = len(sides) == 2
+        self.group = 2 if image else _checks.integer("group", group, 2)
+        if any(side % self.group for side in sides):
+            expected = "an even height and width" if image else f"a length divisible by {self.group}"
+            raise ValueError(f"dim: expected {expected}, got {self.dim}; pad or crop the data.")
+        self._corners = CORNERS if image else [(place,) for place in _halving(list(range(self.group)))]
+        self._squeezed = tuple(self.forward_shape(self.dim))
 
     def forward_shape(self, shape: Iterable[int]) -> torch.Size:  # type: ignore[override]
-        *batch, channels, height, width = shape
-        return torch.Size((*batch, 4 * channels, height // 2, width // 2))
+        *batch, channels = (sizes := list(shape))[: 1 - self.event_dim]
+        sides = sizes[1 - self.event_dim :]
+        return torch.Size((*batch, channels * len(self._corners), *(side // self.group for side in sides)))
 
     def inverse_shape(self, shape: Iterable[int]) -> torch.Size:  # type: ignore[override]
-        *batch, channels, height, width = shape
-        return torch.Size((*batch, channels // 4, 2 * height, 2 * width))
+        *batch, channels = (sizes := list(shape))[: 1 - self.event_dim]
+        sides = sizes[1 - self.event_dim :]
+        return torch.Size((*batch, channels // len(self._corners), *(side * self.group for side in sides)))
 
     def forward_and_ladj(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         _checks.event("Squeeze", x, self.dim)
         _checks.context("Squeeze", context, 0)
-        return _squeeze(x), x.new_zeros(x.shape[:-3])
+        return self._squeeze(x), x.new_zeros(x.shape[: -self.event_dim])
 
     def inverse_and_ladj(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         _checks.event("Squeeze", y, self._squeezed)
         _checks.context("Squeeze", context, 0)
-        first, second, third, fourth = y.chunk(4, dim=-3)
-        upper = torch.stack([first, third], dim=-1).flatten(-2)
-        lower = torch.stack([fourth, second], dim=-1).flatten(-2)
-        return torch.stack([upper, lower], dim=-2).flatten(-3, -2), y.new_zeros(y.shape[:-3])
+        parts = dict(zip(self._corners, y.chunk(len(self._corners), dim=-self.event_dim), strict=True))
+        x = torch.stack([parts[corner] for corner in sorted(parts)], -1)
+        if self.event_dim == 3:
+            x = x.unflatten(-1, (2, 2)).transpose(-3, -2).flatten(-4, -3)
+        return x.flatten(-2), y.new_zeros(y.shape[: -self.event_dim])
 
     def forward_and_score(
         self, x: Tensor, score: Tensor, context: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        return *self.forward_and_ladj(x, context), _squeeze(score)
+        return *self.forward_and_ladj(x, context), self._squeeze(score)
+
+    def _squeeze(self, x: Tensor) -> Tensor:
+        taken: list[Any] = [[slice(place, None, self.group) for place in corner] for corner in self._corners]
+        return torch.cat([x[(..., *places)] for places in taken], dim=-self.event_dim)
 
 
 class MultiScale(Bijection):
@@ -80,7 +98,7 @@ class MultiScale(Bijection):
     half of the channels.
 
     Args:
-        coarse: a bijection of (C/2, H, W) that keeps the shape; it also names the shape.
+        coarse: a bijection of (C/2, T) or (C/2, H, W) that keeps the shape; it also names the shape.
 
     Raises:
         ValueError: for a ``coarse`` that does not name its shape or changes it, or an input of another shape.
@@ -137,6 +155,9 @@ class MultiScale(Bijection):
         return self._join(first, self.coarse.start_from(second, context))
 
 
-def _squeeze(x: Tensor) -> Tensor:
-    corners = (0, 0), (1, 1), (0, 1), (1, 0)
-    return torch.cat([x[..., row::2, column::2] for row, column in corners], dim=-3)
+CORNERS: list[tuple[int, ...]] = [(0, 0), (1, 1), (0, 1), (1, 0)]
+
+
+def _halving(places: list[int]) -> list[int]:
+    """Return every other place, then every other one of the rest, and so on."""
+    return [*places[1::2], *_halving(places[::2])] if len(places) > 1 else places

@@ -1,4 +1,4 @@
-"""Linear maps of all coordinates, or of the channels of each pixel, kept as triangular factors."""
+"""Linear maps of all coordinates, or of the channels of each pixel or time, kept as triangular factors."""
 
 from __future__ import annotations
 
@@ -96,11 +96,11 @@ class Conv1x1(LULinear):
     It mixes channels between couplings that keep some of them. Both ways cost O(C^2) a pixel.
 
     Args:
-        dim: the shape (C, H, W) of an image.
+        dim: the shape (C, T) of a signal or (C, H, W) of an image.
         seed: of the permutation of channels; None: no permutation.
 
     Raises:
-        ValueError: for a ``dim`` that is not the shape of an image, or an input of another shape.
+        ValueError: for a ``dim`` that is no such shape, or an input of another shape.
 
     Reference: Kingma and Dhariwal, *Glow*, NeurIPS 2018 (arXiv 1807.03039), section 3.2.
 
@@ -109,19 +109,18 @@ class Conv1x1(LULinear):
     torch.Size([5, 4, 2, 2])
     """
 
-    event_dim = 3
-
     def __init__(self, dim: Sequence[int], *, seed: int | None = None) -> None:
         Bijection.__init__(self)
-        channels, height, width = self.dim = _checks.image("dim", dim)
-        self._pixels = height * width
+        channels, *sides = self.dim = _checks.grid("dim", dim)
+        self.event_dim = len(self.dim)  # type: ignore[assignment]
+        self._pixels = math.prod(sides)
         self._fill(channels, seed)
 
     def _rows(self, x: Tensor) -> Tensor:
-        return x.movedim(-3, -1)
+        return x.movedim(-self.event_dim, -1)
 
     def _events(self, rows: Tensor) -> Tensor:
-        return rows.movedim(-1, -3).contiguous()
+        return rows.movedim(-1, -self.event_dim).contiguous()
 
 
 def _solve(factor: Tensor, rows: Tensor, *, upper: bool) -> Tensor:

@@ -107,9 +107,9 @@ def checkerboard(shape: Sequence[int], *, flip: bool = False) -> Tensor:
 
 
 def channels(shape: Sequence[int], *, flip: bool = False) -> Tensor:
-    """Keep the first half of the channels of an image (C, H, W) with at least two (``flip=True``: the second half).
+    """Keep the first half of the channels, two at least, of a signal or an image (``flip=True``: the second half).
 
-    Booleans of shape ``(C, H, W)``. Cost: O(their number).
+    Booleans of shape ``(C, T)`` or ``(C, H, W)``. Cost: O(their number).
 
     Raises:
         ValueError: for another shape, or one channel.
@@ -117,7 +117,7 @@ def channels(shape: Sequence[int], *, flip: bool = False) -> Tensor:
     >>> channels((2, 1, 1)).flatten().tolist()
     [True, False]
     """
-    count, *_ = _checks.image("shape", shape)
+    count, *sides = _checks.grid("shape", shape)
     if count < 2:
         raise ValueError(f"shape: expected at least 2 channels to choose from, got {tuple(shape)}.")
-    return half(count, flip=flip)[:, None, None].expand(tuple(shape)).clone()
+    return half(count, flip=flip).reshape(-1, *[1] * len(sides)).expand(tuple(shape)).clone()

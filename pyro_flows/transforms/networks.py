@@ -106,11 +106,16 @@ class Network(Paced):
         super().__init__()
         sizes = [kept + context_dim, *hidden]
         body = self._body(sizes, ACTIVATIONS[activation])
-        last = self._last(sizes[-1], out)
-        nn.init.zeros_(last.weight)
-        with torch.no_grad():
-            last.bias.copy_(torch.zeros(out) if start is None else start)  # type: ignore[union-attr]
-        self.layers = nn.Sequential(*body, last)
+        self.layers = nn.Sequential(*body, self._starting_at(self._last(sizes[-1], out), start))
+
+    @torch.no_grad()
+    def _starting_at(self, last: nn.Module, start: Tensor | None) -> nn.Module:
+        """Let a last layer without weights return ``start``, or zeros."""
+        for parameter in last.parameters():
+            parameter.zero_()
+        if start is not None:
+            last.get_parameter("bias").copy_(start)
+        return last
 
     def _body(self, sizes: Sequence[int], activation: Callable[[], nn.Module]) -> list[nn.Module]:
         return [part for wide, narrow in pairwise(sizes) for part in (Linear(wide, narrow), activation())]
@@ -157,7 +162,7 @@ class Residual(Network):
     """A residual network, a block of two weight-normed layers for each entry of ``hidden``, which must be equal."""
 
     def _body(self, sizes: Sequence[int], activation: Callable[[], nn.Module]) -> list[nn.Module]:
-        width = _one_width(sizes[1:])
+        width = one_width(sizes[1:])
         blocks = [
             Block(activation(), NormedLinear(width, width), activation(), NormedLinear(width, width)) for _ in sizes[1:]
         ]
@@ -194,7 +199,7 @@ class ResidualConvolution(Convolution):
     """A residual network of weight-normed 3 x 3 convolutions, a block of two for each entry of ``hidden``."""
 
     def _body(self, sizes: Sequence[int], activation: Callable[[], nn.Module]) -> list[nn.Module]:
-        width = _one_width(sizes[1:])
+        width = one_width(sizes[1:])
         blocks = [
             Block(activation(), NormedConv2d(width, width), activation(), NormedConv2d(width, width)) for _ in sizes[1:]
         ]
@@ -248,15 +253,13 @@ def beside(kept: Tensor | None, context: Tensor | None) -> Tensor:
     return torch.cat([kept.expand(*shape, -1), context.expand(*shape, -1)], dim=-1)
 
 
-VECTOR_NETWORKS: dict[str, type[Network]] = {"mlp": Network, "robust": Robust, "residual": Residual}
-IMAGE_NETWORKS: dict[str, type[Network]] = {
-    "convolution": Convolution,
-    "robust": RobustConvolution,
-    "residual": ResidualConvolution,
-}
+NETWORKS: dict[int, dict[str, type[Network]]] = {
+    1: {"mlp": Network, "robust": Robust, "residual": Residual},
+    3: {"convolution": Convolution, "robust": RobustConvolution, "residual": ResidualConvolution},
+}  # by the number of axes of an event; the default comes first
 
 
-def _one_width(widths: Sequence[int]) -> int:
+def one_width(widths: Sequence[int]) -> int:
     if len(set(widths)) != 1:
         raise ValueError(f"hidden: expected equal widths of residual blocks such as (32, 32), got {tuple(widths)}.")
     return widths[0]

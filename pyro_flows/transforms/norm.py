@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -13,7 +14,7 @@ from pyro_flows.transforms.conditioners import conditioner
 
 
 class _Standardizing(Bijection):
-    """Shapes of a shift and a log scale for each coordinate, or for each channel of an image."""
+    """Shapes of a shift and a log scale for each coordinate, or for each channel of a signal or an image."""
 
     def __init__(self, dim: int | Sequence[int]) -> None:
         super().__init__()
@@ -21,7 +22,7 @@ class _Standardizing(Bijection):
         shape = (self.dim,) if isinstance(self.dim, int) else self.dim
         self.event_dim = len(shape)  # type: ignore[assignment]
         self._width, self._ones = shape[0], (1,) * (len(shape) - 1)
-        self._pixels = 1 if isinstance(self.dim, int) else self.dim[1] * self.dim[2]
+        self._pixels = math.prod(shape[1:])
         self.conditioner = conditioner(0, 0, 2 * self._width)
 
     def _check(self, x: Tensor, context: Tensor | None) -> None:
@@ -29,7 +30,7 @@ class _Standardizing(Bijection):
         _checks.context(type(self).__name__, context, 0)
 
     def _spread(self, values: Tensor) -> Tensor:
-        """Give numbers for channels the axes of an image."""
+        """Give numbers for channels the axes of a signal or an image."""
         return values.reshape(self._width, *self._ones)
 
     def _ladj(self, log_scale: Tensor, x: Tensor) -> Tensor:
@@ -79,7 +80,7 @@ class ActNorm(_Standardizing):
     vectors. Both ways cost O(D).
 
     Args:
-        dim: number of coordinates, or the shape (C, H, W) of an image.
+        dim: number of coordinates, or the shape (C, T) of a signal or (C, H, W) of an image.
 
     Raises:
         ValueError: for a ``dim`` below 1, a wrong shape, or data with fewer than two points or with values that are not
@@ -137,7 +138,7 @@ class BatchNorm(_Standardizing):
     starts as the identity in eval mode.
 
     Args:
-        dim: number of coordinates, or the shape (C, H, W) of an image.
+        dim: number of coordinates, or the shape (C, T) of a signal or (C, H, W) of an image.
         momentum: share of a batch in the running averages.
         epsilon: what is added to the variance.
 

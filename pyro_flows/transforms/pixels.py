@@ -31,7 +31,7 @@ class Logit(Bijection):
     :math:`\log_2 n - \log p(y) / (D \ln 2)`: 8 is added for 256 levels, nothing else. Both ways cost O(D).
 
     Args:
-        dim: number of coordinates, or the shape (C, H, W) of an image.
+        dim: number of coordinates, or the shape (C, T) of a signal or (C, H, W) of an image.
         alpha: between 0 and 0.5; 0.05 for color images, 1e-6 for digits on black are usual.
 
     Raises:
@@ -49,7 +49,7 @@ class Logit(Bijection):
     def __init__(self, dim: int | Sequence[int], *, alpha: float = 0.05) -> None:
         super().__init__()
         self.dim = _checks.size("dim", dim)
-        self.event_dim = 1 if isinstance(self.dim, int) else 3  # type: ignore[assignment]
+        self.event_dim = 1 if isinstance(self.dim, int) else len(self.dim)  # type: ignore[assignment]
         self.alpha = _checks.positive("alpha", alpha)
         if self.alpha >= 0.5:
             raise ValueError(f"alpha: expected a number between 0 and 0.5, got {alpha!r}.")
@@ -103,13 +103,13 @@ class Dequantize(nn.Module):
     The network starts at a = b = 0, which is uniform noise; :math:`|b| \le 4`, smoothly.
 
     Args:
-        dim: number of coordinates D, or the shape (C, H, W) of an image.
+        dim: number of coordinates D, or the shape (C, T) of a signal or (C, H, W) of an image.
         levels: their number n.
         variational: whether the noise is learned.
         hidden: widths of its network's hidden layers.
         activation: their activation.
         network: ``"mlp"``, ``"robust"`` or ``"residual"``; for images ``"convolution"``, ``"robust"`` or ``"residual"``
-            (``None``: the first).
+            (``None``: the first); for signals ``"wavenet"``.
 
     Cost: O(D) a point, and one evaluation of the network if the noise is learned.
 
@@ -143,7 +143,7 @@ class Dequantize(nn.Module):
         self.levels = _checks.integer("levels", levels, 2)
         shape = (self.dim,) if isinstance(self.dim, int) else self.dim
         self._axes = tuple(range(-len(shape), 0))
-        options = {"hidden": hidden, "activation": activation, "network": network, "image": len(shape) == 3}
+        options = {"hidden": hidden, "activation": activation, "network": network, "axes": len(shape)}
         width = shape[0]
         self.conditioner = conditioner(width, 0, 2 * width, **options) if variational else None  # type: ignore[arg-type]
         self.register_buffer("_like", torch.zeros(()), persistent=False)

@@ -28,15 +28,15 @@ class SplineCoupling(Coupling):
     coordinate and no context the spline is free, and bends one dimension.
 
     Args:
-        dim: number of coordinates, or the shape (C, H, W) of an image.
-        mask: booleans, ``True`` for the kept ones (default: the first half, of an image's channels).
+        dim: number of coordinates, or the shape (C, T) of a signal or (C, H, W) of an image.
+        mask: booleans, ``True`` for the kept ones (default: the first half, of channels if there are any).
         bins: their number K.
         bound: B, in units of x.
         context_dim: width of the context.
         hidden: widths of the network's hidden layers.
         activation: its activation.
         network: ``"mlp"``, ``"robust"`` or ``"residual"``; for images ``"convolution"``, ``"robust"`` or ``"residual"``
-            (``None``: the first).
+            (``None``: the first); for signals ``"wavenet"``.
         log_scale_bound: bound of the affine map's log scale, in nats.
 
     Raises:
@@ -77,11 +77,13 @@ class SplineCoupling(Coupling):
         """Knots, by their widths and by their heights, move by up to B times as far as what they are made of."""
         reach = torch.tensor([1.0, 1.0] + [max(1.0, 2.0 * self.bound)] * (self.per - 2))
         moved = int((~self.mask).sum())
-        return reach.max() if self.event_dim == 3 else reach.repeat(moved)
+        return reach.repeat(moved) if self.event_dim == 1 else reach.max()
 
     def _read(self, raw: Tensor) -> tuple[Tensor, ...]:
-        image = self.event_dim == 3
-        numbers = raw.unflatten(-3, (self.per, -1)).movedim(-4, -1) if image else raw.unflatten(-1, (-1, self.per))
+        axis = -self.event_dim
+        channels = axis < -1
+        numbers = raw.unflatten(axis, (self.per, -1) if channels else (-1, self.per))
+        numbers = numbers.movedim(axis - 1, -1) if channels else numbers
         log_scale, shift, knots = numbers.split([1, 1, self.per - 2], dim=-1)
         log_scale = bounded(log_scale.squeeze(-1), self.log_scale_bound)
         return log_scale, shift.squeeze(-1), knots

@@ -1,4 +1,4 @@
-"""Maps and flows of images: what is rearranged and where it goes; and flows of images as distributions."""
+"""Maps and flows of images: what is rearranged and where it goes; flows of images and signals as distributions."""
 
 import inspect
 
@@ -12,8 +12,10 @@ from pyro_flows.flows.recipe import BUILDERS
 from pyro_flows.flows.recipe_json import to_json
 from pyro_flows.transforms import base, masks
 from tests.invariants import check_path_gradient, check_score, close, jacobian
-from tests.registry import HIDDEN, IMAGE, IMAGE_FLOWS, built, make_flow, normal
+from tests.registry import HIDDEN, IMAGE, IMAGE_FLOWS, SIGNAL, SIGNAL_FLOWS, built, make_flow, normal
 from tests.state_invariants import check_evaluations, copies
+
+SHAPES = {**dict.fromkeys(IMAGE_FLOWS, IMAGE), **dict.fromkeys(SIGNAL_FLOWS, SIGNAL)}
 
 
 def test_squeeze_keeps_blocks_together():
@@ -127,70 +129,72 @@ def test_lu_permutations_start_as_permutations(dim):
 
 
 @pytest.mark.parametrize("context_dim", [0, 3])
-@pytest.mark.parametrize("name", IMAGE_FLOWS)
+@pytest.mark.parametrize("name", SHAPES)
 class TestFlows:
     def test_starts_as_its_base(self, name, context_dim):
         """Up to a permutation of the pixels, which the base does not see."""
-        flow = make_flow(name, IMAGE, context_dim=context_dim, sd=0.0)
-        y, context = normal(6, *IMAGE, seed=1), normal(6, 3, seed=2) if context_dim else None
+        flow = make_flow(name, SHAPES[name], context_dim=context_dim, sd=0.0)
+        y, context = normal(6, *SHAPES[name], seed=1), normal(6, 3, seed=2) if context_dim else None
         close(flow.log_prob(y, context), flow.base_distribution().log_prob(y), 1e-12)
 
     def test_draws_and_scores_agree(self, name, context_dim):
-        flow = make_flow(name, IMAGE, context_dim=context_dim, sd=0.1)
+        flow = make_flow(name, SHAPES[name], context_dim=context_dim, sd=0.1)
         batch, context = ((4,), normal(4, 3, seed=1)) if context_dim else ((), None)
         distribution = flow(context)
         assert isinstance(distribution, TransformedDistribution)
-        assert (distribution.batch_shape, distribution.event_shape) == (batch, IMAGE)
+        assert (distribution.batch_shape, distribution.event_shape) == (batch, SHAPES[name])
         y, log_q = flow.rsample_and_log_prob((5, 2), context)
-        assert (y.shape, log_q.shape) == ((5, 2, *batch, *IMAGE), (5, 2, *batch))
+        assert (y.shape, log_q.shape) == ((5, 2, *batch, *SHAPES[name]), (5, 2, *batch))
         close(log_q, flow.log_prob(y.detach(), context), 1e-8)
         close(log_q, distribution.log_prob(y.detach()), 1e-8)
         assert distribution.rsample((5, 2)).shape == y.shape
 
     def test_one_evaluation_of_each_layer(self, name, context_dim):
-        flow = make_flow(name, IMAGE, context_dim=context_dim, sd=0.1)
+        flow = make_flow(name, SHAPES[name], context_dim=context_dim, sd=0.1)
         distribution = flow(normal(3, seed=1) if context_dim else None)
         check_evaluations(flow, lambda: distribution.log_prob(distribution.rsample((4,))))
 
     def test_every_parameter_is_used(self, name, context_dim):
-        flow = make_flow(name, IMAGE, context_dim=context_dim, sd=0.1)
-        flow.log_prob(normal(50, *IMAGE, seed=1), normal(50, 3, seed=2) if context_dim else None).sum().backward()
+        flow = make_flow(name, SHAPES[name], context_dim=context_dim, sd=0.1)
+        y, context = normal(50, *SHAPES[name], seed=1), normal(50, 3, seed=2) if context_dim else None
+        flow.log_prob(y, context).sum().backward()
         for key, parameter in flow.named_parameters():
             assert parameter.grad.abs().sum() > 0.0, key
 
     def test_settings_rebuild_the_flow(self, name, context_dim):
-        flow = make_flow(name, IMAGE, context_dim=context_dim, alpha=0.1, dtype=torch.float32, sd=0.1)
+        more = {} if name in SIGNAL_FLOWS else {"alpha": 0.1}
+        flow = make_flow(name, SHAPES[name], context_dim=context_dim, dtype=torch.float32, sd=0.1, **more)
         settings = to_json(flow)
         assert settings.keys() == inspect.signature(BUILDERS[name]).parameters.keys() | {"builder"}
         twin = BUILDERS[settings.pop("builder")](**{**settings, "dim": list(settings["dim"])})
         assert twin.recipe == flow.recipe
         twin.load_state_dict(flow.state_dict())
-        y, context = torch.full((2, *IMAGE), 0.3), torch.ones(2, 3) if context_dim else None
+        y, context = torch.full((2, *SHAPES[name]), 0.3), torch.ones(2, 3) if context_dim else None
         close(twin.log_prob(y, context), flow.log_prob(y, context), 0.0)
 
     def test_copies(self, name, context_dim):
-        flow = make_flow(name, IMAGE, context_dim=context_dim, sd=0.1)
-        other = make_flow(name, IMAGE, context_dim=context_dim, sd=0.2)
-        y, context = normal(2, *IMAGE, seed=1), normal(2, 3, seed=2) if context_dim else None
+        flow = make_flow(name, SHAPES[name], context_dim=context_dim, sd=0.1)
+        other = make_flow(name, SHAPES[name], context_dim=context_dim, sd=0.2)
+        y, context = normal(2, *SHAPES[name], seed=1), normal(2, 3, seed=2) if context_dim else None
         expected = flow.log_prob(y, context)
         for kind, twin in copies(flow, other):
             close(twin.log_prob(y, context), expected, 0.0, kind)
 
 
-@pytest.mark.parametrize("name", IMAGE_FLOWS)
+@pytest.mark.parametrize("name", SHAPES)
 def test_path_gradient_vanishes_at_the_target(name):
-    check_path_gradient(make_flow(name, IMAGE, sd=0.1))
+    check_path_gradient(make_flow(name, SHAPES[name], sd=0.1))
 
 
-@pytest.mark.parametrize("name", IMAGE_FLOWS)
+@pytest.mark.parametrize("name", SHAPES)
 def test_the_score_of_the_base_class_is_that_of_the_layers(name):
     """The default, through the inverse, works for events of any shape."""
-    flow = make_flow(name, IMAGE, sd=0.1)
+    flow = make_flow(name, SHAPES[name], sd=0.1)
 
     class Default(pf.transforms.Inverse):
         forward_and_score = base.Bijection.forward_and_score
 
-    check_score(Default(flow.bijection.inv), normal(3, *IMAGE, seed=1), None, 1e-9)
+    check_score(Default(flow.bijection.inv), normal(3, *SHAPES[name], seed=1), None, 1e-9)
 
 
 @pytest.mark.parametrize("name", IMAGE_FLOWS)

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from pyro_flows import datasets
+
 EXAMPLES = Path(__file__).parent.parent.parent / "examples"
 
 
@@ -68,11 +70,23 @@ def test_example_augmentation():
         assert min(fake, gaussian) > 80
 
 
+@pytest.mark.slow
+def test_example_speech(tmp_path):
+    pytest.importorskip("librosa", reason="needs librosa: pip install 'pyro-flows[speech]'")
+    if not Path(datasets.PROMPTS).is_dir():
+        pytest.skip("needs recordings: apt-get install asterisk-core-sounds-en-wav")
+    (nats,) = numbers(r"(\S+) nats a sample", run("speech", "--out", tmp_path))
+    assert nats > 0.79  # a Gaussian's
+    assert {path.suffix for path in tmp_path.iterdir()} == {"", ".png", ".wav"}
+
+
 @pytest.mark.parametrize("name", sorted(path.stem for path in EXAMPLES.glob("*.py")))
 def test_examples_explain_their_options(name, monkeypatch, capsys):
     """In this process, which has imported what they need: each runs in one of its own above."""
     if name == "augmentation":
         pytest.importorskip("sklearn", reason="needs scikit-learn: pip install scikit-learn")
+    if name == "speech":
+        pytest.importorskip("librosa", reason="needs librosa: pip install 'pyro-flows[speech]'")
     path = str(EXAMPLES / f"{name}.py")
     monkeypatch.setattr(sys, "argv", [path, "--help"])
     with pytest.raises(SystemExit) as ended:

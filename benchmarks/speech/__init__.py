@@ -1,0 +1,1 @@
+"""Conditional flows of speech: nats a sample, and reconstruction from mel spectrograms."""
