@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from pyro_flows.comparison.loo import Loo
     from pyro_flows.comparison.prior import prior_predictive
     from pyro_flows.comparison.sensitivity import Sensitivity
+    from pyro_flows.density_estimation.estimator import DensityEstimator
     from pyro_flows.density_estimation.fit_density import fit_density
     from pyro_flows.density_estimation.fitted import DensityFit
     from pyro_flows.guides.hierarchical import AutoHierarchicalFlow
@@ -60,6 +61,7 @@ _LATER = {
     "prior_predictive": "comparison.prior",
     "Sensitivity": "comparison.sensitivity",
     "fit_density": "density_estimation.fit_density",
+    "DensityEstimator": "density_estimation.estimator",
     "DensityFit": "density_estimation.fitted",
     "prior_from": "priors.fit",
     "FittedPrior": "priors.fitted",
@@ -84,6 +86,7 @@ __all__ = [
     "AutoRealNVP",
     "Calibration",
     "Comparison",
+    "DensityEstimator",
     "DensityFit",
     "Estimate",
     "Evidence",

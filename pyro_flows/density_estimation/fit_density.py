@@ -21,10 +21,14 @@ from pyro_flows._warnings import outside
 from pyro_flows.density_estimation import files
 from pyro_flows.density_estimation.ascent import Ascent, rouse
 from pyro_flows.density_estimation.budget import MAX_STEPS, batch_size, choose
+from pyro_flows.density_estimation.encoding import Encoding
 from pyro_flows.density_estimation.fitted import DensityFit, bits_per_dim, like, mean_log_prob
 from pyro_flows.density_estimation.points import Levels, Rows, Source
 from pyro_flows.density_estimation.preparing import (
     CHECKED_POINTS,
+    MIXTURE_SHARE,
+    MIXTURES_UP_TO,
+    begin_mixture,
     held,
     identity,
     make,
@@ -35,7 +39,10 @@ from pyro_flows.density_estimation.schedule import Plan
 from pyro_flows.density_estimation.standardizing import KINDS
 from pyro_flows.density_estimation.training import climb
 from pyro_flows.flows.flow import Flow
+from pyro_flows.flows.recipe import AUTO
+from pyro_flows.flows.unbent import warn_unbent
 
+AUTO_START, SMALL = "small", 0.01  # how a default flow starts: at its mixture, but for so much of random weights
 SAVE_EVERY = 30.0  # seconds between checkpoints
 SKIPPED_SHARE = 0.05  # of the steps, above which users are warned
 CLOCKS: dict[str, Callable[[], float]] = {"wall": time.monotonic, "cpu": time.process_time}
@@ -43,8 +50,8 @@ CLOCKS: dict[str, Callable[[], float]] = {"wall": time.monotonic, "cpu": time.pr
 
 @_checks.options
 def fit_density(
-    flow: Flow | str,
-    data: Any,
+    flow: Any = AUTO,
+    data: Any = None,
     *,
     context: Any = None,
     validation: Any = 0.1,
@@ -53,7 +60,7 @@ def fit_density(
     batch: int | None = None,
     learning_rate: float | None = None,
     weight_decay: float | None = None,
-    start: str = "random",
+    start: str = "auto",
     max_epochs: int | None = None,
     max_seconds: float | None = None,
     clock: str = "wall",
@@ -126,18 +133,30 @@ def fit_density(
     (torch.Size([4, 2]), torch.Size([500]))
     """
     began = CLOCKS[_checks.choice("clock", clock, CLOCKS)]()
+    if data is None:
+        flow, data = AUTO, flow
+    auto = isinstance(flow, str) and flow == AUTO
     options = _checked(preprocess, levels, learning_rate, weight_decay, start, max_epochs, seed)
     seconds = math.inf if max_seconds is None else _checks.positive("max_seconds", max_seconds)
     files.check_checkpoint(checkpoint)
     device = like(flow).device if isinstance(flow, Flow) else None
+    encoding = Encoding.of(context) if context is not None and isinstance(flow, str) else None
+    if encoding is not None:
+        context, validation = encoding.encode(context), _encoded(encoding, validation)
     with interruptible(), alone(), seeded(derive(seed, "fit_density"), device):
         made = make(flow, data, context)
+        if not auto:
+            warn_unbent(made, "fit_density")
         train, held_out = sources(made, data, context, validation, levels)
         about = {} if checkpoint is None else identity(made, train, held_out, validation)
-        made, options["preprocess"] = with_scale(made, train, preprocess)
+        whole = "whiten" if auto and preprocess == "auto" and made.dim <= MIXTURES_UP_TO else preprocess
+        made, options["preprocess"] = with_scale(made, train, whole)
         size = options["batch"] = batch_size(train, batch)
         steps = MAX_STEPS if max_seconds is None else sys.maxsize
         plan = Plan(steps if max_epochs is None else max_epochs * train.steps(size), seconds, CLOCKS[clock], began)
+        if auto:
+            made = begin_mixture(made, train, held_out, lambda: plan.progress(0) > MIXTURE_SHARE)
+            start = AUTO_START if start == "auto" else start
         ascent = _begin(made, train, held_out, size, start)
         keeper = files.Keeper(checkpoint, ascent, plan, SAVE_EVERY, options, about)
         validated = _train(keeper, held_out, learning_rate, weight_decay, progress)
@@ -147,7 +166,7 @@ def fit_density(
     if ascent.state.interrupted:
         rest = "" if checkpoint is None else " The same call goes on from the last checkpoint."
         warnings.warn(f"fit_density: {ascent.state.why}. The flow is what it had come to.{rest}", stacklevel=outside())
-    return _result(ascent, validated, options)
+    return _result(ascent, validated, options, encoding)
 
 
 # parts ----------------------------------------------------------------------------------------------------------------
@@ -170,7 +189,7 @@ def _checked(
         "levels": levels if levels is None else _checks.integer("levels", levels, 2),
         "learning_rate": learning_rate,
         "weight_decay": weight_decay if not weight_decay else _checks.positive("weight_decay", weight_decay),
-        "start": _checks.choice("start", start, ("random", "identity")),
+        "start": _checks.choice("start", start, ("auto", "random", "identity")),
         "max_epochs": max_epochs if max_epochs is None else _checks.integer("max_epochs", max_epochs, 1),
         "seed": _checks.integer("seed", seed, 0),
     }
@@ -178,8 +197,8 @@ def _checked(
 
 def _begin(flow: Flow, train: Source, held_out: Source | None, batch: int, start: str) -> Ascent:
     """Set the flow to its start, and make the training of it."""
-    if start == "random":
-        rouse(flow)
+    if start != "identity":
+        rouse(flow, SMALL if start == AUTO_START else 1.0)
     checked = [] if held_out is None else held(held_out, CHECKED_POINTS)
     return Ascent(flow, train, checked, batch=batch)
 
@@ -214,7 +233,16 @@ def _train(
     return validated
 
 
-def _result(ascent: Ascent, validation: float, options: dict[str, Any]) -> DensityFit:
+def _encoded(encoding: Encoding, validation: Any) -> Any:
+    """Return held-out data with their context as numbers."""
+    if not isinstance(validation, tuple) or len(validation) != 2:
+        return validation
+    return validation[0], encoding.encode(validation[1])
+
+
+def _result(
+    ascent: Ascent, validation: float, options: dict[str, Any], encoding: Encoding | None
+) -> DensityFit:  # fmt: skip
     state, train, flow = ascent.state, ascent.source, ascent.flow
     settings = {
         **options,
@@ -236,6 +264,7 @@ def _result(ascent: Ascent, validation: float, options: dict[str, Any]) -> Densi
         levels=train.levels,
         settings=settings,
         why=state.why,
+        encoding=encoding,
     )
 
 

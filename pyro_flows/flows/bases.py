@@ -7,6 +7,7 @@ from typing import Any
 
 import pyro.distributions as dist
 import torch
+from scipy import stats
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
@@ -31,6 +32,28 @@ def score(base: str, x: Tensor, df: float) -> Tensor:
     if base == "logistic":
         return -torch.tanh(0.5 * x)
     return x * (-(df + 1.0)) / (x.square() + df)
+
+
+def cdf(base: str, x: Tensor, df: float) -> Tensor:
+    """Return the distribution function at each coordinate of ``x``."""
+    if base == "normal":
+        return torch.special.ndtr(x)
+    if base == "logistic":
+        return torch.sigmoid(x)
+    if base == "uniform":
+        return (0.5 * (x + 1.0)).clamp(0.0, 1.0)
+    return torch.as_tensor(stats.t.cdf(x.detach().cpu().double().numpy(), df)).to(x)
+
+
+def icdf(base: str, u: Tensor, df: float) -> Tensor:
+    """Return quantiles for probabilities."""
+    if base == "normal":
+        return torch.special.ndtri(u)
+    if base == "logistic":
+        return torch.logit(u)
+    if base == "uniform":
+        return 2.0 * u - 1.0
+    return torch.as_tensor(stats.t.ppf(u.detach().cpu().double().numpy(), df)).to(u)
 
 
 class Logistic(dist.Logistic):
