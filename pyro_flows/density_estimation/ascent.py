@@ -25,14 +25,15 @@ TIE, TIE_NATS = 0.05, 0.1  # of what the best gains on the start, and nats a dim
 AVERAGE_POWER = 9.0  # the average holds about the last tenth of the steps
 CLIP = 5.0
 SCALES = 5.0
+PARTS = 0.3  # of a mixture as base, which begins where it is best by itself
 
 
 class Ascent:
     """Adam on the negative mean log density of a flow, with an average of the weights beside it.
 
     Diagonal scales take `SCALES` times the step size, since they move by units where weights move by hundredths. They
-    do not decay, and neither do the parts of a mixture that is the base. Gradients are clipped at five times their
-    running norm; a step whose gradient is not finite is skipped and counted.
+    do not decay, and neither do the parts of a mixture that is the base, which take `PARTS` times the step size.
+    Gradients are clipped at five times their running norm; a step whose gradient is not finite is skipped and counted.
     """
 
     def __init__(self, flow: Flow, source: Source, held_out: Sequence[Batch], *, batch: int) -> None:
@@ -50,7 +51,7 @@ class Ascent:
         scales = {parameter for layer in layers for parameter in layer.parameters()}
         mixtures = [layer for layer in self.flow.modules() if isinstance(layer, MixtureBase)]
         parts = {parameter for layer in mixtures for parameter in layer.parameters(recurse=False)}
-        kinds = [(set(self.parameters) - scales - parts, 1.0, True), (scales, SCALES, False), (parts, 1.0, False)]
+        kinds = [(set(self.parameters) - scales - parts, 1.0, True), (scales, SCALES, False), (parts, PARTS, False)]
         groups: list[dict[str, Any]] = [
             {"params": [one for one in self.parameters if one in kind], "times": times, "decays": decays}
             for kind, times, decays in kinds

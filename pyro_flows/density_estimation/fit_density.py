@@ -27,7 +27,6 @@ from pyro_flows.density_estimation.points import Levels, Rows, Source
 from pyro_flows.density_estimation.preparing import (
     CHECKED_POINTS,
     MIXTURE_SHARE,
-    MIXTURES_UP_TO,
     begin_mixture,
     held,
     identity,
@@ -70,7 +69,13 @@ def fit_density(
 ) -> DensityFit:
     r"""Fit a flow to data by maximum likelihood, with nothing to tune.
 
-    It raises :math:`\frac1N \sum_n \log q(x_n)`, in nats.
+    It raises :math:`\frac1N \sum_n \log q(x_n)`, in nats. ``fit_density(data)`` and ``fit_density(data, context=...)``
+    take a flow by themselves. Its base is a mixture of Student t distributions, which begins at a mixture of Gaussians
+    by expectation maximization, with the number of parts that held-out points like best. All of it is trained
+    together. The weights that held-out points like best are kept, so the result is not behind that mixture on them.
+    Given a context, weights, places, scales and tails of the parts depend on it. One output given a context gets the
+    mixture alone; else there are splines too, and above 100 coordinates affine couplings.
+
     The data are put on a common scale by an affine map that becomes the flow's last layer. Learning rates are
     compared in short trial runs. The largest that comes about as far as the best goes on until the mean log density of
     held-out points stops rising, or a fifth of the remaining budget is used. Then it falls to zero along a cosine. An
@@ -81,10 +86,13 @@ def fit_density(
         flow: a flow of the shape of one point, which is copied, not changed; or the name of a builder for vectors
             (``"realnvp"``, ``"nice"``, ...), then with a logistic base and robust networks. Data often touch places
             that are empty in training; a normal base punishes them without measure, and networks that go on along
-            straight lines throw them far out.
-        data: one point a row, ``(N, ...)``: a tensor, an array, a ``numpy.memmap`` (read batch by batch), or a
-            ``DataLoader`` that gives tensors, or pairs ``(data, context)``.
-        context: what the density is conditional on, ``(N, context_dim)``.
+            straight lines throw them far out. ``"auto"``, or data in its place: the default above.
+        data: one point a row, ``(N, ...)``, or ``(N,)`` numbers: a tensor, an array, a data frame, a ``numpy.memmap``
+            (read batch by batch), or a ``DataLoader`` that gives tensors, or pairs ``(data, context)``.
+        context: what the density is conditional on, ``(N, columns)`` or ``(N,)``. Flows that are made here, by default
+            or by name, take a data frame or an array with missing values (NaN, None): these become the mean and a
+            column that says where. Texts, booleans, pandas' categories, and whole numbers of at most 20 values become
+            columns of 0 and 1. Builders' flows standardize their context.
         validation: the share to hold out; or held-out data, or a pair of them and their context; or ``None``, with
             which nothing stops the training but the budget. With a ``DataLoader``, it cannot be a share.
         preprocess: ``"standardize"`` (each coordinate), ``"whiten"`` (correlations too; see
@@ -101,7 +109,8 @@ def fit_density(
             times parameters over points (of images: pixels), since what can be learned by heart is the more, the longer
             it takes and the more there are; but 1 at most, and so little that a tenth of the training is remembered.
         start: ``"random"``: last layers of networks that are zero get small random weights, with which training is far
-            quicker; or ``"identity"``: the flow starts as it is, so that few data are first described by the base
+            quicker; ``"auto"``: the same, or for the default flow a hundredth of that, so that it begins at its
+            mixture; or ``"identity"``: the flow starts as it is, so that few data are first described by the base
             and the preprocessing alone (whitened, with a normal base: by a Gaussian), and stay so if nothing is better.
         max_epochs: passes through the data at most; by default, as many as make 20 000 steps, or as many as fit into
             ``max_seconds`` if that is given.
@@ -120,13 +129,17 @@ def fit_density(
             that are no levels, a damaged checkpoint or one of another run, or an option out of range.
 
     Warns:
-        UserWarning: if a coordinate is constant, or if more than a twentieth of the steps had a gradient that is not
-            finite and were skipped.
+        UserWarning: if a coordinate is constant, if the flow can only shift and scale a coordinate, or if more than a
+            twentieth of the steps had a gradient that is not finite and were skipped.
 
-    Reference: Dinh, Krueger and Bengio 2015 (arXiv 1410.8516); Polyak and Juditsky 1992 (averaging,
-    doi:10.1137/0330046).
+    Reference: Bishop 1994, *Mixture density networks*; Dinh, Krueger and Bengio 2015 (arXiv 1410.8516); Polyak and
+    Juditsky 1992 (averaging, doi:10.1137/0330046).
 
     >>> import torch, pyro_flows as pf
+    >>> x = torch.rand(300, 1)
+    >>> given = pf.fit_density(x**2 + 0.1 * torch.randn(300, 1), context=x, max_epochs=3, progress=False)
+    >>> given.quantiles([0.1, 0.5, 0.9], x[:4]).shape
+    torch.Size([4, 3, 1])
     >>> points = torch.randn(500, 1) * torch.tensor([1.0, 10.0]) + 5.0
     >>> fit = pf.fit_density("realnvp", points, max_epochs=3, progress=False)
     >>> fit.sample(4).shape, fit.log_prob(points).shape
@@ -149,8 +162,7 @@ def fit_density(
             warn_unbent(made, "fit_density")
         train, held_out = sources(made, data, context, validation, levels)
         about = {} if checkpoint is None else identity(made, train, held_out, validation)
-        whole = "whiten" if auto and preprocess == "auto" and made.dim <= MIXTURES_UP_TO else preprocess
-        made, options["preprocess"] = with_scale(made, train, whole)
+        made, options["preprocess"] = with_scale(made, train, preprocess)
         size = options["batch"] = batch_size(train, batch)
         steps = MAX_STEPS if max_seconds is None else sys.maxsize
         plan = Plan(steps if max_epochs is None else max_epochs * train.steps(size), seconds, CLOCKS[clock], began)

@@ -182,6 +182,10 @@ class DensityFit:
             u = bases.cdf(flow.base, x, flow.df)
         return torch.where(self._rising(about, len(y)), u, 1.0 - u)
 
+    def encode(self, context: Any) -> Tensor:
+        """Return the numbers (N, context_dim) that the flow takes for rows of the context: ``flow(encode(rows))``."""
+        return self._contexts(context)
+
     def _encoded(self, context: Any) -> Any:
         return context if context is None or self.encoding is None else self.encoding.encode(context)
 

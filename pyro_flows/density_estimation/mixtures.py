@@ -14,7 +14,8 @@ COUNTS = (1, 2, 3, 5, 8, 12, 20, 35, 60, 100, 160)
 STRENGTHS = (1.0, 4.0, 16.0)  # of the prior of covariances, in units of D + 2 observations
 WEAKEST = 0.1
 ROWS_A_PART = 10  # points for each part at least
-STEPS, SHORT = 80, 25  # of expectation maximization at most, and while numbers are compared
+STEPS, SHORT = 80, 25  # of expectation maximization at most, and while numbers are compared,
+FEWEST = 8  # and at least, once the time for it is over
 TOLERANCE = 1e-3  # nats a point and step, below which it has converged
 LLOYD = 4  # steps of k-means before it
 PATIENCE = 2  # numbers of parts without a gain, after which no larger one is tried
@@ -38,6 +39,15 @@ class Parts(NamedTuple):
         log_volume = self.factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)
         return self.log_weights + log_volume - 0.5 * (z.square().sum(-1) + dim * math.log(2.0 * math.pi))
 
+    def moved(self, loc: Tensor, scale: Tensor) -> Parts:
+        """Return the mixture of the points m + A x, for m (D,) and A (D, D)."""
+        back = torch.linalg.inv(self.factor.double())
+        root = scale.double() @ back
+        tril = torch.linalg.cholesky(root @ root.mT)
+        eye = torch.eye(len(loc), dtype=tril.dtype, device=tril.device).expand_as(tril)
+        factor = torch.linalg.solve_triangular(tril, eye, upper=False)
+        return Parts(self.log_weights, loc + self.loc @ scale.mT, factor.to(loc))
+
     def split(self, least: int) -> Parts:
         """Return the same mixture, but for some hundredths, with each part split into as many as make ``least``."""
         times = -(-least // len(self.log_weights))
@@ -57,8 +67,10 @@ def pieces(x: Tensor, width: int) -> Iterator[Tensor]:
     yield from x.split(max(CHUNK // width, 1))
 
 
-def maximize(x: Tensor, count: int, *, strength: float, steps: int, over: Callable[[], bool]) -> Parts:
-    r"""Return the posterior mode of a mixture of ``count`` Gaussians of white points (N, D), from k-means.
+def maximize(
+    x: Tensor, count: int, *, strength: float, steps: int, over: Callable[[], bool], start: Parts | None = None
+) -> Parts:
+    r"""Return the posterior mode of a mixture of ``count`` Gaussians of white points (N, D), from k-means or a start.
 
     Covariances have an inverse Wishart prior of ``strength`` (D + 2) observations of :math:`K^{-2/D} I`.
 
@@ -68,11 +80,13 @@ def maximize(x: Tensor, count: int, *, strength: float, steps: int, over: Callab
     dim = x.shape[1]
     prior = strength * (dim + 2.0)
     spread = torch.eye(dim).to(x) * prior * count ** (-2.0 / dim)
-    nearest = _nearest(x, _centers(x, count))
-    share = torch.nn.functional.one_hot(nearest, count).to(x)
-    parts = _maximized(_moments(x, lambda piece, start: share[start : start + len(piece)]), spread, prior)
+    if start is None:
+        share = torch.nn.functional.one_hot(_nearest(x, _centers(x, count)), count).to(x)
+        parts = _maximized(_moments(x, lambda piece, at: share[at : at + len(piece)]), spread, prior)
+    else:
+        parts = start
     before = -math.inf
-    for _ in range(steps):
+    for step in range(steps):
         total = [0.0]
 
         def shares(piece: Tensor, _: int, parts: Parts = parts, total: list[float] = total) -> Tensor:
@@ -83,7 +97,7 @@ def maximize(x: Tensor, count: int, *, strength: float, steps: int, over: Callab
 
         parts = _maximized(_moments(x, shares, parts.loc.numel()), spread, prior)
         now = total[0] / len(x)
-        if now - before < TOLERANCE or over():
+        if now - before < TOLERANCE or (step >= FEWEST and over()):
             break
         before = now
     return parts
@@ -153,25 +167,35 @@ def choose(x: Tensor, held_out: Tensor | None, *, over: Callable[[], bool] = lam
     most = max(min(len(train) for train, _ in splits) // ROWS_A_PART, 1)
     counts = [count for count in COUNTS if count <= most] or [1]
 
-    def score(count: int, strength: float) -> float:
-        made = [(maximize(train, count, strength=strength, steps=SHORT, over=over), test) for train, test in splits]
-        return sum(parts.score(test) for parts, test in made) / len(splits)
+    tried: list[_Tried] = []
 
-    best, found = (-math.inf, counts[0], STRENGTHS[0]), []
+    def attempt(count: int, strength: float, start: Parts | None = None) -> None:
+        made = [maximize(train, count, strength=strength, steps=SHORT, over=over, start=start) for train, _ in splits]
+        scores = [parts.score(test) for parts, (_, test) in zip(made, splits, strict=True)]
+        whole = made[0] if splits[0][0] is x else None
+        tried.append(_Tried(sum(scores) / len(splits), count, strength, whole))
+
     for count in counts:
-        found.append(score(count, best[2]))
-        best = max(best, (found[-1], count, best[2]))
-        if over() or _fell(found):
+        attempt(count, STRENGTHS[0])
+        if over() or _fell([one.score for one in tried]):
             break
+    _, count, _, whole = max(tried, key=lambda one: one.score)
     for strength in (WEAKEST, *STRENGTHS[1:]):
-        if over():
-            break
-        best = max(best, (score(best[1], strength), best[1], strength))
-    return maximize(x, best[1], strength=best[2], steps=STEPS, over=over)
+        if not over():
+            attempt(count, strength, whole)
+    best = max(tried, key=lambda one: one.score)
+    return maximize(x, best.count, strength=best.strength, steps=STEPS, over=over, start=best.whole)
 
 
-def _fell(found: list[float]) -> bool:
-    last = list(pairwise(found))[-PATIENCE:]
+class _Tried(NamedTuple):
+    score: float
+    count: int
+    strength: float
+    whole: Parts | None  # the mixture, if it is one of all points
+
+
+def _fell(scores: list[float]) -> bool:
+    last = list(pairwise(scores))[-PATIENCE:]
     return len(last) == PATIENCE and all(after < before for before, after in last)
 
 

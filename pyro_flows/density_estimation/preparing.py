@@ -136,7 +136,9 @@ def begin_mixture(flow: Flow, train: Source, held_out: Source | None, over: Call
     assert x is not None
     if flow.context_dim:
         x = x * math.sqrt(len(x) / max(len(x) - flow.context_dim - 1, 0.5 * len(x)))
-    parts = choose(x, other, over=over)
+    white = preprocess("whiten", [(x, None)])
+    given = None if other is None else white.inverse_and_ladj(other)[0]
+    parts = choose(white.inverse_and_ladj(x)[0], given, over=over).moved(white.loc, white.scale)
     parts = parts.split(PARTS_OF_CONTEXTS) if flow.context_dim else parts
     found = with_mixture(flow, components=len(parts.log_weights), context_dim=flow.context_dim)
     assert found.mixture is not None

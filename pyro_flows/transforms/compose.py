@@ -11,7 +11,7 @@ from torch.distributions import constraints
 
 from pyro_flows import _checks
 from pyro_flows.transforms.base import Bijection
-from pyro_flows.transforms.networks import adopt_buffer
+from pyro_flows.transforms.networks import adopt_context_scale
 
 
 @_checks.constructor
@@ -85,7 +85,7 @@ class Compose(Bijection):
         return shape
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
-        adopt_buffer(self, "context_scale", state_dict, prefix)
+        adopt_context_scale(self, state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def _standardized(self, context: Tensor | None) -> Tensor | None:

@@ -36,24 +36,26 @@ def regression(y, x, y_test, x_test):
 
 @pytest.fixture(scope="module")
 def fitted():
-    y, x = bimodal(1500, seed=0)
-    return pf.fit_density(y, context=x, max_epochs=60, progress=False)
+    y, x = bimodal(1000, seed=0)
+    return pf.fit_density(y, context=x, max_epochs=30, learning_rate=0.01, progress=False)
 
 
 def test_the_default_has_two_modes(fitted):
-    y, x = bimodal(1500, seed=0)
+    y, x = bimodal(1000, seed=0)
     y_test, x_test = bimodal(4000, seed=1)
     found = float(fitted.log_prob(y_test, x_test).mean())
     assert found > float(regression(y, x, y_test, x_test)) + LINEAR_GAUSSIAN
-    assert found > float(truth(y_test, x_test)) - 0.1
+    assert found > float(truth(y_test, x_test)) - 0.12
     assert found == pytest.approx(fitted.nats(y_test, x_test), abs=1e-4)
     assert torch.equal(fitted.log_prob(y_test[:, 0], x_test[:, 0]), fitted.log_prob(y_test, x_test))
 
 
 def test_the_unit_of_a_context_does_not_matter():
-    y, x = bimodal(600, seed=0)
+    y, x = bimodal(300, seed=0)
     near, far = (
-        pf.fit_density(y, context=at * x + where, max_epochs=4, progress=False).log_prob(y, at * x + where).mean()
+        pf.fit_density(y, context=at * x + where, max_epochs=6, learning_rate=0.005, progress=False)
+        .log_prob(y, at * x + where)
+        .mean()
         for at, where in ((1.0, 0.0), (1e4, 3e4))
     )
     assert float(near) == pytest.approx(float(far), abs=0.05)
@@ -82,8 +84,8 @@ def test_a_calibrated_density_has_uniform_transforms(fitted):
     assert u.shape == (4000,)
     off = (u.sort().values - torch.arange(4000).double() / 4000).abs().max()
     assert float(off) < 0.06
-    wide = pf.fit_density(3.0 * y, validation=None, max_epochs=20, learning_rate=0.01, progress=False)
-    assert float(wide.pit(y)[:, 0].double().std()) < 0.8 * math.sqrt(1 / 12)
+    twice = fitted.pit(2.0 * y, x)[:, 0].double()
+    assert float(twice.std()) > 1.2 * math.sqrt(1 / 12)
 
 
 @pytest.mark.parametrize("base", ["normal", "logistic", "student_t", "uniform"])
@@ -101,12 +103,12 @@ def test_quantiles_of_every_base(base):
 def test_two_outputs_have_quantiles_and_transforms_by_draws():
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(400, 1, generator=generator)
-    y = torch.cat([x, -x], 1) + torch.randn(400, 2, generator=generator)
-    found = pf.fit_density(y, context=x, max_epochs=8, progress=False)
+    y = torch.cat([x, -x], 1) + 0.3 * torch.randn(400, 2, generator=generator)
+    found = pf.fit_density(y, context=x, max_epochs=8, learning_rate=0.003, progress=False)
     quantiles = found.quantiles([0.25, 0.75], x[:6], draws=4000)
     assert quantiles.shape == (6, 2, 2)
     middle = quantiles.mean(1)
-    assert torch.allclose(middle, torch.cat([x[:6], -x[:6]], 1), atol=0.4)
+    assert torch.allclose(middle, torch.cat([x[:6], -x[:6]], 1), atol=0.3)
     u = found.pit(y, x, draws=200)
     assert u.shape == (400, 2)
     assert torch.allclose(u.double().mean(0), torch.full((2,), 0.5).double(), atol=0.06)
@@ -116,7 +118,7 @@ def test_without_context_the_default_bends_one_dimension_too():
     generator = torch.Generator().manual_seed(0)
     side = 1.0 - 2.0 * (torch.rand(800, 1, generator=generator) < 0.3).float()
     y = side + 0.1 * torch.randn(800, 1, generator=generator)
-    found = pf.fit_density(y, max_epochs=20, progress=False)
+    found = pf.fit_density(y, max_epochs=5, learning_rate=0.003, progress=False)
     gaussian = torch.distributions.Normal(y.mean(), y.std()).log_prob(y).mean()
     assert float(found.log_prob(y).mean()) > float(gaussian) + 0.8
     assert found.quantiles([0.5]).shape == (1, 1)
@@ -181,7 +183,7 @@ def test_a_fit_with_categories_and_missing_values_is_saved_and_loaded(tmp_path):
     y = np.where(kind == "high", 4.0, 0.0) + size * (kind != "none") + 0.3 * generator.normal(size=600)
     size = np.where(generator.uniform(size=600) < 0.2, np.nan, size)
     context = np.array(list(zip(kind, size, strict=True)), dtype=object)
-    found = pf.fit_density(y, context=context, max_epochs=10, progress=False)
+    found = pf.fit_density(y, context=context, max_epochs=20, learning_rate=0.01, progress=False)
     given = [["high", 1.0], ["low", np.nan], ["none", 0.0]]
     middle = found.quantiles([0.5], given)[:, 0, 0]
     assert torch.allclose(middle, torch.tensor([5.0, 0.0, 0.0]), atol=0.5)
@@ -201,5 +203,5 @@ def test_held_out_values_are_no_better_described_by_a_regression_of_small_data()
     y = x @ torch.tensor([[1.0], [-2.0], [0.0], [0.5], [0.0]]) + torch.randn(160, 1, generator=generator)
     test_x = torch.randn(2000, 5, generator=generator)
     test_y = test_x @ torch.tensor([[1.0], [-2.0], [0.0], [0.5], [0.0]]) + torch.randn(2000, 1, generator=generator)
-    found = pf.fit_density(y, context=x, max_epochs=100, progress=False)
+    found = pf.fit_density(y, context=x, max_epochs=60, progress=False)
     assert float(found.log_prob(test_y, test_x).mean()) > float(regression(y, x, test_y, test_x)) - 0.1

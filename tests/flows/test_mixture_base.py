@@ -103,3 +103,6 @@ def test_the_scale_of_a_context_goes_with_the_state():
     y = normal(4, 1, seed=2, dtype=torch.float32)
     assert torch.equal(again.log_prob(y, context), flow.log_prob(y, context))
     assert not torch.allclose(again.log_prob(y, context), again.log_prob(y, context.flip(0)))
+    for wrong in (torch.ones(2, 3), torch.zeros(2, 2)):
+        with pytest.raises(ValueError, match="positive scales"):
+            again.load_state_dict({**flow.state_dict(), "bijection.context_scale": wrong})
