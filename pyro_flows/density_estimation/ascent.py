@@ -41,8 +41,7 @@ class Ascent:
         self.parameters = [parameter for parameter in flow.parameters() if parameter.requires_grad]
         self.state = State()
         self.fresh_moments()
-        self.average = self.keep()
-        self.best_weights = self.average
+        self.average, self.best_weights = self.keep(), self.keep()
         self.dim = flow.dim
 
     def fresh_moments(self) -> None:

@@ -113,7 +113,7 @@ class Encoding:
 
     def to_json(self) -> list[dict[str, Any]]:
         """Return what a file says of it."""
-        return [asdict(column) for column in self.columns]
+        return [{**asdict(column), "levels": list(column.levels)} for column in self.columns]
 
     @classmethod
     def from_json(cls, text: Any) -> Encoding:

@@ -120,7 +120,12 @@ class DensityEstimator:
     # fitting and scoring ----------------------------------------------------------------------------------------------
 
     def fit(self, X: Any, y: Any = None) -> DensityEstimator:
-        """Fit the density of X, or of y given X. Returns the estimator."""
+        """Fit the density of X, or of y given X. Returns the estimator.
+
+        Raises:
+            ValueError: for values that are missing, of another shape, or too few, and for what :func:`fit_density` refuses.
+            TypeError: for sparse matrices.
+        """
         self.feature_names_in_ = _names_of(X)
         if self.feature_names_in_ is None:
             del self.feature_names_in_
@@ -143,7 +148,11 @@ class DensityEstimator:
         return self
 
     def score_samples(self, X: Any, y: Any = None) -> np.ndarray:
-        """Return the log density of each row, or of each output given its row, in nats, (N,)."""
+        """Return the log density of each row, or of each output given its row, in nats, (N,).
+
+        Raises:
+            ValueError: for other columns than those of the fit, or outputs that are missing.
+        """
         rows = self._rows(X)
         if not self.conditional:
             return _numpy(self.fit_.log_prob(rows))
@@ -156,7 +165,11 @@ class DensityEstimator:
         return float(self.score_samples(X, y).mean())
 
     def sample(self, n_samples: int = 1, X: Any = None, random_state: int | None = None) -> np.ndarray:
-        """Draw rows (n_samples, columns); of a conditional density, an output for each row of X, (N, D)."""
+        """Draw rows (n_samples, columns); of a conditional density, an output for each row of X, (N, D).
+
+        Raises:
+            ValueError: for a conditional density without rows, or other columns than those of the fit.
+        """
         seed = self.random_state or 0 if random_state is None else random_state
         if not self.conditional:
             self._check_fitted()
@@ -167,7 +180,11 @@ class DensityEstimator:
         return _numpy(self.fit_.sample(len(rows), rows, seed=seed))
 
     def predict_quantiles(self, X: Any, levels: Any = (0.1, 0.5, 0.9)) -> np.ndarray:
-        """Return quantiles (N, levels) of the output given each row, (N, levels, D) of several outputs."""
+        """Return quantiles (N, levels) of the output given each row, (N, levels, D) of several outputs.
+
+        Raises:
+            ValueError: for a density that is not conditional, or other columns than those of the fit.
+        """
         if not self.conditional:
             raise ValueError("conditional: quantiles are of y given X; pass conditional=True to the estimator.")
         found = _numpy(self.fit_.quantiles(list(levels), self._rows(X)))

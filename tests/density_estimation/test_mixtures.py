@@ -45,7 +45,9 @@ def test_the_number_of_parts_is_chosen(count):
     torch.manual_seed(0)
     x = white(clusters(count, 0))
     parts = choose(x, white(clusters(1000, 1)) if count > 1000 else None)
-    assert 3 <= len(parts.log_weights) <= 8
+    assert 4 <= len(parts.log_weights) <= 20
+    few = maximize(x, 2, strength=0.1, steps=50, over=lambda: False)
+    assert parts.score(white(clusters(2000, 2))) > few.score(white(clusters(2000, 2))) + 0.1
     assert len(choose(torch.randn(500, 3), None).log_weights) <= 2
     assert len(parts.split(20).log_weights) >= 20
     assert parts.split(20).score(x) == pytest.approx(parts.score(x), abs=0.03)
