@@ -123,7 +123,7 @@ class DensityEstimator:
         """Fit the density of X, or of y given X. Returns the estimator.
 
         Raises:
-            ValueError: for values that are missing, of another shape, or too few, and for what :func:`fit_density` refuses.
+            ValueError: for values that are missing, of another shape or too few, and by :func:`fit_density`.
             TypeError: for sparse matrices.
         """
         self.feature_names_in_ = _names_of(X)

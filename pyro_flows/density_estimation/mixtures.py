@@ -179,17 +179,17 @@ def choose(x: Tensor, held_out: Tensor | None, *, over: Callable[[], bool] = lam
         attempt(count, STRENGTHS[0])
         if over() or _fell([one.score for one in tried]):
             break
-    _, count, _, whole = max(tried, key=lambda one: one.score)
+    _, number, _, whole = max(tried, key=lambda one: one.score)
     for strength in (WEAKEST, *STRENGTHS[1:]):
         if not over():
-            attempt(count, strength, whole)
+            attempt(number, strength, whole)
     best = max(tried, key=lambda one: one.score)
-    return maximize(x, best.count, strength=best.strength, steps=STEPS, over=over, start=best.whole)
+    return maximize(x, best.number, strength=best.strength, steps=STEPS, over=over, start=best.whole)
 
 
 class _Tried(NamedTuple):
     score: float
-    count: int
+    number: int
     strength: float
     whole: Parts | None  # the mixture, if it is one of all points
 

@@ -7,7 +7,6 @@ from typing import Any
 
 import pyro.distributions as dist
 import torch
-from scipy import stats
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
@@ -42,7 +41,9 @@ def cdf(base: str, x: Tensor, df: float) -> Tensor:
         return torch.sigmoid(x)
     if base == "uniform":
         return (0.5 * (x + 1.0)).clamp(0.0, 1.0)
-    return torch.as_tensor(stats.t.cdf(x.detach().cpu().double().numpy(), df)).to(x)
+    from scipy.special import stdtr  # type: ignore[import-untyped]
+
+    return torch.as_tensor(stdtr(df, x.detach().cpu().double().numpy())).to(x)
 
 
 def icdf(base: str, u: Tensor, df: float) -> Tensor:
@@ -53,7 +54,9 @@ def icdf(base: str, u: Tensor, df: float) -> Tensor:
         return torch.logit(u)
     if base == "uniform":
         return 2.0 * u - 1.0
-    return torch.as_tensor(stats.t.ppf(u.detach().cpu().double().numpy(), df)).to(u)
+    from scipy.special import stdtrit
+
+    return torch.as_tensor(stdtrit(df, u.detach().cpu().double().numpy())).to(u)
 
 
 class Logistic(dist.Logistic):

@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 
 import torch
 from pyro.distributions import TorchDistribution
-from scipy import stats
 from torch import Tensor, nn
 from torch.distributions import constraints
 
@@ -181,12 +180,12 @@ class MixtureOfStudents(TorchDistribution):
     @torch.no_grad()
     def cdf(self, value: Tensor) -> Tensor:
         """Return the distribution function (...,) at points (..., 1) of one coordinate."""
-        return (self.parts.log_weights.exp() * self._of_students(stats.t.cdf, self._in(value)[..., 0])).sum(-1)
+        return (self.parts.log_weights.exp() * self._of_students("stdtr", self._in(value)[..., 0])).sum(-1)
 
     @torch.no_grad()
     def icdf(self, value: Tensor) -> Tensor:
         """Return quantiles (..., 1) of one coordinate, for probabilities (...,), by halving an interval."""
-        z = self._of_students(stats.t.ppf, value[..., None].expand(*value.shape, len(self.parts.loc)))
+        z = self._of_students("stdtrit", value[..., None].expand(*value.shape, len(self.parts.loc)))
         ends = self._out(z[..., None])[..., 0]
         low, high = ends.amin(-1), ends.amax(-1)
         for _ in range(HALVINGS):
@@ -195,6 +194,9 @@ class MixtureOfStudents(TorchDistribution):
             low, high = torch.where(above, low, middle), torch.where(above, middle, high)
         return (0.5 * (low + high))[..., None]
 
-    def _of_students(self, function: Any, value: Tensor) -> Tensor:
+    def _of_students(self, name: str, value: Tensor) -> Tensor:
+        """Return a function of Student t distributions, of degrees of freedom and values, by its name in scipy."""
+        from scipy import special  # type: ignore[import-untyped]
+
         df = self.parts.df.expand(value.shape)
-        return torch.as_tensor(function(*(part.double().cpu().numpy() for part in (value, df)))).to(value)
+        return torch.as_tensor(getattr(special, name)(*(part.double().cpu().numpy() for part in (df, value)))).to(value)

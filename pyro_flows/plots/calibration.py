@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from scipy import stats
 
 from pyro_flows._arguments import numbers
 from pyro_flows._figures import BASE, FILLED, FLOW, INK, LINE, WIDTH, panels, styled
@@ -40,6 +39,8 @@ def plot_pit(pit: Any, names: Sequence[str] | None = None) -> Figure:
     >>> plot_pit(torch.linspace(0.01, 0.99, 50)).axes[0].get_xlabel()
     'probability integral transform'
     """
+    from scipy.stats import binom  # type: ignore[import-untyped]
+
     values = numbers("pit", pit).double().cpu().numpy()
     values = values[:, None] if values.ndim == 1 else values
     if values.ndim != 2 or not len(values) or not ((values >= 0.0) & (values <= 1.0)).all():
@@ -48,7 +49,7 @@ def plot_pit(pit: Any, names: Sequence[str] | None = None) -> Figure:
     columns = min(COLUMNS, dim)
     figure, grid = panels(dim, columns=columns, size=(WIDTH, HEIGHT * -(-dim // columns) + 0.4))
     u = np.linspace(0.0, 1.0, 201)
-    low, high = (stats.binom.ppf(0.5 + side * 0.5 * INSIDE, count, u) / count - u for side in (-1.0, 1.0))
+    low, high = (binom.ppf(0.5 + side * 0.5 * INSIDE, count, u) / count - u for side in (-1.0, 1.0))
     for place, (axes, column) in enumerate(zip(grid, values.T, strict=False)):
         off = np.searchsorted(np.sort(column), u, side="right") / count - u
         axes.fill_between(u, low, high, color=FLOW, alpha=FILLED, lw=0)
