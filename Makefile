@@ -45,7 +45,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist worksteal
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help check-python check-venv again install venv demo test test-all lint format docs notebooks dist bench evidence ledger ledger-quick clean
+.PHONY: help check-python check-venv again install venv demo test test-all lint format docs notebooks dist bench evidence ledger ledger-quick mutation clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*  ## \(.*\)/make \1\t\2/p' Makefile | expand -t 18
@@ -165,6 +165,9 @@ ledger: $(DEV)  ## every fit of the evidence anew, and what has changed against 
 
 ledger-quick: $(DEV)  ## a tenth of it, in minutes
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.ledger --quick --out build/ledger-quick $(ARGS)
+
+mutation: $(DEV)  ## deliberate mistakes, one at a time: the tests of each room have to notice (ARGS="--only graphs")
+	$(BIN)/python -m tests.mutations $(ARGS)
 
 clean:  ## remove what the other targets wrote, but for the virtual environment
 	rm -rf build dist demo-output examples/notebooks/results docs/_build docs/_notebooks *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -29,10 +29,11 @@ def pytest_collection():
 
 @pytest.fixture(autouse=True, scope="session")
 def _interruptible():
-    """Ctrl-C reaches the tests of it: a shell starts its background jobs with SIGINT ignored."""
-    before = signal.getsignal(signal.SIGINT)
-    if before is signal.SIG_IGN and threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+    """Signals reach their tests: shells start background jobs with SIGINT ignored, nohup with SIGHUP."""
+    if threading.current_thread() is threading.main_thread():
+        for number, usual in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+            if signal.getsignal(number) is signal.SIG_IGN:
+                signal.signal(number, usual)
 
 
 @pytest.fixture(autouse=True)

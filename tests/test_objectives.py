@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import pyro_flows as pf
-from pyro_flows.objectives import elbo, importance_weighted, path
+from pyro_flows.objectives import elbo, importance_weighted, path, pulled
 from tests.invariants import close
 from tests.registry import make_flow
 
@@ -139,6 +139,42 @@ def test_one_draw_a_group_is_the_path_gradient():
     ours = gradients(importance_weighted(flow, density, 16, group=1, beta=0.7).loss, flow)
     torch.manual_seed(2)
     close(ours, gradients(path(flow, density, 16, beta=0.7).loss, flow), 1e-12)
+
+
+def given(*, lengths=(1.0, 2.0, 3.0, 4.0)):
+    """Log p, its gradient, log q, its gradient, and log ratios of the base for four draws in two dimensions."""
+    log_p = torch.tensor([0.3, -1.2, 0.8, -0.1], dtype=torch.float64)
+    log_q = torch.tensor([0.1, -0.4, 0.2, 0.5], dtype=torch.float64)
+    score = torch.tensor(lengths, dtype=torch.float64)[:, None] * torch.tensor([1.0, -0.5], dtype=torch.float64)
+    ratio = torch.tensor([0.0, -0.3, 0.2, -0.6], dtype=torch.float64)
+    return log_p, score, log_q, torch.zeros_like(score), ratio
+
+
+def test_a_share_of_the_forward_divergence_weighs_by_w_times_one_less_w():
+    log_p, score, log_q, _, ratio = given()
+    pull, _, log_weights = pulled(*given(), forward=0.25)
+    weights = torch.softmax(log_p - log_q + ratio, 0)
+    coefficients = 0.75 / 4 * ratio.exp() + 0.25 * weights * (1.0 - weights)
+    close(pull, -score * coefficients[:, None], 1e-12)
+    close(log_weights, log_p - log_q + ratio, 1e-12)
+
+
+def test_steep_directions_are_shortened_to_a_multiple_of_the_median_length():
+    """The median of 1, 2, 3 and 400 is 2 (torch takes the lower one), so with 5 times that the last is 10 long."""
+    _, score, _, _, ratio = given(lengths=(1.0, 2.0, 3.0, 400.0))
+    pull, _, _ = pulled(*given(lengths=(1.0, 2.0, 3.0, 400.0)), steep=5.0)
+    short = torch.cat([score[:3], 10.0 / 400.0 * score[3:]])
+    close(pull, -short * ratio.exp()[:, None] / 4, 1e-12)
+
+
+def test_terms_are_thinned_by_shares_of_the_draws_that_count():
+    log_p, score, log_q, zero, ratio = given()
+    log_p[2] = -torch.inf
+    _, terms, _ = pulled(log_p, score, log_q, zero, ratio)
+    counts = torch.tensor([0, 1, 3])
+    thinning = ratio.exp()[counts]
+    close(terms[counts], (log_p - log_q)[counts] * thinning / thinning.mean(), 1e-12)
+    assert terms[2] == -torch.inf
 
 
 def test_the_bound_rises_with_the_size_of_the_groups():

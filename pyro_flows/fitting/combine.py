@@ -264,7 +264,7 @@ def _add_run(plan: Plan, prepared: Prepared, found: Combined, lack: Start) -> No
 def _search(plan: Plan, density: LogDensity, found: Combined, sampler: Sampler) -> Search:
     """Look for modes that a sampler lacks."""
     with density.clock.watching():
-        z, log_q = sampler.draw(MODE_DRAWS)
+        z, log_q = sampler.draw(density.affordable(MODE_DRAWS))
     modes = [mode for run in found.runs for mode in run.modes]
     wandering = not (sampler is found.best.flow(plan, density) and found.best.best is not None and found.best.best.even)
     space = latent_of(sampler, density) if wandering else None

@@ -28,13 +28,14 @@ class Pool(NamedTuple):
 
 
 def pool(density: LogDensity, gaussians: Gaussians, *, seed: int) -> Pool:
-    """Draw from all Gaussians, 100 each, and weight the draws by importance, with Pareto-smoothed weights.
+    """Draw from all Gaussians, 100 each where that is affordable, and weight the draws by importance, with Pareto-smoothed weights.
 
     The proposal is the mixture of those within 10 nats of the best ELBO (all draws are scored under all of them), so
     that paths which found the same mode share it, and paths at different modes each get their due.
     """
     with seeded(derive(seed, "pool"), density.device):
-        shape = (*gaussians.loc.shape[:1], POOLED, density.dim)
+        count = len(gaussians.loc)
+        shape = (count, density.affordable(POOLED * count) // count, density.dim)
         noise = torch.randn(shape, dtype=density.dtype, device=density.device)
     z, log_q = gaussians.map(noise)
     with torch.no_grad():

@@ -24,6 +24,7 @@ from pyro_flows.verdict.thresholds import K_HAT_MOST
 
 PRIOR_DRAWS = 200
 SEARCHES_UNBATCHED = 3
+PATH_EVALUATIONS = 100  # of one path, with those of the Gaussians along it
 PATHS_IF_LARGE = 4
 LEGS = 2
 SAME = 0.1  # nats
@@ -66,12 +67,13 @@ def portfolio(density: LogDensity, *, seed: int, extra: Sequence[Start] = (), df
             f"{density.explain(middle)}. Check the data against the likelihood's support, and the priors."
         )
     starts = [*extra, standard(density), Start("prior", middle, spread)]
-    points = points[finite] if density.batched else points[finite][:SEARCHES_UNBATCHED]
+    most = density.affordable(PATH_EVALUATIONS * len(points)) // PATH_EVALUATIONS
+    points = points[finite][: most if density.batched else SEARCHES_UNBATCHED]
     starts = _climbed(density, starts, points, seed)
     with seeded(seed, density.device):
         unit = math.sqrt((df - 2.0) / df)
         base = dist.StudentT(df * torch.ones_like(zero), 0.0, unit).to_event(1)
-        noise = base.sample((SCORE_DRAWS,))
+        noise = base.sample((density.affordable(SCORE_DRAWS * len(starts)) // len(starts),))
     log_noise = base.log_prob(noise)
     scored: list[Start] = []
     with density.clock.part(_stages.ELBOS):

@@ -99,6 +99,7 @@ def test_many_data_sets_at_once(amortized, data_sets):
         amortized.samples({"y": torch.zeros(3, 4)})
 
 
+@pytest.mark.slow
 def test_answers_are_calibrated(amortized):
     found = pf.sbc(regression, X, DATA, sampler=amortized, simulations=40, seed=1, progress=False)
     assert found.is_uniform(0.01)
@@ -138,6 +139,7 @@ def narrow(x, y):
     pyro.sample("b", dist.Normal(5.0 * torch.ones(2), 0.01).to_event(1))
 
 
+@pytest.mark.slow
 def test_many_fits_begin_with_the_answers_of_the_flow(amortized):
     sets = [(X, DATA), (X, -DATA), (X, 0.5 * DATA)]
     found = pf.fit_many(regression, sets, draws=500, amortized=Sometimes(amortized), progress=False)
@@ -231,6 +233,7 @@ def iid(y):
         pyro.sample("y", dist.Normal(mu, 1.0), obs=y)
 
 
+@pytest.mark.slow
 def test_rows_that_are_exchangeable_are_pooled():
     amortized = pf.amortize(iid, torch.linspace(-1.0, 1.0, 20), simulations=1000, max_epochs=1, progress=False)
     assert amortized.settings["rows"] == 20
@@ -252,6 +255,7 @@ class Own(nn.Module):
         return self.layer(y)[:, : self.width] if self.width else self.layer(y).sum()
 
 
+@pytest.mark.slow
 def test_an_encoder_of_the_callers_gets_the_data():
     encoder = Own()
     found = pf.amortize(regression, X, DATA, encoder=encoder, simulations=1000, max_epochs=1, progress=False)
@@ -282,6 +286,7 @@ def with_gaps(y):
         pyro.sample("y", dist.Normal(mu, 1.0), obs=y)
 
 
+@pytest.mark.slow
 def test_missing_values_stay_where_they_are():
     y = torch.tensor([0.3, math.nan, 1.1, -0.4])
     amortized = pf.amortize(with_gaps, y, simulations=2000, max_epochs=8, progress=False)

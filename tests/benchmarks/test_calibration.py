@@ -31,6 +31,7 @@ def test_a_row_says_what_was_measured(rows):
     assert sum(int(part.split()[0]) for part in row["verdicts"].split(", ")) == 10
 
 
+@pytest.mark.slow
 def test_a_row_of_the_same_version_is_not_done_again(rows, monkeypatch):
     file, before = rows
     monkeypatch.setattr(running, "measure", None)

@@ -8,6 +8,7 @@ from benchmarks import records, tables
 from benchmarks.cold import __main__ as cold
 
 
+@pytest.mark.slow
 def test_rows_and_the_table(tmp_path, monkeypatch, capsys):
     seconds = iter([9.0, 1.0, 2.0, 3.0])
     monkeypatch.setattr(cold, "run", lambda seed: [1.0, 0.25, next(seconds), "ok"])

@@ -142,6 +142,7 @@ def test_any_first_cases_cover_all_families_evenly():
         zoo(1, -1)
 
 
+@pytest.mark.slow
 def test_sizes_and_dtypes_are_mixed():
     cases = [zoo(5, number) for number in range(20 * len(FAMILIES))]
     dims = np.array([case.dim for case in cases if case.draw is not None])
@@ -280,6 +281,7 @@ def _dying(task, pipe):
     os._exit(3)
 
 
+@pytest.mark.slow
 def test_a_process_that_ends_is_a_crash_and_one_that_is_late_is_cut_off(monkeypatch):
     task = running.Task(SEED, 3, "1", "z", 0.0)
     row = running.work(task)

@@ -150,6 +150,7 @@ def test_keyword_arguments_and_what_data_sets_share():
     assert ((found[3].samples["b"].mean(0) - mean).abs() / covariance.diagonal().sqrt()).max() < 0.3
 
 
+@pytest.mark.slow
 @pytest.mark.falls_back
 def test_a_model_that_takes_numbers_out_of_its_data_is_fitted_one_by_one():
     sets = [torch.tensor([0.5, 1.0, y]) for y in (0.0, 1.0, 2.0, 3.0)]
@@ -292,6 +293,7 @@ def test_a_single_data_set_is_refused():
         pf.fit_many(regression, data_sets(1)[0][1])
 
 
+@pytest.mark.slow
 def test_a_data_set_outside_of_the_support_is_named():
     with pytest.raises(ValueError, match=r"data\[1\].*'y'"):
         pf.fit_many(counts, [torch.tensor([1.0, 2.0]), torch.tensor([-1.0, 2.0])], progress=False)

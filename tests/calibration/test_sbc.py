@@ -63,6 +63,7 @@ def test_exact_posteriors_are_uniform():
     assert (found.summary()["p_symmetric"] > 0.01).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("scale", "shift"), [(0.6, 0.0), (1.7, 0.0), (1.0, 0.6)])
 def test_posteriors_that_are_wrong_are_rejected(scale, shift):
     found = check(from_exact(scale, shift), simulations=60)
@@ -71,6 +72,7 @@ def test_posteriors_that_are_wrong_are_rejected(scale, shift):
     assert "not uniform" in str(found)
 
 
+@pytest.mark.slow
 def test_a_mean_field_on_a_correlated_target_is_rejected():
     found = check(mean_field, x=ALIKE)
     assert not found.is_uniform(0.01)
@@ -81,6 +83,7 @@ def test_a_mean_field_on_a_correlated_target_is_rejected():
     assert expected.max() < 0.7
 
 
+@pytest.mark.slow
 def test_the_log_density_sees_what_no_parameter_shows():
     """Draws with the right margins, and without their correlation."""
 
@@ -94,6 +97,7 @@ def test_the_log_density_sees_what_no_parameter_shows():
     assert list(check(independent, simulations=20, log_density=False).ranks) == ["b"]
 
 
+@pytest.mark.slow
 def test_fits_are_uniform():
     found = pf.sbc(regression, X, Y, simulations=32, draws=199, progress=False)
     assert found.is_uniform(0.01)
@@ -101,6 +105,7 @@ def test_fits_are_uniform():
     assert found.method == "fit"
 
 
+@pytest.mark.slow
 def test_a_guide_is_trained_and_ranked_by_its_own_draws():
     def guide(model):
         return AutoNormal(model, init_scale=0.3)
@@ -181,6 +186,7 @@ def stopped_after(count, sampler):
     return stopping, calls
 
 
+@pytest.mark.slow
 def test_a_run_that_was_stopped_keeps_what_it_has_and_goes_on(tmp_path):
     sampler, calls = stopped_after(20, from_exact())
     file = tmp_path / "ranks.json"
@@ -266,6 +272,7 @@ def test_ranks_go_to_arviz_as_simuk_has_them():
     assert 0 <= int(group["b"].min()) <= int(group["b"].max()) <= 199
 
 
+@pytest.mark.slow
 def test_the_figure_has_a_panel_for_each_scalar():
     found = check(from_exact(shift=1.0), simulations=50)
     figure = found.plot()

@@ -231,6 +231,7 @@ def test_a_centered_group_effect_is_left_out_too(schools_by_importance):
     assert float(found.table.loc["tau", "prior"]) == pytest.approx(0.203, abs=0.03)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::pyro_flows.UnreliableWarning")
 def test_coefficients_and_correlated_effects():
     """Coefficients of a regression are at the top, though in a plate; effects behind an LKJ prior are not."""
@@ -365,6 +366,7 @@ def test_prior_predictive_of_a_model_that_branches():
     torch.testing.assert_close(found["y"], torch.where(found["x"] > 0, 2 * found["x"], found["x"]))
 
 
+@pytest.mark.slow
 def test_prior_predictive_agrees_with_the_posterior_of_no_information():
     found = pf.prior_predictive(counts, COUNTS, draws=4000)
     assert float(found["rate"].mean()) == pytest.approx(1.0, abs=0.08)

@@ -37,6 +37,7 @@ def covered(estimates, truth):
     return sum(abs(value - truth) < NORMAL_95 * error for value, error in estimates)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("column", PINE)
 def test_radiata_pine(column):
     posterior = pf.diagnose(pine, pine_guide, *pine_data(column), draws=1000)
@@ -91,6 +92,7 @@ def test_intervals_hold_the_truth_as_often_as_they_say():
     assert 90 <= inside <= 98
 
 
+@pytest.mark.slow
 def test_intervals_are_not_wide_without_need():
     """A chi-squared test of the errors over their standard errors: 100 trials, 1 in 1000."""
     x, y = regression_data(5, 60)
@@ -116,6 +118,7 @@ def test_heavy_tails_of_weights_widen_the_error_and_end_it():
     assert math.isnan(importance(torch.full((100,), -torch.inf)).value)
 
 
+@pytest.mark.slow
 def test_chains_are_weighed_by_their_moments():
     """A normal start that is off: its own weights have no error, bridge sampling one of .01 and more."""
     x, y = regression_data(20, 120)
@@ -208,6 +211,7 @@ def correlated(p_scale, chains, draws, rho):
     return p_scale * x
 
 
+@pytest.mark.slow
 def test_bridge_counts_effective_draws_of_chains():
     """At an autocorrelation of .9, draws are worth a 19th: in random order, they seem worth as many as they are."""
     p, q = dist.Normal(torch.zeros(()).double(), 1.0), dist.Normal(torch.tensor(0.5).double(), 1.0)
@@ -220,6 +224,20 @@ def test_bridge_counts_effective_draws_of_chains():
             estimates.append((estimate.value, estimate.standard_error))
     assert 90 <= covered(found, -1.0) <= 98
     assert covered(naive, -1.0) < 75
+
+
+def test_the_error_of_a_bridge_is_that_of_both_samples():
+    """Errors in units of the standard error have a root mean square near 1, in 150 trials: 1 +- 0.06.
+
+    Without the part of the chains it is 1.35, and larger where their draws count as independent.
+    """
+    p, q = dist.Normal(torch.zeros(()).double(), 1.0), dist.Normal(torch.tensor(1.5).double(), 1.0)
+    squares = []
+    for _ in range(150):
+        at_p, at_q = correlated(1.0, 4, 500, 0.9).reshape(-1), q.sample((300,))
+        estimate = bridge(*(p.log_prob(z) - q.log_prob(z) - 1.0 for z in (at_p, at_q)), chains=4)
+        squares.append(((estimate.value + 1.0) / estimate.standard_error) ** 2)
+    assert 0.85 < (sum(squares) / len(squares)) ** 0.5 < 1.18
 
 
 def test_the_proposal_has_the_moments_and_the_density_that_it_says():

@@ -49,6 +49,7 @@ def precise(monkeypatch):
     monkeypatch.setattr(working, "RELATIVE", 0.0005)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("precise")
 @pytest.mark.parametrize(("status", "method"), [("ok", "approximate"), ("corrected", "plain")])
 def test_counts_against_exact_refits(status, method):
@@ -68,6 +69,7 @@ def test_an_unreliable_posterior_is_refused():
         counted("unreliable").loo()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("precise")
 def test_counts_by_a_fit():
     posterior = pf.fit(counts, COUNTS, progress=False, max_steps=1000, escalate=False)
@@ -87,6 +89,7 @@ def test_a_regression_against_exact_refits():
     assert 2.0 < found.p < 5.0  # three slopes and a scale
 
 
+@pytest.mark.slow
 def test_the_error_is_a_share_of_the_standard_error_and_honest():
     """Where k-hats of .25 to .7 were taken as they are, the mean square was 10: smoothed weights are biased there."""
     squares = []
@@ -136,6 +139,7 @@ def test_draws_are_moved_where_leverage_is_high():
     assert (found.pointwise - exact).abs().max() < 0.5 * (before.pointwise - exact).abs().max()
 
 
+@pytest.mark.slow
 def test_a_map_knows_nothing_of_the_draws_that_it_moves():
     """Standardized by all draws, elpd was 0.29 D / S too high for each observation: .006 here.
 
@@ -221,6 +225,7 @@ def test_the_rest_of_an_order_has_its_own_error():
     assert pointwise.errors_without(given, order, [5]) == [0.0]
 
 
+@pytest.mark.slow
 def test_the_monte_carlo_error_is_honest():
     """40 seeds, for draws of both kinds: mean squares of errors over standard errors in [.5, 1.7], 1 set in 1000."""
     for status in ("ok", "corrected"):

@@ -258,6 +258,7 @@ def two_by(*places, weights=(0.9, 0.1)):
     return pf.diagnose(two, guide, *args, draws=2000)
 
 
+@pytest.mark.slow
 def test_chains_change_modes_and_find_their_masses():
     posterior = two_by(4.0, -4.0).refine()
     assert posterior.verdict.status == "refined", posterior.verdict
@@ -278,6 +279,7 @@ def test_a_mode_that_no_chain_visits_is_never_refined(method, seed):
     assert any("chains miss a mode" in reason for reason in posterior.verdict.reasons), posterior.verdict
 
 
+@pytest.mark.slow
 def test_a_mode_that_chains_rarely_visit_is_not_refined():
     posterior = two_by(4.0).refine(max_steps=300)
     assert posterior.verdict.status == "unreliable", posterior.verdict
@@ -378,6 +380,7 @@ def test_what_a_fit_cannot_do_is_refined():
     assert found.settings["gradient_evaluations"] > raw.settings["gradient_evaluations"]
 
 
+@pytest.mark.slow
 def test_a_fit_tries_chains_after_a_first_round_that_is_not_enough(monkeypatch):
     from pyro_flows.fitting.rounds import Round
 

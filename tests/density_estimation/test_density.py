@@ -102,6 +102,7 @@ def test_a_temperature_shrinks_what_is_drawn_of_the_base():
         fit.sample(1, temperature=0.0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["nice", "realnvp", "spline"])
 def test_far_values_cost_about_their_distance(name):
     """A pixel that is lit in one image of a thousand, and then a thousand times as bright as the noise in the dark."""
@@ -269,6 +270,7 @@ def test_random_last_layers_spoil_no_start(network):
     assert (flow.log_prob(y).mean().detach() / 256 - before).abs() < 0.1
 
 
+@pytest.mark.slow
 def test_levels_and_bits_per_dim():
     """A fair coin a coordinate: log 2 nats each, so one bit a dimension, which no model beats but by chance."""
     y = torch.randint(2, (4000, 3), generator=torch.Generator().manual_seed(0))
@@ -328,6 +330,7 @@ def test_images():
     assert torch.equal(scale, scale.flatten()[0].expand(shape))
 
 
+@pytest.mark.slow
 def test_stops_by_itself_before_it_learns_the_data_by_heart():
     y = torch.randn(60, 8, generator=torch.Generator().manual_seed(0))
     flow = pf.realnvp(8, layers=6, hidden=(64, 64), activation="relu")

@@ -69,6 +69,7 @@ def test_training_goes_on_where_it_was():
     assert abs(twice.nats(y) - once.nats(y)) < 0.05
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("wrap", ["chain", "guide", "bare"])
 def test_flows_that_know_their_scale_in_other_ways(tmp_path, wrap):
     """Nested in a chain, with a guide's affine map, or trained on data as they are."""
@@ -98,6 +99,7 @@ def _guide_flow(y):
     return guide._flow
 
 
+@pytest.mark.slow
 def test_context_and_images_keep_one_map(tmp_path):
     x = torch.randn(300, 1)
     y = torch.cat([100 * x, x**2], 1) + torch.randn(300, 2)
@@ -249,6 +251,7 @@ class _Stop(Exception):
     pass
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("build", [lambda: pf.realnvp(3, layers=2), lambda: pf.spline(3, layers=2), lambda: "nice"])
 def test_a_script_that_is_run_anew_goes_on_exactly(tmp_path, monkeypatch, build):
     """Its flow has other random weights by then, and its tensors are other objects."""

@@ -109,6 +109,7 @@ def test_the_share_of_divergences_decides():
     assert judge_mcmc(z, torch.full((4, 1000), torch.nan), ["x"], None).status == "unreliable"
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::pyro_flows.UnreliableWarning")  # a few hundred effective draws
 def test_pyros_own_output():
     def model(y):

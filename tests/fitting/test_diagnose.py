@@ -245,6 +245,7 @@ def test_a_guide_that_cannot_be_batched_runs_draw_by_draw(monkeypatch):
     torch.testing.assert_close(score(posterior.z), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [lambda: schools_guide(), lambda: autoguide.AutoDiagonalNormal(schools)])
 def test_one_seed_one_answer_and_the_random_state_stays(make):
     guide, before = make(), torch.get_rng_state()

@@ -13,6 +13,7 @@ from scipy.stats import poisson
 import pyro_flows as pf
 from benchmarks.zoo import digits
 from benchmarks.zoo.case import Case, Maker
+from tests.slow import rest_slow
 
 USABLE = ("ok", "corrected", "refined")
 KINDS = {kind.__name__: number for number, kind in enumerate(digits.VARIANTS)}
@@ -50,11 +51,11 @@ def check(case: Case, posterior: pf.Posterior) -> None:
     assert abs(posterior.log_evidence - case.log_evidence) < 0.1
 
 
-# Of ten thousands of rows a guide is judged below, in double as a fit is.
-DEAR = ("many_rows",)
+# These take seconds.
+DEAR = ("many_rows", "trials")
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow if name in DEAR else ()) for name in KINDS])
+@pytest.mark.parametrize("name", rest_slow(KINDS, lambda name: name not in DEAR))
 def test_fits_are_right(name):
     case = case_of(name)
     check(case, pf.fit(case.model, *case.args, **QUICK))
@@ -63,9 +64,7 @@ def test_fits_are_right(name):
 REFINED = ("counts", "lines", "parameters")
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=() if name in (*REFINED, *DEAR) else pytest.mark.slow) for name in KINDS]
-)
+@pytest.mark.parametrize("name", rest_slow(KINDS, REFINED.__contains__))
 def test_guides_in_single_precision_are_judged_in_double_and_chains_finish_the_work(name):
     case = case_of(name)
     found = pf.diagnose(case.model, guide_of(case), *case.args, draws=1000)
@@ -86,6 +85,7 @@ def test_data_sets_side_by_side_are_right(name):
     check(case, found[0])
 
 
+@pytest.mark.slow
 def test_a_trained_guide_of_ours_is_judged_in_double():
     case = case_of("constants")
     guide = pf.AutoRealNVP(case.model, layers=2).initialize(*case.args)
@@ -97,6 +97,7 @@ def test_a_trained_guide_of_ours_is_judged_in_double():
     check(case, found.refine(progress=False))
 
 
+@pytest.mark.slow
 def test_counts_are_left_out_in_double(tmp_path):
     """Poisson densities of counts of 24 million in single precision are off by nats each."""
     x = torch.linspace(-1.0, 1.0, 8)

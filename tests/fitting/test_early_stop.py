@@ -61,6 +61,7 @@ def test_a_skewed_posterior_needs_some_and_is_right():
     assert float(rate.std()) == pytest.approx(2.0 / 1.1, rel=0.06)
 
 
+@pytest.mark.slow
 def test_a_training_that_ended_too_early_goes_on(monkeypatch):
     looks = []
 
@@ -160,6 +161,7 @@ def test_even_weights_from_both_sides(changes, wanted):
     assert round_of(**changes).even is wanted
 
 
+@pytest.mark.slow
 def test_wanderers_are_left_out_only_where_weights_are_even(monkeypatch):
     asked = []
     original = pf.fitting.combine.missed_modes

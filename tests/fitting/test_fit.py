@@ -191,6 +191,7 @@ def two_modes(z):
     return -torch.logsumexp(-0.5 * ends.square(), 0) + 0.5 * z[..., 1].square()
 
 
+@pytest.mark.slow
 def test_zoo_two_modes_in_one_run():
     posterior = quick(factor_model(two_modes, 2))
     left = float((posterior.samples["z"][:, 0] < 0).double().mean())

@@ -156,6 +156,7 @@ def waited():
         return 0.0
 
 
+@pytest.mark.slow
 @pytest.mark.falls_back  # the model branches on a latent
 def test_real_seconds_on_a_slow_model():
     began, before = time.monotonic(), waited()
@@ -260,6 +261,7 @@ def test_ctrl_c_raises_where_that_is_asked_for(monkeypatch, stage):
         pf.fit(chosen, Y, raise_on_interrupt=True, **QUICK)
 
 
+@pytest.mark.slow
 @pytest.mark.falls_back  # the model branches on a latent
 def test_ctrl_c_inside_of_a_model_is_the_users():
     runs = itertools.count()
@@ -290,6 +292,7 @@ def test_a_second_ctrl_c_while_judging_raises(monkeypatch):
     assert pyro.settings.get("validate_distributions_pyro")
 
 
+@pytest.mark.slow
 def test_an_interrupted_training_keeps_what_it_learned(monkeypatch):
     """Late in the training, of 360 steps after a race of 100: the draws are right but for the name."""
     options = {**QUICK, "max_steps": 1200}
@@ -383,6 +386,7 @@ def test_two_fits_in_two_threads_are_two_fits(other):
     assert torch.equal(torch.get_rng_state(), state)
 
 
+@pytest.mark.slow
 def test_judging_densities_and_evaluations_take_turns_too():
     guide = pf.AutoRealNVP(effects, layers=2).initialize(Y)
     density, z = pf.LogDensity(effects, (Y,)), torch.linspace(-1.0, 1.0, 40).reshape(10, 4)
@@ -400,6 +404,7 @@ def test_judging_densities_and_evaluations_take_turns_too():
     assert pyro.settings.get("validate_distributions_pyro")
 
 
+@pytest.mark.slow
 @pytest.mark.falls_back  # the outer model is batched while the inner one would be recorded
 def test_a_fit_inside_of_a_model_does_not_wait_for_itself():
     inner, centers = as_ever(model), []
@@ -475,6 +480,7 @@ class Terminal:
         return True
 
 
+@pytest.mark.slow
 def test_the_line_names_stages_and_no_time_to_come(monkeypatch):
     terminal = Terminal()
     monkeypatch.setattr(sys, "stderr", terminal)
@@ -508,6 +514,7 @@ def test_the_line_moves_while_a_stage_goes_on(monkeypatch):
     assert "finding starting points, 1.0 s" in terminal.text
 
 
+@pytest.mark.slow
 def test_elsewhere_each_stage_is_a_line(capsys):
     found = pf.fit(model, Y, **{**QUICK, "progress": True})
     *stages, last = capsys.readouterr().err.splitlines()
@@ -548,6 +555,7 @@ def test_a_fit_that_fails_ends_its_line(capsys):
     assert "fit: ended by ValueError" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_draws_of_a_slow_flow_are_bounded_too(monkeypatch):
     """A flow of which a draw takes a millisecond: 10,000 of them would take ten seconds."""
     from pyro_flows import Flow

@@ -54,6 +54,7 @@ def stages(posterior):
     return [stage["stage"] for stage in posterior.history]
 
 
+@pytest.mark.slow
 def test_errors_of_measurement_take_no_training():
     posterior = pf.fit(errors, X, Y, progress=False)
     assert STAGE in stages(posterior)

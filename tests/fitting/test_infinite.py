@@ -22,6 +22,7 @@ def above(limit, value=torch.inf):
     return model
 
 
+@pytest.mark.slow
 @pytest.mark.falls_back  # infinite values of a graph equal no others
 @pytest.mark.parametrize("limit", [0.0, 1.0])
 def test_a_fit_is_unreliable_and_says_where(limit):

@@ -40,6 +40,7 @@ def test_slices_come_before_the_choice_of_coordinates():
 SLOW = [pytest.param(options, marks=pytest.mark.slow) for options in ({"layers": 4}, {"escalate": False}, {"runs": 2})]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{"flow": "realnvp"}, *SLOW])
 def test_who_asks_for_a_flow_gets_it(options):
     posterior = pf.fit(
@@ -49,6 +50,7 @@ def test_who_asks_for_a_flow_gets_it(options):
     assert len(posterior.losses) > 0
 
 
+@pytest.mark.slow
 def test_paths_that_were_made_before_change_no_choice():
     density, other = pf.LogDensity(schools, (Y, SIGMA)), pf.LogDensity(schools, (Y, SIGMA))
     _, start, said = choose_coordinates(density, seed=3)

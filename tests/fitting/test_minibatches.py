@@ -15,6 +15,7 @@ from pyro_flows.guides.marginal import Marginal
 from pyro_flows.posterior import draws
 from tests.interrupts import interrupting
 from tests.models import real
+from tests.slow import rest_slow
 
 SD = 1.2  # of normal rows
 
@@ -136,7 +137,7 @@ FAR = {
 }
 
 
-@pytest.mark.parametrize("model", FAR)
+@pytest.mark.parametrize("model", rest_slow(FAR, (students, bernoullis).__contains__))
 def test_likelihoods_of_rows_come_to_the_integral(model):
     """Within what is said of the errors, which is little, at points of which some are far from the first."""
     exact, y = FAR[model]
@@ -232,6 +233,7 @@ def test_draws_of_rows_are_those_of_their_posterior(fitted):
     assert torch.equal(some, posterior.local_samples("z", rows=torch.tensor([29, 3, 29]), draws=400, seed=2)["z"])
 
 
+@pytest.mark.slow
 def test_draws_of_rows_that_are_not_normal():
     """Given the others, rates have gamma distributions: the probability transform of draws is uniform."""
     y = FAR[gamma_poisson][1]
@@ -323,6 +325,7 @@ def slow_rows(x, batch):
     normal_rows(x, batch)
 
 
+@pytest.mark.slow
 def test_seconds_bound_the_whole_fit():
     began = time.monotonic()
     posterior = pf.fit(slow_rows, normal(4000), 20, progress=False, max_seconds=3.0)

@@ -28,6 +28,7 @@ def line_of(count, distance):
     return model
 
 
+@pytest.mark.slow
 def test_eight_modes_on_a_line():
     posterior = pf.fit(line_of(8, 12.0), progress=False)
     assert posterior.verdict.status == "corrected"
@@ -51,6 +52,7 @@ def test_forty_modes_on_a_square(tmp_path):
     torch.testing.assert_close(again.flow.log_prob(z), posterior.flow.log_prob(z), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_with_escalate_false_a_flow_is_trained():
     posterior = pf.fit(line_of(2, 12.0), progress=False, escalate=False, max_steps=300, draws=500)
     assert MIXTURE not in [stage["stage"] for stage in posterior.history]

@@ -57,6 +57,7 @@ MODELS |= {"eight_schools_centered": eight_schools_centered, "kilpisjarvi": kilp
 SLOW = pytest.param("kilpisjarvi", marks=pytest.mark.slow)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["eight_schools_noncentered", "eight_schools_centered", SLOW])
 def test_right_and_ok(name):
     found = FOUND["posteriors"][name]

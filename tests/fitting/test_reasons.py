@@ -31,6 +31,7 @@ def test_runs_that_disagree_in_few(count, end):
     assert all("more" not in reason for reason in found[:3]) or count > 3
 
 
+@pytest.mark.slow
 def test_each_stage_of_the_history_has_a_name_and_an_elbo():
     """Of a model whose coordinates are chosen, in two runs: some stages have no ELBO of their own."""
 

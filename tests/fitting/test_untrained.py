@@ -56,6 +56,7 @@ def attempted(model, loc, scale, **options):
     return chains_of_gaussian(Start("given", loc, scale), density, names, 4000, seed=0, bar=Bar("", False), **options)
 
 
+@pytest.mark.slow
 def test_a_bent_posterior_in_many_dimensions_is_sampled_and_not_trained():
     posterior = pf.fit(bent, progress=False)
     assert posterior.verdict.status == "refined", posterior.verdict
@@ -69,10 +70,12 @@ def test_a_bent_posterior_in_many_dimensions_is_sampled_and_not_trained():
     assert float(z[:, 1].std()) == pytest.approx(math.sqrt(1.5), rel=0.1)
 
 
+@pytest.mark.slow
 def test_without_a_sampler_a_flow_is_trained(trained_in_short):
     assert len(trained_in_short.losses) > 0
 
 
+@pytest.mark.slow
 def test_chains_in_one_of_two_modes_do_not_pass():
     """Chains that began in the one mode agree with each other, and lack the other; only a twin is given to them."""
     loc, scale = torch.zeros(DIM).double(), ONES.clone()
@@ -98,6 +101,7 @@ def test_a_sampler_that_cannot_end_in_time_is_given_up_after_a_round():
     assert density.evaluations - before < 20_000
 
 
+@pytest.mark.slow
 def test_chains_that_diverge_are_given_up_where_gradients_do_not_suffice_for_half_of_the_step(monkeypatch):
     """It begins the draws anew, at twice the cost: before training, it is tried at once, if it can end in time."""
 
@@ -196,6 +200,7 @@ def trained_in_short():
     return pf.fit(bent, progress=False, refine=False, escalate=False, max_steps=100, draws=500)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("method", "moves"), [("hmc", "Hamiltonian"), ("auto", "microcanonical")])
 def test_moves_are_those_that_were_asked_for(method, moves, trained_in_short):
     refined = trained_in_short.refine(method, max_steps=70)
@@ -230,6 +235,7 @@ def trained(look):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("shares", "stalls", "tries"), [((0.3, 0.31), True, 2), ((0.1, 0.3, 0.31), True, 3)])
 def test_training_ends_where_the_weights_get_hardly_better(shares, stalls, tries, monkeypatch):
     monkeypatch.setattr("pyro_flows.training.loop.Monitor.level", lambda self: True)

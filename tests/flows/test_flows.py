@@ -15,6 +15,7 @@ from pyro_flows.flows.recipe import BUILDERS, VECTOR_BUILDERS
 from pyro_flows.flows.recipe_json import to_json
 from tests.invariants import check_every_coordinate_moves, check_mass, close
 from tests.registry import BASES, FLOWS, SMALL, make_flow, normal
+from tests.slow import rest_slow
 
 # Half width of the square, points an axis, tolerance. Smooth densities: 1e-5, the tails outside of the square and steps
 # from 0.1 on. The uniform one jumps at its edge: half a step of 0.02 around an edge of length 8 at density 1/4.
@@ -176,7 +177,7 @@ def test_settings_rebuild_the_flow(name):
     close(twin.log_prob(y, context), flow.log_prob(y, context), 0.0)
 
 
-@pytest.mark.parametrize("name", FLOWS)
+@pytest.mark.parametrize("name", rest_slow(FLOWS, ("nice", "realnvp").__contains__))
 def test_a_flow_learns(name):
     """Maximum likelihood of a shifted and scaled normal: the loss falls to within 0.05 of the entropy.
 

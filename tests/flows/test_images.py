@@ -230,6 +230,7 @@ def test_a_scale_parts_images_by_checkerboards_and_by_rows():
     assert [(unfold(mask.float()) == 1.0).tolist() for mask in found] == [part.tolist() for part in expected]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", IMAGE_FLOWS)
 def test_a_flow_of_images_learns(name):
     """Stripes of random brightness: a Gaussian of known covariance, to within 10 % of the gap from the start."""

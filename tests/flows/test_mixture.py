@@ -214,6 +214,7 @@ def share(x):
     return float((x[:, 0] < 0).double().mean())
 
 
+@pytest.mark.slow
 def test_runs_that_disagree_are_one_distribution(disagreeing, tmp_path):
     posterior = disagreeing
     assert any("runs disagree" in reason for reason in posterior.verdict.reasons), str(posterior.verdict)

@@ -30,6 +30,7 @@ def growth(y: Tensor) -> None:
 DATA = torch.linspace(0.0, 1.0, 20, dtype=torch.float64)
 
 
+@pytest.mark.slow
 def test_a_long_model_is_recorded_once(monkeypatch):
     """Starts, races, training, checks and the verdict ask for batches of many sizes: one graph serves them all.
 

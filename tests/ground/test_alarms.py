@@ -56,6 +56,7 @@ def test_each_door_warns_at_the_callers_line_and_says_why(unreliable, folder, do
     assert all(reason in text for reason in unreliable.verdict.reasons)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("status", ["ok", "corrected"])
 def test_other_posteriors_go_out_silently(status, tmp_path):
     posterior = new_schools_posterior(status, draws=500)

@@ -112,7 +112,7 @@ def run(program, *words):
         (True, True, False),
         (False, True, False),
         (False, False, False),
-        (False, True, True),
+        pytest.param(False, True, True, marks=pytest.mark.slow),
         pytest.param(False, False, True, marks=pytest.mark.slow),
     ],
 )

@@ -179,6 +179,7 @@ def test_many_fits_keep_those_that_are_done(monkeypatch):
     assert found[0].verdict.status == "ok"
 
 
+@pytest.mark.slow
 def test_a_calibration_is_of_what_was_finished(monkeypatch):
     pressing(monkeypatch, Bar, "count", at=20, number=signal.SIGHUP)
     with pytest.warns(UserWarning, match=r"sbc: interrupted \(SIGHUP\) after \d+ of 40 simulations"):
@@ -271,6 +272,7 @@ def by_command(folder, out, lines, wait, number):
     return process.returncode, stdout, err, saved
 
 
+@pytest.mark.slow
 def test_a_command_saves_after_sigterm(folder, tmp_path):
     code, stdout, err, saved = by_command(folder, tmp_path / "out", 3, 0.0, signal.SIGTERM)
     assert code == 130, err

@@ -26,6 +26,7 @@ FIGURE = 'pf.plots.plot_posterior(posterior, "theta")'
 # without a kernel -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_figures_are_pictures_of_a_size_that_fits_a_page():
     figure = pf.plots.plot_posterior(schools_posterior("ok", draws=200))
     for shown in (figure, copy.deepcopy(figure), pickle.loads(pickle.dumps(figure))):
@@ -37,6 +38,7 @@ def test_figures_are_pictures_of_a_size_that_fits_a_page():
     assert copied._repr_png_()[0] != figure._repr_png_()[0]  # a copy shows itself
 
 
+@pytest.mark.slow
 def test_every_figure_shows_and_leaves_pyplot_alone():
     """In a process of its own, where nobody has imported pyplot."""
     code = SETUP.format(status="ok") + "\n".join(

@@ -169,6 +169,7 @@ def test_two_processes_save_to_one_place(saved, tmp_path):
     assert [process.returncode for process in processes] == [0, 0], errors
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no full device on this system")
 def test_a_command_whose_output_is_full_has_saved(tmp_path):
     (tmp_path / "models.py").write_text(

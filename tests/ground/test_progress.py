@@ -113,6 +113,7 @@ def exact(y):
     return {"mu": y.sum() / 4.01 + 4.01**-0.5 * torch.randn(999)}
 
 
+@pytest.mark.slow
 def test_a_report_names_its_stages(posterior, capsys, monkeypatch, tmp_path):
     monkeypatch.setattr(_progress, "DELAY", 0.0)
     posterior.report(tmp_path / "report.html")

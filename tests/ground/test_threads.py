@@ -35,6 +35,7 @@ def test_small_problems_take_one_thread_and_large_ones_those_of_the_caller(two):
     assert torch.get_num_threads() == cores() == 2
 
 
+@pytest.mark.slow
 def test_all_of_a_fit_takes_one_thread(two):
     seen = []
 

@@ -21,6 +21,7 @@ import pyro_flows as pf
 from tests.invariants import close
 from tests.models import CASES, each_model, nested, real
 from tests.registry import randomize
+from tests.slow import rest_slow
 from tests.state_invariants import evaluations
 
 KINDS = {
@@ -70,6 +71,7 @@ ENUM_ELBOS = {
     "TraceEnum": TraceEnum_ELBO(max_plate_nesting=2),
     "TraceEnum, 3 vectorized": TraceEnum_ELBO(num_particles=3, **VECTORIZED),
 }
+USUAL = ("Trace, 3 vectorized", "TraceGraph", "Renyi, 3 particles", *ENUM_ELBOS)
 
 
 def check_loss(case, elbo):
@@ -85,7 +87,7 @@ def check_loss(case, elbo):
     close(real(loss), -expected.detach(), 1e-9)
 
 
-@pytest.mark.parametrize("name", ELBOS)
+@pytest.mark.parametrize("name", rest_slow(ELBOS, USUAL.__contains__))
 @each_model("nested", "masked", "filled", "dependent", "decentered", "improper")
 def test_loss_of_continuous_models(case, name):
     if case.name == "masked" and "Renyi" in name:
@@ -115,7 +117,7 @@ def test_svi_moves_every_parameter(case, kind):
         assert (parameter != before[name]).any(), f"{name} did not move"
 
 
-@pytest.mark.parametrize("name", [*ELBOS, *ENUM_ELBOS])
+@pytest.mark.parametrize("name", rest_slow([*ELBOS, *ENUM_ELBOS], USUAL.__contains__))
 @each_kind
 def test_one_evaluation_of_each_layer_a_step(kind, name):
     case = case_of("nested" if name in ELBOS else "mixture")

@@ -89,6 +89,7 @@ def test_flows_given_in_every_form():
         assert math.isfinite(guide.log_prob(guide.sample_posterior(1)).item())
 
 
+@pytest.mark.slow
 def test_a_spline_guide_finds_two_modes():
     """A quarter of the mass is on the left. One mode alone costs 0.29 nats, and so does an affine guide."""
     weights, middles = torch.tensor([0.25, 0.75]), torch.tensor([-2.0, 2.0])

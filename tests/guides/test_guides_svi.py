@@ -75,6 +75,7 @@ def train(make, prior, *, seed, steps):
     return guide, max(map(abs, losses))
 
 
+@pytest.mark.slow
 def test_the_first_steps_of_a_part_by_single_draws():
     """Steps of .01 in each weight: without small ones, far points come to 1e6 by step 51, and all to NaN by step 55."""
     guide, _ = train(MAKERS["realnvp"], "half-Cauchy", seed=1, steps=120)

@@ -143,6 +143,7 @@ def trial(count, treated=None, y=None):
         pyro.sample("y", dist.Normal(base + effect * arm, 1.0), obs=y)
 
 
+@pytest.mark.slow
 def test_a_posterior_draws_from_the_model_after_an_intervention():
     """As chirho's ``do`` changes it; Pyro's own does the same. The exact mean follows from the normal equations."""
     generator = torch.Generator().manual_seed(0)

@@ -452,6 +452,7 @@ def test_options_that_do_not_go_with_minibatches_are_refused(option):
         pf.fit(normal_rows, data(20), 5, progress=False, **option)
 
 
+@pytest.mark.slow
 def test_training_leaves_gradients_of_the_model_alone():
     """They belong to the caller's own optimizer."""
     layer = torch.nn.Linear(1, 1).double()
@@ -508,6 +509,7 @@ def test_data_that_may_be_outside_are_not_refused(model):
     pf.AutoHierarchicalFlow(model, layers=2, init="prior").initialize(x, 10)
 
 
+@pytest.mark.slow
 def test_a_guide_that_is_off_is_told_so():
     x = data(1000, spread=1.5)
     guide = pf.AutoHierarchicalFlow(normal_rows, layers=2).initialize(x, 250)

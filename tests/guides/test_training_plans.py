@@ -118,7 +118,7 @@ GUIDES = {
 }
 
 
-@pytest.mark.parametrize("way", ["svi", "torch"])
+@pytest.mark.parametrize("way", ["svi", pytest.param("torch", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", GUIDES)
 def test_a_guide_trains_saves_and_loads(name, way, tmp_path):
     pyro.clear_param_store()

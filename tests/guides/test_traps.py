@@ -88,6 +88,7 @@ def test_scales_of_a_thousandth_and_a_thousand_are_possible(kind):
     assert ((guide.sample_posterior(4000)["x"].std(0) / torch.tensor(SCALES)).log().abs() < 0.1).all()
 
 
+@pytest.mark.slow
 def test_scales_of_a_thousandth_and_a_thousand_are_learned():
     """With one and the same step size, in 400 steps from sd 1, sds to 30 %."""
     torch.manual_seed(4)
@@ -184,6 +185,7 @@ assert not heavy, heavy
 """
 
 
+@pytest.mark.slow
 def test_importing_changes_nothing_and_loads_nothing_heavy():
     code = CHECK.format(module="pyro_flows")
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT.parent, check=False)

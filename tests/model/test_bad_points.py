@@ -11,8 +11,11 @@ import torch
 
 import pyro_flows as pf
 from tests.bad_points import Bad, bad_models
+from tests.slow import rest_slow
 
 MODELS = list(bad_models())
+# Of the models that take a number out of a latent, and so run point by point: one of each kind of latent.
+USUAL = ("raise, scalar, 1", "math, vector, 3", "divided by zero, plated, 4")
 QUICK = {"max_steps": 20, "escalate": False, "refine": False, "draws": 100, "max_seconds": 4.0, "progress": False}
 
 
@@ -21,7 +24,7 @@ def of(bad: Bad) -> str:
 
 
 @pytest.mark.falls_back
-@pytest.mark.parametrize("bad", MODELS, ids=of)
+@pytest.mark.parametrize("bad", rest_slow(MODELS, lambda bad: bad.batched or bad.name in USUAL), ids=of)
 def test_models_are_read_and_scored(bad):
     """The guide is set up too: a flow guide in Pyro's own SVI reads the model in the same way."""
     density = pf.LogDensity(bad.model, bad.args)

@@ -235,6 +235,7 @@ def test_all_walls_are_found_though_no_draw_of_the_prior_is_near_all(seed):
     torch.testing.assert_close(shift.chart.high, first, atol=1e-6, rtol=0.0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 2])
 def test_coordinates_are_chosen_where_data_rule_out_nearly_all_draws(seed):
     """No path from the prior had a finite ELBO in centered coordinates, and the others were taken as they were."""

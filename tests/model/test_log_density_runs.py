@@ -87,6 +87,7 @@ def test_a_branch_that_the_probes_do_not_see_still_counts():
     close(density(real([150.0])[None])[0], gauss(150.0, 0.0, 1.0) + gauss(1.0, -150.0, 1.0), 1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.falls_back
 def test_guides_of_models_that_cannot_be_batched():
     """A guide runs the model only for supports that depend on latents; then row by row."""

@@ -245,6 +245,7 @@ def test_fit_takes_coordinates_that_are_as_good_as_centered_where_the_data_are_s
     assert posterior.verdict.status == "ok"
 
 
+@pytest.mark.slow
 def test_saved_and_loaded(tmp_path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -303,6 +303,7 @@ def heard(call):
     return [warning for warning in caught if issubclass(warning.category, pf.NothingObservedWarning)]
 
 
+@pytest.mark.slow
 def test_a_forgotten_obs_is_said_once_at_the_line_of_the_user():
     guide = autoguide.AutoNormal(forgetful)
     for call in (

@@ -126,6 +126,7 @@ def test_an_error_about_precisions_that_stays_is_the_first_one():
         pf.LogDensity(model, (Y,))
 
 
+@pytest.mark.slow
 def test_a_fit_with_default_priors_says_what_one_in_double_says():
     one, other = (
         pf.fit(model, Y, draws=500, seed=0, progress=False) for model in (half_cauchy, in_double(half_cauchy))

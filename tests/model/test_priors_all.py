@@ -212,6 +212,7 @@ def test_components_of_a_mixture_have_no_density_outside_of_their_own_support():
     torch.testing.assert_close(found[0], math.log(0.3) + dist.Pareto(real(1.0), real(1.0)).log_prob(x))
 
 
+@pytest.mark.slow
 def test_a_mixture_as_a_prior_is_fitted():
     """Of 2 components 1.5 sds apart, with exact moments."""
 

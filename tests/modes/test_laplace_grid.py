@@ -101,6 +101,7 @@ def test_a_tail_is_told_only_where_draws_come_short_of_it(density):
     assert few is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("up_to", [0.95, 1.0])
 def test_chains_that_never_come_to_a_tail_are_told_so(up_to):
     """Chains in the space of a flow agree on what they all lack: nested R-hat was 1.001."""
@@ -231,6 +232,7 @@ def heavy() -> None:
     pyro.sample("b", dist.Normal(x / 4.0, torch.exp(0.1 * torch.tanh(x))).expand([3]).to_event(1))
 
 
+@pytest.mark.slow
 def test_no_heavy_tail_is_cut_off():
     posterior = pf.fit(heavy, progress=False)
     x = posterior.samples["x"].double()
@@ -248,6 +250,7 @@ def mirrored_given_a_scale(y: Tensor) -> None:
     pyro.sample("y", dist.Normal(w.abs().sum() * y.new_ones(len(y)), 0.3 + scale).to_event(1), obs=y)
 
 
+@pytest.mark.slow
 def test_slices_do_not_replace_what_has_more_tops():
     y = torch.tensor([4.1, 3.7, 4.4, 3.9, 4.2]).double()
     density = pf.LogDensity(mirrored_given_a_scale, (y,))
@@ -346,6 +349,7 @@ def test_a_scale_of_two_groups_has_its_whole_tail(seed):
         assert share == pytest.approx(level, abs=0.02)
 
 
+@pytest.mark.slow
 def test_a_guide_that_ends_before_a_tail_is_told_so(monkeypatch):
     density = pf.LogDensity(groups, (INDEX, Y.double()))
     z = shortened(density)

@@ -192,6 +192,7 @@ class Measured(Exception):
     """Carries the places whose mass is to be measured."""
 
 
+@pytest.mark.slow
 def test_paths_to_the_guides_own_mode_leave_room_for_others(monkeypatch):
     """An image under a rotation, which no exact move knows, in so many dimensions that no path's normal can weigh it.
 

@@ -218,6 +218,7 @@ def test_a_guide_that_follows_a_level_ridge_is_looked_at(along):
     assert improper_tails(density, lambda: draws, seed=0) != []
 
 
+@pytest.mark.slow
 def test_single_precision_in_a_neck_is_no_sign():
     """A Hessian there loses its small eigenvalues, and one fall that is known decided: 6 of 20 looks were false."""
     density = pf.LogDensity(schools, (torch.tensor([28.0, 8.0, -3.0, 7.0, -1.0, 1.0, 18.0, 12.0]),))

@@ -96,6 +96,7 @@ def test_what_a_climb_adds_is_new():
     assert not has_new(two, two)
 
 
+@pytest.mark.slow
 def test_a_survey_goes_on_from_where_its_sampler_is_thin():
     """Two touching normals hid a narrow one: what is known of the pair must not be a normal at its mode alone."""
     centers = torch.zeros(5, 11).double()

@@ -157,6 +157,7 @@ def heavy(x):
     return -1.5 * torch.log1p(x.square() / 2.0).sum(-1)
 
 
+@pytest.mark.slow
 def test_a_mode_within_a_wide_region_lies_apart():
     dim = 150
     order, signs, center = moved(dim, seed=7)
@@ -228,6 +229,7 @@ def test_an_assignment_has_the_least_cost(alike, monkeypatch):
 # paths that have come nowhere -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_paths_that_are_still_low_go_on():
     def model():
         z = pyro.sample("z", dist.ImproperUniform(constraints.real_vector, (), (200,)))

@@ -85,6 +85,7 @@ def test_figures_of_a_fit():
     assert image(digits.plot_samples(9)).shape == (8, 8, 3)
 
 
+@pytest.mark.slow
 def test_pyplot_stays_out_of_it():
     code = (
         "import sys, torch, pyro_flows as pf; from pyro_flows import plots; assert 'matplotlib' not in sys.modules; "

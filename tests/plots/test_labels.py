@@ -23,6 +23,7 @@ def labeled():
     return schools_posterior("ok", draws=200).assign_coords({"school": NAMES})
 
 
+@pytest.mark.slow
 def test_labels_are_kept_and_the_posterior_is_not_changed(labeled, tmp_path):
     plain = schools_posterior("ok", draws=200)
     assert first(plain.assign_coords({"school": torch.arange(10, 18)})) == "theta[10]"

@@ -136,6 +136,7 @@ def test_pairs_of_many_make_a_triangle(ok, chains):
         plots.plot_pairs(ok, "theta[0]")
 
 
+@pytest.mark.slow
 def test_a_forest_shows_what_a_correction_changed(refined):
     figure = plots.plot_forest(refined, "theta", draws="all")
     assert {"raw: guide", "corrected: importance-resampled", "refined: Markov chains"} <= set(texts(figure))

@@ -144,6 +144,7 @@ def test_flows_of_ones_own_that_cannot_be_pickled_stay_behind_with_the_reason():
     same_draws(posterior, again)
 
 
+@pytest.mark.slow
 def test_another_process_needs_no_model(tmp_path):
     (tmp_path / "models.py").write_text(
         "import pyro, pyro.distributions as dist\n"

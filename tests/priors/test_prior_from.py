@@ -51,6 +51,7 @@ def joint():
     return pf.prior_from(posterior, max_epochs=60)
 
 
+@pytest.mark.slow
 def test_several_sites_are_one_event_with_their_correlation(joint):
     assert joint.sites == ("slope", "scale")
     distribution = joint()
@@ -92,6 +93,7 @@ def test_nothing_trains_and_no_gradient_is_lost(joint):
     assert not list(pyro.get_param_store())
 
 
+@pytest.mark.slow
 def test_a_model_with_it_is_fitted_and_chained(joint):
     y = torch.tensor([0.5, 1.5, 0.2])
     density = pf.LogDensity(walk, (y, joint))
@@ -232,6 +234,7 @@ def test_ten_batches_of_a_logistic_regression():
 # what cannot be -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::pyro_flows.UnreliableWarning")
 def test_what_has_no_prior_of_its_own_is_refused():
     def bounded(y):

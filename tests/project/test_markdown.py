@@ -19,6 +19,7 @@ import typer
 from pyro_flows.cli import app
 from pyro_flows.flows.recipe import BUILDERS, VECTOR_BUILDERS
 from tests.markdown import differences, fences, run
+from tests.slow import rest_slow
 
 ROOT = Path(__file__).parent.parent.parent
 WRITTEN = {"_build", "_notebooks"}  # folders of docs that the build makes
@@ -34,6 +35,8 @@ KINDS = {
     "{include} ../CHANGELOG.md",
     "{include} ../../CONTRIBUTING.md",
 }
+# Pages whose code takes more than four seconds: slow, as a whole.
+LONG = {"counts", "minibatches", "mixture", "survival", "svi", "time-series", "training-loops"}
 COMMENTS = {"", "slow", "setup", "needs chirho", "needs sbi"}
 
 
@@ -62,7 +65,7 @@ def with_code(*, slow):
     ]
 
 
-@pytest.mark.parametrize("path", with_code(slow=False), ids=name_of)
+@pytest.mark.parametrize("path", rest_slow(with_code(slow=False), lambda path: path.stem not in LONG), ids=name_of)
 def test_code_runs_and_prints_what_the_text_says(path, tmp_path, monkeypatch):
     check(path, tmp_path, monkeypatch, slow=False)
 

@@ -39,6 +39,7 @@ def test_of_a_saved_posterior(status, code, tmp_path):
     assert "<h1>Schools</h1>" in text
 
 
+@pytest.mark.slow
 def test_after_a_fit_and_with_its_model(tmp_path):
     (tmp_path / "models.py").write_text(MODEL)
     (tmp_path / "data.json").write_text(json.dumps({"y": [0.5, 1.5, 1.0]}))

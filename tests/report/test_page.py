@@ -148,6 +148,7 @@ def test_figures_take_the_colors_of_the_page(page):
         assert text.count(f"{name}:") == 2, name  # light and dark
 
 
+@pytest.mark.slow
 def test_the_same_but_for_the_time(tmp_path):
     posterior = exact(location, location_guide, torch.zeros(4))
     pages = [read(posterior.report(tmp_path / name, predictive=False, source=False))[1] for name in ("a", "b")]
@@ -169,6 +170,7 @@ def test_a_verdict_that_is_not_ok_says_why_and_what_to_do(status, tmp_path, recw
         assert "The approximation (guide) is close to the posterior" in text
 
 
+@pytest.mark.slow
 def test_refined_draws_show_their_chains(tmp_path):
     posterior = schools_chains()
     assert posterior.verdict.status == "refined"
@@ -188,6 +190,7 @@ def test_chains_from_elsewhere(tmp_path):
     assert "Pairs" not in found.text["h3"]  # there is one scalar
 
 
+@pytest.mark.slow
 def test_a_loaded_posterior_and_its_versions(tmp_path):
     posterior = schools_posterior("ok", draws=300).assign_coords({"school": NAMES})
     posterior.save(tmp_path / "saved")
@@ -247,6 +250,7 @@ def many_scalars(count):
     return pf.diagnose(model, guide, draws=100)
 
 
+@pytest.mark.slow
 def test_long_tables_are_cut(tmp_path, monkeypatch):
     monkeypatch.setattr(tables, "ROWS", 30)
     found, text = read(many_scalars(50).report(tmp_path / "report.html", predictive=False))
@@ -272,6 +276,7 @@ def test_variables_are_chosen_as_in_arviz(tmp_path):
         posterior.report(tmp_path / "other.html", var_names="tehta")
 
 
+@pytest.mark.slow
 def test_only_an_earlier_report_is_replaced(tmp_path):
     posterior = exact(location, location_guide, torch.zeros(4))
     path = posterior.report(tmp_path / "report.html", predictive=False, title="one")
@@ -324,6 +329,7 @@ def test_a_recipe_makes_the_posterior_again(options):
     assert found.method == posterior.method
 
 
+@pytest.mark.slow
 def test_recipes_of_guides_chains_refinements_and_keywords():
     given = {"location": location, "guide": location_guide, "y": torch.zeros(4)}
     posterior = exact(location, location_guide, torch.zeros(4)).refine("hmc", max_steps=300, seed=2)
@@ -336,6 +342,7 @@ def test_recipes_of_guides_chains_refinements_and_keywords():
     assert torch.equal(made.z, named.z)
 
 
+@pytest.mark.slow
 def test_a_model_that_fails_its_check_is_not_called_ok():
     """The word is about the computation, and the check speaks for the model."""
     y = torch.tensor([-20.0, 20.0, -15.0, 18.0])  # of sd 1, says the model

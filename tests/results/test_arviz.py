@@ -163,6 +163,7 @@ def test_fit_group_holds_the_course_of_the_fit():
 # names of dimensions --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_plates_events_and_phantom_axes():
     def model(y):
         weights = pyro.sample("weights", dist.Dirichlet(torch.ones(3)))
@@ -323,6 +324,7 @@ def test_improper_priors_are_not_drawn_from():
     assert (tree["log_prior"]["mu"].values == 0).all()
 
 
+@pytest.mark.slow
 @pytest.mark.falls_back  # a sampler that fails for a batch is tried draw by draw
 def test_what_cannot_be_drawn_is_left_out_with_a_note(caplog):
     class ScoreOnly(dist.Normal):
@@ -476,6 +478,7 @@ def test_netcdf_of_arviz(az, corrected, tmp_path):
 # importing ------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_import_brings_in_neither_arviz_nor_matplotlib_and_arviz_comes_silently():
     code = """
 import sys

@@ -175,6 +175,7 @@ def test_files_of_earlier_versions_get_a_method(name, expected):
 # evidence that nothing supports ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("status", "elbo", "evidence"), [("ok", 1, 1), ("unreliable", 0, 0)])
 def test_no_elbo_and_no_evidence_without_support(status, elbo, evidence, tmp_path):
     posterior = schools_posterior(status, draws=400)
@@ -231,6 +232,7 @@ def test_a_paragraph_tells_of_runs(gaussian):
     assert "2 independent runs disagreed" in differ.methods_text()
 
 
+@pytest.mark.slow
 def test_a_paragraph_on_chains():
     refined = schools_posterior("unreliable", draws=500).refine("hmc", max_steps=400)
     text, figures = refined.methods_text(), refined.verdict.chains

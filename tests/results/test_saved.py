@@ -56,6 +56,7 @@ def nested(y):
         pyro.sample("y", dist.Normal(theta, 1.0), obs=y)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("noncentered", [False, True, ["theta"]])
 def test_a_diagnosed_guide_comes_back_in_its_own_coordinates(tmp_path, noncentered):
     guide = pf.AutoRealNVP(nested, layers=2, noncentered=noncentered)
@@ -83,6 +84,7 @@ def fitted_flow(preprocess="standardize"):
     return pf.fit_density(pf.realnvp(SCHOOLS, layers=2, hidden=(8,)), y, **options).flow
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("affine", "preprocess"), [("tril", "standardize"), ("diagonal", "whiten"), ("none", "whiten")]
 )

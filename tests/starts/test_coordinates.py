@@ -164,6 +164,7 @@ def test_other_coordinates_of_a_model_with_a_constrained_parameter_of_its_own():
     torch.testing.assert_close(other(z) - other.log_jacobian(z), density(same) - density.log_jacobian(same))
 
 
+@pytest.mark.slow
 def test_a_fit_reads_the_structure_of_a_model_once(monkeypatch):
     read = []
 

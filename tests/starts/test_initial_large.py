@@ -18,6 +18,7 @@ from tests.starts.test_initial import best, names
 from tests.starts.test_pathfinder import gaussian
 
 
+@pytest.mark.slow
 def test_a_large_gaussian_with_scales_of_all_sizes():
     """D = 300, scales of 1e-6 to 1e6, correlated: within 0.5 nats of the best diagonal Gaussian, by closed forms."""
     scales_ = 10.0 ** torch.linspace(-6.0, 6.0, 300, dtype=torch.float64)

@@ -15,6 +15,7 @@ from pyro_flows.training.flow_graphs import gradient_of
 from pyro_flows.training.step_graph import Step
 from tests.invariants import close
 from tests.registry import randomize
+from tests.slow import rest_slow
 
 ROOT = find_posteriordb()
 needs_posteriordb = pytest.mark.skipif(ROOT is None, reason="posteriordb not found: set POSTERIORDB to a checkout")
@@ -69,8 +70,11 @@ def same(found: tuple[torch.Tensor, torch.Tensor], expected: tuple[torch.Tensor,
         close(got / scale, wanted / scale, size)
 
 
+LONG = ("diamonds-diamonds", "low_dim_gauss_mix-low_dim_gauss_mix", "bball_drive_event_0-hmm_drive_0")
+
+
 @needs_posteriordb
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", rest_slow(NAMES, lambda name: name not in LONG))
 def test_recorded_steps_are_those_of_autograd(name):
     flow, density, weights, views = made(name)
     expected = by_autograd(flow, density, weights)

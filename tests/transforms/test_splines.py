@@ -69,6 +69,7 @@ def test_far_points_move(size):
     close(layer.inverse_and_ladj(y)[0], x, 1e-12)
 
 
+@pytest.mark.slow
 def test_a_spline_bends_one_dimension():
     """Two modes on a line, by maximum likelihood: what no affine coupling can do; 0.05 nats above the entropy."""
     generator = torch.Generator().manual_seed(3)

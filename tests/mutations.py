@@ -1,0 +1,181 @@
+"""Make one deliberate mistake at a time in a copy of the package, and see whether the tests of its room notice.
+
+    make mutation
+    python -m tests.mutations --only bridge objectives
+
+An edit is a file, a piece of it that stands there once, what replaces it, and the tests that have to fail. Mistakes in
+what decides a verdict are in ``tests/whole/test_bite_deciding.py``, which runs in every suite; these are about
+transforms, losses, evidence, leave-one-out, graphs and their interpreter, conversions and files.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).parents[1]
+SECONDS = 600  # for the tests of one edit
+FAILED = 1  # what pytest returns if a test failed; anything else is no catch
+
+
+class Edit(NamedTuple):
+    """A mistake: in ``file``, ``right`` becomes ``wrong``; one of ``tests`` has to fail."""
+
+    file: str
+    right: str
+    wrong: str
+    tests: str
+
+
+TRANSFORMS = "tests/transforms"
+GRAPHS = "tests/graphs"
+BLOCKS = "tests/graphs/test_blocks.py tests/graphs/test_blocks_random.py"
+LOSSES = "tests/test_objectives.py"
+EVIDENCE = "tests/comparison/test_evidence.py"
+AFFINE, SPLINES = "transforms/affine_coupling.py", "transforms/splines.py"
+INTERPRETER = "graphs/interpreter.c"
+EDITS = (
+    Edit(AFFINE, "return (moved - shift) * shrink.exp(), self._total(shrink)",
+         "return moved * shrink.exp() - shift, self._total(shrink)", TRANSFORMS),
+    Edit(AFFINE, "torch.addcmul(shift, moved, log_scale.exp()), self._total(log_scale)",
+         "torch.addcmul(shift, moved, log_scale.exp()), -self._total(log_scale)", TRANSFORMS),
+    Edit(AFFINE, "carried = score / parameters[0].exp()", "carried = score * parameters[0].exp()", TRANSFORMS),
+    Edit(AFFINE, "return moved - parameters[0], moved.new_zeros(())",
+         "return moved + parameters[0], moved.new_zeros(())", TRANSFORMS),
+    Edit(SPLINES, "2.0 * torch.log(steep / denominator) + torch.log(numerator)",
+         "torch.log(steep / denominator) + torch.log(numerator)", TRANSFORMS),
+    Edit(SPLINES, "torch.where(inside, -log_slope, 0.0)", "torch.where(inside, log_slope, 0.0)", TRANSFORMS),
+    Edit(SPLINES, "torch.where(falling, (root - b) / (2.0 * a)", "torch.where(falling, (root + b) / (2.0 * a)",
+         TRANSFORMS),
+    Edit("transforms/planar.py", "return y - u * tanh, -_log_determinant(tanh, slope)",
+         "return y - u * tanh, _log_determinant(tanh, slope)", TRANSFORMS),
+    Edit("transforms/planar.py", "for _ in range(2):  # leaves", "for _ in range(1):  # leaves", TRANSFORMS),
+    Edit("transforms/lu.py", "matrix.tril(-1) + torch.ones_like(log_diagonal)",
+         "matrix.tril(0) + torch.ones_like(log_diagonal)", TRANSFORMS),
+    Edit("transforms/lu.py", "torch.argsort(self.permutation)", "self.permutation", TRANSFORMS),
+    Edit("transforms/tails.py", "onset * torch.sinh(stretched) / power, (_log_cosh(stretched)",
+         "onset * torch.sinh(stretched), (_log_cosh(stretched)", TRANSFORMS),
+    Edit("transforms/tails.py", "angle = stretched / power\n        return onset * torch.sinh(angle), (_log_cosh(angle)",
+         "angle = stretched / power\n        return onset * torch.sinh(angle), -(_log_cosh(angle)", TRANSFORMS),
+    Edit("transforms/compose.py", "for layer in reversed(self.layers):\n            y, ladj",
+         "for layer in self.layers:\n            y, ladj", TRANSFORMS),
+    Edit("objectives.py", "forward * weights * (1.0 - weights)", "forward * weights", LOSSES),
+    Edit("objectives.py", "limit = steep * torch.where(good", "limit = 10.0 * steep * torch.where(good", LOSSES),
+    Edit("objectives.py", "(1.0 - forward) / len(log_p) * thinning", "(1.0 - forward) / len(log_p)", LOSSES),
+    Edit("objectives.py", "group / draws * weights.square()", "group / draws * weights", LOSSES),
+    Edit("objectives.py", "thinning * counts.sum() / torch.where", "thinning * len(counts) / torch.where", LOSSES),
+    Edit("objectives.py", "torch.logsumexp(grouped, 1) - math.log(group)", "torch.logsumexp(grouped, 1)", LOSSES),
+    Edit("comparison/bridge.py", "variance += _relative_variance(below) / _effective(denominator, chains)",
+         "variance += 0.0", EVIDENCE),
+    Edit("comparison/bridge.py", "_relative_variance(below) / _effective(denominator, chains)",
+         "_relative_variance(below) / len(below)", EVIDENCE),
+    Edit("verdict/bridge.py", "new = _log_mean(above) - _log_mean(below)",
+         "new = _log_mean(below) - _log_mean(above)", EVIDENCE),
+    Edit("comparison/evidence.py", "spread * size ** (-0.5 * convergence_rate(k_hat, size))",
+         "spread * size ** -0.5", EVIDENCE),
+    Edit("comparison/evidence.py", "key=lambda estimate: estimate.standard_error)\n    return Evidence",
+         "key=lambda estimate: -estimate.standard_error)\n    return Evidence", EVIDENCE),
+    Edit("comparison/evidence.py", "math.hypot(estimate.standard_error, rounding)",
+         "estimate.standard_error", "tests/comparison tests/fitting/test_digits.py"),
+    Edit("verdict/psis.py", "math.floor(3.0 * math.sqrt(count))", "math.floor(6.0 * math.sqrt(count))",
+         "tests/verdict"),
+    Edit("verdict/psis.py", "PRIOR_DRAWS * PRIOR_SHAPE) / (count", "0.0) / (count", "tests/verdict"),
+    Edit("comparison/loo.py", "p = log_score(given.values, given.draws.ratio) - elpd",
+         "p = log_score(given.values, None) - elpd", "tests/comparison/test_loo.py"),
+    Edit("comparison/working.py", "math.sqrt(len(terms) * float(terms.var()))", "math.sqrt(float(terms.var()))",
+         "tests/comparison/test_loo.py"),
+    Edit("graphs/narrowing.py", "wide[axis] // thin[axis] for axis in axes", "wide[axis] for axis in axes", GRAPHS),
+    Edit("graphs/narrowing.py", "nothing = 0.0 if node.target is _aten.add.Tensor else 1.0", "nothing = 0.0", GRAPHS),
+    Edit("graphs/narrowing.py", "if begin < place or begin + length > end:", "if False:", GRAPHS),
+    Edit("graphs/recorder.py", "if not self._repeats(recorded, fresh):", "if False:", GRAPHS),
+    Edit("graphs/recorder.py", "torch.cat(part)[: len(z)]", "torch.cat(part)[-len(z) :]", GRAPHS),
+    Edit(INTERPRETER, "UNARY(9, 1.0 / sqrt(x))", "UNARY(9, sqrt(x))", BLOCKS),
+    Edit(INTERPRETER, "BINARY(65, x - y)", "BINARY(65, y - x)", BLOCKS),
+    Edit(INTERPRETER, "for (; i < n; i++) part[i & 7] += from[i];", "", BLOCKS),
+    Edit(INTERPRETER, "index[first + i + 1] != index[first + i]", "0", BLOCKS),
+    Edit(INTERPRETER, "sum[2] += a2[k * step] * b;", "sum[2] += a1[k * step] * b;", BLOCKS),
+    Edit(INTERPRETER, "else if (stride > 1 || stride < 0)", "else if (stride > 1)", GRAPHS),
+    Edit(INTERPRETER, "x > y || x != x) ? x : y)\n        BINARY(70", "x > y) ? x : y)\n        BINARY(70", BLOCKS),
+    Edit("_files.py", "os.replace(fresh, target)\n        _sync_folder",
+         "target.write_bytes(data)\n        _sync_folder",
+         "tests/ground/test_files.py"),
+    Edit("density_estimation/standardizing.py", "mean = mean - context.mean(0) @ slope", "mean = mean + 0.0",
+         "tests/density_estimation"),
+    Edit("density_estimation/standardizing.py", "values.clamp(min=dim * 1e-7).sqrt()", "values.clamp(min=dim * 1e-7)",
+         "tests/density_estimation"),
+    Edit("model/bijections.py", "return torch.where(self.mask, first, other)",
+         "return torch.where(self.mask, other, first)", "tests/model"),
+    Edit("model/bijections.py", "torch.where(self.mask, self.first.inv(y), self.other.inv(y))", "self.first.inv(y)",
+         "tests/model"),
+    Edit("results/arviz_groups.py", "groups[\"raw_posterior\"] = draws_group(labels, density.constrain(posterior.z))",
+         "groups[\"raw_posterior\"] = draws_group(labels, posterior.samples)", "tests/results"),
+)  # fmt: skip
+
+
+def _copied(place: Path) -> None:
+    """Copy what is tracked or new, and the built interpreter."""
+    listed = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        check=True,
+    ).stdout.decode()
+    built = [str(path.relative_to(ROOT)) for path in (ROOT / "pyro_flows" / "graphs").glob("*.so")]
+    for name in [*filter(None, listed.split("\0")), *built]:
+        if (ROOT / name).is_file():
+            (place / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, place / name)
+
+
+def _built(place: Path) -> None:
+    command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
+    subprocess.run(command, cwd=place, check=True, capture_output=True)
+
+
+def caught(place: Path, edit: Edit) -> tuple[bool, str]:
+    """Return whether the tests notice an edit of the copy at ``place``, and their last line."""
+    file = place / "pyro_flows" / edit.file
+    text = file.read_text(encoding="utf-8")
+    if text.count(edit.right) != 1:
+        raise ValueError(f"{edit.file}: {edit.right!r} stands there {text.count(edit.right)} times, not once.")
+    file.write_text(text.replace(edit.right, edit.wrong), encoding="utf-8")
+    try:
+        if file.suffix == ".c":
+            _built(place)
+        command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *edit.tests.split()]
+        environment = {**os.environ, "PYTHONPATH": str(place), "OMP_NUM_THREADS": "1"}
+        run = subprocess.run(command, cwd=place, env=environment, capture_output=True, text=True, timeout=SECONDS)
+    finally:
+        file.write_text(text, encoding="utf-8")
+        if file.suffix == ".c":
+            _built(place)
+    lines = [line for line in run.stdout.splitlines() if line.startswith("FAILED")] or run.stdout.splitlines()[-1:]
+    return run.returncode == FAILED, (lines or [run.stderr[-200:]])[0]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Try all edits; return 1 if one was not noticed."""
+    parser = argparse.ArgumentParser(prog="python -m tests.mutations", description=__doc__)
+    parser.add_argument("--only", nargs="+", default=[], help="parts of the names of files")
+    given = parser.parse_args(arguments)
+    chosen = [edit for edit in EDITS if not given.only or any(part in edit.file for part in given.only)]
+    survived = 0
+    with tempfile.TemporaryDirectory() as folder:
+        _copied(Path(folder))
+        for edit in chosen:
+            noticed, line = caught(Path(folder), edit)
+            survived += not noticed
+            print("caught  " if noticed else "SURVIVED", edit.file, repr(edit.wrong), "|", line, flush=True)
+    print(f"{len(chosen) - survived} of {len(chosen)} mistakes were caught")
+    return int(survived > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
