@@ -17,6 +17,7 @@ from benchmarks.amortized.tables import section as amortized_section
 from benchmarks.calibration import running as calibration
 from benchmarks.calibration.tables import section as calibration_section
 from benchmarks.cold import __main__ as cold
+from benchmarks.density import conditional
 from benchmarks.density import running as density
 from benchmarks.density import tables as density_tables
 from benchmarks.guides import running as guides
@@ -66,9 +67,15 @@ TITLES = {
     "cold": "In a new process",
     "stopping": "What the automatic stop costs",
     "density": "Densities of data",
+    "conditional": "Conditional densities",
     "guides": "When is a flow worth its seconds?",
 }
-KINDS = {"speed": "step", "density": "density", "guides": "step"}  # what decides about tables that are not of fits
+KINDS = {
+    "speed": "step",
+    "density": "density",
+    "conditional": "density",
+    "guides": "step",
+}  # what decides about tables that are not of fits
 
 
 def write_tables(
@@ -90,6 +97,7 @@ def write_tables(
     toys_csv: Path = toys.OUT,
     density_csv: Path = density.OUT,
     guides_csv: Path = guides.OUT,
+    conditional_csv: Path = conditional.OUT,
 ) -> None:
     """Fill the sections whose CSV file is there, each in the page that has its markers.
 
@@ -120,6 +128,7 @@ def write_tables(
         ("stopping", stopping_csv, stopping_section),
         ("toys", toys_csv, toys_section),
         ("density", density_csv, density_section),
+        ("conditional", conditional_csv, lambda rows: conditional.section(rows, table, about)),
         ("guides", guides_csv, guides_section),
     ]
     if page is None and (rows := records.read(zoo_csv)):

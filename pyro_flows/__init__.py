@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from pyro_flows.comparison.loo import Loo
     from pyro_flows.comparison.prior import prior_predictive
     from pyro_flows.comparison.sensitivity import Sensitivity
+    from pyro_flows.density_estimation.estimator import DensityEstimator
     from pyro_flows.density_estimation.fit_density import fit_density
     from pyro_flows.density_estimation.fitted import DensityFit
     from pyro_flows.guides.hierarchical import AutoHierarchicalFlow
@@ -61,6 +62,7 @@ _LATER = {
     "prior_predictive": "comparison.prior",
     "Sensitivity": "comparison.sensitivity",
     "fit_density": "density_estimation.fit_density",
+    "DensityEstimator": "density_estimation.estimator",
     "DensityFit": "density_estimation.fitted",
     "prior_from": "priors.fit",
     "FittedPrior": "priors.fitted",
@@ -85,6 +87,7 @@ __all__ = [
     "AutoRealNVP",
     "Calibration",
     "Comparison",
+    "DensityEstimator",
     "DensityFit",
     "Estimate",
     "Evidence",

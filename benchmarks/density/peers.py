@@ -146,6 +146,8 @@ def make(peer: str, problem: Problem, kind: str, shape: torch.Size) -> Made:
 
 def has(peer: str, kind: str) -> bool:
     """Whether a peer has flows of this kind: Pyro no additive couplings, and for images only normflows has Glow."""
+    if kind == "auto":
+        return False
     if kind in ("multiscale", "glow"):
         return (peer, kind) == ("normflows", "glow")
     return (peer, kind) != ("Pyro", "additive")

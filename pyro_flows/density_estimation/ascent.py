@@ -15,6 +15,7 @@ from pyro_flows._untrusted import require
 from pyro_flows.density_estimation.points import Batch, Source
 from pyro_flows.density_estimation.schedule import State, trapeze
 from pyro_flows.flows.flow import Flow
+from pyro_flows.flows.mixture_base import MixtureBase
 from pyro_flows.transforms import DiagonalAffine
 from pyro_flows.transforms.networks import Network, Residual, ResidualConvolution
 
@@ -24,14 +25,15 @@ TIE, TIE_NATS = 0.05, 0.1  # of what the best gains on the start, and nats a dim
 AVERAGE_POWER = 9.0  # the average holds about the last tenth of the steps
 CLIP = 5.0
 SCALES = 5.0
+PARTS = 0.3  # of a mixture as base, which begins where it is best by itself
 
 
 class Ascent:
     """Adam on the negative mean log density of a flow, with an average of the weights beside it.
 
-    Diagonal scales take `SCALES` times the step size, since they move by units where weights move by hundredths, and do
-    not decay. Gradients are clipped at five times their running norm; a step whose gradient is not finite is skipped
-    and counted.
+    Diagonal scales take `SCALES` times the step size, since they move by units where weights move by hundredths. They
+    do not decay, and neither do the parts of a mixture that is the base, which take `PARTS` times the step size.
+    Gradients are clipped at five times their running norm; a step whose gradient is not finite is skipped and counted.
     """
 
     def __init__(self, flow: Flow, source: Source, held_out: Sequence[Batch], *, batch: int) -> None:
@@ -39,17 +41,19 @@ class Ascent:
         self.parameters = [parameter for parameter in flow.parameters() if parameter.requires_grad]
         self.state = State()
         self.fresh_moments()
-        self.average = self.keep()
-        self.best_weights = self.average
+        self.average, self.best_weights = self.keep(), self.keep()
         self.dim = flow.dim
 
     def fresh_moments(self) -> None:
         """Forget the optimizer's moments."""
         layers = [layer for layer in self.flow.modules() if isinstance(layer, DiagonalAffine) and not layer.context_dim]
         scales = {parameter for layer in layers for parameter in layer.parameters()}
+        mixtures = [layer for layer in self.flow.modules() if isinstance(layer, MixtureBase)]
+        parts = {parameter for layer in mixtures for parameter in layer.parameters(recurse=False)}
+        kinds = [(set(self.parameters) - scales - parts, 1.0, True), (scales, SCALES, False), (parts, PARTS, False)]
         groups: list[dict[str, Any]] = [
-            {"params": [parameter for parameter in self.parameters if (parameter in scales) == chosen], "times": times}
-            for chosen, times in ((False, 1.0), (True, SCALES))
+            {"params": [one for one in self.parameters if one in kind], "times": times, "decays": decays}
+            for kind, times, decays in kinds
         ]
         self.optimizer = torch.optim.AdamW(
             [group for group in groups if group["params"]], lr=1e-3, betas=(0.9, 0.99), fused=True
@@ -59,7 +63,7 @@ class Ascent:
     def log_prob(self, y: Tensor, context: Tensor | None) -> Tensor:
         """Return ``log q(y)`` without the detour over a distribution of Pyro's."""
         x, ladj = self.flow.bijection.inverse_and_ladj(y, context)
-        return self.flow.base_distribution().log_prob(x) + ladj
+        return self.flow.base_distribution(context).log_prob(x) + ladj
 
     def step(self, y: Tensor, context: Tensor | None, learning_rate: float) -> float:
         """Take one step; return the loss before it."""
@@ -155,7 +159,7 @@ class Ascent:
         """Let weights decay, but not diagonal scales."""
         self.state.weight_decay = decay
         for group in self.optimizer.param_groups:
-            group["weight_decay"] = decay if group["times"] == 1.0 else 0.0
+            group["weight_decay"] = decay if group["decays"] else 0.0
 
     def _forever(self) -> Iterator[Batch]:
         while True:
@@ -214,8 +218,8 @@ class Ascent:
 
 
 @torch.no_grad()
-def rouse(flow: Flow) -> None:
-    """Give last layers of networks that start at zero torch's usual small random weights.
+def rouse(flow: Flow, share: float = 1.0) -> None:
+    """Give last layers of networks that start at zero torch's usual small random weights, or a share of that.
 
     At zero, the layers below get no gradient, and for some hundred steps only little: that is right for a guide, whose
     start is a good one, and slow for data. Residual networks, whose blocks add up, get a tenth of that.
@@ -225,7 +229,7 @@ def rouse(flow: Flow) -> None:
             last = network.layers[-1].get_parameter("weight")
             if not bool(last.any()):
                 size = 0.1 if isinstance(network, (Residual, ResidualConvolution)) else 1.0
-                last.uniform_(-1.0, 1.0).mul_(size * last[0].numel() ** -0.5)
+                last.uniform_(-1.0, 1.0).mul_(share * size * last[0].numel() ** -0.5)
 
 
 def widest(flow: Flow) -> int:

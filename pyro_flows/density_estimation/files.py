@@ -28,6 +28,7 @@ from pyro_flows._files import replace_file
 from pyro_flows._seeding import seeded
 from pyro_flows._untrusted import check_tensor, reading, require, unpacked
 from pyro_flows.density_estimation.ascent import Ascent
+from pyro_flows.density_estimation.encoding import Encoding
 from pyro_flows.density_estimation.points import CHUNK, Levels, Rows, Source
 from pyro_flows.density_estimation.schedule import Plan
 from pyro_flows.flows.flow import Flow
@@ -96,7 +97,16 @@ def read(path: str | os.PathLike[str]) -> dict[str, Any]:
             "levels": None if text["levels"] is None else _levels(*text["levels"]),
             "settings": text["settings"],
             "why": text["why"],
+            "encoding": _encoding(text.get("context"), flow),
         }
+
+
+def _encoding(text: Any, flow: Flow) -> Encoding | None:
+    if text is None:
+        return None
+    found = Encoding.from_json(text)
+    require(found.width == flow.context_dim, f"the context has {found.width} numbers, the flow's {flow.context_dim}")
+    return found
 
 
 def _levels(count: Any, step: Any) -> Levels:

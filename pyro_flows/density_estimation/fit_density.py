@@ -21,10 +21,13 @@ from pyro_flows._warnings import outside
 from pyro_flows.density_estimation import files
 from pyro_flows.density_estimation.ascent import Ascent, rouse
 from pyro_flows.density_estimation.budget import MAX_STEPS, batch_size, choose
+from pyro_flows.density_estimation.encoding import Encoding
 from pyro_flows.density_estimation.fitted import DensityFit, bits_per_dim, like, mean_log_prob
 from pyro_flows.density_estimation.points import Levels, Rows, Source
 from pyro_flows.density_estimation.preparing import (
     CHECKED_POINTS,
+    MIXTURE_SHARE,
+    begin_mixture,
     held,
     identity,
     make,
@@ -35,7 +38,10 @@ from pyro_flows.density_estimation.schedule import Plan
 from pyro_flows.density_estimation.standardizing import KINDS
 from pyro_flows.density_estimation.training import climb
 from pyro_flows.flows.flow import Flow
+from pyro_flows.flows.recipe import AUTO
+from pyro_flows.flows.unbent import warn_unbent
 
+AUTO_START, SMALL = "small", 0.01  # how a default flow starts: at its mixture, but for so much of random weights
 SAVE_EVERY = 30.0  # seconds between checkpoints
 SKIPPED_SHARE = 0.05  # of the steps, above which users are warned
 CLOCKS: dict[str, Callable[[], float]] = {"wall": time.monotonic, "cpu": time.process_time}
@@ -43,8 +49,8 @@ CLOCKS: dict[str, Callable[[], float]] = {"wall": time.monotonic, "cpu": time.pr
 
 @_checks.options
 def fit_density(
-    flow: Flow | str,
-    data: Any,
+    flow: Any = AUTO,
+    data: Any = None,
     *,
     context: Any = None,
     validation: Any = 0.1,
@@ -53,7 +59,7 @@ def fit_density(
     batch: int | None = None,
     learning_rate: float | None = None,
     weight_decay: float | None = None,
-    start: str = "random",
+    start: str = "auto",
     max_epochs: int | None = None,
     max_seconds: float | None = None,
     clock: str = "wall",
@@ -63,7 +69,13 @@ def fit_density(
 ) -> DensityFit:
     r"""Fit a flow to data by maximum likelihood, with nothing to tune.
 
-    It raises :math:`\frac1N \sum_n \log q(x_n)`, in nats.
+    It raises :math:`\frac1N \sum_n \log q(x_n)`, in nats. ``fit_density(data)`` and ``fit_density(data, context=...)``
+    take a flow by themselves. Its base is a mixture of Student t distributions, which begins at a mixture of Gaussians
+    by expectation maximization, with the number of parts that held-out points like best. All of it is trained
+    together. The weights that held-out points like best are kept, so the result is not behind that mixture on them.
+    Given a context, weights, places, scales and tails of the parts depend on it. One output given a context gets the
+    mixture alone; else there are splines too, and above 100 coordinates affine couplings.
+
     The data are put on a common scale by an affine map that becomes the flow's last layer. Learning rates are
     compared in short trial runs. The largest that comes about as far as the best goes on until the mean log density of
     held-out points stops rising, or a fifth of the remaining budget is used. Then it falls to zero along a cosine. An
@@ -74,10 +86,13 @@ def fit_density(
         flow: a flow of the shape of one point, which is copied, not changed; or the name of a builder for vectors
             (``"realnvp"``, ``"nice"``, ...), then with a logistic base and robust networks. Data often touch places
             that are empty in training; a normal base punishes them without measure, and networks that go on along
-            straight lines throw them far out.
-        data: one point a row, ``(N, ...)``: a tensor, an array, a ``numpy.memmap`` (read batch by batch), or a
-            ``DataLoader`` that gives tensors, or pairs ``(data, context)``.
-        context: what the density is conditional on, ``(N, context_dim)``.
+            straight lines throw them far out. ``"auto"``, or data in its place: the default above.
+        data: one point a row, ``(N, ...)``, or ``(N,)`` numbers: a tensor, an array, a data frame, a ``numpy.memmap``
+            (read batch by batch), or a ``DataLoader`` that gives tensors, or pairs ``(data, context)``.
+        context: what the density is conditional on, ``(N, columns)`` or ``(N,)``. Flows that are made here, by default
+            or by name, take a data frame or an array with missing values (NaN, None): these become the mean and a
+            column that says where. Texts, booleans, pandas' categories, and whole numbers of at most 20 values become
+            columns of 0 and 1. Builders' flows standardize their context.
         validation: the share to hold out; or held-out data, or a pair of them and their context; or ``None``, with
             which nothing stops the training but the budget. With a ``DataLoader``, it cannot be a share.
         preprocess: ``"standardize"`` (each coordinate), ``"whiten"`` (correlations too; see
@@ -95,7 +110,8 @@ def fit_density(
             times parameters over points (of images: pixels), since what can be learned by heart is the more, the longer
             it takes and the more there are; but 1 at most, and so little that a tenth of the training is remembered.
         start: ``"random"``: last layers of networks that are zero get small random weights, with which training is far
-            quicker; or ``"identity"``: the flow starts as it is, so that few data are first described by the base
+            quicker; ``"auto"``: the same, or for the default flow a hundredth of that, so that it begins at its
+            mixture; or ``"identity"``: the flow starts as it is, so that few data are first described by the base
             and the preprocessing alone (whitened, with a normal base: by a Gaussian), and stay so if nothing is better.
         max_epochs: passes through the data at most; by default, as many as make 20 000 steps, or as many as fit into
             ``max_seconds`` if that is given.
@@ -114,31 +130,46 @@ def fit_density(
             that are no levels, a damaged checkpoint or one of another run, or an option out of range.
 
     Warns:
-        UserWarning: if a coordinate is constant, or if more than a twentieth of the steps had a gradient that is not
-            finite and were skipped.
+        UserWarning: if a coordinate is constant, if the flow can only shift and scale a coordinate, or if more than a
+            twentieth of the steps had a gradient that is not finite and were skipped.
 
-    Reference: Dinh, Krueger and Bengio 2015 (arXiv 1410.8516); Polyak and Juditsky 1992 (averaging,
-    doi:10.1137/0330046).
+    Reference: Bishop 1994, *Mixture density networks*; Dinh, Krueger and Bengio 2015 (arXiv 1410.8516); Polyak and
+    Juditsky 1992 (averaging, doi:10.1137/0330046).
 
     >>> import torch, pyro_flows as pf
+    >>> x = torch.rand(300, 1)
+    >>> given = pf.fit_density(x**2 + 0.1 * torch.randn(300, 1), context=x, max_epochs=3, progress=False)
+    >>> given.quantiles([0.1, 0.5, 0.9], x[:4]).shape
+    torch.Size([4, 3, 1])
     >>> points = torch.randn(500, 1) * torch.tensor([1.0, 10.0]) + 5.0
     >>> fit = pf.fit_density("realnvp", points, max_epochs=3, progress=False)
     >>> fit.sample(4).shape, fit.log_prob(points).shape
     (torch.Size([4, 2]), torch.Size([500]))
     """
     began = CLOCKS[_checks.choice("clock", clock, CLOCKS)]()
+    if data is None:
+        flow, data = AUTO, flow
+    auto = isinstance(flow, str) and flow == AUTO
     options = _checked(preprocess, levels, learning_rate, weight_decay, start, max_epochs, seed)
     seconds = math.inf if max_seconds is None else _checks.positive("max_seconds", max_seconds)
     _journal.check(checkpoint)
     device = like(flow).device if isinstance(flow, Flow) else None
+    encoding = Encoding.of(context) if context is not None and isinstance(flow, str) else None
+    if encoding is not None:
+        context, validation = encoding.encode(context), _encoded(encoding, validation)
     with interruptible(), alone(), seeded(derive(seed, "fit_density"), device):
         made = make(flow, data, context)
+        if not auto:
+            warn_unbent(made, "fit_density")
         train, held_out = sources(made, data, context, validation, levels)
         about = {} if checkpoint is None else identity(made, train, held_out, validation)
         made, options["preprocess"] = with_scale(made, train, preprocess)
         size = options["batch"] = batch_size(train, batch)
         steps = MAX_STEPS if max_seconds is None else sys.maxsize
         plan = Plan(steps if max_epochs is None else max_epochs * train.steps(size), seconds, CLOCKS[clock], began)
+        if auto:
+            made = begin_mixture(made, train, held_out, lambda: plan.progress(0) > MIXTURE_SHARE)
+            start = AUTO_START if start == "auto" else start
         ascent = _begin(made, train, held_out, size, start)
         keeper = files.Keeper(checkpoint, ascent, plan, SAVE_EVERY, options, about)
         validated = _train(keeper, held_out, learning_rate, weight_decay, progress)
@@ -148,7 +179,7 @@ def fit_density(
     if ascent.state.interrupted:
         rest = "" if checkpoint is None else " The same call goes on from the last checkpoint."
         warnings.warn(f"fit_density: {ascent.state.why}. The flow is what it had come to.{rest}", stacklevel=outside())
-    return _result(ascent, validated, options)
+    return _result(ascent, validated, options, encoding)
 
 
 # parts ----------------------------------------------------------------------------------------------------------------
@@ -171,7 +202,7 @@ def _checked(
         "levels": levels if levels is None else _checks.integer("levels", levels, 2),
         "learning_rate": learning_rate,
         "weight_decay": weight_decay if not weight_decay else _checks.positive("weight_decay", weight_decay),
-        "start": _checks.choice("start", start, ("random", "identity")),
+        "start": _checks.choice("start", start, ("auto", "random", "identity")),
         "max_epochs": max_epochs if max_epochs is None else _checks.integer("max_epochs", max_epochs, 1),
         "seed": _checks.integer("seed", seed, 0),
     }
@@ -179,8 +210,8 @@ def _checked(
 
 def _begin(flow: Flow, train: Source, held_out: Source | None, batch: int, start: str) -> Ascent:
     """Set the flow to its start, and make the training of it."""
-    if start == "random":
-        rouse(flow)
+    if start != "identity":
+        rouse(flow, SMALL if start == AUTO_START else 1.0)
     checked = [] if held_out is None else held(held_out, CHECKED_POINTS)
     return Ascent(flow, train, checked, batch=batch)
 
@@ -215,7 +246,16 @@ def _train(
     return validated
 
 
-def _result(ascent: Ascent, validation: float, options: dict[str, Any]) -> DensityFit:
+def _encoded(encoding: Encoding, validation: Any) -> Any:
+    """Return held-out data with their context as numbers."""
+    if not isinstance(validation, tuple) or len(validation) != 2:
+        return validation
+    return validation[0], encoding.encode(validation[1])
+
+
+def _result(
+    ascent: Ascent, validation: float, options: dict[str, Any], encoding: Encoding | None
+) -> DensityFit:  # fmt: skip
     state, train, flow = ascent.state, ascent.source, ascent.flow
     settings = {
         **options,
@@ -237,6 +277,7 @@ def _result(ascent: Ascent, validation: float, options: dict[str, Any]) -> Densi
         levels=train.levels,
         settings=settings,
         why=state.why,
+        encoding=encoding,
     )
 
 

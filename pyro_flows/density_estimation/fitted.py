@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -13,9 +14,11 @@ from torch import Tensor
 
 from pyro_flows import _checks, plots
 from pyro_flows._arguments import numbers
-from pyro_flows._seeding import seeded
+from pyro_flows._seeding import derive, seeded
 from pyro_flows.density_estimation import files
+from pyro_flows.density_estimation.encoding import Encoding
 from pyro_flows.density_estimation.points import CHUNK, Levels, Source, source
+from pyro_flows.flows import bases
 from pyro_flows.flows.flow import Flow
 from pyro_flows.flows.signals import at_length
 
@@ -36,6 +39,7 @@ class DensityFit:
         levels: how the data are quantized, if they are.
         settings: what :func:`fit_density` was asked for and what it chose.
         why: what ended the training, in a sentence.
+        encoding: how a context with categories or missing values becomes the numbers that the flow takes.
 
     Its density is that of the data as given, :math:`\log q(x) = \log q_0(f^{-1}(x)) - \log|J|`, in nats. Cost: a
     pass of the flow for each point that is drawn or scored.
@@ -54,6 +58,7 @@ class DensityFit:
     levels: Levels | None
     settings: dict[str, Any] = field(repr=False)
     why: str
+    encoding: Encoding | None = None
 
     @torch.no_grad()
     def log_prob(self, y: Any, context: Any = None) -> Tensor:
@@ -62,7 +67,7 @@ class DensityFit:
         Raises:
             ValueError: for points of another shape, or values that are missing.
         """
-        given = points_for(self.flow, "data", y, context)
+        given = points_for(self.flow, "data", y, self._encoded(context))
         return torch.cat([self.flow.log_prob(batch, about) for batch, about in given.ordered(CHUNK)])
 
     @torch.no_grad()
@@ -76,14 +81,20 @@ class DensityFit:
             ValueError: for a count below 1, a temperature that is not positive, or a context that does not fit.
         """
         _checks.positive("temperature", temperature)
-        about = None if context is None else numbers("context", context).to(like(self.flow))
+        about = self._encoded(context)
+        about = None if about is None else numbers("context", about).to(like(self.flow))
         if about is not None:
             if not about.dim() or about.shape[:-1] not in ((), (1,), (count,)):
                 raise ValueError(f"context: expected one row or {count} rows, got shape {tuple(about.shape)}.")
             about = about.expand(count, -1)
-        base = self.flow.base_distribution()
+        if temperature != 1.0 and self.flow.mixture is not None:
+            raise ValueError("temperature: a mixture as base has no temperature; pass a flow of another base.")
         with nullcontext() if seed is None else seeded(seed, like(self.flow).device):
-            x = base.sample(torch.Size((count,)))
+            return self._sampled(count, about, temperature)
+
+    def _sampled(self, count: int, about: Tensor | None, temperature: float = 1.0) -> Tensor:
+        base = self.flow.base_distribution(about)
+        x = base.sample(torch.Size() if base.batch_shape else torch.Size((count,)))
         return self.flow.bijection.forward_and_ladj(temperature * x, about)[0]
 
     def at_length(self, length: int) -> DensityFit:
@@ -94,9 +105,102 @@ class DensityFit:
         """
         return replace(self, flow=at_length(self.flow, length))
 
+    @torch.no_grad()
+    def quantiles(self, levels: Any, context: Any = None, *, draws: int = 1000, seed: int = 0) -> Tensor:
+        """Return quantiles of each coordinate, (N, levels, D), one row for each context; (levels, D) without a context.
+
+        Of one coordinate they are exact, :math:`f(F_0^{-1}(p))`, and never cross. Of several, they are those of
+        ``draws`` draws from each row's density, with the Monte Carlo error of these.
+
+        Raises:
+            ValueError: for levels that are no numbers between 0 and 1, or a context that does not fit.
+        """
+        u = numbers("levels", levels).reshape(-1).to(like(self.flow))
+        if not len(u) or not bool(((u > 0.0) & (u < 1.0)).all()):
+            raise ValueError(f"levels: expected numbers between 0 and 1, got {u.tolist()}.")
+        about = self._contexts(context)
+        if self.flow.event_shape == (1,):
+            found = torch.cat([self._inverted(u, rows) for rows in about.split(CHUNK // len(u) + 1)])
+        else:
+            found = torch.cat([torch.quantile(y, u, 0).movedim(0, 1) for y in self._drawn(about, draws, seed)])
+        return found[0] if context is None else found
+
+    @torch.no_grad()
+    def pit(self, y: Any, context: Any = None, *, draws: int = 500, seed: int = 0) -> Tensor:
+        r"""Return probability integral transforms :math:`F(y_d \mid c)` of each coordinate, (N, D).
+
+        They are uniform on (0, 1) if the density is calibrated. Of several coordinates, each is the share of ``draws``
+        draws from the row's density that are smaller.
+
+        Reference: Gneiting, Balabdaoui and Raftery 2007, doi:10.1111/j.1467-9868.2007.00587.x.
+        """
+        given = points_for(self.flow, "data", y, self._encoded(context))
+        if self.flow.event_shape == (1,):
+            return torch.cat([self._placed(*batch) for batch in given.ordered(CHUNK)])
+        places, found = 0, []
+        about = self._contexts(context)
+        values = torch.cat([batch for batch, _ in given.ordered(CHUNK)])
+        about = about.expand(len(values), -1)
+        for drawn in self._drawn(about, draws, seed):
+            own = values[places : places + drawn.shape[1]]
+            places += drawn.shape[1]
+            found.append(((drawn < own).double().sum(0) + 0.5) / (draws + 1.0))
+        return torch.cat(found)
+
+    def _contexts(self, context: Any) -> Tensor:
+        """Return rows of contexts as numbers, one row without any if there are none."""
+        found = like(self.flow).new_zeros(1, 0) if context is None else numbers("context", self._encoded(context))
+        found = found[:, None] if found.dim() == 1 else found
+        if found.dim() != 2 or found.shape[1] != self.flow.context_dim:
+            raise ValueError(
+                f"context: expected rows of {self.flow.context_dim} numbers, got shape {tuple(found.shape)}."
+            )
+        return found.to(like(self.flow))
+
+    def _drawn(self, about: Tensor, draws: int, seed: int) -> Iterator[Tensor]:
+        """Return draws (draws, rows, D) for contexts, some rows at a time."""
+        for number, rows in enumerate(about.split(CHUNK * 16 // draws + 1)):
+            repeated = rows.repeat(draws, 1) if rows.shape[1] else None
+            with seeded(derive(seed, f"draws {number}"), rows.device):
+                y = self._sampled(draws * len(rows), repeated)
+            yield y.unflatten(0, (draws, len(rows)))
+
+    def _rising(self, about: Tensor | None, count: int) -> Tensor:
+        """Return where one coordinate rises with the base's (count, 1)."""
+        ends = like(self.flow).new_tensor([[-1.0], [1.0]])
+        low, high = (self.flow.bijection.forward_and_ladj(end.expand(count, 1), about)[0] for end in ends)
+        return high > low
+
+    def _inverted(self, u: Tensor, rows: Tensor) -> Tensor:
+        about = rows if rows.shape[1] else None
+        u = torch.where(self._rising(about, len(rows)), u, 1.0 - u)
+        about = None if about is None else about[:, None]
+        flow = self.flow
+        if flow.mixture is not None:
+            x = flow.base_distribution(about).icdf(u)
+        else:
+            x = bases.icdf(flow.base, u, flow.df)[..., None]
+        return flow.bijection.forward_and_ladj(x, about)[0]
+
+    def _placed(self, y: Tensor, about: Tensor | None) -> Tensor:
+        flow = self.flow
+        x = flow.bijection.inverse_and_ladj(y, about)[0]
+        if flow.mixture is not None:
+            u = flow.base_distribution(about).cdf(x)[..., None]
+        else:
+            u = bases.cdf(flow.base, x, flow.df)
+        return torch.where(self._rising(about, len(y)), u, 1.0 - u)
+
+    def encode(self, context: Any) -> Tensor:
+        """Return the numbers (N, context_dim) that the flow takes for rows of the context: ``flow(encode(rows))``."""
+        return self._contexts(context)
+
+    def _encoded(self, context: Any) -> Any:
+        return context if context is None or self.encoding is None else self.encoding.encode(context)
+
     def nats(self, data: Any, context: Any = None, *, seed: int = 0) -> float:
         """Return the mean log density of data given as to :func:`fit_density`; quantized values get noise first."""
-        given = points_for(self.flow, "data", data, context)
+        given = points_for(self.flow, "data", data, self._encoded(context))
         if self.levels is not None:
             given = given.quantized(self.levels.count)
         with seeded(seed, like(self.flow).device):
@@ -152,7 +256,8 @@ class DensityFit:
         Raises:
             ValueError: if the flow was not made by a builder, or the path holds other files.
         """
-        description = {"settings": self.settings, "validation": self.validation, "why": self.why}
+        description: dict[str, Any] = {"settings": self.settings, "validation": self.validation, "why": self.why}
+        description["context"] = None if self.encoding is None else self.encoding.to_json()
         files.write(path, self.flow, {"losses": self.losses, "checks": self.checks}, description, self.levels)
 
     @classmethod

@@ -171,6 +171,7 @@ def rows(name: str, values: Any, context: Any, like: Tensor) -> Rows:
         ValueError: for what is no array of numbers with one point a row, or a context of another length.
     """
     values, context = _array(name, values, like), None if context is None else _array("context", context, like)
+    values, context = _column(values), None if context is None else _column(context)
     if len(values.shape) < 2 or 0 in values.shape:
         raise ValueError(f"{name}: expected one point a row, (N, ...), got shape {tuple(values.shape)}.")
     if context is not None and len(context) != len(values):
@@ -183,10 +184,17 @@ def rows(name: str, values: Any, context: Any, like: Tensor) -> Rows:
 def _array(name: str, values: Any, like: Tensor) -> Any:
     if isinstance(values, np.memmap):
         return values
+    if hasattr(values, "iloc"):  # a data frame, or a column of one
+        values = values.to_numpy()
     if not isinstance(values, (Tensor, np.ndarray, list, tuple)):
         raise ValueError(f"{name}: expected a tensor, an array or a DataLoader, got a {type(values).__name__}.")
     tensor = numbers(name, values)
     return tensor.to(like.device) if tensor.element_size() == 1 else _like(tensor, like)  # bytes stay bytes
+
+
+def _column(values: Any) -> Any:
+    """Return a list of numbers as points of one coordinate."""
+    return values[:, None] if len(values.shape) == 1 else values
 
 
 def _like(tensor: Tensor, like: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -13,15 +13,21 @@ from torch.utils.data import DataLoader
 from pyro_flows import _checks
 from pyro_flows.density_estimation import files
 from pyro_flows.density_estimation.fitted import points_for
+from pyro_flows.density_estimation.mixtures import choose
 from pyro_flows.density_estimation.points import CHUNK, Batch, Rows, Source, Stream, rows
-from pyro_flows.density_estimation.standardizing import is_fresh, preprocess
+from pyro_flows.density_estimation.standardizing import is_fresh, preprocess, scale_of
 from pyro_flows.flows.flow import Flow
-from pyro_flows.flows.recipe import BUILDERS, ending, with_preprocess
+from pyro_flows.flows.recipe import AUTO, BUILDERS, ending, with_mixture, with_preprocess
+from pyro_flows.flows.vectors import realnvp, spline
 from pyro_flows.transforms import Compose, Logit
 from pyro_flows.transforms.fixed import Preprocess
 
 CHECKED_POINTS = 5_000  # held-out points that the checks during training use
 MEASURED_POINTS = 50_000  # from which scales and correlations are taken
+SPLINES_UP_TO = 100  # dimensions, above which the default is affine couplings
+MIXTURES_UP_TO = 200  # dimensions of a mixture of Gaussians as base
+PARTS_OF_CONTEXTS = 5  # of a mixture at least, if their weights, places and scales depend on a context
+MIXTURE_SHARE = 0.35  # of the seconds, that expectation maximization may take
 
 
 def make(flow: Flow | str, data: Any, context: Any) -> Flow:
@@ -30,15 +36,31 @@ def make(flow: Flow | str, data: Any, context: Any) -> Flow:
         return copy.deepcopy(flow)
     if not isinstance(flow, str):
         raise ValueError(f"flow: expected a Flow or a builder's name, got a {type(flow).__name__}.")
-    builder = BUILDERS[_checks.choice("flow", flow, BUILDERS)]
+    _checks.choice("flow", flow, (AUTO, *BUILDERS))
     if isinstance(data, DataLoader):
         raise ValueError("flow: a DataLoader does not tell its shape; pass a flow, such as pf.realnvp(dim).")
     shape = rows("data", data, None, torch.zeros(())).event_shape
     if len(shape) != 1:
         raise ValueError(f"flow: a name makes a flow of vectors, the data have shape {tuple(shape)}; pass a flow.")
     width = 0 if context is None else rows("context", context, None, torch.zeros(())).event_shape[-1]
-    options = {} if flow == "planar" else {"network": "robust"}
-    return builder(shape[0], context_dim=width, hidden=(64, 64), activation="relu", base="logistic", **options)
+    options: dict[str, Any] = {"context_dim": width, "hidden": (64, 64), "activation": "relu"}
+    if flow == AUTO:
+        return _default(shape[0], options)
+    options |= {} if flow == "planar" else {"network": "robust"}
+    return BUILDERS[flow](shape[0], base="logistic", **options)
+
+
+def _default(dim: int, options: dict[str, Any]) -> Flow:
+    """Return what is taken before a mixture is its base: splines, and affine couplings of very many coordinates.
+
+    The mixture alone bends one coordinate that depends on a context. A spline as well takes twice the time, and fits
+    noise of few points.
+    """
+    if dim == 1 and options["context_dim"]:
+        return BUILDERS["realnvp"](dim, layers=1, **{**options, "activation": "silu"})
+    if dim <= SPLINES_UP_TO:
+        return spline(dim, layers=1 if dim == 1 else 4, network="robust", **options)
+    return realnvp(dim, network="robust", **options)
 
 
 def sources(flow: Flow, data: Any, context: Any, validation: Any, levels: int | None) -> tuple[Source, Source | None]:
@@ -79,12 +101,51 @@ def with_scale(flow: Flow, train: Source, kind: str | None) -> tuple[Flow, str |
             return flow, None
         kind = "whiten" if own is not None and own.full else "standardize"
     batches = held(train, MEASURED_POINTS)
-    layer: Preprocess = preprocess(kind, batches, pooled=images)
-    given = flow if auto and not is_fresh(flow) else None
+    fresh = is_fresh(flow)
+    scaled = _scale_context(flow, batches, fresh)
+    layer: Preprocess = preprocess(kind, scaled, pooled=images)
+    given = flow if auto and not fresh else None
     placed = with_preprocess(flow if given is None else copy.deepcopy(flow), layer)
     if given is not None and _likelihood(given, batches) >= _likelihood(placed, batches):
         return given, None if own is None else kind
     return placed, kind
+
+
+def _scale_context(flow: Flow, batches: Sequence[Batch], fresh: bool) -> Sequence[Batch]:
+    """Let a new flow of a builder standardize its context, and return the batches with the context that layers see."""
+    if not flow.context_dim or not isinstance(flow.bijection, Compose):
+        return batches
+    if fresh and flow.recipe is not None and flow.recipe.named:
+        flow.bijection.context_scale = scale_of(torch.cat([c for _, c in batches if c is not None]))
+    return [(y, flow.bijection._standardized(c)) for y, c in batches]
+
+
+@torch.no_grad()
+def begin_mixture(flow: Flow, train: Source, held_out: Source | None, over: Callable[[], bool]) -> Flow:
+    """Give a flow of vectors a mixture as its base, begun at Gaussians by expectation maximization.
+
+    Residuals of a regression on the context are inflated first, since it has seen them.
+    """
+    if flow.dim > MIXTURES_UP_TO:
+        return flow
+    bijection = flow.bijection
+    x, other = (
+        None if points is None else torch.cat([bijection.inverse_and_ladj(y, c)[0] for y, c in held(points, most)])
+        for points, most in ((train, MEASURED_POINTS), (held_out, CHECKED_POINTS))
+    )
+    assert x is not None
+    if flow.context_dim:
+        x = x * math.sqrt(len(x) / max(len(x) - flow.context_dim - 1, 0.5 * len(x)))
+    white = preprocess("whiten", [(x, None)])
+    given = None if other is None else white.inverse_and_ladj(other)[0]
+    parts = choose(white.inverse_and_ladj(x)[0], given, over=over).moved(white.loc, white.scale)
+    parts = parts.split(PARTS_OF_CONTEXTS) if flow.context_dim else parts
+    found = with_mixture(flow, components=len(parts.log_weights), context_dim=flow.context_dim)
+    assert found.mixture is not None
+    found.mixture.assign(*parts)
+    if isinstance(bijection, Compose):
+        found.mixture.context_scale = bijection.context_scale
+    return found
 
 
 @torch.no_grad()
@@ -93,7 +154,7 @@ def _likelihood(flow: Flow, batches: Sequence[Batch]) -> float:
     total, count = 0.0, 0
     for y, context in batches:
         x, ladj = flow.bijection.inverse_and_ladj(y, context)
-        total += float((flow.base_distribution().log_prob(x) + ladj).double().sum())
+        total += float((flow.base_distribution(context).log_prob(x) + ladj).double().sum())
         count += len(y)
         if count >= CHECKED_POINTS:
             break

@@ -63,6 +63,13 @@ def preprocess(kind: str, batches: Iterable[Batch], *, pooled: bool = False, shr
     return Preprocess(mean.reshape(shape).to(like), factor.to(like), None if slope is None else slope.to(like))
 
 
+def scale_of(contexts: Tensor) -> Tensor:
+    """Return a location and a scale (2, C) of contexts (N, C); columns of zeros and ones stay as they are."""
+    found = torch.stack([contexts.mean(0), contexts.std(0)])
+    still = ((contexts == 0) | (contexts == 1)).all(0) | (found[1] <= 1e-6 * found[0].abs() + 1e-30)
+    return torch.where(still, torch.tensor([[0.0], [1.0]]).to(found), found)
+
+
 @torch.no_grad()
 def is_fresh(flow: Flow) -> bool:
     """Whether the flow is what builders make: the identity, up to an order of coordinates, so that it knows no data."""
@@ -78,8 +85,8 @@ def _regress(context: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     """Return the slope of centered ``y`` on the context, with a hint of a ridge, and what is left."""
     centered = context - context.mean(0)
     gram = centered.mT @ centered
-    ridge = gram.diagonal().mean().clamp(min=1e-12) * 1e-4
-    slope = torch.linalg.solve(gram + ridge * torch.eye(len(gram)).to(gram), centered.mT @ y)
+    ridge = 1e-4 * gram.diagonal().clamp(min=1e-12 * float(gram.diagonal().max()) + 1e-12)
+    slope = torch.linalg.solve(gram + ridge.diag(), centered.mT @ y)
     return slope, y - centered @ slope
 
 

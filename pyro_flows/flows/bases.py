@@ -33,6 +33,32 @@ def score(base: str, x: Tensor, df: float) -> Tensor:
     return x * (-(df + 1.0)) / (x.square() + df)
 
 
+def cdf(base: str, x: Tensor, df: float) -> Tensor:
+    """Return the distribution function at each coordinate of ``x``."""
+    if base == "normal":
+        return torch.special.ndtr(x)
+    if base == "logistic":
+        return torch.sigmoid(x)
+    if base == "uniform":
+        return (0.5 * (x + 1.0)).clamp(0.0, 1.0)
+    from scipy.special import stdtr  # type: ignore[import-untyped]
+
+    return torch.as_tensor(stdtr(df, x.detach().cpu().double().numpy())).to(x)
+
+
+def icdf(base: str, u: Tensor, df: float) -> Tensor:
+    """Return quantiles for probabilities."""
+    if base == "normal":
+        return torch.special.ndtri(u)
+    if base == "logistic":
+        return torch.logit(u)
+    if base == "uniform":
+        return 2.0 * u - 1.0
+    from scipy.special import stdtrit
+
+    return torch.as_tensor(stdtrit(df, u.detach().cpu().double().numpy())).to(u)
+
+
 class Logistic(dist.Logistic):
     """Pyro's logistic distribution, whose draws are finite: one of 16 million single-precision uniform draws is 0."""
 

@@ -14,6 +14,7 @@ from torch.distributions import Distribution, constraints
 
 from pyro_flows import _checks
 from pyro_flows.flows import bases
+from pyro_flows.flows.mixture_base import MixtureBase
 from pyro_flows.transforms import (
     Bijection,
     Bound,
@@ -28,6 +29,7 @@ from pyro_flows.transforms.coupling import Coupling
 AFFINE = (DiagonalAffine, LowerTriangularAffine)
 ALONE = 4.0  # times larger gains where no affine map is trained with the flow
 PIECE = 2**17  # numbers that are drawn together, so that what comes between fits a cache
+MIXTURE = "mixture"  # the name of a base that is a mixture
 BASES = ("logistic", "normal", "student_t", "uniform")
 
 
@@ -71,6 +73,7 @@ class Flow(nn.Module):
         self.dim = math.prod(self.base_shape)
         self.base = _checks.choice("base", base, BASES)
         self.df = _checks.positive("df", df)
+        self.mixture: MixtureBase | None = None  # takes the place of the base, see :func:`recipe.with_mixture`
         self.recipe: Any = None  # a Recipe, which builds flows and so stands above this file; builders write it
         self.register_buffer("_like", torch.zeros(()), persistent=False)
 
@@ -110,8 +113,13 @@ class Flow(nn.Module):
                 layer.slow(len(layers) / (ALONE if alone else 1.0))
         return self
 
-    def base_distribution(self) -> TorchDistribution:
-        """Return :math:`q_0`, with event shape ``base_shape``, on the flow's device and of its dtype."""
+    def base_distribution(self, context: Tensor | None = None) -> TorchDistribution:
+        """Return :math:`q_0`, with event shape ``base_shape``, on the flow's device and of its dtype.
+
+        Only a mixture may depend on the context; it then has the context's batch shape.
+        """
+        if self.mixture is not None:
+            return self.mixture(context if self.mixture.context_dim else None)
         like = next(self.bijection.parameters(), self._like)
         zero, one = like.new_zeros(self.base_shape), like.new_ones(self.base_shape)
         if self.base == "normal":
@@ -126,13 +134,13 @@ class Flow(nn.Module):
 
     def forward(self, context: Tensor | None = None) -> TransformedDistribution:
         """Return the distribution of the flow, with the batch shape of the context."""
-        return TransformedDistribution(self.base_distribution(), [Bound(self.bijection, context)])
+        return TransformedDistribution(self.base_distribution(context), [Bound(self.bijection, context)])
 
     def rsample_and_log_prob(self, shape: Sequence[int] = (), context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Draw and score in one pass: ``(*shape, *batch, *event_shape)`` and ``(*shape, *batch)``, with gradients."""
-        base = self.base_distribution()
+        context = None if context is None else self._real("context", context)
+        base = self.base_distribution(context)
         if context is not None:
-            context = self._real("context", context)
             base = base.expand(context.shape[:-1])
         x = base.rsample(torch.Size(shape))
         y, ladj = self.bijection.forward_and_ladj(x, context)
@@ -160,9 +168,9 @@ class Flow(nn.Module):
             ValueError: for the uniform base: its density has edges that move with the parameters, which a score cannot
                 see.
         """
-        if self.base == "uniform":
+        if self.base in ("uniform", MIXTURE):
             raise ValueError(
-                "base: the uniform base has no score at its edges; take 'normal', 'student_t' or 'logistic'."
+                f"base: draws of the {self.base} base have no path gradient; take 'normal', 'student_t' or 'logistic'."
             )
         base = self.base_distribution()
         x = base.rsample(torch.Size(shape)) if at is None else self._real("at", at)
@@ -185,15 +193,15 @@ class Flow(nn.Module):
             if not (real and bool(torch.isfinite(y.sum()))) and not bool(support.check(y).all()):
                 raise ValueError(f"y: expected values in the support of the flow, {support}, got others.")
         x, ladj = self.bijection.inverse_and_ladj(y, context)
-        return self._log_base(x) + ladj
+        return self._log_base(x, context) + ladj
 
     def _real(self, name: str, value: Tensor) -> Tensor:
         """Whole numbers as numbers of the flow's dtype: products with its weights need one dtype."""
         return _checks.floating(name, value, next(self.bijection.parameters(), self._like))
 
-    def _log_base(self, x: Tensor) -> Tensor:
-        if self.base == "uniform":
-            return self.base_distribution().log_prob(x)
+    def _log_base(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        if self.base in ("uniform", MIXTURE):
+            return self.base_distribution(context).log_prob(x)
         return bases.log_density(self.base, x, self.df).sum(tuple(range(-len(self.base_shape), 0)))
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -12,7 +13,9 @@ from torch import Tensor, nn
 
 from pyro_flows import _checks
 from pyro_flows._turns import turn
-from pyro_flows.flows.flow import Flow
+from pyro_flows.flows.flow import MIXTURE, Flow
+from pyro_flows.flows.mixture_base import MixtureBase
+from pyro_flows.flows.unbent import warn_unbent
 from pyro_flows.transforms import Bijection, Compose, DiagonalAffine, LowerTriangularAffine, SinhArcsinh
 from pyro_flows.transforms.fixed import Preprocess
 
@@ -28,9 +31,21 @@ PARTS: dict[str, Callable[..., Flow]] = {}  # of mixtures: in files, and not to 
 
 
 def of_vectors(builder: Callable[..., Flow]) -> Callable[..., Flow]:
-    """Register a builder of flows of vectors under its name."""
+    """Register a builder of flows of vectors under its name. Returns what users call: it warns of unbent coordinates.
+
+    The registered one does not: guides put tails around a flow, which bend all coordinates.
+    """
     VECTOR_BUILDERS[builder.__name__] = builder
-    return of_images(builder)
+    of_images(builder)
+
+    @functools.wraps(builder)
+    def checked(*args: Any, **kwargs: Any) -> Flow:
+        flow = builder(*args, **kwargs)
+        if flow.dim == 1 or kwargs.get("layers") == 1:
+            warn_unbent(flow, builder.__name__)
+        return flow
+
+    return checked
 
 
 def of_images(builder: Callable[..., Flow]) -> Callable[..., Flow]:
@@ -57,7 +72,8 @@ class Recipe:
         df: degrees of freedom of the base.
         around: the maps after the flow, from the inside out: ``("preprocess", {"full": ..., "context": ...})``, a map
             to the scale of data, or ``("affine", kind)``, tails and a trainable affine map, where ``kind`` is "tril",
-            "diagonal", or "auto": triangular up to 200 dimensions.
+            "diagonal", or "auto": triangular up to 200 dimensions. Before them may stand ``("mixture", {"components":
+            ..., "context_dim": ..., "hidden": ...})``, a mixture of Student t distributions in the place of the base.
     """
 
     builder: FlowLike
@@ -89,7 +105,7 @@ class Recipe:
             made = made(dim)
         flow = made if isinstance(made, Flow) else Flow(made, base=self.base, df=self.df)
         for kind, about in self.around:
-            flow = with_affine(flow, about) if kind == "affine" else with_preprocess(flow, blank(about, flow))
+            flow = _with(flow, kind, about)
         return flow
 
     def build_for_latents(self, dim: int) -> Flow:
@@ -145,6 +161,12 @@ def latent_recipe(flow: FlowLike, options: Mapping[str, Any], *, affine: str, ba
     return found
 
 
+def _with(flow: Flow, kind: str, about: Any) -> Flow:
+    if kind == "affine":
+        return with_affine(flow, about)
+    return with_mixture(flow, **about) if kind == MIXTURE else with_preprocess(flow, blank(about, flow))
+
+
 # maps around a flow ---------------------------------------------------------------------------------------------------
 
 
@@ -159,6 +181,22 @@ def with_affine(flow: Flow, kind: str) -> Flow:
     whole = Flow(Compose([flow.bijection, SinhArcsinh(flow.dim), map_]), dim=flow.dim, base=flow.base, df=flow.df)
     whole.recipe = None if flow.recipe is None else flow.recipe.then("affine", kind)
     return whole
+
+
+def with_mixture(flow: Flow, *, components: int, context_dim: int = 0, hidden: Sequence[int] = (64, 64)) -> Flow:
+    """Give the flow a mixture of Student t distributions as its base, all alike at first, and note it in the recipe.
+
+    Raises:
+        ValueError: for a flow of images.
+    """
+    if len(flow.base_shape) != 1:
+        raise ValueError(f"flow: a mixture is a base of vectors, not of shape {tuple(flow.base_shape)}.")
+    made = MixtureBase(flow.dim, components, context_dim=context_dim, hidden=hidden)
+    flow.mixture, flow.base = made.to(next(flow.parameters(), flow._like)), MIXTURE
+    about = {"components": components, "context_dim": context_dim, "hidden": tuple(hidden)}
+    recipe = flow.recipe
+    flow.recipe = None if recipe is None else replace(recipe, around=((MIXTURE, about), *recipe.around))
+    return flow
 
 
 def affine_of(flow: Flow) -> LowerTriangularAffine | DiagonalAffine | None:
@@ -202,7 +240,7 @@ def with_preprocess(flow: Flow, layer: Preprocess) -> Flow:
         flow.recipe = None if recipe is None else replace(recipe, around=(*recipe.around[:-1], about))
         return flow
     inner = flow.bijection
-    flow.bijection = Compose([*(inner.layers if isinstance(inner, Compose) else [inner]), layer])  # type: ignore[list-item]
+    flow.bijection = _composed(inner, [*(inner.layers if isinstance(inner, Compose) else [inner]), layer])
     flow.recipe = None if recipe is None else recipe.then(*about)
     return flow
 
@@ -211,7 +249,14 @@ def _ending_replaced(bijection: Bijection, layer: Preprocess) -> Bijection:
     if not isinstance(bijection, Compose):
         return layer
     stack: list[Any] = list(bijection.layers)
-    return Compose([*stack[:-1], _ending_replaced(stack[-1], layer)])
+    return _composed(bijection, [*stack[:-1], _ending_replaced(stack[-1], layer)])
+
+
+def _composed(before: Bijection, layers: list[Any]) -> Compose:
+    """Compose layers, with the scale of the context that they had."""
+    found = Compose(layers)
+    found.context_scale = before.context_scale if isinstance(before, Compose) else None
+    return found
 
 
 def ending(flow: Flow) -> Preprocess | None:

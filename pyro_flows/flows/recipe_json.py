@@ -19,15 +19,15 @@ from pyro_flows.flows.mixture import Component, FlowMixture
 from pyro_flows.flows.recipe import BUILDERS, PARTS, Recipe
 
 MIXTURE = "mixture"  # in the place of a builder's name
-AROUND = {"builder", "df", "inner", "preprocess", "affine"}  # entries of a flow with more maps around it
+AROUND = {"builder", "df", "inner", "mixture", "preprocess", "affine"}  # entries of a flow with more maps around it
 
 
 def to_json(flow: Flow | FlowMixture) -> dict[str, Any] | None:
     """Return JSON values that tell how to build the flow; None if it was not made by a builder.
 
-    A builder's options stand side by side with "builder", "dim", "base" and "df", and so do one map to the scale of
-    data, "preprocess", and one affine map after it, "affine". What comes on top of these has all so far as "inner".
-    Weights, orders and signs of a mixture are in the state, like all parameters.
+    A builder's options stand side by side with "builder", "dim", "base" and "df", and so do a "mixture" as the base,
+    one map to the scale of data, "preprocess", and one affine map after it, "affine". What comes on top of these has
+    all so far as "inner". Weights, orders and signs of a mixture are in the state, like all parameters.
     """
     if isinstance(flow, FlowMixture):
         found = [to_json(member) for member in flow.members]
@@ -54,10 +54,12 @@ def recipe_of(text: Mapping[str, Any]) -> tuple[Recipe, Any]:
             raise ValueError(f"recipe: expected the entries {', '.join(sorted(AROUND))} around a flow, got others.")
         recipe = recipe.with_df(text.get("df", recipe.df))
     else:
-        options = {name: value for name, value in text.items() if name not in ("affine", "preprocess")}
+        options = {name: value for name, value in text.items() if name not in ("mixture", "affine", "preprocess")}
         builder, dim, base, df = (options.pop(name) for name in ("builder", "dim", "base", "df"))
         _checks.positive("df", df)
         recipe = Recipe(builder, options, base, df)
+    if text.get("mixture") is not None:
+        recipe = recipe.then("mixture", text["mixture"])
     if text.get("preprocess") is not None:
         recipe = recipe.then("preprocess", text["preprocess"])
     if text.get("affine") is not None:
@@ -142,7 +144,7 @@ def _at_two_points(flow: Flow | FlowMixture) -> tuple[Tensor, ...]:
     """Return what a flow makes of two points, for flows to be compared."""
     if isinstance(flow, FlowMixture):
         return (flow.log_prob(torch.linspace(-3.0, 3.0, 2 * flow.dim).reshape(2, -1).to(flow._like)),)
-    like = flow.base_distribution().mean
+    like = next(flow.parameters(), flow._like)
     x = torch.linspace(-3.0, 3.0, 2 * flow.dim).reshape(2, *flow.base_shape).to(like)
     context = x.new_zeros(2, flow.context_dim) if flow.context_dim else None
-    return (*flow.bijection.forward_and_ladj(x, context), flow.base_distribution().log_prob(x))
+    return (*flow.bijection.forward_and_ladj(x, context), flow.base_distribution(context).log_prob(x))

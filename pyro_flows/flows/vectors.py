@@ -33,7 +33,7 @@ def planar(
 ) -> Flow:
     r"""Planar flow: ``layers`` times :math:`x + \hat u \tanh(w^\top x + b)`; :math:`2D + 1` parameters a layer.
 
-    For low dimensions and mild departures from a Gaussian; the only one of the builders that bends one dimension. The
+    For low dimensions and mild departures from a Gaussian; bends one dimension too. The
     inverse costs a scalar root a layer.
 
     Args:
@@ -139,7 +139,7 @@ def realnvp(
     A coupling keeps :math:`x_K` and moves the others, :math:`y_M = x_M \odot e^{s(x_K)} + t(x_K)`; see
     :class:`AffineCoupling`.
     The inverse costs as much as the forward pass. In one dimension a coupling has nothing to condition on and the flow
-    is affine: take :func:`planar` there.
+    is affine, which a warning says: take :func:`spline` there.
 
     Args:
         dim: number of coordinates.

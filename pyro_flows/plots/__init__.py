@@ -7,6 +7,7 @@ shows without shrinking them. ``plt.style.use("pyro_flows.style")`` gives figure
 its state are not used.
 """
 
+from pyro_flows.plots.calibration import plot_pit, plot_quantiles
 from pyro_flows.plots.densities import plot_losses, plot_points, plot_spectrum
 from pyro_flows.plots.elbo import plot_elbo
 from pyro_flows.plots.forest import plot_forest
@@ -42,10 +43,12 @@ __all__ = [
     "plot_losses",
     "plot_nearest",
     "plot_pairs",
+    "plot_pit",
     "plot_points",
     "plot_posterior",
     "plot_predictive",
     "plot_prior_posterior",
+    "plot_quantiles",
     "plot_spectrum",
     "plot_weights",
     "scale_spectrum",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +11,7 @@ from torch.distributions import constraints
 
 from pyro_flows import _checks
 from pyro_flows.transforms.base import Bijection
+from pyro_flows.transforms.networks import adopt_context_scale
 
 
 @_checks.constructor
@@ -17,7 +19,8 @@ class Compose(Bijection):
     r"""Bijections one after the other: :math:`y = T_K(\dots T_1(x))`, :math:`\log|J| = \sum_k \log|J_k|`.
 
     Layers with ``context_dim > 0`` must agree on it; all of them see the same context. The inverse costs the inverse
-    of each layer.
+    of each layer. The buffer ``context_scale``, (2, context_dim) or None, holds a location and a scale of the context:
+    if it is there, layers see the standardized context.
 
     Args:
         layers: the bijections, first applied first.
@@ -31,8 +34,11 @@ class Compose(Bijection):
     torch.Size([5])
     """
 
+    context_scale: Tensor | None
+
     def __init__(self, layers: Iterable[Bijection]) -> None:
         super().__init__()
+        self.register_buffer("context_scale", None)
         stack = list(layers)
         if not stack:
             raise ValueError("layers: expected at least one Bijection, got none.")
@@ -78,11 +84,22 @@ class Compose(Bijection):
             shape = layer.inverse_shape(shape)  # type: ignore[operator]
         return shape
 
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        adopt_context_scale(self, state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def _standardized(self, context: Tensor | None) -> Tensor | None:
+        """Check the context, and return it on its own scale."""
+        _checks.context("Compose", context, self.context_dim)
+        if context is None or self.context_scale is None:
+            return context
+        return (context - self.context_scale[0]) / self.context_scale[1]
+
     def _context(self, layer: nn.Module, context: Tensor | None) -> Tensor | None:
         return context if layer.context_dim else None
 
     def forward_and_ladj(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        _checks.context("Compose", context, self.context_dim)
+        context = self._standardized(context)
         total: Tensor | None = None
         for layer in self.layers:
             x, ladj = layer.forward_and_ladj(x, self._context(layer, context))  # type: ignore[operator]
@@ -90,7 +107,7 @@ class Compose(Bijection):
         return x, total  # type: ignore[return-value]
 
     def inverse_and_ladj(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        _checks.context("Compose", context, self.context_dim)
+        context = self._standardized(context)
         total: Tensor | None = None
         for layer in reversed(self.layers):
             y, ladj = layer.inverse_and_ladj(y, self._context(layer, context))  # type: ignore[operator]
@@ -100,7 +117,7 @@ class Compose(Bijection):
     def forward_and_score(
         self, x: Tensor, score: Tensor, context: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        _checks.context("Compose", context, self.context_dim)
+        context = self._standardized(context)
         total: Tensor | None = None
         for layer in self.layers:
             x, ladj, score = layer.forward_and_score(x, score, self._context(layer, context))  # type: ignore[operator]
@@ -109,7 +126,7 @@ class Compose(Bijection):
 
     @torch.no_grad()
     def start_from(self, y: Tensor, context: Tensor | None = None) -> Tensor:
-        _checks.context("Compose", context, self.context_dim)
+        context = self._standardized(context)
         for layer in reversed(self.layers):
             y = layer.start_from(y, self._context(layer, context))  # type: ignore[operator]
         return y

@@ -31,6 +31,18 @@ def adopt_buffer(module: nn.Module, name: str, state_dict: dict[str, Any], prefi
         setattr(module, name, None)
 
 
+def adopt_context_scale(module: nn.Module, state_dict: dict[str, Any], prefix: str) -> None:
+    """Let a module take over the location and scale of a context from the state to be loaded, or have none.
+
+    Raises:
+        ValueError: for another shape than (2, context_dim), or scales that are not positive.
+    """
+    adopt_buffer(module, "context_scale", state_dict, prefix)
+    found: Any = module.context_scale
+    if found is not None and (found.shape != (2, module.context_dim) or not bool((found[1] > 0.0).all())):
+        raise ValueError(f"context_scale: expected shape (2, {module.context_dim}) and positive scales.")
+
+
 class Paced(nn.Module):
     """Numbers that come out times a fixed ``gain``, if there is one: with a small gain, a step of Adam moves them less.
 

@@ -513,7 +513,7 @@ def test_bad_options(options, message):
         (None, torch.zeros(4, 2), "expected a Flow or a builder's name"),
         ("nice", torch.zeros(4, 1, 2, 2), "a name makes a flow of vectors"),
         ("nice", "words", "expected a tensor, an array or a DataLoader"),
-        ("nice", torch.zeros(4), "expected one point a row"),
+        ("nice", torch.tensor(4.0), "expected one point a row"),
         (pf.nice(3), torch.zeros(4, 2), r"expected points of shape \(3,\), got \(2,\)"),
         ("nice", torch.zeros(1, 2), "at least two points"),
     ],

@@ -150,7 +150,7 @@ def test_model_kwargs_and_positional_arguments():
         ({"seed": -1}, ValueError, "seed"),
         ({"layrs": 3}, TypeError, "layrs"),
         ({"flow": pf.realnvp(3)}, ValueError, "dim"),
-        ({"flow": pf.realnvp(1), "layers": 2}, ValueError, "layers"),
+        ({"flow": pf.planar(1), "layers": 2}, ValueError, "layers"),
     ],
 )
 def test_bad_options(options, error, message):

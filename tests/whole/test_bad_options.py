@@ -56,9 +56,9 @@ def test_misspelt_options_of_a_fit():
 
 def test_options_go_with_names_only():
     with pytest.raises(TypeError, match="layers go with a flow's name; this flow is already built"):
-        pf.AutoFlow(good, pf.realnvp(1), layers=3)
+        pf.AutoFlow(good, pf.planar(1), layers=3)
     with pytest.raises(ValueError, match="layers: goes with a flow given by name"):
-        pf.fit(good, Y, flow=pf.realnvp(1), layers=3)
+        pf.fit(good, Y, flow=pf.planar(1), layers=3)
 
 
 @pytest.mark.parametrize(
@@ -78,7 +78,7 @@ def test_bad_options_of_a_fit(options, message):
 
 
 @pytest.mark.parametrize(
-    "form", [pf.realnvp(3), pf.transforms.Planar(2), lambda dim: pf.nice(dim + 1), pf.realnvp(1, context_dim=2)]
+    "form", [pf.realnvp(3), pf.transforms.Planar(2), lambda dim: pf.nice(dim + 1), pf.spline(1, context_dim=2)]
 )
 def test_flows_of_the_wrong_dimension(form):
     message = r"flow: expected one of dim 1 \(the model's unconstrained latents\) without context, got dim"

@@ -1,0 +1,268 @@
+"""A density as an estimator by scikit-learn's conventions, without a need of that package."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from pyro_flows.density_estimation.fit_density import fit_density
+from pyro_flows.density_estimation.fitted import DensityFit
+
+
+class DensityEstimator:
+    r"""Fit a density by :func:`fit_density`, as an estimator of scikit-learn.
+
+    ``fit(X)`` fits the density of rows, :math:`q(x)`, and ignores y, as ``sklearn.neighbors.KernelDensity`` does. With
+    ``conditional=True``, ``fit(X, y)`` fits the density of the outputs given the rows, :math:`q(y \mid x)`. Constructor
+    arguments are those of :func:`fit_density`.
+
+    Args:
+        flow: a builder's name, "auto", or a flow.
+        conditional: whether the density is that of y given X.
+        validation: share of the rows that is held out.
+        batch: rows a step.
+        learning_rate: of Adam.
+        weight_decay: of AdamW.
+        max_epochs: passes through the rows at most.
+        max_seconds: seconds at most.
+        random_state: seed, a number.
+
+    Attributes:
+        fit_: the :class:`DensityFit`.
+        n_features_in_: columns of X.
+        feature_names_in_: their names, if X had any.
+
+    Raises:
+        ValueError: by ``fit``, for what :func:`fit_density` refuses.
+        TypeError: for sparse matrices.
+
+    Cost: that of :func:`fit_density`. Shapes: X is (N, columns), y is (N,) or (N, D); log densities (N,) are in nats.
+
+    >>> import numpy as np, pyro_flows as pf
+    >>> rows = np.random.default_rng(0).normal(size=(200, 2))
+    >>> found = pf.DensityEstimator(max_epochs=1).fit(rows)
+    >>> found.score_samples(rows).shape, found.get_params()["max_epochs"]
+    ((200,), 1)
+    """
+
+    def __init__(
+        self,
+        flow: Any = "auto",
+        *,
+        conditional: bool = False,
+        validation: float = 0.1,
+        batch: int | None = None,
+        learning_rate: float | None = None,
+        weight_decay: float | None = None,
+        max_epochs: int | None = None,
+        max_seconds: float | None = None,
+        random_state: int | None = 0,
+    ) -> None:
+        self.flow = flow
+        self.conditional = conditional
+        self.validation = validation
+        self.batch = batch
+        self.learning_rate = learning_rate
+        self.weight_decay = weight_decay
+        self.max_epochs = max_epochs
+        self.max_seconds = max_seconds
+        self.random_state = random_state
+
+    # parameters -------------------------------------------------------------------------------------------------------
+
+    def get_params(self, deep: bool = True) -> dict[str, Any]:
+        """Return the arguments of the constructor."""
+        return {name: getattr(self, name) for name in self._names()}
+
+    def set_params(self, **params: Any) -> DensityEstimator:
+        """Set arguments of the constructor. Returns the estimator.
+
+        Raises:
+            ValueError: for an unknown name.
+        """
+        for name, value in params.items():
+            if name not in self._names():
+                raise ValueError(f"Invalid parameter {name!r} for estimator {self}. Valid: {self._names()}.")
+            setattr(self, name, value)
+        return self
+
+    @classmethod
+    def _names(cls) -> list[str]:
+        return sorted(name for name in inspect.signature(cls.__init__).parameters if name != "self")
+
+    def __repr__(self) -> str:
+        found = inspect.signature(type(self).__init__).parameters
+        changed = [
+            f"{name}={getattr(self, name)!r}" for name in self._names() if getattr(self, name) != found[name].default
+        ]
+        return f"{type(self).__name__}({', '.join(changed)})"
+
+    def __sklearn_tags__(self) -> Any:
+        from sklearn.utils import InputTags, Tags, TargetTags
+
+        return Tags(
+            estimator_type=None if self.conditional else "density_estimator",
+            target_tags=TargetTags(required=self.conditional, multi_output=self.conditional),
+            transformer_tags=None,
+            regressor_tags=None,
+            classifier_tags=None,
+            non_deterministic=False,
+            input_tags=InputTags(),
+        )
+
+    def __sklearn_is_fitted__(self) -> bool:
+        return hasattr(self, "fit_")
+
+    # fitting and scoring ----------------------------------------------------------------------------------------------
+
+    def fit(self, X: Any, y: Any = None) -> DensityEstimator:
+        """Fit the density of X, or of y given X. Returns the estimator.
+
+        Raises:
+            ValueError: for values that are missing, of another shape or too few, and by :func:`fit_density`.
+            TypeError: for sparse matrices.
+        """
+        self.feature_names_in_ = _names_of(X)
+        if self.feature_names_in_ is None:
+            del self.feature_names_in_
+        rows = X if self.conditional and hasattr(X, "iloc") else _table(X, missing=self.conditional)
+        if len(rows) < 2:
+            raise ValueError(
+                f"Found array with {len(rows)} sample(s); a minimum of 2 is required (1 sample is too few)."
+            )
+        self.n_features_in_ = rows.shape[1]
+        options = {name: value for name, value in self.get_params().items() if name not in ("flow", "conditional")}
+        options["seed"] = options.pop("random_state") or 0
+        if self.conditional:
+            if y is None:
+                raise ValueError("y: requires y to be passed, but the target y is None.")
+            self.fit_: DensityFit = fit_density(
+                self.flow, _table(y, column=True), context=rows, progress=False, **options
+            )
+        else:
+            self.fit_ = fit_density(self.flow, rows, progress=False, **options)
+        return self
+
+    def score_samples(self, X: Any, y: Any = None) -> np.ndarray:
+        """Return the log density of each row, or of each output given its row, in nats, (N,).
+
+        Raises:
+            ValueError: for other columns than those of the fit, or outputs that are missing.
+        """
+        rows = self._rows(X)
+        if not self.conditional:
+            return _numpy(self.fit_.log_prob(rows))
+        if y is None:
+            raise ValueError("y: expected the outputs whose density given X is asked for.")
+        return _numpy(self.fit_.log_prob(_table(y, column=True), rows))
+
+    def score(self, X: Any, y: Any = None) -> float:
+        """Return the mean log density, in nats. (``KernelDensity.score`` is the sum.)"""
+        return float(self.score_samples(X, y).mean())
+
+    def sample(self, n_samples: int = 1, X: Any = None, random_state: int | None = None) -> np.ndarray:
+        """Draw rows (n_samples, columns); of a conditional density, an output for each row of X, (N, D).
+
+        Raises:
+            ValueError: for a conditional density without rows, or other columns than those of the fit.
+        """
+        seed = self.random_state or 0 if random_state is None else random_state
+        if not self.conditional:
+            self._check_fitted()
+            return _numpy(self.fit_.sample(n_samples, seed=seed))
+        if X is None:
+            raise ValueError("X: expected the rows that outputs are drawn given.")
+        rows = self._rows(X)
+        return _numpy(self.fit_.sample(len(rows), rows, seed=seed))
+
+    def predict_quantiles(self, X: Any, levels: Any = (0.1, 0.5, 0.9)) -> np.ndarray:
+        """Return quantiles (N, levels) of the output given each row, (N, levels, D) of several outputs.
+
+        Raises:
+            ValueError: for a density that is not conditional, or other columns than those of the fit.
+        """
+        if not self.conditional:
+            raise ValueError("conditional: quantiles are of y given X; pass conditional=True to the estimator.")
+        found = _numpy(self.fit_.quantiles(list(levels), self._rows(X)))
+        return found[..., 0] if found.shape[-1] == 1 else found
+
+    def _rows(self, X: Any) -> Any:
+        """Check rows against those of the fit."""
+        self._check_fitted()
+        names = _names_of(X)
+        known = getattr(self, "feature_names_in_", None)
+        if known is not None and names is not None and list(names) != list(known):
+            raise ValueError(_different(names, known))
+        rows = X if self.conditional and hasattr(X, "iloc") else _table(X, missing=self.conditional)
+        if rows.shape[1] != self.n_features_in_:
+            raise ValueError(
+                f"X has {rows.shape[1]} features, but {type(self).__name__} is expecting {self.n_features_in_} "
+                "features as input."
+            )
+        return rows
+
+    def _check_fitted(self) -> None:
+        if hasattr(self, "fit_"):
+            return
+        message = f"This {type(self).__name__} instance is not fitted yet. Call 'fit' before."
+        try:
+            from sklearn.exceptions import NotFittedError
+        except ImportError:
+            raise AttributeError(message) from None
+        raise NotFittedError(message)
+
+
+def _numpy(values: Tensor) -> np.ndarray:
+    return values.detach().cpu().double().numpy()
+
+
+def _names_of(X: Any) -> np.ndarray | None:
+    """Return the names of columns, if all of them are texts."""
+    names = list(getattr(X, "columns", []))
+    return np.array(names, dtype=object) if names and all(isinstance(name, str) for name in names) else None
+
+
+def _different(names: Any, known: Any) -> str:
+    """Say which names differ, in scikit-learn's words."""
+    unseen, lost = (sorted(set(some) - set(others)) for some, others in ((names, known), (known, names)))
+    message = "The feature names should match those that were passed during fit.\n"
+    for text, found in (
+        ("Feature names unseen at fit time:", unseen),
+        ("Feature names seen at fit time, yet now missing:", lost),
+    ):
+        if found:
+            message += "\n".join([text, *(f"- {name}" for name in found)]) + "\n"
+    return message if unseen or lost else message + "Feature names must be in the same order as they were in fit.\n"
+
+
+def _table(values: Any, *, column: bool = False, missing: bool = False) -> np.ndarray:
+    """Return finite numbers (N, columns) as floats, or refuse them in the words that scikit-learn's checks look for."""
+    if hasattr(values, "toarray"):
+        raise TypeError("Sparse data was passed, but dense data is required. Use '.toarray()' to convert it.")
+    found = np.asarray(values.detach().cpu() if isinstance(values, Tensor) else values)
+    if np.iscomplexobj(found):
+        raise ValueError("Complex data not supported.")
+    if missing and found.dtype.kind not in "f":
+        return found if found.ndim == 2 else _shaped(found, column)
+    try:
+        found = np.array(found, dtype=float)
+    except TypeError as error:
+        raise TypeError(f"argument must be a string or a real number: {error}") from None
+    found = _shaped(found, column)
+    if np.isinf(found).any() or (not missing and np.isnan(found).any()):
+        raise ValueError("Input contains NaN or infinity; a density of data needs finite numbers.")
+    if not math.prod(found.shape):
+        raise ValueError(f"Found array with 0 feature(s) (shape={found.shape}) while a minimum of 1 is required.")
+    return found
+
+
+def _shaped(found: np.ndarray, column: bool) -> np.ndarray:
+    if column and found.ndim == 1:
+        found = found[:, None]
+    if found.ndim != 2:
+        raise ValueError(f"Expected 2D array, got {found.ndim}D array instead. Reshape your data.")
+    return found

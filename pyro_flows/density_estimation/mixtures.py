@@ -1,0 +1,210 @@
+"""Mixtures of Gaussians by expectation maximization; the number of parts is chosen on points that were held out."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from itertools import pairwise
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+COUNTS = (1, 2, 3, 5, 8, 12, 20, 35, 60, 100, 160)
+STRENGTHS = (1.0, 4.0, 16.0)  # of the prior of covariances, in units of D + 2 observations
+WEAKEST = 0.1
+ROWS_A_PART = 10  # points for each part at least
+STEPS, SHORT = 80, 25  # of expectation maximization at most, and while numbers are compared,
+FEWEST = 8  # and at least, once the time for it is over
+TOLERANCE = 1e-3  # nats a point and step, below which it has converged
+LLOYD = 4  # steps of k-means before it
+PATIENCE = 2  # numbers of parts without a gain, after which no larger one is tried
+FOLDS, FOLDED_UP_TO = 5, 2000  # few points are held out in turns
+APART = 0.1  # standard deviations, by which the halves of a part differ
+CHUNK = 2**22  # numbers of one piece of the work
+
+
+class Parts(NamedTuple):
+    """Log weights (K,), means (K, D) and lower triangular factors P (K, D, D) of precisions, P' P."""
+
+    log_weights: Tensor
+    loc: Tensor
+    factor: Tensor
+
+    def terms(self, x: Tensor) -> Tensor:
+        """Return the log weight and density (N, K) of each part at points (N, D)."""
+        count, dim = self.loc.shape
+        z = (x @ self.factor.reshape(count * dim, dim).mT).unflatten(-1, (count, dim))
+        z = z - (self.factor @ self.loc[..., None])[..., 0]
+        log_volume = self.factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+        return self.log_weights + log_volume - 0.5 * (z.square().sum(-1) + dim * math.log(2.0 * math.pi))
+
+    def moved(self, loc: Tensor, scale: Tensor) -> Parts:
+        """Return the mixture of the points m + A x, for m (D,) and A (D, D)."""
+        back = torch.linalg.inv(self.factor.double())
+        root = scale.double() @ back
+        tril = torch.linalg.cholesky(root @ root.mT)
+        eye = torch.eye(len(loc), dtype=tril.dtype, device=tril.device).expand_as(tril)
+        factor = torch.linalg.solve_triangular(tril, eye, upper=False)
+        return Parts(self.log_weights, loc + self.loc @ scale.mT, factor.to(loc))
+
+    def split(self, least: int) -> Parts:
+        """Return the same mixture, but for some hundredths, with each part split into as many as make ``least``."""
+        times = -(-least // len(self.log_weights))
+        if times < 2:
+            return self
+        log_weights, loc, factor = (part.repeat_interleave(times, 0) for part in self)
+        away = torch.linalg.solve_triangular(factor, torch.randn_like(loc)[..., None], upper=False)[..., 0]
+        return Parts(log_weights - math.log(times), loc + APART * away, factor)
+
+    def score(self, x: Tensor) -> float:
+        """Return the mean log density of points."""
+        return sum(float(self.terms(part).logsumexp(-1).sum()) for part in pieces(x, self.loc.numel())) / len(x)
+
+
+def pieces(x: Tensor, width: int) -> Iterator[Tensor]:
+    """Split points so that each makes ``width`` numbers at a time and all of them fit a cache's multiple."""
+    yield from x.split(max(CHUNK // width, 1))
+
+
+def maximize(
+    x: Tensor, count: int, *, strength: float, steps: int, over: Callable[[], bool], start: Parts | None = None
+) -> Parts:
+    r"""Return the posterior mode of a mixture of ``count`` Gaussians of white points (N, D), from k-means or a start.
+
+    Covariances have an inverse Wishart prior of ``strength`` (D + 2) observations of :math:`K^{-2/D} I`.
+
+    References: Dempster, Laird and Rubin 1977, doi:10.1111/j.2517-6161.1977.tb01600.x; Fraley and Raftery 2007,
+    doi:10.1007/s00357-007-0004-5 (the prior); Arthur and Vassilvitskii 2007, *k-means++*.
+    """
+    dim = x.shape[1]
+    prior = strength * (dim + 2.0)
+    spread = torch.eye(dim).to(x) * prior * count ** (-2.0 / dim)
+    if start is None:
+        share = torch.nn.functional.one_hot(_nearest(x, _centers(x, count)), count).to(x)
+        parts = _maximized(_moments(x, lambda piece, at: share[at : at + len(piece)]), spread, prior)
+    else:
+        parts = start
+    before = -math.inf
+    for step in range(steps):
+        total = [0.0]
+
+        def shares(piece: Tensor, _: int, parts: Parts = parts, total: list[float] = total) -> Tensor:
+            terms = parts.terms(piece)
+            whole = terms.logsumexp(-1, keepdim=True)
+            total[0] += float(whole.sum())
+            return (terms - whole).exp()
+
+        parts = _maximized(_moments(x, shares, parts.loc.numel()), spread, prior)
+        now = total[0] / len(x)
+        if now - before < TOLERANCE or (step >= FEWEST and over()):
+            break
+        before = now
+    return parts
+
+
+Moments = tuple[Tensor, Tensor, Tensor]
+
+
+def _moments(x: Tensor, shares: Callable[[Tensor, int], Tensor], width: int = 1) -> Moments:
+    """Return the weights (K,), sums (K, D) and sums of squares (K, D, D) of points, shared among parts."""
+    start, found = 0, None
+    for piece in pieces(x, max(width, 1024)):
+        share = shares(piece, start)
+        start += len(piece)
+        squares = (share[:, :, None] * piece[:, None, :]).flatten(1).mT @ piece
+        new = share.sum(0), share.mT @ piece, squares.unflatten(0, (share.shape[1], -1))
+        found = new if found is None else (found[0] + new[0], found[1] + new[1], found[2] + new[2])
+    assert found is not None
+    return found
+
+
+def _maximized(moments: Moments, spread: Tensor, prior: float) -> Parts:
+    weight, total, squares = (part.double() for part in moments)
+    many = weight.clamp_min(1e-3)
+    loc = total / many[:, None]
+    scatter = squares - many[:, None, None] * loc[:, :, None] * loc[:, None, :]
+    covariance = (scatter + spread.double()) / (many + prior)[:, None, None]
+    tril = torch.linalg.cholesky(covariance)
+    eye = torch.eye(loc.shape[1], dtype=tril.dtype, device=tril.device).expand_as(tril)
+    factor = torch.linalg.solve_triangular(tril, eye, upper=False)
+    log_weights = torch.log((weight + 1.0) / (weight + 1.0).sum())
+    return Parts(*(part.to(moments[0]) for part in (log_weights, loc, factor)))
+
+
+def _centers(x: Tensor, count: int) -> Tensor:
+    """Choose points far from each other at random (k-means++), and let them move to the middle of their points."""
+    centers = x[torch.randint(len(x), (1,)).to(x.device)]
+    distance = (x - centers).square().sum(-1)
+    for _ in range(count - 1):
+        place = torch.multinomial(distance.double().clamp_min(1e-12), 1) if len(x) < 2**24 else distance.argmax()[None]
+        centers = torch.cat([centers, x[place]])
+        distance = torch.minimum(distance, (x - centers[-1]).square().sum(-1))
+    for _ in range(LLOYD if count > 1 else 0):
+        nearest = _nearest(x, centers)
+        total = torch.zeros_like(centers).index_add_(0, nearest, x)
+        many = torch.bincount(nearest, minlength=count).to(x)[:, None]
+        centers = torch.where(many > 0, total / many.clamp_min(1.0), centers)
+    return centers
+
+
+def _nearest(x: Tensor, centers: Tensor) -> Tensor:
+    half = 0.5 * centers.square().sum(-1)
+    return torch.cat([(half - piece @ centers.mT).argmin(-1) for piece in pieces(x, len(centers))])
+
+
+def choose(x: Tensor, held_out: Tensor | None, *, over: Callable[[], bool] = lambda: False) -> Parts:
+    """Return the mixture of the number of parts, and of the strength of the prior, that held-out points like best.
+
+    Up to 2000 points are held out in five turns. Of more, the held-out points are taken, or a tenth.
+
+    Args:
+        x: white points (N, D).
+        held_out: others, or None.
+        over: whether the time for it is over; what there is then is returned.
+    """
+    splits = _splits(x, held_out)
+    most = max(min(len(train) for train, _ in splits) // ROWS_A_PART, 1)
+    counts = [count for count in COUNTS if count <= most] or [1]
+
+    tried: list[_Tried] = []
+
+    def attempt(count: int, strength: float, start: Parts | None = None) -> None:
+        made = [maximize(train, count, strength=strength, steps=SHORT, over=over, start=start) for train, _ in splits]
+        scores = [parts.score(test) for parts, (_, test) in zip(made, splits, strict=True)]
+        whole = made[0] if splits[0][0] is x else None
+        tried.append(_Tried(sum(scores) / len(splits), count, strength, whole))
+
+    for count in counts:
+        attempt(count, STRENGTHS[0])
+        if over() or _fell([one.score for one in tried]):
+            break
+    _, number, _, whole = max(tried, key=lambda one: one.score)
+    for strength in (WEAKEST, *STRENGTHS[1:]):
+        if not over():
+            attempt(number, strength, whole)
+    best = max(tried, key=lambda one: one.score)
+    return maximize(x, best.number, strength=best.strength, steps=STEPS, over=over, start=best.whole)
+
+
+class _Tried(NamedTuple):
+    score: float
+    number: int
+    strength: float
+    whole: Parts | None  # the mixture, if it is one of all points
+
+
+def _fell(scores: list[float]) -> bool:
+    last = list(pairwise(scores))[-PATIENCE:]
+    return len(last) == PATIENCE and all(after < before for before, after in last)
+
+
+def _splits(x: Tensor, held_out: Tensor | None) -> list[tuple[Tensor, Tensor]]:
+    if len(x) > FOLDED_UP_TO and held_out is not None:
+        return [(x, held_out)]
+    order = torch.randperm(len(x)).to(x.device)
+    folds = FOLDS if 2 * FOLDS <= len(x) <= FOLDED_UP_TO else 1
+    size = max(len(x) // (folds if folds > 1 else 10), 1)
+    places = [order[number * size : (number + 1) * size] for number in range(folds)]
+    rest = [torch.cat([order[: number * size], order[(number + 1) * size :]]) for number in range(folds)]
+    return [(x[others] if len(others) else x, x[own]) for others, own in zip(rest, places, strict=True)]

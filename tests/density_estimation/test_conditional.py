@@ -1,0 +1,207 @@
+"""Conditional densities by default: no Gaussian where the data are none, contexts of all kinds, quantiles, files."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+import pyro_flows as pf
+from pyro_flows.density_estimation.encoding import Encoding
+
+LINEAR_GAUSSIAN = 0.3  # nats that a default has to be better by than a regression with normal noise
+
+
+def bimodal(count, seed, scale=1.0):
+    generator = torch.Generator().manual_seed(seed)
+    x = 2.0 * torch.rand(count, 1, generator=generator) - 1.0
+    side = 1.0 - 2.0 * (torch.rand(count, 1, generator=generator) < torch.sigmoid(3.0 * x)).float()
+    return side * (1.0 + 0.5 * x) + 0.2 * torch.randn(count, 1, generator=generator), scale * x
+
+
+def truth(y, x):
+    share = torch.sigmoid(3.0 * x)
+    parts = [torch.distributions.Normal(side * (1.0 + 0.5 * x), 0.2).log_prob(y) for side in (-1.0, 1.0)]
+    return torch.logaddexp(share.log() + parts[0], (-share).log1p() + parts[1]).mean()
+
+
+def regression(y, x, y_test, x_test):
+    """Mean log density of a linear regression with normal noise."""
+    one = torch.cat([torch.ones_like(x[:, :1]), x], 1).double()
+    slope = torch.linalg.lstsq(one, y.double(), driver="gelsd").solution
+    sd = (y - one @ slope).std()
+    other = torch.cat([torch.ones_like(x_test[:, :1]), x_test], 1).double()
+    return torch.distributions.Normal(other @ slope, sd).log_prob(y_test.double()).mean()
+
+
+@pytest.fixture(scope="module")
+def fitted():
+    y, x = bimodal(1000, seed=0)
+    return pf.fit_density(y, context=x, max_epochs=30, learning_rate=0.01, progress=False)
+
+
+def test_the_default_has_two_modes(fitted):
+    y, x = bimodal(1000, seed=0)
+    y_test, x_test = bimodal(4000, seed=1)
+    found = float(fitted.log_prob(y_test, x_test).mean())
+    assert found > float(regression(y, x, y_test, x_test)) + LINEAR_GAUSSIAN
+    assert found > float(truth(y_test, x_test)) - 0.12
+    assert found == pytest.approx(fitted.nats(y_test, x_test), abs=1e-4)
+    assert torch.equal(fitted.log_prob(y_test[:, 0], x_test[:, 0]), fitted.log_prob(y_test, x_test))
+
+
+def test_the_unit_of_a_context_does_not_matter():
+    y, x = bimodal(300, seed=0)
+    near, far = (
+        pf.fit_density(y, context=at * x + where, max_epochs=6, learning_rate=0.005, progress=False)
+        .log_prob(y, at * x + where)
+        .mean()
+        for at, where in ((1.0, 0.0), (1e4, 3e4))
+    )
+    assert float(near) == pytest.approx(float(far), abs=0.05)
+
+
+def test_quantiles_are_exact_and_do_not_cross(fitted):
+    _, x = bimodal(20, seed=2)
+    levels = torch.tensor([0.05, 0.25, 0.5, 0.75, 0.95])
+    found = fitted.quantiles(levels, x)
+    assert found.shape == (20, 5, 1)
+    assert bool((found.diff(dim=1) > 0).all())
+    back = torch.stack([fitted.pit(found[:, level], x)[:, 0] for level in range(5)], 1)
+    assert torch.allclose(back, levels.expand(20, 5), atol=1e-3)
+    drawn = fitted.sample(40_000, x[:1], seed=3)
+    assert torch.allclose(torch.quantile(drawn[:, 0], levels), found[0, :, 0], atol=0.1)
+    assert float((drawn[:, 0] < found[0, 2, 0]).double().mean()) == pytest.approx(0.5, abs=0.01)
+    with pytest.raises(ValueError, match="between 0 and 1"):
+        fitted.quantiles([0.0, 0.5], x)
+    with pytest.raises(ValueError, match="rows of 1 numbers"):
+        fitted.quantiles([0.5], torch.zeros(3, 2))
+
+
+def test_a_calibrated_density_has_uniform_transforms(fitted):
+    y, x = bimodal(4000, seed=5)
+    u = fitted.pit(y, x)[:, 0].double()
+    assert u.shape == (4000,)
+    off = (u.sort().values - torch.arange(4000).double() / 4000).abs().max()
+    assert float(off) < 0.06
+    twice = fitted.pit(2.0 * y, x)[:, 0].double()
+    assert float(twice.std()) > 1.2 * math.sqrt(1 / 12)
+
+
+@pytest.mark.parametrize("base", ["normal", "logistic", "student_t", "uniform"])
+def test_quantiles_of_every_base(base):
+    flow = pf.Flow(pf.transforms.DiagonalAffine(1, loc=torch.tensor([3.0]), scale=torch.tensor([0.2])), base=base)
+    made = pf.DensityFit(flow, torch.zeros(1), torch.zeros(0, 2), math.nan, None, {}, "")
+    levels = torch.tensor([0.1, 0.5, 0.8])
+    at = made.quantiles(levels)
+    assert at.shape == (3, 1)
+    assert torch.allclose(made.pit(at)[:, 0], levels, atol=1e-4)
+    drawn = made.sample(20_000, seed=0)
+    assert torch.allclose(torch.quantile(drawn[:, 0], levels), at[:, 0], atol=0.02)
+
+
+def test_two_outputs_have_quantiles_and_transforms_by_draws():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(400, 1, generator=generator)
+    y = torch.cat([x, -x], 1) + 0.3 * torch.randn(400, 2, generator=generator)
+    found = pf.fit_density(y, context=x, max_epochs=8, learning_rate=0.003, progress=False)
+    quantiles = found.quantiles([0.25, 0.75], x[:6], draws=4000)
+    assert quantiles.shape == (6, 2, 2)
+    middle = quantiles.mean(1)
+    assert torch.allclose(middle, torch.cat([x[:6], -x[:6]], 1), atol=0.3)
+    u = found.pit(y, x, draws=200)
+    assert u.shape == (400, 2)
+    assert torch.allclose(u.double().mean(0), torch.full((2,), 0.5).double(), atol=0.06)
+
+
+def test_without_context_the_default_bends_one_dimension_too():
+    generator = torch.Generator().manual_seed(0)
+    side = 1.0 - 2.0 * (torch.rand(800, 1, generator=generator) < 0.3).float()
+    y = side + 0.1 * torch.randn(800, 1, generator=generator)
+    found = pf.fit_density(y, max_epochs=5, learning_rate=0.003, progress=False)
+    gaussian = torch.distributions.Normal(y.mean(), y.std()).log_prob(y).mean()
+    assert float(found.log_prob(y).mean()) > float(gaussian) + 0.8
+    assert found.quantiles([0.5]).shape == (1, 1)
+
+
+# contexts -------------------------------------------------------------------------------------------------------------
+
+
+def test_categories_and_missing_values_become_numbers():
+    context = np.array([["a", 1.0], ["b", None], ["c", 4.0], ["a", np.nan]], dtype=object)
+    found = Encoding.of(context)
+    assert found.encode(context).tolist() == [
+        [1, 0, 0, 1.0, 0],
+        [0, 1, 0, 2.5, 1],
+        [0, 0, 1, 4.0, 0],
+        [1, 0, 0, 2.5, 1],
+    ]
+    assert Encoding.from_json(found.to_json()) == found
+    assert found.width == 5
+    with pytest.raises(ValueError, match=r"'d' in row 0 of column 0 is no category that the fit has \('a', 'b', 'c'\)"):
+        found.encode([["d", 1.0]])
+    with pytest.raises(ValueError, match="expected 2 columns, got 1"):
+        found.encode([["a"]])
+
+
+def test_whole_numbers_of_few_values_are_categories_and_others_are_not():
+    assert Encoding.of(np.array([[1], [2], [3], [2]])).width == 3
+    assert Encoding.of(torch.tensor([0, 1, 1, 0])).encode(torch.tensor([1, 0])).tolist() == [[1.0], [0.0]]
+    assert Encoding.of(np.arange(100)[:, None]) is None
+    assert Encoding.of(np.array([[1.0], [2.0]])) is None
+    assert Encoding.of(torch.tensor([True, False, True])).encode(torch.tensor([True, False])).tolist() == [[1.0], [0.0]]
+    found = Encoding.of(np.array([[1.0], [np.nan], [3.0]]))
+    assert found.encode(np.array([[np.nan], [5.0]])).tolist() == [[2.0, 1.0], [5.0, 0.0]]
+    with pytest.raises(ValueError, match="no values at all"):
+        Encoding.of(np.array([[np.nan], [np.nan]]))
+
+
+def test_data_frames_of_pandas():
+    pandas = pytest.importorskip("pandas")
+    frame = pandas.DataFrame(
+        {
+            "kind": pandas.Categorical(["u", "v", None, "w"]),
+            "count": pandas.array([1, None, 3, 4], dtype="Int64"),
+            "text": ["x", "y", "x", "y"],
+            "yes": [True, False, True, True],
+            "size": [0.5, np.nan, 1.5, 2.5],
+        }
+    )
+    found = Encoding.of(frame)
+    encoded = found.encode(frame)
+    assert encoded.shape == (4, found.width)
+    assert [column.width for column in found.columns] == [4, 2, 1, 1, 2]
+    assert not bool(torch.isnan(encoded).any())
+    with pytest.raises(ValueError, match=r"column 'text' has missing values \(row 1\), and had none in the fit"):
+        found.encode(frame.assign(text=["x", None, "x", "y"]))
+
+
+def test_a_fit_with_categories_and_missing_values_is_saved_and_loaded(tmp_path):
+    generator = np.random.default_rng(0)
+    kind = generator.choice(["low", "high", "none"], 600)
+    size = generator.normal(size=600)
+    y = np.where(kind == "high", 4.0, 0.0) + size * (kind != "none") + 0.3 * generator.normal(size=600)
+    size = np.where(generator.uniform(size=600) < 0.2, np.nan, size)
+    context = np.array(list(zip(kind, size, strict=True)), dtype=object)
+    found = pf.fit_density(y, context=context, max_epochs=20, learning_rate=0.01, progress=False)
+    given = [["high", 1.0], ["low", np.nan], ["none", 0.0]]
+    middle = found.quantiles([0.5], given)[:, 0, 0]
+    assert torch.allclose(middle, torch.tensor([5.0, 0.0, 0.0]), atol=0.5)
+    assert found.sample(3, given).shape == (3, 1)
+    found.save(tmp_path / "density")
+    again = pf.DensityFit.load(tmp_path / "density")
+    assert again.encoding == found.encoding
+    assert torch.equal(again.log_prob(y, context), found.log_prob(y, context))
+    assert torch.equal(again.quantiles([0.1, 0.9], given), found.quantiles([0.1, 0.9], given))
+    pair = pf.fit_density(y, context=context, validation=(y, context), max_epochs=1, progress=False)
+    assert math.isfinite(pair.validation)
+
+
+def test_held_out_values_are_no_better_described_by_a_regression_of_small_data():
+    generator = torch.Generator().manual_seed(3)
+    x = torch.randn(160, 5, generator=generator)
+    y = x @ torch.tensor([[1.0], [-2.0], [0.0], [0.5], [0.0]]) + torch.randn(160, 1, generator=generator)
+    test_x = torch.randn(2000, 5, generator=generator)
+    test_y = test_x @ torch.tensor([[1.0], [-2.0], [0.0], [0.5], [0.0]]) + torch.randn(2000, 1, generator=generator)
+    found = pf.fit_density(y, context=x, max_epochs=60, progress=False)
+    assert float(found.log_prob(test_y, test_x).mean()) > float(regression(y, x, test_y, test_x)) - 0.1
