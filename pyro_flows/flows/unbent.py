@@ -38,7 +38,8 @@ def unbent(flow: Flow) -> list[int]:
         context = torch.randn(LINES, flow.context_dim, dtype=torch.float64) if flow.context_dim else None
     y = torch.stack([made.forward_and_ladj(start + step * way, context)[0] for step in (0.0, 1.0, 2.0)])
     bend, size = y.diff(n=2, dim=0)[0].abs(), y.diff(dim=0).abs().amax(0)
-    return [place for place, bent in enumerate((bend > ROUNDING * size.clamp_min(1e-9)).any(0).tolist()) if not bent]
+    straight = (bend <= ROUNDING * size.clamp_min(1e-9)).all(0)  # NaN, where random parameters are too large, is not
+    return straight.nonzero().flatten().tolist()
 
 
 def warn_unbent(flow: Flow, name: str) -> None:
