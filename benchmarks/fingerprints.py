@@ -3,12 +3,16 @@
 A line is a logical one: a statement, or the head of a block, on however many lines it is written. Comments, docstrings,
 imports, blanks and layout do not count, nor does in which file a line stands. Three bytes of the hash of each line that
 decides are kept, sorted, in ``benchmarks/results/code/VERSION.txt``, so that no history of the repository is needed.
+
+Code that is written in another way, and makes the same fits, does not change a table. ``benchmarks/same.py`` compares
+the fits of two versions bit for bit. Lines between two versions with equal fits do not count.
 """
 
 from __future__ import annotations
 
 import ast
 import base64
+import csv
 import hashlib
 import io
 import math
@@ -41,6 +45,7 @@ DECIDING = {"fit": ("flows", "step", "fit"), "step": ("flows", "step"), "density
 LIMIT = 0.05  # share of these lines that may have changed before a table is stale
 UNKNOWN = 1.0  # the share where a version left no fingerprint
 KEPT = Path(__file__).resolve().parent / "results" / "code"
+SAME = KEPT.parent / "same.csv"  # pairs of versions whose fits are equal
 PACKAGE = Path(pyro_flows.__file__).parent
 VERSION = re.compile(r"\d+\.\d+\.\d+-[0-9a-f]{8}")
 
@@ -148,6 +153,8 @@ def share(before: Hashes, after: Hashes) -> float:
 def changed(version: str, kind: str, folder: Path = KEPT, since: str | None = None) -> float:
     """Return which share of the lines that decide has changed from a version to the code as it stands.
 
+    Lines between two versions of :func:`same` do not count for fits.
+
     Args:
         version: of the package.
         kind: of tables, see `DECIDING`.
@@ -157,9 +164,26 @@ def changed(version: str, kind: str, folder: Path = KEPT, since: str | None = No
     if version == since:
         return 0.0
     before, after = load(version, folder), today() if since is None else load(since, folder)
+    found = [_between(before, after, kind)]
+    for one, other in same() if kind == "fit" and since is None else []:
+        to, on = load(one, folder), load(other, folder)
+        found.append(_between(before, to, kind) + _between(on, after, kind))
+    return min(*found, UNKNOWN)
+
+
+def _between(before: dict[str, Hashes], after: dict[str, Hashes], kind: str) -> float:
     if not before or not after:
         return UNKNOWN
     return share(*(np.concatenate([hashes[part] for part in DECIDING[kind]]) for hashes in (before, after)))
+
+
+@cache
+def same() -> list[tuple[str, str]]:
+    """Return the pairs of versions whose fits were compared, and are equal."""
+    if not SAME.is_file():
+        return []
+    with SAME.open(newline="", encoding="utf-8") as stream:
+        return [(row["before"], row["version"]) for row in csv.DictReader(stream)]
 
 
 def stands(version: str, within: float = LIMIT, kind: str = "fit") -> bool:

@@ -1,0 +1,78 @@
+"""Two versions with equal fits: which models are compared, and what it means for tables."""
+
+import json
+
+import numpy as np
+import pytest
+
+from benchmarks import fingerprints, records, same, sensitivity
+from benchmarks.zoo import running as zoo_running
+
+
+def row(number, accepted, seconds=1.0):
+    return {"seed": "1", "number": str(number), "seconds": str(seconds), "ledger": json.dumps({"accepted": accepted})}
+
+
+def test_each_way_through_the_methods_is_compared():
+    rows = [row(number, ["Gaussian"]) for number in range(40)]
+    rows += [row(100, ["mixture"], 50.0), row(101, ["mixture"], 60.0), row(102, [], 3.0), {"seed": "1", "number": "7"}]
+    found = same.chosen(rows)
+    assert found == same.chosen(rows[::-1])
+    assert sum(number < 40 for _, number in found) == 5
+    assert {(1, 100), (1, 102)} <= set(found)
+    assert (1, 101) not in found
+
+
+def test_stored_rows_have_many_ways():
+    assert len(same.ways(records.read(zoo_running.OUT))) >= 20
+
+
+@pytest.fixture
+def versions(tmp_path, monkeypatch):
+    """Three versions: b rewrites all lines of a and has equal fits; the code as it stands has a line more than b."""
+    lines = {"a": range(100), "b": range(500, 600), "today": range(500, 601)}
+    made = {
+        name: {part: np.array(sorted(of), dtype=np.uint32) for part in fingerprints.PARTS} for name, of in lines.items()
+    }
+    monkeypatch.setattr(fingerprints, "load", lambda version, folder: made.get(version, {}))
+    monkeypatch.setattr(fingerprints, "today", lambda: made["today"])
+    monkeypatch.setattr(fingerprints, "same", lambda: [])
+    fingerprints.changed.cache_clear()
+    yield monkeypatch
+    fingerprints.changed.cache_clear()
+
+
+def test_lines_between_equal_versions_do_not_count(versions):
+    assert fingerprints.changed("a", "fit") == 1.0
+    fingerprints.changed.cache_clear()
+    versions.setattr(fingerprints, "same", lambda: [("a", "b")])
+    assert fingerprints.changed("a", "fit") == pytest.approx(0.01)
+    assert fingerprints.changed("a", "step") == 1.0, "steps were not compared"
+    assert fingerprints.changed("unknown", "fit") == fingerprints.UNKNOWN
+
+
+def test_thresholds_near_one_are_changed_by_their_distance_to_one():
+    assert sensitivity.changed("R_HAT_CONVERGED", 1.01, 2.0) == pytest.approx(1.02)
+    assert sensitivity.changed("ESS_SHARE_GOOD", 0.95, 0.5) == pytest.approx(0.975)
+    assert sensitivity.changed("ESS_SHARE_LEAST", 0.1, 2.0) == pytest.approx(0.2)
+
+
+def test_a_threshold_is_put_into_each_module_that_has_it(monkeypatch):
+    from pyro_flows.verdict import deciding, thresholds
+
+    monkeypatch.setattr(thresholds, "SHIFT_MOST", thresholds.SHIFT_MOST)
+    before = thresholds.SHIFT_MOST
+    having = sensitivity.put("SHIFT_MOST", 0.2)
+    try:
+        assert having >= 2
+        assert deciding.SHIFT_MOST == thresholds.SHIFT_MOST == 0.2
+    finally:
+        sensitivity.put("SHIFT_MOST", before)
+
+
+def test_only_doubtful_and_quick_models_are_tried():
+    rows = records.read(zoo_running.OUT)
+    chosen = sensitivity.models(rows)
+    assert len(chosen) == len(set(chosen)) >= 10
+    quick = {(int(one["seed"]), int(one["number"])) for one in rows if float(one["seconds"] or 1e9) < sensitivity.QUICK}
+    assert set(chosen) <= quick
