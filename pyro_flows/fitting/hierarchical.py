@@ -40,6 +40,7 @@ from pyro_flows.results.stage import Stage
 from pyro_flows.verdict.deciding import POOL, Draw
 from pyro_flows.verdict.thresholds import (
     ESS_SHARE_LEAST,
+    ESS_SHARE_UNDOUBTED,
     GLOBAL_MODE_LOWER,
     GLOBAL_MODES_APART,
     K_HAT_GOOD,
@@ -320,8 +321,8 @@ def _is_good(guide: AutoHierarchicalFlow, density: MarginalDensity) -> tuple[boo
     z, log_q = _global_draw(guide)(TRIED * density.marginal.most_draws // MOST_DRAWS)
     density.marginal.choose_count(z[:LOOKED_AT])
     found = weigh(z, density(z), log_q)
-    limit = K_HAT_GOOD if len(z) == TRIED else K_HAT_MOST  # a few draws say little of k-hat
-    return found.k_hat < limit and found.ess >= ESS_SHARE_LEAST * len(z), found.elbo
+    good = found.k_hat < K_HAT_GOOD and found.ess >= ESS_SHARE_LEAST * len(z)
+    return good or (found.k_hat < K_HAT_MOST and found.ess >= ESS_SHARE_UNDOUBTED * len(z)), found.elbo
 
 
 class _Loss(nn.Module):

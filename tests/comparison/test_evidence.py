@@ -140,6 +140,29 @@ def test_an_unreliable_posterior_states_no_error():
     assert "error not known" in str(found)
 
 
+def shifted_guide(y):
+    pyro.sample("x", dist.Normal(y / 2 + 0.2, 0.9))
+
+
+def shifted(y):
+    x = pyro.sample("x", dist.Normal(0.0, 1.0))
+    pyro.sample("y", dist.Normal(x, 1.0), obs=y)
+
+
+def test_draws_are_added_until_the_error_is_as_asked():
+    y = torch.tensor(1.0)
+    posterior = pf.diagnose(shifted, shifted_guide, y, draws=400, progress=False)
+    truth = float(dist.Normal(0.0, math.sqrt(2.0)).log_prob(y))
+    errors = [posterior.evidence(error=error).standard_error for error in (0.1, 0.01, 1e-5)]
+    assert errors[0] > 0.015  # by the draws that are there
+    assert errors[1] <= 0.01 < errors[0]
+    assert errors[2] < 0.006
+    assert "more than 1e-05 nats after 16,000 draws" in str(posterior.evidence(error=1e-5))
+    assert abs(posterior.evidence(error=0.01).value - truth) < 0.04
+    with pytest.raises(ValueError, match="expected draws or error"):
+        posterior.evidence(draws=400, error=0.1)
+
+
 def test_all_methods_are_listed_and_one_is_chosen():
     posterior = schools_posterior("ok")
     found = posterior.evidence()

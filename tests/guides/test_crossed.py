@@ -143,11 +143,11 @@ def effects(y, student, lecturer, sizes, batch=None, rows=None, binary=False):
     mu = pyro.sample("mu", dist.Normal(real(0.0), 3.0))
     scales = pyro.sample("scales", dist.LogNormal(real(0.0, 0.0), 1.0).to_event(1))
     with pyro.plate("student", sizes[0]):
-        a = pyro.sample("a", dist.Normal(real(0.0), scales[0]))
+        a = pyro.sample("a", dist.Normal(real(0.0), scales[..., 0]))
     with pyro.plate("lecturer", sizes[1]):
-        b = pyro.sample("b", dist.Normal(real(0.0), scales[1]))
+        b = pyro.sample("b", dist.Normal(real(0.0), scales[..., 1]))
     with pyro.plate("rating", len(y), subsample_size=batch, subsample=rows) as index:
-        mean = mu + a[student[index]] + b[lecturer[index]]
+        mean = mu + a[..., student[index]] + b[..., lecturer[index]]
         fn = dist.Bernoulli(logits=mean) if binary else dist.Normal(mean, 0.9)
         pyro.sample("y", fn, obs=y[index])
 
