@@ -343,6 +343,9 @@ class Crops(Dataset[tuple[Tensor, Tensor]]):
 def dequantized(levels: Tensor) -> Tensor:
     """Return ``(k + U(0, 1)) / 32768`` for amplitudes k of 16 bits, of any shape, as float32 between -1 and 1.
 
+    Raises:
+        AttributeError: for what is no tensor.
+
     Cost: O(their number).
 
     >>> bool((dequantized(torch.tensor([-32768, 32767])).abs() <= 1.0).all())

@@ -272,8 +272,8 @@ def section(rows: Sequence[records.Row]) -> str:
         f"55 of 558 recorded prompts were held out whole. The flow was trained for {seconds:.0f} CPU seconds, given "
         f"mel spectrograms of {BANDS} bands, with frames of {1000 * HOP // RATE} ms. Nats are those of amplitudes "
         "between -1 and 1, with noise of one level of 16 bits. Distances are those of reconstructions to recordings, "
-        f"by mel spectrograms and by spectra, of every third prompt. {about(list(rows))} "
-        f"pyro_flows {rows[0]['version']}."
+        "by mel spectrograms and by spectra, of every third prompt. "
+        f"{about(list(rows))} pyro_flows {rows[0]['version']}."
     )
     return f"{text}\n\n{table(header, body)}"
 
