@@ -18,7 +18,8 @@ import pyro_flows as pf
 from benchmarks.gallery.entries import Entry
 from pyro_flows._figures import FLOW, INK, color_of, panels, styled
 from pyro_flows.cli import eight_schools
-from pyro_flows.plots.scalars import raw, scalar, used
+from pyro_flows.plots.scalars import raw, scalar
+from pyro_flows.results.labeled import posterior_group
 from pyro_flows.transforms.base import Bijection
 
 STEPS, RATES = 5000, (0.003, 0.01, 0.03)  # of the Gaussian guide; the rate with the best ELBO is taken
@@ -78,7 +79,7 @@ def schools_pairs() -> tuple[Figure, dict[str, pf.Posterior]]:
     labels = ("fit", "full-rank Gaussian guide")
     about = {"compare": guide, "transform": dict(entry.transform), "labels": labels}
     figure = pf.plots.plot_pairs(posterior, *entry.pair, **about)
-    _tell_shares(figure, {"fit": used(posterior), "guide": raw(guide)})
+    _tell_shares(figure, {"fit": posterior_group(posterior), "guide": raw(guide)})
     return figure, dict(zip(labels, (posterior, guide), strict=True))
 
 
