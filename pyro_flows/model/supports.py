@@ -140,8 +140,7 @@ def inside(fn: Distribution, value: Tensor) -> tuple[Tensor, int]:
     depth = len(fn.event_shape)
     if support is None:
         return torch.ones(value.shape[: value.dim() - depth], dtype=torch.bool, device=value.device), 0
-    event_dim = max(support.event_dim, int(isinstance(support, type(dist.constraints.positive_ordered_vector))))
-    found, axes = _check(support, value), depth - event_dim
+    found, axes = _check(support, value), depth - _event_dim(support)
     if isinstance(fn, (dist.NanMaskedNormal, dist.NanMaskedMultivariateNormal)):
         found = found | torch.isnan(value)
     if is_narrower(fn):
@@ -162,6 +161,10 @@ def _image(fn: TransformedDistribution, value: Tensor) -> Tensor:
     except NotImplementedError:  # a transform that goes one way only
         return torch.ones((), dtype=torch.bool, device=value.device)
     return events_inside(fn.base_dist, value)
+
+
+def _event_dim(support: Constraint) -> int:
+    return max(support.event_dim, int(isinstance(support, type(dist.constraints.positive_ordered_vector))))
 
 
 def _all(found: Tensor, axes: int) -> Tensor:
