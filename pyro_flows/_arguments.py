@@ -64,7 +64,7 @@ RANGES: dict[str, Range] = {
     "fit_many.draws": Range(100, MAX_DRAWS),
     "epsilon": POSITIVE,
     "init_scale": POSITIVE,
-    "jobs": Range(1, 4096),
+    "jobs": Range(-1, 4096),  # -1: one a processor; 0 is refused where processes are made
     "layers": Range(1, MAX_LAYERS),
     "learning_rate": POSITIVE,
     "level": SHARE,

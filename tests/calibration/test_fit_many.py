@@ -345,3 +345,9 @@ def test_a_posterior_of_many_can_be_refined():
     posterior = pf.fit_many(regression, data_sets(4), draws=200, progress=False)[2]
     refined = posterior.refine(max_steps=20, progress=False)
     assert refined.chains is not None
+
+
+@pytest.mark.slow
+def test_minus_one_is_a_process_for_each_processor():
+    found = pf.fit_many(regression, data_sets(2), jobs=-1, together=False, progress=False)
+    assert [one.verdict.status for one in found] == ["ok", "ok"]
