@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 import pyro_flows as pf
-from benchmarks import records, tables
+from benchmarks import fingerprints, records, tables
 from benchmarks.density.gallery import save
 from benchmarks.markdown import about, number, table
 from pyro_flows import datasets
@@ -275,7 +275,7 @@ def section(rows: Sequence[records.Row]) -> str:
         "by mel spectrograms and by spectra, of every third prompt. "
         f"{about(list(rows))} pyro_flows {rows[0]['version']}."
     )
-    return f"{text}\n\n{table(header, body)}"
+    return f"{fingerprints.stated(text, 'density')}\n\n{table(header, body)}"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
