@@ -244,7 +244,7 @@ class AutoHierarchicalFlow(AutoMessenger):  # type: ignore[metaclass]
         joined, pairs = [*coupled(first), *read_elsewhere(first)], crossed(first)
         smaller = [min(pair, key=lambda site: site.value.numel()) for pair in pairs]
         why = ""
-        if not all(self._fits(site) for site in (*joined, *smaller)):
+        if joined or pairs:
             try:
                 self._crossed = self._solved(rows, first.at.z)
                 return None
