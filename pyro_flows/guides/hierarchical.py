@@ -241,10 +241,12 @@ class AutoHierarchicalFlow(AutoMessenger):  # type: ignore[metaclass]
         Raises:
             ValueError: if there are too many numbers for the flow, or they are those of a subsample.
         """
-        joined, pairs = [*coupled(first), *read_elsewhere(first)], crossed(first)
+        own, read, pairs = coupled(first), read_elsewhere(first), crossed(first)
+        joined = [*own, *read]
         smaller = [min(pair, key=lambda site: site.value.numel()) for pair in pairs]
         why = ""
-        if joined or pairs:
+        walks = bool(own) and all(self._fits(site) for site in own)  # which the flow takes
+        if (pairs or joined) and not walks:
             try:
                 self._crossed = self._solved(rows, first.at.z)
                 return None

@@ -11,6 +11,7 @@ from pyro.infer import SVI, Trace_ELBO
 
 import pyro_flows as pf
 from pyro_flows.guides.conditional import Rows, beginning
+from pyro_flows.guides.crossed import CrossedMarginal
 from pyro_flows.guides.marginal import Marginal
 from tests.models import real
 
@@ -188,16 +189,23 @@ def test_training_mends_what_is_not_normal():
 @pytest.mark.parametrize(
     ("model", "args"), [(walk, (real([0.3, 1.0, 2.0]),)), (crossed, (real([[0.0, 1.0]] * 3), 3, 2))]
 )
-def test_rows_that_depend_on_each_other_are_given_to_the_flow(model, args):
+def test_rows_that_depend_on_each_other_are_given_to_the_flow_or_coupled(model, args):
     guide, _ = rows_of(model, *args)
-    assert guide.local == ([] if model is walk else ["a"])
+    assert guide.local == ([] if model is walk else ["a", "b"])
+    assert (guide._crossed is None) == (model is walk)
 
 
-def test_effects_whose_data_are_subsampled_elsewhere_are_given_to_the_flow():
-    """A minibatch says too little of an effect for its conditional distribution."""
+def test_effects_whose_data_are_subsampled_elsewhere_are_coupled():
+    """A minibatch says too little of an effect for its conditional distribution: all rows make one."""
     x, group = data(40), torch.arange(40) % 4
-    assert rows_of(by_index, x, group)[0].local == ["effect"]
-    assert rows_of(by_index, x, group, 10)[0].local == []
+    assert rows_of(by_index, x, group)[0]._crossed is None
+    guide, _ = rows_of(by_index, x, group, 10)
+    assert guide.local == ["effect"]
+    z = real([[0.2], [1.0]])
+    covariance = 0.25 * (group[:, None] == group).double() + torch.eye(40, dtype=torch.float64)
+    expected = torch.distributions.MultivariateNormal(z.expand(2, 40), covariance).log_prob(x)
+    found = CrossedMarginal(guide._crossed, 0)(z)
+    assert torch.allclose(found, expected + dist.Normal(0.0, 5.0).log_prob(z[:, 0]), atol=1e-6)
 
 
 def test_large_crossed_plates_are_coupled():
@@ -356,7 +364,7 @@ def test_counts_come_to_the_integral():
 
 
 def test_models_without_batches_have_the_same_values():
-    """Their runs are those of one point and one draw; without latents in plates they are mapped."""
+    """Their runs are those of one point and one draw."""
     x, group = data(40), torch.arange(40) % 4
     guide, rows = rows_of(by_index, x, group)
     density = Marginal(rows, real([0.5]), guide._start, 0)
@@ -366,12 +374,6 @@ def test_models_without_batches_have_the_same_values():
     mean = z.expand(2, 40)
     expected = torch.distributions.MultivariateNormal(mean, covariance).log_prob(x)
     assert torch.allclose(density(z), expected + dist.Normal(0.0, 5.0).log_prob(z[:, 0]), atol=1e-6)
-    guide, rows = rows_of(by_index, x, group, 10)
-    point = torch.cat([z, z, z, z, z], 1)
-    alone = dist.Normal(point[:, :1], 0.5).log_prob(point[:, 1:]).sum(1)
-    likelihood = dist.Normal(point[:, 1:][:, group], 1.0).log_prob(x).sum(1)
-    expected = alone + likelihood + dist.Normal(0.0, 5.0).log_prob(z[:, 0])
-    assert torch.allclose(Marginal(rows, point[0], guide._start, 0)(point), expected, atol=1e-6)
 
 
 def test_a_given_subsample_is_not_all_rows():
