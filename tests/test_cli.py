@@ -363,16 +363,18 @@ def test_options_reach_the_fit(fitted, tmp_path, monkeypatch):
     run(
         *(*arguments, "--out", tmp_path / "full", "--flow", "spline", "--layers", "3", "--draws", "200", "--runs", "4"),
         *("--seed", "5", "--max-steps", "7", "--max-seconds", "2.5", "--no-escalate", "--no-refine", "--train-model"),
-        "--progress",
+        *("--progress", "--checkpoint", tmp_path / "kept"),
     )
     plain, full = ({key: value for key, value in options.items() if key != "model_kwargs"} for options in seen)
     assert plain == {
         **{"flow": "auto", "layers": None, "draws": 4000, "runs": 1, "seed": 0, "max_steps": None},
         **{"max_seconds": float("inf"), "escalate": True, "refine": "auto", "train_model": False, "progress": False},
+        "checkpoint": None,
     }
     assert full == {
         **{"flow": "spline", "layers": 3, "draws": 200, "runs": 4, "seed": 5, "max_steps": 7, "max_seconds": 2.5},
         **{"escalate": False, "refine": False, "train_model": True, "progress": True},
+        "checkpoint": tmp_path / "kept",
     }
 
 
