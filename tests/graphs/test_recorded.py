@@ -447,7 +447,8 @@ def test_a_fall_while_cooling_leads_back(monkeypatch):
     """Half of the cool-down is good; then something breaks."""
     trainer = trained(make_flow("realnvp", 4), steps=12)
     check = loop.Check.make(trainer.flow, trainer.density, seed=0)
-    ratchet = loop._Ratchet(trainer, check.elbo())
+    run = loop._Run(trainer, loop.Budget(100), check, lambda *_: None, None)
+    run.ratchet.best = check.elbo()
     step, taken = trainer.step, []
 
     def breaks(learning_rate):
@@ -457,10 +458,12 @@ def test_a_fall_while_cooling_leads_back(monkeypatch):
             trainer.weights.add_(100.0)
 
     monkeypatch.setattr(trainer, "step", breaks)
-    value = loop._cool(trainer, loop.Budget(100), 0, 100, check, ratchet, lambda *_: None)
-    assert ratchet.falls >= 1
-    assert value == ratchet.best
-    assert check.elbo() == pytest.approx(value, abs=1e-12)  # block by block from its second run on
+    run._cool("", 100)
+    while run.ended is None:
+        run._cool_on(run.cooling)
+    assert run.ratchet.falls >= 1
+    assert run.elbo == run.ratchet.best
+    assert check.elbo() == pytest.approx(run.elbo, abs=1e-12)  # block by block from its second run on
 
 
 def test_updates_are_those_of_adam():
