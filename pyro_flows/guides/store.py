@@ -90,6 +90,8 @@ class StoredGuide(LatentGuide):
                 whole.gather()
             told = {self._pyro_get_fullname("flow"): whole.vector}
             pyro.get_param_store()._param_to_name.update({tensor: name for name, tensor in told.items()})
+        elif self._whole is not None and self._whole.vector.grad is not None and gather and torch.is_grad_enabled():
+            self._whole.gather()  # Pyro has set the vector's gradient to zero since, and so are the parameters' ones
         for full, tensor in told.items():
             if isinstance(tensor, nn.Parameter):
                 # a param statement as pyro.param makes it, past the store's look-up and transform of real numbers
