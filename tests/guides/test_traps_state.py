@@ -223,7 +223,7 @@ def test_a_store_loaded_under_a_living_guide_is_taken_over(tmp_path):
 
 
 def test_the_store_trains_only_parameters():
-    """It holds the masks and the start too. An optimizer is told of one vector, whose memory is that of all parameters."""
+    """It holds the masks and the start too. An optimizer is told of one vector, in which all parameters lie."""
     seen = []
 
     class Recorder(pyro.optim.PyroOptim):
