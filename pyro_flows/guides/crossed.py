@@ -29,7 +29,7 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor
-from torch.func import jvp, vmap
+from torch.func import grad, jvp, vjp, vmap
 from torch.nn.functional import pad
 
 from pyro_flows._clock import unbounded
@@ -178,7 +178,8 @@ class Crossed:
         unique, inverse = torch.unique(torch.cat(keys), return_inverse=True)
         self._slots = inverse.split([len(own) for own in keys])
         self.pattern = Pattern(unique // self.size, unique % self.size, self.size, self.head, self.sites[0].size)
-        first, other = (self.assemble(z[None], point[None])[1] for point in (u, 2.0 * self.mode - u))
+        # not at points that mirror each other: the curvature of an even density is the same there
+        first, other = (self.assemble(z[None], point[None])[1] for point in (u, 2.0 * u - self.mode))
         self.quadratic = torch.allclose(first, other, rtol=1e-4, atol=1e-5 * float(first.abs().max()))
 
     def _terms_of(self, z: Tensor, u: Tensor, tangents: Tensor, signs: Sequence[Tensor]) -> list[Term]:
@@ -267,7 +268,7 @@ class Crossed:
 
             def bent(along: Tensor, also: Tensor) -> Any:
                 none = torch.zeros_like(along)
-                return jvp(lambda shift: jvp(values, (shift,), (along,))[1], (none,), (also,))
+                return jvp(lambda shift: _along(values, shift, along), (none,), (also,))
 
             return vmap(bent, randomness="same")(unit[one], unit[other])
 
@@ -323,6 +324,17 @@ class Crossed:
             if not bool((gain > NEAR).any()):
                 break
         return u
+
+
+def _along(values: Callable[[Tensor], tuple[Tensor, ...]], at: Tensor, tangent: Tensor) -> tuple[Tensor, ...]:
+    """Return the derivatives of values along a tangent, by two reverse passes.
+
+    The pullback is linear in what it pulls back, so its derivative in that direction is the one sought. A forward pass
+    inside of another one fails for some operations under ``vmap``, the likelihood of ``Bernoulli(logits=)`` among them.
+    """
+    made, pull = vjp(values, at)
+    found: tuple[Tensor, ...] = grad(lambda pulled: pull(pulled)[0] @ tangent)(tuple(map(torch.zeros_like, made)))
+    return found
 
 
 class Pattern:

@@ -98,6 +98,69 @@ def test_density_gradient_mean_and_covariance_are_exact(batch):
     assert torch.allclose(root.mT @ root, covariance[places][:, places], atol=1e-8)
 
 
+LIKELIHOODS = {
+    "Bernoulli": lambda mean: dist.Bernoulli(logits=mean),
+    "Poisson": lambda mean: dist.Poisson(mean.exp()),
+    "binomial": lambda mean: dist.Binomial(real(3.0), logits=mean),
+    "t": lambda mean: dist.StudentT(3.0, mean, 1.0),
+}
+
+
+def of_other_shapes(y, student, lecturer, likelihood, prior, batch=None):
+    mu = pyro.sample("mu", dist.Normal(real(0.0), 3.0))
+    with pyro.plate("student", 4):
+        a = pyro.sample("a", prior(real(0.0)))
+    with pyro.plate("lecturer", 3):
+        b = pyro.sample("b", dist.Normal(real(0.0), 0.7))
+    with pyro.plate("rating", len(y), subsample_size=batch) as index:
+        pyro.sample("y", likelihood(mu + a[student[index]] + b[lecturer[index]]), obs=y[index])
+
+
+def check_curvature(system, joint):
+    """Gradient and curvature are those of the log joint density of all effects, by autograd."""
+    u = system.mode + torch.linspace(-0.7, 0.8, 7, dtype=torch.float64)
+    z = real([0.3])
+    gradient, entries = system.assemble(z[None], u[None])
+    dense = torch.zeros(7, 7, dtype=torch.float64)
+    dense[system.pattern.row, system.pattern.column] = entries[0]
+    dense = dense + dense.triu(1).mT
+    order = [place for site in system.sites for place in (range(4) if site.name == "a" else range(4, 7))]
+    back = torch.tensor(order).argsort()
+
+    def value(values):
+        return joint(z[0], values[back][:4], values[back][4:])
+
+    assert torch.allclose(gradient[0], torch.func.grad(value)(u), atol=1e-8)
+    assert torch.allclose(dense, -torch.func.hessian(value)(u), atol=1e-8)
+
+
+@pytest.mark.parametrize("batch", [None, 12])
+@pytest.mark.parametrize("name", LIKELIHOODS)
+def test_curvature_is_that_of_any_likelihood(name, batch):
+    """Those of Bernoulli had failed: a forward pass inside of another one, under ``vmap``."""
+    generator = torch.Generator().manual_seed(3)
+    student, lecturer = torch.arange(24) % 4, torch.randint(3, (24,), generator=generator)
+    y = torch.randint(2, (24,), generator=generator).double()
+    likelihood, prior = LIKELIHOODS[name], lambda loc: dist.Normal(loc, 0.5)
+    system = system_of(of_other_shapes, y, student, lecturer, likelihood, prior, batch, local=["a", "b"])
+    assert not system.quadratic
+
+    def joint(mu, a, b):
+        own = prior(real(0.0)).log_prob(a).sum() + dist.Normal(real(0.0), 0.7).log_prob(b).sum()
+        return own + likelihood(mu + a[student] + b[lecturer]).log_prob(y).sum()
+
+    check_curvature(system, joint)
+
+
+def test_an_even_prior_is_not_taken_for_a_normal_one():
+    """Its curvature is the same at points that mirror each other."""
+    student, lecturer, y = torch.arange(24) % 4, torch.arange(24) % 3, torch.linspace(-1.0, 1.0, 24).double()
+    priors = {True: lambda loc: dist.Normal(loc, 0.5), False: lambda loc: dist.StudentT(3.0, loc, 0.5)}
+    for normal, prior in priors.items():
+        args = y, student, lecturer, lambda mean: dist.Normal(mean, 1.0), prior
+        assert system_of(of_other_shapes, *args, local=["a", "b"]).quadratic == normal
+
+
 def test_both_ways_to_eliminate_agree():
     system = system_of(ratings, *simulated(40, (6, 5)))
     pattern, entries = system.pattern, system.assemble(POINTS, system.mode.expand(2, -1))[1]
