@@ -332,7 +332,8 @@ def _along(values: Callable[[Tensor], tuple[Tensor, ...]], at: Tensor, tangent: 
     The pullback is linear in what it pulls back, so its derivative in that direction is the one sought. A forward pass
     inside of another one fails for some operations under ``vmap``, the likelihood of ``Bernoulli(logits=)`` among them.
     """
-    made, pull = vjp(values, at)
+    both: Any = vjp(values, at)
+    made, pull = both
     found: tuple[Tensor, ...] = grad(lambda pulled: pull(pulled)[0] @ tangent)(tuple(map(torch.zeros_like, made)))
     return found
 
