@@ -72,7 +72,8 @@ def fits(models: Sequence[tuple[int, int]]) -> Iterator[list[object]]:
 def _lines(folder: Path, models: Sequence[tuple[int, int]]) -> Iterator[str]:
     """Run :func:`fits` with the package of a folder, one line a fit, after a line with the version."""
     environment = {**os.environ, "PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1"}
-    code = f"import sys; sys.path[0] = {str(folder)!r}; exec(open({__file__!r}).read()); _print({list(models)!r})"
+    run = f"space = {{'__name__': 'same'}}; exec(open({__file__!r}).read(), space); space['_print']({list(models)!r})"
+    code = f"import sys; sys.path[0] = {str(folder)!r}; {run}"  # this file: the folder may have none
     with subprocess.Popen(
         [sys.executable, "-W", "ignore", "-c", code], cwd=folder, env=environment, stdout=subprocess.PIPE, text=True
     ) as process:

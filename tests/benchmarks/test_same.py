@@ -27,6 +27,18 @@ def test_stored_rows_have_many_ways():
     assert len(same.ways(records.read(zoo_running.OUT))) >= 20
 
 
+@pytest.mark.slow
+def test_a_version_makes_the_fits_that_it_makes(tmp_path, monkeypatch):
+    root = records.RESULTS.parents[1]
+    monkeypatch.setattr(same, "chosen", lambda rows: [(102, 17), (101, 8)])
+    monkeypatch.setattr(fingerprints, "SAME", tmp_path / "same.csv")
+    monkeypatch.setattr(fingerprints, "save", lambda version, package: None)
+    assert same.main([str(root), str(root)]) == 0
+    (kept,) = records.read(tmp_path / "same.csv")
+    assert kept["before"] == kept["version"] == records.code_version()
+    assert kept["models"] == "2"
+
+
 @pytest.fixture
 def versions(tmp_path, monkeypatch):
     """Three versions: b rewrites all lines of a and has equal fits; the code as it stands has a line more than b."""
