@@ -6,9 +6,12 @@ import argparse
 import ast
 import csv
 import hashlib
+import json
 import multiprocessing
 import os
 import platform
+import subprocess
+import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -149,6 +152,17 @@ def append(file: Path, fields: Sequence[str], row: Mapping[str, object]) -> None
     kept = version is None or (fingerprints.KEPT / f"{version}.txt").is_file()
     if file.parent == RESULTS and not kept and version == code_version():  # the code may change while a benchmark runs
         fingerprints.save(version)
+
+
+def by_process(module: str, arguments: Sequence[str]) -> dict[str, Any] | None:
+    """Run a module in a process of one thread, and return the JSON of its last line; None, with a word, if it fails."""
+    command, environment = [sys.executable, "-m", module, *arguments], {**os.environ, "OMP_NUM_THREADS": "1"}
+    ran = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    if ran.returncode:
+        print(f"{' '.join(arguments)}: {ran.stderr.strip().splitlines()[-1]}", flush=True)
+        return None
+    found: dict[str, Any] = json.loads(ran.stdout.splitlines()[-1])
+    return found
 
 
 def attempt(row: dict[str, Any], fill: Callable[[dict[str, Any]], None]) -> Row:

@@ -12,9 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -336,14 +333,11 @@ def bench(
                 row["version"] = version
                 if _key({field: str(value) for field, value in row.items()}) in done:
                     continue
-                command = [sys.executable, "-m", "benchmarks.density.conditional", "--one", name, method, str(seed)]
-                command += ["--seconds", str(seconds)]
-                environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-                ran = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-                if ran.returncode:
-                    print(f"{name}, {method}, seed {seed}: {ran.stderr.strip().splitlines()[-1]}", flush=True)
+                given = ["--one", name, method, str(seed), "--seconds", str(seconds)]
+                found = records.by_process("benchmarks.density.conditional", given)
+                if found is None:
                     continue
-                row.update(json.loads(ran.stdout.splitlines()[-1]))
+                row.update(found)
                 row.update(machine=records.machine(), software=records.software())
                 records.append(out, FIELDS, row)
                 print(f"{name}, {method}, seed {seed}: {row['test']} nats, {row['used']} s", flush=True)

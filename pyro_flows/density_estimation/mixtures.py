@@ -10,6 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from pyro_flows.flows.mixture_base import by_part
+
 COUNTS = (1, 2, 3, 5, 8, 12, 20, 35, 60, 100, 160)
 STRENGTHS = (1.0, 4.0, 16.0)  # of the prior of covariances, in units of D + 2 observations
 WEAKEST = 0.1
@@ -33,9 +35,7 @@ class Parts(NamedTuple):
 
     def terms(self, x: Tensor) -> Tensor:
         """Return the log weight and density (N, K) of each part at points (N, D)."""
-        count, dim = self.loc.shape
-        z = (x @ self.factor.reshape(count * dim, dim).mT).unflatten(-1, (count, dim))
-        z = z - (self.factor @ self.loc[..., None])[..., 0]
+        z, dim = by_part(x, self.loc, self.factor), self.loc.shape[-1]
         log_volume = self.factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)
         return self.log_weights + log_volume - 0.5 * (z.square().sum(-1) + dim * math.log(2.0 * math.pi))
 
@@ -43,10 +43,7 @@ class Parts(NamedTuple):
         """Return the mixture of the points m + A x, for m (D,) and A (D, D)."""
         back = torch.linalg.inv(self.factor.double())
         root = scale.double() @ back
-        tril = torch.linalg.cholesky(root @ root.mT)
-        eye = torch.eye(len(loc), dtype=tril.dtype, device=tril.device).expand_as(tril)
-        factor = torch.linalg.solve_triangular(tril, eye, upper=False)
-        return Parts(self.log_weights, loc + self.loc @ scale.mT, factor.to(loc))
+        return Parts(self.log_weights, loc + self.loc @ scale.mT, _factor_of(root @ root.mT).to(loc))
 
     def split(self, least: int) -> Parts:
         """Return the same mixture, but for some hundredths, with each part split into as many as make ``least``."""
@@ -125,11 +122,15 @@ def _maximized(moments: Moments, spread: Tensor, prior: float) -> Parts:
     loc = total / many[:, None]
     scatter = squares - many[:, None, None] * loc[:, :, None] * loc[:, None, :]
     covariance = (scatter + spread.double()) / (many + prior)[:, None, None]
-    tril = torch.linalg.cholesky(covariance)
-    eye = torch.eye(loc.shape[1], dtype=tril.dtype, device=tril.device).expand_as(tril)
-    factor = torch.linalg.solve_triangular(tril, eye, upper=False)
     log_weights = torch.log((weight + 1.0) / (weight + 1.0).sum())
-    return Parts(*(part.to(moments[0]) for part in (log_weights, loc, factor)))
+    return Parts(*(part.to(moments[0]) for part in (log_weights, loc, _factor_of(covariance))))
+
+
+def _factor_of(covariance: Tensor) -> Tensor:
+    """Return lower triangular factors P (K, D, D) of the precisions P' P of covariances."""
+    tril = torch.linalg.cholesky(covariance)
+    eye = torch.eye(tril.shape[-1], dtype=tril.dtype, device=tril.device).expand_as(tril)
+    return torch.linalg.solve_triangular(tril, eye, upper=False)
 
 
 def _centers(x: Tensor, count: int) -> Tensor:

@@ -88,6 +88,12 @@ class MixtureBase(nn.Module):
         return MixtureOfStudents(Parts(log_weights, self.loc, factor, df, shift, bounded(log_scale, LOG_BOUND)))
 
 
+def by_part(x: Tensor, loc: Tensor, factor: Tensor) -> Tensor:
+    """Return P (x - m) (..., K, D) of points (..., D), for means (K, D) and factors (K, D, D): one matrix product."""
+    found = (x @ factor.reshape(loc.numel(), loc.shape[1]).mT).unflatten(-1, loc.shape)
+    return found - (factor @ loc[..., None])[..., 0]
+
+
 class Parts(NamedTuple):
     """The parts of a mixture in one context, or in each of a batch."""
 
@@ -130,9 +136,8 @@ class MixtureOfStudents(TorchDistribution):
 
     def _in(self, x: Tensor) -> Tensor:
         """Return what part k makes of points x (..., D): z (..., K, D)."""
-        parts, (count, dim) = self.parts, self.parts.loc.shape
-        found = (x @ parts.factor.reshape(count * dim, dim).mT).unflatten(-1, (count, dim))
-        found = found - (parts.factor @ parts.loc[..., None])[..., 0]
+        parts = self.parts
+        found = by_part(x, parts.loc, parts.factor)
         if parts.log_scale is None or parts.shift is None:
             return found
         return torch.exp(-parts.log_scale) * found - parts.shift

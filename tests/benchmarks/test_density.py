@@ -113,7 +113,7 @@ def answering(monkeypatch):
         answer = json.dumps({"test": -1.1, "error": 0.01, "steps": 7, "dim": 2, "log": log})
         return subprocess.CompletedProcess(command, 0, stdout=answer + "\n", stderr="")
 
-    monkeypatch.setattr(density.subprocess, "run", run)
+    monkeypatch.setattr(records.subprocess, "run", run)
     return asked
 
 
@@ -138,7 +138,7 @@ def test_bench_does_each_run_once(tmp_path, monkeypatch):
 
 def test_a_failed_run_leaves_no_row_and_says_why(tmp_path, monkeypatch, capsys):
     failed = subprocess.CompletedProcess([], 1, stdout="", stderr="Traceback\nOSError: set the folder")
-    monkeypatch.setattr(density.subprocess, "run", lambda *_, **__: failed)
+    monkeypatch.setattr(records.subprocess, "run", lambda *_, **__: failed)
     density.bench(["mnist"], [density.OURS], [0], out=tmp_path / "density.csv")
     assert "OSError: set the folder" in capsys.readouterr().out
     assert records.read(tmp_path / "density.csv") == []
