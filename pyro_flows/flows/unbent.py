@@ -53,10 +53,11 @@ def warn_unbent(flow: Flow, name: str) -> None:
         return
     given = " in each context" if flow.context_dim else ""
     shape = SHAPES.get(flow.base, flow.base)
+    remedy = "pf.spline bends every coordinate" + ("." if flow.dim == 1 else " from two layers on.")
     which = f"coordinate {places[0]} is" if len(places) == 1 else f"{len(places)} of {flow.dim} coordinates are"
     warnings.warn(
         f"{name}: {which} only shifted and scaled{given}, so the density there is {shape} whatever the data are. "
-        "pf.spline bends every coordinate" + (", and so do more layers." if flow.dim > 1 else "."),
+        + (remedy if flow.dim == 1 or name == "spline" else f"More layers help, and {remedy}"),
         UserWarning,
         stacklevel=outside(),
     )

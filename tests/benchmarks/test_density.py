@@ -26,7 +26,7 @@ def small(monkeypatch):
     def make(seed):
         return density.Split(*(part[:800] for part in problem.make(seed)))
 
-    fast = density.Problem(make, 0.3, layers=2, spline_layers=1, hidden=(8,), entropy=problem.entropy)
+    fast = density.Problem(make, 0.3, layers=2, spline_layers=2, hidden=(8,), entropy=problem.entropy)
     monkeypatch.setitem(density.PROBLEMS, "moons", fast)
     return fast
 

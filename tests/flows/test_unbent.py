@@ -28,7 +28,7 @@ def test_a_builder_that_is_called_says_what_it_cannot_do():
         pf.realnvp(1, context_dim=2)
     with pytest.warns(UserWarning, match=r"nice: coordinate 0 is only shifted.* logistic .*spline bends every"):
         pf.nice(1, base="logistic")
-    with pytest.warns(UserWarning, match=r"realnvp: 2 of 4 coordinates .* more layers"):
+    with pytest.warns(UserWarning, match=r"realnvp: 2 of 4 coordinates .* More layers"):
         pf.realnvp(4, layers=1)
     with pytest.warns(UserWarning, match=r"fit_density: coordinate 0"):
         pf.fit_density("realnvp", torch.randn(50, 1), max_epochs=1, learning_rate=0.01, progress=False)
