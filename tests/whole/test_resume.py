@@ -1,11 +1,9 @@
 """Calls that are stopped at any moment go on from their checkpoint, to the last digit of unbroken ones."""
 
+import functools
 import hashlib
 import json
-import multiprocessing
-import os
 import random
-import signal
 import time
 import warnings
 from contextlib import suppress
@@ -24,7 +22,10 @@ from pyro_flows.calibration import checkpoint as simulations
 from pyro_flows.calibration.folder import Folder
 from pyro_flows.density_estimation import fit_density as estimation
 from pyro_flows.model.unchanged import identity
-from tests.posteriors import schools_posterior
+from pyro_flows.training.loop import Budget, train
+from pyro_flows.training.trainer import Trainer
+from tests.interrupts import in_a_fork
+from tests.posteriors import location, location_guide, schools_posterior
 
 Y = torch.tensor([1.0, 2.5, 0.5, 3.0, 1.5, 2.0])
 
@@ -64,7 +65,11 @@ def by_chains(**more):
     return started.refine(chains=16, max_steps=100, progress=False, **more)
 
 
-CALLS = [(by_start, Stopped), (by_flow, KeyboardInterrupt), (by_chains, Stopped)]
+CALLS = [
+    (by_chains, Stopped),
+    pytest.param(by_start, Stopped, marks=pytest.mark.slow),
+    pytest.param(by_flow, KeyboardInterrupt, marks=pytest.mark.slow),
+]
 
 
 def numbers(posterior):
@@ -115,6 +120,26 @@ def test_a_call_goes_on_to_the_last_digit(call, error, tmp_path, monkeypatch):
         again = stopping(patch, -1)
         assert called(call, checkpoint=path) == expected
     assert len(again) < len(looks) or call is by_start
+
+
+def test_a_training_goes_on_to_the_last_digit(tmp_path, monkeypatch):
+    monkeypatch.setattr(_journal, "EVERY", 0.0)
+
+    def trained(at=-1, path=None):
+        torch.manual_seed(0)
+        flow, density = pf.realnvp(2, layers=2), pf.LogDensity(bent, (torch.tensor(0.4),))
+        trainer = Trainer(flow, density, learning_rate=1e-2, batch=16)
+        with monkeypatch.context() as patch, _journal.keeping(path, lambda: {}):
+            looks = stopping(patch, at)
+            found = train(trainer, Budget(120), seed=0, report=lambda *said: None)
+        return [found, _journal.checksum([trainer.weights]), density.evaluations], len(looks)
+
+    expected, looks = trained()
+    with pytest.raises(Stopped):
+        trained(looks - 30, tmp_path / "kept")
+    found, again = trained(path=tmp_path / "kept")
+    assert found == expected
+    assert again < looks
 
 
 # evaluations ----------------------------------------------------------------------------------------------------------
@@ -228,11 +253,6 @@ def test_a_checkpoint_belongs_to_a_model_its_data_and_options(tmp_path):
 # fit_many -------------------------------------------------------------------------------------------------------------
 
 
-def guide(y):
-    pyro.sample("mu", dist.Normal(y.mean(), 0.5))
-    pyro.sample("sigma", dist.LogNormal(0.0, 0.5))
-
-
 class Answers:
     """What answers at once in the place of a fit."""
 
@@ -240,13 +260,18 @@ class Answers:
         return "answers"
 
     def posterior(self, y, *, model_kwargs, draws, seed):
-        found = pf.diagnose(normal, guide, y, draws=draws, seed=seed)
-        return replace(found, verdict=replace(found.verdict, status="corrected"))
+        return answer(tuple(y.tolist()), draws, seed)
 
 
-def by_many(**more):
+@functools.cache
+def answer(values, draws, seed):
+    found = pf.diagnose(location, location_guide, torch.tensor(values), draws=draws, seed=seed)
+    return replace(found, verdict=replace(found.verdict, status="corrected"))
+
+
+def by_many(model=normal, **more):
     options = {"draws": 100, "progress": False, "refine": False, "escalate": False, "max_steps": 40}
-    return pf.fit_many(normal, [Y, Y[:5] + 1.0], **{**options, **more})
+    return pf.fit_many(model, [Y, Y[:5] + 1.0], **{**options, **more})
 
 
 def many_numbers(**more):
@@ -271,7 +296,7 @@ def stop_adding(patch, number):
 
 
 def test_many_answers_go_on_from_a_folder(tmp_path, monkeypatch):
-    path, answers = tmp_path / "kept", {"amortized": Answers()}
+    path, answers = tmp_path / "kept", {"model": location, "amortized": Answers()}
     expected = many_numbers(**answers)
     with monkeypatch.context() as patch:
         stop_adding(patch, 1)
@@ -302,29 +327,11 @@ def test_many_fits_go_on_from_a_folder(tmp_path, monkeypatch):
 # kills ----------------------------------------------------------------------------------------------------------------
 
 
-def in_a_fork(work, *, end=None, number=signal.SIGKILL):
-    """Return what ``work`` returns in a forked process, and its seconds; None if a signal ended it before."""
-    context = multiprocessing.get_context("fork")
-    inside, outside = context.Pipe()
-
-    def run():
-        torch.set_num_threads(1)
-        _journal.EVERY = estimation.SAVE_EVERY = simulations.EVERY = 0.0
-        outside.send(None)
-        began = time.monotonic()
-        outside.send((work(), time.monotonic() - began))
-
-    process = context.Process(target=run)
-    process.start()
-    inside.recv()
-    if end is not None and not inside.poll(end):
-        os.kill(process.pid, number)
-    found = None
-    with suppress(EOFError):
-        outside.close()
-        found = inside.recv()
-    process.join()
-    return found
+@pytest.fixture
+def eager(monkeypatch):
+    """Checkpoints are written as often as they can be."""
+    for module, name in ((_journal, "EVERY"), (estimation, "SAVE_EVERY"), (simulations, "EVERY")):
+        monkeypatch.setattr(module, name, 0.0)
 
 
 def rows(y, batch):
@@ -375,7 +382,7 @@ KILLED = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", KILLED)
-def test_killed_at_any_moment(name, tmp_path):
+def test_killed_at_any_moment(name, tmp_path, eager):
     call, kills = KILLED[name]
     expected, seconds = in_a_fork(call)
     chance, ended = random.Random(kills), 0
