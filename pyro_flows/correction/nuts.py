@@ -22,7 +22,7 @@ class _Potential(torch.autograd.Function):
     """The energy of one point, with its gradient from :meth:`Latent.look`."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, latent: Latent) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, x: Tensor, latent: Latent) -> Tensor:
         points = latent.look(x.detach()[None], torch.zeros(1, dtype=torch.long, device=x.device))
         ctx.save_for_backward(-points.slope[0])
         return -points.log_pi[0]
