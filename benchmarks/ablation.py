@@ -117,8 +117,8 @@ def models(rows: Iterable[Row], part: Part, most: int) -> tuple[int, list[Row]]:
     """Return in how many fits a part acted, and some of them: spread over families, the quick ones first."""
     found: dict[str, list[Row]] = {}
     acted = 0
-    for row in sorted(rows, key=lambda row: float(row["seconds"])):
-        if row["ledger"] and part.acted(json.loads(row["ledger"])):
+    for row in sorted((row for row in rows if row["ledger"]), key=lambda row: float(row["seconds"])):
+        if part.acted(json.loads(row["ledger"])):
             acted += 1
             if float(row["seconds"]) <= SECONDS:
                 found.setdefault(row["family"], []).append(row)
