@@ -24,6 +24,7 @@ from unittest import mock
 from benchmarks import records
 from benchmarks.markdown import about, table
 from benchmarks.records import Row
+from benchmarks.zoo import FAMILIES
 from benchmarks.zoo import running as zoo_running
 
 OUT = records.RESULTS / "ablation.csv"
@@ -99,7 +100,7 @@ PARTS = {
     "exact moves": Part("pyro_flows.modes.missed_modes:mirrored", _returns([]), _finds("mirrored")),
     "survey": Part("pyro_flows.modes.missed_modes:surveyed", _returns([]), _finds("survey")),
     "paths": Part("pyro_flows.modes.missed_modes:climbed", _returns([]), _finds("paths")),
-    "walks": Part("pyro_flows.modes.missed_modes:under_covered_region", _returns(None), _finds("walks")),
+    "walks": Part("pyro_flows.modes.missed_modes:under_covered_region", _returns([]), _finds("walks")),
     "moments of the start": Part(
         "pyro_flows.fitting.run:matched",
         lambda _: lambda density, start, *rest, **named: start,
@@ -115,17 +116,16 @@ PARTS = {
 
 def models(rows: Iterable[Row], part: Part, most: int) -> tuple[int, list[Row]]:
     """Return in how many fits a part acted, and some of them: spread over families, the quick ones first."""
+    newest = {(row["seed"], row["number"]): row for row in rows if row["ledger"]}
+    acting = [row for row in newest.values() if part.acted(json.loads(row["ledger"]))]
     found: dict[str, list[Row]] = {}
-    acted = 0
-    for row in sorted((row for row in rows if row["ledger"]), key=lambda row: float(row["seconds"])):
-        if part.acted(json.loads(row["ledger"])):
-            acted += 1
-            if float(row["seconds"]) <= SECONDS:
-                found.setdefault(row["family"], []).append(row)
+    for row in sorted(acting, key=lambda row: float(row["seconds"])):
+        if float(row["seconds"]) <= SECONDS:
+            found.setdefault(row["family"], []).append(row)
     chosen: list[Row] = []
     while len(chosen) < most and any(found.values()):
         chosen += [left.pop(0) for left in found.values() if left]
-    return acted, chosen[:most]
+    return len(acting), chosen[:most]
 
 
 def _gradients(kept: str) -> int:
@@ -174,7 +174,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = parser.parse_args(arguments)
     version = records.code_version()
     had = {row["part"] for row in records.start(OUT, FIELDS) if row["version"] == version}
-    stored = [row for row in records.read(zoo_running.OUT) if row["zoo"] == zoo_running.zoo_version(row["family"])]
+    present = {family: zoo_running.zoo_version(family) for family in FAMILIES}
+    stored = [row for row in records.read(zoo_running.OUT) if row["zoo"] == present[row["family"]]]
     with ProcessPoolExecutor(1, mp_context=get_context("spawn"), max_tasks_per_child=1) as pool:
         for name in given.parts:
             if name in had:
