@@ -23,7 +23,6 @@ from pyro_flows.correction.sampler import SUBCHAINS, Sampler
 from pyro_flows.correction.search import MISS, missed_by_chains
 from pyro_flows.correction.starts import dispersed_points, mixes_with_others
 from pyro_flows.flows.flow import Flow
-from pyro_flows.flows.mixture import FlowMixture
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.results.record import Recorded
 from pyro_flows.results.scoring import INFINITE
@@ -70,8 +69,6 @@ def fallback_sampler(
         clock.told(_stages.SAMPLER)
     if not asked or clock.interrupted is not None or left <= 0.0:
         return posterior
-    if method == "nuts" and isinstance(posterior.flow, FlowMixture):
-        method = "auto"
     bar.watch(_stages.SAMPLER)
     own = Clock(left, raises=clock.raises, watch=bar.watch)
     own.asked = clock.asked

@@ -152,11 +152,11 @@ def _fit(flow: Flow, parameters: list[nn.Parameter], draws: tuple[Tensor, Tensor
         log_q = flow.log_prob(theta)
         away = log_p - log_q
         found = -(weights * log_q).sum() + 0.5 * (roots * _bent(away)).sum() + EVENLY * _bent(away).mean()
-        found.backward()  # type: ignore[no-untyped-call]
+        found.backward()
         return found
 
     with torch.enable_grad():
-        best.step(loss)  # type: ignore[no-untyped-call]
+        best.step(loss)
 
 
 def _bent(x: Tensor) -> Tensor:
