@@ -1,5 +1,7 @@
 """Make one deliberate mistake at a time in a copy of the package, and see whether the tests of its room notice.
 
+Tests run in forks of a process that has imported the copy: functions of a changed file get its code in place.
+
     make mutation
     python -m tests.mutations --only bridge objectives
 
@@ -12,6 +14,8 @@ files.
 from __future__ import annotations
 
 import argparse
+import gc
+import importlib
 import multiprocessing
 import os
 import shutil
@@ -20,6 +24,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from types import CodeType, FunctionType
 from typing import NamedTuple
 
 import pyro
@@ -29,7 +34,7 @@ import torch
 ROOT = Path(__file__).parents[1]
 SECONDS = 1800  # for the tests of one edit
 FAILED = 1  # what pytest returns if a test failed; anything else is no catch
-PRELOADED = pyro, pytest, torch  # for all forks
+PRELOADED = pyro, pytest, torch
 
 
 class Edit(NamedTuple):
@@ -185,7 +190,9 @@ def caught(place: Path, edit: Edit) -> tuple[bool, str]:
         if file.suffix == ".c":
             _built(place)
         said = place / "said"
-        process = multiprocessing.get_context("fork").Process(target=_tested, args=(place, edit.tests.split(), said))
+        process = multiprocessing.get_context("fork").Process(
+            target=_tested, args=(place, file, edit.tests.split(), said)
+        )
         process.start()
         process.join(SECONDS)
         process.kill()
@@ -198,19 +205,48 @@ def caught(place: Path, edit: Edit) -> tuple[bool, str]:
     return process.exitcode == FAILED, [*lines[-1:], *(line for line in lines if line.startswith("FAILED"))][-1]
 
 
-def _tested(place: Path, tests: Sequence[str], said: Path) -> None:
-    """Run tests of the copy, in a process that has imported what all of them need, but nothing of this project."""
+def _tested(place: Path, file: Path, tests: Sequence[str], said: Path) -> None:
+    """Run tests of the copy, in a process that has imported the right package."""
     os.chdir(place)
-    sys.path[:] = [str(place), *(path for path in sys.path if path not in ("", str(ROOT)))]
-    for name in [name for name in sys.modules if name.partition(".")[0] in ("tests", "pyro_flows", "benchmarks")]:
-        del sys.modules[name]
     sys.stdout.flush()
     with said.open("w", encoding="utf-8") as stream:
         os.dup2(stream.fileno(), 1)
         os.dup2(stream.fileno(), 2)
+    if file.suffix == ".py":
+        _replace(file)
+    else:
+        _alone(place)
     code = pytest.main(["-q", "-x", "-p", "no:cacheprovider", *tests])
     sys.stdout.flush()
     os._exit(code)
+
+
+def _replace(file: Path) -> None:
+    """Give each function of a module that was imported the code that its file has by now, wherever it is known."""
+    waiting, fresh = [compile(file.read_text(encoding="utf-8"), str(file), "exec", dont_inherit=True)], {}
+    while waiting:
+        code = waiting.pop()
+        fresh[code.co_qualname, code.co_firstlineno] = code
+        waiting += [part for part in code.co_consts if isinstance(part, CodeType)]
+    for function in [one for one in gc.get_objects() if isinstance(one, FunctionType)]:
+        code = function.__code__
+        if code.co_filename == str(file):
+            function.__code__ = fresh.get((code.co_qualname, code.co_firstlineno), code)
+
+
+def _alone(place: Path) -> None:
+    """Let imports be those of the copy."""
+    sys.path[:] = [str(place), *(path for path in sys.path if path not in ("", str(ROOT)))]
+    for name in [name for name in sys.modules if name.partition(".")[0] in ("tests", "pyro_flows", "benchmarks")]:
+        del sys.modules[name]
+
+
+def _warm(place: Path) -> None:
+    """Import the package of the copy, and what its tests need, so that no fork has to; nothing of it runs."""
+    _alone(place)
+    for file in sorted((place / "pyro_flows").rglob("*.py")):
+        if file.stem != "__main__":
+            importlib.import_module(".".join(file.relative_to(place).with_suffix("").parts).removesuffix(".__init__"))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -223,10 +259,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     survived = 0
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
-        os.environ["PYTHONPATH"] = folder  # of processes that tests start
-        _copied(Path(folder))
-        for edit in chosen:
-            noticed, line = caught(Path(folder), edit)
+        place = Path(folder).resolve()
+        os.environ["PYTHONPATH"] = str(place)  # of processes that tests start
+        _copied(place)
+        for edit in sorted(chosen, key=lambda edit: edit.file != INTERPRETER):
+            if edit.file != INTERPRETER and str(place) not in sys.path:
+                _warm(place)
+            noticed, line = caught(place, edit)
             survived += not noticed
             print("caught  " if noticed else "SURVIVED", edit.file, repr(edit.wrong), "|", line, flush=True)
     print(f"{len(chosen) - survived} of {len(chosen)} mistakes were caught")

@@ -11,7 +11,6 @@ import torch
 
 import pyro_flows as pf
 from pyro_flows._arviz import stacking_weights
-from pyro_flows.comparison import sensitivity as scales
 from pyro_flows.comparison.sensitivity import top_level
 from tests.conjugate import COUNTS, PINE, counts, counts_guide, pine, pine_data, pine_guide
 from tests.posteriors import any_posterior, schools_posterior
@@ -279,24 +278,6 @@ def test_sensitivity_in_closed_form():
     ]
     assert shifts[1] / shifts[0] == pytest.approx(2.0, rel=0.25)
     assert shifts[0] > 0.05
-
-
-def test_the_likelihood_is_scaled_without_a_jacobian(monkeypatch):
-    def model(y):
-        tau = pyro.sample("tau", dist.LogNormal(0.0, 1.0))
-        pyro.sample("y", dist.Normal(tau.log(), 1.0), obs=y)
-
-    def guide(y):
-        pyro.sample("tau", dist.LogNormal(y / 2.0, 0.5**0.5))
-
-    scaling, scaled = scales._arviz.power_scaling, []
-    monkeypatch.setattr(scales._arviz, "power_scaling", lambda *given: scaled.append(given) or scaling(*given))
-    found = pf.diagnose(model, guide, torch.tensor(1.0), draws=400)
-    found.sensitivity()
-    ((_, prior, likelihood),) = scaled
-    given = found.density.log_likelihood(found._used)["y"].double().reshape(1, -1)
-    torch.testing.assert_close(likelihood, given, rtol=0.0, atol=1e-4)
-    torch.testing.assert_close(prior, dist.LogNormal(0.0, 1.0).log_prob(found.samples["tau"]).double()[None])
 
 
 def test_sensitivity_refuses_what_it_cannot_scale(three):
