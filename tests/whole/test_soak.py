@@ -35,7 +35,7 @@ def models(count):
         found.append((program, (Y,), {}))
 
     add()
-    cases = [case for case in (zoo(7, number) for number in range(count)) if case.dim <= SMALL]
+    cases = [case for case in (zoo(7, number) for number in range(2 * count)) if case.dim <= SMALL]
     mixed = [cases[number // 3] if number % 3 == 2 else found[number] for number in range(count)]
     return [one if isinstance(one, tuple) else (one.model, one.args, one.kwargs) for one in mixed]
 
