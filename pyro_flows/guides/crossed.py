@@ -663,7 +663,7 @@ class CrossedMarginal:
     def _log_weights(self, z: Tensor, u: Tensor, log_q: Tensor) -> Tensor:
         """Return the logarithms of the weights (S, K) of draws."""
         every = [part.split(4 * self.system.at_once) for part in (z.repeat_interleave(self.count, 0), u.flatten(0, 1))]
-        heights = [self.system.heights(*pair, self.clock.look) for pair in zip(*every, strict=True)]
+        heights = [self.system.heights(point, base, self.clock.look) for point, base in zip(*every, strict=True)]
         return torch.cat(heights).reshape(log_q.shape) - log_q
 
     def _noise(self, row: Tensor, seed: int) -> Tensor:
