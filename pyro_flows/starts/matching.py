@@ -13,7 +13,7 @@ from pyro_flows._seeding import derive, seeded
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.starts.start import Start
 from pyro_flows.verdict.deciding import JUDGED_DRAWS, LOOKED_AT_DRAWS
-from pyro_flows.verdict.thresholds import ESS_SHARE_MATCHED, ESS_SHARE_OF_MOMENTS, K_HAT_MOST
+from pyro_flows.verdict.thresholds import ESS_SHARE_EVEN, ESS_SHARE_LEAST, K_HAT_MOST
 from pyro_flows.verdict.weighing import Weighing, weigh
 
 NAME = "matched moments"
@@ -58,7 +58,7 @@ def matched(density: LogDensity, start: Start, df: float, *, seed: int, draws: i
 def tells_moments(weighing: Weighing) -> bool:
     """Whether weights are good enough to tell moments, and uneven enough to tell others than those of the draws."""
     share = weighing.ess / len(weighing.log_weights)
-    return weighing.k_hat < K_HAT_MOST and ESS_SHARE_OF_MOMENTS < share <= ESS_SHARE_MATCHED
+    return weighing.k_hat < K_HAT_MOST and ESS_SHARE_LEAST < share <= ESS_SHARE_EVEN
 
 
 def _noise(density: LogDensity, df: float, draws: int, *, seed: int) -> tuple[Tensor, Tensor]:
