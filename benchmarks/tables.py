@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from benchmarks import fingerprints, records, sensitivity
+from benchmarks import ablation, fingerprints, records, sensitivity
 from benchmarks.amortized import running as amortized
 from benchmarks.amortized.tables import section as amortized_section
 from benchmarks.calibration import running as calibration
@@ -57,6 +57,7 @@ TITLES = {
     "causes": "Three causes of wrong answers",
     "ledger": "What answers",
     "sensitivity": "If a threshold were another one",
+    "ablation": "Without one of its parts",
     "named": "Models that statisticians bring",
     "modes": "Several modes",
     "search": "What the search for missed modes finds",
@@ -109,6 +110,7 @@ def write_tables(
     chains_csv: Path = chains.OUT,
     autoencoders_csv: Path = autoencoders.OUT,
     sensitivity_csv: Path = sensitivity.OUT,
+    ablation_csv: Path = ablation.OUT,
 ) -> None:
     """Fill the sections whose CSV file is there, each in the page that has its markers.
 
@@ -127,6 +129,7 @@ def write_tables(
         ("causes", causes_csv, lambda rows: zoo_reporting.causes_section(rows, table, about)),
         ("ledger", zoo_csv, lambda rows: ledger.section(zoo_csv.parent)),
         ("sensitivity", sensitivity_csv, sensitivity.section),
+        ("ablation", ablation_csv, ablation.section),
         ("named", named_csv, lambda rows: named.section(rows, table, about)),
         ("modes", modes_csv, lambda rows: modes.section(rows, table, about)),
         ("search", search_csv, search_tables.section),

@@ -3,12 +3,15 @@
 import gc
 import signal
 import threading
+from pathlib import Path
 
 import pyro
 import pytest
 import torch
 
 from pyro_flows._fallbacks import strict
+
+LONG = frozenset(Path(__file__).with_name("long.txt").read_text(encoding="utf-8").splitlines())
 
 pytest.register_assert_rewrite("tests.invariants", "tests.state_invariants")
 
@@ -25,6 +28,14 @@ def pytest_collection():
     finally:
         gc.enable()
         gc.freeze()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Tests that ``long.txt`` names are slow, too: those that took 1.5 CPU seconds or more in a run of the suite."""
+    for item in items:
+        if item.nodeid in LONG:
+            item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture(autouse=True, scope="session")

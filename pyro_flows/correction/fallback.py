@@ -23,13 +23,12 @@ from pyro_flows.correction.sampler import SUBCHAINS, Sampler
 from pyro_flows.correction.search import MISS, missed_by_chains
 from pyro_flows.correction.starts import dispersed_points, mixes_with_others
 from pyro_flows.flows.flow import Flow
-from pyro_flows.flows.mixture import FlowMixture
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.results.record import Recorded
 from pyro_flows.results.scoring import INFINITE
 from pyro_flows.verdict.chains import McmcDiagnostics, McmcDraws, objections
 from pyro_flows.verdict.deciding import LOOKED_AT_DRAWS
-from pyro_flows.verdict.thresholds import ESS_OF_CHAINS, ESS_OF_CHAINS_NEARLY, ESS_SHARE_FAR_OFF, R_HAT_CONVERGED
+from pyro_flows.verdict.thresholds import ESS_OF_MCMC, ESS_SHARE_FAR_OFF, R_HAT_CONVERGED
 
 UNTRAINED, ATTEMPT, LAST = 300_000, 600_000, 1_500_000  # gradients: in the place of training, after it, last
 TRAINED = 1_200_000  # gradients that training, the race before and a sampler after it take, where dimensions are many
@@ -70,8 +69,6 @@ def fallback_sampler(
         clock.told(_stages.SAMPLER)
     if not asked or clock.interrupted is not None or left <= 0.0:
         return posterior
-    if method == "nuts" and isinstance(posterior.flow, FlowMixture):
-        method = "auto"
     bar.watch(_stages.SAMPLER)
     own = Clock(left, raises=clock.raises, watch=bar.watch)
     own.asked = clock.asked
@@ -130,7 +127,7 @@ def gradient_budget(density: LogDensity, gradients: float) -> float:
 
 def _only_lacks_draws(found: McmcDiagnostics) -> bool:
     """Whether superchains agree, and draws will be enough: more of them may cost less than to train a flow."""
-    nearly = min(found.ess_bulk, found.ess_tail) >= ESS_OF_CHAINS_NEARLY * ESS_OF_CHAINS
+    nearly = min(found.ess_bulk, found.ess_tail) >= ESS_OF_MCMC
     return nearly and found.nested_r_hat <= R_HAT_CONVERGED
 
 

@@ -19,10 +19,9 @@ from pyro_flows._threads import few_threads
 from pyro_flows._turns import alone
 from pyro_flows.correction.judging import Work, concluded
 from pyro_flows.correction.latent import Latent
-from pyro_flows.correction.nuts import nuts
 from pyro_flows.correction.sampler import HAMILTONIAN, KEPT, MICROCANONICAL, SUBCHAINS, Sampler
 from pyro_flows.correction.smc import anneal
-from pyro_flows.correction.starts import NoStart, can_be_resumed, dispersed_points, flow_of, starting_points
+from pyro_flows.correction.starts import NoStart, can_be_resumed, dispersed_points, flow_of
 from pyro_flows.flows.mixture import FlowMixture
 from pyro_flows.model.unchanged import identity
 from pyro_flows.results.record import Record, Recorded
@@ -32,12 +31,11 @@ from pyro_flows.verdict.deciding import POOL, resample
 from pyro_flows.verdict.thresholds import ESS_SHARE_HOPELESS
 from pyro_flows.verdict.weighing import weigh
 
-METHODS = ("auto", "hmc", "imh", "nuts", "smc")
+METHODS = ("auto", "hmc", "imh", "smc")
 FEWEST, MOST_CHAINS = 16, 4096
 CHAINS = 64  # no more than the draws of each: ArviZ takes the longer axis for that of draws
 MAX_STEPS = 2000  # sweeps of each chain
 PARTICLES = 1024
-NUTS_CHAINS, NUTS_WARM_UP = 4, 500
 ASKED = "refine() was called"
 LEAST = 1000  # draws that a pool is weighed for
 
@@ -56,8 +54,6 @@ def refine(
     seconds = _checks.seconds("max_seconds", max_seconds)
     seed = int(posterior.settings["seed"]) if seed is None else _checks.integer("seed", seed, 0)
     posterior._need_density()
-    if method == "nuts" and isinstance(posterior.flow, FlowMixture):
-        raise ValueError("method: NUTS walks in the latent space of one flow, and this is a mixture; take 'auto'.")
     _journal.check(checkpoint)
     asked = {"method": method, "chains": chains, "max_steps": max_steps, "max_seconds": max_seconds, "seed": seed}
     about = lambda: {"call": "refine", **asked, "draws": _draws_of(posterior), **identity(posterior._need_model())}  # noqa: E731
@@ -111,9 +107,6 @@ def _sample(posterior: Recorded, work: Work, chains: int, max_steps: int, seed: 
     weights = posterior.log_weights
     if not bool(torch.isfinite(posterior.log_p).any()):
         raise NoStart("no draw of the guide has a finite density")
-    if work.method == "nuts":
-        _run_nuts(posterior, work, latent, min(max_steps, len(posterior.z) // NUTS_CHAINS), seed)
-        return
     z = posterior.z
     if work.method == "smc":
         work.annealed = anneal(latent, max(PARTICLES, chains), seed=seed, report=bar.show)
@@ -133,14 +126,6 @@ def _proposals(posterior: Recorded, method: str) -> int:
     if method == "hmc":
         return int(mixed)
     return int(mixed or posterior.verdict.ess_ratio >= ESS_SHARE_HOPELESS)
-
-
-def _run_nuts(posterior: Recorded, work: Work, latent: Latent, draws: int, seed: int) -> None:
-    starts = starting_points(posterior.z, posterior.log_weights, NUTS_CHAINS, seed=derive(seed, "starts of chains"))
-    x, k = latent.place(starts)
-    z, stats, _ = nuts(latent, x, draws=draws, warm_up=min(draws, NUTS_WARM_UP))
-    state = {"superchain": torch.arange(len(x)), "began": k}
-    work.chains = McmcDraws(z, stats, state, {"method": "nuts", "seed": seed, "sweeps": draws})
 
 
 def can_go_on(posterior: Record) -> bool:
@@ -164,8 +149,7 @@ def more_draws(posterior: Record, count: int, *, seed: int) -> Tensor:
     density = posterior._need_density()
     if posterior.verdict.status == "refined" and posterior.chains is not None:
         if not can_go_on(posterior):
-            of = "NUTS" if posterior.chains.numbers["method"] == "nuts" else "an earlier version"
-            raise ValueError(f"sample: chains of {of} are not gone on with; refine(method='hmc') can be.")
+            raise ValueError("sample: chains of an earlier version are not gone on with; refine(method='hmc') can be.")
         each = math.ceil(count / posterior.chains.count)
         return go_on(posterior, posterior.chains, each, seed=seed).transpose(0, 1).flatten(0, 1)[:count]
     flow = posterior.flow

@@ -128,7 +128,7 @@ def _rebuild(text: Any, state: Any) -> Flow:
         found = [name.removesuffix("inverse_scale") for name in state if name.endswith(".inverse_scale")]
         if found and ending(flow) is None:
             loc, scale, slope = (state.get(f"{found[0]}{part}") for part in ("loc", "scale", "slope"))
-            with_preprocess(flow, Preprocess(loc, scale, slope))  # type: ignore[arg-type]
+            with_preprocess(flow, Preprocess(loc, scale, slope))
 
     found: Flow = restored(text, state, amend)
     require(isinstance(found, Flow), "it describes a mixture of flows")

@@ -41,7 +41,7 @@ def cdf(base: str, x: Tensor, df: float) -> Tensor:
         return torch.sigmoid(x)
     if base == "uniform":
         return (0.5 * (x + 1.0)).clamp(0.0, 1.0)
-    from scipy.special import stdtr  # type: ignore[import-untyped]
+    from scipy.special import stdtr
 
     return torch.as_tensor(stdtr(df, x.detach().cpu().double().numpy())).to(x)
 

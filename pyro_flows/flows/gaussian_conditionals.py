@@ -52,7 +52,7 @@ def marginal_flow(flow: Flow, loc: Tensor, scale: Tensor) -> tuple[Flow, list[nn
     They are those of ``flow``. The scale of tails is none of them, see :func:`with_tails`.
     """
     outer = nested_of(flow).outer
-    last = outer.layers[-1]  # type: ignore[union-attr, index]
+    last = outer.layers[-1]  # type: ignore[index]
     start_at(Flow(last, dim=len(loc)), loc, scale)  # type: ignore[arg-type]
     return Flow(outer, dim=len(loc), base=flow.base, df=flow.df), list(last.parameters())  # type: ignore[union-attr]
 
@@ -66,11 +66,11 @@ def nested_of(flow: Flow) -> Nested:
 @torch.no_grad()
 def with_tails(flow: Flow, df: float) -> Flow:
     """Give the held coordinates the tails of a Student-t distribution, before their couplings. Returns the flow."""
-    spline, affine = nested_of(flow).outer.layers[:2]  # type: ignore[union-attr, index, misc]
+    spline, affine = nested_of(flow).outer.layers[:2]  # type: ignore[index]
     values = torch.linspace(-FAR, FAR, FINE, dtype=torch.float64).sinh()
     table = values, torch.distributions.StudentT(torch.tensor(df, dtype=torch.float64)).log_prob(values)
     at, middle, half = knots(*table, NORMAL, bins=BINS, bound=BOUND)
-    spline.at.copy_(at)  # type: ignore[operator, union-attr]
-    affine.loc.fill_(float(middle))  # type: ignore[operator, union-attr]
-    affine.scale.fill_(float(half))  # type: ignore[operator, union-attr]
+    spline.at.copy_(at)
+    affine.loc.fill_(float(middle))
+    affine.scale.fill_(float(half))
     return flow

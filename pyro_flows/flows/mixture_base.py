@@ -201,7 +201,7 @@ class MixtureOfStudents(TorchDistribution):
 
     def _of_students(self, name: str, value: Tensor) -> Tensor:
         """Return a function of Student t distributions, of degrees of freedom and values, by its name in scipy."""
-        from scipy import special  # type: ignore[import-untyped]
+        from scipy import special
 
         df = self.parts.df.expand(value.shape)
         return torch.as_tensor(getattr(special, name)(*(part.double().cpu().numpy() for part in (df, value)))).to(value)

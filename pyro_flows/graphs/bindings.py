@@ -13,8 +13,8 @@ from pyro_flows.graphs.graph import LIKE, copy_graph, graph_module, is_aten, is_
 
 _aten = torch.ops.aten
 _ELSEWHERE: dict[str, Callable[..., Any]] = {
-    "linear": torch._C._nn.linear,  # type: ignore[attr-defined]
-    "silu": torch._C._nn.silu,  # type: ignore[attr-defined]
+    "linear": torch._C._nn.linear,
+    "silu": torch._C._nn.silu,
     "split": torch.unsafe_split,
     "view": torch.reshape,  # a product may be stored otherwise than it was when the graph was recorded
     "_unsafe_view": torch.reshape,
@@ -47,7 +47,7 @@ def peephole(module: fx.GraphModule) -> Callable[..., Any]:
     constants = dict(quick.named_buffers())
     quick._buffers.clear()
     quick.__dict__.update(constants)  # plain attributes, which Python finds at once
-    return quick.forward  # type: ignore[return-value]
+    return quick.forward
 
 
 def _hasten(module: fx.GraphModule, node: fx.Node, value: Tensor) -> None:
@@ -154,7 +154,7 @@ def _bind(node: fx.Node) -> None:
     name = name_of(node)
     if node.target is _aten.slice.Tensor and len(node.args) == 4 and node.args[1] in (0, 1, 2):
         tensor, axis, start, stop = node.args
-        node.target, node.args = operator.getitem, (tensor, (slice(None),) * axis + (slice(start, stop),))  # type: ignore[operator, arg-type]
+        node.target, node.args = operator.getitem, (tensor, (slice(None),) * axis + (slice(start, stop),))  # type: ignore[operator]
     elif name in LIKE:
         node.target = getattr(torch, name)
         node.kwargs = {key: value for key, value in node.kwargs.items() if (key, value) != ("pin_memory", False)}

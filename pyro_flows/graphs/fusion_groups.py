@@ -144,7 +144,7 @@ class FusionGroups:
         self.owner[storage_of(value)] = view.buffer, int(value.storage_offset()) - view.offset, value.dtype
 
     def _operation(self, node: fx.Node) -> None:
-        args, kwargs = fx.map_arg((node.args, node.kwargs), self.real.__getitem__)  # type: ignore[misc]
+        args, kwargs = fx.map_arg((node.args, node.kwargs), self.real.__getitem__)
         views = (_aten.view.default, _aten._unsafe_view.default)
         function: Any = torch.reshape if node.target in views else node.target
         result = self.real[node] = function(*args, **kwargs)
@@ -192,7 +192,7 @@ class FusionGroups:
         """Leave an operation to torch."""
         if not all(isinstance(part, Tensor) for part in results):
             raise Unsuited
-        args, kwargs = fx.map_arg((node.args, node.kwargs), self._given)  # type: ignore[misc]
+        args, kwargs = fx.map_arg((node.args, node.kwargs), self._given)
         taken = [*views_in((args, kwargs))]
         for view in taken:
             view.buffer.kept = True
@@ -229,7 +229,7 @@ class FusionGroups:
     def _tasks_for(self, node: fx.Node, result: Tensor) -> View:
         if not is_aten(node) or not result.numel() or result.dtype not in NUMBERS:
             raise Unsuited
-        args, kwargs = fx.map_arg((node.args, node.kwargs), self.views.__getitem__)  # type: ignore[misc]
+        args, kwargs = fx.map_arg((node.args, node.kwargs), self.views.__getitem__)
         for write in (STRUCTURED.get(node.target), MATRICES.get(node.target)):
             if write is not None:
                 return write(self, node, args, kwargs, result)

@@ -39,7 +39,7 @@ def copy_node(graph: fx.Graph, node: fx.Node, copies: dict[fx.Node, fx.Node]) ->
     """Add a copy of a node of another graph, given those of the nodes before it."""
     if node.op != "call_function":
         return graph.node_copy(node, copies.__getitem__)
-    args, kwargs = fx.map_arg((node.args, node.kwargs), copies.__getitem__)  # type: ignore[misc]
+    args, kwargs = fx.map_arg((node.args, node.kwargs), copies.__getitem__)
     copy = new_node(graph, node.target, args, kwargs)
     copy.meta = dict(node.meta)
     return copy
@@ -172,7 +172,7 @@ def first_results(module: fx.GraphModule, count: int) -> fx.GraphModule:
     """Return the part of a graph that leads to its first results."""
     graph = copy_graph(module.graph)
     (output,) = (node for node in graph.nodes if node.op == "output")
-    output.args = (tuple(output.args[0][:count]),)  # type: ignore[index]
+    output.args = (tuple(output.args[0][:count]),)
     sweep(graph)
     return graph_module(module, graph)
 
@@ -243,7 +243,7 @@ def tidy(graph: fx.Graph) -> None:
             if replacement is None and _is_pure(node):
                 replacement = seen.setdefault((node.target, key_of(node.args), key_of(node.kwargs)), node)
             if replacement not in (None, node):
-                node.replace_all_uses_with(replacement)  # type: ignore[arg-type]
+                node.replace_all_uses_with(replacement)
                 graph.erase_node(node)
 
 

@@ -160,7 +160,7 @@ class _Narrower:
             other: Any = node.args[1 - place]
             repeats = isinstance(other, fx.Node) and other.meta["val"].dtype == node.meta["val"].dtype
             if repeats and self._is(node.args[place], nothing):
-                return other  # type: ignore[no-any-return]
+                return other
         return None
 
     def _is(self, part: Any, number: float) -> bool:

@@ -31,7 +31,7 @@ def library() -> Callable[..., Any] | None:
         return None
     run.restype = None
     run.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64]
-    return run  # type: ignore[no-any-return]
+    return run
 
 
 def interpreter_is_built() -> bool:

@@ -31,7 +31,7 @@ def partition(module: fx.GraphModule, results: int) -> tuple[fx.GraphModule, fx.
     graph = module.graph
     *inputs, cotangent = (node for node in graph.nodes if node.op == "placeholder")
     (output,) = (node for node in graph.nodes if node.op == "output")
-    found = list(output.args[0])  # type: ignore[arg-type]
+    found = list(output.args[0])
     late = {cotangent}
     for node in graph.nodes:
         if node.op == "call_function" and late.intersection(node.all_input_nodes):

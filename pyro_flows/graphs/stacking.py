@@ -13,7 +13,7 @@ from pyro_flows.graphs.graph import copy_graph, is_pure
 from pyro_flows.graphs.recording import record
 
 _aten = torch.ops.aten
-_functorch: Any = torch._C._functorch  # type: ignore[attr-defined]
+_functorch: Any = torch._C._functorch
 
 
 def stacked(module: fx.GraphModule, *inputs: Tensor) -> fx.GraphModule:

@@ -39,7 +39,7 @@ from pyro_flows.transforms.blocks import Blocks
 CLIMBED_UP_TO = 30  # coordinates of the flows: a climb takes minutes for more, where the model takes no batches
 
 
-class AutoFlowMessenger(AutoHierarchicalFlow, AutoNormalMessenger):  # type: ignore[metaclass]
+class AutoFlowMessenger(AutoHierarchicalFlow, AutoNormalMessenger):
     r"""Guide by effect handlers: flows over groups of sites, conditional distributions of rows, normals elsewhere.
 
     .. math:: q(\theta, y, w) = q_\text{flows}(\theta) \prod_s \mathcal N(w_s \mid m_s, s_s^2)

@@ -220,7 +220,7 @@ class LogDensity(SiteValues):
                 found = [self._with_gradients(part) for part in self._portions(z, self._with_gradients)]
                 value, grad = found[0] if len(found) == 1 else map(torch.cat, zip(*found, strict=True))
                 return value.to(z.dtype), grad
-        return tuple(evaluated([z], lambda: self.unrecorded(z), self.faults))  # type: ignore[return-value]
+        return tuple(evaluated([z], lambda: self.unrecorded(z), self.faults))
 
     def _portions(self, z: Tensor, recorder: Recorder) -> Iterator[Tensor]:
         """Yield ``z`` in whole numbers of the recorder's pieces, with a look at the clock before each."""

@@ -113,7 +113,7 @@ def _assigned(cost: Tensor) -> list[int]:
     cheapest: list[int] = cost.argmin(1).tolist()
     if len(set(cheapest)) == len(cheapest):  # it takes a third of a second to import what else would tell
         return cheapest
-    from scipy.optimize import linear_sum_assignment  # type: ignore[import-untyped]
+    from scipy.optimize import linear_sum_assignment
 
     order: list[int] = linear_sum_assignment(cost.cpu().numpy())[1].tolist()
     return order

@@ -39,7 +39,7 @@ def plot_pit(pit: Any, names: Sequence[str] | None = None) -> Figure:
     >>> plot_pit(torch.linspace(0.01, 0.99, 50)).axes[0].get_xlabel()
     'probability integral transform'
     """
-    from scipy.stats import binom  # type: ignore[import-untyped]
+    from scipy.stats import binom
 
     values = numbers("pit", pit).double().cpu().numpy()
     values = values[:, None] if values.ndim == 1 else values

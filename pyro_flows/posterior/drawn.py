@@ -77,10 +77,9 @@ class Drawn(Shown):
             method: ``"hmc"``: Hamiltonian moves alone; ``"imh"``: with four independent proposals of the flow, or
                 mixture, before each move;
                 ``"smc"``: chains begin where particles come to that are annealed from the flow to the posterior, which
-                also gives ``log_evidence`` (its standard error is in ``history``); ``"nuts"``: four chains of Pyro's
-                NUTS in the same space, slow, as a check; ``"auto"``: with one independent proposal before each move,
-                unless the flow's weights tell that it would be in vain. Chains of a mixture move in the latent space of
-                one part at a time, and change parts.
+                also gives ``log_evidence`` (its standard error is in ``history``); ``"auto"``: with one independent
+                proposal before each move, unless the flow's weights tell that it would be in vain. Chains of a mixture
+                move in the latent space of one part at a time, and change parts.
             chains: how many, a multiple of 8.
             max_steps: bound on the moves of each chain, warm-up included; a move takes a few gradients.
             max_seconds: bound on the seconds.
@@ -92,7 +91,7 @@ class Drawn(Shown):
             A new posterior. Its draws to use are the chains', at least as many as before, if it is refined.
 
         Raises:
-            ValueError: for a bad option, NUTS with a mixture, a checkpoint that is damaged or of another call, or if a
+            ValueError: for a bad option, a checkpoint that is damaged or of another call, or if a
                 loaded posterior needs its model for this.
 
         References: Hoffman et al. 2019 (arXiv 1903.03704); Hoffman, Radul and Sountsov 2021 (ChEES); Margossian et al.

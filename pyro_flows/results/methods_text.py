@@ -27,7 +27,6 @@ FLOWS = "Rezende2015"  # of a flow that no builder made
 MOVES = {  # of chains, by what their numbers say
     "microcanonical": ("Metropolis-adjusted microcanonical dynamics", ("Robnik2023", "Robnik2025")),
     "Hamiltonian": ("Hamiltonian Monte Carlo", ("Neal2011",)),
-    "nuts": ("the No-U-Turn sampler", ("Hoffman2014",)),
 }
 
 
@@ -261,7 +260,7 @@ def _chains(text: Text, posterior: Record) -> None:
     assert chains is not None
     assert figures is not None
     numbers = chains.numbers
-    moves, keys = MOVES[numbers["method"] if numbers["method"] == "nuts" else numbers["moves"]]
+    moves, keys = MOVES[numbers["moves"]]
     within = f"the latent space of this approximation {text.cite('Hoffman2019')}"
     space = "standardized coordinates" if posterior.flow is None else within
     annealed = (

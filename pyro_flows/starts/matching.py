@@ -13,7 +13,7 @@ from pyro_flows._seeding import derive, seeded
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.starts.start import Start
 from pyro_flows.verdict.deciding import JUDGED_DRAWS, LOOKED_AT_DRAWS
-from pyro_flows.verdict.thresholds import ESS_SHARE_MATCHED, ESS_SHARE_OF_MOMENTS, K_HAT_MOST
+from pyro_flows.verdict.thresholds import ESS_SHARE_EVEN, ESS_SHARE_LEAST, K_HAT_MOST
 from pyro_flows.verdict.weighing import Weighing, weigh
 
 NAME = "matched moments"
@@ -49,9 +49,9 @@ def matched(density: LogDensity, start: Start, df: float, *, seed: int, draws: i
             noise, log_noise = _noise(density, df, count, seed=derive(seed, f"matching {number}"))
             z = start.map(noise)
         weighing = weigh(z, density(z), log_noise - start.volume)
-        if not (weighing.k_hat < K_HAT_MOST and weighing.ess > ESS_SHARE_OF_MOMENTS * count):
+        if not (weighing.k_hat < K_HAT_MOST and weighing.ess > ESS_SHARE_LEAST * count):
             return start
-        if weighing.ess > ESS_SHARE_MATCHED * count:
+        if weighing.ess > ESS_SHARE_EVEN * count:
             return start
         start = replace(_moved(start, z, weighing), elbo=max(start.elbo, weighing.elbo))
     return start

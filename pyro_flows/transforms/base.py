@@ -41,7 +41,7 @@ class Bijection(TransformModule, ConditionalTransform):
     """
 
     bijective = True
-    event_dim: int = 1  # type: ignore[assignment]
+    event_dim: int = 1
     context_dim: int = 0
 
     def forward_and_ladj(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -97,7 +97,7 @@ class Bijection(TransformModule, ConditionalTransform):
         return constraints.independent(constraints.real, self.event_dim)
 
     @property
-    def inv(self) -> Inverse:  # type: ignore[override]
+    def inv(self) -> Inverse:
         """The inverse as a bijection of its own that shares the parameters."""
         return Inverse(self)
 
@@ -255,7 +255,7 @@ class Inverse(Bijection):
     def __init__(self, bijection: Bijection) -> None:
         super().__init__()
         self.bijection = bijection
-        self.event_dim = bijection.event_dim  # type: ignore[assignment]
+        self.event_dim = bijection.event_dim
         self.context_dim = bijection.context_dim
 
     @property
@@ -275,10 +275,10 @@ class Inverse(Bijection):
     def inv(self) -> Bijection:  # type: ignore[override]
         return self.bijection
 
-    def forward_shape(self, shape: Iterable[int]) -> Iterable[int]:  # type: ignore[override]
+    def forward_shape(self, shape: Iterable[int]) -> Iterable[int]:
         return self.bijection.inverse_shape(shape)
 
-    def inverse_shape(self, shape: Iterable[int]) -> Iterable[int]:  # type: ignore[override]
+    def inverse_shape(self, shape: Iterable[int]) -> Iterable[int]:
         return self.bijection.forward_shape(shape)
 
     def forward_and_ladj(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:

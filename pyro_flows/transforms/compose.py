@@ -52,7 +52,7 @@ class Compose(Bijection):
             raise ValueError(f"layers: expected one context_dim, got {sorted(widths)}.")
         _check_shapes(stack)
         self.layers = nn.ModuleList(stack)
-        self.event_dim = stack[0].event_dim  # type: ignore[assignment]
+        self.event_dim = stack[0].event_dim
         self.context_dim = widths.pop() if widths else 0
 
     @property
@@ -74,12 +74,12 @@ class Compose(Bijection):
     def codomain(self) -> constraints.Constraint:  # type: ignore[override]
         return self.layers[-1].codomain  # type: ignore[return-value]
 
-    def forward_shape(self, shape: Iterable[int]) -> Iterable[int]:  # type: ignore[override]
+    def forward_shape(self, shape: Iterable[int]) -> Iterable[int]:
         for layer in self.layers:
             shape = layer.forward_shape(shape)  # type: ignore[operator]
         return shape
 
-    def inverse_shape(self, shape: Iterable[int]) -> Iterable[int]:  # type: ignore[override]
+    def inverse_shape(self, shape: Iterable[int]) -> Iterable[int]:
         for layer in reversed(self.layers):
             shape = layer.inverse_shape(shape)  # type: ignore[operator]
         return shape

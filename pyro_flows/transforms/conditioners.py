@@ -119,7 +119,7 @@ def _is_plain(network: nn.Module) -> bool:
     """Whether the way back is known, and nobody hooks into the way there."""
     if type(network) not in (Network, Robust):
         return False
-    layers = [*network.layers]  # type: ignore[arg-type, misc]
+    layers = [*network.layers]  # type: ignore[misc]
     return all(type(layer) in BACK for layer in layers) and not any(map(_is_hooked, [network, network.layers, *layers]))
 
 

@@ -43,7 +43,7 @@ class Coupling(Bijection):
         self.dim = _checks.size("dim", dim)
         self.context_dim = context_dim
         shape = (self.dim,) if isinstance(self.dim, int) else self.dim
-        self.event_dim = len(shape)  # type: ignore[assignment]
+        self.event_dim = len(shape)
         self._axes = tuple(range(-len(shape), 0))
         self.register_buffer("mask", _read_mask(mask, shape, context_dim))
         self.register_load_state_dict_post_hook(_reindex)

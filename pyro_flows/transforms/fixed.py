@@ -41,7 +41,7 @@ class Preprocess(Bijection):
 
     def __init__(self, loc: Tensor, scale: Tensor, slope: Tensor | None = None) -> None:
         super().__init__()
-        self.event_dim = loc.dim()  # type: ignore[assignment]
+        self.event_dim = loc.dim()
         self.dim = loc.numel() if loc.dim() == 1 else tuple(loc.shape)
         self.context_dim = 0 if slope is None else slope.shape[0]
         self.full = scale.shape != loc.shape

@@ -44,7 +44,7 @@ class Squeeze(Bijection):
     def __init__(self, dim: Sequence[int], *, group: int = 2) -> None:
         super().__init__()
         _, *sides = self.dim = _checks.grid("dim", dim)
-        self.event_dim = len(self.dim)  # type: ignore[assignment]
+        self.event_dim = len(self.dim)
         image = len(sides) == 2
         self.group = 2 if image else _checks.integer("group", group, 2)
         if any(side % self.group for side in sides):
@@ -53,12 +53,12 @@ class Squeeze(Bijection):
         self._corners = CORNERS if image else [(place,) for place in _halving(list(range(self.group)))]
         self._squeezed = tuple(self.forward_shape(self.dim))
 
-    def forward_shape(self, shape: Iterable[int]) -> torch.Size:  # type: ignore[override]
+    def forward_shape(self, shape: Iterable[int]) -> torch.Size:
         *batch, channels = (sizes := list(shape))[: 1 - self.event_dim]
         sides = sizes[1 - self.event_dim :]
         return torch.Size((*batch, channels * len(self._corners), *(side // self.group for side in sides)))
 
-    def inverse_shape(self, shape: Iterable[int]) -> torch.Size:  # type: ignore[override]
+    def inverse_shape(self, shape: Iterable[int]) -> torch.Size:
         *batch, channels = (sizes := list(shape))[: 1 - self.event_dim]
         sides = sizes[1 - self.event_dim :]
         return torch.Size((*batch, channels // len(self._corners), *(side * self.group for side in sides)))
@@ -121,7 +121,7 @@ class MultiScale(Bijection):
             raise ValueError("coarse: expected a bijection that names the shape of its events and keeps it.")
         self.coarse = coarse
         self.dim = (2 * shape[0], *shape[1:])
-        self.event_dim = len(shape)  # type: ignore[assignment]
+        self.event_dim = len(shape)
         self.context_dim = coarse.context_dim
 
     def _halves(self, x: Tensor) -> tuple[Tensor, Tensor]:

@@ -203,7 +203,7 @@ class LowerTriangularAffine(Bijection):
             loc, scale_tril, _ = self._affine(self.loc, None)
             self.loc.copy_(loc)
             self.scale_tril.copy_(scale_tril)
-            self.conditioner.values.zero_()  # type: ignore[operator, union-attr]
+            self.conditioner.values.zero_()  # type: ignore[operator]
             self.settled = True
 
     def _split(self, free: Tensor) -> tuple[Tensor, ...]:

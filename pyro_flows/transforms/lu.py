@@ -112,7 +112,7 @@ class Conv1x1(LULinear):
     def __init__(self, dim: Sequence[int], *, seed: int | None = None) -> None:
         Bijection.__init__(self)
         channels, *sides = self.dim = _checks.grid("dim", dim)
-        self.event_dim = len(self.dim)  # type: ignore[assignment]
+        self.event_dim = len(self.dim)
         self._pixels = math.prod(sides)
         self._fill(channels, seed)
 

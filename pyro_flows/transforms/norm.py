@@ -20,7 +20,7 @@ class _Standardizing(Bijection):
         super().__init__()
         self.dim = _checks.size("dim", dim)
         shape = (self.dim,) if isinstance(self.dim, int) else self.dim
-        self.event_dim = len(shape)  # type: ignore[assignment]
+        self.event_dim = len(shape)
         self._width, self._ones = shape[0], (1,) * (len(shape) - 1)
         self._pixels = math.prod(shape[1:])
         self.conditioner = conditioner(0, 0, 2 * self._width)

@@ -49,7 +49,7 @@ class Logit(Bijection):
     def __init__(self, dim: int | Sequence[int], *, alpha: float = 0.05) -> None:
         super().__init__()
         self.dim = _checks.size("dim", dim)
-        self.event_dim = 1 if isinstance(self.dim, int) else len(self.dim)  # type: ignore[assignment]
+        self.event_dim = 1 if isinstance(self.dim, int) else len(self.dim)
         self.alpha = _checks.positive("alpha", alpha)
         if self.alpha >= 0.5:
             raise ValueError(f"alpha: expected a number between 0 and 0.5, got {alpha!r}.")

@@ -1,11 +1,12 @@
 """Two versions with equal fits: which models are compared, and what it means for tables."""
 
+import importlib
 import json
 
 import numpy as np
 import pytest
 
-from benchmarks import fingerprints, records, same, sensitivity
+from benchmarks import ablation, fingerprints, records, same, sensitivity
 from benchmarks.zoo import running as zoo_running
 
 
@@ -88,3 +89,23 @@ def test_only_doubtful_and_quick_models_are_tried():
     assert len(chosen) == len(set(chosen)) >= 10
     quick = {(int(one["seed"]), int(one["number"])) for one in rows if float(one["seconds"] or 1e9) < sensitivity.QUICK}
     assert set(chosen) <= quick
+
+
+def test_a_part_is_switched_off_in_fits_in_which_it_acted():
+    rows = records.read(zoo_running.OUT)
+    for name, part in ablation.PARTS.items():
+        module, attribute = part.replaced.split(":")
+        there = getattr(importlib.import_module(module), attribute)
+        assert part.by(there) is not there, name
+    acted, chosen = ablation.models(rows, ablation.PARTS["Gaussian conditionals"], 3)
+    assert acted > 3 == len(chosen)
+    assert all(json.loads(row["ledger"])["accepted"] == ["Gaussian conditionals"] for row in chosen)
+
+
+def test_a_method_that_is_switched_off_answers_nothing():
+    rows = [row for row in records.read(zoo_running.OUT) if row["ledger"] and float(row["seconds"]) < 1.0]
+    _, chosen = ablation.models(rows, ablation.PARTS["tables of coordinates"], 1)
+    found = ablation.work("tables of coordinates", chosen)
+    assert found["models"] == 1 == found["right"] + found["alarm"] + found["honest"]
+    assert found["changed"] == 1, "the fit took the tables all the same"
+    assert f"{chosen[0]['seed']}/{chosen[0]['number']}" in found["others"]

@@ -72,3 +72,12 @@ def test_the_test_bites():
         table(f"{HEAD}\n|---|---|---|\n| a | `b.py`; `c.py` | `D` |\n")
     source = "from x import A\nB, C = 1, 2\nclass D:\n    def e(self):\n        f: int = 1\n"
     assert defined(source) == {"B", "C", "D", "e", "D.e", "f"}
+
+
+def test_long_tests_are_there():
+    """Each line of tests/long.txt names a function of the file that it names, and none twice."""
+    lines = (ROOT / "tests" / "long.txt").read_text(encoding="utf-8").splitlines()
+    assert lines == sorted(set(lines))
+    for line in lines:
+        file, name = line.split("::")[0], line.split("::")[1].split("[")[0]
+        assert f"def {name}(" in (ROOT / file).read_text(encoding="utf-8"), line
