@@ -57,9 +57,9 @@ class Sample(NamedTuple):
             return cls(distinct, weights.new_zeros(len(distinct)).index_add(0, place, weights))
         by_chain = z.unflatten(0, (chains, -1))
         own = moments(cls(z, weights), box(z))
-        found = _mixing.effective(by_chain).rsqrt().to(z.device), _mixing.sd_errors(by_chain).to(z.device)
-        pairs = zip(found, (own.mean_error, own.sd_error), strict=True)
-        return cls(z, weights, tuple((error / least).nan_to_num(math.inf) for error, least in pairs))
+        mean, sd = _mixing.effective(by_chain).rsqrt().to(z.device), _mixing.sd_errors(by_chain).to(z.device)
+        inflation = (mean / own.mean_error).nan_to_num(math.inf), (sd / own.sd_error).nan_to_num(math.inf)
+        return cls(z, weights, inflation)
 
     def weighted(self, log_factor: Tensor) -> Sample:
         """Return the sample with weights multiplied by the exponentials of (S,) numbers."""

@@ -167,7 +167,7 @@ def test_a_site_in_a_plate_keeps_its_dimension(tmp_path):
         assert pf.prior_from(tree, **QUICK).parts[0].dims == ("school",) if tree.verdict.status == "ok" else True
 
 
-def test_a_flow_that_is_the_posterior_is_taken_as_it_is():
+def test_a_flow_that_is_the_posterior_is_taken_and_moved():
     def effects(y):
         with pyro.plate("school", len(y)):
             theta = pyro.sample("theta", dist.Normal(torch.zeros(()).double(), 2.0))
@@ -179,7 +179,7 @@ def test_a_flow_that_is_the_posterior_is_taken_as_it_is():
     value = prior().sample((10,))
     whole = posterior.guide.log_prob({"theta": value})
     if posterior.verdict.status == "ok":
-        torch.testing.assert_close(prior().log_prob(value), whole)
+        torch.testing.assert_close(prior().log_prob(value), whole, rtol=0.0, atol=0.1)  # moved to weighted moments
     assert 0.0 < prior.mean_error < 0.06
     drawn, given = prior.flow.draw(20_000)[0], posterior.z
     assert float(((drawn.mean(0) - given.mean(0)) / given.std(0)).abs().max()) < 0.06
