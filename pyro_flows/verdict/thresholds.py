@@ -181,6 +181,12 @@ GLOBAL_MODE_LOWER = 5.0
 # predicted by the prior. Source: chosen.
 PREDICTIVE_TAIL = 0.001
 
+# ---- chains of fitted priors -----------------------------------------------------------------------------------------
+
+# Fitted prior: sds by which a mean may be off, and log ratio by which an sd may, over all links of a chain; above it,
+# there is a warning. Source: chosen; the goal of the table of chains.
+PRIOR_ERROR_MOST = 0.15
+
 # ---- missed mass, and density gaps -----------------------------------------------------------------------------------
 
 # Missed mode: share of the mass that the guide covers; a region with more is missed. Source: chosen.
