@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from time import monotonic
 from typing import Any
@@ -15,7 +15,7 @@ import torch
 from pyro.infer import Trace_ELBO
 from torch import Tensor, nn
 
-from pyro_flows import _stages
+from pyro_flows import _journal, _stages
 from pyro_flows._clock import Clock, OutOfTime, unbounded
 from pyro_flows._interrupts import STATE
 from pyro_flows._progress import Bar
@@ -88,8 +88,11 @@ def diagnose_hierarchical(
         return from_draws(density, draw, draws=draws, seed=seed, guide=guide, **said)
 
 
-def fit_hierarchical(plan: Plan) -> Posterior:
-    """Train a guide with structure on minibatches, and judge it by all rows; see :func:`pyro_flows.fit`."""
+def fit_hierarchical(plan: Plan, keeping: Callable[[LogDensity], AbstractContextManager[None]]) -> Posterior:
+    """Train a guide with structure on minibatches, and judge it by all rows; see :func:`pyro_flows.fit`.
+
+    ``keeping`` is the context in which steps are kept in a checkpoint.
+    """
     if plan.runs > 1 or plan.train_model:
         name = "train_model" if plan.train_model else "runs"
         raise ValueError(f"{name}: not available for a model with subsampled plates. Leave it out, or give all rows.")
@@ -105,7 +108,7 @@ def fit_hierarchical(plan: Plan) -> Posterior:
         density.under(clock)
         STATE.hold(not clock.raises)  # until the call ends
         try:
-            with clock.part(_stages.TRAINING):
+            with keeping(density), clock.part(_stages.TRAINING):
                 _fitted(guide, density, plan, trained)
             checks = _checked(guide, density, plan.seed, clock)
             clock.judging()
@@ -370,19 +373,38 @@ def _train(guide: AutoHierarchicalFlow, plan: Plan, steps: int, losses: list[flo
         torch.manual_seed(derive(plan.seed, f"noise of process {ranks().rank} after {len(losses)} steps"))
     rows = RowsOfRank(ranks(), derive(plan.seed, f"rows after {len(losses)} steps"))
     loss_of = ranks().averaged(_Loss(guide, plan, rows))
-    for step in range(steps):
-        if ranks().size == 1:
-            plan.clock.look()
-        elif plan.clock.finite and ranks().agreed(plan.clock.over):
-            return
-        optimizer.zero_grad()
-        loss = loss_of()
-        losses.append(float(loss.detach()))
-        loss.backward(inputs=parameters)  # none of the model's own parameters
-        if all(part.grad is None or bool(torch.isfinite(part.grad).all()) for part in parameters):
-            optimizer.step()
-        schedule.step()
-        plan.bar.count(step + 1, steps)
+
+    def state() -> dict[str, Any]:
+        moments = [optimizer.state.get(part, {}) for part in parameters]
+        rates = [schedule.last_epoch, *schedule.get_last_lr()]
+        return {"weights": parameters, "moments": moments, "rates": rates, "losses": losses, **guide.remembered()}
+
+    def put_back(known: Mapping[str, Any]) -> None:
+        with torch.no_grad():
+            for part, weights, moments in zip(parameters, known["weights"], known["moments"], strict=True):
+                part.copy_(weights)
+                optimizer.state[part] = moments
+        schedule.last_epoch, optimizer.param_groups[0]["lr"] = known["rates"]
+        losses[:] = known["losses"]
+        guide.put_back(known)
+
+    with _journal.loop("minibatches", *parameters) as kept:
+        kept.take(put_back)
+        while schedule.last_epoch < steps:
+            if ranks().size == 1:
+                plan.clock.look()
+            elif plan.clock.finite and ranks().agreed(plan.clock.over):
+                return
+            optimizer.zero_grad()
+            loss = loss_of()
+            losses.append(float(loss.detach()))
+            loss.backward(inputs=parameters)  # none of the model's own parameters
+            if all(part.grad is None or bool(torch.isfinite(part.grad).all()) for part in parameters):
+                optimizer.step()
+            schedule.step()
+            plan.bar.count(schedule.last_epoch, steps)
+            kept.offer(state)
+        kept.end(state)
 
 
 @contextmanager

@@ -441,7 +441,7 @@ class AutoHierarchicalFlow(AutoMessenger):  # type: ignore[metaclass]
         noise = torch.randn(len(flat), 1, system.size, dtype=torch.float64, device=z.device)
         if system.first.at.drawn:
             if self._expansion is None:
-                about, reach = self._about or (flat[0].detach(), torch.full_like(flat[0], 1.0).detach())
+                self._about = about, reach = self._about or (flat[0].detach(), torch.ones_like(flat[0]).detach())
                 self._expansion = Expansion(system, about, REACH * reach)
             u, density = self._expansion.drawn(flat, noise)
         else:
@@ -475,6 +475,15 @@ class AutoHierarchicalFlow(AutoMessenger):  # type: ignore[metaclass]
         if bool(seen.all()):
             return values
         return torch.where(seen.reshape(*seen.shape, *[1] * event), values, beginning(msg, at))
+
+    def remembered(self) -> dict[str, Any]:
+        """Return what runs leave behind, besides parameters: modes of rows, and where the system was expanded."""
+        return {"modes": self._modes, "about": self._about}
+
+    def put_back(self, state: Mapping[str, Any]) -> None:
+        """Go on from what :meth:`remembered` returned."""
+        self._modes = {name: (values, seen) for name, (values, seen) in state["modes"].items()}
+        self._about = state["about"] and (state["about"][0], state["about"][1])
 
     @torch.no_grad()
     def _remember(self, now: Conditional) -> None:
