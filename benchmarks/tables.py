@@ -17,7 +17,7 @@ from benchmarks.amortized.tables import section as amortized_section
 from benchmarks.calibration import running as calibration
 from benchmarks.calibration.tables import section as calibration_section
 from benchmarks.cold import __main__ as cold
-from benchmarks.density import conditional
+from benchmarks.density import augmentation, conditional
 from benchmarks.density import running as density
 from benchmarks.density import tables as density_tables
 from benchmarks.guides import running as guides
@@ -32,6 +32,7 @@ from benchmarks.nuts.tables import nuts_section
 from benchmarks.posteriors import running as posteriordb
 from benchmarks.posteriors import stopping
 from benchmarks.posteriors.tables import posteriordb_section, stopping_section
+from benchmarks.priors import autoencoders, chains
 from benchmarks.records import Row
 from benchmarks.search import running as search
 from benchmarks.search import tables as search_tables
@@ -70,12 +71,17 @@ TITLES = {
     "stopping": "What the automatic stop costs",
     "density": "Densities of data",
     "conditional": "Conditional densities",
+    "augmentation": "Synthetic data for classifiers",
+    "chains": "Chains of batches",
+    "autoencoders": "Autoencoders",
     "guides": "When is a flow worth its seconds?",
 }
 KINDS = {
     "speed": "step",
     "density": "density",
     "conditional": "density",
+    "augmentation": "density",
+    "autoencoders": "density",
     "guides": "step",
 }  # what decides about tables that are not of fits
 
@@ -100,6 +106,9 @@ def write_tables(
     density_csv: Path = density.OUT,
     guides_csv: Path = guides.OUT,
     conditional_csv: Path = conditional.OUT,
+    augmentation_csv: Path = augmentation.OUT,
+    chains_csv: Path = chains.OUT,
+    autoencoders_csv: Path = autoencoders.OUT,
     sensitivity_csv: Path = sensitivity.OUT,
     ablation_csv: Path = ablation.OUT,
 ) -> None:
@@ -135,6 +144,9 @@ def write_tables(
         ("toys", toys_csv, toys_section),
         ("density", density_csv, density_section),
         ("conditional", conditional_csv, lambda rows: conditional.section(rows, table, about)),
+        ("augmentation", augmentation_csv, augmentation.section),
+        ("chains", chains_csv, chains.section),
+        ("autoencoders", autoencoders_csv, autoencoders.section),
         ("guides", guides_csv, guides_section),
     ]
     if page is None and (rows := records.read(zoo_csv)):

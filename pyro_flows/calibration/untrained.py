@@ -78,12 +78,12 @@ class _Trial:
             for own in (*(lighter * df for lighter in LIGHTER), *HEAVIER):
                 begin(set_df(flow, own), start)
                 weighing = weighed(flow, self.density, LOOKED_AT_DRAWS)
-                share = thresholds.ESS_SHARE_UNDOUBTED if own in HEAVIER else thresholds.ESS_SHARE_HIGH
+                share = thresholds.ESS_SHARE_UNDOUBTED if own in HEAVIER else thresholds.ESS_SHARE_GOOD
                 if not weighing.ess > share * len(weighing.log_weights):
                     return None
                 if shift_is_noise(weighing):
                     return flow, Training([], weighing.elbo, True, False, AT_ONCE, 0, 0)
-                if own in HEAVIER and weighing.k_hat < thresholds.K_HAT_OF_STUDENT_T:
+                if own in HEAVIER and weighing.k_hat < thresholds.K_HAT_GOOD:
                     return flow, Training([], weighing.elbo, False, False, CORRECTED, 0, 0)
         return None
 
@@ -100,7 +100,7 @@ class _Trial:
                     return None
                 if shift_is_noise(weighing):
                     return flow, Training([], weighing.elbo, True, False, SLICED, 0, 0)
-            if weighing.k_hat < thresholds.K_HAT_OF_STUDENT_T:
+            if weighing.k_hat < thresholds.K_HAT_GOOD:
                 return flow, Training([], weighing.elbo, False, False, CORRECTED_SLICES, 0, 0)
         return None
 

@@ -28,7 +28,7 @@ from pyro_flows.results.record import Recorded
 from pyro_flows.results.scoring import INFINITE
 from pyro_flows.verdict.chains import McmcDiagnostics, McmcDraws, objections
 from pyro_flows.verdict.deciding import LOOKED_AT_DRAWS
-from pyro_flows.verdict.thresholds import ESS_OF_CHAINS, ESS_OF_CHAINS_NEARLY, ESS_SHARE_FAR_OFF, R_HAT_CONVERGED
+from pyro_flows.verdict.thresholds import ESS_OF_MCMC, ESS_SHARE_FAR_OFF, R_HAT_CONVERGED
 
 UNTRAINED, ATTEMPT, LAST = 300_000, 600_000, 1_500_000  # gradients: in the place of training, after it, last
 TRAINED = 1_200_000  # gradients that training, the race before and a sampler after it take, where dimensions are many
@@ -127,7 +127,7 @@ def gradient_budget(density: LogDensity, gradients: float) -> float:
 
 def _only_lacks_draws(found: McmcDiagnostics) -> bool:
     """Whether superchains agree, and draws will be enough: more of them may cost less than to train a flow."""
-    nearly = min(found.ess_bulk, found.ess_tail) >= ESS_OF_CHAINS_NEARLY * ESS_OF_CHAINS
+    nearly = min(found.ess_bulk, found.ess_tail) >= ESS_OF_MCMC
     return nearly and found.nested_r_hat <= R_HAT_CONVERGED
 
 

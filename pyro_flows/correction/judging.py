@@ -30,7 +30,7 @@ from pyro_flows.verdict.deciding import CHECKED
 from pyro_flows.verdict.methods import METHODS
 from pyro_flows.verdict.next_step import IMPROPER
 from pyro_flows.verdict.thresholds import (
-    ESS_OF_COMPARISON,
+    ESS_OF_MCMC,
     MISSED_MASS_OF_TAILS,
     MISSED_MASS_SHARE,
     SHIFT_ERRORS,
@@ -185,7 +185,7 @@ def disagreements(posterior: Record, chains: McmcDraws) -> list[str]:
     """
     weights = posterior.log_weights.double().exp()
     effective = float(1.0 / weights.square().sum())
-    if not posterior.k_hat < posterior.verdict.k_threshold or effective < ESS_OF_COMPARISON:
+    if not posterior.k_hat < posterior.verdict.k_threshold or effective < ESS_OF_MCMC:
         return []
     draws, z = posterior.z.double(), chains.z.flatten(0, 1).double()
     mean = (weights[:, None] * draws).sum(0)

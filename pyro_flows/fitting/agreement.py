@@ -15,7 +15,7 @@ from pyro_flows.model.log_density import LogDensity
 from pyro_flows.results.stage import Stage
 from pyro_flows.verdict.deciding import LOOKED_AT_DRAWS
 from pyro_flows.verdict.psis import psis
-from pyro_flows.verdict.thresholds import EVIDENCE_GAP_OF_RUNS, R_HAT_OF_RUNS
+from pyro_flows.verdict.thresholds import EVIDENCE_GAP_OF_RUNS, R_HAT_CONVERGED
 
 BALANCED_DRAWS, BALANCING_STEPS = 2000, 200
 NAMED = 3  # coordinates; the verdict counts the others
@@ -51,7 +51,7 @@ def compare(outcomes: Sequence[Round], names: Sequence[str]) -> Agreement:
 
 def disagreements(r_hats: Mapping[str, float]) -> list[str]:
     """Name the worst coordinates that are above the threshold, and count the others."""
-    above = {name: value for name, value in r_hats.items() if not value <= R_HAT_OF_RUNS}
+    above = {name: value for name, value in r_hats.items() if not value <= R_HAT_CONVERGED}
     worst = sorted(above, key=lambda name: -math.inf if math.isnan(above[name]) else -above[name])
     found = [f"runs disagree on {name} (R-hat {above[name]:.2f})" for name in worst[:NAMED]]
     others = len(worst) - len(found)

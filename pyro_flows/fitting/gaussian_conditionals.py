@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pyro_flows._seeding import derive, seeded
 from pyro_flows.fitting.plan import SHARE_OF_SECONDS, Plan
-from pyro_flows.fitting.rounds import Round, acceptable_gap, status_of, untrained
+from pyro_flows.fitting.rounds import Round, untrained
 from pyro_flows.flows.flow import Flow
 from pyro_flows.flows.gaussian_conditionals import marginal_flow, with_tails
 from pyro_flows.model.log_density import LogDensity
@@ -24,7 +24,7 @@ from pyro_flows.results.dims import coordinate_names
 from pyro_flows.starts.prior import prior_draws, spread_of
 from pyro_flows.training.trainer import Trainer
 from pyro_flows.verdict.methods import CONDITIONALS
-from pyro_flows.verdict.thresholds import ESS_OF_MARGINAL_LEAST
+from pyro_flows.verdict.thresholds import ESS_OF_MCMC
 
 STAGE = CONDITIONALS
 SEED = "coordinates held"  # its digits, on which draws depend
@@ -51,9 +51,7 @@ def conditionals_at_start(plan: Plan, density: LogDensity, *, seed: int) -> tupl
         names = coordinate_names(density.structure)
         details = {**outcome.stage.details, "held": [names[number] for number in held]}
         outcome = replace(outcome, stage=replace(outcome.stage, details=details))
-        weighing = outcome.weighing
-        good = weighing.log_evidence - weighing.elbo < acceptable_gap(density.dim)
-        return (outcome, trainer) if good and status_of(weighing) != "unreliable" else None
+        return (outcome, trainer) if outcome.enough else None
     return None
 
 
@@ -90,7 +88,7 @@ def _found(
         if given is None:
             return None
         sample = sampled(given.marginal, loc, root)
-        if sample is None or sample.effective < ESS_OF_MARGINAL_LEAST:
+        if sample is None or sample.effective < ESS_OF_MCMC:
             return None
         chosen = torch.multinomial(sample.weights, CHECKED, replacement=True)
         if given.holds(sample.theta[chosen]):

@@ -24,6 +24,7 @@ from pyro_flows._warnings import outside
 from pyro_flows.fitting.marginal_density import MarginalDensity
 from pyro_flows.fitting.plan import Plan
 from pyro_flows.fitting.ranks import Followed, RowsOfRank, ranks
+from pyro_flows.flows.recipe import begin_at, begun_at, set_df
 from pyro_flows.guides.collapsed import FEW_PARTS, FULL_UP_TO, climb
 from pyro_flows.guides.crossed import CrossedMarginal
 from pyro_flows.guides.hierarchical import AutoHierarchicalFlow
@@ -37,6 +38,8 @@ from pyro_flows.results.dims import coordinate_names
 from pyro_flows.results.methods import method_of
 from pyro_flows.results.scoring import JUDGING
 from pyro_flows.results.stage import Stage
+from pyro_flows.starts.matching import moved, tells_moments
+from pyro_flows.starts.start import Start
 from pyro_flows.verdict.deciding import POOL, Draw
 from pyro_flows.verdict.thresholds import (
     ESS_SHARE_LEAST,
@@ -51,6 +54,7 @@ from pyro_flows.verdict.weighing import in_words, weigh
 
 WHOLE_UP_TO = 1000  # latents that are judged together, if the model has all rows at each run
 LOOKED_AT, TRIED = 64, 400  # draws at which rows are looked at; by which a round of training is judged
+TAILS = 7.0  # degrees of freedom of the base: draws that are weighed need tails; it costs 0.13 nats at most
 TIMED = 4  # draws that tell how long judging takes
 ROUND = 500  # steps of the first round; each next one has twice as many
 RATE, LAST_RATE = 5e-3, 0.02  # of Adam, and the part of it at the end of a round
@@ -134,6 +138,10 @@ def _begun(plan: Plan) -> AutoHierarchicalFlow:
     if guide.top is None:
         guide = AutoHierarchicalFlow(plan.model, plan.recipe.builder, init="prior", **options)
         guide.initialize(*plan.args, **plan.kwargs)
+    if plan.recipe.named:
+        flow = guide._top._single
+        start = begun_at(flow)
+        begin_at(set_df(flow, max(TAILS, float(flow.dim))), *start)
     return guide
 
 
@@ -143,7 +151,8 @@ def _fitted(guide: AutoHierarchicalFlow, density: MarginalDensity | None, plan: 
     while True:
         over, elbo = False, math.nan
         try:
-            trained.good, elbo = (False, math.nan) if density is None else _is_good(guide, density)
+            if density is not None:
+                trained.good, elbo = _is_good(guide, density, moves=not trained.stages)
         except OutOfTime:
             if ranks().size == 1:
                 raise
@@ -319,13 +328,22 @@ def _named(names: list[str], rows: int, what: str) -> list[str]:
     return [f"{len(names)} of {rows:,} rows have {what}: {', '.join(names[:NAMED])}{more}"] if names else []
 
 
-def _is_good(guide: AutoHierarchicalFlow, density: MarginalDensity) -> tuple[bool, float]:
-    """Return whether weights of the globals correct what is wrong with the draws, and the ELBO."""
+def _is_good(guide: AutoHierarchicalFlow, density: MarginalDensity, *, moves: bool) -> tuple[bool, float]:
+    """Return whether weights of the globals correct what is wrong with the draws, and the ELBO.
+
+    A guide that ``moves`` goes to the moments that the weights tell, and is looked at again if it was not good.
+    """
     z, log_q = _global_draw(guide)(TRIED * density.marginal.most_draws // MOST_DRAWS)
     density.marginal.choose_count(z[:LOOKED_AT])
     found = weigh(z, density(z), log_q)
     good = found.k_hat < K_HAT_GOOD and found.ess >= ESS_SHARE_LEAST * len(z)
-    return good or (found.k_hat < K_HAT_MOST and found.ess >= ESS_SHARE_UNDOUBTED * len(z)), found.elbo
+    good = good or (found.k_hat < K_HAT_MOST and found.ess >= ESS_SHARE_UNDOUBTED * len(z))
+    if not (moves and guide._top.affine is not None and tells_moments(found)):
+        return good, found.elbo
+    flow = guide._top._single
+    start = moved(Start("", *begun_at(flow)), z, found)
+    begin_at(flow, start.loc, start.scale)
+    return (True, found.elbo) if good else _is_good(guide, density, moves=False)
 
 
 class _Loss(nn.Module):

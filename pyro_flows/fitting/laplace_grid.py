@@ -18,7 +18,7 @@ from pyro_flows.correction.judging import covered_by
 from pyro_flows.fitting.flow_training import begin
 from pyro_flows.fitting.multimodal import MultimodalCandidate, is_enough, weighed
 from pyro_flows.fitting.plan import SHARE_OF_SECONDS, Plan
-from pyro_flows.fitting.rounds import Round, status_of, untrained
+from pyro_flows.fitting.rounds import Round, untrained
 from pyro_flows.flows.flow import Flow
 from pyro_flows.flows.mixture import FlowMixture
 from pyro_flows.model.log_density import LogDensity
@@ -33,7 +33,7 @@ from pyro_flows.starts.start import Start
 from pyro_flows.training.trainer import Trainer
 from pyro_flows.verdict.deciding import JUDGED_DRAWS, LOOKED_AT_DRAWS
 from pyro_flows.verdict.methods import GRID
-from pyro_flows.verdict.thresholds import ESS_SHARE_PROMISING, K_HAT_GOOD, MISSED_MASS_OF_TAILS
+from pyro_flows.verdict.thresholds import ESS_SHARE_PROMISING, MISSED_MASS_OF_TAILS
 
 STAGE = GRID
 SEED = "slices along a coordinate"  # its digits, on which draws depend
@@ -43,7 +43,7 @@ LIGHTER = 120.0, 30.0  # degrees of freedom of the base, in turn
 
 
 def grid_at_start(plan: Plan, density: LogDensity, start: Start, *, seed: int) -> tuple[Round, Trainer] | None:
-    """Try slices about the best start, before any training; None if a verdict on their draws would not be ``ok``."""
+    """Try slices about the best start, before any training; None if their draws are not good enough."""
     with plan.clock.part(STAGE, share=SHARE_OF_SECONDS), torch.no_grad():
         if not grid_comes_first(plan, density):
             return None
@@ -54,8 +54,7 @@ def grid_at_start(plan: Plan, density: LogDensity, start: Start, *, seed: int) -
             return None
         assert isinstance(found.sampler, Flow)
         outcome, trainer = untrained(STAGE, found.sampler, density, start.elbo, AT_ONCE)
-        good = status_of(outcome.weighing) == "ok" and outcome.weighing.k_hat < K_HAT_GOOD
-        return (outcome, trainer) if good else None
+        return (outcome, trainer) if outcome.enough else None
     return None
 
 

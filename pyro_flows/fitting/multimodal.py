@@ -29,13 +29,11 @@ from pyro_flows.verdict.deciding import LOOKED_AT_DRAWS
 from pyro_flows.verdict.methods import INDEPENDENT, MIXTURE, TABULATED
 from pyro_flows.verdict.psis import psis
 from pyro_flows.verdict.thresholds import (
-    ESS_SHARE_HIGH,
-    ESS_SHARE_OF_MIXTURE_GAIN,
-    ESS_SHARE_OF_MIXTURE_HIGH,
+    ESS_SHARE_FAR_OFF,
+    ESS_SHARE_GOOD,
     ESS_SHARE_PROMISING,
     K_HAT_GOOD,
     K_HAT_MOST,
-    K_HAT_OF_MIXTURE_HIGH,
 )
 
 AGAIN = 3  # times that modes are looked for where weights are large
@@ -95,7 +93,7 @@ def multimodal(
         if not has_new(found, before):
             break
         more = _fitted(density, begun(*_start(found)), again, bar)
-        in_vain = more is None or more.worth < best.worth + ESS_SHARE_OF_MIXTURE_GAIN
+        in_vain = more is None or more.worth < best.worth + ESS_SHARE_FAR_OFF
         best = more if more is not None and more.worth > min(best.worth, ESS_SHARE_PROMISING) else best
         if in_vain and best.worth < ESS_SHARE_PROMISING:
             break
@@ -174,7 +172,7 @@ def _tabulated(density: LogDensity, found: Survey, z: Tensor, seed: int) -> Mult
     alone = "the density was tabulated on a grid"
     said = alone if density.dim == 1 else "the coordinates are independent, so the density of each was tabulated"
     said = f"the posterior has several modes: {said}" if len(found) > 1 else said
-    return MultimodalCandidate(sampler, said, stage, True) if share >= ESS_SHARE_HIGH and k_hat < K_HAT_MOST else None
+    return MultimodalCandidate(sampler, said, stage, True) if share >= ESS_SHARE_GOOD and k_hat < K_HAT_MOST else None
 
 
 def weighed(density: LogDensity, sampler: Flow) -> tuple[float, float]:
@@ -188,8 +186,8 @@ def weighed(density: LogDensity, sampler: Flow) -> tuple[float, float]:
 
 
 def is_enough(share: float, k_hat: float) -> bool:
-    limit = K_HAT_OF_MIXTURE_HIGH if share >= ESS_SHARE_OF_MIXTURE_HIGH else K_HAT_GOOD
-    return share >= ESS_SHARE_PROMISING and k_hat < limit
+    """Say whether weights correct draws of a mixture, so that it is accepted in place of a flow."""
+    return share >= ESS_SHARE_PROMISING and k_hat < K_HAT_GOOD
 
 
 def _start(found: Survey) -> tuple[Tensor, Tensor, Tensor]:

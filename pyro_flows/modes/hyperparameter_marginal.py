@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from pyro_flows.flows.flow import Flow
 from pyro_flows.verdict.psis import psis
-from pyro_flows.verdict.thresholds import ESS_OF_CHAINS, ESS_SHARE_OF_MARGINAL, K_HAT_OF_MARGINAL
+from pyro_flows.verdict.thresholds import ESS_OF_CHAINS, ESS_SHARE_GOOD, K_HAT_GOOD
 
 DRAWS, MOST_ROUNDS = 400, 16
 DF = 5.0
@@ -122,9 +122,9 @@ def fit_flow(
             break
         smooth, k_hat = psis(ratios)
         share = float(1.0 / smooth.exp().square().sum()) / OWN
-        worth = share - max(0.0, k_hat - K_HAT_OF_MARGINAL)
+        worth = share - max(0.0, k_hat - K_HAT_GOOD)
         best = max(best, (worth, share, k_hat, copy.deepcopy(flow.state_dict())), key=itemgetter(0))
-        if share >= ESS_SHARE_OF_MARGINAL and k_hat < K_HAT_OF_MARGINAL:
+        if share >= ESS_SHARE_GOOD and k_hat < K_HAT_GOOD:
             break
         log_mass = float(torch.logsumexp(ratios, 0)) - math.log(OWN)
         usable = torch.isfinite(own).all(1)

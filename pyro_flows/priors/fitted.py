@@ -3,22 +3,31 @@
 from __future__ import annotations
 
 import io
+import math
 import os
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import pyro
 import torch
-from pyro.distributions import TorchDistribution
 from torch import Tensor, nn
-from torch.distributions import constraints
 
 from pyro_flows import _checks
 from pyro_flows._bundles import Bundle, plain
-from pyro_flows._shapes import broadcast
 from pyro_flows._untrusted import check_numbers, reading, require, unpacked
+from pyro_flows._warnings import outside
+from pyro_flows.fitting.fit import fit
 from pyro_flows.flows.flow import Flow
 from pyro_flows.flows.recipe_json import not_rebuilt, restored, to_json
-from pyro_flows.priors.parts import Joint, Part
+from pyro_flows.priors.distribution import PriorDistribution
+from pyro_flows.priors.errors import PriorError
+from pyro_flows.priors.making import make, sites_of
+from pyro_flows.priors.parts import Part, pieces
+from pyro_flows.verdict.thresholds import PRIOR_ERROR_MOST
+
+if TYPE_CHECKING:
+    from pyro_flows.results.record import Record
 
 TENSORS, TEXT = "prior.pt", "prior.json"
 FILES = Bundle("prior", "pyro_flows prior", TEXT, (TENSORS,))
@@ -34,13 +43,25 @@ class FittedPrior(nn.Module):
     ``theta = pyro.sample("theta", prior())`` stands outside of the plates. Of several sites, the event is a vector of
     all; :meth:`sample` draws it and names its parts. Parameters do not train, and no gradient goes to them.
 
+    In a chain of batches, the prior of link k has the errors of all links so far,
+
+    .. math:: e_k^2 = a_k e_{k-1}^2 + \epsilon_k^2, \qquad s_k^2 = a_k^2 s_{k-1}^2 + \sigma_k^2
+
+    with e of a mean, in sds, and s of a log sd. :math:`\epsilon` and :math:`\sigma` are the Monte Carlo errors of the
+    posterior's draws and of the flow's, and what the flow's means and sds differ by. :math:`a_k` is the share of the
+    information on a coordinate that comes from the prior, in the coordinate where it is largest. Both are stated so
+    that all coordinates are within them with 95 %, for posteriors that are about normal. They say nothing of a model
+    that is wrong, or of batches that are not independent given the sites.
+
     Attributes:
         flow: over the unconstrained coordinates.
         parts: the sites, each with ``name``, ``shape``, ``support`` and ``dims``.
         verdict: of the posterior that it was fitted to, one sentence.
         status: of that verdict.
-        mean_shift: largest difference of the means of draws and flow, in sds of the draws, unconstrained coordinates.
-        sd_shift: largest absolute log ratio of their sds.
+        links: how many posteriors, one after the other, it comes from.
+        mean_error: how far a mean may be off, in sds of its unconstrained coordinate, over all links; infinite after a
+            posterior that is unreliable.
+        sd_error: how far the logarithm of an sd may be off.
 
     Cost: a pass of the flow for each draw or density.
 
@@ -57,21 +78,26 @@ class FittedPrior(nn.Module):
     (('mu',), torch.Size([5]))
     """
 
-    def __init__(
-        self,
-        flow: Flow,
-        parts: Sequence[Part],
-        *,
-        status: str,
-        verdict: str,
-        mean_shift: float,
-        sd_shift: float,
-    ) -> None:
+    def __init__(self, flow: Flow, parts: Sequence[Part], *, status: str, verdict: str, error: PriorError) -> None:
         super().__init__()
         self.flow = flow.eval().requires_grad_(False)
         self.parts = tuple(parts)
         self.status, self.verdict = status, verdict
-        self.mean_shift, self.sd_shift = mean_shift, sd_shift
+        self.mean_error, self.sd_error, self.links = error
+
+    @classmethod
+    def _of(cls, posterior: Record, names: Sequence[str], *, door: str = "prior_from", **options: Any) -> FittedPrior:
+        """Make a prior of some latent sites; warn of one that may be too far off."""
+        made = make(posterior, names, **options)
+        posterior._hand_on(f"{door}()")
+        found = cls(*made[:2], status=posterior.verdict.status, verdict=str(posterior.verdict), error=made.error)
+        if PRIOR_ERROR_MOST < max(found.mean_error, found.sd_error) < math.inf:
+            warnings.warn(
+                f"{door}: {found._how_far()}. Fit with more draws (draws=20_000), or refit all data at once by "
+                "prior.refresh(model, *data).",
+                stacklevel=outside(),
+            )
+        return found
 
     @property
     def sites(self) -> tuple[str, ...]:
@@ -80,13 +106,11 @@ class FittedPrior(nn.Module):
 
     def forward(self) -> PriorDistribution:
         """Return the distribution, without batch axes."""
-        return PriorDistribution(self)
+        return PriorDistribution(self.flow, self.parts, PriorError(self.mean_error, self.sd_error, self.links))
 
     def split(self, value: Tensor) -> dict[str, Tensor]:
         """Return the values ``{site: (..., *shape)}`` of one draw or several of the distribution."""
-        if len(self.parts) == 1:
-            return {self.parts[0].name: value}
-        return dict(zip(self.sites, Joint(self.parts).split(value), strict=True))
+        return dict(zip(self.sites, pieces(self.parts, value), strict=True))
 
     def sample(self, name: str = "prior") -> dict[str, Tensor]:
         """Draw all sites inside of a model, as the site ``name`` and a deterministic site for each of several.
@@ -110,11 +134,64 @@ class FittedPrior(nn.Module):
             for part in self.parts
         }
 
+    def refresh(self, model: Callable[..., Any], *args: Any, **options: Any) -> FittedPrior:
+        """Fit all data at once, and return the prior of the same sites, without the errors of the chain.
+
+        It is :func:`fit` of the model with its first prior, then :func:`prior_from`.
+
+        Args:
+            model: with the sites as latent sites, or with an earlier fitted prior of them.
+            args: its positional arguments: the data of all batches.
+            options: of :func:`fit`, ``model_kwargs`` and ``seed`` among them.
+
+        Returns:
+            A :class:`FittedPrior` of one link; it is this one that you go on with.
+
+        Raises:
+            ValueError: if the model's sites are others, or have other shapes, and as :func:`fit` and
+                :func:`prior_from` do.
+
+        Cost: that of :func:`fit`, and of :func:`prior_from`.
+
+        >>> import torch, pyro, pyro.distributions as dist, pyro_flows as pf
+        >>> def model(y, prior):
+        ...     mu = pyro.sample("mu", prior())
+        ...     with pyro.plate("row", len(y)):
+        ...         pyro.sample("y", dist.Normal(mu, 1.0), obs=y)
+        >>> batches, prior = torch.randn(2, 20), lambda: dist.Normal(0.0, 10.0)
+        >>> first = prior
+        >>> for y in batches:
+        ...     prior = pf.prior_from(pf.fit(model, y, prior, progress=False))
+        >>> prior.links, prior.refresh(model, batches.flatten(), first, progress=False).links
+        (2, 1)
+        """
+        posterior = fit(model, *args, **options)
+        of = sites_of(posterior._need_density())
+        names = [name for name, own in of.items() if set(own) <= set(self.sites)]
+        if {site for name in names for site in of[name]} != set(self.sites):
+            raise ValueError(
+                f"model: expected the latent sites {', '.join(self.sites)}, got "
+                f"{', '.join(site for own in of.values() for site in own)}."
+            )
+        seed, progress = options.get("seed", 0), options.get("progress", True)
+        found = self._of(posterior, names, door="refresh", seed=seed, max_epochs=None, progress=progress)
+        shapes, before = ({part.name: tuple(part.shape) for part in prior.parts} for prior in (found, self))
+        if shapes != before:
+            raise ValueError(f"model: expected sites of the shapes {before}, got {shapes}.")
+        return found
+
+    def _how_far(self) -> str:
+        if math.isinf(self.mean_error):
+            return "its error is not known"
+        after = "" if self.links == 1 else f" after {self.links} links"
+        return (
+            f"means may be off by {self.mean_error:.2f} sd, and sds by {100 * math.expm1(self.sd_error):.0f} %{after}"
+        )
+
     def __str__(self) -> str:
         return (
-            f"Prior of {', '.join(self.sites)}: {self.flow.dim} unconstrained coordinates, means of the flow off by "
-            f"{self.mean_shift:.2f} sd and sds by {100 * self.sd_shift:.0f} % at most, from a posterior that is "
-            f"{self.verdict}"
+            f"Prior of {', '.join(self.sites)}: {self.flow.dim} unconstrained coordinates, {self._how_far()}, from a "
+            f"posterior that is {self.verdict}"
         )
 
     __repr__ = __str__
@@ -133,7 +210,7 @@ class FittedPrior(nn.Module):
         text = {
             "flow": to_json(self.flow),
             "parts": [part.describe() for part in self.parts],
-            **{name: getattr(self, name) for name in ("status", "verdict", "mean_shift", "sd_shift")},
+            **{name: getattr(self, name) for name in ("status", "verdict", "mean_error", "sd_error", "links")},
         }
         file = io.BytesIO()
         torch.save({name: value.detach().cpu() for name, value in self.flow.state_dict().items()}, file)
@@ -152,54 +229,7 @@ class FittedPrior(nn.Module):
             check_numbers(text["parts"], flow.state_dict())
             parts = [Part.read(part, flow._like.dtype) for part in text["parts"]]
             require(sum(part.size for part in parts) == flow.dim, "its sites have another number of coordinates")
-            figures = {name: float(text[name]) for name in ("mean_shift", "sd_shift")}
-            return cls(flow, parts, status=str(text["status"]), verdict=str(text["verdict"]), **figures)
-
-
-class PriorDistribution(TorchDistribution):
-    """The distribution of a :class:`FittedPrior`; its one event holds all of the sites."""
-
-    arg_constraints = {}  # noqa: RUF012
-    has_rsample = True
-
-    def __init__(self, prior: FittedPrior, batch_shape: torch.Size | Sequence[int] = ()) -> None:
-        self.prior = prior
-        single = len(prior.parts) == 1
-        self._support = prior.parts[0].support if single else Joint(prior.parts)
-        event = prior.parts[0].shape if single else [sum(part.shape.numel() for part in prior.parts)]
-        super().__init__(torch.Size(batch_shape), torch.Size(event), validate_args=False)
-
-    @property
-    def support(self) -> constraints.Constraint:
-        """The site's own support, or all sites' one after the other."""
-        return self._support
-
-    @property
-    def event_dims(self) -> tuple[str | None, ...]:
-        """Names of the event's axes, None where there is none."""
-        return self.prior.parts[0].dims if len(self.prior.parts) == 1 else (None,)
-
-    @property
-    def site_dims(self) -> dict[str, tuple[str | None, ...]]:
-        """Names of the axes of each site."""
-        return {part.name: part.dims for part in self.prior.parts}
-
-    def expand(self, batch_shape: Sequence[int], _instance: object = None) -> PriorDistribution:
-        """Return independent copies."""
-        return PriorDistribution(self.prior, torch.Size(batch_shape))
-
-    def rsample(self, sample_shape: Sequence[int] = ()) -> Tensor:
-        """Draw ``(*sample_shape, *batch_shape, *event_shape)``."""
-        shape = (*sample_shape, *self.batch_shape)
-        z, _ = self.prior.flow.rsample_and_log_prob(shape)
-        pieces = z.split([part.size for part in self.prior.parts], -1)
-        values = [part.forward(piece)[0] for part, piece in zip(self.prior.parts, pieces, strict=True)]
-        return values[0] if len(values) == 1 else torch.cat([value.reshape(*shape, -1) for value in values], -1)
-
-    def log_prob(self, value: Tensor) -> Tensor:
-        """Return the log density, of shape ``(*sample_shape, *batch_shape)``."""
-        values = self.prior.split(value)
-        pairs = [part.inverse(values[part.name]) for part in self.prior.parts]
-        found = self.prior.flow.log_prob(torch.cat([z for z, _ in pairs], -1))
-        found = found - sum(ladj for _, ladj in pairs)
-        return found.expand(broadcast(found.shape, self.batch_shape))
+            mean, sd = (float(text.get(name, math.inf)) for name in ("mean_error", "sd_error"))  # not in earlier files
+            error = PriorError(mean, sd, int(text.get("links", 1)))
+            require(error.mean >= 0.0 and error.sd >= 0.0 and error.links >= 1, "its errors are no errors")
+            return cls(flow, parts, status=str(text["status"]), verdict=str(text["verdict"]), error=error)

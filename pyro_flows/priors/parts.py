@@ -151,6 +151,17 @@ class Joint(Constraint):
         return [piece.reshape((*value.shape[:-1], *part.shape)) for part, piece in zip(self.parts, pieces, strict=True)]
 
 
+def pieces(parts: Sequence[Part], value: Tensor) -> list[Tensor]:
+    """Return the values (..., *shape) of the parts of one event, which of a single part is its value."""
+    return [value] if len(parts) == 1 else Joint(parts).split(value)
+
+
+def coordinates(parts: Sequence[Part], value: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the unconstrained coordinates (..., D) of one event, and the log Jacobian (...) of the way back."""
+    found = [part.inverse(piece) for part, piece in zip(parts, pieces(parts, value), strict=True)]
+    return torch.cat([z for z, _ in found], -1), torch.stack([ladj for _, ladj in found]).sum(0)
+
+
 class JointTransform(Transform):
     """The bijections of several sites, one after the other in a vector."""
 

@@ -21,17 +21,10 @@ import math
 # mass of a region, tabulated densities. Source: PSIS; Yao.
 K_HAT_MOST = 0.7
 
-# Weights have a finite variance below this: they correct results, a mixture is accepted in place of a flow, and a
-# round has nothing left to gain. Source: PSIS (finite variance); measured (record 0033).
+# Weights have a finite variance below this: they correct results, a mixture is accepted in place of a flow, a round
+# has nothing left to gain, and the flow of a marginal is not fitted further. Source: PSIS (finite variance); measured
+# (record 0033).
 K_HAT_GOOD = 0.5
-# Mixture: accepted below this, in place of K_HAT_GOOD, from ESS_SHARE_OF_MIXTURE_HIGH on: a few large weights by
-# chance. Source: chosen.
-K_HAT_OF_MIXTURE_HIGH = 0.6
-
-# Marginal of hyperparameters: its flow is not fitted further below this. Source: chosen.
-K_HAT_OF_MARGINAL = 0.4
-# Many fits: weights correct a Student-t distribution, or a grid, below this. Source: chosen.
-K_HAT_OF_STUDENT_T = 0.3
 
 # Log ratio of the largest weight and the mean one: below this, weights have no tail, and k-hat counts as 0. Source:
 # chosen.
@@ -43,43 +36,32 @@ TAIL_INDEX_FOURTH = 0.25
 
 # ---- effective sample size of weighted draws, as a share of S --------------------------------------------------------
 
-# Verdict, and searches that go by weighted draws: averages can be used from this on. Source: chosen.
+# Verdict, searches that go by weighted draws, and moments that replace those of a start: averages can be used from
+# this on. Source: chosen.
 ESS_SHARE_LEAST = 0.1
-# Start: weighted moments replace those of a start above this. Source: chosen.
-ESS_SHARE_OF_MOMENTS = 0.2
-# Start: a start is not matched again above this. Source: chosen.
-ESS_SHARE_MATCHED = 0.99
 
 # From this on, a candidate is worth going on with: a mixture, a grid, a batch of training. A flow with less may lie
 # between several modes. Source: chosen.
 ESS_SHARE_PROMISING = 0.3
 
-# Mixture: most draws are effective from this on, so that K_HAT_OF_MIXTURE_HIGH applies. Source: chosen.
-ESS_SHARE_OF_MIXTURE_HIGH = 0.7
-# Mixture: from this worth on, no part is added. Source: chosen.
-ESS_SHARE_OF_MIXTURE_DONE = 0.85
-# Mixture: a part has to add this to the worth. Source: chosen.
-ESS_SHARE_OF_MIXTURE_GAIN = 0.01
 # Below this, too few draws say where the mass is: no weighing of a start by thousands of draws, no chains from
-# weighted draws, no new part of a mixture. Source: chosen.
+# weighted draws, no new part of a mixture, nor one that adds less. Source: chosen.
 ESS_SHARE_FAR_OFF = 0.02
 # Below this, hardly any draw has weight: no independent proposals in MCMC, and the density may have no smooth top.
 # Source: chosen.
 ESS_SHARE_HOPELESS = 0.001
 
-# From this on, tabulated densities are accepted, and many fits try heavier tails. Source: chosen.
-ESS_SHARE_HIGH = 0.9
-
 # Weights are good from this on, with k-hat below K_HAT_GOOD: whatever doubts a fit left, and in many fits.
 # Source: chosen.
 ESS_SHARE_UNDOUBTED = 0.5
 
-# Round: only the tail of the weights can be in doubt above this. Source: measured (record 0016).
-ESS_SHARE_GOOD = 0.95
-# Round, pool of draws: weights are nearly even above this, so that fewer checks and draws suffice. Source: chosen.
+# From this on, only the tail of the weights of a round can be in doubt, no part is added to a mixture, the flow of a
+# marginal is not fitted further, tabulated densities are accepted, and many fits try heavier tails. Source: measured
+# (record 0016).
+ESS_SHARE_GOOD = 0.9
+# Weights are nearly even above this, so that fewer checks and draws suffice, and a start is not matched again. Source:
+# chosen.
 ESS_SHARE_EVEN = 0.98
-# Marginal of hyperparameters: its flow is not fitted further from this on. Source: chosen.
-ESS_SHARE_OF_MARGINAL = 0.97
 # Training: ratio of the ESS shares of two looks; below it, training ends where MCMC can take over. Source: chosen.
 ESS_SHARE_RISE = 1.2
 
@@ -92,22 +74,16 @@ ESS_OF_CHAINS = 1000.0
 ESS_OF_CHAINS_SPARE = 1.5
 # MCMC: times the above, from which on chains wait for no sd: it may not exist. Source: chosen.
 ESS_OF_CHAINS_MOST = 3.0
-# MCMC: times ESS_OF_CHAINS, from which on chains get a larger budget. Source: chosen.
-ESS_OF_CHAINS_NEARLY = 0.25
-# MCMC of the caller, bulk and tail: fewer draws estimate neither R-hat nor quantiles. Source: R-hat.
+# Fewer draws estimate neither R-hat nor quantiles: MCMC of the caller, bulk and tail; chains of a fit get a larger
+# budget from this on; fewer weighted draws are not compared with chains, and no flow of a marginal is fitted to them.
+# Source: R-hat.
 ESS_OF_MCMC = 400.0
-# Comparison of chains with weighted draws of the guide: fewer of these say nothing. Source: chosen.
-ESS_OF_COMPARISON = 500.0
-# Marginal of hyperparameters: with fewer, no flow is fitted. Source: chosen.
-ESS_OF_MARGINAL_LEAST = 150.0
 
 # ---- R-hat -----------------------------------------------------------------------------------------------------------
 
-# At most: rank-normalized, of single chains of the caller; nested, of superchains of a fit, which forget their common
-# start. Source: R-hat; Nested R-hat.
+# At most: rank-normalized, of single chains of the caller, and of the flows of several runs; nested, of superchains of
+# a fit, which forget their common start. Source: R-hat; Nested R-hat.
 R_HAT_CONVERGED = 1.01
-# Runs of a fit: at most, of the draws of their flows. Source: chosen.
-R_HAT_OF_RUNS = 1.02
 # At most, of single chains of a fit, which are short: sqrt(1 + (autocorrelation time - 1) / draws). The same of groups
 # of chains that began in different modes, of whether a chain is in a region, and of a round that ends warm-up.
 # Source: chosen.
@@ -204,6 +180,12 @@ GLOBAL_MODE_LOWER = 5.0
 # Amortized posterior: share of simulated data sets that may be as far out, at either end, as data that count as
 # predicted by the prior. Source: chosen.
 PREDICTIVE_TAIL = 0.001
+
+# ---- chains of fitted priors -----------------------------------------------------------------------------------------
+
+# Fitted prior: sds by which a mean may be off, and log ratio by which an sd may, over all links of a chain; above it,
+# there is a warning. Source: chosen; the goal of the table of chains.
+PRIOR_ERROR_MOST = 0.15
 
 # ---- missed mass, and density gaps -----------------------------------------------------------------------------------
 

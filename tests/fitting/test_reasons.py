@@ -9,12 +9,12 @@ import torch
 
 import pyro_flows as pf
 from pyro_flows.fitting.agreement import disagreements
-from pyro_flows.verdict.thresholds import R_HAT_OF_RUNS
+from pyro_flows.verdict.thresholds import R_HAT_CONVERGED
 
 
 def test_runs_that_disagree_in_many_coordinates_name_the_worst_three():
     r_hats = {f"x[{number}]": 1.05 + 0.001 * number for number in range(200)}
-    r_hats |= {"x[7]": 2.5, "fine": R_HAT_OF_RUNS, "x[3]": math.nan}
+    r_hats |= {"x[7]": 2.5, "fine": R_HAT_CONVERGED, "x[3]": math.nan}
     found = disagreements(r_hats)
     assert [reason.split(" ")[3] for reason in found] == ["x[3]", "x[7]", "x[199]"]
     assert found[1] == "runs disagree on x[7] (R-hat 2.50)"

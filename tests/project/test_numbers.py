@@ -91,7 +91,7 @@ PHRASES = {
         "with an error above {verdict.thresholds.SD_ERROR_MOST|percent} speaks",
     ],
     "docs/howto/runs.md": [
-        "R-hat of a coordinate is above {verdict.thresholds.R_HAT_OF_RUNS}, or if log evidences differ by more than "
+        "R-hat of a coordinate is above {verdict.thresholds.R_HAT_CONVERGED}, or if log evidences differ by more than "
         "{verdict.thresholds.EVIDENCE_GAP_OF_RUNS}",
     ],
     "docs/howto/compare.md": [

@@ -1,0 +1,1 @@
+"""Flows as priors and posteriors of latents: chains of batches, and autoencoders."""

@@ -1,0 +1,230 @@
+r"""How far a fitted prior may be from the posterior that it stands for: what each link of a chain adds, and what stays.
+
+The flow of a link is moved to the means and sds of the posterior's draws, so its error is that of the draws. It is
+multiplied by less than one at each further link, since the data of later batches count too. If :math:`a` is the share
+of the information on a coordinate that comes from the prior, an error of a mean, in sds, becomes :math:`\sqrt a` times
+itself, and one of a log sd :math:`a` times itself. Both hold to first order, for posteriors that are about normal.
+"""
+
+from __future__ import annotations
+
+import math
+from statistics import NormalDist
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from pyro_flows import _mixing
+from pyro_flows.flows.flow import Flow
+from pyro_flows.flows.recipe import ending, with_preprocess
+from pyro_flows.transforms.fixed import Preprocess
+
+CONFIDENCE = 0.95  # that all coordinates are within the stated error
+FAR = 6.0  # sds beyond which a draw counts as that far off: moments of heavy tails are noise
+MIDDLE = 0.15865  # the quantile one sd below the mean of a normal distribution
+DRAWN = 50_000  # draws of a flow, for its moments
+DIRECTIONS = 8  # at most, along which further data are tried
+CENTERS = [math.sqrt(2.0) * NormalDist().inv_cdf((place + 0.5) / 8) for place in range(8)]  # of these data, in sds
+TINY = torch.finfo(torch.float64).tiny
+
+
+class PriorError(NamedTuple):
+    """The accumulated error of a prior: bounds that hold for all coordinates, with 95 %."""
+
+    mean: float  # of a mean, in sds
+    sd: float  # of a log sd
+    links: int  # posteriors, one after the other, that the prior comes from
+
+
+UNKNOWN = PriorError(math.inf, math.inf, 1)
+
+
+class Sample(NamedTuple):
+    """Draws of a distribution."""
+
+    z: Tensor  # (S, D)
+    weights: Tensor  # (S,), their sum is one
+    inflation: tuple[Tensor, Tensor] | None = (
+        None  # (D,): of the errors of means and of log sds, if draws are of chains
+    )
+
+    @classmethod
+    def of(cls, z: Tensor, weights: Tensor, chains: int = 1) -> Sample:
+        """Make a sample of draws of chains, one after the other, or of independent draws, whose copies are joined."""
+        if chains == 1:
+            distinct, place = torch.unique(z, dim=0, return_inverse=True)
+            return cls(distinct, weights.new_zeros(len(distinct)).index_add(0, place, weights))
+        by_chain = z.unflatten(0, (chains, -1))
+        own = moments(cls(z, weights), box(z))
+        mean, sd = _mixing.effective(by_chain).rsqrt().to(z.device), _mixing.sd_errors(by_chain).to(z.device)
+        inflation = (mean / own.mean_error).nan_to_num(math.inf), (sd / own.sd_error).nan_to_num(math.inf)
+        return cls(z, weights, inflation)
+
+    def weighted(self, log_factor: Tensor) -> Sample:
+        """Return the sample with weights multiplied by the exponentials of (S,) numbers."""
+        log_weights = self.weights.log() + log_factor
+        return self._replace(weights=torch.softmax(log_weights, 0))
+
+
+class Moments(NamedTuple):
+    """Means and sds, and their standard errors, of a mean in sds and of a log sd: (D,) each."""
+
+    mean: Tensor
+    sd: Tensor
+    mean_error: Tensor
+    sd_error: Tensor
+
+
+def equal(z: Tensor) -> Tensor:
+    """Return equal weights (S,)."""
+    return torch.full((len(z),), 1.0 / len(z), dtype=torch.float64, device=z.device)
+
+
+def box(z: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the least and the largest value (D,) that a draw counts with."""
+    ordered = z.double().sort(0).values
+    low, middle, high = (ordered[round(level * (len(z) - 1))] for level in (MIDDLE, 0.5, 1.0 - MIDDLE))
+    reach = 0.5 * FAR * (high - low)
+    return middle - reach, middle + reach
+
+
+def moments(sample: Sample, within: tuple[Tensor, Tensor]) -> Moments:
+    """Return the moments of draws."""
+    mean, sd, influences = _influences(sample, within)
+    errors = [part.square().sum(0).sqrt() for part in influences]
+    if sample.inflation is not None:
+        errors = [error * factor for error, factor in zip(errors, sample.inflation, strict=True)]
+    return Moments(mean, sd, *errors)
+
+
+def _influences(sample: Sample, within: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """Return means and sds (D,), and what each draw (S, D) adds to a mean, in sds, and to a log sd."""
+    z, weights = sample.z.double().clamp(*within), sample.weights[:, None]
+    mean = (weights * z).sum(0)
+    away = z - mean
+    sd = (weights * away.square()).sum(0).sqrt().clamp_min(TINY)
+    scaled = away / sd
+    return mean, sd, [weights * scaled, 0.5 * weights * (scaled.square() - 1.0)]
+
+
+def compared(wanted: Sample, has: Sample, within: tuple[Tensor, Tensor], *, same: bool) -> Moments:
+    """Return the differences of means, in sds, and of log sds, and their standard errors.
+
+    Args:
+        wanted: draws.
+        has: other ones.
+        within: what they count between, see :func:`box`.
+        same: whether both are the same draws but for weights and small moves, so that most of their errors cancel.
+    """
+    one, other = moments(wanted, within), moments(has, within)
+    if same:
+        pairs = zip(_influences(wanted, within)[2], _influences(has, within)[2], strict=True)
+        errors = [(part - known).square().sum(0).sqrt() for part, known in pairs]
+    else:
+        errors = [torch.hypot(*pair) for pair in zip(one[2:], other[2:], strict=True)]
+    return Moments((one.mean - other.mean) / one.sd, (one.sd / other.sd).log(), *errors)
+
+
+@torch.no_grad()
+def matched(flow: Flow, sample: Sample, *, own: bool) -> tuple[float, float]:
+    """Move a flow to the means and sds of a sample; return the standard errors of means and of log sds that stay.
+
+    A difference d with the standard error e is taken off by d^2 / (d^2 + e^2) of itself, so that noise changes little.
+    To what is left comes what other differences of shape would do to the posterior of further data.
+
+    Args:
+        flow: over the coordinates, changed in place.
+        sample: of the posterior.
+        own: whether the sample's draws are the flow's, so that the differences come from the weights alone.
+    """
+    within = box(sample.z)
+    drawn = sample.z if own else flow.draw(DRAWN)[0]
+    has = Sample(drawn, equal(drawn))
+    apart, at = compared(sample, has, within, same=own), moments(has, within)
+    moved, left = [], []
+    for difference, error in ((apart.mean, apart.mean_error), (apart.sd, apart.sd_error)):
+        share = difference.square() / (difference.square() + error.square()).clamp_min(TINY)
+        moved.append(torch.where(torch.isfinite(error), share * difference, 0.0))
+        left.append(error.square() + (difference - moved[-1]).square())
+    to, factor = at.mean + moments(sample, within).sd * moved[0], moved[1].exp()
+    _move(flow, at.mean, to, factor)
+    has = has._replace(z=(to + factor * (drawn.double() - at.mean)).to(drawn))
+    shape = shape_errors(sample, has, same=own)
+    mean, sd = (float((one + other).sqrt().max()) for one, other in zip(left, shape, strict=True))
+    return mean, sd
+
+
+def shape_errors(wanted: Sample, has: Sample, *, same: bool) -> tuple[Tensor, Tensor]:
+    r"""Return mean squared differences (D,) of means and of log sds that further data bring out.
+
+    Further data about a direction, as informative as those so far, weight the draws by a normal density of it. Its
+    center is drawn as such data would be. What then differs between both samples, beyond its standard error, is
+    averaged over centers, and summed over directions: one along each principal axis.
+
+    Args:
+        wanted: draws of the posterior.
+        has: draws of the flow.
+        same: whether they are the same but for weights and places.
+    """
+    weights = wanted.weights[:, None]
+    within = box(wanted.z)
+    center, z = moments(wanted, within).mean, wanted.z.double().clamp(*within)
+    variances, axes = torch.linalg.eigh((weights * (z - center)).mT @ (z - center))
+    chosen = torch.randperm(len(variances))[:DIRECTIONS].to(z.device)
+    scaled = (axes / variances.clamp_min(TINY).sqrt())[:, chosen]
+    places = [(sample.z.double().clamp(*within) - center) @ scaled for sample in (wanted, has)]
+    total = torch.zeros(2, z.shape[1], dtype=torch.float64, device=z.device)
+    for one, other in zip(places[0].unbind(1), places[1].unbind(1), strict=True):
+        for to in CENTERS:
+            tilted = [sample.weighted(-0.5 * (place - to).square()) for sample, place in ((wanted, one), (has, other))]
+            apart = compared(*tilted, within, same=same)
+            total[0] += apart.mean.square() - apart.mean_error.square()
+            total[1] += apart.sd.square() - apart.sd_error.square()
+    total = (total * (len(variances) / len(chosen) / len(CENTERS))).clamp_min(0.0)
+    return total[0], total[1]
+
+
+def _move(flow: Flow, center: Tensor, to: Tensor, factor: Tensor) -> None:
+    """Let the flow end in y -> to + factor (y - center)."""
+    last, like = ending(flow), next(flow.parameters(), flow._like)
+    if last is None:
+        loc, scale = to - factor * center, factor
+    else:
+        loc = to + factor * (last.loc.double() - center)
+        scale = (factor[:, None] if last.full else factor) * last.scale.double()
+    with_preprocess(flow, Preprocess(loc.to(like), scale.to(like)))
+
+
+@torch.no_grad()
+def share_of_prior(z: Tensor, x: Tensor, weights: Tensor, flow: Flow) -> float:
+    r"""Return the largest share of the information on a coordinate of z that a prior of x brought, from 0 to about 1.
+
+    .. math:: a_i = C_i \Lambda C_i^\top / \Sigma_{ii}
+
+    with C the covariance of z and x in the posterior, and :math:`\Lambda` the precision of x under the prior.
+
+    Args:
+        z: draws (S, D) of the posterior.
+        x: the same draws in the coordinates of the prior (S, K), or of independent copies of it (S, copies * K).
+        weights: of the draws (S,).
+        flow: of the prior.
+    """
+    drawn = flow.draw(DRAWN)[0]
+    within = box(drawn)
+    centered = drawn.double().clamp(*within) - drawn.double().clamp(*within).mean(0)
+    prior = centered.mT @ centered / len(centered)
+    z, x = (value.double().clamp(*box(value)) for value in (z, x))
+    z, x = (value - (weights[:, None] * value).sum(0) for value in (z, x))
+    weighted = weights[:, None] * z
+    covariance = (weighted.mT @ x).unflatten(1, (-1, len(prior))).sum(1)
+    share = (covariance * torch.linalg.lstsq(prior, covariance.mT).solution.mT).sum(1) / (weighted * z).sum(0)
+    return float(share.max())
+
+
+def accumulated(own: tuple[float, float], dim: int, earlier: list[tuple[PriorError, float]]) -> PriorError:
+    """Return the error of a prior: its own standard errors, and those of earlier priors with their shares."""
+    times = float(torch.special.ndtri(torch.tensor(1.0 - 0.5 * (1.0 - CONFIDENCE) / (2 * dim), dtype=torch.float64)))
+    mean = math.hypot(times * own[0], *(math.sqrt(share) * error.mean for error, share in earlier))
+    sd = math.hypot(times * own[1], *(share * error.sd for error, share in earlier))
+    return PriorError(mean, sd, 1 + max((error.links for error, _ in earlier), default=0))

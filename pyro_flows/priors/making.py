@@ -1,0 +1,199 @@
+"""From the draws of a posterior to what a fitted prior is made of: its sites, a flow, and its error."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.distributions import constraints
+
+from pyro_flows._seeding import derive, seeded
+from pyro_flows._turns import alone
+from pyro_flows.comparison.draws import can_draw, is_of_guide, more
+from pyro_flows.density_estimation.fit_density import fit_density
+from pyro_flows.flows.flow import Flow
+from pyro_flows.flows.recipe import BUILDERS
+from pyro_flows.flows.recipe import with_affine as _append_affine
+from pyro_flows.flows.recipe_json import not_rebuilt
+from pyro_flows.model.faults import where_it_runs
+from pyro_flows.model.log_density import LogDensity
+from pyro_flows.model.sites import Latent, messages
+from pyro_flows.model.supports import family, is_narrower, signature, support_of
+from pyro_flows.priors.distribution import PriorDistribution
+from pyro_flows.priors.errors import UNKNOWN, PriorError, Sample, accumulated, equal, matched, share_of_prior
+from pyro_flows.priors.parts import Part, coordinates, describe
+from pyro_flows.results.dims import Labels
+from pyro_flows.verdict.psis import psis
+
+if TYPE_CHECKING:
+    from pyro_flows.results.record import Record
+
+LAYERS = 4
+DRAWS = 20_000
+BATCH = 1024  # draws a step: a posterior is near to a normal distribution, and noise of small batches takes it away
+HELD_OUT = 0.15  # of the distinct draws
+LEAST_DRAWS = 100
+LOST = 0.01  # of the draws, at the edge of a support by rounding
+
+
+class Made(NamedTuple):
+    """What a fitted prior is made of."""
+
+    flow: Flow
+    parts: list[Part]
+    error: PriorError
+
+
+def make(posterior: Record, names: Sequence[str], *, seed: int, max_epochs: int | None, progress: bool) -> Made:
+    """Fit a flow to the draws to use of some sites, and say how far it may be off."""
+    density = posterior._need_density()
+    if len(posterior._used) < LEAST_DRAWS:
+        raise ValueError(f"posterior: expected at least {LEAST_DRAWS} draws, got {len(posterior._used)}.")
+    earlier = _earlier(density)
+    links = 1 + max((fn.error.links for fn in earlier.values()), default=0)
+    seed = derive(seed, f"prior {links}")  # of the same numbers at each link, errors would not average out
+    samples, weights = _draws(posterior, seed)
+    by_name = {name: parts_of(density, name) for name in names}
+    z = _repaired(torch.cat([coordinates(own, samples[name])[0] for name, own in by_name.items()], -1))
+    sample = Sample.of(z, weights, posterior.chain_count)
+    own = _own_flow(posterior, names)
+    flow = own or _fitted(z, seed, max_epochs, progress)
+    with alone(), seeded(derive(seed, "moments of the prior"), z.device):
+        errors = matched(flow, sample, own=own is not None)
+        shares = []
+        for name, fn in earlier.items():
+            x = _repaired(coordinates(fn.parts, samples[name])[0].flatten(1))
+            shares.append((fn.error, share_of_prior(z, x, weights, fn.flow)))
+    error = accumulated(errors, z.shape[1], shares)
+    if posterior.verdict.status == "unreliable":
+        error = UNKNOWN._replace(links=error.links)
+    return Made(flow, [part for own_parts in by_name.values() for part in own_parts], error)
+
+
+# the sites ------------------------------------------------------------------------------------------------------------
+
+
+def _earlier(density: LogDensity) -> dict[str, PriorDistribution]:
+    """Return the fitted priors of the latent sites that have one."""
+    found = {name: family(messages(density.structure.trace)[name]["fn"]) for name in density.names}
+    return {name: fn for name, fn in found.items() if isinstance(fn, PriorDistribution)}
+
+
+def sites_of(density: LogDensity) -> dict[str, tuple[str, ...]]:
+    """Return what each latent site stands for: itself, or the sites of an earlier fitted prior."""
+    earlier = _earlier(density)
+    named = {name: tuple(part.name for part in fn.parts) for name, fn in earlier.items() if len(fn.parts) > 1}
+    return {name: named.get(name, (name,)) for name in density.names}
+
+
+def parts_of(density: LogDensity, name: str) -> tuple[Part, ...]:
+    """Return the parts of a latent site: itself, or those that it got from an earlier fitted prior."""
+    latent = next(latent for latent in density.structure.latents if latent.name == name)
+    fn = messages(density.structure.trace)[name]["fn"]
+    earlier = family(fn)
+    if isinstance(earlier, PriorDistribution) and len(earlier.parts) > 1:
+        if len(latent.shape) > 1:
+            raise ValueError(f"sites: {name!r} is a prior of several sites inside of a plate; write it outside.")
+        return earlier.parts
+    support = support_of(fn)
+    if latent.mask is not None:
+        raise ValueError(f"sites: {name!r} has entries that a mask leaves out; a prior of all of them is not known.")
+    if _moves(density, name):
+        raise ValueError(f"sites: the support of {name!r} depends on other latents, so a prior of its own has none.")
+    try:
+        if support is None or is_narrower(family(fn)):
+            raise NotImplementedError(f"the support of a {type(family(fn)).__name__}")
+        describe(support)
+    except NotImplementedError as error:
+        raise ValueError(f"sites: {name!r} cannot have a fitted prior: {error} has no name to be saved by.") from None
+    lifted = len(latent.shape) - latent.event_dim
+    whole = constraints.independent(support, lifted) if lifted else support
+    return (Part(name, latent.shape, whole, _dims(density, latent)),)
+
+
+def _moves(density: LogDensity, name: str) -> bool:
+    """Whether the support of a site differs between two points."""
+    with torch.no_grad():
+        found = where_it_runs(density.trace_at, density.structure.points, 2)
+    if len(found) < 2:
+        return True
+    first, second = (signature(messages(trace)[name]["fn"]) for trace in found)
+    return len(first) != len(second) or any(
+        not torch.equal(torch.as_tensor(a), torch.as_tensor(b)) for a, b in zip(first, second, strict=True)
+    )
+
+
+def _dims(density: LogDensity, latent: Latent) -> tuple[str | None, ...]:
+    """Return the name of each axis of a site's value that a plate, or an earlier prior, named."""
+    layout = Labels(density.structure).latent(latent)
+    own = f"{Labels(density.structure).variable(latent.name)}_dim_"
+    left = iter(layout.dims)
+    names = [None if axis in layout.phantom else next(left) for axis in range(len(latent.shape))]
+    return tuple(None if name is None or name.startswith(own) else name for name in names)
+
+
+# the draws ------------------------------------------------------------------------------------------------------------
+
+
+def _draws(posterior: Record, seed: int) -> tuple[dict[str, Tensor], Tensor]:
+    """Return draws to use, constrained, and their weights (S,): the more there are, the closer is the fit."""
+    plenty = len(posterior._used) >= DRAWS or posterior.verdict.status == "unreliable"
+    if plenty or not can_draw(posterior):
+        ratio = posterior._used_log_p - posterior._used_log_q if is_of_guide(posterior) else None
+        samples, like = posterior.samples, posterior._used
+    else:
+        found = more(posterior, DRAWS, seed=seed, purpose="prior")
+        samples, ratio, like = posterior._need_model().constrain(found.z), found.ratio, found.z
+    weights = equal(like) if ratio is None else psis(ratio.double())[0].exp().to(like.device)
+    return samples, weights
+
+
+def _repaired(z: Tensor) -> Tensor:
+    """Return coordinates (S, D) in which draws rounded onto the edge of a support are replaced by the ones before."""
+    finite = torch.isfinite(z).all(1)
+    lost = 1.0 - float(finite.double().mean())
+    if lost > LOST:
+        raise ValueError(
+            f"posterior: {100 * lost:.1f} % of the draws lie at the edge of a support by rounding; fit in float64."
+        )
+    places = torch.where(finite, torch.arange(len(z), device=z.device), finite.int().argmax())
+    return z[places.cummax(0).values].detach()
+
+
+# the flow -------------------------------------------------------------------------------------------------------------
+
+
+def _own_flow(posterior: Record, names: Sequence[str]) -> Flow | None:
+    """Return the posterior's flow where it is the very distribution of the draws to use, on the sites' own supports."""
+    density, flow = posterior._need_model(), posterior.flow
+    plain = not any(latent.noncentered or latent.chart is not None for latent in density.structure.latents)
+    whole = plain and list(names) == list(density.names)
+    if not whole or not is_of_guide(posterior) or not isinstance(flow, Flow) or not_rebuilt(flow) is not None:
+        return None
+    return copy.deepcopy(flow)
+
+
+def _fitted(z: Tensor, seed: int, max_epochs: int | None, progress: bool) -> Flow:
+    """Fit a flow by maximum likelihood; copies of one draw are all trained on, or all held out."""
+    with alone(), seeded(derive(seed, "prior"), z.device):
+        dim = z.shape[1]
+        options = {"layers": LAYERS, "base": "normal"}
+        inner = BUILDERS["planar"](1, **options) if dim == 1 else BUILDERS["realnvp"](dim, network="robust", **options)
+        flow = _append_affine(inner, "diagonal").to(z)
+        distinct, copies = torch.unique(z, dim=0, return_inverse=True)
+        held_out = (torch.rand(len(distinct)) < HELD_OUT).to(z.device)[copies]
+    found = fit_density(
+        flow,
+        z[~held_out],
+        validation=z[held_out],
+        preprocess="whiten",
+        start="identity",
+        batch=max(1, min(BATCH, len(z) // 10)),
+        seed=seed,
+        max_epochs=max_epochs,
+        progress=progress,
+    )
+    return found.flow

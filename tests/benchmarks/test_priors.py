@@ -1,0 +1,65 @@
+"""The benchmarks of priors: a short chain of each method, an autoencoder, and the tables."""
+
+import pytest
+import torch
+
+import pyro_flows as pf
+from benchmarks.priors import autoencoders, chains
+from pyro_flows.priors.parts import coordinates
+
+
+def test_effects_are_integrated_out():
+    """Against draws of the effects from their prior, for two groups."""
+    x, y = (part[:2] for part in chains.PROBLEMS["hierarchical counts"].data(torch.Generator().manual_seed(0)))
+    density = pf.LogDensity(chains.counts_at_once, (x, y))
+    values = {"mean": torch.tensor([0.7]), "slope": torch.tensor([0.3]), "scale": torch.tensor([0.5])}
+    other = {**values, "scale": torch.tensor([0.4])}
+    found = [
+        float(density(density.unconstrain(one)) - density.log_jacobian(density.unconstrain(one)))
+        for one in (values, other)
+    ]
+    effect = torch.randn(200_000, 2, 1, generator=torch.Generator().manual_seed(1))
+    right = []
+    for scale in (0.5, 0.4):
+        rate = (0.7 + 0.3 * x + scale * effect).exp()
+        each = torch.distributions.Poisson(rate).log_prob(y).sum(-1).double()
+        prior = torch.distributions.HalfNormal(1.0).log_prob(torch.tensor(scale))
+        right.append(float((torch.logsumexp(each, 0) - torch.tensor(200_000.0).log()).sum() + prior))
+    assert found[0] - found[1] == pytest.approx(right[0] - right[1], abs=0.03)
+
+
+def test_a_normal_prior_has_the_moments_of_the_draws():
+    x, y = chains.PROBLEMS["logistic regression"].data(torch.Generator().manual_seed(0))
+    z = torch.randn(4, 500, 5, generator=torch.Generator().manual_seed(2)) * torch.arange(1.0, 6.0)
+    posterior = pf.from_mcmc({"beta": z}, chains.logistic, x[:50], y[:50])
+    prior = chains.of_normal(posterior, ("beta",))
+    drawn, given = prior.flow.draw(50_000)[0], coordinates(prior.parts, posterior.samples["beta"])[0]
+    torch.testing.assert_close(drawn.T.cov(), given.T.cov(), rtol=0.05, atol=0.3)
+    mean, sd = chains.moments_of(prior)
+    torch.testing.assert_close(mean, given.double().mean(0), rtol=0.0, atol=0.1)
+    torch.testing.assert_close(sd, given.double().std(0), rtol=0.03, atol=0.0)
+
+
+def test_the_table_of_chains():
+    row = {"problem": "logistic regression", "method": "prior_from", "seed": "0", "error": "", "verdicts": "10 ok"}
+    row |= {"mean_off": "0.05", "sd_off": "0.04", "mean_error": "0.06", "sd_error": "0.05", "seconds": "90"}
+    row |= {"version": "v", "machine": "m", "software": "s"}
+    over = {**row, "seed": "1", "mean_off": "0.09", "mean_error": "0.07"}
+    other = {**row, "method": "normal", "mean_off": "0.2"}
+    text = chains.section([row, over, other])
+    assert "2 of 2 chains" in text
+    assert "In 1 of 2, the stated errors cover" in text
+    assert "| logistic regression | `prior_from` | 0.090 (0.070) | 4.1 (5.1) | 10 ok | 90 |" in text
+    assert "| logistic regression | multivariate normal | 0.200 | 4.1 |" in text
+
+
+def test_an_autoencoder_is_trained_and_judged(monkeypatch):
+    pytest.importorskip("sklearn")
+    monkeypatch.setattr(autoencoders, "DRAWS", 50)
+    row = autoencoders.measure("Real-NVP, K = 40", 0, "v", epochs=1)
+    assert row["error"] == ""
+    assert -250.0 < float(row["elbo"]) <= float(row["bound"]) < -90.0
+    plain = {**row, "variant": autoencoders.PLAIN, "bound": str(float(row["bound"]) - 1.5)}
+    text = autoencoders.section([row, plain])
+    assert "| Real-NVP, K = 40 |" in text
+    assert "| 1.50 (1.50) |" in text
