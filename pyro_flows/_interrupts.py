@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -29,6 +31,7 @@ class Interrupts:
         False  # whether the first one is noted only: where there is something to lose, and it is asked for later
     )
     pending: bool = False  # whether it was noted, and nobody has asked yet
+    caller: FrameType | None = None  # of the outermost call
 
     def came(self) -> bool:
         """Return whether any came."""
@@ -51,6 +54,7 @@ class Interrupts:
 STATE = Interrupts()
 _handlers: dict[int, Handler] = {}  # that were there before the outermost call
 _leaving: set[CodeType] = {
+    importlib._bootstrap._find_and_load.__code__,  # type: ignore[attr-defined]
     contextlib._GeneratorContextManager.__enter__.__code__,
     contextlib._GeneratorContextManager.__exit__.__code__,
 }
@@ -74,6 +78,7 @@ def interruptible() -> Iterator[Interrupts]:
         return
     if not STATE.calls:
         STATE.count, STATE.name, STATE.pending, STATE.held = 0, "Ctrl-C", False, False
+        STATE.caller = sys._getframe(2)
     STATE.calls += 1
     try:
         for name in NAMES if STATE.calls == 1 else ():
@@ -88,6 +93,7 @@ def interruptible() -> Iterator[Interrupts]:
             signal.signal(number, handler)
         STATE.calls = max(STATE.calls - 1, 0)
         STATE.held = before
+        STATE.caller = STATE.caller if STATE.calls else None
 
 
 def _note(number: int, frame: FrameType | None) -> None:
@@ -112,7 +118,8 @@ if hasattr(os, "register_at_fork"):
 
 
 def _is_leaving(frame: FrameType | None) -> bool:
-    while frame is not None:
+    """Whether a context is left or a module is imported by the work; the call itself may be one in such a module."""
+    while frame is not None and frame is not STATE.caller:
         if frame.f_code in _leaving:
             return True
         frame = frame.f_back

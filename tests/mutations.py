@@ -1,16 +1,22 @@
 """Make one deliberate mistake at a time in a copy of the package, and see whether the tests of its room notice.
 
+Tests run in forks of a process that has imported the copy: functions of a changed file get its code in place.
+
     make mutation
     python -m tests.mutations --only bridge objectives
 
 An edit is a file, a piece of it that stands there once, what replaces it, and the tests that have to fail. Mistakes in
 what decides a verdict are in ``tests/whole/test_bite_deciding.py``, which runs in every suite; these are about
-transforms, losses, evidence, leave-one-out, graphs and their interpreter, conversions and files.
+transforms, losses, starts, searches, chains, evidence, leave-one-out, graphs and their interpreter, conversions and
+files.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
+import importlib
+import multiprocessing
 import os
 import shutil
 import subprocess
@@ -18,11 +24,17 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from types import CodeType, FunctionType
 from typing import NamedTuple
 
+import pyro
+import pytest
+import torch
+
 ROOT = Path(__file__).parents[1]
-SECONDS = 600  # for the tests of one edit
+SECONDS = 1800  # for the tests of one edit
 FAILED = 1  # what pytest returns if a test failed; anything else is no catch
+PRELOADED = pyro, pytest, torch
 
 
 class Edit(NamedTuple):
@@ -116,6 +128,34 @@ EDITS = (
          "tests/model"),
     Edit("results/arviz_groups.py", "groups[\"raw_posterior\"] = draws_group(labels, density.constrain(posterior.z))",
          "groups[\"raw_posterior\"] = draws_group(labels, posterior.samples)", "tests/results"),
+    Edit("verdict/weighing.py", "ess=float(1.0 / weights.square().sum())", "ess=float(len(weights))",
+         "tests/verdict/test_verdict.py"),
+    Edit("_mixing.py", "\"ess_tail\": torch.minimum(low, high)", "\"ess_tail\": torch.maximum(low, high)",
+         "tests/ground/test_mixing.py"),
+    Edit("comparison/pointwise.py", "psis(-values if base is None else base - values)", "psis(-values)",
+         "tests/comparison/test_loo.py"),
+    Edit("comparison/pointwise.py", "squares *= len(influence) / _arviz", "squares *= 1.0 / _arviz",
+         "tests/comparison/test_loo.py"),
+    Edit("comparison/sensitivity.py", "posterior._used_log_p.double() - density.log_jacobian(posterior._used).double()",
+         "posterior._used_log_p.double()", "tests/comparison/test_compare.py"),
+    Edit("modes/tempering.py", "self.log_weights += (beta - self.beta) *", "self.log_weights += beta *",
+         "tests/modes/test_tempering.py"),
+    Edit("modes/barriers.py", "(lowest < least - DEEP).all()", "(lowest < least - DEEP).any()",
+         "tests/modes/test_symmetric_modes.py"),
+    Edit("modes/symmetries.py", "tuple(flip * signs[place] for", "tuple(flip for",
+         "tests/modes/test_symmetries.py"),
+    Edit("starts/laplace.py", "evidence=float(evidence[index]) + gauss", "evidence=float(evidence[index])",
+         "tests/starts/test_newton.py"),
+    Edit("starts/pathfinder.py", "mean + (count / terms.shape[-1]).log()", "mean", "tests/starts/test_pathfinder.py"),
+    Edit("correction/hmc.py", "error + points.log_pi - new.log_pi", "error - points.log_pi + new.log_pi",
+         "tests/correction/test_microcanonical.py"),
+    Edit("correction/smc.py", "torch.logsumexp(parts, 1) - math.log(parts.shape[1])", "torch.logsumexp(parts, 1)",
+         "tests/correction/test_refine.py"),
+    Edit("model/charts.py", "scale.log() + log_cosh", "log_cosh", "tests/model/test_charts.py"),
+    Edit("model/noncentered.py", "log_diagonal + 0.5 * share.log()", "log_diagonal + share.log()",
+         "tests/model/test_noncentered.py tests/starts/test_coordinates.py"),
+    Edit("_bundles.py", "if digests.get(name) != value]", "if name not in digests]", "tests/ground/test_files.py"),
+    Edit("_journal.py", "if step.inputs != digest:", "if False:", "tests/whole/test_resume.py"),
 )  # fmt: skip
 
 
@@ -149,28 +189,83 @@ def caught(place: Path, edit: Edit) -> tuple[bool, str]:
     try:
         if file.suffix == ".c":
             _built(place)
-        command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *edit.tests.split()]
-        environment = {**os.environ, "PYTHONPATH": str(place), "OMP_NUM_THREADS": "1"}
-        run = subprocess.run(command, cwd=place, env=environment, capture_output=True, text=True, timeout=SECONDS)
+        said = place / "said"
+        process = multiprocessing.get_context("fork").Process(
+            target=_tested, args=(place, file, edit.tests.split(), said)
+        )
+        process.start()
+        process.join(SECONDS)
+        process.kill()
+        process.join()
     finally:
         file.write_text(text, encoding="utf-8")
         if file.suffix == ".c":
             _built(place)
-    lines = [line for line in run.stdout.splitlines() if line.startswith("FAILED")] or run.stdout.splitlines()[-1:]
-    return run.returncode == FAILED, (lines or [run.stderr[-200:]])[0]
+    lines = said.read_text(encoding="utf-8").splitlines()
+    return process.exitcode == FAILED, [*lines[-1:], *(line for line in lines if line.startswith("FAILED"))][-1]
+
+
+def _tested(place: Path, file: Path, tests: Sequence[str], said: Path) -> None:
+    """Run tests of the copy, in a process that has imported the right package."""
+    os.chdir(place)
+    sys.stdout.flush()
+    with said.open("w", encoding="utf-8") as stream:
+        os.dup2(stream.fileno(), 1)
+        os.dup2(stream.fileno(), 2)
+    if file.suffix == ".py":
+        _replace(file)
+    else:
+        _alone(place)
+    code = pytest.main(["-q", "-x", "-p", "no:cacheprovider", *tests])
+    sys.stdout.flush()
+    os._exit(code)
+
+
+def _replace(file: Path) -> None:
+    """Give each function of a module that was imported the code that its file has by now, wherever it is known."""
+    waiting, fresh = [compile(file.read_text(encoding="utf-8"), str(file), "exec", dont_inherit=True)], {}
+    while waiting:
+        code = waiting.pop()
+        fresh[code.co_qualname, code.co_firstlineno] = code
+        waiting += [part for part in code.co_consts if isinstance(part, CodeType)]
+    for function in [one for one in gc.get_objects() if isinstance(one, FunctionType)]:
+        code = function.__code__
+        if code.co_filename == str(file):
+            function.__code__ = fresh.get((code.co_qualname, code.co_firstlineno), code)
+
+
+def _alone(place: Path) -> None:
+    """Let imports be those of the copy."""
+    sys.path[:] = [str(place), *(path for path in sys.path if path not in ("", str(ROOT)))]
+    for name in [name for name in sys.modules if name.partition(".")[0] in ("tests", "pyro_flows", "benchmarks")]:
+        del sys.modules[name]
+
+
+def _warm(place: Path) -> None:
+    """Import the package of the copy, and what its tests need, so that no fork has to; nothing of it runs."""
+    _alone(place)
+    for file in sorted((place / "pyro_flows").rglob("*.py")):
+        if file.stem != "__main__":
+            importlib.import_module(".".join(file.relative_to(place).with_suffix("").parts).removesuffix(".__init__"))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Try all edits; return 1 if one was not noticed."""
     parser = argparse.ArgumentParser(prog="python -m tests.mutations", description=__doc__)
     parser.add_argument("--only", nargs="+", default=[], help="parts of the names of files")
+    parser.add_argument("--first", type=int, default=0, help="the number of the first edit, from 0 on")
     given = parser.parse_args(arguments)
-    chosen = [edit for edit in EDITS if not given.only or any(part in edit.file for part in given.only)]
+    chosen = [edit for edit in EDITS[given.first :] if not given.only or any(part in edit.file for part in given.only)]
     survived = 0
+    torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
-        _copied(Path(folder))
-        for edit in chosen:
-            noticed, line = caught(Path(folder), edit)
+        place = Path(folder).resolve()
+        os.environ["PYTHONPATH"] = str(place)  # of processes that tests start
+        _copied(place)
+        for edit in sorted(chosen, key=lambda edit: edit.file != INTERPRETER):
+            if edit.file != INTERPRETER and str(place) not in sys.path:
+                _warm(place)
+            noticed, line = caught(place, edit)
             survived += not noticed
             print("caught  " if noticed else "SURVIVED", edit.file, repr(edit.wrong), "|", line, flush=True)
     print(f"{len(chosen) - survived} of {len(chosen)} mistakes were caught")

@@ -213,7 +213,8 @@ class Ascent:
         state = State(**saved["state"])
         for one in fields(State):
             value, kind = getattr(state, one.name), type(one.default)
-            known = isinstance(value, list) if one.default is MISSING else type(value) in (kind, float)
+            kinds = (int, float) if kind is float else (kind,)  # a number of steps is a progress too
+            known = isinstance(value, list) if one.default is MISSING else type(value) in kinds
             require(known and (kind is not int or value >= 0), f"{one.name} is {value!r}")
 
 

@@ -6,6 +6,7 @@ import math
 import os
 import warnings
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
 
@@ -26,7 +27,7 @@ from pyro_flows.fitting.combine import combine, drawn, make_runs
 from pyro_flows.fitting.conclude import conclude
 from pyro_flows.fitting.hierarchical import fit_hierarchical
 from pyro_flows.fitting.plan import Plan, as_asked, recipe_for
-from pyro_flows.fitting.ranks import check_alone
+from pyro_flows.fitting.ranks import check_alone, ranks
 from pyro_flows.fitting.run import prepare
 from pyro_flows.flows.recipe import AUTO, FlowLike
 from pyro_flows.model.arguments import usable
@@ -129,8 +130,8 @@ def fit(
 
     Raises:
         ValueError: before any work, for a bad option, a model that cannot be fitted, or data outside of the support of
-            their likelihood; the argument or site is named. For a checkpoint that is damaged, of another call, or of a
-            model with subsampled plates, which has none.
+            their likelihood; the argument or site is named. For a checkpoint that is damaged, of another call, or of
+            several processes.
 
     Warns:
         NothingObservedWarning: for a model with neither data nor factors, so that the posterior is the prior.
@@ -205,17 +206,18 @@ def default_steps(dim: int) -> int:
 
 def _fit(plan: Plan, grow: bool, checkpoint: str | os.PathLike[str] | None) -> Posterior:
     """Fit under the plan's clock: the work, which can be cut anywhere, and the judging of what it came to."""
+
+    def keeping(density: LogDensity) -> AbstractContextManager[None]:
+        return _journal.keeping(checkpoint, lambda: {**_about(plan), **identity(density)})
+
     plan.bar.watch(_stages.READING)
     with counted(_stages.READING):
         try:
             density = LogDensity(plan.model, plan.args, plan.kwargs)
         except Subsampled:
-            if checkpoint is not None:
-                raise ValueError(
-                    "checkpoint: expected a model whose plates have their full size, got one with a subsampled plate, "
-                    "whose training on minibatches is not kept. Leave it out."
-                ) from None
-            return fit_hierarchical(plan)
+            if checkpoint is not None and ranks().size > 1:
+                raise ValueError("checkpoint: expected None for a fit by several processes. Leave it out.") from None
+            return fit_hierarchical(plan, keeping)
     check_alone()
     warn_if_nothing_observed(density.structure, density.trace_at, plan.model, plan.args, plan.kwargs)
     check_memory(density, plan.draws)
@@ -224,7 +226,7 @@ def _fit(plan: Plan, grow: bool, checkpoint: str | os.PathLike[str] | None) -> P
         raise ValueError("train_model: expected a model with parameters of its own (pyro.param, modules), got none.")
     if plan.train_model and plan.runs > 1:
         raise ValueError("runs: expected 1 with train_model=True, since the runs would share the model's parameters.")
-    with few_threads(density.numbers), _journal.keeping(checkpoint, lambda: {**_about(plan), **identity(density)}):
+    with few_threads(density.numbers), keeping(density):
         try:
             return _fitted(plan, density)
         except LostDigits:

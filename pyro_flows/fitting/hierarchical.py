@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from time import monotonic
 from typing import Any
@@ -15,7 +15,7 @@ import torch
 from pyro.infer import Trace_ELBO
 from torch import Tensor, nn
 
-from pyro_flows import _stages
+from pyro_flows import _journal, _stages
 from pyro_flows._clock import Clock, OutOfTime, unbounded
 from pyro_flows._interrupts import STATE
 from pyro_flows._progress import Bar
@@ -24,6 +24,7 @@ from pyro_flows._warnings import outside
 from pyro_flows.fitting.marginal_density import MarginalDensity
 from pyro_flows.fitting.plan import Plan
 from pyro_flows.fitting.ranks import Followed, RowsOfRank, ranks
+from pyro_flows.flows.recipe import begin_at, begun_at, set_df
 from pyro_flows.guides.collapsed import FEW_PARTS, FULL_UP_TO, climb
 from pyro_flows.guides.crossed import CrossedMarginal
 from pyro_flows.guides.hierarchical import AutoHierarchicalFlow
@@ -37,6 +38,8 @@ from pyro_flows.results.dims import coordinate_names
 from pyro_flows.results.methods import method_of
 from pyro_flows.results.scoring import JUDGING
 from pyro_flows.results.stage import Stage
+from pyro_flows.starts.matching import moved, tells_moments
+from pyro_flows.starts.start import Start
 from pyro_flows.verdict.deciding import POOL, Draw
 from pyro_flows.verdict.thresholds import (
     ESS_SHARE_LEAST,
@@ -51,6 +54,7 @@ from pyro_flows.verdict.weighing import in_words, weigh
 
 WHOLE_UP_TO = 1000  # latents that are judged together, if the model has all rows at each run
 LOOKED_AT, TRIED = 64, 400  # draws at which rows are looked at; by which a round of training is judged
+TAILS = 7.0  # degrees of freedom of the base: draws that are weighed need tails; it costs 0.13 nats at most
 TIMED = 4  # draws that tell how long judging takes
 ROUND = 500  # steps of the first round; each next one has twice as many
 RATE, LAST_RATE = 5e-3, 0.02  # of Adam, and the part of it at the end of a round
@@ -84,8 +88,11 @@ def diagnose_hierarchical(
         return from_draws(density, draw, draws=draws, seed=seed, guide=guide, **said)
 
 
-def fit_hierarchical(plan: Plan) -> Posterior:
-    """Train a guide with structure on minibatches, and judge it by all rows; see :func:`pyro_flows.fit`."""
+def fit_hierarchical(plan: Plan, keeping: Callable[[LogDensity], AbstractContextManager[None]]) -> Posterior:
+    """Train a guide with structure on minibatches, and judge it by all rows; see :func:`pyro_flows.fit`.
+
+    ``keeping`` is the context in which steps are kept in a checkpoint.
+    """
     if plan.runs > 1 or plan.train_model:
         name = "train_model" if plan.train_model else "runs"
         raise ValueError(f"{name}: not available for a model with subsampled plates. Leave it out, or give all rows.")
@@ -101,7 +108,7 @@ def fit_hierarchical(plan: Plan) -> Posterior:
         density.under(clock)
         STATE.hold(not clock.raises)  # until the call ends
         try:
-            with clock.part(_stages.TRAINING):
+            with keeping(density), clock.part(_stages.TRAINING):
                 _fitted(guide, density, plan, trained)
             checks = _checked(guide, density, plan.seed, clock)
             clock.judging()
@@ -131,6 +138,10 @@ def _begun(plan: Plan) -> AutoHierarchicalFlow:
     if guide.top is None:
         guide = AutoHierarchicalFlow(plan.model, plan.recipe.builder, init="prior", **options)
         guide.initialize(*plan.args, **plan.kwargs)
+    if plan.recipe.named:
+        flow = guide._top._single
+        start = begun_at(flow)
+        begin_at(set_df(flow, max(TAILS, float(flow.dim))), *start)
     return guide
 
 
@@ -140,7 +151,8 @@ def _fitted(guide: AutoHierarchicalFlow, density: MarginalDensity | None, plan: 
     while True:
         over, elbo = False, math.nan
         try:
-            trained.good, elbo = (False, math.nan) if density is None else _is_good(guide, density)
+            if density is not None:
+                trained.good, elbo = _is_good(guide, density, moves=not trained.stages)
         except OutOfTime:
             if ranks().size == 1:
                 raise
@@ -316,13 +328,22 @@ def _named(names: list[str], rows: int, what: str) -> list[str]:
     return [f"{len(names)} of {rows:,} rows have {what}: {', '.join(names[:NAMED])}{more}"] if names else []
 
 
-def _is_good(guide: AutoHierarchicalFlow, density: MarginalDensity) -> tuple[bool, float]:
-    """Return whether weights of the globals correct what is wrong with the draws, and the ELBO."""
+def _is_good(guide: AutoHierarchicalFlow, density: MarginalDensity, *, moves: bool) -> tuple[bool, float]:
+    """Return whether weights of the globals correct what is wrong with the draws, and the ELBO.
+
+    A guide that ``moves`` goes to the moments that the weights tell, and is looked at again if it was not good.
+    """
     z, log_q = _global_draw(guide)(TRIED * density.marginal.most_draws // MOST_DRAWS)
     density.marginal.choose_count(z[:LOOKED_AT])
     found = weigh(z, density(z), log_q)
     good = found.k_hat < K_HAT_GOOD and found.ess >= ESS_SHARE_LEAST * len(z)
-    return good or (found.k_hat < K_HAT_MOST and found.ess >= ESS_SHARE_UNDOUBTED * len(z)), found.elbo
+    good = good or (found.k_hat < K_HAT_MOST and found.ess >= ESS_SHARE_UNDOUBTED * len(z))
+    if not (moves and guide._top.affine is not None and tells_moments(found)):
+        return good, found.elbo
+    flow = guide._top._single
+    start = moved(Start("", *begun_at(flow)), z, found)
+    begin_at(flow, start.loc, start.scale)
+    return (True, found.elbo) if good else _is_good(guide, density, moves=False)
 
 
 class _Loss(nn.Module):
@@ -352,19 +373,38 @@ def _train(guide: AutoHierarchicalFlow, plan: Plan, steps: int, losses: list[flo
         torch.manual_seed(derive(plan.seed, f"noise of process {ranks().rank} after {len(losses)} steps"))
     rows = RowsOfRank(ranks(), derive(plan.seed, f"rows after {len(losses)} steps"))
     loss_of = ranks().averaged(_Loss(guide, plan, rows))
-    for step in range(steps):
-        if ranks().size == 1:
-            plan.clock.look()
-        elif plan.clock.finite and ranks().agreed(plan.clock.over):
-            return
-        optimizer.zero_grad()
-        loss = loss_of()
-        losses.append(float(loss.detach()))
-        loss.backward(inputs=parameters)  # none of the model's own parameters
-        if all(part.grad is None or bool(torch.isfinite(part.grad).all()) for part in parameters):
-            optimizer.step()
-        schedule.step()
-        plan.bar.count(step + 1, steps)
+
+    def state() -> dict[str, Any]:
+        moments = [optimizer.state.get(part, {}) for part in parameters]
+        rates = [schedule.last_epoch, *schedule.get_last_lr()]
+        return {"weights": parameters, "moments": moments, "rates": rates, "losses": losses, **guide.remembered()}
+
+    def put_back(known: Mapping[str, Any]) -> None:
+        with torch.no_grad():
+            for part, weights, moments in zip(parameters, known["weights"], known["moments"], strict=True):
+                part.copy_(weights)
+                optimizer.state[part] = moments
+        schedule.last_epoch, optimizer.param_groups[0]["lr"] = known["rates"]
+        losses[:] = known["losses"]
+        guide.put_back(known)
+
+    with _journal.loop("minibatches", *parameters) as kept:
+        kept.take(put_back)
+        while schedule.last_epoch < steps:
+            if ranks().size == 1:
+                plan.clock.look()
+            elif plan.clock.finite and ranks().agreed(plan.clock.over):
+                return
+            optimizer.zero_grad()
+            loss = loss_of()
+            losses.append(float(loss.detach()))
+            loss.backward(inputs=parameters)  # none of the model's own parameters
+            if all(part.grad is None or bool(torch.isfinite(part.grad).all()) for part in parameters):
+                optimizer.step()
+            schedule.step()
+            plan.bar.count(schedule.last_epoch, steps)
+            kept.offer(state)
+        kept.end(state)
 
 
 @contextmanager

@@ -208,8 +208,25 @@ def affine_of(flow: Flow) -> LowerTriangularAffine | DiagonalAffine | None:
 
 def begin_at(flow: Flow, loc: Tensor, sds: Tensor) -> None:
     """Do as :func:`start_at`, with a scale in standard deviations: those of the base's draws are another number."""
-    unit = math.sqrt((flow.df - 2.0) / flow.df) if flow.base == "student_t" and flow.df > 2.0 else 1.0
-    start_at(flow, loc, unit * sds)
+    start_at(flow, loc, _unit(flow) * sds)
+
+
+def begun_at(flow: Flow) -> tuple[Tensor, Tensor]:
+    """Return what :func:`begin_at` was given.
+
+    Raises:
+        ValueError: for a flow that does not end in an affine map.
+    """
+    affine = affine_of(flow)
+    if affine is None:
+        raise ValueError("flow: it does not end in an affine map.")
+    scale = affine.scale_tril if isinstance(affine, LowerTriangularAffine) else affine.scale
+    return affine.loc.clone(), scale / _unit(flow)
+
+
+def _unit(flow: Flow) -> float:
+    """Return the scale at which draws of the base have standard deviation 1."""
+    return math.sqrt((flow.df - 2.0) / flow.df) if flow.base == "student_t" and flow.df > 2.0 else 1.0
 
 
 @torch.no_grad()

@@ -11,9 +11,18 @@ They are added up over all rows of the data, by minibatches:
 H couples no two rows of one site but through others. So the largest site is eliminated row by row, and what is left is
 a dense matrix of the rows of the other sites. This is exact where all is normal, and Laplace's approximation elsewhere.
 
-The density of the globals is estimated by one draw of u each, :math:`\hat p(\theta) = p(\theta, u, y) / q(u \mid
-\theta)`, whose noise depends on :math:`\theta` alone. It has no error where u is normal. Elsewhere, weights of
-:math:`\theta` are those of pairs, so that their k-hat judges q as well.
+Where all is normal, second differences of the terms are their derivatives, and the density of the globals has a closed
+form. Its gradient is that of the expected log joint density (Fisher's identity), with u's moments held fixed:
+
+.. math:: \nabla_\theta \log p(\theta, y) = \nabla_\theta \Big[ \log p(u_0) + g^\top s
+          - \tfrac12 \operatorname{tr} H (s s^\top + H_0^{-1}) \Big], \qquad s = H_0^{-1} g_0.
+
+So it takes entries of the inverse where H has some, and no derivative of a factor. Elsewhere the density is estimated
+by K draws of u, in pairs that mirror each other at the mode,
+
+.. math:: \hat p(\theta) = \frac1K \sum_k p(\theta, u_k, y) / q(u_k \mid \theta),
+
+whose noise depends on :math:`\theta` alone. Weights of :math:`\theta` have that noise, so their k-hat judges q too.
 
 Sources: Rue, Martino and Chopin 2009, doi:10.1111/j.1467-9868.2008.00700.x; Papaspiliopoulos, Roberts and Zanella 2020
 (doi:10.1093/biomet/asz058), for crossed designs; Andrieu and Roberts 2009, doi:10.1214/07-AOS574.
@@ -21,11 +30,12 @@ Sources: Rue, Martino and Chopin 2009, doi:10.1111/j.1467-9868.2008.00700.x; Pap
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -45,12 +55,13 @@ from pyro_flows.guides.conditional import (
 from pyro_flows.guides.marginal import ALL, MOST_DRAWS, Errors, WorstRow, parts_of
 from pyro_flows.model.batching import batch, quiet
 from pyro_flows.model.sites import messages
-from pyro_flows.verdict.thresholds import ROW_MODE_SHARE, ROW_MODES_APART
+from pyro_flows.verdict.thresholds import ROW_ERROR_MOST, ROW_MODE_SHARE, ROW_MODES_APART
 
 MOST_DENSE = 3000  # rows of all sites but the largest: their matrix is factored for each value of the globals
 AT_ONCE = 4_000_000  # numbers: derivatives of the terms at several points
 FACTORED, WITH_GRAPH = 4, 4  # points that are factored at once; whose gradients are taken at once
-LEAST_DRAWS, WRITTEN = 200, 800_000_000  # draws that are judged; numbers that all of them may take
+LEAST_DRAWS, WRITTEN = 200, 1_100_000_000  # draws that are judged; numbers that all of them may take
+DRAWS_LEAST, DRAWS_MOST, LOOKED_AT = 8, 64, 16  # draws of u at a point, where it is not normal; points looked at
 FARTHEST = 3.0  # log factor of curvatures
 DIGIT = 1024  # rows are numbered by digits, so that single precision tells them apart
 JITTER = 0.3  # of the point at which it is found which rows are read
@@ -60,6 +71,7 @@ TRIES = 3  # prior draws from which second modes are sought
 
 
 Look = Callable[[], object]
+_Derived = tuple[tuple[Tensor, ...], ...]  # values, slopes and bends of each term
 
 
 @dataclass
@@ -88,6 +100,8 @@ class Crossed:
             besides those of the largest site.
         Exception: of any kind, from models that ``torch.func.vmap`` cannot batch.
     """
+
+    quadratic = False  # until it is known
 
     def __init__(self, rows: Rows, z: Tensor, seed: int = 0) -> None:
         self.rows = rows
@@ -179,8 +193,19 @@ class Crossed:
         self._slots = inverse.split([len(own) for own in keys])
         self.pattern = Pattern(unique // self.size, unique % self.size, self.size, self.head, self.sites[0].size)
         # not at points that mirror each other: the curvature of an even density is the same there
-        first, other = (self.assemble(z[None], point[None])[1] for point in (u, 2.0 * u - self.mode))
-        self.quadratic = torch.allclose(first, other, rtol=1e-4, atol=1e-5 * float(first.abs().max()))
+        first, other = (self.assemble(z[None], point[None])[2] for point in (u, 2.0 * u - self.mode))
+        near = torch.finfo(u.dtype).eps ** 0.5
+        self._reach = self._lengths(z, u)
+        self.quadratic = torch.allclose(first, other, rtol=near, atol=near * float(first.abs().max()))
+
+    def _lengths(self, z: Tensor, u: Tensor) -> Tensor:
+        """Return by how much each number of a row has to move for a usual term to change by half a nat."""
+        found: list[list[Tensor]] = [[] for _ in range(self.numbers)]
+        for term, bend in zip(self._terms, self._derived(z[None], u[None], None)[2], strict=True):
+            for k, _, read in term.reads:
+                found[k].append(bend[0, k * (k + 3) // 2][read].abs())
+        usual = torch.stack([torch.cat(own).median() if own else u.new_ones(()) for own in found])
+        return torch.where(usual > 0.0, usual.rsqrt(), 1.0)
 
     def _terms_of(self, z: Tensor, u: Tensor, tangents: Tensor, signs: Sequence[Tensor]) -> list[Term]:
         """Return the terms with the rows that they read, from derivatives along tangents, four for each site.
@@ -233,8 +258,8 @@ class Crossed:
 
     def assemble(
         self, z: Tensor, u: Tensor, *, kept: bool | None = None, look: Look = lambda: None
-    ) -> tuple[Tensor, Tensor]:
-        """Return the gradient g (S, n) of the log density, and the entries of H (S, entries) at points.
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the log density (S,), its gradient g (S, n), and the entries of H (S, entries) at points.
 
         Args:
             z: globals (S, D).
@@ -243,22 +268,29 @@ class Crossed:
             look: is called first.
         """
         look()
+        height = torch.zeros(len(z), dtype=torch.float64, device=z.device)
         first, second, places, slots = [], [], [], []
-        for term, own, slope, bend in zip(self._terms, self._slots, *self._derived(z, u, kept), strict=True):
+        with quiet():
+            derived = (self._differences if self.quadratic else self._derived)(z, u, kept)
+        for term, own, value, slope, bend in zip(self._terms, self._slots, *derived, strict=True):
             if kept is not None and kept != term.subsampled:
                 continue
+            height = height + value.sum(1)
             for before, (k, where, read) in enumerate(term.reads):
-                first.append(torch.where(read, slope[:, k * (k + 1) // 2].double(), 0.0))
+                first.append(torch.where(read, slope[:, k], 0.0))
                 places.append(where)
                 for j, _, also in term.reads[: before + 1]:
-                    second.append(torch.where(read & also, -bend[:, k * (k + 1) // 2 + j].double(), 0.0))
+                    second.append(torch.where(read & also, -bend[:, k * (k + 1) // 2 + j], 0.0))
             slots.append(own)
-        none = torch.zeros(len(z), 1, dtype=torch.float64, device=z.device)
-        gradient = none.repeat(1, self.size).index_add(1, torch.cat(places), torch.cat(first, 1))
-        return gradient, none.repeat(1, len(self.pattern.row)).index_add(1, torch.cat(slots), torch.cat(second, 1))
+        gradient = height.new_zeros(len(z), self.size).index_add(1, torch.cat(places), torch.cat(first, 1))
+        entries = height.new_zeros(len(z), len(self.pattern.row))
+        return height, gradient, entries.index_add(1, torch.cat(slots), torch.cat(second, 1))
 
-    def _derived(self, z: Tensor, u: Tensor, kept: bool | None) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-        """Return first and second derivatives of the terms along shifts of whole sites, (S, pairs, rows) each."""
+    def _derived(self, z: Tensor, u: Tensor, kept: bool | None) -> _Derived:
+        """Return the terms, and their derivatives along shifts of whole sites: (S, rows), (S, numbers or pairs, rows).
+
+        Pairs are those of a lower triangle.
+        """
         unit = torch.eye(self.numbers, dtype=u.dtype, device=u.device)
         one, other = torch.tril_indices(self.numbers, self.numbers)
 
@@ -270,11 +302,36 @@ class Crossed:
                 none = torch.zeros_like(along)
                 return jvp(lambda shift: _along(values, shift, along), (none,), (also,))
 
-            return vmap(bent, randomness="same")(unit[one], unit[other])
+            return values(torch.zeros_like(unit[0])), *vmap(bent, randomness="same")(unit[one], unit[other])
 
-        with quiet():
-            found: tuple[tuple[Tensor, ...], tuple[Tensor, ...]] = batch(single)(z, u)
-        return found
+        values, slopes, bends = batch(single)(z, u)
+        alone = (one * (one + 1) // 2).unique()  # of the pairs, those with the first number
+        return tuple(
+            [tuple(part.double() for part in parts) for parts in (values, [own[:, alone] for own in slopes], bends)]
+        )
+
+    def _differences(self, z: Tensor, u: Tensor, kept: bool | None) -> _Derived:
+        """Return what :meth:`_derived` does, where terms are quadratic: from values at a few shifts, a tenth of the
+        work."""
+        reach = self._reach
+        unit = torch.diag(reach)
+        one, other = torch.tril_indices(self.numbers, self.numbers)
+        shifts = torch.cat([torch.zeros_like(unit[:1]), unit, unit[one] + unit[other]])
+
+        def single(row: Tensor, base: Tensor) -> Any:
+            return vmap(lambda shift: self._densities(row, base + shift[self.owner], kept=kept), randomness="same")(
+                shifts
+            )
+
+        values, slopes, bends = [], [], []
+        square = (reach[one] * reach[other])[:, None]
+        for found in batch(single)(z, u):
+            middle, once, twice = found.double().split([1, len(unit), len(one)], 1)
+            bend = (twice - once[:, one] - once[:, other] + middle) / square
+            values.append(middle[:, 0])
+            slopes.append((once - middle) / reach[:, None] - 0.5 * reach[:, None] * bend[:, one == other])
+            bends.append(bend)
+        return tuple(values), tuple(slopes), tuple(bends)
 
     def heights(self, z: Tensor, u: Tensor, look: Look = lambda: None) -> Tensor:
         """Return the log joint density (S,) at points."""
@@ -286,16 +343,15 @@ class Crossed:
     def normal(self, z: Tensor, *, look: Look = lambda: None, start: Tensor | None = None) -> Normal:
         """Return the normal approximation at globals (S, D), differentiable in them."""
         u = self._near(z, look, start)
-        return self.pattern.normal(u.double(), *self.assemble(z, u, look=look))
+        return self.pattern.normal(u.double(), *self.assemble(z, u, look=look)[1:])
 
     def drawn(self, z: Tensor, noise: Tensor, *, look: Look = lambda: None) -> tuple[Tensor, Tensor]:
-        """Return u (S, n) at globals (S, D) from standard normal noise (S, n), and its log densities, number by number.
+        """Return u (S, K, n) at globals (S, D) from standard normal noise, and its log densities, number by number.
 
         Few points are factored at once, since each has a dense matrix.
         """
         u = self._near(z, look, None)
-        gradient, entries = self.assemble(z, u, look=look)
-        return self.pattern.drawn(u.double(), gradient, entries, noise)
+        return self.pattern.drawn(u.double(), *self.assemble(z, u, look=look)[1:], noise)
 
     def _near(self, z: Tensor, look: Look, start: Tensor | None) -> Tensor:
         """Return points near modes; any point will do where all is normal."""
@@ -305,9 +361,8 @@ class Crossed:
     @torch.no_grad()
     def _climbed(self, z: Tensor, u: Tensor, look: Look) -> Tensor:
         """Take Newton steps, halved where the log density would fall, to a mode at each point."""
-        height = self.heights(z, u, look)
         for _ in range(MOST_STEPS):
-            gradient, entries = self.assemble(z, u, look=look)
+            height, gradient, entries = self.assemble(z, u, look=look)
             step = (self.pattern.normal(u.double(), gradient, entries).mean - u).to(u)
             left = (step.double() * gradient).sum(1)
             share = torch.where(left.abs() > NEAR, 1.0, 0.0)
@@ -319,9 +374,7 @@ class Crossed:
                 share = torch.where(fine, share, 0.5 * share)
             moved = fine & (share > 0.0)
             u = torch.where(moved[:, None], u + (share[:, None] * step).to(u), u)
-            gain = torch.where(moved, there - height, 0.0)
-            height = torch.where(moved, there, height)
-            if not bool((gain > NEAR).any()):
+            if not bool((moved & (there - height > NEAR)).any()):
                 break
         return u
 
@@ -370,18 +423,18 @@ class Pattern:
             one = torch.arange(len(links)).repeat_interleave(of_link)
             place = torch.arange(len(one)) - (of_link.cumsum(0) - of_link).repeat_interleave(of_link)
             other = starts[self.link_row[one]] + place
-            once = other <= one
-            self.one, self.other = one[once], other[once]
-            places = self.link_tail[self.one], self.link_tail[self.other]
-            self.product = torch.maximum(*places) * tail + torch.minimum(*places)
+            one, other = one[other <= one], other[other <= one]
+            places = self.link_tail[one], self.link_tail[other]
+            self.product, order = (torch.maximum(*places) * tail + torch.minimum(*places)).sort()  # memory in its order
+            self.one, self.other = one[order], other[order]
 
     def drawn(self, center: Tensor, gradient: Tensor, entries: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-        """Return what standard normal noise (S, n) becomes, and its log densities, number by number."""
+        """Return what standard normal noise (S, K, n) becomes, and its log densities, number by number."""
         found = []
         for piece in zip(*(part.split(FACTORED) for part in (center, gradient, entries, noise)), strict=True):
             own = self.normal(*piece[:3])
-            density = -0.5 * piece[3].square() - 0.5 * math.log(2.0 * math.pi) - own.log_scales()
-            found.append((own.draw(piece[3]), density))
+            density = -0.5 * piece[3].square() - 0.5 * math.log(2.0 * math.pi) - own.log_scales().unsqueeze(1)
+            found.append((torch.stack([own.draw(one) for one in piece[3].unbind(1)], 1), density))
         values, densities = (torch.cat(parts) for parts in zip(*found, strict=True))
         return values, densities
 
@@ -392,33 +445,41 @@ class Pattern:
         factors.mean = center + factors.solve(gradient)
         return factors
 
+    def matrix(self, links: Tensor) -> Tensor:
+        """Return links (links, width) as a dense matrix (head, tail)."""
+        tail = self.size - self.head
+        spread = links.new_zeros(self.head // self.width * tail, self.width)
+        spread = spread.index_add(0, self.link_row * tail + self.link_tail, links).reshape(-1, tail, self.width)
+        return spread.transpose(1, 2).reshape(-1, tail)
+
     def _factored(self, entries: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the factors of the rows of the first site, links in their units, and the factor of the rest."""
+        """Return inverse factors of the rows of the first site, links in their units, and the factor of the rest."""
         width, tail = self.width, self.size - self.head
         place = self.row[self.own] * width + self.column[self.own] % width
         upper = entries.new_zeros(self.head * width).index_add(0, place, entries[self.own]).reshape(-1, width, width)
         blocks = upper + upper.triu(1).mT
         place = self.link * width + self.row[self.mixed] % width
         links = entries.new_zeros(len(self.link_row) * width).index_add(0, place, entries[self.mixed])
-        root = _root(blocks)
-        scaled = torch.linalg.solve_triangular(root[self.link_row], links.reshape(-1, width, 1), upper=False)[..., 0]
+        back = torch.linalg.solve_triangular(_root(blocks), torch.eye(width).to(blocks), upper=False)
+        scaled = _times(back[self.link_row], links.reshape(-1, width))
         place = (self.column[self.rest] - self.head) * tail + self.row[self.rest] - self.head
         flat = entries.new_zeros(tail * tail).index_add(0, place, entries[self.rest])
         if self.dense:
-            spread = entries.new_zeros(self.head // width * tail, width)
-            spread = spread.index_add(0, self.link_row * tail + self.link_tail, scaled).reshape(-1, tail, width)
-            matrix = spread.transpose(1, 2).reshape(-1, tail)
+            matrix = self.matrix(scaled)
             lower = flat.reshape(tail, tail) - (matrix.mT @ matrix).tril()
         else:
-            products = scaled[self.one, 0] * scaled[self.other, 0]
-            for k in range(1, width):
-                products = products + scaled[self.one, k] * scaled[self.other, k]
+            products = sum(own[self.one] * own[self.other] for own in scaled.mT.contiguous())
             lower = flat.index_add(0, self.product, products, alpha=-1).reshape(tail, tail)
-        return root, scaled, _root(lower + lower.tril(-1).mT)
+        return back, scaled, _root(lower + lower.tril(-1).mT if lower.requires_grad else lower)
+
+
+def _times(matrices: Tensor, vectors: Tensor) -> Tensor:
+    """Return products of many small matrices and vectors."""
+    return (matrices * vectors.unsqueeze(-2)).sum(-1)
 
 
 def _root(matrices: Tensor) -> Tensor:
-    """Return triangular factors; NaN where there is none."""
+    """Return triangular factors, of which the lower triangle tells; NaN where there is none."""
     root, failed = torch.linalg.cholesky_ex(matrices)
     return torch.where((failed > 0)[..., None, None], torch.nan, root) if bool(failed.any()) else root
 
@@ -430,13 +491,13 @@ class Normal:
         mean: (S, n).
     """
 
-    def __init__(self, pattern: Pattern, center: Tensor, root: Tensor, links: Tensor, rest: Tensor) -> None:
-        self.pattern, self.mean, self.root, self.links, self.rest = pattern, center, root, links, rest
+    def __init__(self, pattern: Pattern, center: Tensor, back: Tensor, links: Tensor, rest: Tensor) -> None:
+        self.pattern, self.mean, self.back, self.links, self.rest = pattern, center, back, links, rest
 
     def solve(self, right: Tensor) -> Tensor:
         """Return the solutions of H x = right (S, n)."""
         head, tail = self._split(right)
-        head = torch.linalg.solve_triangular(self.root, head.unsqueeze(-1), upper=False)[..., 0]
+        head = _times(self.back, head)
         tail = tail - self._to_tail(head)
         tail = torch.cholesky_solve(tail.unsqueeze(-1), self.rest)[..., 0]
         return self._joined(head - self._to_head(tail), tail)
@@ -449,8 +510,33 @@ class Normal:
 
     def log_scales(self) -> Tensor:
         """Return the logarithms of the conditional standard deviations (S, n): their sum is half of -log det H."""
-        head = self.root.diagonal(dim1=-2, dim2=-1).flatten(1)
-        return -torch.cat([head, self.rest.diagonal(dim1=-2, dim2=-1)], 1).log()
+        head = self.back.diagonal(dim1=-2, dim2=-1).flatten(1)
+        return torch.cat([head.log(), -self.rest.diagonal(dim1=-2, dim2=-1).log()], 1)
+
+    def covariances(self) -> Tensor:
+        """Return the covariances where H has entries (S, entries)."""
+        return torch.stack([self._covariance(*parts) for parts in zip(self.back, self.links, self.rest, strict=True)])
+
+    def _covariance(self, back: Tensor, links: Tensor, rest: Tensor) -> Tensor:
+        pattern, tail = self.pattern, torch.cholesky_inverse(rest)
+        if pattern.dense:
+            whole = (pattern.matrix(links) @ tail).reshape(-1, pattern.width, len(tail))
+            across = whole[pattern.link_row, :, pattern.link_tail]
+        else:
+            between = tail.reshape(-1)[pattern.product, None]
+            twice = torch.where(pattern.one == pattern.other, 0.0, 1.0)[:, None] * between
+            across = torch.zeros_like(links).index_add(0, pattern.one, links[pattern.other] * between)
+            across = across.index_add(0, pattern.other, links[pattern.one] * twice)
+        unit = torch.eye(pattern.width).to(back).expand_as(back)
+        blocks = unit.index_add(0, pattern.link_row, across[:, :, None] * links[:, None])
+        blocks = back.mT @ blocks @ back
+        across = -_times(back.mT[pattern.link_row], across)
+        row, column, found = pattern.row, pattern.column, rest.new_empty(len(pattern.row))
+        own, mixed, left = pattern.own, pattern.mixed, pattern.rest
+        found[own] = blocks[row[own] // pattern.width, row[own] % pattern.width, column[own] % pattern.width]
+        found[mixed] = across[pattern.link, row[mixed] % pattern.width]
+        found[left] = tail[column[left] - pattern.head, row[left] - pattern.head]
+        return found
 
     def _split(self, values: Tensor) -> tuple[Tensor, Tensor]:
         head, tail = values.split([self.pattern.head, self.pattern.size - self.pattern.head], 1)
@@ -458,8 +544,7 @@ class Normal:
 
     def _joined(self, head: Tensor, tail: Tensor) -> Tensor:
         """Return head, in units of its rows, and tail as one."""
-        head = torch.linalg.solve_triangular(self.root.mT, head.unsqueeze(-1), upper=True)[..., 0]
-        return torch.cat([head.flatten(1), tail], 1)
+        return torch.cat([_times(self.back.mT, head).flatten(1), tail], 1)
 
     def _to_tail(self, head: Tensor) -> Tensor:
         own = (self.links * head[:, self.pattern.link_row]).sum(-1)
@@ -492,7 +577,7 @@ class Expansion:
             system.assemble(piece, self.center.expand(len(piece), -1), kept=True)
             for piece in points.split(system.at_once)
         ]
-        gradient, entries = (torch.cat(parts) for parts in zip(*found, strict=True))
+        _, gradient, entries = (torch.cat(parts) for parts in zip(*found, strict=True))
         self.gradient, above, below = gradient.split([1, len(z), len(z)])
         self.slope = (above - below) / (2.0 * reach[:, None])
         self.entries, above, below = entries.split([1, len(z), len(z)])
@@ -503,61 +588,91 @@ class Expansion:
         """Return what :meth:`Crossed.drawn` returns; differentiable in the globals, priors are those of the model."""
         away = (z - self.z).double()
         center = self.center.expand(len(z), -1)
-        gradient, entries = self.system.assemble(z, center, kept=False)
+        _, gradient, entries = self.system.assemble(z, center, kept=False)
         gradient = gradient + self.gradient + away @ self.slope
         factor = (away @ self.relative).clamp(-FARTHEST, FARTHEST).exp()
         return self.system.pattern.drawn(center.double(), gradient, entries + self.entries * factor, noise)
 
 
 class CrossedMarginal:
-    """The log density of the globals, latents in crossed plates integrated out by one draw each; see the module.
+    """The log density of the globals, latents in crossed plates integrated out; see the module.
 
     It has what :class:`~pyro_flows.guides.marginal.Marginal` has.
 
     Args:
         system: the terms.
         seed: of the noise.
+
+    Attributes:
+        count: K, draws of the latents at a point; one where they are normal.
+        apart: whether points have noise of their own.
     """
 
-    count, batched = 1, True
+    batched, apart = True, True
 
     def __init__(self, system: Crossed, seed: int) -> None:
         self.system, self.seed = system, seed
         self.rows, self.first = system.rows, system.first
+        self.count = 1 if system.quadratic else DRAWS_LEAST
         self.clock = unbounded()
 
     def __call__(self, z: Tensor) -> Tensor:
         """Return the log density (S,), in double precision."""
         with torch.no_grad():
-            return torch.cat([self._values(piece) for piece in z.split(self.system.at_once)])
+            return torch.cat([self._values(piece)[0] for piece in z.split(self.system.at_once)])
 
     def value_and_grad(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """Return the log density (S,) and its gradient (S, D)."""
         values, gradients = [], []
-        for piece in z.split(WITH_GRAPH):
+        for piece in z.split(max(1, WITH_GRAPH // self.count)):
             leaf = piece.detach().clone().requires_grad_()
             with torch.enable_grad():
-                value = self._values(leaf)
-                gradients.append(torch.autograd.grad(value.sum(), leaf)[0].double())
+                value, alike = self._values(leaf)
+                gradients.append(torch.autograd.grad(alike.sum(), leaf)[0].double())
             values.append(value.detach())
         return torch.cat(values), torch.cat(gradients)
 
-    def _values(self, z: Tensor) -> Tensor:
-        u, log_q = self._drawn(z, 0)
-        return self.system.heights(z, u, self.clock.look) - log_q
+    def _values(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the log density (S,), and what has the same gradient."""
+        if self.system.quadratic:
+            return self._closed(z)
+        value = torch.logsumexp(self._log_weights(z, *self._drawn(z, 0)), 1) - math.log(self.count)
+        return value, value
+
+    def _closed(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the log density where all is normal, and the expected log joint density, up to a constant."""
+        pattern, center = self.system.pattern, self.system.mode.expand(len(z), -1)
+        height, gradient, entries = self.system.assemble(z, center, look=self.clock.look)
+        with torch.no_grad():
+            own = pattern.normal(center.double(), gradient, entries)
+            step = own.mean - center
+            volume = own.log_scales().sum(1) + 0.5 * self.system.size * math.log(2.0 * math.pi)
+            value = height + 0.5 * (gradient * step).sum(1) + volume
+            if not z.requires_grad:
+                return value, value
+            second = step[:, pattern.row] * step[:, pattern.column] + own.covariances()
+            second = torch.where(pattern.row == pattern.column, 0.5, 1.0) * second
+        return value, height + (gradient * step).sum(1) - (entries * second).sum(1)
 
     def _drawn(self, z: Tensor, seed: int) -> tuple[Tensor, Tensor]:
-        """Return a draw (S, n) of the latents at each point, and its log density."""
-        noise = torch.stack([self._noise(row, seed) for row in z])
-        found = self.system.drawn(z, noise, look=self.clock.look)
-        return found[0].to(z), found[1].sum(1)
+        """Return draws (S, K, n) of the latents at each point, in pairs, and their log densities (S, K)."""
+        half = torch.stack([self._noise(row, seed) for row in z])
+        u, log_q = self.system.drawn(z, torch.cat([half, -half], 1)[:, : self.count], look=self.clock.look)
+        return u.to(z), log_q.sum(2)
+
+    def _log_weights(self, z: Tensor, u: Tensor, log_q: Tensor) -> Tensor:
+        """Return the logarithms of the weights (S, K) of draws."""
+        every = [part.split(4 * self.system.at_once) for part in (z.repeat_interleave(self.count, 0), u.flatten(0, 1))]
+        heights = [self.system.heights(point, base, self.clock.look) for point, base in zip(*every, strict=True)]
+        return torch.cat(heights).reshape(log_q.shape) - log_q
 
     def _noise(self, row: Tensor, seed: int) -> Tensor:
-        """Return the noise of a point, which hangs on nothing but the point and the seed."""
-        digest = hashlib.blake2b(row.detach().double().cpu().numpy().tobytes(), digest_size=7)
+        """Return noise for the pairs of a point, which hangs on nothing but the point and the seed."""
+        digest = hashlib.blake2b(row.detach().double().cpu().numpy().tobytes() if self.apart else b"", digest_size=7)
         number = derive(self.seed + seed, f"latents in crossed plates at {digest.hexdigest()}")
         generator = torch.Generator().manual_seed(number)
-        return torch.randn(self.system.size, generator=generator, dtype=torch.float64).to(row.device)
+        shape = -(-self.count // 2), self.system.size
+        return torch.randn(shape, generator=generator, dtype=torch.float64).to(row.device)
 
     # what a verdict asks ---------------------------------------------------------------------------------------------
 
@@ -585,17 +700,33 @@ class CrossedMarginal:
         """Return 1: all are one row."""
         return 1
 
-    def with_parts(self, most: int) -> Self:
-        """Return the same: a part of the rows says too little."""
-        return self
+    def with_parts(self, most: int) -> CrossedMarginal:
+        """Return the same by all rows, since a part of them says too little, with the same noise at all points.
+
+        So there is a gradient of the noise, too.
+        """
+        other = copy.copy(self)
+        other.apart = False
+        return other
 
     def adapt(self, z: Tensor) -> bool:
         """Return whether q has heavy tails: it has not."""
         return False
 
+    @torch.no_grad()
     def choose_count(self, z: Tensor) -> Errors:
-        """Return no errors: noise is a part of the weights."""
+        """Double the draws of the latents until the noise of the log density at ``z`` (S, D) is small, or too many.
+
+        There are no errors: the noise is a part of the weights.
+        """
+        while not self.system.quadratic and self.count < DRAWS_MOST and self._spread(z[:LOOKED_AT]) > ROW_ERROR_MOST:
+            self.count *= 2
         return Errors(0.0, 0.0)
+
+    def _spread(self, z: Tensor) -> float:
+        """Return the noise of the log density, in nats: the usual relative standard error of a mean weight."""
+        weights = torch.softmax(self._log_weights(z, *self._drawn(z, 0)), 1).unflatten(1, (2, -1)).sum(1)
+        return float((weights.square().sum(1) - 1.0 / weights.shape[1]).clamp_min(0.0).median().sqrt())
 
     def worst_rows(self, z: Tensor) -> list[WorstRow]:
         """Return none: rows are not judged one by one."""
@@ -639,13 +770,17 @@ class CrossedMarginal:
     def local_draws(self, z: Tensor, names: Sequence[str], rows: Tensor, seed: int) -> dict[str, Tensor]:
         """Draw latents of all rows given points: ``{name: (S, *shape)}``, constrained.
 
-        Where they are not normal, they are those by which the points were weighed.
+        Where they are not normal, one is picked of those by which the point was weighed, by their own weights.
         """
         found: dict[str, list[Tensor]] = {name: [] for name in names}
         nodes = messages(self.first.at.trace)
         for piece in z.split(self.system.at_once):
-            u, _ = self._drawn(piece, seed if self.system.quadratic else 0)
-            own = self.system.split(u)
+            u, log_q = self._drawn(piece, seed if self.system.quadratic else 0)
+            if self.count > 1:
+                with seeded(derive(self.seed + seed, "picked"), z.device):
+                    picked = torch.multinomial(torch.softmax(self._log_weights(piece, u, log_q), 1), 1)
+                u = u.gather(1, picked[:, :, None].expand(-1, -1, self.system.size))
+            own = self.system.split(u[:, 0])
             with quiet():
                 placed = batch(lambda row, base: self._constrained(row, base, names))(piece, own)
             for name in names:

@@ -326,7 +326,8 @@ class AutoHierarchicalFlow(AutoMessenger):  # type: ignore[metaclass]
     ) -> Marginal | CrossedMarginal:
         """Return the log density of the latents outside of plates; ``z`` is a point (D,), the rest as in Marginal."""
         if self._crossed is not None:
-            return CrossedMarginal(self._crossed, seed)
+            every = CrossedMarginal(self._crossed, seed)
+            return every if most is None else every.with_parts(most)
         if most is None:
             return Marginal(self._rows(args, kwargs), z, self._start, seed)
         few = Marginal(self._rows(args, kwargs), z, self._start, seed, remember=self._remember, most=most)
@@ -437,15 +438,15 @@ class AutoHierarchicalFlow(AutoMessenger):  # type: ignore[metaclass]
     def _crossed_locals(self, system: Crossed, z: Tensor) -> _Run:
         """Draw all latents in plates together, at points (*batch, D)."""
         flat = z.reshape(-1, z.shape[-1])
-        noise = torch.randn(len(flat), system.size, dtype=torch.float64, device=z.device)
+        noise = torch.randn(len(flat), 1, system.size, dtype=torch.float64, device=z.device)
         if system.first.at.drawn:
             if self._expansion is None:
-                about, reach = self._about or (flat[0].detach(), torch.full_like(flat[0], 1.0).detach())
+                self._about = about, reach = self._about or (flat[0].detach(), torch.ones_like(flat[0]).detach())
                 self._expansion = Expansion(system, about, REACH * reach)
             u, density = self._expansion.drawn(flat, noise)
         else:
             u, density = system.drawn(flat, noise)
-        values, densities = system.split(u.to(z)), system.split(density.to(z))
+        values, densities = system.split(u[:, 0].to(z)), system.split(density[:, 0].to(z))
         for site in system.sites:
             lead = [*z.shape[: max(z.dim() - 1 - self._nesting, 0)]]
             lead += [1] * (self._nesting - len(site.batch)) if z.dim() > 1 else []
@@ -474,6 +475,15 @@ class AutoHierarchicalFlow(AutoMessenger):  # type: ignore[metaclass]
         if bool(seen.all()):
             return values
         return torch.where(seen.reshape(*seen.shape, *[1] * event), values, beginning(msg, at))
+
+    def remembered(self) -> dict[str, Any]:
+        """Return what runs leave behind, besides parameters: modes of rows, and where the system was expanded."""
+        return {"modes": self._modes, "about": self._about}
+
+    def put_back(self, state: Mapping[str, Any]) -> None:
+        """Go on from what :meth:`remembered` returned."""
+        self._modes = {name: (values, seen) for name, (values, seen) in state["modes"].items()}
+        self._about = state["about"] and (state["about"][0], state["about"][1])
 
     @torch.no_grad()
     def _remember(self, now: Conditional) -> None:

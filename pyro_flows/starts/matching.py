@@ -49,12 +49,16 @@ def matched(density: LogDensity, start: Start, df: float, *, seed: int, draws: i
             noise, log_noise = _noise(density, df, count, seed=derive(seed, f"matching {number}"))
             z = start.map(noise)
         weighing = weigh(z, density(z), log_noise - start.volume)
-        if not (weighing.k_hat < K_HAT_MOST and weighing.ess > ESS_SHARE_LEAST * count):
+        if not tells_moments(weighing):
             return start
-        if weighing.ess > ESS_SHARE_EVEN * count:
-            return start
-        start = replace(_moved(start, z, weighing), elbo=max(start.elbo, weighing.elbo))
+        start = replace(moved(start, z, weighing), elbo=max(start.elbo, weighing.elbo))
     return start
+
+
+def tells_moments(weighing: Weighing) -> bool:
+    """Whether weights are good enough to tell moments, and uneven enough to tell others than those of the draws."""
+    share = weighing.ess / len(weighing.log_weights)
+    return weighing.k_hat < K_HAT_MOST and ESS_SHARE_LEAST < share <= ESS_SHARE_EVEN
 
 
 def _noise(density: LogDensity, df: float, draws: int, *, seed: int) -> tuple[Tensor, Tensor]:
@@ -66,7 +70,7 @@ def _noise(density: LogDensity, df: float, draws: int, *, seed: int) -> tuple[Te
     return noise, base.log_prob(noise)
 
 
-def _moved(start: Start, z: Tensor, weighing: Weighing) -> Start:
+def moved(start: Start, z: Tensor, weighing: Weighing) -> Start:
     """Return the start at the weighted moments of draws z (S, D)."""
     share, weights = weighing.ess / len(z), weighing.log_weights.exp()
     more = (weights - share / len(z)).to(z)

@@ -18,7 +18,7 @@ from pyro_flows.comparison import pointwise, working
 from pyro_flows.comparison.controls import Regression, controls
 from pyro_flows.comparison.draws import in_hand, more
 from pyro_flows.comparison.loo import as_loo
-from pyro_flows.comparison.pointwise import one
+from pyro_flows.comparison.pointwise import one, standard_error
 from pyro_flows.comparison.working import Work
 from pyro_flows.correction.starts import affine_flow
 from tests.conjugate import (
@@ -269,6 +269,14 @@ def test_chains_of_a_funnel_against_quadrature(seed, flow):
     found = posterior.loo()
     assert found.moved
     assert abs(found.elpd - exact) < 0.2
+
+
+def test_errors_of_chains_count_effective_draws():
+    """Four equal draws in a row are one: the error of their sum is twice that of independent ones."""
+    apart = torch.randn(2000, dtype=torch.float64)
+    apart -= apart.mean()
+    together = standard_error(apart.repeat_interleave(4), None, 4)
+    assert together / standard_error(apart.repeat_interleave(4), None, 1) == pytest.approx(2.0, rel=0.1)
 
 
 def test_naive_cross_validation_of_draws_that_are_off_would_be_wrong():

@@ -1,5 +1,7 @@
 """Latents in crossed plates: the sparse system is exact where all is normal, and judged by weights elsewhere."""
 
+import math
+
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -120,7 +122,7 @@ def check_curvature(system, joint):
     """Gradient and curvature are those of the log joint density of all effects, by autograd."""
     u = system.mode + torch.linspace(-0.7, 0.8, 7, dtype=torch.float64)
     z = real([0.3])
-    gradient, entries = system.assemble(z[None], u[None])
+    height, gradient, entries = system.assemble(z[None], u[None])
     dense = torch.zeros(7, 7, dtype=torch.float64)
     dense[system.pattern.row, system.pattern.column] = entries[0]
     dense = dense + dense.triu(1).mT
@@ -130,6 +132,7 @@ def check_curvature(system, joint):
     def value(values):
         return joint(z[0], values[back][:4], values[back][4:])
 
+    assert torch.allclose(height, system.heights(z[None], u[None]))
     assert torch.allclose(gradient[0], torch.func.grad(value)(u), atol=1e-8)
     assert torch.allclose(dense, -torch.func.hessian(value)(u), atol=1e-8)
 
@@ -163,12 +166,48 @@ def test_an_even_prior_is_not_taken_for_a_normal_one():
 
 def test_both_ways_to_eliminate_agree():
     system = system_of(ratings, *simulated(40, (6, 5)))
-    pattern, entries = system.pattern, system.assemble(POINTS, system.mode.expand(2, -1))[1]
+    pattern, entries = system.pattern, system.assemble(POINTS, system.mode.expand(2, -1))[2]
+    dense = torch.zeros(20, 20, dtype=torch.float64)
+    dense[pattern.row, pattern.column] = entries[0]
+    inverse = torch.linalg.inv(dense + dense.triu(1).mT)[pattern.row, pattern.column]
     found = {}
-    for dense in (True, False):
-        pattern.__init__(pattern.row, pattern.column, pattern.size, pattern.head, pattern.width, dense=dense)
-        found[dense] = pattern.normal(system.mode.double(), torch.zeros(2, 20, dtype=torch.float64), entries).rest
-    assert torch.allclose(found[True], found[False])
+    for way in (True, False):
+        pattern.__init__(pattern.row, pattern.column, pattern.size, pattern.head, pattern.width, dense=way)
+        found[way] = pattern.normal(system.mode.double(), torch.zeros(2, 20, dtype=torch.float64), entries)
+        assert torch.allclose(found[way].covariances()[0], inverse, atol=1e-10)
+    assert torch.allclose(found[True].rest, found[False].rest)
+
+
+def test_differences_of_quadratic_terms_are_their_derivatives():
+    system = system_of(ratings, *simulated(40, (6, 5)), 16)
+    u = system.mode + torch.linspace(-1.0, 2.0, 20, dtype=torch.float64)
+    for one, other in zip(
+        *(way(POINTS, u.expand(2, -1), None) for way in (system._derived, system._differences)), strict=True
+    ):
+        for own, also in zip(one, other, strict=True):
+            assert torch.allclose(own, also, atol=1e-10)
+
+
+def test_draws_of_binary_ratings_estimate_their_density():
+    generator = torch.Generator().manual_seed(3)
+    student, lecturer = torch.arange(24) % 4, torch.randint(3, (24,), generator=generator)
+    y = torch.randint(2, (24,), generator=generator).double()
+    likelihood, prior = LIKELIHOODS["Bernoulli"], lambda loc: dist.Normal(loc, 0.5)
+    system = system_of(of_other_shapes, y, student, lecturer, likelihood, prior, None, local=["a", "b"])
+    density, z = CrossedMarginal(system, 0), real([0.3], [-0.5])
+    assert density.count > 1
+    a, b = (torch.randn(20_000, size, generator=generator, dtype=torch.float64) for size in (4, 3))
+    for mu, found in zip(z[:, 0], density(z), strict=True):
+        terms = likelihood(mu + 0.5 * a[:, student] + 0.7 * b[:, lecturer]).log_prob(y).sum(1)
+        expected = torch.logsumexp(terms, 0) - math.log(len(terms)) + dist.Normal(0.0, 3.0).log_prob(mu)
+        assert float(found) == pytest.approx(float(expected), abs=0.05)
+    shared = density.with_parts(1)
+    assert float(density(z[:1]) - density(z[:1])) == 0.0
+    step = real([1e-5])
+    value, gradient = shared.value_and_grad(z[:1])
+    after, before = shared(z[:1] + step), shared(z[:1] - step)
+    assert float(gradient) == pytest.approx(float(after - before) / 2e-5, abs=0.01)
+    assert float(value) == float(shared(z[:1]))
 
 
 def test_an_expansion_is_exact_where_it_was_made_and_close_near_it():
@@ -177,8 +216,8 @@ def test_an_expansion_is_exact_where_it_was_made_and_close_near_it():
     found = Expansion(system, POINTS[0], torch.full((4,), 0.02, dtype=torch.float64))
     for away, near in ((0.0, 1e-7), (0.05, 0.02)):
         z = POINTS[:1] + away
-        draws, density = found.drawn(z, torch.zeros(1, 20, dtype=torch.float64))
-        exact, known = system.drawn(z, torch.zeros(1, 20, dtype=torch.float64))
+        draws, density = found.drawn(z, torch.zeros(1, 1, 20, dtype=torch.float64))
+        exact, known = system.drawn(z, torch.zeros(1, 1, 20, dtype=torch.float64))
         assert torch.allclose(draws, exact, atol=near)
         assert torch.allclose(density, known, atol=near)
 

@@ -180,10 +180,10 @@ def test_all_places_are_asked_about_in_one_climb(monkeypatch):
     there = torch.tensor(signs).double() * center[order]
     home = torch.tensor(signs).double() * here[:, order]
     z = torch.cat([here, home])
-    near = torch.zeros(3, 200, dtype=torch.bool)
-    near[0, :100] = near[1, 100:] = True  # the third is compared with none, which is no answer
+    near = torch.zeros(4, 200, dtype=torch.bool)
+    near[0, :100] = near[1, 100:] = near[2, 50:150] = True  # the last is compared with none, which is no answer
     monkeypatch.setattr(barriers, "climb", lambda *given, **options: climbs.append(1) or climb(*given, **options))
-    assert are_separated(density, torch.stack([there, there, there]), z, near) == [True, False, False]
+    assert are_separated(density, there.expand(4, -1), z, near) == [True, False, False, False]
     assert len(climbs) == 1
 
 

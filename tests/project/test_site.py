@@ -20,7 +20,7 @@ import pytest
 from tests.browser import chromium, find
 
 ROOT = Path(__file__).parent.parent.parent
-WIDTHS = (390, 1280)
+WIDTHS = (390, 1100, 1280)
 AXE = "axe-core@4.14.1"
 RESULTS = "document.querySelectorAll('#search-results li')"
 VIOLATIONS = """axe.run(document, {preload: false, resultTypes: ['violations']}).then(found =>

@@ -2,11 +2,7 @@
 
 import json
 import math
-import os
 import resource
-import signal
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -272,38 +268,6 @@ def test_a_full_disk_is_an_error_that_names_the_path_and_leaves_the_old(pair, tm
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert torch.equal(pf.load(copy).z, pf.load(pair[0]).z)
     assert [item.name for item in tmp_path.iterdir()] == ["copy"]
-
-
-KILLED = """
-import sys, torch
-import pyro_flows as pf
-pair = [pf.load(path) for path in sys.argv[1:3]]
-print("ready", flush=True)
-while True:
-    for posterior in pair:
-        posterior.save(sys.argv[3])
-        print("saved", flush=True)
-"""
-
-
-@pytest.mark.slow
-def test_a_process_that_saves_and_is_killed_leaves_a_whole_posterior(pair, tmp_path):
-    whole = [(pair[k] / TENSORS).read_bytes() for k in (0, 1)]
-    wait = iter([0.003, 0.02])
-    for _ in range(2):
-        words = [sys.executable, "-c", KILLED, *pair, tmp_path / "saved"]
-        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-        with subprocess.Popen(words, stdout=subprocess.PIPE, text=True, env=environment) as process:
-            lines = [process.stdout.readline() for _ in range(3)]
-            with pytest.raises(subprocess.TimeoutExpired):
-                process.wait(next(wait))
-            process.send_signal(signal.SIGKILL)
-        assert lines == ["ready\n", "saved\n", "saved\n"]
-        again = pf.load(tmp_path / "saved")
-        assert any(torch.equal(again.z, pf.load(path).z) for path in pair)
-        assert FILES.read(tmp_path / "saved")[1][TENSORS] in whole
-    schools_posterior(draws=200).save(tmp_path / "saved")
-    assert [item.name for item in tmp_path.iterdir()] == ["saved"]
 
 
 def test_each_save_goes_through_the_one_writer(tmp_path, monkeypatch):

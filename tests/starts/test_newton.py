@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
@@ -31,6 +33,12 @@ def test_points_that_have_converged_are_left_out(monkeypatch):
     assert rows == sorted(rows, reverse=True)
     alone = torch.cat([newton(density, point[None]) for point in points])
     torch.testing.assert_close(found, alone, rtol=0.0, atol=1e-7)
+
+
+def test_the_evidence_of_a_normal_is_exact():
+    density = density_of(lambda z: 1.5 - 0.5 * (z / 3.0).square().sum(-1), 2)
+    full, _ = laplace_module.laplace(density, torch.ones(1, 2, dtype=torch.float64))
+    assert full.evidence == pytest.approx(1.5 + math.log(2.0 * math.pi * 9.0))
 
 
 @pytest.mark.parametrize("dear", [False, True])

@@ -1,15 +1,14 @@
 """Calls that are stopped at any moment go on from their checkpoint, to the last digit of unbroken ones."""
 
+import functools
 import hashlib
 import json
-import multiprocessing
-import os
 import random
-import signal
 import time
 import warnings
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 
 import pyro
 import pyro.distributions as dist
@@ -19,8 +18,14 @@ import torch
 import pyro_flows as pf
 from pyro_flows import _journal
 from pyro_flows._clock import Clock
+from pyro_flows.calibration import checkpoint as simulations
 from pyro_flows.calibration.folder import Folder
+from pyro_flows.density_estimation import fit_density as estimation
 from pyro_flows.model.unchanged import identity
+from pyro_flows.training.loop import Budget, train
+from pyro_flows.training.trainer import Trainer
+from tests.interrupts import in_a_fork
+from tests.posteriors import location, location_guide, schools_posterior
 
 Y = torch.tensor([1.0, 2.5, 0.5, 3.0, 1.5, 2.0])
 
@@ -60,7 +65,11 @@ def by_chains(**more):
     return started.refine(chains=16, max_steps=100, progress=False, **more)
 
 
-CALLS = [(by_start, Stopped), (by_flow, KeyboardInterrupt), (by_chains, Stopped)]
+CALLS = [
+    (by_chains, Stopped),
+    pytest.param(by_start, Stopped, marks=pytest.mark.slow),
+    pytest.param(by_flow, KeyboardInterrupt, marks=pytest.mark.slow),
+]
 
 
 def numbers(posterior):
@@ -111,6 +120,26 @@ def test_a_call_goes_on_to_the_last_digit(call, error, tmp_path, monkeypatch):
         again = stopping(patch, -1)
         assert called(call, checkpoint=path) == expected
     assert len(again) < len(looks) or call is by_start
+
+
+def test_a_training_goes_on_to_the_last_digit(tmp_path, monkeypatch):
+    monkeypatch.setattr(_journal, "EVERY", 0.0)
+
+    def trained(at=-1, path=None):
+        torch.manual_seed(0)
+        flow, density = pf.realnvp(2, layers=2), pf.LogDensity(bent, (torch.tensor(0.4),))
+        trainer = Trainer(flow, density, learning_rate=1e-2, batch=16)
+        with monkeypatch.context() as patch, _journal.keeping(path, lambda: {}):
+            looks = stopping(patch, at)
+            found = train(trainer, Budget(120), seed=0, report=lambda *said: None)
+        return [found, _journal.checksum([trainer.weights]), density.evaluations], len(looks)
+
+    expected, looks = trained()
+    with pytest.raises(Stopped):
+        trained(looks - 30, tmp_path / "kept")
+    found, again = trained(path=tmp_path / "kept")
+    assert found == expected
+    assert again < looks
 
 
 # evaluations ----------------------------------------------------------------------------------------------------------
@@ -220,21 +249,8 @@ def test_a_checkpoint_belongs_to_a_model_its_data_and_options(tmp_path):
     with pytest.raises(ValueError, match=r"^checkpoint: expected a file in a directory that can be written to"):
         by_start(checkpoint=tmp_path)
 
-    def subsampled(y):
-        mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
-        with pyro.plate("row", len(y), subsample_size=2) as rows:
-            pyro.sample("y", dist.Normal(mu, 1.0), obs=y[rows])
-
-    with pytest.raises(ValueError, match=r"^checkpoint: expected a model whose plates have their full size"):
-        pf.fit(subsampled, Y, checkpoint=path, progress=False)
-
 
 # fit_many -------------------------------------------------------------------------------------------------------------
-
-
-def guide(y):
-    pyro.sample("mu", dist.Normal(y.mean(), 0.5))
-    pyro.sample("sigma", dist.LogNormal(0.0, 0.5))
 
 
 class Answers:
@@ -244,13 +260,18 @@ class Answers:
         return "answers"
 
     def posterior(self, y, *, model_kwargs, draws, seed):
-        found = pf.diagnose(normal, guide, y, draws=draws, seed=seed)
-        return replace(found, verdict=replace(found.verdict, status="corrected"))
+        return answer(tuple(y.tolist()), draws, seed)
 
 
-def by_many(**more):
+@functools.cache
+def answer(values, draws, seed):
+    found = pf.diagnose(location, location_guide, torch.tensor(values), draws=draws, seed=seed)
+    return replace(found, verdict=replace(found.verdict, status="corrected"))
+
+
+def by_many(model=normal, **more):
     options = {"draws": 100, "progress": False, "refine": False, "escalate": False, "max_steps": 40}
-    return pf.fit_many(normal, [Y, Y[:5] + 1.0], **{**options, **more})
+    return pf.fit_many(model, [Y, Y[:5] + 1.0], **{**options, **more})
 
 
 def many_numbers(**more):
@@ -275,7 +296,7 @@ def stop_adding(patch, number):
 
 
 def test_many_answers_go_on_from_a_folder(tmp_path, monkeypatch):
-    path, answers = tmp_path / "kept", {"amortized": Answers()}
+    path, answers = tmp_path / "kept", {"model": location, "amortized": Answers()}
     expected = many_numbers(**answers)
     with monkeypatch.context() as patch:
         stop_adding(patch, 1)
@@ -306,40 +327,90 @@ def test_many_fits_go_on_from_a_folder(tmp_path, monkeypatch):
 # kills ----------------------------------------------------------------------------------------------------------------
 
 
-def in_a_fork(work, *, end=None, number=signal.SIGKILL):
-    """Return what ``work`` returns in a forked process, and its seconds; None if a signal ended it before."""
-    context = multiprocessing.get_context("fork")
-    inside, outside = context.Pipe()
+@pytest.fixture
+def eager(monkeypatch):
+    """Checkpoints are written as often as they can be."""
+    for module, name in ((_journal, "EVERY"), (estimation, "SAVE_EVERY"), (simulations, "EVERY")):
+        monkeypatch.setattr(module, name, 0.0)
 
-    def run():
-        torch.set_num_threads(1)
-        _journal.EVERY = 0.0
-        outside.send(None)
-        began = time.monotonic()
-        outside.send((work(), time.monotonic() - began))
 
-    process = context.Process(target=run)
-    process.start()
-    inside.recv()
-    if end is not None and not inside.poll(end):
-        os.kill(process.pid, number)
-    found = None
-    with suppress(EOFError):
-        outside.close()
-        found = inside.recv()
-    process.join()
-    return found
+def rows(y, batch):
+    mu = pyro.sample("mu", dist.Normal(0.0, 5.0))
+    tau = pyro.sample("tau", dist.HalfNormal(2.0))
+    with pyro.plate("row", len(y), subsample_size=batch) as index:
+        z = pyro.sample("z", dist.StudentT(4.0, mu, tau))
+        pyro.sample("y", dist.Normal(z, 1.0), obs=y[index])
+
+
+def by_minibatches(**more):
+    y = 3.0 * torch.randn(40, generator=torch.Generator().manual_seed(0))
+    return pf.fit(rows, y, 10, draws=100, max_steps=200, progress=False, **more)
+
+
+def by_density(**more):
+    points = torch.randn(400, 2, generator=torch.Generator().manual_seed(0)) @ torch.tensor([[2.0, 1.0], [0.0, 0.3]])
+    found = pf.fit_density("realnvp", points, max_epochs=25, progress=False, **more)
+    plain = {name: value for name, value in found.settings.items() if name != "seconds"}
+    return [*map(_journal.checksum, ([found.losses], [found.checks], [found.log_prob(points).detach()])), repr(plain)]
+
+
+def by_ranks(**more):
+    """The mean of a normal distribution with a known variance, of three values."""
+
+    def model(y):
+        mu = pyro.sample("mu", dist.Normal(0.0, 5.0))
+        with pyro.plate("row", 3):
+            pyro.sample("y", dist.Normal(mu, 1.0), obs=y)
+
+    def exact(y):
+        return {"mu": y.sum() / 3.04 + 3.04**-0.5 * torch.randn(199)}
+
+    found = pf.sbc(model, torch.zeros(3), sampler=exact, simulations=80, draws=99, progress=False, **more)
+    return [{name: value.tolist() for name, value in found.ranks.items()}, dict(found.statuses)]
+
+
+KILLED = {
+    "fit, a flow": (partial(called, by_flow), 12),
+    "fit, a start": (partial(called, by_start), 4),
+    "fit, minibatches": (partial(called, by_minibatches), 8),
+    "refine": (partial(called, by_chains), 12),
+    "fit_many": (many_numbers, 8),
+    "fit_density": (by_density, 8),
+    "sbc": (by_ranks, 8),
+}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("call", "kills"), [(by_flow, 12), (by_chains, 12), (by_start, 4)])
-def test_killed_at_any_moment(call, kills, tmp_path):
-    expected, seconds = in_a_fork(lambda: called(call))
+@pytest.mark.parametrize("name", KILLED)
+def test_killed_at_any_moment(name, tmp_path, eager):
+    call, kills = KILLED[name]
+    expected, seconds = in_a_fork(call)
     chance, ended = random.Random(kills), 0
     for trial in range(kills):
         path = tmp_path / str(trial)
-        found = in_a_fork(lambda path=path: called(call, checkpoint=path), end=chance.uniform(0.0, seconds))
+        found = in_a_fork(lambda path=path: call(checkpoint=path), end=chance.uniform(0.0, seconds))
         ended += found is None
-        assert in_a_fork(lambda path=path: called(call, checkpoint=path))[0] == expected
-        assert [item.name for item in tmp_path.iterdir() if item.name.startswith(".")] == []
-    print(f"{call.__name__}: {ended} of {kills} killed on the way, all went on to the same numbers")
+        assert in_a_fork(lambda path=path: call(checkpoint=path))[0] == expected
+        assert list(tmp_path.rglob(".*")) == []
+    print(f"{name}: {ended} of {kills} killed on the way, all went on to the same numbers")
+
+
+@pytest.mark.slow
+def test_saves_that_are_killed_at_any_moment_leave_the_old_or_the_new(tmp_path):
+    place, pair = tmp_path / "saved", [schools_posterior(status, draws=200) for status in ("ok", "corrected")]
+    whole = [_journal.checksum([one.z, one.log_weights]) for one in pair]
+
+    def saving():
+        for one in pair * 2:
+            one.save(place)
+
+    chance, seen = random.Random(1), []
+    _, seconds = in_a_fork(saving)
+    for _ in range(12):
+        ended = in_a_fork(saving, end=chance.uniform(0.0, seconds)) is None
+        found = pf.load(place)
+        seen.append((ended, whole.index(_journal.checksum([found.z, found.log_weights]))))
+    pair[0].save(place)
+    assert [item.name for item in tmp_path.iterdir()] == ["saved"]
+    assert {(True, 0), (True, 1)} <= {*seen}
+    print(f"save: {sum(ended for ended, _ in seen)} of 12 killed on the way, all files old or new")
