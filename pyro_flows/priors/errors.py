@@ -178,7 +178,7 @@ def shape_errors(wanted: Sample, has: Sample, *, same: bool) -> tuple[Tensor, Te
     for one, other in zip(places[0].unbind(1), places[1].unbind(1), strict=True):
         for to in CENTERS:
             tilted = [sample.weighted(-0.5 * (place - to).square()) for sample, place in ((wanted, one), (has, other))]
-            apart = compared(*tilted, within, same=same)
+            apart = compared(tilted[0], tilted[1], within, same=same)
             total[0] += apart.mean.square() - apart.mean_error.square()
             total[1] += apart.sd.square() - apart.sd_error.square()
     total = (total * (len(variances) / len(chosen) / len(CENTERS))).clamp_min(0.0)

@@ -19,6 +19,7 @@ def test_mixed_images_stand_with_both_labels():
     torch.testing.assert_close(mixed[:half][place, of[:half][apart]], weights[:half][apart])
 
 
+@pytest.mark.slow
 def test_rows_and_the_table(tmp_path):
     rows = [
         row

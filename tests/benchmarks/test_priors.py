@@ -53,6 +53,7 @@ def test_the_table_of_chains():
     assert "| logistic regression | multivariate normal | 0.200 | 4.1 |" in text
 
 
+@pytest.mark.slow
 def test_an_autoencoder_is_trained_and_judged(monkeypatch):
     pytest.importorskip("sklearn")
     monkeypatch.setattr(autoencoders, "DRAWS", 50)
