@@ -23,8 +23,8 @@ from tests.correction.test_refine import GOOD
 @pytest.mark.parametrize(
     ("changed", "enough"),
     [
-        ({"ess_tail": 250.0}, True),
-        ({"ess_tail": 249.0}, False),
+        ({"ess_tail": 400.0}, True),
+        ({"ess_tail": 399.0}, False),
         ({"ess_bulk": math.nan}, False),
         ({"r_hat": 1.2}, True),
         ({"nested_r_hat": 1.011}, False),

@@ -76,7 +76,7 @@ def test_a_uniform_cube_is_no_gaussian():
 def bent():
     x = pyro.sample("x", dist.Normal(0.0, 1.0))
     z = pyro.sample("z", dist.Normal(0.0, 1.0))
-    pyro.sample("y", dist.Normal(z - x**2, 0.3), obs=torch.tensor(0.0))
+    pyro.sample("y", dist.Normal(z - x**2, 0.5), obs=torch.tensor(0.0))
 
 
 @pytest.fixture(scope="module")
