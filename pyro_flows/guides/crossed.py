@@ -192,11 +192,30 @@ class Crossed:
         unique, inverse = torch.unique(torch.cat(keys), return_inverse=True)
         self._slots = inverse.split([len(own) for own in keys])
         self.pattern = Pattern(unique // self.size, unique % self.size, self.size, self.head, self.sites[0].size)
-        # not at points that mirror each other: the curvature of an even density is the same there
-        first, other = (self.assemble(z[None], point[None])[2] for point in (u, 2.0 * u - self.mode))
-        near = torch.finfo(u.dtype).eps ** 0.5
         self._reach = self._lengths(z, u)
-        self.quadratic = torch.allclose(first, other, rtol=near, atol=near * float(first.abs().max()))
+        self.quadratic = self._is_quadratic(z, u)
+
+    def _is_quadratic(self, z: Tensor, u: Tensor) -> bool:
+        """Whether curvature is the same farther out, and tells the gradient on the other side of the start.
+
+        Each number is compared in its own unit: beside one with many rows, others would be lost. The gradient tells of
+        densities with a corner, and of even ones, whose curvature is the same at points that mirror each other.
+        """
+        farther, mirrored = 2.0 * u - self.mode, 2.0 * self.mode - u
+        slopes, entries = zip(*(self.assemble(z[None], at[None])[1:] for at in (u, farther, mirrored)), strict=True)
+        near, own = torch.finfo(u.dtype).eps ** 0.5, entries[0][0]
+        row, column, step = self.pattern.row, self.pattern.column, (mirrored - u).double()
+        alone = row == column
+        unit = own.new_zeros(self.size).index_add(0, row[alone], own[alone].abs()).sqrt()
+        bent = (own - entries[1][0]).abs() > near * unit[row] * unit[column]
+
+        def product(entries: Tensor, step: Tensor) -> Tensor:
+            found = torch.zeros_like(step).index_add(0, row, entries * step[column])
+            return found.index_add(0, column, torch.where(alone, 0.0, entries * step[row]))
+
+        bound = near * (product(own.abs(), step.abs()) + slopes[0][0].abs() + slopes[2][0].abs())
+        off = (slopes[2][0] - slopes[0][0] + product(own, step)).abs() > bound
+        return not bool(bent.any() | off.any())
 
     def _lengths(self, z: Tensor, u: Tensor) -> Tensor:
         """Return by how much each number of a row has to move for a usual term to change by half a nat."""
@@ -311,8 +330,7 @@ class Crossed:
         )
 
     def _differences(self, z: Tensor, u: Tensor, kept: bool | None) -> _Derived:
-        """Return what :meth:`_derived` does, where terms are quadratic: from values at a few shifts, a tenth of the
-        work."""
+        """Return what :meth:`_derived` does, where terms are quadratic: from values at a few shifts, for a tenth."""
         reach = self._reach
         unit = torch.diag(reach)
         one, other = torch.tril_indices(self.numbers, self.numbers)

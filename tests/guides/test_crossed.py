@@ -68,10 +68,10 @@ def by_hand(y, student, lecturer, sizes, z):
 NAMES = ["a", "b", "c"]
 
 
-def system_of(model, *args, local=NAMES):
+def system_of(model, *args, local=NAMES, dtype=torch.float64):
     hidden = pyro.poutine.block(model, hide=local)
     latents = read_structure(hidden, args, {}, initial_value).latents
-    z = torch.zeros(sum(latent.size for latent in latents), dtype=torch.float64)
+    z = torch.zeros(sum(latent.size for latent in latents), dtype=dtype)
     return Crossed(Rows(model, latents, local, args, {}), z)
 
 
@@ -162,6 +162,28 @@ def test_an_even_prior_is_not_taken_for_a_normal_one():
     for normal, prior in priors.items():
         args = y, student, lecturer, lambda mean: dist.Normal(mean, 1.0), prior
         assert system_of(of_other_shapes, *args, local=["a", "b"]).quadratic == normal
+
+
+PRIORS = {"normal": dist.Normal, "Laplace": dist.Laplace, "t": lambda loc, scale: dist.StudentT(3.0, loc, scale)}
+
+
+@pytest.mark.parametrize("name", PRIORS)
+def test_other_priors_are_seen_beside_rows_of_much_data_in_single_precision(name):
+    """The curvature of most students is about 401, that of the lecturers 400,000."""
+    student, lecturer = torch.arange(3000).clamp_max(30), torch.arange(3000) % 3
+
+    def model(y):
+        mu = pyro.sample("mu", dist.Normal(0.0, 3.0))
+        with pyro.plate("student", 31):
+            a = pyro.sample("a", PRIORS[name](0.0, 1.0))
+        with pyro.plate("lecturer", 3):
+            b = pyro.sample("b", dist.Normal(0.0, 0.7))
+        with pyro.plate("rating", len(y)):
+            pyro.sample("y", dist.Normal(mu + a[student] + b[lecturer], 0.05), obs=y)
+
+    y = 0.05 * torch.sin(torch.arange(3000.0))
+    system = system_of(model, y, local=["a", "b"], dtype=torch.float32)
+    assert system.quadratic == (name == "normal")
 
 
 def test_both_ways_to_eliminate_agree():
