@@ -24,11 +24,11 @@ from unittest import mock
 from benchmarks import records
 from benchmarks.markdown import about, table
 from benchmarks.records import Row
+from benchmarks.sensitivity import OUTCOMES
 from benchmarks.zoo import FAMILIES
 from benchmarks.zoo import running as zoo_running
 
 OUT = records.RESULTS / "ablation.csv"
-OUTCOMES = ("right", "alarm", "honest", "lie", "crash")
 FIELDS = (
     *("part", "version", "acted", "models", *OUTCOMES, "changed", "gradients", "gradients_with", "seconds"),
     *("others", "machine", "software"),
@@ -142,15 +142,13 @@ def work(name: str, rows: Sequence[Row]) -> dict[str, Any]:
     gradients, seconds, others = 0, 0.0, []
     with mock.patch.object(place, attribute, PARTS[name].by(getattr(place, attribute))):
         for stored in rows:
-            one = zoo_running.Task(int(stored["seed"]), int(stored["number"]), "", "")
-            row = zoo_running.blank(one)
-            zoo_running.fill(row, one)
+            row = zoo_running.fitted(int(stored["seed"]), int(stored["number"]))
             counted[row["outcome"]] += 1
             gradients += _gradients(row["ledger"])
             seconds += float(row["seconds"])
             now, before = _answer(row), _answer(stored)
             if now != before or row["outcome"] != stored["outcome"]:
-                others.append(f"{one.seed}/{one.number} {before}: {now}, {row['outcome']}")
+                others.append(f"{stored['seed']}/{stored['number']} {before}: {now}, {row['outcome']}")
     return {
         "models": len(rows),
         **{outcome: counted[outcome] for outcome in OUTCOMES},

@@ -96,9 +96,7 @@ def work(task: Task) -> tuple[dict[str, Any], dict[str, str]]:
     counted: Counter[str] = Counter()
     answers, seconds = {}, 0.0
     for seed, number in task.models:
-        one = zoo_running.Task(seed, number, "", "")
-        row = zoo_running.blank(one)
-        zoo_running.fill(row, one)
+        row = zoo_running.fitted(seed, number)
         method = json.loads(row["ledger"]).get("method", "") if row["ledger"] else ""
         counted[row["outcome"]] += 1
         answers[f"{seed}/{number}"] = f"{row['status']}, {method}"

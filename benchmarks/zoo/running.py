@@ -113,6 +113,14 @@ def blank(task: Task) -> dict[str, Any]:
     return {**dict.fromkeys(FIELDS, ""), **dict(zip(KEY, task.key, strict=True)), "family": family_of(task.number)}
 
 
+def fitted(seed: int, number: int) -> dict[str, Any]:
+    """Return the row of one fit, which is made in this process, without a version."""
+    task = Task(seed, number, "", "")
+    row = blank(task)
+    fill(row, task)
+    return row
+
+
 def _texts(row: dict[str, Any]) -> Row:
     return {name: f"{value:.6g}" if isinstance(value, float) else str(value) for name, value in row.items()}
 
