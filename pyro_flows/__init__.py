@@ -13,8 +13,7 @@ from pyro_flows.flows.flow import Flow
 from pyro_flows.flows.images import glow, multiscale_realnvp
 from pyro_flows.flows.signals import waveglow
 from pyro_flows.flows.vectors import nice, planar, realnvp, spline
-from pyro_flows.guides.autoflow import AutoFlow
-from pyro_flows.guides.named import AutoNICE, AutoPlanar, AutoRealNVP
+from pyro_flows.guides.autoflow import AutoFlow, AutoNICE, AutoPlanar, AutoRealNVP
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.model.observations import NothingObservedWarning
 from pyro_flows.posterior.posterior import Posterior, load

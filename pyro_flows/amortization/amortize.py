@@ -13,15 +13,7 @@ from pyro_flows._progress import Bar
 from pyro_flows._seeding import derive, seeded
 from pyro_flows._turns import alone
 from pyro_flows.amortization.amortized import Amortized, Parts
-from pyro_flows.amortization.building import (
-    LAYERS,
-    exchangeable_rows,
-    measured,
-    networks,
-    scale_of,
-    simulate,
-    stacked,
-)
+from pyro_flows.amortization.building import LAYERS, exchangeable_rows, measured, networks, scale_of, simulate, stacked
 from pyro_flows.amortization.files import probe
 from pyro_flows.amortization.form import bound
 from pyro_flows.density_estimation.fit_density import fit_density

@@ -66,11 +66,7 @@ def write(
             f"flow: expected one as a builder made it, such as pf.realnvp, for this one could not be loaded: {reason}. "
             "torch.save(flow.state_dict(), ...) keeps its tensors."
         )
-    text = {
-        **description,
-        "builder": to_json(flow),
-        "levels": None if levels is None else [levels.count, levels.step],
-    }
+    text = {**description, "builder": to_json(flow), "levels": None if levels is None else [levels.count, levels.step]}
     tensors = {"flow": {name: value.detach().cpu() for name, value in flow.state_dict().items()}, **curves}
     FILES.write(target, plain(text), {TENSORS: _packed(tensors)})
 
