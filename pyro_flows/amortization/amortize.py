@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from typing import Any
 
 from torch import nn
 
@@ -108,20 +107,23 @@ def amortize(
         parts = Parts(read.form, scale, conditional, read.density, stacked(read))
         bar.close("simulated")
     start = with_preprocess(conditional.flow, measured(read, features, rows))
-    options: dict[str, Any] = {
-        "preprocess": None,
-        "max_epochs": max_epochs,
-        "max_seconds": max_seconds,
-        "batch": BATCH,
-        "checkpoint": checkpoint,
-        "seed": seed,
-    }
-    fitted = fit_density(start, read.z[REFERENCE:].float(), context=features[REFERENCE:], progress=progress, **options)
+    fitted = fit_density(
+        start,
+        read.z[REFERENCE:].float(),
+        context=features[REFERENCE:],
+        preprocess=None,
+        max_epochs=max_epochs,
+        max_seconds=max_seconds,
+        batch=BATCH,
+        checkpoint=checkpoint,
+        seed=seed,
+        progress=progress,
+    )
     conditional.trained(fitted.flow)
     with alone(), seeded(derive(seed, "what the prior predicts"), read.density.device):
         held = {name: value[:REFERENCE] for name, value in read.observed.items()}
         reference = parts.predict(held)
-    settings: dict[str, Any] = {"simulations": len(read.z) - REFERENCE, "max_epochs": max_epochs, "seed": seed}
+    settings: dict[str, object] = {"simulations": len(read.z) - REFERENCE, "max_epochs": max_epochs, "seed": seed}
     settings |= {"flow": conditional.recipe.builder, "layers": conditional.recipe.options["layers"]}
     settings |= {name: fitted.settings[name] for name in ("steps", "epochs", "seconds")} | {"why": fitted.why}
     settings |= {"rows": rows, "encoder": "default" if encoder is None else type(encoder).__name__}

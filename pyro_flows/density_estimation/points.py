@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import torch
@@ -16,6 +15,7 @@ from pyro_flows._arguments import numbers
 
 CHUNK = 4096
 Batch = tuple[Tensor, Tensor | None]
+Array = Tensor | np.ndarray
 
 
 @dataclass(frozen=True)
@@ -29,18 +29,13 @@ class Levels:
         """Return ``(k + U(0, 1)) / count`` in the unit cube, for level k; the noise is fresh."""
         return (y / self.step + torch.rand_like(y)) / self.count
 
-    @property
-    def variance(self) -> float:
-        """The noise's variance."""
-        return 1.0 / (12.0 * self.count**2)
-
 
 @dataclass(frozen=True)
 class Rows:
     """Points by index, in memory or on disk, with their context, as numbers of ``like``'s dtype on its device."""
 
-    values: Any
-    context: Any
+    values: Array
+    context: Array | None
     like: Tensor
     indices: Tensor | None = None
     levels: Levels | None = None
@@ -130,7 +125,7 @@ class Rows:
 class Stream:
     """Batches of a ``DataLoader``: tensors ``y``, or pairs ``(y, context)``."""
 
-    loader: DataLoader[Any]
+    loader: DataLoader[object]
     like: Tensor
     paired: bool
     levels: Levels | None = None
@@ -141,13 +136,11 @@ class Stream:
             parts = item if isinstance(item, (tuple, list)) else (item,)
             if len(parts) < 1 + self.paired:
                 raise ValueError("data: expected the loader to give pairs (data, context) for a conditional flow.")
-            y = _like(torch.as_tensor(parts[0]), self.like)
+            y = torch.as_tensor(parts[0]).to(self.like)
             if not bool(torch.isfinite(y).all()):
                 raise ValueError(f"data: batch {number} of the loader holds missing or infinite values.")
-            yield (
-                y if self.levels is None else self.levels.spread(y),
-                _like(torch.as_tensor(parts[1]), self.like) if self.paired else None,
-            )
+            context = torch.as_tensor(parts[1]).to(self.like) if self.paired else None
+            yield y if self.levels is None else self.levels.spread(y), context
 
     shuffled = ordered
 
@@ -164,59 +157,53 @@ class Stream:
 Source = Rows | Stream
 
 
-def rows(name: str, values: Any, context: Any, like: Tensor) -> Rows:
+def rows(name: str, data: object, context: object, like: Tensor) -> Rows:
     """Make rows of a tensor, an array or a memory map; what lies in memory is converted once.
 
     Raises:
         ValueError: for what is no array of numbers with one point a row, or a context of another length.
     """
-    values, context = _array(name, values, like), None if context is None else _array("context", context, like)
-    values, context = _column(values), None if context is None else _column(context)
+    values, about = _array(name, data, like), None if context is None else _array("context", context, like)
     if len(values.shape) < 2 or 0 in values.shape:
         raise ValueError(f"{name}: expected one point a row, (N, ...), got shape {tuple(values.shape)}.")
-    if context is not None and len(context) != len(values):
-        raise ValueError(f"context: expected a row for each of {len(values)} points of {name}, got {len(context)}.")
-    found = Rows(values, context, like)
+    if about is not None and len(about) != len(values):
+        raise ValueError(f"context: expected a row for each of {len(values)} points of {name}, got {len(about)}.")
+    found = Rows(values, about, like)
     found.check(name)
     return found
 
 
-def _array(name: str, values: Any, like: Tensor) -> Any:
+def _array(name: str, values: object, like: Tensor) -> Array:
+    """Return points; a list of numbers becomes points of one coordinate."""
     if isinstance(values, np.memmap):
-        return values
-    if hasattr(values, "iloc"):  # a data frame, or a column of one
+        return values[:, None] if values.ndim == 1 else values
+    if hasattr(values, "iloc") and hasattr(values, "to_numpy"):  # a data frame, or a column of one
         values = values.to_numpy()
     if not isinstance(values, (Tensor, np.ndarray, list, tuple)):
         raise ValueError(f"{name}: expected a tensor, an array or a DataLoader, got a {type(values).__name__}.")
     tensor = numbers(name, values)
-    return tensor.to(like.device) if tensor.element_size() == 1 else _like(tensor, like)  # bytes stay bytes
+    tensor = tensor.to(like.device) if tensor.element_size() == 1 else tensor.to(like)  # bytes stay bytes
+    return tensor[:, None] if tensor.dim() == 1 else tensor
 
 
-def _column(values: Any) -> Any:
-    """Return a list of numbers as points of one coordinate."""
-    return values[:, None] if len(values.shape) == 1 else values
-
-
-def _like(tensor: Tensor, like: Tensor) -> Tensor:
-    return tensor.to(device=like.device, dtype=like.dtype)
-
-
-def _look_up(values: Any, indices: Tensor, like: Tensor) -> Tensor:
+def _look_up(values: Array, indices: Tensor, like: Tensor) -> Tensor:
     if isinstance(values, Tensor):
-        return _like(values.index_select(0, indices.to(values.device)), like)
-    return _like(_tensor(values[indices.numpy()]), like)
+        return values.index_select(0, indices.to(values.device)).to(like)
+    return _tensor(values[indices.numpy()]).to(like)
 
 
-def _tensor(values: Any) -> Tensor:
+def _tensor(values: Array) -> Tensor:
     """Make a tensor of part of a tensor or a memory map, which may not be writable."""
     return values if isinstance(values, Tensor) else torch.from_numpy(np.array(values))
 
 
-def _is_floating(values: Any) -> bool:
+def _is_floating(values: Array) -> bool:
     return values.is_floating_point() if isinstance(values, Tensor) else np.issubdtype(values.dtype, np.floating)
 
 
-def source(name: str, data: Any, context: Any, *, event_shape: torch.Size, context_dim: int, like: Tensor) -> Source:
+def source(
+    name: str, data: object, context: object, *, event_shape: torch.Size, context_dim: int, like: Tensor
+) -> Source:
     """Make rows, or a stream of a ``DataLoader``, for a flow.
 
     Raises:

@@ -35,9 +35,6 @@ def preprocess(kind: str, batches: Iterable[Batch], *, pooled: bool = False, shr
         pooled: whether all coordinates get one scale, as the pixels of an image should.
         shrink: whether correlations are shrunk.
 
-    Raises:
-        ValueError: for an unknown kind.
-
     Warns:
         UserWarning: if a coordinate is constant; its scale is then that of the narrowest other one.
 

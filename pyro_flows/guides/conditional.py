@@ -92,15 +92,10 @@ class Local:
 
 
 class At(Place):
-    """Run a model with global latents at ``z``, and those in plates at unconstrained values, which are leaves.
+    """Run a model with global latents at ``z`` (*batch, D), and those in plates at values that ``start`` gives.
 
-    Args:
-        latents: the global sites.
-        z: their coordinates (*batch, D).
-        local: names of the sites in plates.
-        start: gives the unconstrained value of such a site; batch axes are added.
-        chosen: rows of subsampled plates, by the plates' names; others are drawn.
-        through: whether the values are taken as they are, so that gradients go through them, and are no leaves.
+    Batch axes are added to the values, which are leaves, unless gradients go ``through`` them. Rows of subsampled
+    plates that are not ``chosen`` are drawn.
     """
 
     def __init__(
@@ -158,7 +153,6 @@ class At(Place):
             msg["value"] = self.chosen[name]
 
     def _put(self, msg: Site) -> None:
-        """Put a site in plates at its value."""
         fn, transform = msg["fn"], bijection(msg["fn"])
         event_dim = transform.domain.event_dim + fn.event_dim - transform.codomain.event_dim
         start = self.start(msg, self)
@@ -241,7 +235,6 @@ class Conditional:
 
     @property
     def near(self) -> bool:
-        """Whether all numbers are near a mode."""
         return all(bool((length.abs() <= NEAR).all()) for length in self.decrement)
 
     @property
@@ -425,8 +418,17 @@ def coupled(first: Conditional) -> list[Local]:
 
 def crossed(first: Conditional) -> list[tuple[Local, Local]]:
     """Return the pairs of sites that depend on each other given all else, and of which none is inside of the other."""
-    pairs = [pair for pair in itertools.combinations(first.sites, 2) if not pair[1].inside(pair[0])]
-    return [pair for pair in pairs if any(_depends(number, pair) for number in first.numbers)]
+    found = []
+    for before, after in itertools.combinations(first.sites, 2):
+        for number in first.numbers:
+            if after.inside(before) or number.site is not before or not number.raw.requires_grad:
+                continue
+            signed = (_signs(number.raw, number.place) * number.raw).sum()
+            (product,) = torch.autograd.grad(signed, [after.value], retain_graph=True, allow_unused=True)
+            if product is not None and not _close(product, torch.zeros_like(product), number.curvature):
+                found.append((before, after))
+                break
+    return found
 
 
 def read_elsewhere(first: Conditional) -> list[Local]:
@@ -471,16 +473,6 @@ def is_part(frame: Frame | CondIndepStackFrame) -> bool:
     return frame.full_size not in (None, frame.size)
 
 
-def _depends(number: Number, pair: tuple[Local, Local]) -> bool:
-    """Whether a number of the first site goes with the second one, given all else."""
-    before, after = pair
-    if number.site is not before or not number.raw.requires_grad:
-        return False
-    signed = (_signs(number.raw, number.place) * number.raw).sum()
-    (product,) = torch.autograd.grad(signed, [after.value], retain_graph=True, allow_unused=True)
-    return product is not None and not _close(product, torch.zeros_like(product), number.curvature)
-
-
 def _signs(like: Tensor, seed: int) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     return (2.0 * torch.randint(2, like.shape, generator=generator) - 1.0).to(like)
@@ -492,11 +484,7 @@ def _close(one: Tensor, other: Tensor, scale: Tensor) -> bool:
 
 
 def check_plates(site: Site) -> None:
-    """Check that a site has the rows of its subsampled plates, all at once.
-
-    Raises:
-        ValueError: naming the site and the plate, for a loop over a subsampled plate, and for data of other rows.
-    """
+    """Refuse a loop over a subsampled plate, and data of other rows than those of the plate."""
     for frame in site["cond_indep_stack"]:
         if not is_part(frame):
             continue

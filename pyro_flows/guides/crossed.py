@@ -74,12 +74,7 @@ class Term(NamedTuple):
 
 
 class Crossed:
-    """The terms of a model by which its latents in plates depend on each other.
-
-    Args:
-        rows: the model with its data.
-        z: a point (D,).
-        seed: of the order of the rows.
+    """The terms of a model by which its latents in plates depend on each other, as read at globals z (D,).
 
     Raises:
         ValueError: if latents are in subsampled plates, terms read several rows of a site, or there are too many rows
@@ -167,7 +162,11 @@ class Crossed:
                 tangents.append(pad(own.to(u), (offset, self.size - offset - len(row))))
             offset += len(row)
         self._terms = self._terms_of(z, u, torch.stack(tangents), signs)
-        keys = [self._keys(term) for term in self._terms]
+        keys = []  # of each term: the places in H, row times n plus column, of all pairs of numbers that it reads
+        for term in self._terms:
+            pairs = [(one, own[1]) for at, (_, one, _) in enumerate(term.reads) for own in term.reads[: at + 1]]
+            found = [torch.minimum(*pair) * self.size + torch.maximum(*pair) for pair in pairs]
+            keys.append(torch.cat([torch.zeros(0, dtype=torch.long), *found]))
         unique, inverse = torch.unique(torch.cat(keys), return_inverse=True)
         self._slots = inverse.split([len(own) for own in keys])
         self.pattern = Pattern(unique // self.size, unique % self.size, self.size, self.head, self.sites[0].size)
@@ -233,14 +232,6 @@ class Crossed:
                 offset, start = offset + site.value.numel(), start + site.size
         return terms
 
-    def _keys(self, term: Term) -> Tensor:
-        """Return the places in H, row times n plus column, of all pairs of numbers that a term reads."""
-        found = [torch.zeros(0, dtype=torch.long)]
-        for before, (_, one, _) in enumerate(term.reads):
-            for _, other, _ in term.reads[: before + 1]:
-                found.append(torch.minimum(one, other) * self.size + torch.maximum(one, other))
-        return torch.cat(found)
-
     # derivatives -----------------------------------------------------------------------------------------------------
 
     @property
@@ -257,13 +248,9 @@ class Crossed:
     def assemble(
         self, z: Tensor, u: Tensor, *, kept: bool | None = None, look: Look = lambda: None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the log density (S,), its gradient g (S, n), and the entries of H (S, entries) at points.
+        """Return the log density (S,), its gradient g (S, n), and the entries of H (S, entries) at z (S, D), u (S, n).
 
-        Args:
-            z: globals (S, D).
-            u: latents in plates (S, n).
-            kept: of terms in plates that are subsampled (True), of others (False), or of all (None).
-            look: is called first.
+        They are those of terms in plates that are subsampled (``kept`` is True), of others (False), or of all (None).
         """
         look()
         height = torch.zeros(len(z), dtype=torch.float64, device=z.device)
@@ -547,10 +534,7 @@ class Expansion:
 
     Curvatures are continued by the exponential of their relative slopes, gradients by their slopes.
 
-    Args:
-        system: the terms.
-        z: globals (D,).
-        reach: of difference quotients (D,).
+    It is taken at globals z (D,), with difference quotients of some reach (D,).
     """
 
     @torch.no_grad()
@@ -583,10 +567,6 @@ class CrossedMarginal:
     """The log density of the globals, latents in crossed plates integrated out; see the module.
 
     It has what :class:`~pyro_flows.guides.marginal.Marginal` has.
-
-    Args:
-        system: the terms.
-        seed: of the noise.
     """
 
     apart = True  # whether points have noise of their own
@@ -682,14 +662,16 @@ class CrossedMarginal:
 
         There are no errors: the noise is a part of the weights.
         """
-        while not self.system.quadratic and self.count < DRAWS_MOST and self._spread(z[:LOOKED_AT]) > ROW_ERROR_MOST:
+        z = z[:LOOKED_AT]
+        while not self.system.quadratic and self.count < DRAWS_MOST:
+            weights = torch.softmax(self._log_weights(z, *self._drawn(z, 0)), 1).unflatten(1, (2, -1)).sum(1)
+            noise = (
+                (weights.square().sum(1) - 1.0 / weights.shape[1]).clamp_min(0.0).median().sqrt()
+            )  # of a mean weight
+            if not float(noise) > ROW_ERROR_MOST:
+                break
             self.count *= 2
         return Errors(0.0, 0.0)
-
-    def _spread(self, z: Tensor) -> float:
-        """Return the noise of the log density, in nats: the usual relative standard error of a mean weight."""
-        weights = torch.softmax(self._log_weights(z, *self._drawn(z, 0)), 1).unflatten(1, (2, -1)).sum(1)
-        return float((weights.square().sum(1) - 1.0 / weights.shape[1]).clamp_min(0.0).median().sqrt())
 
     def worst_rows(self, z: Tensor) -> list[WorstRow]:
         """Return none: rows are not judged one by one."""
@@ -715,15 +697,10 @@ class CrossedMarginal:
             there = system.heights(z[None], other.mean.to(z), self.clock.look) + other.log_scales().sum(1)
             apart = ((other.mean - own.mean) / own.log_scales().exp())[0].abs()
             if float(apart.max()) > ROW_MODES_APART and float(there - height) > math.log(ROW_MODE_SHARE):
-                return [self._row_of(int(apart.argmax()))]
+                counts = [(site, site.value.numel()) for site in system.sites]
+                rows = [("/".join(site.plates), place // site.size) for site, n in counts for place in range(n)]
+                return [rows[int(apart.argmax())]]
         return []
-
-    def _row_of(self, place: int) -> tuple[str, int]:
-        for site in self.system.sites:
-            if place < site.value.numel():
-                break
-            place -= site.value.numel()
-        return "/".join(site.plates), place // site.size
 
     def row_likelihoods(self, z: Tensor) -> dict[str, Tensor]:
         """Return the log likelihood of all data, up to the prior of the globals: ``{ALL: (S, 1)}``."""

@@ -111,8 +111,12 @@ class _Terms:
         return torch.where(missing, -torch.inf, found)
 
     def likelihoods(self, plate: str) -> Tensor:
-        """Return the log likelihoods of the rows (S, rows)."""
-        return _log_mean(*self.by_net(plate))
+        """Return the log likelihoods of the rows (S, rows): of the mean of both nets, free of bias to second order.
+
+        The log of a mean of two is too low by about a quarter of their relative variance.
+        """
+        one, other = self.by_net(plate)
+        return torch.logaddexp(one, other) - math.log(2.0) + 0.5 * torch.tanh(0.5 * (one - other)).square()
 
     def by_net(self, plate: str) -> Tensor:
         """Return the log likelihoods of the rows by each net of points (2, S, rows)."""
@@ -306,13 +310,8 @@ class Marginal:
     def local_draws(self, z: Tensor, names: Sequence[str], rows: Tensor, seed: int) -> dict[str, Tensor]:
         """Draw latents of rows of one plate given points: ``{name: (S, *shape)}``, constrained.
 
-        A row's draw is resampled from K draws of q by their weights; each row has its own at each point.
-
-        Args:
-            z: points (S, D).
-            names: sites whose rows are those of one plate.
-            rows: indices in that plate; all of them where all latents in plates are one row.
-            seed: of the draws.
+        A row's draw is resampled from K draws of q by their weights; each row has its own at each point (S, D).
+        ``rows`` are indices in the plate of all these sites, all of them where all latents in plates are one row.
         """
         plate, sites = self.plates[names[0]], {site.name: site for site in self.first.sites if site.name in names}
         drawn = self.first.at.drawn.get(plate)
@@ -326,17 +325,15 @@ class Marginal:
             if drawn is not None:
                 chosen[plate] = torch.cat([wanted, wanted.new_zeros(size - len(wanted))])
             fresh = {name: torch.ones(len(index), dtype=torch.bool) for name, index in chosen.items()}
-            here.parts = [Part(chosen, fresh)]
-            pieces: list[dict[str, Tensor]] = []
+            here.parts, pieces = [Part(chosen, fresh)], []
             for number, piece in enumerate(z.split(here._rows_at_once if self.batched else 1)):
                 self.clock.look()
                 here.seed = derive(seed, f"locals from {first}, {number}")
                 pieces.append(here._resampled(piece, names))
-            index = torch.arange(len(wanted)) if drawn is not None else wanted
+            index = (torch.arange(len(wanted)) if drawn is not None else wanted).to(z.device)
             for name in names:
                 whole = torch.cat([part[name] for part in pieces])
-                cut = whole if plate == ALL else whole.index_select(1 + axes[name], index.to(whole.device))
-                found[name].append(cut)
+                found[name].append(whole if plate == ALL else whole.index_select(1 + axes[name], index))
         return {name: torch.cat(own, 1 + axes[name]) for name, own in found.items()}
 
     def _resampled(self, z: Tensor, names: Sequence[str]) -> dict[str, Tensor]:
@@ -594,12 +591,9 @@ class Marginal:
 
 
 def parts_of(first: Conditional, seed: int, most: int | None) -> list[Part]:
-    """Return the rows of several runs of the model, none in two of them as long as there are others.
+    """Return the rows of ``most`` runs of the model, or of as many as have all rows, in an order by the seed.
 
-    Args:
-        first: a run.
-        seed: of the order of the rows.
-        most: runs, at most; None for as many as have all rows.
+    None is in two of them as long as there are others.
     """
     drawn, device = first.at.drawn, first.at.z.device
     count = max((-(-size // rows) for size, rows in drawn.values()), default=1)
@@ -618,21 +612,11 @@ def parts_of(first: Conditional, seed: int, most: int | None) -> list[Part]:
     return parts
 
 
-def _log_mean(one: Tensor, other: Tensor) -> Tensor:
-    """Return the log of the mean of two estimates, given by their logs, free of bias to the second order.
-
-    The log of a mean of two is too low by about a quarter of their relative variance.
-    """
-    return torch.logaddexp(one, other) - math.log(2.0) + 0.5 * torch.tanh(0.5 * (one - other)).square()
-
-
 @torch.no_grad()
 def check_data(rows: Rows, z: Tensor, start: Start, parts: Sequence[Part]) -> None:
-    """Look at all observed values of some parts. A support that moves with the globals decides at each of their draws.
+    """Refuse data that are NaN or outside of their support, and log densities that are NaN wherever the globals are.
 
-    Raises:
-        ValueError: for a value that is NaN or outside of the support of its likelihood, and for a log density that is
-            NaN wherever the globals are, with the site and the row.
+    The error names the site and the row. A support that moves with the globals decides at each of their draws.
     """
     for part in parts:
         at, other = (rows.run(point, start, part.chosen) for point in (z, z + JITTER))
@@ -680,8 +664,7 @@ def _by_row(values: Tensor, site: Site, plate: str, nest: int) -> Tensor:
 def _groups(first: Conditional, *, whole: bool) -> dict[str, str]:
     """Return the plate whose rows are integrated out, for each site in plates and the data that depend on it.
 
-    Raises:
-        ValueError: if the model draws rows, and there is no such plate for a site.
+    It is an error if the model draws rows, and there is no such plate for a site.
     """
     parts, drawn = first.at.densities(), first.at.drawn
     nodes = {name: messages(first.at.trace)[name] for name in parts}

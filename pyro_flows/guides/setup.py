@@ -26,7 +26,7 @@ from pyro_flows.flows.recipe import FlowLike, affine_of, begin_at, latent_recipe
 from pyro_flows.guides.store import Named, Whole, copy_stored, in_svi, param_statement, place, was_loaded
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.model.reading import read_structure
-from pyro_flows.model.sites import Keywords, Model, Noncentered, Positional, Site, Structure, messages
+from pyro_flows.model.sites import Keywords, Model, Noncentered, Positional, Structure, messages
 from pyro_flows.model.start import initial_value
 from pyro_flows.starts.portfolio import portfolio
 from pyro_flows.starts.start import Start
@@ -50,7 +50,7 @@ class LatentGuide(AutoContinuous):
         base: str = "student_t",
         df: float = 15.0,
         init: str = "auto",
-        init_loc_fn: Callable[[Site], Tensor] | None = None,
+        init_loc_fn: Callable[..., Any] | None = None,
         init_scale: float | None = None,
         noncentered: Noncentered = (),
         cautious: bool | str = AUTO,

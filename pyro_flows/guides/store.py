@@ -20,13 +20,7 @@ _placed: dict[str, tuple[weakref.ref[Tensor], object]] = {}
 
 
 class Named:
-    """The tensors of a flow by their names, and where the modules have them: to name them anew at each step takes long.
-
-    Args:
-        prefix: of the names.
-        flow: whose tensors they are.
-        tensors: by name.
-    """
+    """The tensors of a flow by their names, and where its modules have them: to name them anew takes long."""
 
     def __init__(self, prefix: str, flow: nn.Module, tensors: dict[str, Tensor]) -> None:
         self.prefix, self.flow, self.tensors = prefix, flow, tensors
