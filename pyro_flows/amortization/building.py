@@ -106,13 +106,11 @@ def networks(
 
 
 def couplings(flow: str, dim: int, layers: int | None, width: int) -> Flow:
-    """Return couplings with a context of this width."""
     name = ("spline" if dim <= SPLINES_UP_TO else "realnvp") if flow == "auto" else flow
     return VECTOR_BUILDERS[name](dim, layers=layers or LAYERS[name], context_dim=width, **FLOW, **BASE)
 
 
 def scale_of(read: Read, rows: int) -> Scale:
-    """Measure the scale of simulated data."""
     return Scale(read.form.rows(read.observed), read.form.sizes, exchangeable=rows)
 
 

@@ -31,7 +31,6 @@ def write(path: str | os.PathLike[str], tensors: Entries, text: Entries) -> None
 
 
 def read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the tensors and the text of a saved amortized posterior."""
     text, contents = FILES.read(path)
     try:
         return torch.load(io.BytesIO(contents[TENSORS]), map_location="cpu", weights_only=True), text
@@ -40,7 +39,6 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def rebuilt(found: Read, tensors: Entries, settings: Entries, encoder: nn.Module | None) -> tuple[Scale, Conditional]:
-    """Return the scale of the data and the trained flow."""
     if (settings["encoder"] == "default") != (encoder is None):
         raise ValueError(f"encoder: expected the one of the training, which was {settings['encoder']!r}.")
     rows = settings["rows"]

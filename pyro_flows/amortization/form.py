@@ -138,7 +138,6 @@ class Scale(torch.nn.Module):
             self.register_buffer(name, torch.cat(parts))
 
     def forward(self, rows: Tensor) -> Tensor:
-        """Return the data on the common scale (K, n)."""
         units = (rows - self.loc) / self.scale
         return torch.where(self.heavy, units.asinh(), units)
 

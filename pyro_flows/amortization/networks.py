@@ -62,7 +62,6 @@ class Shaped(nn.Module):
         self.encoder, self.keep = encoder, dict(keep)
 
     def forward(self, features: Tensor) -> Tensor:
-        """Return what the encoder makes of data sets (K, n)."""
         parts, sites = features.split([int(keep.sum()) for keep in self.keep.values()], -1), {}
         for part, (name, keep) in zip(parts, self.keep.items(), strict=True):
             sites[name] = features.new_zeros(len(features), *keep.shape)

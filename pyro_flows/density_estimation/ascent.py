@@ -59,11 +59,9 @@ class State:
 
     @property
     def interrupted(self) -> bool:
-        """Whether Ctrl-C or another signal has ended the run."""
         return self.why.startswith(INTERRUPTED)
 
     def interrupt(self) -> None:
-        """End the run, since a signal came."""
         self.done, self.why = True, f"{INTERRUPTED} ({STATE.name}) after {self.steps} steps"
 
 
@@ -102,7 +100,6 @@ class Ascent:
         self.dim = flow.dim
 
     def fresh_moments(self) -> None:
-        """Forget the optimizer's moments."""
         layers = [layer for layer in self.flow.modules() if isinstance(layer, DiagonalAffine) and not layer.context_dim]
         scales = {parameter for layer in layers for parameter in layer.parameters()}
         mixtures = [layer for layer in self.flow.modules() if isinstance(layer, MixtureBase)]
@@ -143,12 +140,10 @@ class Ascent:
         torch._foreach_lerp_(self.average, [parameter.detach() for parameter in self.parameters], min(share, 1.0))
 
     def keep(self) -> list[Tensor]:
-        """Return a copy of the weights."""
         return [parameter.detach().clone() for parameter in self.parameters]
 
     @torch.no_grad()
     def assign(self, values: Sequence[Tensor]) -> None:
-        """Set the weights."""
         for parameter, value in zip(self.parameters, values, strict=True):
             parameter.copy_(value)
 
@@ -222,11 +217,7 @@ class Ascent:
         }
 
     def restore(self, saved: Entries) -> None:
-        """Go on from what :meth:`checkpoint` returned.
-
-        Raises:
-            Damaged: for anything else.
-        """
+        """Go on from what :meth:`checkpoint` returned; anything else is :class:`Damaged`."""
         self._check(saved)
         self.assign(saved["weights"])
         for buffer, value in zip(self.flow.buffers(), saved["buffers"], strict=True):

@@ -77,9 +77,6 @@ class Encoding:
         """Read the columns of a context; None where its numbers stay as they are.
 
         Categories are texts, booleans, pandas' categories, and whole numbers (by dtype) of at most 20 values.
-
-        Raises:
-            ValueError: for an array of other than one or two axes.
         """
         if isinstance(context, np.memmap):
             return None
@@ -88,16 +85,10 @@ class Encoding:
 
     @property
     def width(self) -> int:
-        """How many numbers a row has."""
         return sum(column.width for column in self.columns)
 
     def encode(self, context: object) -> Tensor:
-        """Return the numbers (N, width).
-
-        Raises:
-            ValueError: for another number of columns, a category that is not known, or values missing in a column
-                that had all of them.
-        """
+        """Return the numbers (N, width); refuse categories, columns and missing values that the fit did not see."""
         columns = _columns(context)
         if len(columns) != len(self.columns):
             raise ValueError(f"context: expected {len(self.columns)} columns, got {len(columns)}.")
@@ -105,16 +96,11 @@ class Encoding:
         return torch.from_numpy(np.concatenate([column.encode(values) for column, (_, values) in pairs], 1))
 
     def to_json(self) -> list[dict[str, object]]:
-        """Return what a file says of it."""
         return [{**asdict(column), "levels": list(column.levels)} for column in self.columns]
 
     @classmethod
     def from_json(cls, text: object) -> Encoding:
-        """Return what :meth:`to_json` wrote.
-
-        Raises:
-            Damaged: for anything else.
-        """
+        """Return what :meth:`to_json` wrote; anything else is :class:`Damaged`."""
         entries = text if isinstance(text, list) else []
         require(entries, "a context has no columns")
         for entry in entries:
@@ -169,7 +155,6 @@ def _read(name: str, values: np.ndarray) -> Column:
 
 
 def _missing(values: np.ndarray) -> np.ndarray:
-    """Return where values are missing: NaN or None."""
     if values.dtype == object:
         return np.array([value is None or value != value for value in values], dtype=bool)
     return np.isnan(values) if values.dtype.kind == "f" else np.zeros(len(values), dtype=bool)

@@ -28,7 +28,7 @@ from pyro_flows._seeding import seeded
 from pyro_flows._untrusted import check_tensor, packed, reading, require, unpacked
 from pyro_flows.density_estimation.ascent import Ascent
 from pyro_flows.density_estimation.encoding import Encoding
-from pyro_flows.density_estimation.points import CHUNK, Levels, Rows, Source
+from pyro_flows.density_estimation.points import CHUNK, Levels, Rows, Source, like
 from pyro_flows.density_estimation.training import Plan
 from pyro_flows.flows.flow import Flow
 from pyro_flows.flows.recipe import ending, with_preprocess
@@ -52,12 +52,7 @@ def write(
     description: Entries,
     levels: Levels | None,
 ) -> None:
-    """Write a fitted density, all of it or nothing.
-
-    Raises:
-        ValueError: if the flow was not made by a builder or changed afterwards, or ``path`` holds other files.
-        OSError: if it cannot be written; what was saved there before is as it was.
-    """
+    """Write a fitted density, all of it or nothing: what was saved there before is as it was if that fails."""
     target = FILES.check_target(path)
     reason = not_rebuilt(flow)
     if reason is not None:
@@ -71,12 +66,7 @@ def write(
 
 
 def read(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Read a fitted density: the fields of a :class:`~pyro_flows.DensityFit`.
-
-    Raises:
-        ValueError: if it is no saved density, a damaged one, of another format version, or by a release that makes
-            flows otherwise.
-    """
+    """Read a fitted density: the fields of a :class:`~pyro_flows.DensityFit`."""
     text, contents = FILES.read(path)
     with reading(path, TENSORS, TEXT):
         tensors = unpacked(contents[TENSORS])
@@ -135,8 +125,8 @@ def values_of(flow: Flow) -> list[float]:
     with seeded(0), torch.no_grad():
         x = torch.randn(VALUES, *flow.base_shape)
         context = torch.randn(VALUES, flow.context_dim) if flow.context_dim else None
-        like, quiet = next(flow.parameters(), flow._like), copy.deepcopy(flow.bijection).eval()
-        y, ladj = quiet.forward_and_ladj(x.to(like), None if context is None else context.to(like))
+        quiet = copy.deepcopy(flow.bijection).eval()
+        y, ladj = quiet.forward_and_ladj(x.to(like(flow)), None if context is None else context.to(like(flow)))
     return [float(value) for value in torch.cat([y.flatten()[:VALUES], y.flatten(1).double().norm(dim=1).to(y), ladj])]
 
 
@@ -215,11 +205,7 @@ class Keeper:
         self.about = {**options, "flow": builder, "shapes": shapes, "points": points, "epoch": epoch, **start}
 
     def resume(self) -> bool:
-        """Restore the state in the file, if there is one.
-
-        Raises:
-            ValueError: if the file is no checkpoint, or one of another run.
-        """
+        """Restore the state in the file, if there is one; refuse a file that is damaged, or of another run."""
         if self.path is None or not self.path.exists():
             return False
         whole, name = self.path.read_bytes(), str(self.path)

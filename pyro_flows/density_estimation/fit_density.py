@@ -21,8 +21,8 @@ from pyro_flows._warnings import outside
 from pyro_flows.density_estimation import files
 from pyro_flows.density_estimation.ascent import Ascent, rouse
 from pyro_flows.density_estimation.encoding import Encoding
-from pyro_flows.density_estimation.fitted import DensityFit, bits_per_dim, like, mean_log_prob
-from pyro_flows.density_estimation.points import Rows, Source
+from pyro_flows.density_estimation.fitted import DensityFit, bits_per_dim, mean_log_prob
+from pyro_flows.density_estimation.points import Rows, Source, like
 from pyro_flows.density_estimation.preparing import (
     CHECKED_POINTS,
     MIXTURE_SHARE,

@@ -17,7 +17,7 @@ from pyro_flows._arguments import numbers
 from pyro_flows._seeding import derive, seeded
 from pyro_flows.density_estimation import files
 from pyro_flows.density_estimation.encoding import Encoding
-from pyro_flows.density_estimation.points import CHUNK, Levels, Source, source
+from pyro_flows.density_estimation.points import CHUNK, Levels, Source, like, points_for
 from pyro_flows.flows import bases
 from pyro_flows.flows.flow import Flow
 from pyro_flows.flows.signals import at_length
@@ -267,20 +267,8 @@ def rows_at_once(draws: int) -> int:
     return CHUNK * 16 // draws + 1
 
 
-def like(flow: Flow) -> Tensor:
-    """Return a tensor of the flow's dtype on its device."""
-    return next(flow.parameters(), flow._like)
-
-
-def points_for(flow: Flow, name: str, data: object, context: object) -> Source:
-    """Make rows or a stream of data for a flow."""
-    shape, width = flow.event_shape, flow.context_dim
-    return source(name, data, context, event_shape=shape, context_dim=width, like=like(flow))
-
-
 @torch.no_grad()
 def mean_log_prob(flow: Flow, given: Source) -> float:
-    """Return the mean log density of points, in nats."""
     total, count = 0.0, 0
     for y, context in given.ordered(CHUNK):
         total += float(flow.log_prob(y, context).double().sum())
@@ -289,6 +277,5 @@ def mean_log_prob(flow: Flow, given: Source) -> float:
 
 
 def bits_per_dim(nats: float, flow: Flow, levels: Levels | None) -> float:
-    """Return bits a dimension for a mean log density."""
     offset = 0.0 if levels is None else math.log(levels.count)
     return (offset - nats / math.prod(flow.event_shape)) / math.log(2.0)

@@ -55,7 +55,6 @@ class Parts(NamedTuple):
         return Parts(log_weights - math.log(times), loc + APART * away, factor)
 
     def score(self, x: Tensor) -> float:
-        """Return the mean log density of points."""
         return sum(float(self.terms(part).logsumexp(-1).sum()) for part in pieces(x, self.loc.numel())) / len(x)
 
 
@@ -157,12 +156,7 @@ def _nearest(x: Tensor, centers: Tensor) -> Tensor:
 def choose(x: Tensor, held_out: Tensor | None, *, over: Callable[[], bool] = lambda: False) -> Parts:
     """Return the mixture of the number of parts, and of the strength of the prior, that held-out points like best.
 
-    Up to 2000 points are held out in five turns. Of more, the held-out points are taken, or a tenth.
-
-    Args:
-        x: white points (N, D).
-        held_out: others, or None.
-        over: whether the time for it is over; what there is then is returned.
+    The points (N, D) are white. Up to 2000 are held out in five turns; of more, ``held_out`` is taken, or a tenth.
     """
     splits = _splits(x, held_out)
     most = max(min(len(train) for train, _ in splits) // ROWS_A_PART, 1)

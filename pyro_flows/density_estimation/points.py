@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 
 from pyro_flows import _checks
 from pyro_flows._arguments import numbers
+from pyro_flows.flows.flow import Flow
 
 CHUNK = 4096
 Batch = tuple[Tensor, Tensor | None]
@@ -45,18 +46,15 @@ class Rows:
 
     @property
     def event_shape(self) -> torch.Size:
-        """Shape of one point."""
         return torch.Size(self.values.shape[1:])
 
     def take(self, places: Tensor) -> Batch:
-        """Return the points and contexts at these places."""
         indices = places if self.indices is None else self.indices[places]
         y = _look_up(self.values, indices, self.like)
         context = None if self.context is None else _look_up(self.context, indices, self.like)
         return y if self.levels is None else self.levels.spread(y), context
 
     def ordered(self, size: int) -> Iterator[Batch]:
-        """Go through all points once, in order."""
         for places in torch.arange(len(self)).split(size):
             yield self.take(places)
 
@@ -87,11 +85,7 @@ class Rows:
         return replace(self, indices=places if self.indices is None else self.indices[places])
 
     def quantized(self, levels: int) -> Rows:
-        """Say that the values are levels: ``0, 1, ..., levels - 1``, or the same divided by ``levels - 1``.
-
-        Raises:
-            ValueError: naming a value that is neither.
-        """
+        """Say that the values are levels: ``0, 1, ..., levels - 1``, or the same divided by ``levels - 1``."""
         largest = max(float(y.max()) for y, _ in self.ordered(CHUNK))
         integers = not _is_floating(self.values) or largest > 1.0
         step = 1.0 if integers else 1.0 / (levels - 1)
@@ -158,11 +152,7 @@ Source = Rows | Stream
 
 
 def rows(name: str, data: object, context: object, like: Tensor) -> Rows:
-    """Make rows of a tensor, an array or a memory map; what lies in memory is converted once.
-
-    Raises:
-        ValueError: for what is no array of numbers with one point a row, or a context of another length.
-    """
+    """Make rows of an array of numbers, with one point a row; what lies in memory is converted once."""
     values, about = _array(name, data, like), None if context is None else _array("context", context, like)
     if len(values.shape) < 2 or 0 in values.shape:
         raise ValueError(f"{name}: expected one point a row, (N, ...), got shape {tuple(values.shape)}.")
@@ -201,24 +191,23 @@ def _is_floating(values: Array) -> bool:
     return values.is_floating_point() if isinstance(values, Tensor) else np.issubdtype(values.dtype, np.floating)
 
 
-def source(
-    name: str, data: object, context: object, *, event_shape: torch.Size, context_dim: int, like: Tensor
-) -> Source:
-    """Make rows, or a stream of a ``DataLoader``, for a flow.
+def like(flow: Flow) -> Tensor:
+    """Return a tensor of the flow's dtype on its device."""
+    return next(flow.parameters(), flow._like)
 
-    Raises:
-        ValueError: for points of another shape than the flow's, or a context where none is expected,
-            or none where one is.
-    """
+
+def points_for(flow: Flow, name: str, data: object, context: object) -> Source:
+    """Make rows, or a stream of a ``DataLoader``, for a flow; refuse other shapes than it takes."""
     if isinstance(data, DataLoader):
         if context is not None:
             raise ValueError("context: a DataLoader gives its context itself, as pairs (data, context).")
-        return Stream(data, like, context_dim > 0)
-    found = rows(name, data, context, like)
-    if found.event_shape != event_shape:
+        return Stream(data, like(flow), flow.context_dim > 0)
+    found = rows(name, data, context, like(flow))
+    if found.event_shape != flow.event_shape:
         raise ValueError(
-            f"{name}: expected points of shape {tuple(event_shape)}, got {tuple(found.event_shape)}; "
+            f"{name}: expected points of shape {tuple(flow.event_shape)}, got {tuple(found.event_shape)}; "
             "reshape them, or make the flow for that shape."
         )
-    _checks.context(name, None if context is None else found.take(torch.zeros(1, dtype=torch.long))[1], context_dim)
+    first = None if context is None else found.take(torch.zeros(1, dtype=torch.long))[1]
+    _checks.context(name, first, flow.context_dim)
     return found

@@ -14,9 +14,8 @@ from pyro_flows import _checks
 from pyro_flows._bundles import Entries
 from pyro_flows.density_estimation import files
 from pyro_flows.density_estimation.ascent import score
-from pyro_flows.density_estimation.fitted import points_for
 from pyro_flows.density_estimation.mixtures import choose
-from pyro_flows.density_estimation.points import CHUNK, Batch, Rows, Source, Stream, rows
+from pyro_flows.density_estimation.points import CHUNK, Batch, Rows, Source, Stream, points_for, rows
 from pyro_flows.density_estimation.standardizing import is_fresh, preprocess, scale_of
 from pyro_flows.flows.flow import Flow
 from pyro_flows.flows.recipe import AUTO, BUILDERS, ending, with_mixture, with_preprocess

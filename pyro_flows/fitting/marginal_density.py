@@ -23,17 +23,10 @@ LEAST_GRADIENTS, WRITTEN = 5000.0, 3e8  # gradients of a run of chains; draws of
 
 
 class MarginalDensity(LogDensity):
-    """The log density of the globals; ``structure``, names and constrained values are those of the globals alone.
-
-    Args:
-        marginal: the log density at points.
-
-    Attributes:
-        level_error: standard error of the log density, nats, that all points have in common.
-    """
+    """The log density of the globals; ``structure``, names and constrained values are those of the globals alone."""
 
     by_rows = True
-    level_error = 0.0
+    level_error = 0.0  # standard error of the log density, nats, that all points have in common
 
     def __init__(self, marginal: Marginal | CrossedMarginal) -> None:
         self.marginal = marginal
@@ -48,7 +41,6 @@ class MarginalDensity(LogDensity):
         return max(LEAST_GRADIENTS, WRITTEN / max(self.marginal.count * self.marginal.row_count, 1))
 
     def under(self, clock: Clock) -> None:
-        """Look at ``clock`` as evaluations go on."""
         super().under(clock)
         self.marginal.clock = clock
 
@@ -79,7 +71,6 @@ class MarginalDensity(LogDensity):
         return {plate or "data": own for plate, own in self.marginal.row_likelihoods(self._check(z).detach()).items()}
 
     def _indices(self, plate: str, rows: Tensor | Sequence[int] | None) -> Tensor:
-        """Return indices of rows of a plate, all of them by default."""
         size = self.marginal.sizes[plate]
         if rows is None:
             return torch.arange(size)
@@ -110,11 +101,7 @@ class MarginalDensity(LogDensity):
         return self.value_and_grad(z)
 
     def predictive(self, z: Tensor, *, seed: int = 0) -> dict[str, Tensor]:
-        """Raise an error: the latents of rows are not there.
-
-        Raises:
-            ValueError: always.
-        """
+        """Raise an error: the latents of rows are not there."""
         raise ValueError(
             "predictive: latents of rows were integrated out. Draw them with posterior.local_samples(), and new data "
             "with pyro.infer.Predictive and these draws."

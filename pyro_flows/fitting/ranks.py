@@ -30,7 +30,6 @@ class Ranks:
 
     @property
     def first(self) -> bool:
-        """Whether this process judges and writes."""
         return self.rank == 0
 
     def averaged(self, module: nn.Module) -> nn.Module:
@@ -51,12 +50,8 @@ class Ranks:
 class RowsOfRank(Messenger):
     """Let each process draw other rows of subsampled plates: together, one minibatch without replacement.
 
-    All processes draw the same orders of the rows, and each takes its own part of them. Where the parts have more rows
-    than there are, the last ones begin anew.
-
-    Args:
-        ranks: the processes.
-        seed: of the orders, the same for all.
+    All processes draw the same orders of the rows, by the same seed, and each takes its own part of them. Where the
+    parts have more rows than there are, the last ones begin anew.
     """
 
     def __init__(self, ranks: Ranks, seed: int) -> None:
@@ -84,11 +79,7 @@ def ranks() -> Ranks:
 
 
 def check_alone() -> None:
-    """See to it that a fit that does not train on minibatches is made by the first process only.
-
-    Raises:
-        Followed: in the others.
-    """
+    """Let the first process only make a fit that does not train on minibatches: the others are :class:`Followed`."""
     if not ranks().first:
         raise Followed
     if ranks().size > 1:

@@ -79,7 +79,6 @@ class Local:
 
     @property
     def size(self) -> int:
-        """Numbers of one row."""
         return self.value.shape[self.value.dim() - self.event_dim :].numel()
 
     def rows(self, value: Tensor) -> Tensor:
@@ -98,17 +97,9 @@ class At(Place):
     plates that are not ``chosen`` are drawn.
     """
 
-    def __init__(
-        self,
-        latents: Sequence[Latent],
-        z: Tensor,
-        local: Sequence[str],
-        start: Start,
-        chosen: Chosen,
-        through: bool = False,
-    ) -> None:
-        super().__init__(latents, z)
-        self.names, self.start, self.through = set(local), start, through
+    def __init__(self, rows: Rows, z: Tensor, start: Start, chosen: Chosen, through: bool) -> None:
+        super().__init__(rows.latents, z)
+        self.names, self.start, self.through = set(rows.local), start, through
         self.trace = poutine.Trace()  # of the run, with log densities
         self.chosen = dict(chosen)  # the rows of all plates of the run
         self.drawn: dict[str, tuple[int, int]] = {}  # size, and rows of a run, of plates whose rows the model draws
@@ -145,8 +136,7 @@ class At(Place):
 
     def _choose(self, msg: Site) -> None:
         """Take the rows of a plate that are given; let the model draw others."""
-        name, size = msg["name"], rows_in(msg)
-        rows = min(cast(_Subsample, msg["fn"]).subsample_size or size, size)
+        name, (size, rows) = msg["name"], rows_in(msg)
         if rows < size:
             self.drawn[name] = size, rows
         if name in self.chosen:
@@ -250,7 +240,6 @@ class Conditional:
         return found
 
     def by_number(self, values: Mapping[str, Tensor]) -> list[Tensor]:
-        """Return values of sites number by number."""
         return [part for site in self.sites for part in site.rows(values[site.name]).unbind(-1)]
 
     def moved(self, base: Mapping[str, Tensor], steps: Sequence[Tensor]) -> dict[str, Tensor]:
@@ -275,7 +264,7 @@ class Rows:
     @torch.enable_grad()
     def run(self, z: Tensor, start: Start, chosen: Chosen, *, through: bool = False) -> At:
         """Run the model, and take the log densities of its sites."""
-        at = At(self.latents, z, self.local, start, chosen, through)
+        at = At(self, z, start, chosen, through)
         with poutine.block(), pyro.validation_enabled(False), at:
             at.trace = poutine.trace(self.model).get_trace(*self.args, **self.kwargs)
             at.trace.compute_log_prob()
@@ -335,7 +324,6 @@ class Rows:
 
 
 def _summed(parts: Iterable[Tensor], shape: torch.Size) -> Tensor:
-    """Return a sum of log densities, brought to a shape."""
     spread = [part.expand(torch.broadcast_shapes(part.shape, shape)) for part in parts]
     return torch.as_tensor(sum(part.sum_to_size(shape) for part in spread))
 
@@ -448,13 +436,13 @@ def read_elsewhere(first: Conditional) -> list[Local]:
     return found
 
 
-def rows_in(subsample: Site) -> int:
-    """Return how many rows a plate has, of which these are a subsample."""
-    return cast(_Subsample, subsample["fn"]).size
+def rows_in(subsample: Site) -> tuple[int, int]:
+    """Return how many rows a plate has, and how many of them the model draws."""
+    fn = cast(_Subsample, subsample["fn"])
+    return fn.size, min(fn.subsample_size or fn.size, fn.size)
 
 
 def vectorized(site: Site) -> list[Frame]:
-    """Return the vectorized plates of a site."""
     return [cast(Frame, frame) for frame in site["cond_indep_stack"] if frame.dim is not None]
 
 
@@ -508,7 +496,6 @@ def check_plates(site: Site) -> None:
 
 
 def at_values(values: Mapping[str, Tensor]) -> Start:
-    """Return a start at given unconstrained values of the sites."""
     return lambda msg, at: values[msg["name"]]
 
 

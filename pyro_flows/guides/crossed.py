@@ -205,11 +205,7 @@ class Crossed:
         return torch.where(usual > 0.0, usual.rsqrt(), 1.0)
 
     def _terms_of(self, z: Tensor, u: Tensor, tangents: Tensor, signs: Sequence[Tensor]) -> list[Term]:
-        """Return the terms with the rows that they read, from derivatives along tangents, four for each site.
-
-        Raises:
-            ValueError: if one reads several rows of a site.
-        """
+        """Return the terms with the rows that they read, from derivatives along tangents, four for each site."""
 
         def along(tangent: Tensor) -> tuple[Tensor, ...]:
             return jvp(lambda values: self._densities(z, values), (u,), (tangent,))[1]
@@ -415,7 +411,6 @@ class Pattern:
         return torch.cat([values for values, _ in found]), torch.cat([density for _, density in found])
 
     def normal(self, center: Tensor, gradient: Tensor, entries: Tensor) -> Normal:
-        """Return the normal distributions, one for each point."""
         found = [self._factored(own) for own in entries]
         factors = Normal(self, center, *(torch.stack(parts) for parts in zip(*found, strict=True)))
         factors.mean = center + factors.solve(gradient)
@@ -450,7 +445,6 @@ class Pattern:
 
 
 def _times(matrices: Tensor, vectors: Tensor) -> Tensor:
-    """Return products of many small matrices and vectors."""
     return (matrices * vectors.unsqueeze(-2)).sum(-1)
 
 

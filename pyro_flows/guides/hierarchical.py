@@ -229,11 +229,7 @@ class AutoHierarchicalFlow(AutoMessenger):  # type: ignore[metaclass]
         self.top = top
 
     def _to_join(self, rows: Rows, first: Conditional) -> str | None:
-        """Return a site that the flow has to take: its rows, or what is read of them, do not stand for themselves.
-
-        Raises:
-            ValueError: if there are too many numbers for the flow, or they are those of a subsample.
-        """
+        """Return a site that the flow has to take: its rows, or what is read of them, do not stand for themselves."""
         own, pairs, why = conditional.coupled(first), conditional.crossed(first), ""
         joined = [*own, *conditional.read_elsewhere(first)]
         walks = bool(own) and all(self._fits(site) for site in own)  # which the flow takes
@@ -270,7 +266,6 @@ class AutoHierarchicalFlow(AutoMessenger):  # type: ignore[metaclass]
         raise ValueError(reason)
 
     def _fits(self, site: conditional.Local) -> bool:
-        """Whether the flow can take a site."""
         whole = all(self._sizes[name] == site.batch[axis] for name, axis in site.plates.items())
         return whole and site.value.numel() <= JOINT_UP_TO
 
@@ -376,11 +371,7 @@ class AutoHierarchicalFlow(AutoMessenger):  # type: ignore[metaclass]
         return self.top
 
     def finite(self, z: Tensor) -> Tensor:
-        """Return draws (*batch, D) of the flow.
-
-        Raises:
-            ValueError: if they are not finite, with the site, and the parameter of the flow that is not.
-        """
+        """Return draws (*batch, D) of the flow, or say which site and which parameter are not finite."""
         if _functorch.is_batchedtensor(z):  # none has a value there
             return z
         broken = ~torch.isfinite(z).reshape(-1, z.shape[-1]).all(0)
@@ -623,7 +614,7 @@ class _Plates(Messenger):
 
     def _pyro_post_sample(self, msg: Site) -> None:
         if is_subsample(msg):
-            self.taken[msg["name"]] = len(msg["value"]), conditional.rows_in(msg)
+            self.taken[msg["name"]] = len(msg["value"]), conditional.rows_in(msg)[0]
 
     def explain(self, error: Exception) -> None:
         """Raise an error with a hint, if this one is about the sizes of a plate and of its minibatch."""

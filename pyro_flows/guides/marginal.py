@@ -145,9 +145,7 @@ class Marginal:
         remember: is told of each approximation of the rows.
         most: parts, of the rows that the model draws, which then stand for all rows; None for all rows.
 
-    Raises:
-        ValueError: if rows are drawn and are not independent given the globals; without ``most``, if the model is
-            given a part of them.
+    Rows that are drawn have to be independent given the globals, and without ``most``, all rows have to be given.
     """
 
     most_draws = MOST_DRAWS  # of the globals, that are judged

@@ -41,6 +41,8 @@ UNSLOWED = {"gain": 1.0, "relative": 0.0}  # buffers of small steps, as they lea
 class LatentGuide(AutoContinuous):
     """What a flow guide is made of; see :class:`~pyro_flows.AutoFlow`."""
 
+    flow: Flow | FlowMixture
+
     def __init__(
         self,
         model: Callable[..., object],
@@ -162,7 +164,7 @@ class LatentGuide(AutoContinuous):
         guide._set_structure(structure)
         with poutine.block():
             guide._create_plates(*args, **guide._arguments[1])
-        guide.flow = flow  # type: ignore[assignment]
+        guide.flow = flow
         return guide
 
     @property
@@ -189,7 +191,6 @@ class LatentGuide(AutoContinuous):
 
     @property
     def _like(self) -> Tensor:
-        """A tensor of the dtype and on the device of the flow."""
         return next(self._flow.parameters(), self._flow._like)
 
     @property

@@ -99,7 +99,6 @@ class Whole:
                 part.grad = own
 
     def add_gradient(self, gradient: Tensor) -> None:
-        """Add to the gradient of the vector."""
         self.vector.grad = gradient.clone() if self.vector.grad is None else self.vector.grad + gradient
 
 

@@ -188,13 +188,9 @@ def share_of_prior(z: Tensor, x: Tensor, weights: Tensor, flow: Flow) -> float:
 
     .. math:: a_i = C_i \Lambda C_i^\top / \Sigma_{ii}
 
-    with C the covariance of z and x in the posterior, and :math:`\Lambda` the precision of x under the prior.
-
-    Args:
-        z: draws (S, D) of the posterior.
-        x: the same draws in the coordinates of the prior (S, K), or of independent copies of it (S, copies * K).
-        weights: of the draws (S,).
-        flow: of the prior.
+    with C the covariance of z and x in the posterior, and :math:`\Lambda` the precision of x under the prior, a flow.
+    z (S, D) are weighted draws of the posterior, and x the same in the coordinates of the prior (S, K), or of
+    independent copies of it (S, copies * K).
     """
     drawn = flow.draw(DRAWN)[0]
     within = box(drawn)

@@ -52,17 +52,14 @@ class Part:
 
     @property
     def transform(self) -> Transform:
-        """The bijection from real numbers onto the support."""
         return biject_to(self.support)
 
     @property
     def unconstrained_shape(self) -> torch.Size:
-        """The shape of the value's unconstrained coordinates."""
         return torch.Size(self.transform.inverse_shape(self.shape))
 
     @property
     def size(self) -> int:
-        """How many unconstrained coordinates it has."""
         return math.prod(self.unconstrained_shape)
 
     def forward(self, z: Tensor) -> tuple[Tensor, Tensor]:
@@ -85,7 +82,6 @@ class Part:
 
     @classmethod
     def read(cls, text: Entries, dtype: torch.dtype) -> Part:
-        """Make a part of what :meth:`describe` gave."""
         dims = tuple(None if dim is None else str(dim) for dim in text["dims"])
         return cls(str(text["name"]), torch.Size(text["shape"]), restore(text["support"], dtype), dims)
 
@@ -167,7 +163,6 @@ def placed(parts: Sequence[Part], z: Tensor) -> list[tuple[Tensor, Tensor]]:
 
 
 def _flat(values: Sequence[Tensor], batch: Sequence[int]) -> Tensor:
-    """Return values as one vector."""
     return torch.cat([value.reshape(*batch, -1) for value in values], -1)
 
 
@@ -179,11 +174,7 @@ class JointTransform(Transform):
 
     def __init__(self, support: Joint) -> None:
         super().__init__()
-        self.support = support
-
-    @property
-    def codomain(self) -> Constraint:  # type: ignore[override]
-        return self.support
+        self.support = self.codomain = support
 
     def _call(self, x: Tensor) -> Tensor:
         return _flat([value for value, _ in placed(self.support.parts, x)], x.shape[:-1])
@@ -237,7 +228,6 @@ class PriorDistribution(TorchDistribution):
         return {part.name: part.dims for part in self.parts}
 
     def expand(self, batch_shape: Sequence[int], _instance: object = None) -> PriorDistribution:
-        """Return independent copies."""
         return PriorDistribution(self.flow, self.parts, self.error, torch.Size(batch_shape))
 
     def rsample(self, sample_shape: Sequence[int] = ()) -> Tensor:

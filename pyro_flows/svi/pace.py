@@ -84,9 +84,7 @@ class Pace:
         if not self.begun and 0.0 < longest < math.inf:
             factor = FIRST / (self.gain * longest)
             self._change(factor)  # which has divided the step itself too
-            step = self._moved * self._share * (1.0 - 1.0 / factor)
-            for part, own in zip(self.parameters, step.split([part.numel() for part in self.parameters]), strict=True):
-                part.add_(own.view_as(part))
+            self._add(self._moved * self._share * (1.0 - 1.0 / factor))
             self.begun = True
 
     @torch.no_grad()
@@ -105,6 +103,10 @@ class Pace:
 
     def _flat(self) -> Tensor:
         return torch.cat([part.detach().reshape(-1) for part in self.parameters])
+
+    def _add(self, step: Tensor) -> None:
+        for part, own in zip(self.parameters, step.split([part.numel() for part in self.parameters]), strict=True):
+            part.add_(own.view_as(part))
 
     def _change(self, factor: float) -> None:
         """Multiply the gains, and divide what they multiply: the map stays."""

@@ -13,7 +13,7 @@ from pyro_flows import datasets
 from pyro_flows.density_estimation import fit_density, training
 from pyro_flows.density_estimation.ascent import RACED, Ascent, State, _about_best, rouse
 from pyro_flows.density_estimation.files import FILES
-from pyro_flows.density_estimation.fitted import points_for
+from pyro_flows.density_estimation.points import points_for
 
 QUICK = {"progress": False, "max_epochs": 4}
 
