@@ -46,11 +46,7 @@ logger = logging.getLogger("pyro_flows")
 
 
 def write(
-    path: str | os.PathLike[str],
-    flow: Flow,
-    curves: Mapping[str, Tensor],
-    description: Entries,
-    levels: Levels | None,
+    path: str | os.PathLike[str], flow: Flow, curves: Mapping[str, Tensor], description: Entries, levels: Levels | None
 ) -> None:
     """Write a fitted density, all of it or nothing: what was saved there before is as it was if that fails."""
     target = FILES.check_target(path)

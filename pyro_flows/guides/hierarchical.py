@@ -26,7 +26,7 @@ from pyro_flows.flows.recipe import FlowLike, begin_at
 from pyro_flows.guides import conditional
 from pyro_flows.guides.autoflow import QUANTILE_DRAWS, AutoFlow, levels_of, quantiles_of
 from pyro_flows.guides.collapsed import DRAWS, FEW_PARTS, MOST_PARTS, start_of_globals
-from pyro_flows.guides.conditional import Conditional, Rows, vectorized
+from pyro_flows.guides.conditional import Chosen, Conditional, Rows, vectorized
 from pyro_flows.guides.crossed import Crossed, CrossedMarginal, Expansion
 from pyro_flows.guides.known import Drawn, Known
 from pyro_flows.guides.marginal import Marginal, check_data, parts_of
@@ -398,13 +398,7 @@ class AutoHierarchicalFlow(AutoMessenger):  # type: ignore[metaclass]
         return self._run
 
     def _locals(
-        self,
-        z: Tensor,
-        args: Positional,
-        kwargs: Keywords,
-        *,
-        remember: bool = True,
-        chosen: Mapping[str, Tensor] | None = None,
+        self, z: Tensor, args: Positional, kwargs: Keywords, *, remember: bool = True, chosen: Chosen | None = None
     ) -> _Run:
         """Draw unconstrained values of the latents in plates, given the others."""
         if self._crossed is not None:
@@ -478,24 +472,19 @@ class AutoHierarchicalFlow(AutoMessenger):  # type: ignore[metaclass]
             value = there[site.name]
             while value.dim() - site.event_dim > rank:
                 value = value.mean(0)
-            kept, seen = self._kept(site.name, site.plates, value, rank)
+            full = [1] * rank
+            for plate, axis in site.plates.items():
+                full[axis] = self._sizes[plate]
+            kept, seen = self._modes.get(site.name, (value, value.new_ones(())))
+            if kept.dtype != value.dtype or list(seen.shape) != full:
+                kept, seen = value.new_zeros(*full, *value.shape[rank:]), value.new_zeros(full, dtype=torch.bool)
+                self._modes[site.name] = kept, seen
             index: list[slice | Tensor] = [slice(None)] * rank
             rows = sorted((axis, name) for name, axis in site.plates.items() if name in now.at.chosen)
             for order, (axis, name) in enumerate(rows):
                 index[axis] = now.at.chosen[name].reshape(-1, *[1] * (len(rows) - 1 - order))
             kept[tuple(index)] = value
             seen[tuple(index)] = True
-
-    def _kept(self, name: str, plates: Mapping[str, int], value: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-        """Return the modes of all rows of a site, and which rows have one."""
-        full = [1] * rank
-        for plate, axis in plates.items():
-            full[axis] = self._sizes[plate]
-        kept = self._modes.get(name)
-        if kept is None or kept[0].dtype != value.dtype or list(kept[1].shape) != full:
-            event = value.shape[rank:]
-            kept = self._modes[name] = value.new_zeros(*full, *event), value.new_zeros(full, dtype=torch.bool)
-        return kept
 
     def _pyro_sample(self, message: Message) -> None:
         msg = cast(Site, message)
@@ -571,12 +560,12 @@ class AutoHierarchicalFlow(AutoMessenger):  # type: ignore[metaclass]
         at = self._rows(args, kwargs).run(self._top._init_loc().to(self._top._like), self._start, {})
         return {name: at.chosen[name] for name in at.drawn}
 
-    def _run_once(self, args: Positional, kwargs: Keywords, chosen: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def _run_once(self, args: Positional, kwargs: Keywords, chosen: Chosen) -> dict[str, Tensor]:
         with poutine.condition(data=dict(chosen)) if chosen else nullcontext():
             found = self(*args, **kwargs)
         return {name: found[name] for name in self._shapes}
 
-    def _many(self, count: int, args: Positional, kwargs: Keywords, chosen: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def _many(self, count: int, args: Positional, kwargs: Keywords, chosen: Chosen) -> dict[str, Tensor]:
         """Draw in an outer plate."""
         with pyro.plate("_draws", count, dim=-1 - self._nesting):
             found = self._run_once(args, kwargs, chosen)
@@ -633,4 +622,4 @@ class _Run(NamedTuple):
 
     values: dict[str, Tensor]  # of the sites in plates, unconstrained
     densities: dict[str, Tensor]  # their log densities, of each row
-    chosen: Mapping[str, Tensor]  # rows of the plates
+    chosen: Chosen  # rows of the plates

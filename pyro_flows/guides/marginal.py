@@ -396,10 +396,8 @@ class Marginal:
                 base = self.rows.mode(points, first)
                 then = self.rows.conditional(points, at_values(base), part.chosen)
                 steps = zip(then.by_number(then.base), now.by_number(now.base), now.numbers, strict=True)
-                far = [
-                    (((one - other) / own.sd).abs() > ROW_MODES_APART) & (own.curvature.abs() > 0.0)  # or it is masked
-                    for one, other, own in steps
-                ]
+                away = [(((one - other) / own.sd).abs(), own.curvature.abs()) for one, other, own in steps]
+                far = [(sds > ROW_MODES_APART) & (bend > 0.0) for sds, bend in away]  # without curvature it is masked
                 lost = [~(length.abs() <= conditional.NEAR) for length in then.decrement]
                 apart, none, reached = self._by_rows(then, far), self._by_rows(then, lost), self._reached(now, then)
                 for plate, second in self._masses(then, points, number).items():
@@ -419,9 +417,8 @@ class Marginal:
         """Return the logarithms of how many draws of rows fall within a standard deviation of other modes."""
         away: list[Tensor] = []
         densities = []
-        for one, other, own, new in zip(
-            then.by_number(then.base), now.by_number(now.base), now.numbers, then.numbers, strict=True
-        ):
+        places = then.by_number(then.base), now.by_number(now.base)
+        for one, other, own, new in zip(*places, now.numbers, then.numbers, strict=True):
             distance = (one - other - now.step(own, away)) / own.sd
             away.append(one - other)
             tails = float(self._dimensions[self.plates[own.site.name]])  # as heavy as those of a Student t

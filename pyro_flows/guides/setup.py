@@ -98,7 +98,12 @@ class LatentGuide(AutoContinuous):
         if self.master is not None:
             self.master()._check_prototype(self.prototype_trace)
         like = torch.zeros((), **{"dtype": structure.dtype, "device": structure.device, **self._moved_to})
-        self.flow = self._build(structure.dim).to(like)
+        built = self._recipe.build_for_latents(structure.dim)
+        if self._cautious:
+            built.slow()
+        if self._cautious == AUTO:
+            give_gains(built)
+        self.flow = built.to(like)
         start = self._best_start(*args, **kwargs) if self._init == AUTO and self.affine is not None else None
         if start is None:
             loc = self._init_loc().to(like)
@@ -136,14 +141,6 @@ class LatentGuide(AutoContinuous):
         self._cond_indep_stacks = {name: site["cond_indep_stack"] for name, site in trace.nodes.items()}
         frames = [frame for stack in self._cond_indep_stacks.values() for frame in stack]
         self._prototype_frames = {frame.name: frame for frame in frames}
-
-    def _build(self, dim: int) -> Flow:
-        built = self._recipe.build_for_latents(dim)
-        if self._cautious:
-            built.slow()
-        if self._cautious == AUTO:
-            give_gains(built)
-        return built
 
     @classmethod
     def of(
