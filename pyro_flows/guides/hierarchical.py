@@ -371,7 +371,11 @@ class AutoHierarchicalFlow(AutoMessenger):  # type: ignore[metaclass]
         return self.top
 
     def finite(self, z: Tensor) -> Tensor:
-        """Return draws (*batch, D) of the flow, or say which site and which parameter are not finite."""
+        """Return draws (*batch, D) of the flow.
+
+        Raises:
+            ValueError: if they are not finite, with the site, and the parameter of the flow that is not.
+        """
         if _functorch.is_batchedtensor(z):  # none has a value there
             return z
         broken = ~torch.isfinite(z).reshape(-1, z.shape[-1]).all(0)
