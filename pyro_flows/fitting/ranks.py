@@ -7,14 +7,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any
+from operator import attrgetter
 
 import torch
 from pyro.poutine.messenger import Messenger
-from pyro.poutine.util import site_is_subsample
 from torch import distributed, nn
 
 from pyro_flows._fallbacks import fallback
+from pyro_flows.model.sites import Site, is_open, is_subsample
 
 
 class Followed(Exception):
@@ -30,7 +30,6 @@ class Ranks:
 
     @property
     def first(self) -> bool:
-        """Whether this process judges and writes."""
         return self.rank == 0
 
     def averaged(self, module: nn.Module) -> nn.Module:
@@ -51,12 +50,8 @@ class Ranks:
 class RowsOfRank(Messenger):
     """Let each process draw other rows of subsampled plates: together, one minibatch without replacement.
 
-    All processes draw the same orders of the rows, and each takes its own part of them. Where the parts have more rows
-    than there are, the last ones begin anew.
-
-    Args:
-        ranks: the processes.
-        seed: of the orders, the same for all.
+    All processes draw the same orders of the rows, by the same seed, and each takes its own part of them. Where the
+    parts have more rows than there are, the last ones begin anew.
     """
 
     def __init__(self, ranks: Ranks, seed: int) -> None:
@@ -64,14 +59,14 @@ class RowsOfRank(Messenger):
         self.ranks = ranks
         self.generator = torch.Generator().manual_seed(seed)
 
-    def _pyro_sample(self, msg: Any) -> None:
-        if self.ranks.size == 1 or not site_is_subsample(msg) or msg["value"] is not None:
+    def _pyro_sample(self, msg: Site) -> None:
+        if self.ranks.size == 1 or not is_subsample(msg) or not is_open(msg):
             return
-        size, rows = msg["fn"].size, msg["fn"].subsample_size
+        size, rows, device = attrgetter("size", "subsample_size", "device")(msg["fn"])
         if rows is not None and rows < size:
             order = torch.randperm(size, generator=self.generator)
             places = (self.ranks.rank * rows + torch.arange(rows)) % size
-            msg["value"] = order[places].to(msg["fn"].device)
+            msg["value"] = order[places].to(device)
 
 
 ALONE = Ranks()
@@ -84,11 +79,7 @@ def ranks() -> Ranks:
 
 
 def check_alone() -> None:
-    """See to it that a fit that does not train on minibatches is made by the first process only.
-
-    Raises:
-        Followed: in the others.
-    """
+    """Let the first process only make a fit that does not train on minibatches: the others are :class:`Followed`."""
     if not ranks().first:
         raise Followed
     if ranks().size > 1:
