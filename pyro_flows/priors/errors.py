@@ -1,9 +1,13 @@
 r"""How far a fitted prior may be from the posterior that it stands for: what each link of a chain adds, and what stays.
 
-The flow of a link is moved to the means and sds of the posterior's draws, so its error is that of the draws. It is
-multiplied by less than one at each further link, since the data of later batches count too. If :math:`a` is the share
-of the information on a coordinate that comes from the prior, an error of a mean, in sds, becomes :math:`\sqrt a` times
-itself, and one of a log sd :math:`a` times itself. Both hold to first order, for posteriors that are about normal.
+The flow q of a link is moved to the means and sds of the draws of the posterior p, so these have the errors of the
+draws. To them comes what other differences of shape do. If draws of q have weights, it is
+
+.. math:: \epsilon = \sqrt{\operatorname{E}_q (p / q)^2 - 1} = \sqrt{S / \text{ESS} - 1},
+
+since by Cauchy and Schwarz no expectation of a function of unit sd under q differs by more. If not, both are compared
+under further data. Errors of links add up in squares. Data of later batches make an error of a mean smaller, and bring
+out errors of shape, so none is taken to fade.
 """
 
 from __future__ import annotations
@@ -119,13 +123,12 @@ def compared(wanted: Sample, has: Sample, within: tuple[Tensor, Tensor], *, same
 
 
 @torch.no_grad()
-def matched(flow: Flow, sample: Sample, *, own: bool) -> tuple[float, float]:
+def matched(flow: Flow, sample: Sample, *, own: bool) -> tuple[float, float, float]:
     """Move a flow to the means and sds of a sample; return the standard errors of means and of log sds that stay.
 
     A difference d with the standard error e is taken off by d^2 / (d^2 + e^2) of itself, so that noise changes little.
-    To what is left comes what other differences of shape would do to the posterior of further data.
-
-    The flow is changed in place. If the sample's draws are its ``own``, the differences come from the weights alone.
+    To what is left comes what other differences of shape would do to the posterior of further data: in these errors,
+    or as a third number, a bound, if the sample's draws are the flow's ``own``. The flow is changed in place.
     """
     within = box(sample.z)
     drawn = sample.z if own else flow.draw(DRAWN)[0]
@@ -138,13 +141,18 @@ def matched(flow: Flow, sample: Sample, *, own: bool) -> tuple[float, float]:
         left.append(error.square() + (difference - moved[-1]).square())
     to, factor = at.mean + moments(sample, within).sd * moved[0], moved[1].exp()
     _move(flow, at.mean, to, factor)
-    has = has._replace(z=(to + factor * (drawn.double() - at.mean)).to(drawn))
-    shape = shape_errors(sample, has, same=own)
-    mean, sd = (float((one + other).sqrt().max()) for one, other in zip(left, shape, strict=True))
-    return mean, sd
+    bound = 0.0
+    if own:
+        bound = math.sqrt(max(len(drawn) * float(sample.weights.square().sum()) - 1.0, 0.0))
+    else:
+        moved_draws = (to + factor * (drawn.double() - at.mean)).to(drawn)
+        shape = shape_errors(sample, has._replace(z=moved_draws))
+        left = [one + other for one, other in zip(left, shape, strict=True)]
+    mean, sd = (float(part.sqrt().max()) for part in left)
+    return mean, sd, bound
 
 
-def shape_errors(wanted: Sample, has: Sample, *, same: bool) -> tuple[Tensor, Tensor]:
+def shape_errors(wanted: Sample, has: Sample) -> tuple[Tensor, Tensor]:
     r"""Return mean squared differences (D,) of means and of log sds that further data bring out.
 
     Further data about a direction, as informative as those so far, weight the draws by a normal density of it. Its
@@ -165,7 +173,7 @@ def shape_errors(wanted: Sample, has: Sample, *, same: bool) -> tuple[Tensor, Te
         for node, weight in zip(NODES, NODE_WEIGHTS / NODE_WEIGHTS.sum(), strict=True):
             to = math.sqrt(2.0) * node
             tilted = [sample.weighted(-0.5 * (place - to).square()) for sample, place in ((wanted, one), (has, other))]
-            apart = compared(tilted[0], tilted[1], within, same=same)
+            apart = compared(tilted[0], tilted[1], within, same=False)
             total[0] += weight * (apart.mean.square() - apart.mean_error.square())
             total[1] += weight * (apart.sd.square() - apart.sd_error.square())
     total = (total * (len(variances) / len(chosen))).clamp_min(0.0)
@@ -183,31 +191,9 @@ def _move(flow: Flow, center: Tensor, to: Tensor, factor: Tensor) -> None:
     with_preprocess(flow, Preprocess(loc.to(like), scale.to(like)))
 
 
-@torch.no_grad()
-def share_of_prior(z: Tensor, x: Tensor, weights: Tensor, flow: Flow) -> float:
-    r"""Return the largest share of the information on a coordinate of z that a prior of x brought, from 0 to about 1.
-
-    .. math:: a_i = C_i \Lambda C_i^\top / \Sigma_{ii}
-
-    with C the covariance of z and x in the posterior, and :math:`\Lambda` the precision of x under the prior, a flow.
-    z (S, D) are weighted draws of the posterior, and x the same in the coordinates of the prior (S, K), or of
-    independent copies of it (S, copies * K).
-    """
-    drawn = flow.draw(DRAWN)[0]
-    within = box(drawn)
-    centered = drawn.double().clamp(*within) - drawn.double().clamp(*within).mean(0)
-    prior = centered.mT @ centered / len(centered)
-    z, x = (value.double().clamp(*box(value)) for value in (z, x))
-    z, x = (value - (weights[:, None] * value).sum(0) for value in (z, x))
-    weighted = weights[:, None] * z
-    covariance = (weighted.mT @ x).unflatten(1, (-1, len(prior))).sum(1)
-    share = (covariance * torch.linalg.lstsq(prior, covariance.mT).solution.mT).sum(1) / (weighted * z).sum(0)
-    return float(share.max())
-
-
-def accumulated(own: tuple[float, float], dim: int, earlier: list[tuple[PriorError, float]]) -> PriorError:
-    """Return the error of a prior: its own standard errors, and those of earlier priors with their shares."""
+def accumulated(own: tuple[float, float, float], dim: int, earlier: list[PriorError]) -> PriorError:
+    """Return the error of a prior: its own, see :func:`matched`, and those of earlier priors."""
     times = float(torch.special.ndtri(torch.tensor(1.0 - 0.5 * (1.0 - CONFIDENCE) / (2 * dim), dtype=torch.float64)))
-    mean = math.hypot(times * own[0], *(math.sqrt(share) * error.mean for error, share in earlier))
-    sd = math.hypot(times * own[1], *(share * error.sd for error, share in earlier))
-    return PriorError(mean, sd, 1 + max((error.links for error, _ in earlier), default=0))
+    mean = math.hypot(times * own[0], own[2], *(error.mean for error in earlier))
+    sd = math.hypot(times * own[1], own[2], *(error.sd for error in earlier))
+    return PriorError(mean, sd, 1 + max((error.links for error in earlier), default=0))

@@ -21,7 +21,7 @@ from pyro_flows.model.faults import where_it_runs
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.model.sites import Latent, messages
 from pyro_flows.model.supports import family, is_narrower, signature, support_of
-from pyro_flows.priors.errors import UNKNOWN, PriorError, Sample, accumulated, equal, matched, share_of_prior
+from pyro_flows.priors.errors import UNKNOWN, PriorError, Sample, accumulated, equal, matched
 from pyro_flows.priors.parts import Part, PriorDistribution, coordinates, describe
 from pyro_flows.results.dims import Labels
 from pyro_flows.training import loop
@@ -67,11 +67,7 @@ def make(posterior: Record, names: Sequence[str], *, seed: int, max_epochs: int 
         errors = matched(flow, sample, own=own is not None)
         if own is not None and max(errors) > OWN_ERROR_MOST:
             errors = matched(own, _trained(own, posterior._need_model(), seed), own=True)
-        shares = []
-        for name, fn in earlier.items():
-            x = _repaired(coordinates(fn.parts, samples[name])[0].flatten(1))
-            shares.append((fn.error, share_of_prior(z, x, weights, fn.flow)))
-    error = accumulated(errors, z.shape[1], shares)
+    error = accumulated(errors, z.shape[1], [fn.error for fn in earlier.values()])
     if posterior.verdict.status == "unreliable":
         error = UNKNOWN._replace(links=error.links)
     return Made(flow, [part for own_parts in by_name.values() for part in own_parts], error)
