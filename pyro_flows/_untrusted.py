@@ -70,7 +70,7 @@ def unpacked(data: bytes, device: torch.device | str = "cpu") -> Any:
     return found
 
 
-def _check_contents(found: Any, size: int) -> None:
+def _check_contents(found: object, size: int) -> None:
     """Refuse other values than tensors, numbers and text, and more numbers than the file can hold."""
     left, seen, total = [found], 0, 0
     while left:
@@ -91,9 +91,10 @@ def _check_contents(found: Any, size: int) -> None:
             require(isinstance(value, PLAIN), f"it holds a {type(value).__name__}")
 
 
-def check_tensor(name: str, value: Any, shape: Sequence[int | None], *, floating: bool = True) -> None:
+def check_tensor(name: str, value: object, shape: Sequence[int | None], *, floating: bool = True) -> None:
     """Refuse anything but a tensor of this shape; None stands for any length."""
-    require(isinstance(value, Tensor), f"{name} is no tensor")
+    if not isinstance(value, Tensor):
+        raise Damaged(f"{name} is no tensor")
     fits = value.dim() == len(shape) and all(want in (None, got) for want, got in zip(shape, value.shape, strict=True))
     wanted = tuple("any" if size is None else size for size in shape)
     require(fits, f"{name} has shape {tuple(value.shape)}, and not {wanted}")
@@ -103,7 +104,7 @@ def check_tensor(name: str, value: Any, shape: Sequence[int | None], *, floating
 # what is built --------------------------------------------------------------------------------------------------------
 
 
-def check_numbers(description: Any, state: Mapping[str, Tensor]) -> None:
+def check_numbers(description: object, state: Mapping[str, Tensor]) -> None:
     """Refuse a description whose sizes are larger than what is stored for it, or that has more parts."""
     numbers = sum(value.numel() for value in state.values())
     most, left, parts = max(numbers, SMALL_NUMBER), [("", description, 0)], 0

@@ -86,21 +86,21 @@ class LogDensity(SiteValues):
     def _take_own(self) -> None:
         """Evaluate by recorders of one's own, whose graphs have the data as constants."""
         (unit, large), numbers = self.work.rows(2), max(self.numbers, self.work.largest // (2 * LARGER))
-        about: dict[str, Any] = {"unit": unit, "changed": self.faults}
-        self._with_gradients = Recorder(self._gradients, numbers, **about)
-        self._values = Recorder(self._plain_values, numbers, large=large, whole=self._with_gradients, **about)
+        make = partial(Recorder, numbers=numbers, unit=unit, changed=self.faults)
+        self._with_gradients = make(self._gradients)
+        self._values = make(self._plain_values, large=large, whole=self._with_gradients)
 
     def spend(self, gradients: int) -> None:
         """Count gradients that were taken of this density, here or by a graph of its own."""
         self.evaluations += gradients
         booked(gradients)
 
-    def state(self) -> dict[str, Any]:
+    def state(self) -> DensityState:
         """Return all that evaluations change, so that a run may go on elsewhere to the last digit."""
         graphs = [recorder.state() for recorder in (self._with_gradients, self._values)]
         return {"evaluations": self.evaluations, "faults": dict(vars(self.faults)), "graphs": graphs}
 
-    def put_back(self, state: Mapping[str, Any]) -> None:
+    def put_back(self, state: DensityState) -> None:
         """Go on from what :meth:`state` returned."""
         for recorder, stored in zip((self._with_gradients, self._values), state["graphs"], strict=True):
             recorder.put_back(stored)
@@ -220,7 +220,8 @@ class LogDensity(SiteValues):
                 found = [self._with_gradients(part) for part in self._portions(z, self._with_gradients)]
                 value, grad = found[0] if len(found) == 1 else map(torch.cat, zip(*found, strict=True))
                 return value.to(z.dtype), grad
-        return tuple(evaluated([z], lambda: self.unrecorded(z), self.faults))
+        value, grad = evaluated([z], lambda: self.unrecorded(z), self.faults)
+        return value, grad
 
     def _portions(self, z: Tensor, recorder: Recorder) -> Iterator[Tensor]:
         """Yield ``z`` in whole numbers of the recorder's pieces, with a look at the clock before each."""
