@@ -80,7 +80,7 @@ class Bundle:
     def _unfinished(self) -> frozenset[str]:
         return frozenset(name + UNFINISHED for name in (self.text, *self.others))
 
-    def read(self, path: str | os.PathLike[str]) -> tuple[dict[str, object], dict[str, bytes]]:
+    def read(self, path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, bytes]]:
         """Return description and contents. Nothing is written, so a read-only directory will do."""
         for attempt in range(READS):
             # a save may take the directory's place between two files: what failed once is read while no save can go on
@@ -92,7 +92,7 @@ class Bundle:
                         raise
         raise AssertionError  # not reached
 
-    def _read(self, source: Path, shown: str) -> tuple[dict[str, object], dict[str, bytes]]:
+    def _read(self, source: Path, shown: str) -> tuple[dict[str, Any], dict[str, bytes]]:
         lacking = [name for name in (*self.others, self.text) if not (source / name).is_file()]
         text = b"" if self.text in lacking else (source / self.text).read_bytes()
         try:

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from types import TracebackType
-from typing import Any, Self
+from typing import Protocol, Self
 
 from pyro_flows._interrupts import undisturbed
 
@@ -28,6 +28,12 @@ def in_nats(elbo: float) -> str:
     ('ELBO -3.46, ', '')
     """
     return f"ELBO {elbo:.2f}, " if abs(elbo) < UNTOLD else ""
+
+
+class DisplayHandle(Protocol):
+    """What a notebook returns for an output."""
+
+    def update(self, data: dict[str, str], *, raw: bool) -> object: ...
 
 
 class Bar:
@@ -59,7 +65,7 @@ class Bar:
         self._visible, self._shown_from = visible, self.began + (DELAY if quick else 0.0)
         self._drawn = self._shown_from - (BEAT.get(self._place, 0.0) if quick else 0.0)
         self._first: tuple[int, float] | None = None  # count and time, from which the time left is estimated
-        self._handle: Any = None
+        self._update: Callable[..., object] | None = None  # of what a notebook shows
         self._over, self._writing = threading.Event(), threading.Lock()
 
     def __enter__(self) -> Self:
@@ -140,11 +146,11 @@ class Bar:
 
     def _publish(self, line: str) -> None:
         data = {"text/plain": line}
-        if self._handle is None:
+        if self._update is None:
             assert self._display is not None
-            self._handle = self._display(data, raw=True, display_id=True)
+            self._update = self._display(data, raw=True, display_id=True).update
         else:
-            self._handle.update(data, raw=True)
+            self._update(data, raw=True)
 
 
 def _print(line: str, end: str) -> None:
@@ -174,7 +180,7 @@ def _is_terminal() -> bool:
         return False
 
 
-def _display() -> Callable[..., object] | None:
+def _display() -> Callable[..., DisplayHandle] | None:
     """Return the notebook's function for outputs, None outside of notebooks."""
     ipython = sys.modules.get("IPython")
     shell = ipython.get_ipython() if ipython is not None else None

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import Any
+from functools import partial
 
 import torch
 from torch import Tensor, fx, nn
@@ -76,9 +76,9 @@ class Latent:
         numbers = max(density.numbers, len(self.parts) * max(map(_widest, self.flows)))
         recordable = density.batched and not self._by_parts and not density.by_rows
         # Graphs of their own, so that chains that go on repeat themselves.
-        given: dict[str, Any] = {"own": True, "before": self._prepare, "changed": density.faults}
-        self._recorder = Recorder(self._single, numbers, **given) if recordable else None
-        self.leaps: Cache[Any, Runner | None] = Cache(LEAPS_KEPT)  # steps of trajectories
+        make = partial(Recorder, self._single, numbers, own=True, before=self._prepare, changed=density.faults)
+        self._recorder = make() if recordable else None
+        self.leaps: Cache[object, Runner | None] = Cache(LEAPS_KEPT)  # steps of trajectories
 
     @property
     def dear(self) -> bool:

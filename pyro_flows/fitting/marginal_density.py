@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 import torch
 from pyro import poutine
@@ -18,7 +17,7 @@ from pyro_flows.guides.crossed import CrossedMarginal
 from pyro_flows.guides.marginal import ALL, Marginal
 from pyro_flows.model.bijections import bijection
 from pyro_flows.model.log_density import LogDensity
-from pyro_flows.model.sites import messages
+from pyro_flows.model.sites import Site, is_open, messages
 
 LEAST_GRADIENTS, WRITTEN = 5000.0, 3e8  # gradients of a run of chains; draws of rows in all of them
 
@@ -138,16 +137,16 @@ class _Fixed(Messenger):
         super().__init__()
         self.fixed = {**chosen, **values}
 
-    def _pyro_sample(self, msg: Any) -> None:
-        if msg["value"] is None and msg["name"] in self.fixed:
+    def _pyro_sample(self, msg: Site) -> None:
+        if is_open(msg) and msg["name"] in self.fixed:
             msg["value"] = self.fixed[msg["name"]].detach()
 
 
-def _globals_alone(rows: Rows, chosen: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> Callable[..., Any]:
+def _globals_alone(rows: Rows, chosen: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> Callable[..., object]:
     """Return the model without data and latents in plates."""
     names = [latent.name for latent in rows.latents]
 
-    def model(*args: Any, **kwargs: Any) -> None:
+    def model(*args: object, **kwargs: object) -> None:
         with poutine.block(expose=names), _Fixed(chosen, values):
             rows.model(*args, **kwargs)
 

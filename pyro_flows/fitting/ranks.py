@@ -7,14 +7,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any
+from typing import cast
 
 import torch
 from pyro.poutine.messenger import Messenger
-from pyro.poutine.util import site_is_subsample
+from pyro.poutine.subsample_messenger import _Subsample
 from torch import distributed, nn
 
 from pyro_flows._fallbacks import fallback
+from pyro_flows.model.sites import Site, is_open, is_subsample
 
 
 class Followed(Exception):
@@ -64,14 +65,15 @@ class RowsOfRank(Messenger):
         self.ranks = ranks
         self.generator = torch.Generator().manual_seed(seed)
 
-    def _pyro_sample(self, msg: Any) -> None:
-        if self.ranks.size == 1 or not site_is_subsample(msg) or msg["value"] is not None:
+    def _pyro_sample(self, msg: Site) -> None:
+        if self.ranks.size == 1 or not is_subsample(msg) or not is_open(msg):
             return
-        size, rows = msg["fn"].size, msg["fn"].subsample_size
+        plate = cast(_Subsample, msg["fn"])
+        size, rows = plate.size, plate.subsample_size
         if rows is not None and rows < size:
             order = torch.randperm(size, generator=self.generator)
             places = (self.ranks.rank * rows + torch.arange(rows)) % size
-            msg["value"] = order[places].to(msg["fn"].device)
+            msg["value"] = order[places].to(plate.device)
 
 
 ALONE = Ranks()

@@ -9,7 +9,6 @@ from types import ModuleType
 import torch
 from torch import Tensor, fx
 
-
 from pyro_flows.graphs.graph import copy_graph, is_pure
 from pyro_flows.graphs.recording import record
 

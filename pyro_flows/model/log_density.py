@@ -7,8 +7,9 @@ import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 from itertools import pairwise
-from typing import Any
+from typing import TypedDict
 
 import pyro
 import torch
@@ -18,7 +19,7 @@ from pyro_flows._clock import Clock
 from pyro_flows._journal import evaluated
 from pyro_flows._ledger import booked
 from pyro_flows._turns import turn
-from pyro_flows.graphs import Recorder
+from pyro_flows.graphs import Recorder, RecorderState
 from pyro_flows.model.batching import quiet, where_possible
 from pyro_flows.model.faults import Faults, Undefined, passing_over
 from pyro_flows.model.gradients import values_and_grads
@@ -29,6 +30,14 @@ from pyro_flows.model.sites import Noncentered, Structure
 LARGER = 4  # times the numbers of data and coordinates, that a few results may have
 WRITTEN_FOR_A_CHECK, DRAWS_AT_LEAST = 2e9, 400  # numbers that a check may write, a second or so; and its draws
 PORTION = 16  # pieces of a recorded graph between two looks at the clock
+
+
+class DensityState(TypedDict):
+    """All that evaluations change."""
+
+    evaluations: int
+    faults: dict[str, object]
+    graphs: list[RecorderState]
 
 
 class LogDensity(SiteValues):

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
+from pyro_flows._arrays import Chosen
 from pyro_flows._bundles import Entries
 from pyro_flows._progress import unseen
 from pyro_flows.plots.predictive import predictive_data
@@ -38,7 +39,7 @@ class Options:
     comparison: Any = None
     predictive: bool = True
     source: bool = True
-    chosen: Entries = field(default_factory=dict)
+    chosen: Chosen = field(default_factory=lambda: Chosen(var_names=None, filter_vars=None, coords=None))
     watch: Callable[[str], None] = unseen
 
 
@@ -46,7 +47,7 @@ def content(posterior: Record, table: pd.DataFrame, options: Options) -> dict[st
     """Return what the template is filled with."""
     verdict, sites = posterior.verdict, ", ".join(posterior.samples)
     options.watch("figures")
-    drawn = pictures(posterior, dict(options.chosen), scalars=len(table))
+    drawn = pictures(posterior, options.chosen, scalars=len(table))
     options.watch("replicates of the data")
     checks = _checks(posterior) if options.predictive else None
     options.watch("the page")

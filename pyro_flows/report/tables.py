@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -88,7 +88,8 @@ def statistics(data: Mapping[str, np.ndarray], replicates: Mapping[str, np.ndarr
 
     .. math:: p = P(T(y^{rep}) > T(y)) + \tfrac 12 P(T(y^{rep}) = T(y))
     """
-    functions: dict[str, Any] = {"mean": np.nanmean, "sd": np.nanstd, "smallest": np.nanmin, "largest": np.nanmax}
+    functions: dict[str, Callable[..., np.ndarray]]
+    functions = {"mean": np.nanmean, "sd": np.nanstd, "smallest": np.nanmin, "largest": np.nanmax}
     rows = []
     for name, values in data.items():
         for what, function in functions.items():

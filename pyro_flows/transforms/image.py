@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -83,8 +82,8 @@ class Squeeze(Bijection):
         return *self.forward_and_ladj(x, context), self._squeeze(score)
 
     def _squeeze(self, x: Tensor) -> Tensor:
-        taken: list[Any] = [[slice(place, None, self.group) for place in corner] for corner in self._corners]
-        return torch.cat([x[(..., *places)] for places in taken], dim=-self.event_dim)
+        taken = [(Ellipsis, *(slice(place, None, self.group) for place in corner)) for corner in self._corners]
+        return torch.cat([x[places] for places in taken], dim=-self.event_dim)
 
 
 class MultiScale(Bijection):
