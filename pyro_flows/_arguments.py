@@ -242,14 +242,11 @@ def checks_of(function: Callable[..., object]) -> dict[str, Check]:
         kind = str(one.annotation).replace("Any", "object")
         optional = kind.endswith(" | None")
         kind = kind.removesuffix(" | None")
-        check = _hidden(name, kind) or _by_range(function.__name__, name, kind) or OTHERS.get(kind)
+        check = widths if (name, kind) == ("hidden", "Sequence[int]") else _by_range(function.__name__, name, kind)
+        check = check or OTHERS.get(kind)
         if check is not None and one.kind in (one.POSITIONAL_OR_KEYWORD, one.KEYWORD_ONLY):
             found[name] = _or_default(check, None if optional else one.default)
     return found
-
-
-def _hidden(name: str, kind: str) -> Check | None:
-    return widths if name == "hidden" and kind == "Sequence[int]" else None
 
 
 def _by_range(function: str, name: str, kind: str) -> Check | None:

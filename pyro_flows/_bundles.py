@@ -75,10 +75,8 @@ class Bundle:
         whole = {"format": self.format, "version": VERSION, "digests": digests, **description}
         text = (json.dumps(whole, indent=1, allow_nan=False) + "\n").encode()
         sealed = text.replace(ZEROS.encode(), digest(text).encode(), 1)
-        replace_directory(path, {**contents, self.text: sealed}, gone=self._unfinished())
-
-    def _unfinished(self) -> frozenset[str]:
-        return frozenset(name + UNFINISHED for name in (self.text, *self.others))
+        unfinished = frozenset(name + UNFINISHED for name in (self.text, *self.others))
+        replace_directory(path, {**contents, self.text: sealed}, gone=unfinished)
 
     def read(self, path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, bytes]]:
         """Return description and contents. Nothing is written, so a read-only directory will do."""

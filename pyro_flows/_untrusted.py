@@ -91,14 +91,14 @@ def _check_contents(found: object, size: int) -> None:
             require(isinstance(value, PLAIN), f"it holds a {type(value).__name__}")
 
 
-def check_tensor(name: str, value: object, shape: Sequence[int | None], *, floating: bool = True) -> None:
-    """Refuse anything but a tensor of this shape; None stands for any length."""
+def check_tensor(name: str, value: object, shape: Sequence[int | None]) -> None:
+    """Refuse anything but a tensor of real numbers of this shape; None stands for any length."""
     if not isinstance(value, Tensor):
         raise Damaged(f"{name} is no tensor")
     fits = value.dim() == len(shape) and all(want in (None, got) for want, got in zip(shape, value.shape, strict=True))
     wanted = tuple("any" if size is None else size for size in shape)
     require(fits, f"{name} has shape {tuple(value.shape)}, and not {wanted}")
-    require(value.is_floating_point() == floating, f"{name} has dtype {value.dtype}")
+    require(value.is_floating_point(), f"{name} has dtype {value.dtype}")
 
 
 # what is built --------------------------------------------------------------------------------------------------------

@@ -123,13 +123,8 @@ def from_traces(
         return torch.as_tensor(log_q + density.log_jacobian(z))
 
     supports = {name: messages(density.structure.trace)[name]["fn"].support for name in density.names}
-    return draw, score if _can_be_placed(sites, density) else None
-
-
-def _can_be_placed(sites: Mapping[str, Site], density: LogDensity) -> bool:
-    """Whether each latent is drawn as such, or made from an auxiliary site of its own without constraint."""
-    free = (name for name in density.names if isinstance(_innermost(sites[name]["fn"]), Delta))
-    return all(f"{name}{UNCONSTRAINED}" in sites for name in free)
+    made = [name for name in density.names if isinstance(_innermost(sites[name]["fn"]), Delta)]  # from other sites
+    return draw, score if all(f"{name}{UNCONSTRAINED}" in sites for name in made) else None
 
 
 class At(Messenger):

@@ -13,7 +13,7 @@ from torch.distributions import constraints
 
 from pyro_flows import _checks
 from pyro_flows.transforms.conditioners import bounded, conditioner
-from pyro_flows.transforms.networks import adopt_context_scale
+from pyro_flows.transforms.networks import State, adopt_context_scale
 
 LOG_BOUND = 5.0  # of what a context multiplies scales and degrees of freedom by, as a logarithm
 DF_LEAST = 1.0  # degrees of freedom are above it, so that there is a mean
@@ -58,9 +58,7 @@ class MixtureBase(nn.Module):
         self.conditioner = conditioner(0, context_dim, out, hidden=hidden) if context_dim else None
         self.register_buffer("context_scale", None)
 
-    def _load_from_state_dict(
-        self, state_dict: dict[str, Tensor], prefix: str, *args: object, **kwargs: object
-    ) -> None:
+    def _load_from_state_dict(self, state_dict: State, prefix: str, *args: object, **kwargs: object) -> None:
         adopt_context_scale(self, state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 

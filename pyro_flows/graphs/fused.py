@@ -64,8 +64,10 @@ def fused(module: fx.GraphModule, inputs: Sequence[Tensor]) -> Fused | None:
     try:
         with torch.inference_mode():
             made = Fused(module, inputs, run)
-            if not made.tasks or made.tasks < TASKS_FOR_A_CALL * made.calls or _is_for_threads(made):
+            if not made.tasks or made.tasks < TASKS_FOR_A_CALL * made.calls:
                 return None
+            if torch.get_num_threads() > THREADS and made.numbers > LARGE * len(made.nests.tasks):
+                return None  # torch divides operations on so many numbers among its threads
             found, expected = made(*inputs), tuple(value for _, value in made.nests.outputs)
             agrees = rounds_alike(module, inputs, found, expected) or rounds_alike_where_tame(module, inputs, made)
     except Unsuited:
@@ -75,11 +77,6 @@ def fused(module: fx.GraphModule, inputs: Sequence[Tensor]) -> Fused | None:
         fallback("not run block by block: other values")
     made.first = expected
     return made if agrees else None
-
-
-def _is_for_threads(made: Fused) -> bool:
-    """Whether torch divides operations on so many numbers among so many threads that this one would be slower."""
-    return torch.get_num_threads() > THREADS and made.numbers > LARGE * len(made.nests.tasks)
 
 
 def _is_bound(node: fx.Node) -> bool:

@@ -290,10 +290,10 @@ class FusionGroups:
         strides = like.stride() if sizes == like.shape else dense(sizes)
         return self._point_to(code, operands, sizes, strides, like.dtype == torch.bool, number)
 
-    def numbers(self, code: int, *operands: View, number: float = 0.0) -> View:
+    def numbers(self, code: int, *operands: View) -> View:
         """Add a task whose results lie in the order of their sizes."""
         sizes = broadcast([view.sizes for view in operands])
-        return self._point_to(code, operands, sizes, dense(sizes), False, number)
+        return self._point_to(code, operands, sizes, dense(sizes), False, 0.0)
 
     def _point_to(
         self, code: int, operands: Sequence[View], sizes: Sizes, strides: Sizes, boolean: bool, number: float

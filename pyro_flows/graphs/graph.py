@@ -23,12 +23,20 @@ def graph_module(root: nn.Module, graph: fx.Graph) -> fx.GraphModule:
     return _LazyGraphModule(root, graph)
 
 
-def new_node(graph: fx.Graph, target: Target, args: tuple[Argument, ...], kwargs: dict[str, Argument]) -> fx.Node:
-    """Add an operation; torch.fx takes most of its time for a name, and for arguments that are given at once."""
+def new_node(
+    graph: fx.Graph, target: Target, args: tuple[Argument, ...], like: Tensor | None = None,
+    kwargs: dict[str, Argument] | None = None,
+) -> fx.Node:  # fmt: skip
+    """Add an operation, whose result has the shape, dtype and device of ``like``, if that is known.
+
+    torch.fx takes most of its time for a name, and for arguments that are given at once.
+    """
     node = graph.create_node("call_function", target, name="value")
     node.args = args
     if kwargs:
         node.kwargs = kwargs
+    if like is not None:
+        node.meta["val"] = like
     return node
 
 
@@ -71,7 +79,7 @@ def copy_node(graph: fx.Graph, node: fx.Node, copies: dict[fx.Node, fx.Node]) ->
     if node.op != "call_function":
         return graph.node_copy(node, copies.__getitem__)
     args, kwargs = fx.map_arg((node.args, node.kwargs), copies.__getitem__)
-    copy = new_node(graph, node.target, args, kwargs)
+    copy = new_node(graph, node.target, args, kwargs=kwargs)
     copy.meta = dict(node.meta)
     return copy
 
@@ -235,7 +243,7 @@ def through_copies(graph: fx.Graph) -> None:
         pure = _pure(node) if _changes(node) and name_of(node) != "copy_" else None
         if pure is not None:
             with graph.inserting_before(node):
-                new = new_node(graph, pure, node.args, dict(node.kwargs))
+                new = new_node(graph, pure, node.args, kwargs=dict(node.kwargs))
             new.meta = dict(node.meta)
             node.target, node.args, node.kwargs = _aten.copy_.default, (node.args[0], new), {}
 
@@ -270,7 +278,8 @@ def tidy(graph: fx.Graph) -> None:
     for node in list(graph.nodes):
         if node.op == "call_function":
             replacement = _simpler(node)
-            if replacement is None and _is_pure(node):
+            random = has_tag(node, torch.Tag.nondeterministic_seeded)  # a second call is no second copy of the value
+            if replacement is None and (node.target is operator.getitem or (is_aten(node) and not random)):
                 replacement = seen.setdefault((node.target, key_of(node.args), key_of(node.kwargs)), node)
             if replacement is not None and replacement is not node:
                 node.replace_all_uses_with(replacement)
@@ -286,13 +295,6 @@ def sweep(graph: fx.Graph) -> None:
 
 def _changes(node: fx.Node) -> bool:
     return is_aten(node) and operation_of(node)._schema.is_mutable
-
-
-def _is_pure(node: fx.Node) -> bool:
-    """Whether a second call with the same inputs is a second copy of the same value."""
-    if node.target is operator.getitem:
-        return True
-    return is_aten(node) and not has_tag(node, torch.Tag.nondeterministic_seeded)
 
 
 def name_of(node: fx.Node) -> str:

@@ -186,9 +186,8 @@ class _Narrower:
         self.core[node] = other
 
     def _add(self, target: Target, args: tuple[Argument, ...], node: fx.Node, shape: Sequence[int]) -> fx.Node:
-        found = new_node(self.graph, target, args, dict(node.kwargs) if target is node.target else {})
-        found.meta["val"] = like_of(node.meta["val"], *shape)
-        return found
+        kwargs = dict(node.kwargs) if target is node.target else {}
+        return new_node(self.graph, target, args, like_of(node.meta["val"], *shape), kwargs)
 
 
 def _is_pointwise(node: fx.Node) -> bool:
@@ -204,7 +203,8 @@ def _side_by_side(graph: fx.Graph) -> int:
     """Put gradients of parts of a tensor that do not overlap side by side; return how many sums that was."""
     changes = 0
     for node, terms in terms_of(graph):
-        parts = [part for part, sign in terms if sign == 1 and _is_part(part)]
+        parts = [part for part, sign in terms if sign == 1 and part.target is _SLICE and len(part.users) == 1]
+        parts = [part for part in parts if not part.kwargs and int_at(part, 5) == 1]
         axis = {(part.args[2], tuple(ints_at(part, 1))) for part in parts}
         if len(parts) < 2 or len(axis) > 1 or any(sign == -1 for _, sign in terms):
             continue
@@ -214,16 +214,10 @@ def _side_by_side(graph: fx.Graph) -> int:
             if whole is None:
                 continue
             for other in (part for part, _ in terms if part not in parts):
-                total = new_node(graph, _aten.add.Tensor, (whole, other), {})
-                total.meta["val"] = node.meta["val"]
-                whole = total
+                whole = new_node(graph, _aten.add.Tensor, (whole, other), node.meta["val"])
         node.replace_all_uses_with(whole)
         changes += 1
     return changes
-
-
-def _is_part(node: fx.Node) -> bool:
-    return node.target is _SLICE and not node.kwargs and int_at(node, 5) == 1 and len(node.users) == 1
 
 
 def _joined(graph: fx.Graph, parts: Sequence[fx.Node], value: Tensor) -> fx.Node | None:
@@ -241,13 +235,10 @@ def _joined(graph: fx.Graph, parts: Sequence[fx.Node], value: Tensor) -> fx.Node
     for (before, begin), part in zip(spans, parts, strict=True):
         pieces += [_zeros(graph, value, axis, begin - before)] * (begin > before) + [node_at(part, 0)]
     pieces += [_zeros(graph, value, axis, value.shape[axis] - place)] * (value.shape[axis] > place)
-    whole = new_node(graph, _aten.cat.default, (pieces, axis), {})
-    whole.meta["val"] = value
-    return whole
+    return new_node(graph, _aten.cat.default, (pieces, axis), value)
 
 
 def _zeros(graph: fx.Graph, value: Tensor, axis: int, length: int) -> fx.Node:
     shape = [*value.shape[:axis], length, *value.shape[axis + 1 :]]
-    node = new_node(graph, _aten.zeros.default, (shape,), {"dtype": value.dtype, "device": value.device})
-    node.meta["val"] = like_of(value, *shape)
-    return node
+    kwargs: dict[str, Argument] = {"dtype": value.dtype, "device": value.device}
+    return new_node(graph, _aten.zeros.default, (shape,), like_of(value, *shape), kwargs)

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, fx
 from torch.fx.node import Argument
 
-from pyro_flows.graphs.graph import graph_module, node_at, tidy
-from pyro_flows.graphs.sums import add, like_of
+from pyro_flows.graphs.graph import graph_module, new_node, node_at, tidy
+from pyro_flows.graphs.sums import like_of
 
 _aten = torch.ops.aten
 
@@ -135,7 +135,7 @@ class _Graph:
     def _new(
         self, target: Callable[..., object], args: tuple[Argument, ...], like: Tensor, shape: Sequence[int]
     ) -> fx.Node:  # fmt: skip
-        return add(self.graph, target, args, like_of(like, *shape))
+        return new_node(self.graph, target, args, like_of(like, *shape))
 
     def _replace(self, node: fx.Node, found: fx.Node) -> None:
         node.replace_all_uses_with(found)

@@ -121,20 +121,9 @@ def _finite(emit: Writer, x: View, *numbers: float | None) -> View:
     return x
 
 
-def _product_added(emit: Writer, x: Operand, y: Operand, z: Operand, value: float = 1) -> View:
-    return _plus(emit, x, _times(emit, y if value == 1 else _times(emit, y, value), z))
-
-
-def _quotient_added(emit: Writer, x: Operand, y: Operand, z: Operand, value: float = 1) -> View:
-    return _plus(emit, x, _over(emit, y if value == 1 else _times(emit, y, value), z))
-
-
-def _sigmoid_backward(emit: Writer, gradient: Operand, y: Operand) -> View:
-    return _times(emit, gradient, _times(emit, _minus(emit, 1.0, y), y))
-
-
-def _tanh_backward(emit: Writer, gradient: Operand, y: Operand) -> View:
-    return _times(emit, gradient, _minus(emit, 1.0, emit(SQUARE, y)))
+def _added_to(join: Written) -> Written:
+    """Add a product or a quotient, and a number times it."""
+    return lambda emit, x, y, z, value=1: _plus(emit, x, join(emit, y if value == 1 else _times(emit, y, value), z))
 
 
 def _softplus(emit: Writer, x: Operand, beta: float = 1, threshold: float = 20) -> View:
@@ -151,14 +140,6 @@ def _softplus_backward(emit: Writer, gradient: Operand, x: Operand, beta: float,
 
 def _log_sigmoid(emit: Writer, x: Operand) -> View:
     return _minus(emit, emit(AT_MOST, x, number=0.0), emit(LOG1P, emit(EXP, emit(NEG, emit(ABS, x)))))
-
-
-def _log_sigmoid_backward(emit: Writer, gradient: Operand, x: Operand, _: object) -> View:
-    return _times(emit, gradient, emit(SIGMOID, emit(NEG, x)))
-
-
-def _silu(emit: Writer, x: Operand) -> View:
-    return _over(emit, x, _plus(emit, emit(EXP, emit(NEG, x)), 1.0))
 
 
 def _silu_backward(emit: Writer, gradient: Operand, x: Operand) -> View:
@@ -218,8 +199,8 @@ POINTS: dict[object, Written] = {
     _aten.div.Scalar: _over,
     _aten.pow.Tensor_Scalar: _power,
     _aten.pow.Tensor_Tensor: _power,
-    _aten.addcmul.default: _product_added,
-    _aten.addcdiv.default: _quotient_added,
+    _aten.addcmul.default: _added_to(_times),
+    _aten.addcdiv.default: _added_to(_over),
     _aten.maximum.default: lambda emit, x, y: emit(MAXIMUM, x, y),
     _aten.minimum.default: lambda emit, x, y: emit(MINIMUM, x, y),
     _aten.clamp.default: _clamped,
@@ -236,18 +217,22 @@ POINTS: dict[object, Written] = {
     _aten.logical_or.default: lambda emit, x, y: emit(OR, x, y),
     _aten.bitwise_and.Tensor: lambda emit, x, y: emit(AND, x, y),
     _aten.bitwise_or.Tensor: lambda emit, x, y: emit(OR, x, y),
-    _aten.sigmoid_backward.default: _sigmoid_backward,
-    _aten.tanh_backward.default: _tanh_backward,
+    _aten.sigmoid_backward.default: lambda emit, cotangent, y: _times(
+        emit, cotangent, _times(emit, _minus(emit, 1.0, y), y)
+    ),
+    _aten.tanh_backward.default: lambda emit, cotangent, y: _times(emit, cotangent, _minus(emit, 1.0, emit(SQUARE, y))),
     _aten.softplus.default: _softplus,
     _aten.softplus_backward.default: _softplus_backward,
-    _aten.silu.default: _silu,
+    _aten.silu.default: lambda emit, x: _over(emit, x, _plus(emit, emit(EXP, emit(NEG, x)), 1.0)),
     _aten.silu_backward.default: _silu_backward,
     _aten.lerp.Tensor: _between,
     _aten.lerp.Scalar: _between,
     _aten.relu.default: lambda emit, x: emit(AT_LEAST, x, number=0.0),
     _aten.xlogy.Tensor: lambda emit, x, y: emit(XLOGY, x, y),
     _aten.log_sigmoid_forward.default: _log_sigmoid,
-    _aten.log_sigmoid_backward.default: _log_sigmoid_backward,
+    _aten.log_sigmoid_backward.default: lambda emit, cotangent, x, _: _times(
+        emit, cotangent, emit(SIGMOID, emit(NEG, x))
+    ),
 }
 _COMPARISONS = {
     "lt": (LT, LT2),

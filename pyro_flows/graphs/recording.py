@@ -240,13 +240,13 @@ class _Tape(Dispatch):
                 "a number is taken out of a tensor that depends on the latents (float(), int(), .item(), if, numpy)"
             )
         named = {name: self._argument(part) for name, part in kwargs.items()}
-        node = new_node(self._graph, func, tuple(map(self._argument, args)), named)
+        node = new_node(self._graph, func, tuple(map(self._argument, args)), kwargs=named)
         if isinstance(result, Tensor):
             self._tag(result, node, depends)
         elif isinstance(result, (tuple, list)):
             for place, part in enumerate(result):
                 if isinstance(part, Tensor):
-                    item = new_node(self._graph, operator.getitem, (node, place), {})
+                    item = new_node(self._graph, operator.getitem, (node, place))
                     self._tag(part, item, depends)
 
     def _argument(self, value: object) -> Argument:

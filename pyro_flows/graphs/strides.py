@@ -37,15 +37,13 @@ def _selected(graph: fx.Graph, node: fx.Node) -> None:
     with graph.inserting_before(node):
         for axis, index in chosen:
             like = like.select(axis, index)
-            parts.append(new_node(graph, _aten.select.int, (parts[-1], axis, index), {}))
-            parts[-1].meta["val"] = like
+            parts.append(new_node(graph, _aten.select.int, (parts[-1], axis, index), like))
         if not written:
             node.replace_all_uses_with(parts[-1])
             return
         new = node_at(node, 1)
         for part, (axis, index) in zip(reversed(parts[:-1]), reversed(chosen), strict=True):
-            new = new_node(graph, _aten.select_scatter.default, (part, new, axis, index), {})
-            new.meta["val"] = part.meta["val"]
+            new = new_node(graph, _aten.select_scatter.default, (part, new, axis, index), part.meta["val"])
     node.replace_all_uses_with(new)
 
 

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import operator
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, fx
-from torch.fx.node import Argument
 
 from pyro_flows.graphs.graph import int_at, ints_at, new_node, node_at
 
@@ -27,13 +26,6 @@ def like_of(value: Tensor, *shape: int) -> Tensor:
     return torch.empty((), dtype=value.dtype, device=value.device).expand(shape)
 
 
-def add(graph: fx.Graph, target: Callable[..., object], args: tuple[Argument, ...], like: Tensor | None) -> fx.Node:
-    node = new_node(graph, target, args, {})
-    if like is not None:
-        node.meta["val"] = like
-    return node
-
-
 def read_rows(graph: fx.Graph) -> None:
     """Take a tensor apart once, where many of its rows (or columns) are selected one by one."""
     selected: defaultdict[tuple[fx.Node, int], list[fx.Node]] = defaultdict(list)
@@ -46,7 +38,7 @@ def read_rows(graph: fx.Graph) -> None:
             continue
         with graph.inserting_before(nodes[0]):
             given = _rows(graph, source, axis) if len(nodes) >= FEWEST else (source, axis)
-            parts = add(graph, _aten.unbind.int, given, None)
+            parts = new_node(graph, _aten.unbind.int, given, None)
         for node in nodes:
             node.target, node.args = operator.getitem, (parts, node.args[2] % value.shape[axis])
 
@@ -56,8 +48,8 @@ def _rows(graph: fx.Graph, source: fx.Node, axis: int) -> tuple[fx.Node, int]:
     value = source.meta["val"]
     order = [axis, *(place for place in range(value.dim()) if place != axis)]
     like = like_of(value, *(value.shape[place] for place in order))
-    turned = add(graph, PERMUTED, (source, order), like) if axis else source
-    rows = add(graph, _aten.clone.default, (turned,), like)
+    turned = new_node(graph, PERMUTED, (source, order), like) if axis else source
+    rows = new_node(graph, _aten.clone.default, (turned,), like)
     rows.kwargs = {"memory_format": torch.contiguous_format}
     return rows, 0
 
@@ -82,8 +74,8 @@ def sum_at_once(graph: fx.Graph) -> None:
             parts.sort(key=operator.itemgetter(1), reverse=True)  # what is taken away comes last
             whole, first = parts[0]
             for part, other in parts[1:]:
-                whole = add(graph, _ADDED if first == other else _TAKEN, (whole, part), node.meta["val"])
-            whole = whole if first == 1 else add(graph, _aten.neg.default, (whole,), node.meta["val"])
+                whole = new_node(graph, _ADDED if first == other else _TAKEN, (whole, part), node.meta["val"])
+            whole = whole if first == 1 else new_node(graph, _aten.neg.default, (whole,), node.meta["val"])
         node.replace_all_uses_with(whole)
 
 
@@ -132,18 +124,18 @@ def _put_together(graph: fx.Graph, gradients: list[fx.Node]) -> fx.Node:
         rows[int_at(node, 3) % value.shape[axis]].append(node_at(node, 0))
     whole = {place: _total(graph, parts) for place, parts in rows.items()}
     first = next(iter(whole.values()))
-    zero = add(graph, _aten.zeros_like.default, (first,), first.meta["val"])
+    zero = new_node(graph, _aten.zeros_like.default, (first,), first.meta["val"])
     ordered = [whole.get(place, zero) for place in range(value.shape[axis])]
-    return add(graph, STACKED, (ordered, axis), value)
+    return new_node(graph, STACKED, (ordered, axis), value)
 
 
 def _total(graph: fx.Graph, terms: list[fx.Node]) -> fx.Node:
     """Return the sum of terms that are no gradients of rows."""
     value: Tensor = terms[0].meta["val"]
     if len(terms) >= FEWEST and value.numel() <= SMALL:
-        stack = add(graph, STACKED, (terms,), like_of(value, len(terms), *value.shape))
-        return add(graph, _aten.sum.dim_IntList, (stack, [0]), value)
+        stack = new_node(graph, STACKED, (terms,), like_of(value, len(terms), *value.shape))
+        return new_node(graph, _aten.sum.dim_IntList, (stack, [0]), value)
     whole = terms[0]
     for term in terms[1:]:
-        whole = add(graph, _ADDED, (whole, term), value)
+        whole = new_node(graph, _ADDED, (whole, term), value)
     return whole

@@ -32,7 +32,7 @@ from pyro_flows.graphs.graph import (
     nodes_at,
     sweep,
 )  # fmt: skip
-from pyro_flows.graphs.sums import FEWEST, PERMUTED, SMALL, STACKED, Kind, add, like_of, read_rows, sum_at_once
+from pyro_flows.graphs.sums import FEWEST, PERMUTED, SMALL, STACKED, Kind, like_of, read_rows, sum_at_once
 
 _aten = torch.ops.aten
 
@@ -48,8 +48,11 @@ def vectorize(module: fx.GraphModule) -> fx.GraphModule:
     1
     """
     graph = module.graph
-    if sum(map(is_aten, graph.nodes)) < 2 * FEWEST or any(map(_is_bound_to_its_place, graph.nodes)):
+    if sum(map(is_aten, graph.nodes)) < 2 * FEWEST:
         return module
+    random, placed = torch.Tag.nondeterministic_seeded, _aten.as_strided.default
+    if any(has_tag(node, random) or node.target is placed for node in graph.nodes):
+        return module  # which depends on what ran before, or on how tensors lie in memory
     read_rows(graph)
     sum_at_once(graph)
     sweep(graph)
@@ -58,11 +61,6 @@ def vectorize(module: fx.GraphModule) -> fx.GraphModule:
         graph = _Writer(module, graph, groups).written if groups else graph
         sweep(graph)
     return graph_module(module, graph)
-
-
-def _is_bound_to_its_place(node: fx.Node) -> bool:
-    """Whether it depends on what ran before it, or on how tensors lie in memory."""
-    return has_tag(node, torch.Tag.nondeterministic_seeded) or node.target is _aten.as_strided.default
 
 
 # groups ---------------------------------------------------------------------------------------------------------------
@@ -142,18 +140,18 @@ class _Writer:
         """Return a stack along another axis than the first."""
         order = [*range(1, like.dim())]
         order.insert(axis % like.dim(), 0)
-        return stack if axis % like.dim() == 0 else add(self.written, PERMUTED, (stack, order), like)
+        return stack if axis % like.dim() == 0 else new_node(self.written, PERMUTED, (stack, order), like)
 
     def _at_once(self, nodes: list[fx.Node]) -> None:
         first, count = nodes[0], len(nodes)
         value: Tensor = first.meta["val"]
         places = range(len(first.args))
         args = tuple(self._operand([node.args[place] for node in nodes], value.dim()) for place in places)
-        whole = new_node(self.written, first.target, args, dict(first.kwargs))
-        whole.meta["val"] = like_of(value, count, *value.shape)
-        parts = add(self.written, _aten.unbind.int, (whole, 0), None)
+        like = like_of(value, count, *value.shape)
+        whole = new_node(self.written, first.target, args, like, dict(first.kwargs))
+        parts = new_node(self.written, _aten.unbind.int, (whole, 0), None)
         for place, node in enumerate(nodes):
-            row = self._copies[node] = add(self.written, operator.getitem, (parts, place), value)
+            row = self._copies[node] = new_node(self.written, operator.getitem, (parts, place), value)
             self._rows[row] = whole, place
 
     def _operand(self, given: list[Argument], axes: int) -> Argument:
@@ -168,7 +166,7 @@ class _Writer:
         if value.dim() == axes + 1:
             return stack
         shape = [len(parts), *[1] * (axes + 1 - value.dim()), *value.shape[1:]]
-        return add(self.written, _aten.view.default, (stack, shape), like_of(value, *shape))
+        return new_node(self.written, _aten.view.default, (stack, shape), like_of(value, *shape))
 
     def _stack(self, parts: list[fx.Node]) -> fx.Node:
         """Return tensors of one shape as rows of one tensor."""
@@ -177,7 +175,7 @@ class _Writer:
             value: Tensor = parts[0].meta["val"]
             like = like_of(value, len(parts), *value.shape)
             found = self._constant(parts) if all(part.op == "get_attr" for part in parts) else self._range(parts, like)
-            self._stacks[key] = add(self.written, STACKED, (parts,), like) if found is None else found
+            self._stacks[key] = new_node(self.written, STACKED, (parts,), like) if found is None else found
         return self._stacks[key]
 
     def _constant(self, parts: list[fx.Node]) -> fx.Node | None:
@@ -201,8 +199,8 @@ class _Writer:
             return None
         low, high = min(first, last), max(first, last) + 1
         if (low, high) != (0, source.meta["val"].shape[0]):
-            source = add(self.written, _aten.slice.Tensor, (source, 0, low, high), like)
-        return source if step == 1 else add(self.written, _aten.flip.default, (source, [0]), like)
+            source = new_node(self.written, _aten.slice.Tensor, (source, 0, low, high), like)
+        return source if step == 1 else new_node(self.written, _aten.flip.default, (source, [0]), like)
 
 
 def _ordered(graph: fx.Graph, groups: Sequence[list[fx.Node]]) -> list[list[fx.Node]]:

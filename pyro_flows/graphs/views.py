@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
-from typing import NamedTuple, Protocol, TypeVar
+from typing import NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor, fx
@@ -14,7 +14,6 @@ from pyro_flows.graphs.graph import node_at
 
 STORE, ADD_UP, MAXIMUM, MINIMUM = 1, 3, 4, 5  # what is done with results; see interpreter.c
 Sizes = tuple[int, ...]
-T = TypeVar("T")
 
 
 class Unsuited(Exception):
@@ -126,33 +125,24 @@ class Call:
 
     def view(self, place: int) -> View:
         """Return an argument that is a tensor."""
-        return _of(View, self.args[place])
+        view = self.args[place]
+        if not isinstance(view, View):
+            raise Unsuited
+        return view
 
     def views(self, place: int) -> list[View]:
         """Return an argument that is a sequence of tensors."""
-        return _all_of(View, self.args[place])
+        return [*cast("Sequence[View]", self.args[place])]
 
     def integer(self, place: int, otherwise: int = 0) -> int:
         """Return an argument that is a whole number; another one where it is left out or None."""
         number = self.args[place] if place < len(self.args) else None
-        return otherwise if number is None else _of(int, number)
+        return otherwise if number is None else int(cast("int", number))
 
     def integers(self, place: int) -> list[int]:
         """Return an argument that is one whole number or a sequence of them."""
         numbers = self.args[place]
-        return [numbers] if isinstance(numbers, int) else _all_of(int, numbers)
-
-
-def _of(kind: type[T], value: object) -> T:
-    if not isinstance(value, kind):
-        raise Unsuited
-    return value
-
-
-def _all_of(kind: type[T], values: object) -> list[T]:
-    if not isinstance(values, (list, tuple)):
-        raise Unsuited
-    return [_of(kind, part) for part in values]
+        return [numbers] if isinstance(numbers, int) else [*cast("Sequence[int]", numbers)]
 
 
 class Given(NamedTuple):
@@ -247,7 +237,7 @@ class Adding(Protocol):
 
     def point(self, like: Tensor, code: int, *operands: View, number: float = 0.0) -> View: ...
 
-    def numbers(self, code: int, *operands: View, number: float = 0.0) -> View: ...
+    def numbers(self, code: int, *operands: View) -> View: ...
 
     def add(self, code: int, operands: Sequence[View], to: View, action: int, *, number: float = 0.0) -> None: ...
 

@@ -233,9 +233,7 @@ class _Resolver:
 
     def _call(self, operation: Callable[..., object], arguments: tuple[Argument, ...], like: Tensor) -> fx.Node:
         self.left -= 1
-        node = new_node(self.graph, operation, arguments, {})
-        node.meta["val"] = like
-        return self._settled(node)
+        return self._settled(new_node(self.graph, operation, arguments, like))
 
 
 def _axis_of(node: fx.Node, given: int = 1) -> tuple[fx.Node, int, int]:

@@ -39,6 +39,9 @@ MEANINGS = {
 }
 
 
+LONGEST = 200  # characters of a text
+
+
 @dataclass(frozen=True)
 class Cell:
     """The text of a cell, and what it sorts by: a number, or nothing for text and NaN."""
@@ -131,11 +134,11 @@ def flat(values: Entries) -> list[tuple[str, str]]:
     return found
 
 
-def _text(value: object, most: int = 200) -> str:
+def _text(value: object) -> str:
     if isinstance(value, float):
         return f"{value:.6g}"
     text = "none" if value is None or value == {} or value == [] else str(value)
-    return text if len(text) <= most else f"{text[: most - 1]}…"
+    return text if len(text) <= LONGEST else f"{text[: LONGEST - 1]}…"
 
 
 def stages(history: Sequence[Entries]) -> Table:

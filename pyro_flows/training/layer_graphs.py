@@ -49,6 +49,7 @@ def body_of(layer: Bijection, x: Tensor) -> Body:
 
 _bodies: Cache[object, Body] = Cache(64)
 _MODULE_STATE = frozenset(vars(nn.Module()))
+_HOOKS = [key for key in _MODULE_STATE if "hooks" in key and "state_dict" not in key]
 
 
 def _kind(layer: nn.Module) -> tuple[object, ...] | None:
@@ -60,7 +61,7 @@ def _kind(layer: nn.Module) -> tuple[object, ...] | None:
     places: dict[int, int] = {}
     for name, module in layer.named_modules():
         own = {key: value for key, value in vars(module).items() if key not in _MODULE_STATE}
-        if any(map(_has_hooks, vars(module).items())) or not all(map(_is_plain, own.values())):
+        if any(vars(module).get(key) for key in _HOOKS) or not all(map(_is_plain, own.values())):
             return None
         tensors = [
             (key, value.shape, value.dtype, value.requires_grad, places.setdefault(id(value), len(places)))
@@ -69,11 +70,6 @@ def _kind(layer: nn.Module) -> tuple[object, ...] | None:
         ]
         found.append((name, type(module), tuple(sorted(own.items())), module.training, tuple(tensors)))
     return tuple(found)
-
-
-def _has_hooks(attribute: tuple[str, object]) -> bool:
-    name, value = attribute
-    return name in _MODULE_STATE and "hooks" in name and bool(value) and "state_dict" not in name
 
 
 def _is_plain(value: object) -> bool:

@@ -20,8 +20,6 @@ from pyro_flows.training.step_graph import stitched
 from pyro_flows.training.trainer import BLEND, DEFENSIVE, LOOK_EVERY
 from pyro_flows.verdict.thresholds import ESS_SHARE_PROMISING
 
-SAME_LOSS = 1e-3  # relative, of a first step of a flow by itself
-
 
 class Lockstep:
     r"""K flows and their optimizers as stacked tensors; a step of all of them is one recorded graph.

@@ -11,7 +11,7 @@ from torch.distributions import constraints
 
 from pyro_flows import _checks
 from pyro_flows.transforms.base import Bijection
-from pyro_flows.transforms.networks import adopt_context_scale
+from pyro_flows.transforms.networks import State, adopt_context_scale
 
 
 @_checks.constructor
@@ -83,9 +83,7 @@ class Compose(Bijection):
             shape = layer.inverse_shape(shape)
         return shape
 
-    def _load_from_state_dict(
-        self, state_dict: dict[str, Tensor], prefix: str, *args: object, **kwargs: object
-    ) -> None:
+    def _load_from_state_dict(self, state_dict: State, prefix: str, *args: object, **kwargs: object) -> None:
         adopt_context_scale(self, state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from pyro_flows import _checks
 from pyro_flows.transforms.base import Bijection
 from pyro_flows.transforms.conditioners import conditioner
-from pyro_flows.transforms.networks import Free, adopt_buffer
+from pyro_flows.transforms.networks import Free, State, adopt_buffer
 
 
 @_checks.constructor
@@ -211,9 +211,7 @@ class LowerTriangularAffine(Bijection):
         """Split into b, s and what is below the diagonal."""
         return free.split([self.dim, self.dim, free.shape[-1] - 2 * self.dim], dim=-1)
 
-    def _load_from_state_dict(
-        self, state_dict: dict[str, Tensor], prefix: str, *args: object, **kwargs: object
-    ) -> None:
+    def _load_from_state_dict(self, state_dict: State, prefix: str, *args: object, **kwargs: object) -> None:
         adopt_buffer(self, "relative", state_dict, prefix)
         self.settled = False
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)

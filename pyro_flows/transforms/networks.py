@@ -21,7 +21,10 @@ ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
 }
 
 
-def adopt_buffer(module: nn.Module, name: str, state_dict: dict[str, Tensor], prefix: str) -> None:
+State = dict[str, Tensor]
+
+
+def adopt_buffer(module: nn.Module, name: str, state_dict: State, prefix: str) -> None:
     """Let a module have a buffer if the state to be loaded has it, and none if the state lacks it."""
     found = state_dict.get(f"{prefix}{name}")
     if found is not None:
@@ -30,7 +33,7 @@ def adopt_buffer(module: nn.Module, name: str, state_dict: dict[str, Tensor], pr
         setattr(module, name, None)
 
 
-def adopt_context_scale(module: nn.Module, state_dict: dict[str, Tensor], prefix: str) -> None:
+def adopt_context_scale(module: nn.Module, state_dict: State, prefix: str) -> None:
     """Let a module take over the location and scale of a context from the state to be loaded, or have none.
 
     Raises:
@@ -72,9 +75,7 @@ class Paced(nn.Module):
     def _paced(self, out: Tensor) -> Tensor:
         return out if self.gain is None else out * self.gain
 
-    def _load_from_state_dict(
-        self, state_dict: dict[str, Tensor], prefix: str, *args: object, **kwargs: object
-    ) -> None:
+    def _load_from_state_dict(self, state_dict: State, prefix: str, *args: object, **kwargs: object) -> None:
         adopt_buffer(self, "gain", state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
