@@ -50,12 +50,7 @@ def dataset(
     names: dict[Hashable, Sequence[Hashable]] = {name: list(dims.get(name, ())) for name in filled}
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=MANY_CHAINS)
-        found = make(
-            filled,
-            dims=names,
-            coords=dict(coords or {}),
-            sample_dims=sample_dims,
-        )
+        found = make(filled, dims=names, coords=dict(coords or {}), sample_dims=sample_dims)
     found.attrs = {}
     return found
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import operator
 import shutil
 import sys
 import threading
@@ -10,7 +11,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from types import TracebackType
-from typing import Protocol, Self
+from typing import Self
 
 from pyro_flows._interrupts import undisturbed
 
@@ -28,12 +29,6 @@ def in_nats(elbo: float) -> str:
     ('ELBO -3.46, ', '')
     """
     return f"ELBO {elbo:.2f}, " if abs(elbo) < UNTOLD else ""
-
-
-class DisplayHandle(Protocol):
-    """What a notebook returns for an output."""
-
-    def update(self, data: dict[str, str], *, raw: bool) -> object: ...
 
 
 class Bar:
@@ -148,7 +143,7 @@ class Bar:
         data = {"text/plain": line}
         if self._update is None:
             assert self._display is not None
-            self._update = self._display(data, raw=True, display_id=True).update
+            self._update = operator.attrgetter("update")(self._display(data, raw=True, display_id=True))
         else:
             self._update(data, raw=True)
 
@@ -180,7 +175,7 @@ def _is_terminal() -> bool:
         return False
 
 
-def _display() -> Callable[..., DisplayHandle] | None:
+def _display() -> Callable[..., object] | None:
     """Return the notebook's function for outputs, None outside of notebooks."""
     ipython = sys.modules.get("IPython")
     shell = ipython.get_ipython() if ipython is not None else None

@@ -147,7 +147,7 @@ def _judged(
                 draw, score = _from_distribution(guide, density, args, kwargs)
                 space = space_of(guide, density, args, kwargs)
             else:
-                check_sites(guide, trace, density)
+                check_sites(trace, density)
                 draw, score = from_traces(guide, density, args, kwargs, random_sites(trace))
             with torch.no_grad(), seeded(derive(seed, "digits"), density.device):
                 density.check_digits(draw(COMPARED)[0])

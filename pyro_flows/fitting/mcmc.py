@@ -29,12 +29,9 @@ NO_GUIDE = "the draws are Markov chains, no guide was fitted"
 
 @_checks.options
 def from_mcmc(
-    mcmc: object,
-    model: Callable[..., object],
-    *args: object,
-    model_kwargs: Mapping[str, object] | None = None,
+    mcmc: object, model: Callable[..., object], *args: object, model_kwargs: Mapping[str, object] | None = None,
     seed: int = 0,
-) -> Posterior:
+) -> Posterior:  # fmt: skip
     r"""Judge the output of Pyro's ``MCMC``, and hand it over to ArviZ as a fit's.
 
     ``ok`` takes rank-normalized split R-hat below 1.01 in all unconstrained coordinates, at least 400 effective draws

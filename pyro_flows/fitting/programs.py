@@ -42,7 +42,7 @@ def random_sites(trace: poutine.Trace) -> dict[str, Site]:
     }
 
 
-def check_sites(guide: object, trace: poutine.Trace, density: LogDensity) -> None:
+def check_sites(trace: poutine.Trace, density: LogDensity) -> None:
     """Check that the guide's density is one of the model's latents alone, and of all of them."""
     sites = random_sites(trace)
     auxiliary = {name for name, site in sites.items() if site["infer"].get("is_auxiliary")}

@@ -163,7 +163,10 @@ class _Resolver:
         known = self._along(added.axis, rest, node)
         for index, part in added.at.items():
             there = index in known.at or known.base is not None
-            known.at[index] = self._plus(self._entry(known, index), part) if there else part
+            if there:
+                old = self._entry(known, index)
+                part = self._call(_aten.add.Tensor, (old, part), old.meta["val"])
+            known.at[index] = part
         return known
 
     def _copy(self, node: fx.Node) -> fx.Node | None:
@@ -202,9 +205,6 @@ class _Resolver:
             else:
                 known.at[index] = self._call(_aten.select.int, (known.base, known.axis, index), known.entry)
         return known.at[index]
-
-    def _plus(self, one: fx.Node, other: fx.Node) -> fx.Node:
-        return self._call(_aten.add.Tensor, (one, other), one.meta["val"])
 
     def _zeros(self, like: Tensor) -> fx.Node:
         zeros = self._call(_aten.zeros.default, ([*like.shape],), like)

@@ -176,11 +176,12 @@ def _tensor(name: str, value: object) -> Tensor:
 
 def _array(name: str, value: object) -> np.ndarray:
     """Return numbers as an array of a dtype that torch has, which owns its memory."""
-    dtype: pd.api.extensions.ExtensionDtype = getattr(value, "dtype", None)
-    if _pandas(value) and _pandas(dtype) and getattr(dtype, "numpy_dtype", None) is not None:  # those that know of NA
+    dtype = getattr(value, "dtype", None)
+    plain = getattr(dtype, "numpy_dtype", None)
+    if _pandas(value) and _pandas(dtype) and plain is not None:  # those that know of NA
         series = cast("pd.Series", value)
         missing = bool(series.isna().any())
-        value = series.to_numpy(dtype=np.float64, na_value=np.nan) if missing else series.to_numpy(dtype.numpy_dtype)
+        value = series.to_numpy(dtype=np.float64, na_value=np.nan) if missing else series.to_numpy(plain)
     if hasattr(value, "toarray"):
         raise _refused(name, "a sparse matrix")
     if isinstance(value, np.ma.MaskedArray) and np.ma.getmaskarray(value).any():
