@@ -34,6 +34,7 @@ from benchmarks.posteriors import stopping
 from benchmarks.posteriors.tables import posteriordb_section, stopping_section
 from benchmarks.priors import autoencoders, chains
 from benchmarks.records import Row
+from benchmarks.scale import numbers
 from benchmarks.search import running as search
 from benchmarks.search import tables as search_tables
 from benchmarks.speed import running as speed
@@ -58,6 +59,7 @@ TITLES = {
     "ledger": "What answers",
     "sensitivity": "If a threshold were another one",
     "ablation": "Without one of its parts",
+    "numbers": "Scales, precision and sizes",
     "named": "Models that statisticians bring",
     "modes": "Several modes",
     "search": "What the search for missed modes finds",
@@ -111,6 +113,7 @@ def write_tables(
     autoencoders_csv: Path = autoencoders.OUT,
     sensitivity_csv: Path = sensitivity.OUT,
     ablation_csv: Path = ablation.OUT,
+    numbers_csv: Path = numbers.OUT,
 ) -> None:
     """Fill the sections whose CSV file is there, each in the page that has its markers.
 
@@ -130,6 +133,7 @@ def write_tables(
         ("ledger", zoo_csv, lambda rows: ledger.section(zoo_csv.parent)),
         ("sensitivity", sensitivity_csv, sensitivity.section),
         ("ablation", ablation_csv, ablation.section),
+        ("numbers", numbers_csv, numbers.section),
         ("named", named_csv, lambda rows: named.section(rows, table, about)),
         ("modes", modes_csv, lambda rows: modes.section(rows, table, about)),
         ("search", search_csv, search_tables.section),

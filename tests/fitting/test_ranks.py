@@ -14,6 +14,7 @@ from torch import distributed
 
 import pyro_flows as pf
 from pyro_flows._seeding import seeded
+from pyro_flows.fitting import fit as fitting  # the module
 from pyro_flows.fitting import hierarchical, ranks
 from pyro_flows.fitting.ranks import Followed, Ranks, RowsOfRank
 from tests.guides.test_hierarchical import SCHOOLS, SIGMA, data, exact, normal_rows, schools
@@ -83,6 +84,14 @@ def test_a_model_without_minibatches_is_fitted_by_the_first_process(monkeypatch)
     monkeypatch.setattr(ranks, "ranks", lambda: Ranks(1, 2))
     with pytest.raises(Followed):
         pf.fit(schools, SCHOOLS, SIGMA, progress=False)
+
+
+def test_several_processes_take_no_checkpoint(monkeypatch, tmp_path):
+    monkeypatch.setattr(fitting, "ranks", lambda: Ranks(0, 2))
+    place = tmp_path / "kept"
+    with pytest.raises(ValueError, match=r"^checkpoint: expected None for a fit by several processes"):
+        pf.fit(normal_rows, data(40), 10, checkpoint=place, progress=False)
+    assert not place.exists()
 
 
 def test_without_torchrun_a_fit_is_one_of_this_process(monkeypatch):

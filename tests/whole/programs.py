@@ -86,15 +86,18 @@ class Statement:
 
 @dataclass(frozen=True)
 class Program:
-    """A model: call it with data (2, 5) for its observations."""
+    """A model: call it with data (2, 5) for its observations; of these it sees ``rows`` columns, a random subsample."""
 
     statements: tuple[Statement, ...]
+    rows: int = SIZES["data"][0]
 
     def __call__(self, y: Tensor) -> None:
         made: dict[str, Tensor] = {}
-        plates = {name: pyro.plate(name, size, dim=dim) for name, (size, dim) in SIZES.items()}
+        plates = {name: pyro.plate(name, size, dim=dim) for name, (size, dim) in SIZES.items() if name != "data"}
+        plates["data"] = pyro.plate("data", SIZES["data"][0], subsample_size=self.rows, dim=SIZES["data"][1])
+        y = y[:, plates["data"].indices]
         for one in self.statements:
-            shape = shape_of(one.frame)
+            shape = torch.Size([*shape_of(one.frame)[:-1], self.rows]) if "data" in one.frame else shape_of(one.frame)
             parameter = torch.zeros(shape, dtype=y.dtype)
             for parent in one.parents:
                 parameter = parameter + made[parent] / len(one.parents)

@@ -1,6 +1,7 @@
 """Properties of log densities over models that hypothesis writes, and verdicts on fits of random models of the zoo."""
 
 import os
+from dataclasses import replace
 
 import pyro
 import pytest
@@ -83,6 +84,13 @@ def test_a_density_is_that_of_pyros_trace(program, seed):
 @given(programs(), SEEDS)
 def test_a_stack_is_its_densities(program, seed):
     check_stack(program, seed)
+
+
+@settings(USUAL, max_examples=10)
+@given(programs(), st.integers(1, 4))
+def test_a_subsampled_plate_is_refused_by_its_name(program, rows):
+    with pytest.raises(ValueError, match=r"^plate 'data': subsampled,|: a latent in the subsampled plate 'data';"):
+        built(replace(program, rows=rows))
 
 
 @pytest.mark.slow
