@@ -37,6 +37,8 @@ OUT = records.RESULTS / "chains.csv"
 BATCHES, SEEDS = 10, 3
 METHODS = ("prior_from", "normal")
 NODES = 48  # of the quadrature over the effect of a group
+REFERENCE_DRAWS = 100_000  # of the last prior, and of all data at once
+MEASURED = 0.012  # what the comparison of so many draws may be off by, for all coordinates with 95 %
 MEAN_GOAL, SD_GOAL = 0.15, 0.15  # sds; log ratio
 KEY = ("problem", "method", "seed", "version")
 FIELDS = (
@@ -136,7 +138,7 @@ def of_flow(posterior: pf.Posterior, sites: Sequence[str]) -> pf.FittedPrior:
 def moments_of(prior: pf.FittedPrior) -> tuple[Tensor, Tensor]:
     """Return the means and sds of a prior's coordinates, by the names of its sites in order."""
     with torch.no_grad():
-        z = prior.flow.draw(100_000)[0]
+        z = prior.flow.draw(REFERENCE_DRAWS)[0]
     found = moments(Sample(z, equal(z)), box(z))
     sizes = [part.size for part in prior.parts]
     places = dict(zip(prior.sites, torch.arange(sum(sizes)).split(sizes), strict=True))
@@ -144,7 +146,7 @@ def moments_of(prior: pf.FittedPrior) -> tuple[Tensor, Tensor]:
     return found.mean[order], found.sd[order]
 
 
-def at_once(problem: Problem, data: tuple[Tensor, ...], draws: int = 16_000) -> tuple[Tensor, Tensor]:
+def at_once(problem: Problem, data: tuple[Tensor, ...], draws: int = REFERENCE_DRAWS) -> tuple[Tensor, Tensor]:
     """Return the means and sds given all data."""
     posterior = pf.fit(problem.whole, *data, draws=draws, progress=False)
     assert posterior.verdict.status == "ok", posterior.verdict
@@ -209,7 +211,7 @@ def section(rows: Sequence[Row]) -> str:
 
 
 def _covered(row: Row) -> bool:
-    return all(float(row[f"{what}_off"]) <= float(row[f"{what}_error"]) for what in ("mean", "sd"))
+    return all(float(row[f"{what}_off"]) <= float(row[f"{what}_error"]) + MEASURED for what in ("mean", "sd"))
 
 
 def _line(rows: Sequence[Row], name: str, method: str) -> list[str]:

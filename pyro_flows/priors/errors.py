@@ -9,10 +9,10 @@ itself, and one of a log sd :math:`a` times itself. Both hold to first order, fo
 from __future__ import annotations
 
 import math
-from statistics import NormalDist
 from typing import NamedTuple
 
 import torch
+from numpy.polynomial.hermite_e import hermegauss
 from torch import Tensor
 
 from pyro_flows import _mixing
@@ -25,7 +25,7 @@ FAR = 6.0  # sds beyond which a draw counts as that far off: moments of heavy ta
 MIDDLE = 0.15865  # the quantile one sd below the mean of a normal distribution
 DRAWN = 50_000  # draws of a flow, for its moments
 DIRECTIONS = 8  # at most, along which further data are tried
-CENTERS = [math.sqrt(2.0) * NormalDist().inv_cdf((place + 0.5) / 8) for place in range(8)]  # of these data, in sds
+NODES, NODE_WEIGHTS = hermegauss(5)  # of these data, in sqrt(2) sds: far ones bring out most, though they are rare
 TINY = torch.finfo(torch.float64).tiny
 
 
@@ -176,12 +176,13 @@ def shape_errors(wanted: Sample, has: Sample, *, same: bool) -> tuple[Tensor, Te
     places = [(sample.z.double().clamp(*within) - center) @ scaled for sample in (wanted, has)]
     total = torch.zeros(2, z.shape[1], dtype=torch.float64, device=z.device)
     for one, other in zip(places[0].unbind(1), places[1].unbind(1), strict=True):
-        for to in CENTERS:
+        for node, weight in zip(NODES, NODE_WEIGHTS / NODE_WEIGHTS.sum(), strict=True):
+            to = math.sqrt(2.0) * node
             tilted = [sample.weighted(-0.5 * (place - to).square()) for sample, place in ((wanted, one), (has, other))]
             apart = compared(tilted[0], tilted[1], within, same=same)
-            total[0] += apart.mean.square() - apart.mean_error.square()
-            total[1] += apart.sd.square() - apart.sd_error.square()
-    total = (total * (len(variances) / len(chosen) / len(CENTERS))).clamp_min(0.0)
+            total[0] += weight * (apart.mean.square() - apart.mean_error.square())
+            total[1] += weight * (apart.sd.square() - apart.sd_error.square())
+    total = (total * (len(variances) / len(chosen))).clamp_min(0.0)
     return total[0], total[1]
 
 

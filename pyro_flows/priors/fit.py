@@ -29,7 +29,8 @@ def prior_from(
     fitted with the one before as its prior. The flow is fitted by maximum likelihood to the draws, unconstrained;
     correlations between sites, skewness and tails are kept, which a multivariate normal or marginals lose. Of all
     latent sites of a posterior that is ``ok``, in coordinates that are the sites' own, it is the posterior's flow, from
-    which its draws come. At the end, the flow is moved to the means and sds of the weighted draws.
+    which its draws come, trained on where weights would still change it. At the end, the flow is moved to the means
+    and sds of the weighted draws.
 
     In a chain, errors of all posteriors so far add up. :attr:`FittedPrior.mean_error` and
     :attr:`FittedPrior.sd_error` say how far the prior may be off, see there.
@@ -52,8 +53,8 @@ def prior_from(
         UnreliableWarning: if the verdict is unreliable.
         UserWarning: if means may be off by more than 0.15 sd, or sds by more than 15 %.
 
-    Cost: a minute or two for 20 000 draws of ten coordinates, which are drawn anew where there is a guide; next to
-    nothing where the posterior's flow is taken.
+    Cost: a minute or two for 20 000 draws of ten coordinates, which are drawn anew where there is a guide; where the
+    posterior's flow is taken, next to nothing, or 500 steps of training.
 
     >>> import torch, pyro, pyro.distributions as dist, pyro_flows as pf
     >>> def model(y, prior):

@@ -26,6 +26,8 @@ from pyro_flows.priors.distribution import PriorDistribution
 from pyro_flows.priors.errors import UNKNOWN, PriorError, Sample, accumulated, equal, matched, share_of_prior
 from pyro_flows.priors.parts import Part, coordinates, describe
 from pyro_flows.results.dims import Labels
+from pyro_flows.training import loop
+from pyro_flows.training.trainer import Trainer
 from pyro_flows.verdict.psis import psis
 
 if TYPE_CHECKING:
@@ -33,6 +35,8 @@ if TYPE_CHECKING:
 
 LAYERS = 4
 DRAWS = 20_000
+OWN_ERROR_MOST = 0.02  # of a posterior's own flow, in sds; above, it is trained on
+STEPS, PARTICLES = 500, 256  # of this training
 BATCH = 1024  # draws a step: a posterior is near to a normal distribution, and noise of small batches takes it away
 HELD_OUT = 0.15  # of the distinct draws
 LEAST_DRAWS = 100
@@ -60,9 +64,11 @@ def make(posterior: Record, names: Sequence[str], *, seed: int, max_epochs: int 
     z = _repaired(torch.cat([coordinates(own, samples[name])[0] for name, own in by_name.items()], -1))
     sample = Sample.of(z, weights, posterior.chain_count)
     own = _own_flow(posterior, names)
-    flow = own or _fitted(z, seed, max_epochs, progress)
+    flow = own or _fitted(z, weights, seed, max_epochs, progress)
     with alone(), seeded(derive(seed, "moments of the prior"), z.device):
         errors = matched(flow, sample, own=own is not None)
+        if own is not None and max(errors) > OWN_ERROR_MOST:
+            errors = matched(own, _trained(own, posterior._need_model(), seed), own=True)
         shares = []
         for name, fn in earlier.items():
             x = _repaired(coordinates(fn.parts, samples[name])[0].flatten(1))
@@ -176,9 +182,24 @@ def _own_flow(posterior: Record, names: Sequence[str]) -> Flow | None:
     return copy.deepcopy(flow)
 
 
-def _fitted(z: Tensor, seed: int, max_epochs: int | None, progress: bool) -> Flow:
-    """Fit a flow by maximum likelihood; copies of one draw are all trained on, or all held out."""
+def _trained(flow: Flow, density: LogDensity, seed: int) -> Sample:
+    """Train a posterior's own flow on, in place; return weighted draws of it.
+
+    What weights mend in a posterior, as the tails of a Gaussian, they do not mend in a prior, which may be far off
+    where later data point to its tails.
+    """
+    trainer = Trainer(flow, density, learning_rate=loop.STEP_SIZE, batch=PARTICLES)
+    loop.train(trainer, loop.Budget(STEPS), seed=derive(seed, "training of the prior"), report=lambda *_: None)
+    trainer.write()
+    z, log_q = flow.draw(DRAWS)
+    with torch.no_grad():
+        return Sample(z.detach(), psis((density(z) - log_q).double())[0].exp().to(z.device))
+
+
+def _fitted(z: Tensor, weights: Tensor, seed: int, max_epochs: int | None, progress: bool) -> Flow:
+    """Fit a flow to weighted draws by maximum likelihood; copies of one draw are all trained on, or all held out."""
     with alone(), seeded(derive(seed, "prior"), z.device):
+        z = z[torch.multinomial(weights, len(z), replacement=True)]
         dim = z.shape[1]
         options = {"layers": LAYERS, "base": "normal"}
         inner = BUILDERS["planar"](1, **options) if dim == 1 else BUILDERS["realnvp"](dim, network="robust", **options)

@@ -89,6 +89,17 @@ def test_a_regression_against_exact_refits():
     assert 2.0 < found.p < 5.0  # three slopes and a scale
 
 
+def test_p_takes_draws_by_their_weights():
+    """The effective number of parameters is the log predictive density less elpd, each by weighted draws."""
+    work = Work(counted("ok", draws=400), None, 0)
+    found = work.moved(work.drawn(400))
+    ratio = torch.linspace(-2.0, 2.0, len(found.given.values), dtype=torch.float64)
+    given = replace(found.given, draws=found.given.draws._replace(ratio=ratio))
+    weights = torch.softmax(ratio, 0)[:, None]
+    expected = (weights * given.values.double().exp()).sum(0).log() - found.elpd
+    torch.testing.assert_close(as_loo(work, replace(found, given=given)).p_pointwise, expected, rtol=0.0, atol=1e-3)
+
+
 @pytest.mark.slow
 def test_the_error_is_a_share_of_the_standard_error_and_honest():
     """Where k-hats of .25 to .7 were taken as they are, the mean square was 10: smoothed weights are biased there."""

@@ -69,6 +69,15 @@ def test_a_context_of_classes_takes_out_the_mean_of_each():
         assert (x.std(0) - 1.0).abs().max() < 0.02
 
 
+def test_a_context_of_numbers_takes_out_its_linear_effect():
+    context = 5.0 + torch.randn(400, 1)
+    y = 3.0 * context + 0.5 * torch.randn(400, 2)
+    for kind in ("standardize", "whiten"):
+        x, _ = preprocess(kind, [(y, context)]).inverse_and_ladj(y, context)
+        assert x.mean(0).abs().max() < 0.01
+        assert (x.std(0) - 1.0).abs().max() < 0.02
+
+
 def test_images_get_one_scale():
     y = torch.randn(500, 1, 2, 2) * torch.tensor([[1.0, 2.0], [3.0, 4.0]])
     scale = preprocess("standardize", [(y, None)], pooled=True).scale

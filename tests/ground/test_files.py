@@ -123,6 +123,14 @@ def test_a_save_that_is_killed_anywhere_leaves_the_old_or_the_new(tmp_path, firs
     assert (none > 50) if first else (old > 50 and none == 0)
 
 
+def test_who_reads_a_file_that_is_replaced_reads_the_old_one(tmp_path):
+    replace_file(tmp_path / "run.pt", b"old")
+    with (tmp_path / "run.pt").open("rb") as reader:
+        replace_file(tmp_path / "run.pt", b"new")
+        assert reader.read() == b"old"
+    assert (tmp_path / "run.pt").read_bytes() == b"new"
+
+
 def test_a_file_that_is_killed_or_fails_leaves_the_old(tmp_path, monkeypatch):
     replace_file(tmp_path / "run.pt", b"old")
 
