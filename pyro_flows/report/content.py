@@ -9,7 +9,7 @@ import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pyro_flows._arrays import Chosen
 from pyro_flows._bundles import Entries
@@ -26,8 +26,6 @@ from pyro_flows.verdict.methods import METHODS
 if TYPE_CHECKING:
     import pandas as pd
 
-    from pyro_flows.comparison.compare import Comparison
-
 POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 DEFAULTS = {"draws": 4000, "seed": 0}  # of the calls that make a posterior
 SOURCE = 20_000  # characters of a model's source at most
@@ -38,7 +36,7 @@ class Options:
     """What the caller wants on the page; see :meth:`~pyro_flows.Posterior.report`."""
 
     title: str | None = None
-    comparison: Comparison | None = None
+    comparison: Any = None  # a Comparison: its room stands beside this one
     predictive: bool = True
     source: bool = True
     chosen: Chosen = field(default_factory=lambda: Chosen(var_names=None, filter_vars=None, coords=None))
@@ -105,7 +103,7 @@ def _checks(posterior: Record) -> tuple[Picture, tables.Table | None, str]:
     return picture, table, tables.not_reproduced(table)
 
 
-def _comparison(comparison: Comparison) -> dict[str, object]:
+def _comparison(comparison: Any) -> dict[str, object]:
     """Return a comparison as table and sentences."""
     frame = comparison.table.round(3)
     best, *others = comparison.names
