@@ -13,8 +13,7 @@ from pyro_flows.flows.flow import Flow
 from pyro_flows.flows.images import glow, multiscale_realnvp
 from pyro_flows.flows.signals import waveglow
 from pyro_flows.flows.vectors import nice, planar, realnvp, spline
-from pyro_flows.guides.autoflow import AutoFlow
-from pyro_flows.guides.named import AutoNICE, AutoPlanar, AutoRealNVP
+from pyro_flows.guides.autoflow import AutoFlow, AutoNICE, AutoPlanar, AutoRealNVP
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.model.observations import NothingObservedWarning
 from pyro_flows.posterior.posterior import Posterior, load
@@ -38,8 +37,7 @@ if TYPE_CHECKING:
     from pyro_flows.density_estimation.fitted import DensityFit
     from pyro_flows.guides.hierarchical import AutoHierarchicalFlow
     from pyro_flows.guides.messenger import AutoFlowMessenger
-    from pyro_flows.priors.fit import prior_from
-    from pyro_flows.priors.fitted import FittedPrior
+    from pyro_flows.priors.fitted import FittedPrior, prior_from
     from pyro_flows.svi.path_elbo import PathELBO
     from pyro_flows.versions import show_versions
 
@@ -64,7 +62,7 @@ _LATER = {
     "fit_density": "density_estimation.fit_density",
     "DensityEstimator": "density_estimation.estimator",
     "DensityFit": "density_estimation.fitted",
-    "prior_from": "priors.fit",
+    "prior_from": "priors.fitted",
     "FittedPrior": "priors.fitted",
     "PathELBO": "svi.path_elbo",
     "show_versions": "versions",

@@ -54,6 +54,13 @@ def reading(path: str | os.PathLike[str], *names: str) -> Iterator[None]:
 # tensors --------------------------------------------------------------------------------------------------------------
 
 
+def packed(tensors: object) -> bytes:
+    """Write what :func:`unpacked` reads."""
+    file = io.BytesIO()
+    torch.save(tensors, file)
+    return file.getvalue()
+
+
 def unpacked(data: bytes, device: torch.device | str = "cpu") -> Any:
     """Read what ``torch.save`` wrote: tensors, numbers and text in lists, tuples and dicts. No code is run."""
     with Tried() as tried, zipfile.ZipFile(io.BytesIO(data)) as archive:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from typing import Any
 
 from torch import nn
 
@@ -13,15 +12,7 @@ from pyro_flows._progress import Bar
 from pyro_flows._seeding import derive, seeded
 from pyro_flows._turns import alone
 from pyro_flows.amortization.amortized import Amortized, Parts
-from pyro_flows.amortization.building import (
-    LAYERS,
-    exchangeable_rows,
-    measured,
-    networks,
-    scale_of,
-    simulate,
-    stacked,
-)
+from pyro_flows.amortization.building import LAYERS, exchangeable_rows, measured, networks, scale_of, simulate, stacked
 from pyro_flows.amortization.files import probe
 from pyro_flows.amortization.form import bound
 from pyro_flows.density_estimation.fit_density import fit_density
@@ -116,20 +107,23 @@ def amortize(
         parts = Parts(read.form, scale, conditional, read.density, stacked(read))
         bar.close("simulated")
     start = with_preprocess(conditional.flow, measured(read, features, rows))
-    options: dict[str, Any] = {
-        "preprocess": None,
-        "max_epochs": max_epochs,
-        "max_seconds": max_seconds,
-        "batch": BATCH,
-        "checkpoint": checkpoint,
-        "seed": seed,
-    }
-    fitted = fit_density(start, read.z[REFERENCE:].float(), context=features[REFERENCE:], progress=progress, **options)
+    fitted = fit_density(
+        start,
+        read.z[REFERENCE:].float(),
+        context=features[REFERENCE:],
+        preprocess=None,
+        max_epochs=max_epochs,
+        max_seconds=max_seconds,
+        batch=BATCH,
+        checkpoint=checkpoint,
+        seed=seed,
+        progress=progress,
+    )
     conditional.trained(fitted.flow)
     with alone(), seeded(derive(seed, "what the prior predicts"), read.density.device):
         held = {name: value[:REFERENCE] for name, value in read.observed.items()}
         reference = parts.predict(held)
-    settings: dict[str, Any] = {"simulations": len(read.z) - REFERENCE, "max_epochs": max_epochs, "seed": seed}
+    settings: dict[str, object] = {"simulations": len(read.z) - REFERENCE, "max_epochs": max_epochs, "seed": seed}
     settings |= {"flow": conditional.recipe.builder, "layers": conditional.recipe.options["layers"]}
     settings |= {name: fitted.settings[name] for name in ("steps", "epochs", "seconds")} | {"why": fitted.why}
     settings |= {"rows": rows, "encoder": "default" if encoder is None else type(encoder).__name__}

@@ -7,12 +7,13 @@ import os
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Self
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
 
 from pyro_flows import _checks
+from pyro_flows._bundles import Entries
 from pyro_flows._seeding import derive, seeded
 from pyro_flows._threads import few_threads
 from pyro_flows._turns import alone
@@ -24,6 +25,7 @@ from pyro_flows.calibration.cases import Case
 from pyro_flows.flows.flow import Flow
 from pyro_flows.guides.autoflow import AutoFlow
 from pyro_flows.model.log_density import LogDensity
+from pyro_flows.model.sites import Keywords
 from pyro_flows.model.stack import NotStackable, Stack
 from pyro_flows.posterior.draws import from_draws
 from pyro_flows.posterior.posterior import Posterior
@@ -121,10 +123,10 @@ class Amortized:
     model: Callable[..., object]
     losses: Tensor
     validation: float
-    settings: dict[str, Any]
+    settings: dict[str, object]
     _parts: Parts
     _predicted: Predicted
-    _probe: dict[str, Any]
+    _probe: Entries
 
     def __call__(self, *args: object, **kwargs: object) -> Posterior:
         """Return the posterior of a data set, given as the model takes it."""
@@ -158,8 +160,7 @@ class Amortized:
 
         Source: Li et al. 2024, *Amortized Bayesian Workflow* (arXiv 2409.04332).
         """
-        case = bound(self.model, args, dict(model_kwargs or {}))
-        features = self._parts.features({name: value[None] for name, value in self._parts.form.read(case).items()})
+        case, features = self._read(args, model_kwargs)
         with alone(), few_threads(self._parts.lead.numbers), seeded(derive(seed, "amortized"), self._parts.lead.device):
             density = self._density(case)
             flow, doubts = self._flow(features, density)
@@ -227,12 +228,9 @@ class Amortized:
 
         Source: Box 1980, *Sampling and Bayes' Inference in Scientific Modelling and Robustness* (doi:10.2307/2982063).
         """
-        case = bound(self.model, args, dict(model_kwargs or {}))
-        features = self._parts.features({name: value[None] for name, value in self._parts.form.read(case).items()})
+        case, features = self._read(args, model_kwargs)
         with alone(), seeded(derive(seed, "outside"), self._parts.lead.device):
             return self._flow(features, self._density(case))[1]
-
-    # files ----------------------------------------------------------------------------------------------------------
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a directory of tensors and JSON; neither the model nor its data, nor an encoder of your own.
@@ -274,7 +272,10 @@ class Amortized:
         about = tensors["losses"], float(text["validation"]), text["settings"]
         return cls(model, *about, parts, predicted, tensors["probe"])
 
-    # parts ----------------------------------------------------------------------------------------------------------
+    def _read(self, args: tuple[object, ...], kwargs: Keywords | None) -> tuple[Case, Tensor]:
+        """Return a data set in the form that all have, and its features (1, n)."""
+        case = bound(self.model, args, dict(kwargs or {}))
+        return case, self._parts.features({name: value[None] for name, value in self._parts.form.read(case).items()})
 
     def _density(self, case: Case) -> LogDensity:
         """Return the model's log density of a data set, which takes the graphs of all others where it can."""
@@ -301,14 +302,14 @@ class Amortized:
         """Say in which way features (1, n) of a data set are outside of what the prior predicts."""
         low, high, far = self._predicted.limits
         away, number = features.abs().max(1)
-        share = f"{1.0 - PREDICTIVE_TAIL:.1%} of simulated data sets"
-        if not float(away) <= far:
-            return (f"{OUTSIDE}: {self._parts.form.entry(int(number))} is farther out than in {share}",)
         value = log_evidence - float(self._parts.scale.log_slope(features))
-        if not low <= value <= high:
-            than = "lower" if not value >= low else "higher"
-            return (f"{OUTSIDE}: their density is {than} than in {share}",)
-        return ()
+        if not float(away) <= far:
+            how = f"{self._parts.form.entry(int(number))} is farther out"
+        elif not low <= value <= high:
+            how = f"their density is {'higher' if value >= low else 'lower'}"
+        else:
+            return ()
+        return (f"{OUTSIDE}: {how} than in {1.0 - PREDICTIVE_TAIL:.1%} of simulated data sets",)
 
     def __repr__(self) -> str:
         name = getattr(self.model, "__name__", type(self.model).__name__)

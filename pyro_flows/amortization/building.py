@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from contextlib import suppress
 from typing import NamedTuple
 
@@ -97,25 +96,21 @@ def networks(
     """Return an encoder and a flow, both untrained."""
     sizes = read.form.sizes
     with seeded(derive(seed, "networks"), read.density.device):
-        made = _encoder(encoder, read.form, sizes, rows).to(read.density.device)
+        if encoder is not None:
+            made: nn.Module = Shaped(encoder, read.form.keep)
+        else:
+            made = perceptron(sum(sizes)) if rows == 1 else Pooled(rows, [size // rows for size in sizes])
+        made = made.to(read.density.device)
         width = made(torch.zeros(2, sum(sizes), device=read.density.device)).shape[-1]
         return Conditional(couplings(flow, read.density.dim, layers, width), made, sum(sizes))
 
 
-def _encoder(encoder: nn.Module | None, form: Form, sizes: Sequence[int], rows: int) -> nn.Module:
-    if encoder is not None:
-        return Shaped(encoder, form.keep)
-    return perceptron(sum(sizes)) if rows == 1 else Pooled(rows, [size // rows for size in sizes])
-
-
 def couplings(flow: str, dim: int, layers: int | None, width: int) -> Flow:
-    """Return couplings with a context of this width."""
     name = ("spline" if dim <= SPLINES_UP_TO else "realnvp") if flow == "auto" else flow
     return VECTOR_BUILDERS[name](dim, layers=layers or LAYERS[name], context_dim=width, **FLOW, **BASE)
 
 
 def scale_of(read: Read, rows: int) -> Scale:
-    """Measure the scale of simulated data."""
     return Scale(read.form.rows(read.observed), read.form.sizes, exchangeable=rows)
 
 
@@ -137,9 +132,7 @@ def stacked(read: Read) -> Stack | None:
     """Return the densities of some simulated data sets side by side; None where the model cannot do that."""
     every = range(min(STACKED, len(read.z)))
     cases = [read.form.wiring({name: value[number] for name, value in read.observed.items()}) for number in every]
-    found = None
     with suppress(NotStackable):
-        found = Stack([read.density.beside(case.args, case.kwargs) for case in cases])
-    if found is None:
-        fallback("each data set has a graph of its own")
-    return found
+        return Stack([read.density.beside(case.args, case.kwargs) for case in cases])
+    fallback("each data set has a graph of its own")
+    return None

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from pyro_flows._bundles import Bundle, Entries, damaged, plain
 from pyro_flows._fallbacks import first_line
+from pyro_flows._untrusted import packed
 from pyro_flows.amortization.building import Read, exchangeable_rows, networks, scale_of
 from pyro_flows.amortization.form import Scale
 from pyro_flows.amortization.networks import Conditional
@@ -26,13 +27,10 @@ DAMAGE = (AttributeError, EOFError, LookupError, OSError, RuntimeError, TypeErro
 
 def write(path: str | os.PathLike[str], tensors: Entries, text: Entries) -> None:
     """Write a trained flow and what belongs to it: all of it, or nothing."""
-    target, stored = FILES.check_target(path), io.BytesIO()
-    torch.save(dict(tensors), stored)
-    FILES.write(target, plain(dict(text)), {TENSORS: stored.getvalue()})
+    FILES.write(FILES.check_target(path), plain(text), {TENSORS: packed(dict(tensors))})
 
 
 def read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the tensors and the text of a saved amortized posterior."""
     text, contents = FILES.read(path)
     try:
         return torch.load(io.BytesIO(contents[TENSORS]), map_location="cpu", weights_only=True), text
@@ -41,7 +39,6 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def rebuilt(found: Read, tensors: Entries, settings: Entries, encoder: nn.Module | None) -> tuple[Scale, Conditional]:
-    """Return the scale of the data and the trained flow."""
     if (settings["encoder"] == "default") != (encoder is None):
         raise ValueError(f"encoder: expected the one of the training, which was {settings['encoder']!r}.")
     rows = settings["rows"]
@@ -64,7 +61,7 @@ def rebuilt(found: Read, tensors: Entries, settings: Entries, encoder: nn.Module
     return scale, made
 
 
-def probe(found: Read) -> dict[str, Any]:
+def probe(found: Read) -> Entries:
     """Return log densities of some simulations, by which the model is known again."""
     log_p = []
     for number in range(COMPARED):

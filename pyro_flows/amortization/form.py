@@ -6,7 +6,7 @@ import inspect
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import cast
 
 import numpy as np
 import torch
@@ -68,7 +68,7 @@ class Form:
                 raise ValueError(f"site {name!r}: expected missing values (NaN) where amortize was given them.")
         return found
 
-    def _placed(self, leaves: Sequence[Any]) -> dict[str, Tensor]:
+    def _placed(self, leaves: Sequence[Tensor]) -> dict[str, Tensor]:
         """Return the values of the observed sites in the arguments."""
         found = {}
         for place in self.wiring.places:
@@ -95,7 +95,7 @@ class Form:
         raise IndexError(number)
 
 
-def _like(leaf: Any, first: Tensor, number: int) -> Tensor:
+def _like(leaf: object, first: Tensor, number: int) -> Tensor:
     """Return an argument as the first one was: its strides, dtype and device."""
     value = torch.as_tensor(leaf)
     if value.shape != first.shape:
@@ -106,12 +106,13 @@ def _like(leaf: Any, first: Tensor, number: int) -> Tensor:
     return first.clone().copy_(value)
 
 
-def _equal(leaf: Any, first: Any) -> bool:
+def _equal(leaf: object, first: object) -> bool:
     if isinstance(first, Tensor):
-        same = torch.is_tensor(leaf) and leaf.shape == first.shape
-        return same and torch.allclose(leaf.double(), first.double(), rtol=0.0, atol=0.0, equal_nan=True)
+        if not isinstance(leaf, Tensor) or leaf.shape != first.shape:
+            return False
+        return torch.allclose(leaf.double(), first.double(), rtol=0.0, atol=0.0, equal_nan=True)
     if isinstance(first, np.ndarray):
-        return np.array_equal(leaf, first)
+        return np.array_equal(cast(np.ndarray, leaf), first)
     try:
         return leaf is first or bool(leaf == first)
     except (TypeError, ValueError):  # of tables and the like
@@ -137,7 +138,6 @@ class Scale(torch.nn.Module):
             self.register_buffer(name, torch.cat(parts))
 
     def forward(self, rows: Tensor) -> Tensor:
-        """Return the data on the common scale (K, n)."""
         units = (rows - self.loc) / self.scale
         return torch.where(self.heavy, units.asinh(), units)
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from pyro_flows._bundles import Entries
 from pyro_flows._seeding import seeded
 from pyro_flows.flows.flow import Flow
 from pyro_flows.flows.recipe import Recipe
@@ -18,12 +19,14 @@ from pyro_flows.transforms.fixed import Preprocess
 from pyro_flows.transforms.networks import Free, Network
 from pyro_flows.verdict.weighing import Weighing
 
+Module = TypeVar("Module", bound=nn.Module)
+
 WIDTH = 64  # numbers that an encoder makes of a data set
 HIDDEN = 128  # units of a hidden layer of an encoder
 DRAWS_A_DIM = 10  # with weight, from which on correlations are matched too
 TRIANGULAR_UP_TO = 50  # dimensions in which the affine map of the data is triangular; diagonal above
-FLOW: Mapping[str, Any] = {"hidden": (64, 64), "activation": "relu", "network": "robust"}
-BASE: Mapping[str, Any] = {"base": "student_t", "df": 7.0}  # draws that are weighed need tails
+FLOW: Entries = {"hidden": (64, 64), "activation": "relu", "network": "robust"}
+BASE: Entries = {"base": "student_t", "df": 7.0}  # draws that are weighed need tails
 
 
 def perceptron(entries: int, out: int = WIDTH) -> nn.Sequential:
@@ -59,7 +62,6 @@ class Shaped(nn.Module):
         self.encoder, self.keep = encoder, dict(keep)
 
     def forward(self, features: Tensor) -> Tensor:
-        """Return what the encoder makes of data sets (K, n)."""
         parts, sites = features.split([int(keep.sum()) for keep in self.keep.values()], -1), {}
         for part, (name, keep) in zip(parts, self.keep.items(), strict=True):
             sites[name] = features.new_zeros(len(features), *keep.shape)
@@ -122,10 +124,9 @@ class Conditional:
         features = features.to(scale.loc)
         context = encoded.encoder(features[None])[0]
         couplings, _, affine = _layers(encoded.bijection)
-        found: Flow = _cloned(self._without_context())
+        found = _cloned(self._without_context())
         own_couplings, _, own_affine, own_scale = _layers(found.bijection)
-        pairs = zip([*_layers(couplings), affine], [*_layers(own_couplings), own_affine], strict=True)
-        for layer, own in pairs:
+        for layer, own in zip([*_layers(couplings), affine], [*_layers(own_couplings), own_affine], strict=True):
             _fold(layer.conditioner, own.conditioner, context)
         own_scale.loc = scale.loc + features @ scale.slope
         return found.to(dtype)
@@ -194,7 +195,7 @@ def _layers(module: Any) -> list[Any]:
     return list(module.layers)
 
 
-def _cloned(module: Any) -> Any:
+def _cloned(module: Module) -> Module:
     """Return a copy of a module with tensors of its own; ``copy.deepcopy`` takes twenty times as long."""
     new = copy.copy(module)
     new._parameters = {name: _own(value) for name, value in module._parameters.items()}

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import MISSING, fields
-from itertools import pairwise
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import MISSING, dataclass, field, fields
+from itertools import islice, pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from pyro_flows._bundles import Entries
+from pyro_flows._interrupts import STATE
 from pyro_flows._untrusted import require
 from pyro_flows.density_estimation.points import Batch, Source
-from pyro_flows.density_estimation.schedule import State, trapeze
 from pyro_flows.flows.flow import Flow
 from pyro_flows.flows.mixture_base import MixtureBase
 from pyro_flows.transforms import DiagonalAffine
@@ -26,6 +27,60 @@ AVERAGE_POWER = 9.0  # the average holds about the last tenth of the steps
 CLIP = 5.0
 SCALES = 5.0
 PARTS = 0.3  # of a mixture as base, which begins where it is best by itself
+
+Run = tuple[float, float, list[Tensor], torch.optim.Optimizer]  # of a race: score, step size, weights
+
+INTERRUPTED = "interrupted"  # begins the reason of such an end
+
+
+@dataclass
+class State:
+    """Where a run stands, but for weights and moments; plain numbers, so that it can be written to a checkpoint."""
+
+    learning_rate: float = 0.0
+    weight_decay: float = 0.0
+    spent: float = 0.0  # share of the budget that went before the first step
+    steps: int = 0
+    epoch: int = 0
+    seconds: float = 0.0
+    norm: float = 0.0
+    skipped: int = 0
+    falls: int = 0
+    averaged: int = 0
+    best: float = -math.inf
+    best_step: int = 0
+    cool_from: float = -1.0  # progress or steps at which the cool-down began; below 0: not yet
+    cool_steps: int = 0  # its length, where validation asked for it; 0 where the budget did
+    cool_top: float = 1.0  # the share of the step size that it began with
+    done: bool = False
+    why: str = ""
+    losses: list[float] = field(default_factory=list)
+    checks: list[tuple[int, float]] = field(default_factory=list)  # steps, nats on validation
+
+    @property
+    def interrupted(self) -> bool:
+        return self.why.startswith(INTERRUPTED)
+
+    def interrupt(self) -> None:
+        self.done, self.why = True, f"{INTERRUPTED} ({STATE.name}) after {self.steps} steps"
+
+
+def log_prob(flow: Flow, y: Tensor, context: Tensor | None) -> Tensor:
+    """Return ``log q(y)`` without the detour over a distribution of Pyro's."""
+    x, ladj = flow.bijection.inverse_and_ladj(y, context)
+    return flow.base_distribution(context).log_prob(x) + ladj
+
+
+@torch.no_grad()
+def score(flow: Flow, batches: Iterable[Batch], most: float = math.inf) -> float:
+    """Return the mean log density of about the first ``most`` points; minus infinity if it is not finite."""
+    total, count = 0.0, 0
+    for y, context in batches:
+        total += float(log_prob(flow, y, context).double().sum())
+        count += len(y)
+        if count >= most:
+            break
+    return total / count if math.isfinite(total) else -math.inf
 
 
 class Ascent:
@@ -45,29 +100,22 @@ class Ascent:
         self.dim = flow.dim
 
     def fresh_moments(self) -> None:
-        """Forget the optimizer's moments."""
         layers = [layer for layer in self.flow.modules() if isinstance(layer, DiagonalAffine) and not layer.context_dim]
         scales = {parameter for layer in layers for parameter in layer.parameters()}
         mixtures = [layer for layer in self.flow.modules() if isinstance(layer, MixtureBase)]
         parts = {parameter for layer in mixtures for parameter in layer.parameters(recurse=False)}
         kinds = [(set(self.parameters) - scales - parts, 1.0, True), (scales, SCALES, False), (parts, PARTS, False)]
         groups: list[dict[str, Any]] = [
-            {"params": [one for one in self.parameters if one in kind], "times": times, "decays": decays}
+            {"params": own, "times": times, "decays": decays}
             for kind, times, decays in kinds
+            if (own := [one for one in self.parameters if one in kind])
         ]
-        self.optimizer = torch.optim.AdamW(
-            [group for group in groups if group["params"]], lr=1e-3, betas=(0.9, 0.99), fused=True
-        )
+        self.optimizer: torch.optim.Optimizer = torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.99), fused=True)
         self.set_weight_decay(self.state.weight_decay)
-
-    def log_prob(self, y: Tensor, context: Tensor | None) -> Tensor:
-        """Return ``log q(y)`` without the detour over a distribution of Pyro's."""
-        x, ladj = self.flow.bijection.inverse_and_ladj(y, context)
-        return self.flow.base_distribution(context).log_prob(x) + ladj
 
     def step(self, y: Tensor, context: Tensor | None, learning_rate: float) -> float:
         """Take one step; return the loss before it."""
-        loss = -self.log_prob(y, context).mean()
+        loss = -log_prob(self.flow, y, context).mean()
         gradients = torch.autograd.grad(loss, self.parameters)
         norm = float(torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients))))
         state, value = self.state, float(loss.detach())
@@ -92,35 +140,25 @@ class Ascent:
         torch._foreach_lerp_(self.average, [parameter.detach() for parameter in self.parameters], min(share, 1.0))
 
     def keep(self) -> list[Tensor]:
-        """Return a copy of the weights."""
         return [parameter.detach().clone() for parameter in self.parameters]
 
     @torch.no_grad()
     def assign(self, values: Sequence[Tensor]) -> None:
-        """Set the weights."""
         for parameter, value in zip(self.parameters, values, strict=True):
             parameter.copy_(value)
 
     @torch.no_grad()
     def validate(self, weights: Sequence[Tensor] | None = None) -> float:
         """Return the mean log density of the held-out points, with other weights if they are given."""
-        kept = self.keep() if weights is not None else None
-        if weights is not None:
-            self.assign(weights)
-        value = self._score(self.held_out)
-        if kept is not None:
-            self.assign(kept)
+        kept = self.keep()
+        self.assign(kept if weights is None else weights)
+        value = score(self.flow, self.held_out)
+        self.assign(kept)
         return value
-
-    @torch.no_grad()
-    def _score(self, batches: Sequence[Batch]) -> float:
-        total = sum(float(self.log_prob(y, context).double().sum()) for y, context in batches)
-        value = total / sum(len(y) for y, _ in batches)
-        return value if math.isfinite(value) else -math.inf
 
     def seconds_a_step(self, clock: Callable[[], float]) -> float:
         """Time a step, and forget it."""
-        start, batches = self.keep(), list(_first(self._forever(), 3))
+        start, batches = self.keep(), list(islice(self._forever(), 3))
         times = [clock()]
         for y, context in batches:
             self.step(y, context, 0.0)
@@ -138,17 +176,17 @@ class Ascent:
         none improves on the start, the start stays and the smallest step size is taken.
         """
         start = self.keep()
-        batches = list(_first(self._forever(), steps))
+        batches = list(islice(self._forever(), steps))
         judge = self.held_out or batches[-8:]
-        first = (self._score(judge), min(candidates), start, self.optimizer)
-        runs = []
+        first = (score(self.flow, judge), min(candidates), start, self.optimizer)
+        runs: list[Run] = []
         for learning_rate in candidates:
             self.assign(start)
             self.fresh_moments()
             self.state.norm = 0.0
             for step, (y, context) in enumerate(batches):
                 self.step(y, context, learning_rate * trapeze((step + 1) / steps))
-            runs.append((self._score(judge), learning_rate, self.keep(), self.optimizer))
+            runs.append((score(self.flow, judge), learning_rate, self.keep(), self.optimizer))
         good = _about_best(first[0], runs, self.dim)
         value, self.state.learning_rate, weights, self.optimizer = max(good or [first], key=lambda run: run[1])
         self.assign(weights)
@@ -165,26 +203,21 @@ class Ascent:
         while True:
             yield from self.source.shuffled(self.batch)
 
-    def checkpoint(self) -> dict[str, Any]:
+    def checkpoint(self) -> dict[str, object]:
         """Return all tensors that going on needs."""
-        moments = self.optimizer.state_dict()
         return {
             "weights": self.keep(),
             "buffers": [buffer.clone() for buffer in self.flow.buffers()],
             "average": self.average,
             "best_weights": self.best_weights,
-            "moments": moments,
+            "moments": self.optimizer.state_dict(),
             "random": torch.get_rng_state(),
             "random_cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
             "state": vars(self.state),
         }
 
-    def restore(self, saved: dict[str, Any]) -> None:
-        """Go on from what :meth:`checkpoint` returned.
-
-        Raises:
-            Damaged: for anything else.
-        """
+    def restore(self, saved: Entries) -> None:
+        """Go on from what :meth:`checkpoint` returned; anything else is :class:`Damaged`."""
         self._check(saved)
         self.assign(saved["weights"])
         for buffer, value in zip(self.flow.buffers(), saved["buffers"], strict=True):
@@ -196,7 +229,7 @@ class Ascent:
         if saved["random_cuda"]:
             torch.cuda.set_rng_state_all([state.cpu() for state in saved["random_cuda"]])
 
-    def _check(self, saved: dict[str, Any]) -> None:
+    def _check(self, saved: Entries) -> None:
         """Refuse a state of other shapes than those of the flow, before anything is changed."""
         buffers = list(self.flow.buffers())
         for name in ("weights", "average", "best_weights", "buffers"):
@@ -239,13 +272,13 @@ def widest(flow: Flow) -> int:
     return max([layer.in_features for layer in layers if isinstance(layer, nn.Linear)], default=1)
 
 
-def _about_best(start: float, runs: Sequence[Sequence[Any]], dim: int) -> list[Any]:
-    """Return the runs (score, step size, ...) that come about as far as the best one; none if that is no further."""
+def trapeze(share: float) -> float:
+    """Rise over the first quarter, stay, fall over the last third."""
+    return min(1.0, 4.0 * share, max(3.0 * (1.0 - share), 0.02))
+
+
+def _about_best(start: float, runs: Sequence[Run], dim: int) -> list[Run]:
+    """Return the runs that come about as far as the best one; none if that is no further than the start."""
     best = max(run[0] for run in runs)
     enough = best - min(TIE * (best - start), TIE_NATS * dim) if math.isfinite(best) else best
     return [run for run in runs if run[0] >= enough and best > start]
-
-
-def _first(batches: Iterator[Batch], count: int) -> Iterator[Batch]:
-    for _, batch in zip(range(count), batches, strict=False):
-        yield batch

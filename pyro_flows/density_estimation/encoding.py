@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 import torch
@@ -13,24 +13,21 @@ from torch import Tensor
 from pyro_flows._arguments import numbers
 from pyro_flows._untrusted import require
 
+if TYPE_CHECKING:
+    import pandas as pd
+
+Level = str | float  # a number of Python, True and False among them
 LEVELS_UP_TO = 20  # values of a column of whole numbers that are read as categories
 
 
 @dataclass(frozen=True)
 class Column:
-    """One column of a context.
+    """One column of a context."""
 
-    Attributes:
-        name: its name, or its place.
-        levels: the categories, in order; none for a column of numbers.
-        fill: what takes the place of a missing number, the mean of the others.
-        missing: whether values were missing, so that a column of its own says where.
-    """
-
-    name: str
-    levels: tuple[Any, ...] = ()
-    fill: float = 0.0
-    missing: bool = False
+    name: str  # or its place
+    levels: tuple[Level, ...] = ()  # the categories, in order; none for a column of numbers
+    fill: float = 0.0  # what takes the place of a missing number, the mean of the others
+    missing: bool = False  # whether values were missing, so that a column of its own says where
 
     @property
     def width(self) -> int:
@@ -44,18 +41,14 @@ class Column:
             raise ValueError(
                 f"context: column {self.name} has missing values (row {int(gone.argmax())}), and had none in the fit."
             )
-        found = self._of_levels(values, gone) if self.levels else self._of_numbers(values, gone)
+        filled = np.where(gone, self.fill, values)
+        found = self._of_levels(values, gone) if self.levels else filled.astype(float)[:, None]
         return np.concatenate([found, gone[:, None]], 1) if self.missing else found
-
-    def _of_numbers(self, values: np.ndarray, gone: np.ndarray) -> np.ndarray:
-        found = np.where(gone, self.fill, np.where(gone, self.fill, values).astype(float))
-        return found[:, None]
 
     def _of_levels(self, values: np.ndarray, gone: np.ndarray) -> np.ndarray:
         place = {level: number for number, level in enumerate(self.levels)}
-        codes = np.array(
-            [-1 if lost else place.get(_plain(value), -2) for value, lost in zip(values, gone, strict=True)]
-        )
+        pairs = zip(values, gone, strict=True)
+        codes = np.array([-1 if lost else place.get(_plain(value), -2) for value, lost in pairs])
         if bool((codes == -2).any()):
             row = int((codes == -2).argmax())
             raise ValueError(
@@ -80,13 +73,10 @@ class Encoding:
     columns: tuple[Column, ...]
 
     @classmethod
-    def of(cls, context: Any) -> Encoding | None:
+    def of(cls, context: object) -> Encoding | None:
         """Read the columns of a context; None where its numbers stay as they are.
 
         Categories are texts, booleans, pandas' categories, and whole numbers (by dtype) of at most 20 values.
-
-        Raises:
-            ValueError: for an array of other than one or two axes.
         """
         if isinstance(context, np.memmap):
             return None
@@ -95,74 +85,59 @@ class Encoding:
 
     @property
     def width(self) -> int:
-        """How many numbers a row has."""
         return sum(column.width for column in self.columns)
 
-    def encode(self, context: Any) -> Tensor:
-        """Return the numbers (N, width).
-
-        Raises:
-            ValueError: for another number of columns, a category that is not known, or values missing in a column
-                that had all of them.
-        """
+    def encode(self, context: object) -> Tensor:
+        """Return the numbers (N, width); refuse categories, columns and missing values that the fit did not see."""
         columns = _columns(context)
         if len(columns) != len(self.columns):
             raise ValueError(f"context: expected {len(self.columns)} columns, got {len(columns)}.")
         pairs = zip(self.columns, columns, strict=True)
         return torch.from_numpy(np.concatenate([column.encode(values) for column, (_, values) in pairs], 1))
 
-    def to_json(self) -> list[dict[str, Any]]:
-        """Return what a file says of it."""
+    def to_json(self) -> list[dict[str, object]]:
         return [{**asdict(column), "levels": list(column.levels)} for column in self.columns]
 
     @classmethod
-    def from_json(cls, text: Any) -> Encoding:
-        """Return what :meth:`to_json` wrote.
-
-        Raises:
-            Damaged: for anything else.
-        """
-        require(isinstance(text, list) and text, "a context has no columns")
-        for entry in text:
+    def from_json(cls, text: object) -> Encoding:
+        """Return what :meth:`to_json` wrote; anything else is :class:`Damaged`."""
+        entries = text if isinstance(text, list) else []
+        require(entries, "a context has no columns")
+        for entry in entries:
             known = isinstance(entry, Mapping) and set(entry) == set(Column.__dataclass_fields__)
             require(known and isinstance(entry["levels"], list), "a column of the context lacks entries")
-            plain = all(isinstance(level, (str, int, float, bool)) for level in entry["levels"])
+            plain = all(isinstance(level, (str, int, float)) for level in entry["levels"])
             require(plain and isinstance(entry["missing"], bool), "a column of the context has other entries")
-        return cls(tuple(Column(**{**entry, "levels": tuple(entry["levels"])}) for entry in text))
+        return cls(tuple(Column(**{**entry, "levels": tuple(entry["levels"])}) for entry in entries))
 
 
-def _columns(context: Any) -> list[tuple[str, np.ndarray]]:
+def _columns(context: object) -> list[tuple[str, np.ndarray]]:
     """Return names and values (N,) of the columns of a data frame, an array, a tensor, or lists."""
     if hasattr(context, "columns") and hasattr(context, "iloc"):
         return [(repr(str(name)), _array(context.iloc[:, at])) for at, name in enumerate(context.columns)]
     values = _array(context)
-    if values.ndim == 1:
-        values = values[:, None]
+    values = values[:, None] if values.ndim == 1 else values
     if values.ndim != 2:
         raise ValueError(f"context: expected a row for each point, (N, columns), got shape {values.shape}.")
     return [(str(at), values[:, at]) for at in range(values.shape[1])]
 
 
-def _array(values: Any) -> np.ndarray:
+def _array(values: object) -> np.ndarray:
     """Return values as an array: of objects for pandas' own kinds, with None for what is missing."""
     if isinstance(values, Tensor):
         return numbers("context", values).detach().cpu().numpy()
     kind = getattr(values, "dtype", None)
-    if kind is not None and not isinstance(kind, np.dtype):  # pandas' categories, texts and nullable numbers
-        gone = np.asarray(values.isna())
-        found = np.array([None if lost else value for value, lost in zip(values, gone, strict=True)], dtype=object)
-        return _numeric(found) if str(kind)[:1] in "IUF" else found
-    if kind is None and isinstance(values, (list, tuple)):
+    if kind is None or isinstance(kind, np.dtype):
         found = np.asarray(values)
-        return np.array(values, dtype=object) if found.dtype.kind in "US" else found
-    return np.asarray(values)
-
-
-def _numeric(values: np.ndarray) -> np.ndarray:
-    """Return nullable numbers as ordinary ones: NaN where they are missing, whole numbers where none is."""
-    if any(value is None for value in values):
-        return np.array([np.nan if value is None else float(value) for value in values])
-    return np.array(values.tolist())
+        texts = isinstance(values, (list, tuple)) and found.dtype.kind in "US"
+        return np.array(values, dtype=object) if texts else found
+    series = cast("pd.Series", values)  # pandas' categories, texts and nullable numbers
+    gone = np.asarray(series.isna())
+    if str(kind)[:1] not in "IUF":
+        return np.array([None if lost else value for value, lost in zip(series, gone, strict=True)], dtype=object)
+    if bool(gone.any()):
+        return np.array([np.nan if lost else float(value) for value, lost in zip(series, gone, strict=True)])
+    return np.array(list(series))  # whole numbers stay whole
 
 
 def _read(name: str, values: np.ndarray) -> Column:
@@ -171,7 +146,7 @@ def _read(name: str, values: np.ndarray) -> Column:
     if not len(given):
         raise ValueError(f"context: column {name} has no values at all; leave it out.")
     texts = given.dtype.kind in "bUS" or (given.dtype == object and not all(_is_number(value) for value in given))
-    levels: Sequence[Any] = ()
+    levels: Sequence[Level] = ()
     if texts or given.dtype.kind in "iu":
         levels = sorted({_plain(value) for value in given}, key=lambda level: (str(type(level)), level))
         levels = levels if texts or len(levels) <= LEVELS_UP_TO else ()
@@ -180,17 +155,16 @@ def _read(name: str, values: np.ndarray) -> Column:
 
 
 def _missing(values: np.ndarray) -> np.ndarray:
-    """Return where values are missing: NaN or None."""
     if values.dtype == object:
         return np.array([value is None or value != value for value in values], dtype=bool)
     return np.isnan(values) if values.dtype.kind == "f" else np.zeros(len(values), dtype=bool)
 
 
-def _is_number(value: Any) -> bool:
+def _is_number(value: object) -> bool:
     return isinstance(value, (float, int, np.floating, np.integer)) and not isinstance(value, (bool, np.bool_))
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: object) -> Level:
     """Return a category as text, a number or a boolean of Python."""
     value = value.item() if isinstance(value, np.generic) else value
-    return value if isinstance(value, (str, int, float, bool)) else str(value)
+    return value if isinstance(value, (str, int, float)) else str(value)

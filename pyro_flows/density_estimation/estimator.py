@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 import math
-from typing import Any
+from collections.abc import Iterable
+from typing import Any, cast
 
 import numpy as np
 from torch import Tensor
@@ -51,7 +52,7 @@ class DensityEstimator:
 
     def __init__(
         self,
-        flow: Any = "auto",
+        flow: object = "auto",
         *,
         conditional: bool = False,
         validation: float = 0.1,
@@ -72,13 +73,11 @@ class DensityEstimator:
         self.max_seconds = max_seconds
         self.random_state = random_state
 
-    # parameters -------------------------------------------------------------------------------------------------------
-
-    def get_params(self, deep: bool = True) -> dict[str, Any]:
+    def get_params(self, deep: bool = True) -> dict[str, object]:
         """Return the arguments of the constructor."""
         return {name: getattr(self, name) for name in self._names()}
 
-    def set_params(self, **params: Any) -> DensityEstimator:
+    def set_params(self, **params: object) -> DensityEstimator:
         """Set arguments of the constructor. Returns the estimator.
 
         Raises:
@@ -95,59 +94,46 @@ class DensityEstimator:
         return sorted(name for name in inspect.signature(cls.__init__).parameters if name != "self")
 
     def __repr__(self) -> str:
-        found = inspect.signature(type(self).__init__).parameters
-        changed = [
-            f"{name}={getattr(self, name)!r}" for name in self._names() if getattr(self, name) != found[name].default
-        ]
+        found, own = inspect.signature(type(self).__init__).parameters, self.get_params()
+        changed = [f"{name}={value!r}" for name, value in own.items() if value != found[name].default]
         return f"{type(self).__name__}({', '.join(changed)})"
 
     def __sklearn_tags__(self) -> Any:
-        from sklearn.utils import InputTags, Tags, TargetTags
+        from sklearn.utils import Tags, TargetTags
 
-        return Tags(
-            estimator_type=None if self.conditional else "density_estimator",
-            target_tags=TargetTags(required=self.conditional, multi_output=self.conditional),
-            transformer_tags=None,
-            regressor_tags=None,
-            classifier_tags=None,
-            non_deterministic=False,
-            input_tags=InputTags(),
-        )
+        kind = None if self.conditional else "density_estimator"
+        return Tags(kind, TargetTags(required=self.conditional, multi_output=self.conditional))
 
     def __sklearn_is_fitted__(self) -> bool:
         return hasattr(self, "fit_")
 
-    # fitting and scoring ----------------------------------------------------------------------------------------------
-
-    def fit(self, X: Any, y: Any = None) -> DensityEstimator:
+    def fit(self, X: object, y: object = None) -> DensityEstimator:
         """Fit the density of X, or of y given X. Returns the estimator.
 
         Raises:
             ValueError: for values that are missing, of another shape or too few, and by :func:`fit_density`.
             TypeError: for sparse matrices.
         """
-        self.feature_names_in_ = _names_of(X)
-        if self.feature_names_in_ is None:
-            del self.feature_names_in_
-        rows = X if self.conditional and hasattr(X, "iloc") else _table(X, missing=self.conditional)
+        vars(self).pop("feature_names_in_", None)
+        if (names := _names_of(X)) is not None:
+            self.feature_names_in_ = names
+        rows = self._read(X)
         if len(rows) < 2:
             raise ValueError(
                 f"Found array with {len(rows)} sample(s); a minimum of 2 is required (1 sample is too few)."
             )
         self.n_features_in_ = rows.shape[1]
-        options = {name: value for name, value in self.get_params().items() if name not in ("flow", "conditional")}
-        options["seed"] = options.pop("random_state") or 0
-        if self.conditional:
-            if y is None:
-                raise ValueError("y: requires y to be passed, but the target y is None.")
-            self.fit_: DensityFit = fit_density(
-                self.flow, _table(y, column=True), context=rows, progress=False, **options
-            )
+        options: dict[str, Any] = {**self.get_params(), "progress": False}
+        flow, options["seed"] = options.pop("flow"), options.pop("random_state") or 0
+        if not options.pop("conditional"):
+            self.fit_: DensityFit = fit_density(flow, rows, **options)
+        elif y is None:
+            raise ValueError("y: requires y to be passed, but the target y is None.")
         else:
-            self.fit_ = fit_density(self.flow, rows, progress=False, **options)
+            self.fit_ = fit_density(flow, _table(y, column=True), context=rows, **options)
         return self
 
-    def score_samples(self, X: Any, y: Any = None) -> np.ndarray:
+    def score_samples(self, X: object, y: object = None) -> np.ndarray:
         """Return the log density of each row, or of each output given its row, in nats, (N,).
 
         Raises:
@@ -160,11 +146,11 @@ class DensityEstimator:
             raise ValueError("y: expected the outputs whose density given X is asked for.")
         return _numpy(self.fit_.log_prob(_table(y, column=True), rows))
 
-    def score(self, X: Any, y: Any = None) -> float:
+    def score(self, X: object, y: object = None) -> float:
         """Return the mean log density, in nats. (``KernelDensity.score`` is the sum.)"""
         return float(self.score_samples(X, y).mean())
 
-    def sample(self, n_samples: int = 1, X: Any = None, random_state: int | None = None) -> np.ndarray:
+    def sample(self, n_samples: int = 1, X: object = None, random_state: int | None = None) -> np.ndarray:
         """Draw rows (n_samples, columns); of a conditional density, an output for each row of X, (N, D).
 
         Raises:
@@ -179,7 +165,7 @@ class DensityEstimator:
         rows = self._rows(X)
         return _numpy(self.fit_.sample(len(rows), rows, seed=seed))
 
-    def predict_quantiles(self, X: Any, levels: Any = (0.1, 0.5, 0.9)) -> np.ndarray:
+    def predict_quantiles(self, X: object, levels: Iterable[float] = (0.1, 0.5, 0.9)) -> np.ndarray:
         """Return quantiles (N, levels) of the output given each row, (N, levels, D) of several outputs.
 
         Raises:
@@ -190,14 +176,19 @@ class DensityEstimator:
         found = _numpy(self.fit_.quantiles(list(levels), self._rows(X)))
         return found[..., 0] if found.shape[-1] == 1 else found
 
-    def _rows(self, X: Any) -> Any:
+    def _read(self, X: object) -> np.ndarray:
+        """Return rows as an array; a context stays a data frame."""
+        if self.conditional and hasattr(X, "iloc"):
+            return cast(np.ndarray, X)
+        return _table(X, missing=self.conditional)
+
+    def _rows(self, X: object) -> np.ndarray:
         """Check rows against those of the fit."""
         self._check_fitted()
-        names = _names_of(X)
-        known = getattr(self, "feature_names_in_", None)
+        names, known = _names_of(X), getattr(self, "feature_names_in_", None)
         if known is not None and names is not None and list(names) != list(known):
             raise ValueError(_different(names, known))
-        rows = X if self.conditional and hasattr(X, "iloc") else _table(X, missing=self.conditional)
+        rows = self._read(X)
         if rows.shape[1] != self.n_features_in_:
             raise ValueError(
                 f"X has {rows.shape[1]} features, but {type(self).__name__} is expecting {self.n_features_in_} "
@@ -220,26 +211,24 @@ def _numpy(values: Tensor) -> np.ndarray:
     return values.detach().cpu().double().numpy()
 
 
-def _names_of(X: Any) -> np.ndarray | None:
+def _names_of(X: object) -> np.ndarray | None:
     """Return the names of columns, if all of them are texts."""
     names = list(getattr(X, "columns", []))
     return np.array(names, dtype=object) if names and all(isinstance(name, str) for name in names) else None
 
 
-def _different(names: Any, known: Any) -> str:
+def _different(names: Iterable[str], known: Iterable[str]) -> str:
     """Say which names differ, in scikit-learn's words."""
-    unseen, lost = (sorted(set(some) - set(others)) for some, others in ((names, known), (known, names)))
-    message = "The feature names should match those that were passed during fit.\n"
-    for text, found in (
-        ("Feature names unseen at fit time:", unseen),
-        ("Feature names seen at fit time, yet now missing:", lost),
-    ):
-        if found:
-            message += "\n".join([text, *(f"- {name}" for name in found)]) + "\n"
-    return message if unseen or lost else message + "Feature names must be in the same order as they were in fit.\n"
+    lines = ["The feature names should match those that were passed during fit."]
+    if unseen := sorted(set(names) - set(known)):
+        lines += ["Feature names unseen at fit time:", *(f"- {name}" for name in unseen)]
+    if lost := sorted(set(known) - set(names)):
+        lines += ["Feature names seen at fit time, yet now missing:", *(f"- {name}" for name in lost)]
+    same = ["Feature names must be in the same order as they were in fit."] if not unseen and not lost else []
+    return "\n".join([*lines, *same, ""])
 
 
-def _table(values: Any, *, column: bool = False, missing: bool = False) -> np.ndarray:
+def _table(values: object, *, column: bool = False, missing: bool = False) -> np.ndarray:
     """Return finite numbers (N, columns) as floats, or refuse them in the words that scikit-learn's checks look for."""
     if hasattr(values, "toarray"):
         raise TypeError("Sparse data was passed, but dense data is required. Use '.toarray()' to convert it.")
@@ -247,7 +236,7 @@ def _table(values: Any, *, column: bool = False, missing: bool = False) -> np.nd
     if np.iscomplexobj(found):
         raise ValueError("Complex data not supported.")
     if missing and found.dtype.kind not in "f":
-        return found if found.ndim == 2 else _shaped(found, column)
+        return _shaped(found, column)
     try:
         found = np.array(found, dtype=float)
     except TypeError as error:
@@ -261,8 +250,7 @@ def _table(values: Any, *, column: bool = False, missing: bool = False) -> np.nd
 
 
 def _shaped(found: np.ndarray, column: bool) -> np.ndarray:
-    if column and found.ndim == 1:
-        found = found[:, None]
+    found = found[:, None] if column and found.ndim == 1 else found
     if found.ndim != 2:
         raise ValueError(f"Expected 2D array, got {found.ndim}D array instead. Reshape your data.")
     return found

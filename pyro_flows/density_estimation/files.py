@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import io
 import json
 import logging
 import math
@@ -22,15 +21,15 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import Subset, TensorDataset
 
-from pyro_flows._bundles import Bundle, digest, plain
+from pyro_flows._bundles import Bundle, Entries, digest, plain
 from pyro_flows._fallbacks import first_line
 from pyro_flows._files import replace_file
 from pyro_flows._seeding import seeded
-from pyro_flows._untrusted import check_tensor, reading, require, unpacked
+from pyro_flows._untrusted import check_tensor, packed, reading, require, unpacked
 from pyro_flows.density_estimation.ascent import Ascent
 from pyro_flows.density_estimation.encoding import Encoding
-from pyro_flows.density_estimation.points import CHUNK, Levels, Rows, Source
-from pyro_flows.density_estimation.schedule import Plan
+from pyro_flows.density_estimation.points import CHUNK, Levels, Rows, Source, like
+from pyro_flows.density_estimation.training import Plan
 from pyro_flows.flows.flow import Flow
 from pyro_flows.flows.recipe import ending, with_preprocess
 from pyro_flows.flows.recipe_json import not_rebuilt, restored, to_json
@@ -47,18 +46,9 @@ logger = logging.getLogger("pyro_flows")
 
 
 def write(
-    path: str | os.PathLike[str],
-    flow: Flow,
-    curves: Mapping[str, Tensor],
-    description: Mapping[str, Any],
-    levels: Levels | None,
+    path: str | os.PathLike[str], flow: Flow, curves: Mapping[str, Tensor], description: Entries, levels: Levels | None
 ) -> None:
-    """Write a fitted density, all of it or nothing.
-
-    Raises:
-        ValueError: if the flow was not made by a builder or changed afterwards, or ``path`` holds other files.
-        OSError: if it cannot be written; what was saved there before is as it was.
-    """
+    """Write a fitted density, all of it or nothing: what was saved there before is as it was if that fails."""
     target = FILES.check_target(path)
     reason = not_rebuilt(flow)
     if reason is not None:
@@ -66,22 +56,13 @@ def write(
             f"flow: expected one as a builder made it, such as pf.realnvp, for this one could not be loaded: {reason}. "
             "torch.save(flow.state_dict(), ...) keeps its tensors."
         )
-    text = {
-        **description,
-        "builder": to_json(flow),
-        "levels": None if levels is None else [levels.count, levels.step],
-    }
+    text = {**description, "builder": to_json(flow), "levels": None if levels is None else [levels.count, levels.step]}
     tensors = {"flow": {name: value.detach().cpu() for name, value in flow.state_dict().items()}, **curves}
-    FILES.write(target, plain(text), {TENSORS: _packed(tensors)})
+    FILES.write(target, plain(text), {TENSORS: packed(tensors)})
 
 
 def read(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Read a fitted density: the fields of a :class:`~pyro_flows.DensityFit`.
-
-    Raises:
-        ValueError: if it is no saved density, a damaged one, of another format version, or by a release that makes
-            flows otherwise.
-    """
+    """Read a fitted density: the fields of a :class:`~pyro_flows.DensityFit`."""
     text, contents = FILES.read(path)
     with reading(path, TENSORS, TEXT):
         tensors = unpacked(contents[TENSORS])
@@ -101,7 +82,7 @@ def read(path: str | os.PathLike[str]) -> dict[str, Any]:
         }
 
 
-def _encoding(text: Any, flow: Flow) -> Encoding | None:
+def _encoding(text: object, flow: Flow) -> Encoding | None:
     if text is None:
         return None
     found = Encoding.from_json(text)
@@ -115,13 +96,7 @@ def _levels(count: Any, step: Any) -> Levels:
     return Levels(count, float(step))
 
 
-def _packed(tensors: Any) -> bytes:
-    file = io.BytesIO()
-    torch.save(tensors, file)
-    return file.getvalue()
-
-
-def _rebuild(text: Any, state: Any) -> Flow:
+def _rebuild(text: Entries, state: Any) -> Flow:
     """Build the flow of a file; format 1 did not note the map to the scale of data."""
 
     def amend(flow: Flow) -> None:
@@ -130,7 +105,7 @@ def _rebuild(text: Any, state: Any) -> Flow:
             loc, scale, slope = (state.get(f"{found[0]}{part}") for part in ("loc", "scale", "slope"))
             with_preprocess(flow, Preprocess(loc, scale, slope))
 
-    found: Flow = restored(text, state, amend)
+    found = restored(text, state, amend)
     require(isinstance(found, Flow), "it describes a mixture of flows")
     return found
 
@@ -146,12 +121,12 @@ def values_of(flow: Flow) -> list[float]:
     with seeded(0), torch.no_grad():
         x = torch.randn(VALUES, *flow.base_shape)
         context = torch.randn(VALUES, flow.context_dim) if flow.context_dim else None
-        like, quiet = next(flow.parameters(), flow._like), copy.deepcopy(flow.bijection).eval()
-        y, ladj = quiet.forward_and_ladj(x.to(like), None if context is None else context.to(like))
+        quiet = copy.deepcopy(flow.bijection).eval()
+        y, ladj = quiet.forward_and_ladj(x.to(like(flow)), None if context is None else context.to(like(flow)))
     return [float(value) for value in torch.cat([y.flatten()[:VALUES], y.flatten(1).double().norm(dim=1).to(y), ladj])]
 
 
-def _digest(*parts: Any) -> str:
+def _digest(*parts: object) -> str:
     """Digest tensors, arrays (memory maps, piece by piece) and what has a repr."""
     total = hashlib.sha256()
     for part in parts:
@@ -186,17 +161,17 @@ def _set_digest(found: Any) -> str | None:
     try:
         count = len(found)
         places = sorted({i * (count - 1) // (PROBED - 1) for i in range(PROBED)})
-        with seeded(0):
-            first = _digest(count, *(leaf for place in places for leaf in tree_leaves(found[place])))
-        with seeded(1):
-            second = _digest(count, *(leaf for place in places for leaf in tree_leaves(found[place])))
+        digests = set()
+        for seed in (0, 1):
+            with seeded(seed):
+                digests.add(_digest(count, *(leaf for place in places for leaf in tree_leaves(found[place]))))
     except Exception as error:  # code of the user's, which may want to be called in its own way
         logger.debug("the data of a loader are not compared with those of the checkpoint: %s", error)
         return None
-    return first if first == second else None
+    return digests.pop() if len(digests) == 1 else None
 
 
-def _same(saved: Any, now: Any) -> bool:
+def _same(saved: object, now: object) -> bool:
     if isinstance(saved, list) and isinstance(now, list) and len(saved) == len(now):
         return all(_same(one, other) for one, other in zip(saved, now, strict=True))
     if isinstance(saved, float) and isinstance(now, float):
@@ -213,8 +188,8 @@ class Keeper:
         ascent: Ascent,
         plan: Plan,
         every: float,
-        options: Mapping[str, Any],
-        start: Mapping[str, Any],
+        options: Entries,
+        start: Entries,
     ) -> None:
         self.path = None if path is None else Path(path)
         self.ascent, self.plan, self.every, self.last = ascent, plan, every, time.monotonic()
@@ -226,36 +201,32 @@ class Keeper:
         self.about = {**options, "flow": builder, "shapes": shapes, "points": points, "epoch": epoch, **start}
 
     def resume(self) -> bool:
-        """Restore the state in the file, if there is one.
-
-        Raises:
-            ValueError: if the file is no checkpoint, or one of another run.
-        """
+        """Restore the state in the file, if there is one; refuse a file that is damaged, or of another run."""
         if self.path is None or not self.path.exists():
             return False
-        whole = self.path.read_bytes()
+        whole, name = self.path.read_bytes(), str(self.path)
         if not whole.startswith(CHECKPOINT):
-            raise ValueError(f"checkpoint: {str(self.path)!r} is no checkpoint of this release. Name a new file.")
+            raise ValueError(f"checkpoint: {name!r} is no checkpoint of this release. Name a new file.")
         found, _, data = whole[len(CHECKPOINT) :].partition(b"\n")
         if found.decode("ascii", "replace") != digest(data):
-            raise ValueError(DAMAGED.format(str(self.path), "its SHA-256 digest differs"))
+            raise ValueError(DAMAGED.format(name, "its SHA-256 digest differs"))
         try:
             saved = unpacked(data, self.ascent.parameters[0].device)
             require(isinstance(saved["about"], dict), "it does not say what it is of")
         except Exception as error:  # whatever a damaged file leads to
-            raise ValueError(DAMAGED.format(str(self.path), first_line(error))) from error
-        different = [name for name, value in self.about.items() if not _same(saved["about"].get(name), value)]
+            raise ValueError(DAMAGED.format(name, first_line(error))) from error
+        different = [entry for entry, value in self.about.items() if not _same(saved["about"].get(entry), value)]
         if different != ["data"] and not {"points", "epoch"}.isdisjoint(different):
-            different = [name for name in different if name != "data"]  # which goes without saying
+            different = [entry for entry in different if entry != "data"]  # which goes without saying
         if different:
             raise ValueError(
-                f"checkpoint: {str(self.path)!r} is of another run (different: {', '.join(different)}). "
+                f"checkpoint: {name!r} is of another run (different: {', '.join(different)}). "
                 "Name a new file, or pass the same flow, data and options."
             )
         try:
             self.ascent.restore(saved)
         except Exception as error:
-            raise ValueError(DAMAGED.format(str(self.path), first_line(error))) from error
+            raise ValueError(DAMAGED.format(name, first_line(error))) from error
         self.plan = replace(self.plan, began=self.plan.clock() - self.ascent.state.seconds)
         return True
 
@@ -266,7 +237,7 @@ class Keeper:
             return
         self.ascent.state.seconds = self.plan.clock() - self.plan.began
         self.last = now
-        data = _packed({"about": self.about, **self.ascent.checkpoint()})
+        data = packed({"about": self.about, **self.ascent.checkpoint()})
         try:
             replace_file(self.path, CHECKPOINT + digest(data).encode() + b"\n" + data)
         except OSError as error:  # what has been learned so far is worth more than its checkpoint

@@ -8,11 +8,11 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
-from typing import Any
 
 import torch
 
 from pyro_flows import _checks, _journal
+from pyro_flows._bundles import Entries
 from pyro_flows._interrupts import STATE, interruptible
 from pyro_flows._progress import Bar
 from pyro_flows._seeding import derive, seeded
@@ -20,10 +20,9 @@ from pyro_flows._turns import alone
 from pyro_flows._warnings import outside
 from pyro_flows.density_estimation import files
 from pyro_flows.density_estimation.ascent import Ascent, rouse
-from pyro_flows.density_estimation.budget import MAX_STEPS, batch_size, choose
 from pyro_flows.density_estimation.encoding import Encoding
-from pyro_flows.density_estimation.fitted import DensityFit, bits_per_dim, like, mean_log_prob
-from pyro_flows.density_estimation.points import Levels, Rows, Source
+from pyro_flows.density_estimation.fitted import DensityFit, bits_per_dim, mean_log_prob
+from pyro_flows.density_estimation.points import Rows, Source, like
 from pyro_flows.density_estimation.preparing import (
     CHECKED_POINTS,
     MIXTURE_SHARE,
@@ -34,9 +33,8 @@ from pyro_flows.density_estimation.preparing import (
     sources,
     with_scale,
 )
-from pyro_flows.density_estimation.schedule import Plan
 from pyro_flows.density_estimation.standardizing import KINDS
-from pyro_flows.density_estimation.training import climb
+from pyro_flows.density_estimation.training import MAX_STEPS, Plan, batch_size, choose, climb
 from pyro_flows.flows.flow import Flow
 from pyro_flows.flows.recipe import AUTO
 from pyro_flows.flows.unbent import warn_unbent
@@ -49,11 +47,11 @@ CLOCKS: dict[str, Callable[[], float]] = {"wall": time.monotonic, "cpu": time.pr
 
 @_checks.options
 def fit_density(
-    flow: Any = AUTO,
-    data: Any = None,
+    flow: object = AUTO,
+    data: object = None,
     *,
-    context: Any = None,
-    validation: Any = 0.1,
+    context: object = None,
+    validation: object = 0.1,
     preprocess: str | None = "auto",
     levels: int | None = None,
     batch: int | None = None,
@@ -150,13 +148,21 @@ def fit_density(
     if data is None:
         flow, data = AUTO, flow
     auto = isinstance(flow, str) and flow == AUTO
-    options = _checked(preprocess, levels, learning_rate, weight_decay, start, max_epochs, seed)
+    if preprocess is not None:
+        _checks.choice("preprocess", preprocess, ("auto", *KINDS))
+    if levels is not None:
+        _checks.integer("levels", levels, 2)
+    _checks.choice("start", start, ("auto", "random", "identity"))
+    options: dict[str, object] = {"preprocess": preprocess, "levels": levels, "learning_rate": learning_rate}
+    options |= {"weight_decay": weight_decay, "start": start, "max_epochs": max_epochs, "seed": seed}
     seconds = math.inf if max_seconds is None else _checks.positive("max_seconds", max_seconds)
     _journal.check(checkpoint)
     device = like(flow).device if isinstance(flow, Flow) else None
     encoding = Encoding.of(context) if context is not None and isinstance(flow, str) else None
     if encoding is not None:
-        context, validation = encoding.encode(context), _encoded(encoding, validation)
+        context = encoding.encode(context)
+        if isinstance(validation, tuple) and len(validation) == 2:
+            validation = validation[0], encoding.encode(validation[1])
     with interruptible(), alone(), seeded(derive(seed, "fit_density"), device):
         made = make(flow, data, context)
         if not auto:
@@ -170,101 +176,69 @@ def fit_density(
         if auto:
             made = begin_mixture(made, train, held_out, lambda: plan.progress(0) > MIXTURE_SHARE)
             start = AUTO_START if start == "auto" else start
-        ascent = _begin(made, train, held_out, size, start)
+        if start != "identity":
+            rouse(made, SMALL if start == AUTO_START else 1.0)
+        ascent = Ascent(made, train, [] if held_out is None else held(held_out, CHECKED_POINTS), batch=size)
         keeper = files.Keeper(checkpoint, ascent, plan, SAVE_EVERY, options, about)
-        validated = _train(keeper, held_out, learning_rate, weight_decay, progress)
+        with Bar("fit_density", progress) as line:
+            validated = _train(keeper, held_out, learning_rate, weight_decay, line)
         STATE.take()  # there is nothing more to be lost
     options.update(clock=clock, seconds=plan.clock() - keeper.plan.began)
-    _warn_of_skipped(ascent)
-    if ascent.state.interrupted:
+    state = ascent.state
+    if state.skipped > SKIPPED_SHARE * state.steps:
+        warnings.warn(
+            f"data: {state.skipped} of {state.steps} steps were skipped, since their gradient was not finite. The "
+            "density of some points overflows: look for far ones; take network='robust', a logistic base, a smaller "
+            "learning_rate.",
+            stacklevel=outside(),
+        )
+    if state.interrupted:
         rest = "" if checkpoint is None else " The same call goes on from the last checkpoint."
-        warnings.warn(f"fit_density: {ascent.state.why}. The flow is what it had come to.{rest}", stacklevel=outside())
+        warnings.warn(f"fit_density: {state.why}. The flow is what it had come to.{rest}", stacklevel=outside())
     return _result(ascent, validated, options, encoding)
 
 
-# parts ----------------------------------------------------------------------------------------------------------------
-
-
-def _checked(
-    preprocess: str | None,
-    levels: int | None,
-    learning_rate: float | None,
-    weight_decay: float | None,
-    start: str,
-    max_epochs: int | None,
-    seed: int,
-) -> dict[str, Any]:
-    """Return options that settings and checkpoints hold, or say what is wrong with one."""
-    if learning_rate is not None:
-        _checks.positive("learning_rate", learning_rate)
-    return {
-        "preprocess": preprocess if preprocess is None else _checks.choice("preprocess", preprocess, ("auto", *KINDS)),
-        "levels": levels if levels is None else _checks.integer("levels", levels, 2),
-        "learning_rate": learning_rate,
-        "weight_decay": weight_decay if not weight_decay else _checks.positive("weight_decay", weight_decay),
-        "start": _checks.choice("start", start, ("auto", "random", "identity")),
-        "max_epochs": max_epochs if max_epochs is None else _checks.integer("max_epochs", max_epochs, 1),
-        "seed": _checks.integer("seed", seed, 0),
-    }
-
-
-def _begin(flow: Flow, train: Source, held_out: Source | None, batch: int, start: str) -> Ascent:
-    """Set the flow to its start, and make the training of it."""
-    if start != "identity":
-        rouse(flow, SMALL if start == AUTO_START else 1.0)
-    checked = [] if held_out is None else held(held_out, CHECKED_POINTS)
-    return Ascent(flow, train, checked, batch=batch)
-
-
 def _train(
-    keeper: files.Keeper,
-    held_out: Source | None,
-    learning_rate: float | None,
-    weight_decay: float | None,
-    progress: bool,
+    keeper: files.Keeper, held_out: Source | None, learning_rate: float | None, weight_decay: float | None, line: Bar
 ) -> float:
     """Train, or go on from a checkpoint, to the end; return the mean log density of what was held out."""
     ascent = keeper.ascent
-    with Bar("fit_density", progress) as line:
-        bar = _Bar(line, flow=ascent.flow, levels=ascent.source.levels)
-        start = ascent.keep()
-        try:
-            if not keeper.resume():
-                choose(ascent, learning_rate, weight_decay, keeper.plan)
-        except KeyboardInterrupt:
-            if STATE.count > 1:
-                raise
-            ascent.assign(start)
-            ascent.average = start
-            ascent.state.interrupt()
-        STATE.hold(True)
-        climb(ascent, keeper.plan, report=bar.show, save=keeper.save)
-        if not ascent.state.interrupted:  # the last checkpoint is of an end of an epoch: from there one can go on
-            keeper.save(final=True)
-        validated = math.nan if held_out is None else mean_log_prob(ascent.flow, held_out)
-        bar.close(validated)
+
+    def words(nats: float) -> str:
+        return f"{nats:.3f} nats, {bits_per_dim(nats, ascent.flow, ascent.source.levels):.3f} bits/dim"
+
+    def show(state: str, epoch: int, share: float, nats: float) -> None:
+        line.watch(state)
+        line.show(f"epoch {epoch}, {min(round(100 * share), 100)} % of the budget, {words(nats)}")
+
+    line.watch("comparing learning rates")
+    start = ascent.keep()
+    try:
+        if not keeper.resume():
+            choose(ascent, learning_rate, weight_decay, keeper.plan)
+    except KeyboardInterrupt:
+        if STATE.count > 1:
+            raise
+        ascent.assign(start)
+        ascent.average = start
+        ascent.state.interrupt()
+    STATE.hold(True)
+    climb(ascent, keeper.plan, report=show, save=keeper.save)
+    if not ascent.state.interrupted:  # the last checkpoint is of an end of an epoch: from there one can go on
+        keeper.save(final=True)
+    validated = math.nan if held_out is None else mean_log_prob(ascent.flow, held_out)
+    line.close(words(validated) if math.isfinite(validated) else "done")
     return validated
 
 
-def _encoded(encoding: Encoding, validation: Any) -> Any:
-    """Return held-out data with their context as numbers."""
-    if not isinstance(validation, tuple) or len(validation) != 2:
-        return validation
-    return validation[0], encoding.encode(validation[1])
-
-
-def _result(
-    ascent: Ascent, validation: float, options: dict[str, Any], encoding: Encoding | None
-) -> DensityFit:  # fmt: skip
+def _result(ascent: Ascent, validation: float, options: Entries, encoding: Encoding | None) -> DensityFit:
     state, train, flow = ascent.state, ascent.source, ascent.flow
     settings = {
         **options,
         "flow": "flow" if flow.recipe is None else flow.recipe.builder,
         "points": len(train) if isinstance(train, Rows) else None,
         "event_shape": list(flow.event_shape),
-        "learning_rate": state.learning_rate,
-        "weight_decay": state.weight_decay,
-        "steps": state.steps,
+        **{name: getattr(state, name) for name in ("learning_rate", "weight_decay", "steps")},
         "epochs": state.epoch,
         "skipped": state.skipped,
         "falls": state.falls,
@@ -279,32 +253,3 @@ def _result(
         why=state.why,
         encoding=encoding,
     )
-
-
-def _warn_of_skipped(ascent: Ascent) -> None:
-    skipped, steps = ascent.state.skipped, ascent.state.steps
-    if skipped > SKIPPED_SHARE * steps:
-        warnings.warn(
-            f"data: {skipped} of {steps} steps were skipped, since their gradient was not finite. The density of some "
-            "points overflows: look for far ones; take network='robust', a logistic base, a smaller learning_rate.",
-            stacklevel=outside(),
-        )
-
-
-class _Bar:
-    """One line: the share of the budget, at the end of which it stops at the latest, and held-out nats."""
-
-    def __init__(self, bar: Bar, *, flow: Flow, levels: Levels | None) -> None:
-        self.bar, self.flow, self.levels = bar, flow, levels
-        self.bar.watch("comparing learning rates")
-
-    def show(self, state: str, epoch: int, share: float, nats: float) -> None:
-        self.bar.watch(state)
-        spent = min(round(100 * share), 100)
-        self.bar.show(f"epoch {epoch}, {spent} % of the budget, {self._words(nats)}")
-
-    def close(self, nats: float) -> None:
-        self.bar.close(self._words(nats) if math.isfinite(nats) else "done")
-
-    def _words(self, nats: float) -> str:
-        return f"{nats:.3f} nats, {bits_per_dim(nats, self.flow, self.levels):.3f} bits/dim"

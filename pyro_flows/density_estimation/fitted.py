@@ -17,7 +17,7 @@ from pyro_flows._arguments import numbers
 from pyro_flows._seeding import derive, seeded
 from pyro_flows.density_estimation import files
 from pyro_flows.density_estimation.encoding import Encoding
-from pyro_flows.density_estimation.points import CHUNK, Levels, Source, source
+from pyro_flows.density_estimation.points import CHUNK, Levels, Source, like, points_for
 from pyro_flows.flows import bases
 from pyro_flows.flows.flow import Flow
 from pyro_flows.flows.signals import at_length
@@ -61,7 +61,7 @@ class DensityFit:
     encoding: Encoding | None = None
 
     @torch.no_grad()
-    def log_prob(self, y: Any, context: Any = None) -> Tensor:
+    def log_prob(self, y: object, context: object = None) -> Tensor:
         """Return ``log q(y)`` for points ``(N, ...)``, in nats, ``(N,)``; with levels, of points in the unit cube.
 
         Raises:
@@ -71,7 +71,9 @@ class DensityFit:
         return torch.cat([self.flow.log_prob(batch, about) for batch, about in given.ordered(CHUNK)])
 
     @torch.no_grad()
-    def sample(self, count: int, context: Any = None, *, temperature: float = 1.0, seed: int | None = None) -> Tensor:
+    def sample(
+        self, count: int, context: object = None, *, temperature: float = 1.0, seed: int | None = None
+    ) -> Tensor:
         """Draw ``count`` points, ``(count, ...)``; with a context, one for each of its ``count`` rows.
 
         With a ``temperature`` other than 1, the base's draws are multiplied by it. Below 1, images look more regular
@@ -106,7 +108,7 @@ class DensityFit:
         return replace(self, flow=at_length(self.flow, length))
 
     @torch.no_grad()
-    def quantiles(self, levels: Any, context: Any = None, *, draws: int = 1000, seed: int = 0) -> Tensor:
+    def quantiles(self, levels: object, context: object = None, *, draws: int = 1000, seed: int = 0) -> Tensor:
         """Return quantiles of each coordinate, (N, levels, D), one row for each context; (levels, D) without a context.
 
         Of one coordinate they are exact, :math:`f(F_0^{-1}(p))`, and never cross. Of several, they are those of
@@ -126,7 +128,7 @@ class DensityFit:
         return found[0] if context is None else found
 
     @torch.no_grad()
-    def pit(self, y: Any, context: Any = None, *, draws: int = 500, seed: int = 0) -> Tensor:
+    def pit(self, y: object, context: object = None, *, draws: int = 500, seed: int = 0) -> Tensor:
         r"""Return probability integral transforms :math:`F(y_d \mid c)` of each coordinate, (N, D).
 
         They are uniform on (0, 1) if the density is calibrated. Of several coordinates, each is the share of ``draws``
@@ -137,17 +139,12 @@ class DensityFit:
         given = points_for(self.flow, "data", y, self._encoded(context))
         if self.flow.event_shape == (1,):
             return torch.cat([self._placed(*batch) for batch in given.ordered(CHUNK)])
-        places, found = 0, []
-        about = self._contexts(context)
         values = torch.cat([batch for batch, _ in given.ordered(CHUNK)])
-        about = about.expand(len(values), -1)
-        for drawn in self._drawn(about, draws, seed):
-            own = values[places : places + drawn.shape[1]]
-            places += drawn.shape[1]
-            found.append(((drawn < own).double().sum(0) + 0.5) / (draws + 1.0))
-        return torch.cat(found)
+        drawn = self._drawn(self._contexts(context).expand(len(values), -1), draws, seed)
+        pairs = zip(drawn, values.split(rows_at_once(draws)), strict=True)
+        return torch.cat([((y < own).double().sum(0) + 0.5) / (draws + 1.0) for y, own in pairs])
 
-    def _contexts(self, context: Any) -> Tensor:
+    def _contexts(self, context: object) -> Tensor:
         """Return rows of contexts as numbers, one row without any if there are none."""
         found = like(self.flow).new_zeros(1, 0) if context is None else numbers("context", self._encoded(context))
         found = found[:, None] if found.dim() == 1 else found
@@ -159,7 +156,7 @@ class DensityFit:
 
     def _drawn(self, about: Tensor, draws: int, seed: int) -> Iterator[Tensor]:
         """Return draws (draws, rows, D) for contexts, some rows at a time."""
-        for number, rows in enumerate(about.split(CHUNK * 16 // draws + 1)):
+        for number, rows in enumerate(about.split(rows_at_once(draws))):
             repeated = rows.repeat(draws, 1) if rows.shape[1] else None
             with seeded(derive(seed, f"draws {number}"), rows.device):
                 y = self._sampled(draws * len(rows), repeated)
@@ -174,8 +171,7 @@ class DensityFit:
     def _inverted(self, u: Tensor, rows: Tensor) -> Tensor:
         about = rows if rows.shape[1] else None
         u = torch.where(self._rising(about, len(rows)), u, 1.0 - u)
-        about = None if about is None else about[:, None]
-        flow = self.flow
+        about, flow = None if about is None else about[:, None], self.flow
         if flow.mixture is not None:
             x = flow.base_distribution(about).icdf(u)
         else:
@@ -191,14 +187,14 @@ class DensityFit:
             u = bases.cdf(flow.base, x, flow.df)
         return torch.where(self._rising(about, len(y)), u, 1.0 - u)
 
-    def encode(self, context: Any) -> Tensor:
+    def encode(self, context: object) -> Tensor:
         """Return the numbers (N, context_dim) that the flow takes for rows of the context: ``flow(encode(rows))``."""
         return self._contexts(context)
 
-    def _encoded(self, context: Any) -> Any:
+    def _encoded(self, context: object) -> object:
         return context if context is None or self.encoding is None else self.encoding.encode(context)
 
-    def nats(self, data: Any, context: Any = None, *, seed: int = 0) -> float:
+    def nats(self, data: object, context: object = None, *, seed: int = 0) -> float:
         """Return the mean log density of data given as to :func:`fit_density`; quantized values get noise first."""
         given = points_for(self.flow, "data", data, self._encoded(context))
         if self.levels is not None:
@@ -206,27 +202,25 @@ class DensityFit:
         with seeded(seed, like(self.flow).device):
             return mean_log_prob(self.flow, given)
 
-    def bits_per_dim(self, data: Any, context: Any = None, *, seed: int = 0) -> float:
+    def bits_per_dim(self, data: object, context: object = None, *, seed: int = 0) -> float:
         r"""Return bits a dimension, :math:`(\log L - \text{nats} / D) / \log 2` for L levels; smaller is better.
 
         For quantized data it is an upper bound on the bits that a code by this model needs. Without levels, L is 1.
         """
-        return self._bits(self.nats(data, context, seed=seed))
-
-    def _bits(self, nats: float) -> float:
-        return bits_per_dim(nats, self.flow, self.levels)
+        return bits_per_dim(self.nats(data, context, seed=seed), self.flow, self.levels)
 
     def summary(self) -> str:
         """Say in a few lines what was fitted, how long it took and how good it is."""
-        about = self.settings
+        about, last = self.settings, float(self.losses[-1]) if len(self.losses) else math.nan
+        bits = bits_per_dim(self.validation, self.flow, self.levels)
         lines = [
             f"{about['flow']} on {about['points']} points of shape {tuple(about['event_shape'])}, "
             f"preprocess {about['preprocess']!r}",
             f"{about['steps']} steps of {about['batch']} in {about['seconds']:.1f} s, step size "
             f"{about['learning_rate']:g}: {self.why}",
-            f"held out: {self.validation:.4f} nats, {self._bits(self.validation):.4f} bits/dim"
+            f"held out: {self.validation:.4f} nats, {bits:.4f} bits/dim"
             if math.isfinite(self.validation)
-            else f"nothing held out; last training loss {self._last_loss():.4f} nats",
+            else f"nothing held out; last training loss {last:.4f} nats",
         ]
         if about["skipped"]:
             lines.append(f"{about['skipped']} steps were skipped, since their gradient was not finite")
@@ -234,9 +228,6 @@ class DensityFit:
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}: {self.summary()}"
-
-    def _last_loss(self) -> float:
-        return float(self.losses[-1]) if len(self.losses) else math.nan
 
     def plot_losses(self) -> Figure:
         """Draw training and held-out nats over the steps."""
@@ -271,20 +262,13 @@ class DensityFit:
         return cls(**files.read(path))
 
 
-def like(flow: Flow) -> Tensor:
-    """Return a tensor of the flow's dtype on its device."""
-    return next(flow.parameters(), flow._like)
-
-
-def points_for(flow: Flow, name: str, data: Any, context: Any) -> Source:
-    """Make rows or a stream of data for a flow."""
-    shape, width = flow.event_shape, flow.context_dim
-    return source(name, data, context, event_shape=shape, context_dim=width, like=like(flow))
+def rows_at_once(draws: int) -> int:
+    """Return for how many contexts draws are made together."""
+    return CHUNK * 16 // draws + 1
 
 
 @torch.no_grad()
 def mean_log_prob(flow: Flow, given: Source) -> float:
-    """Return the mean log density of points, in nats."""
     total, count = 0.0, 0
     for y, context in given.ordered(CHUNK):
         total += float(flow.log_prob(y, context).double().sum())
@@ -293,6 +277,5 @@ def mean_log_prob(flow: Flow, given: Source) -> float:
 
 
 def bits_per_dim(nats: float, flow: Flow, levels: Levels | None) -> float:
-    """Return bits a dimension for a mean log density."""
     offset = 0.0 if levels is None else math.log(levels.count)
     return (offset - nats / math.prod(flow.event_shape)) / math.log(2.0)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -55,7 +55,6 @@ class Parts(NamedTuple):
         return Parts(log_weights - math.log(times), loc + APART * away, factor)
 
     def score(self, x: Tensor) -> float:
-        """Return the mean log density of points."""
         return sum(float(self.terms(part).logsumexp(-1).sum()) for part in pieces(x, self.loc.numel())) / len(x)
 
 
@@ -79,21 +78,14 @@ def maximize(
     spread = torch.eye(dim).to(x) * prior * count ** (-2.0 / dim)
     if start is None:
         share = torch.nn.functional.one_hot(_nearest(x, _centers(x, count)), count).to(x)
-        parts = _maximized(_moments(x, lambda piece, at: share[at : at + len(piece)]), spread, prior)
+        parts = _maximized(_moments(zip(pieces(x, 1024), pieces(share, 1024), strict=True)), spread, prior)
     else:
         parts = start
     before = -math.inf
     for step in range(steps):
-        total = [0.0]
-
-        def shares(piece: Tensor, _: int, parts: Parts = parts, total: list[float] = total) -> Tensor:
-            terms = parts.terms(piece)
-            whole = terms.logsumexp(-1, keepdim=True)
-            total[0] += float(whole.sum())
-            return (terms - whole).exp()
-
-        parts = _maximized(_moments(x, shares, parts.loc.numel()), spread, prior)
-        now = total[0] / len(x)
+        heights: list[float] = []
+        parts = _maximized(_moments(_shared(x, parts, heights)), spread, prior)
+        now = sum(heights) / len(x)
         if now - before < TOLERANCE or (step >= FEWEST and over()):
             break
         before = now
@@ -103,12 +95,19 @@ def maximize(
 Moments = tuple[Tensor, Tensor, Tensor]
 
 
-def _moments(x: Tensor, shares: Callable[[Tensor, int], Tensor], width: int = 1) -> Moments:
+def _shared(x: Tensor, parts: Parts, heights: list[float]) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield points with the shares (N, K) that parts have in them, and tell the sums of their log densities."""
+    for piece in pieces(x, max(parts.loc.numel(), 1024)):
+        terms = parts.terms(piece)
+        whole = terms.logsumexp(-1, keepdim=True)
+        heights.append(float(whole.sum()))
+        yield piece, (terms - whole).exp()
+
+
+def _moments(shared: Iterable[tuple[Tensor, Tensor]]) -> Moments:
     """Return the weights (K,), sums (K, D) and sums of squares (K, D, D) of points, shared among parts."""
-    start, found = 0, None
-    for piece in pieces(x, max(width, 1024)):
-        share = shares(piece, start)
-        start += len(piece)
+    found = None
+    for piece, share in shared:
         squares = (share[:, :, None] * piece[:, None, :]).flatten(1).mT @ piece
         new = share.sum(0), share.mT @ piece, squares.unflatten(0, (share.shape[1], -1))
         found = new if found is None else (found[0] + new[0], found[1] + new[1], found[2] + new[2])
@@ -157,12 +156,7 @@ def _nearest(x: Tensor, centers: Tensor) -> Tensor:
 def choose(x: Tensor, held_out: Tensor | None, *, over: Callable[[], bool] = lambda: False) -> Parts:
     """Return the mixture of the number of parts, and of the strength of the prior, that held-out points like best.
 
-    Up to 2000 points are held out in five turns. Of more, the held-out points are taken, or a tenth.
-
-    Args:
-        x: white points (N, D).
-        held_out: others, or None.
-        over: whether the time for it is over; what there is then is returned.
+    The points (N, D) are white. Up to 2000 are held out in five turns; of more, ``held_out`` is taken, or a tenth.
     """
     splits = _splits(x, held_out)
     most = max(min(len(train) for train, _ in splits) // ROWS_A_PART, 1)
@@ -178,7 +172,8 @@ def choose(x: Tensor, held_out: Tensor | None, *, over: Callable[[], bool] = lam
 
     for count in counts:
         attempt(count, STRENGTHS[0])
-        if over() or _fell([one.score for one in tried]):
+        last = list(pairwise(one.score for one in tried))[-PATIENCE:]
+        if over() or (len(last) == PATIENCE and all(after < before for before, after in last)):
             break
     _, number, _, whole = max(tried, key=lambda one: one.score)
     for strength in (WEAKEST, *STRENGTHS[1:]):
@@ -193,11 +188,6 @@ class _Tried(NamedTuple):
     number: int
     strength: float
     whole: Parts | None  # the mixture, if it is one of all points
-
-
-def _fell(scores: list[float]) -> bool:
-    last = list(pairwise(scores))[-PATIENCE:]
-    return len(last) == PATIENCE and all(after < before for before, after in last)
 
 
 def _splits(x: Tensor, held_out: Tensor | None) -> list[tuple[Tensor, Tensor]]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import torch
@@ -13,9 +12,11 @@ from torch.utils.data import DataLoader
 
 from pyro_flows import _checks
 from pyro_flows._arguments import numbers
+from pyro_flows.flows.flow import Flow
 
 CHUNK = 4096
 Batch = tuple[Tensor, Tensor | None]
+Array = Tensor | np.ndarray
 
 
 @dataclass(frozen=True)
@@ -29,18 +30,13 @@ class Levels:
         """Return ``(k + U(0, 1)) / count`` in the unit cube, for level k; the noise is fresh."""
         return (y / self.step + torch.rand_like(y)) / self.count
 
-    @property
-    def variance(self) -> float:
-        """The noise's variance."""
-        return 1.0 / (12.0 * self.count**2)
-
 
 @dataclass(frozen=True)
 class Rows:
     """Points by index, in memory or on disk, with their context, as numbers of ``like``'s dtype on its device."""
 
-    values: Any
-    context: Any
+    values: Array
+    context: Array | None
     like: Tensor
     indices: Tensor | None = None
     levels: Levels | None = None
@@ -50,18 +46,15 @@ class Rows:
 
     @property
     def event_shape(self) -> torch.Size:
-        """Shape of one point."""
         return torch.Size(self.values.shape[1:])
 
     def take(self, places: Tensor) -> Batch:
-        """Return the points and contexts at these places."""
         indices = places if self.indices is None else self.indices[places]
         y = _look_up(self.values, indices, self.like)
         context = None if self.context is None else _look_up(self.context, indices, self.like)
         return y if self.levels is None else self.levels.spread(y), context
 
     def ordered(self, size: int) -> Iterator[Batch]:
-        """Go through all points once, in order."""
         for places in torch.arange(len(self)).split(size):
             yield self.take(places)
 
@@ -92,11 +85,7 @@ class Rows:
         return replace(self, indices=places if self.indices is None else self.indices[places])
 
     def quantized(self, levels: int) -> Rows:
-        """Say that the values are levels: ``0, 1, ..., levels - 1``, or the same divided by ``levels - 1``.
-
-        Raises:
-            ValueError: naming a value that is neither.
-        """
+        """Say that the values are levels: ``0, 1, ..., levels - 1``, or the same divided by ``levels - 1``."""
         largest = max(float(y.max()) for y, _ in self.ordered(CHUNK))
         integers = not _is_floating(self.values) or largest > 1.0
         step = 1.0 if integers else 1.0 / (levels - 1)
@@ -130,7 +119,7 @@ class Rows:
 class Stream:
     """Batches of a ``DataLoader``: tensors ``y``, or pairs ``(y, context)``."""
 
-    loader: DataLoader[Any]
+    loader: DataLoader[object]
     like: Tensor
     paired: bool
     levels: Levels | None = None
@@ -141,13 +130,11 @@ class Stream:
             parts = item if isinstance(item, (tuple, list)) else (item,)
             if len(parts) < 1 + self.paired:
                 raise ValueError("data: expected the loader to give pairs (data, context) for a conditional flow.")
-            y = _like(torch.as_tensor(parts[0]), self.like)
+            y = torch.as_tensor(parts[0]).to(self.like)
             if not bool(torch.isfinite(y).all()):
                 raise ValueError(f"data: batch {number} of the loader holds missing or infinite values.")
-            yield (
-                y if self.levels is None else self.levels.spread(y),
-                _like(torch.as_tensor(parts[1]), self.like) if self.paired else None,
-            )
+            context = torch.as_tensor(parts[1]).to(self.like) if self.paired else None
+            yield y if self.levels is None else self.levels.spread(y), context
 
     shuffled = ordered
 
@@ -164,74 +151,63 @@ class Stream:
 Source = Rows | Stream
 
 
-def rows(name: str, values: Any, context: Any, like: Tensor) -> Rows:
-    """Make rows of a tensor, an array or a memory map; what lies in memory is converted once.
-
-    Raises:
-        ValueError: for what is no array of numbers with one point a row, or a context of another length.
-    """
-    values, context = _array(name, values, like), None if context is None else _array("context", context, like)
-    values, context = _column(values), None if context is None else _column(context)
+def rows(name: str, data: object, context: object, like: Tensor) -> Rows:
+    """Make rows of an array of numbers, with one point a row; what lies in memory is converted once."""
+    values, about = _array(name, data, like), None if context is None else _array("context", context, like)
     if len(values.shape) < 2 or 0 in values.shape:
         raise ValueError(f"{name}: expected one point a row, (N, ...), got shape {tuple(values.shape)}.")
-    if context is not None and len(context) != len(values):
-        raise ValueError(f"context: expected a row for each of {len(values)} points of {name}, got {len(context)}.")
-    found = Rows(values, context, like)
+    if about is not None and len(about) != len(values):
+        raise ValueError(f"context: expected a row for each of {len(values)} points of {name}, got {len(about)}.")
+    found = Rows(values, about, like)
     found.check(name)
     return found
 
 
-def _array(name: str, values: Any, like: Tensor) -> Any:
+def _array(name: str, values: object, like: Tensor) -> Array:
+    """Return points; a list of numbers becomes points of one coordinate."""
     if isinstance(values, np.memmap):
-        return values
-    if hasattr(values, "iloc"):  # a data frame, or a column of one
+        return values[:, None] if values.ndim == 1 else values
+    if hasattr(values, "iloc") and hasattr(values, "to_numpy"):  # a data frame, or a column of one
         values = values.to_numpy()
     if not isinstance(values, (Tensor, np.ndarray, list, tuple)):
         raise ValueError(f"{name}: expected a tensor, an array or a DataLoader, got a {type(values).__name__}.")
     tensor = numbers(name, values)
-    return tensor.to(like.device) if tensor.element_size() == 1 else _like(tensor, like)  # bytes stay bytes
+    tensor = tensor.to(like.device) if tensor.element_size() == 1 else tensor.to(like)  # bytes stay bytes
+    return tensor[:, None] if tensor.dim() == 1 else tensor
 
 
-def _column(values: Any) -> Any:
-    """Return a list of numbers as points of one coordinate."""
-    return values[:, None] if len(values.shape) == 1 else values
-
-
-def _like(tensor: Tensor, like: Tensor) -> Tensor:
-    return tensor.to(device=like.device, dtype=like.dtype)
-
-
-def _look_up(values: Any, indices: Tensor, like: Tensor) -> Tensor:
+def _look_up(values: Array, indices: Tensor, like: Tensor) -> Tensor:
     if isinstance(values, Tensor):
-        return _like(values.index_select(0, indices.to(values.device)), like)
-    return _like(_tensor(values[indices.numpy()]), like)
+        return values.index_select(0, indices.to(values.device)).to(like)
+    return _tensor(values[indices.numpy()]).to(like)
 
 
-def _tensor(values: Any) -> Tensor:
+def _tensor(values: Array) -> Tensor:
     """Make a tensor of part of a tensor or a memory map, which may not be writable."""
     return values if isinstance(values, Tensor) else torch.from_numpy(np.array(values))
 
 
-def _is_floating(values: Any) -> bool:
+def _is_floating(values: Array) -> bool:
     return values.is_floating_point() if isinstance(values, Tensor) else np.issubdtype(values.dtype, np.floating)
 
 
-def source(name: str, data: Any, context: Any, *, event_shape: torch.Size, context_dim: int, like: Tensor) -> Source:
-    """Make rows, or a stream of a ``DataLoader``, for a flow.
+def like(flow: Flow) -> Tensor:
+    """Return a tensor of the flow's dtype on its device."""
+    return next(flow.parameters(), flow._like)
 
-    Raises:
-        ValueError: for points of another shape than the flow's, or a context where none is expected,
-            or none where one is.
-    """
+
+def points_for(flow: Flow, name: str, data: object, context: object) -> Source:
+    """Make rows, or a stream of a ``DataLoader``, for a flow; refuse other shapes than it takes."""
     if isinstance(data, DataLoader):
         if context is not None:
             raise ValueError("context: a DataLoader gives its context itself, as pairs (data, context).")
-        return Stream(data, like, context_dim > 0)
-    found = rows(name, data, context, like)
-    if found.event_shape != event_shape:
+        return Stream(data, like(flow), flow.context_dim > 0)
+    found = rows(name, data, context, like(flow))
+    if found.event_shape != flow.event_shape:
         raise ValueError(
-            f"{name}: expected points of shape {tuple(event_shape)}, got {tuple(found.event_shape)}; "
+            f"{name}: expected points of shape {tuple(flow.event_shape)}, got {tuple(found.event_shape)}; "
             "reshape them, or make the flow for that shape."
         )
-    _checks.context(name, None if context is None else found.take(torch.zeros(1, dtype=torch.long))[1], context_dim)
+    first = None if context is None else found.take(torch.zeros(1, dtype=torch.long))[1]
+    _checks.context(name, first, flow.context_dim)
     return found

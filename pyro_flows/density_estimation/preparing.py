@@ -11,10 +11,11 @@ import torch
 from torch.utils.data import DataLoader
 
 from pyro_flows import _checks
+from pyro_flows._bundles import Entries
 from pyro_flows.density_estimation import files
-from pyro_flows.density_estimation.fitted import points_for
+from pyro_flows.density_estimation.ascent import score
 from pyro_flows.density_estimation.mixtures import choose
-from pyro_flows.density_estimation.points import CHUNK, Batch, Rows, Source, Stream, rows
+from pyro_flows.density_estimation.points import CHUNK, Batch, Rows, Source, Stream, points_for, rows
 from pyro_flows.density_estimation.standardizing import is_fresh, preprocess, scale_of
 from pyro_flows.flows.flow import Flow
 from pyro_flows.flows.recipe import AUTO, BUILDERS, ending, with_mixture, with_preprocess
@@ -30,7 +31,7 @@ PARTS_OF_CONTEXTS = 5  # of a mixture at least, if their weights, places and sca
 MIXTURE_SHARE = 0.35  # of the seconds, that expectation maximization may take
 
 
-def make(flow: Flow | str, data: Any, context: Any) -> Flow:
+def make(flow: object, data: object, context: object) -> Flow:
     """Copy the flow, or make one by a builder's name."""
     if isinstance(flow, Flow):
         return copy.deepcopy(flow)
@@ -50,7 +51,7 @@ def make(flow: Flow | str, data: Any, context: Any) -> Flow:
     return BUILDERS[flow](shape[0], base="logistic", **options)
 
 
-def _default(dim: int, options: dict[str, Any]) -> Flow:
+def _default(dim: int, options: Entries) -> Flow:
     """Return what is taken before a mixture is its base: splines, and affine couplings of very many coordinates.
 
     The mixture alone bends one coordinate that depends on a context. A spline as well takes twice the time, and fits
@@ -63,7 +64,9 @@ def _default(dim: int, options: dict[str, Any]) -> Flow:
     return realnvp(dim, network="robust", **options)
 
 
-def sources(flow: Flow, data: Any, context: Any, validation: Any, levels: int | None) -> tuple[Source, Source | None]:
+def sources(
+    flow: Flow, data: object, context: object, validation: object, levels: int | None
+) -> tuple[Source, Source | None]:
     """Make what is trained on and what is held out."""
     train = points_for(flow, "data", data, context)
     if levels is not None:
@@ -106,7 +109,7 @@ def with_scale(flow: Flow, train: Source, kind: str | None) -> tuple[Flow, str |
     layer: Preprocess = preprocess(kind, scaled, pooled=images)
     given = flow if auto and not fresh else None
     placed = with_preprocess(flow if given is None else copy.deepcopy(flow), layer)
-    if given is not None and _likelihood(given, batches) >= _likelihood(placed, batches):
+    if given is not None and score(given, batches, CHECKED_POINTS) >= score(placed, batches, CHECKED_POINTS):
         return given, None if own is None else kind
     return placed, kind
 
@@ -148,20 +151,7 @@ def begin_mixture(flow: Flow, train: Source, held_out: Source | None, over: Call
     return found
 
 
-@torch.no_grad()
-def _likelihood(flow: Flow, batches: Sequence[Batch]) -> float:
-    """Return the mean log density of about the first `CHECKED_POINTS` points; minus infinity if it is not finite."""
-    total, count = 0.0, 0
-    for y, context in batches:
-        x, ladj = flow.bijection.inverse_and_ladj(y, context)
-        total += float((flow.base_distribution(context).log_prob(x) + ladj).double().sum())
-        count += len(y)
-        if count >= CHECKED_POINTS:
-            break
-    return total / count if math.isfinite(total) else -math.inf
-
-
-def identity(flow: Flow, train: Source, held_out: Source | None, validation: Any) -> dict[str, Any]:
+def identity(flow: Flow, train: Source, held_out: Source | None, validation: object) -> dict[str, object]:
     """Return what tells a checkpoint of these data and this flow from those of others."""
     share = validation if validation is None or isinstance(validation, float) else "given"
     given = held_out if share == "given" else None

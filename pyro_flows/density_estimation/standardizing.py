@@ -5,18 +5,15 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from pyro_flows import _checks
 from pyro_flows._warnings import outside
-from pyro_flows.density_estimation.points import Batch
+from pyro_flows.density_estimation.points import Batch, like
+from pyro_flows.flows.flow import Flow
 from pyro_flows.transforms.fixed import Preprocess
-
-if TYPE_CHECKING:
-    from pyro_flows.flows.flow import Flow
 
 KINDS = ("standardize", "whiten")
 CONSTANT = 1e-12  # a variance below this share of the squared mean is rounding error
@@ -35,9 +32,6 @@ def preprocess(kind: str, batches: Iterable[Batch], *, pooled: bool = False, shr
         pooled: whether all coordinates get one scale, as the pixels of an image should.
         shrink: whether correlations are shrunk.
 
-    Raises:
-        ValueError: for an unknown kind.
-
     Warns:
         UserWarning: if a coordinate is constant; its scale is then that of the narrowest other one.
 
@@ -45,7 +39,7 @@ def preprocess(kind: str, batches: Iterable[Batch], *, pooled: bool = False, shr
     """
     _checks.choice("kind", kind, KINDS)
     seen = list(batches)
-    shape, like = seen[0][0].shape[1:], seen[0][0]
+    shape, first = seen[0][0].shape[1:], seen[0][0]
     y = torch.cat([batch.flatten(1) for batch, _ in seen]).double()
     mean = y.mean(0)
     y = y - mean
@@ -60,7 +54,7 @@ def preprocess(kind: str, batches: Iterable[Batch], *, pooled: bool = False, shr
     factor = scale.reshape(shape)
     if kind == "whiten":
         factor = scale[:, None] * _root(y / scale, shrink)
-    return Preprocess(mean.reshape(shape).to(like), factor.to(like), None if slope is None else slope.to(like))
+    return Preprocess(mean.reshape(shape).to(first), factor.to(first), None if slope is None else slope.to(first))
 
 
 def scale_of(contexts: Tensor) -> Tensor:
@@ -73,8 +67,7 @@ def scale_of(contexts: Tensor) -> Tensor:
 @torch.no_grad()
 def is_fresh(flow: Flow) -> bool:
     """Whether the flow is what builders make: the identity, up to an order of coordinates, so that it knows no data."""
-    like = next(flow.parameters(), flow._like)
-    x = torch.linspace(-1.0, 1.0, 2 * flow.dim).reshape(2, *flow.base_shape).to(like)
+    x = torch.linspace(-1.0, 1.0, 2 * flow.dim).reshape(2, *flow.base_shape).to(like(flow))
     context = x.new_zeros(2, flow.context_dim) if flow.context_dim else None
     y, ladj = copy.deepcopy(flow.bijection).eval().forward_and_ladj(x, context)
     order, other = x.flatten(1).sort(-1).values, y.flatten(1).sort(-1).values

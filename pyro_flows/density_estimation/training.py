@@ -1,14 +1,25 @@
-"""Maximum likelihood by minibatches: a steady stretch until validation stands still, then a cool-down."""
+"""Maximum likelihood by minibatches: what is not given, a steady stretch, and a cool-down."""
 
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable
+from dataclasses import dataclass
 
+from pyro_flows import _checks
 from pyro_flows._interrupts import STATE
-from pyro_flows.density_estimation.ascent import Ascent
-from pyro_flows.density_estimation.schedule import WARM_UP, Plan, State, by_budget, factor
+from pyro_flows.density_estimation.ascent import RACE_STEPS, RACED, Ascent, State, widest
+from pyro_flows.density_estimation.points import Rows, Source
 
+MAX_STEPS = 20_000
+DECAY = 1e-4  # of weights a point of data, each epoch,
+FORGOTTEN = 10.0  # and so often in a training at most
+BATCH = 256
+LONG = 1000  # steps, from which on the step size falls with the square root of their number,
+SMALL_ENOUGH = 2e-3  # down to this
+WARM_UP = 40  # steps
+STEADY_SHARE = 0.2  # of what is left of a budget after the race; the rest is for the cool-down
 COOL_SHARE = 0.6  # of the steps so far, for a cool-down that validation asked for
 PATIENCE_SHARE = 0.3
 PATIENT_CHECKS = 8
@@ -17,6 +28,85 @@ AVERAGE_EVERY = 5
 FALL = 20.0  # nats a dimension below the best check: go back to it with half the step size
 
 Report = Callable[[str, int, float, float], None]  # state, epochs, progress in [0, 1], validation or training nats
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What bounds a run."""
+
+    max_steps: int
+    max_seconds: float = math.inf
+    clock: Callable[[], float] = time.monotonic
+    began: float = 0.0
+
+    def progress(self, steps: int) -> float:
+        """Return the share of the budget that is used, 1 or more at its end."""
+        return max(steps / self.max_steps, (self.clock() - self.began) / self.max_seconds)
+
+
+def batch_size(train: Source, batch: int | None) -> int:
+    """Return how many points a step takes: what is asked for, or a tenth of few data."""
+    if batch is not None:
+        return _checks.integer("batch", batch, 1)
+    return max(32, min(BATCH, len(train) // 10)) if isinstance(train, Rows) else BATCH
+
+
+def choose(ascent: Ascent, learning_rate: float | None, weight_decay: float | None, plan: Plan) -> None:
+    """Set what is not given: the step size by a race of about a fifth of the budget at most, the decay by the budget.
+
+    A short race is won by a step size that is too large for thousands of steps, so it is less for long trainings, down
+    to `SMALL_ENOUGH`; and units of wide networks die of it, so those of width W race up to 1 / W only. (That Adam's
+    step size should go as 1 / W: Yang et al. 2021, *Tuning large neural networks via zero-shot hyperparameter
+    transfer*.)
+    """
+    ahead = plan.max_steps
+    if math.isfinite(plan.max_seconds):
+        ahead = min(ahead, int(plan.max_seconds / ascent.seconds_a_step(plan.clock)))
+    counted = min(ahead, MAX_STEPS)  # for the decay: validation seldom lets more pass
+    ascent.set_weight_decay(_decay(ascent, counted) if weight_decay is None else weight_decay)
+    if learning_rate is None:
+        scale = min(1.0, 1.0 / (widest(ascent.flow) * max(RACED)))
+        ascent.race([scale * candidate for candidate in RACED], max(min(RACE_STEPS, ahead // (5 * len(RACED))), 8))
+        found = ascent.state.learning_rate
+        learning_rate = max(found * min(1.0, math.sqrt(LONG / max(ahead, 1))), min(found, SMALL_ENOUGH))
+    ascent.state.learning_rate = learning_rate
+    if weight_decay is None:
+        limit = FORGOTTEN / (learning_rate * max(counted, 1))
+        ascent.set_weight_decay(min(ascent.state.weight_decay, limit))
+
+
+def _decay(ascent: Ascent, ahead: int) -> float:
+    """Return the weight decay for a number of steps ahead.
+
+    An image counts as often as it has pixels, at each of which convolutions use all their weights.
+    """
+    weights, epoch = sum(parameter.numel() for parameter in ascent.parameters), ascent.source.steps(ascent.batch)
+    points = epoch * ascent.batch * math.prod(ascent.flow.event_shape[1:])
+    return min(1.0, DECAY * weights / points * ahead / epoch)
+
+
+def factor(state: State, progress: float) -> float | None:
+    """Return the share of the step size to take now, none at the end; begin the cool-down that the budget asks for."""
+    if progress >= 1.0:
+        state.why = state.why or "the budget ended it"
+        return None
+    if state.cool_steps:
+        done = (state.steps - state.cool_from) / state.cool_steps
+        return None if done >= 1.0 else state.cool_top * _cosine(done)
+    return by_budget(state, progress)
+
+
+def by_budget(state: State, progress: float) -> float:
+    """Return the share of the step size: it rises, stays for a fifth of what is left and falls along a cosine."""
+    if progress < state.spent + STEADY_SHARE * (1.0 - state.spent):
+        return min(1.0, (state.steps + 1) / WARM_UP)
+    if state.cool_from < 0:
+        state.cool_from = progress
+    return _cosine((progress - state.cool_from) / (1.0 - state.cool_from))
+
+
+def _cosine(share: float) -> float:
+    return 0.5 * (1.0 + math.cos(math.pi * min(max(share, 0.0), 1.0)))
 
 
 def climb(ascent: Ascent, plan: Plan, *, report: Report, save: Callable[[], None] = lambda: None) -> None:
@@ -45,7 +135,8 @@ def climb(ascent: Ascent, plan: Plan, *, report: Report, save: Callable[[], None
                 ascent.update_average()
             if state.steps % every == 0:
                 _check(ascent, progress)
-                report("cooling" if state.cool_from >= 0 else "settling", state.epoch, progress, _shown(state))
+                nats = state.checks[-1][1] if state.checks else -sum(state.losses[-50:]) / len(state.losses[-50:])
+                report("cooling" if state.cool_from >= 0 else "settling", state.epoch, progress, nats)
         else:
             state.epoch += 1
             save()
@@ -54,10 +145,8 @@ def climb(ascent: Ascent, plan: Plan, *, report: Report, save: Callable[[], None
 
 def _check_every(ascent: Ascent) -> int:
     """Steps between checks, so that checks (forward passes only, a third of a step's work) cost a twentieth."""
-    if not ascent.held_out:
-        return 50
     points = sum(len(y) for y, _ in ascent.held_out)
-    return max(20, math.ceil(points / (3 * ascent.batch) / CHECK_COST))
+    return max(20, math.ceil(points / (3 * ascent.batch) / CHECK_COST)) if points else 50
 
 
 def _check(ascent: Ascent, progress: float) -> None:
@@ -87,9 +176,7 @@ def _check(ascent: Ascent, progress: float) -> None:
 
 def _go_back(ascent: Ascent) -> None:
     ascent.assign(ascent.best_weights)
-    ascent.average = ascent.keep()
-    ascent.state.averaged = 0
-    ascent.state.norm = 0.0
+    ascent.average, ascent.state.averaged, ascent.state.norm = ascent.keep(), 0, 0.0
     ascent.fresh_moments()
 
 
@@ -99,12 +186,7 @@ def _finish(ascent: Ascent) -> None:
     if not ascent.held_out:
         ascent.assign(ascent.average)
         return
-    last = ascent.keep()
-    tried = [(ascent.validate(last), last), (ascent.validate(ascent.average), ascent.average)]
+    tried = [(ascent.validate(weights), weights) for weights in (ascent.keep(), ascent.average)]
     state.best, weights = max([*tried, (state.best, ascent.best_weights)], key=lambda pair: pair[0])
     state.checks.append((state.steps, state.best))
     ascent.assign(weights)
-
-
-def _shown(state: State) -> float:
-    return state.checks[-1][1] if state.checks else -sum(state.losses[-50:]) / len(state.losses[-50:])

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from time import monotonic
 from typing import Any
@@ -16,6 +16,7 @@ from pyro.infer import Trace_ELBO
 from torch import Tensor, nn
 
 from pyro_flows import _journal, _stages
+from pyro_flows._bundles import Entries
 from pyro_flows._clock import Clock, OutOfTime, unbounded
 from pyro_flows._interrupts import STATE
 from pyro_flows._progress import Bar
@@ -31,7 +32,7 @@ from pyro_flows.guides.hierarchical import AutoHierarchicalFlow
 from pyro_flows.guides.marginal import MOST_DRAWS
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.model.observations import NothingObservedWarning
-from pyro_flows.model.sites import messages
+from pyro_flows.model.sites import Keywords, Model, Positional, messages
 from pyro_flows.posterior.draws import from_draws
 from pyro_flows.posterior.posterior import Posterior
 from pyro_flows.results.dims import coordinate_names
@@ -64,13 +65,7 @@ NOT_SOUGHT = "no search for missed modes was made"
 
 
 def diagnose_hierarchical(
-    model: Callable[..., Any],
-    guide: AutoHierarchicalFlow,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    draws: int,
-    seed: int,
-    bar: Bar,
+    model: Model, guide: AutoHierarchicalFlow, args: Positional, kwargs: Keywords, draws: int, seed: int, bar: Bar
 ) -> Posterior:
     """Judge a guide with structure; see :func:`pyro_flows.diagnose`."""
     with seeded(seed):
@@ -80,12 +75,11 @@ def diagnose_hierarchical(
         about: dict[str, Any] = {"settings": {"diagnosed": True}, "losses": torch.zeros(0)}
         if whole is None:
             return _posterior(guide, marginal, _checked(guide, marginal, seed, unbounded()), draws, seed, about)
-        density, draw = whole
         z, _ = _global_draw(guide)(LOOKED_AT)
         second = marginal.marginal.second_modes(z.median(0).values)
         failures = _of_rows(second, marginal.marginal.row_count, guide) + _second_mode(marginal, z, seed)
-        said = {"failures": failures, "notes": [_sought(marginal)], **about}
-        return from_draws(density, draw, draws=draws, seed=seed, guide=guide, **said)
+        about |= {"failures": failures, "notes": [_sought(marginal)]}
+        return from_draws(*whole, draws=draws, seed=seed, guide=guide, **about)
 
 
 def fit_hierarchical(plan: Plan, keeping: Callable[[LogDensity], AbstractContextManager[None]]) -> Posterior:
@@ -96,8 +90,8 @@ def fit_hierarchical(plan: Plan, keeping: Callable[[LogDensity], AbstractContext
     if plan.runs > 1 or plan.train_model:
         name = "train_model" if plan.train_model else "runs"
         raise ValueError(f"{name}: not available for a model with subsampled plates. Leave it out, or give all rows.")
-    clock, trained = plan.clock, _Trained()
-    with _own_parameters(), seeded(derive(plan.seed, "a guide with plates")):
+    clock, trained, store = plan.clock, _Trained(), pyro.get_param_store()
+    with store.scope(state=store.get_state()), seeded(derive(plan.seed, "a guide with plates")):
         guide = _begun(plan)
         if not ranks().first:
             _fitted(guide, None, plan, trained)
@@ -179,19 +173,16 @@ def _concluded(
     guide: AutoHierarchicalFlow, density: MarginalDensity, checks: _Checks, plan: Plan, trained: _Trained
 ) -> Posterior:
     """Judge what the work came to; Ctrl-C may come once more."""
-    clock, chosen = plan.clock, plan.asked.get("flow", plan.recipe.builder)
-    asked = {"asked": dict(plan.asked), "flow": chosen, "max_seconds": clock.seconds if clock.finite else None}
-    stopped = clock.cut and not trained.good
-    about: dict[str, Any] = {
-        "losses": torch.tensor(trained.losses),
-        "history": trained.stages,
-        "stopped": ("during training" if trained.losses else "before training") if stopped else "",
-        "moving": bool(stopped),
-    }
+    clock, stopped = plan.clock, bool(plan.clock.cut and not trained.good)
+    asked = {"asked": dict(plan.asked), "flow": plan.asked.get("flow", plan.recipe.builder)}
+    asked["max_seconds"] = clock.seconds if clock.finite else None
+    when = "during training" if trained.losses else "before training"
+    about = {"losses": torch.tensor(trained.losses), "history": trained.stages}
+    about |= {"stopped": when if stopped else "", "moving": stopped}
 
     def conclude() -> Posterior:
-        about["settings"] = {**asked, "seconds": clock.elapsed}
-        return _posterior(guide, density, checks, plan.draws, plan.seed, about)
+        said = {**about, "settings": {**asked, "seconds": clock.elapsed}}
+        return _posterior(guide, density, checks, plan.draws, plan.seed, said)
 
     try:
         return conclude()
@@ -210,20 +201,18 @@ class _Checks:
 
     failures: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
-    settings: dict[str, Any] = field(default_factory=dict)
+    settings: dict[str, object] = field(default_factory=dict)
 
 
 def _checked(guide: AutoHierarchicalFlow, density: MarginalDensity, seed: int, clock: Clock) -> _Checks:
     """Look at the rows, and for second modes; what the clock cuts speaks against the draws."""
-    found = _Checks()
+    found, checked, sought = _Checks(), False, NOT_SOUGHT
     z, _ = _global_draw(guide)(LOOKED_AT)
-    checked = False
     with clock.part(_stages.ROWS):
         _check_rows(found, guide, density, z)
         checked = True
     if not checked:
         found.failures.append("no time for a check of all rows")
-    sought = NOT_SOUGHT
     with clock.part(_stages.MISSED):
         found.failures += _second_mode(density, z, seed)
         sought = _sought(density)
@@ -244,10 +233,7 @@ def _check_rows(found: _Checks, guide: AutoHierarchicalFlow, density: MarginalDe
             f"the likelihoods of rows are too rough: an error of {errors.differences:.2g} nats between draws of the "
             f"other latents, with {marginal.count} draws of each row"
         )
-    found.settings |= {
-        "rows": rows,
-        "worst_rows": [[row.plate, row.row] for row in worst] + [list(row) for row in second],
-    }
+    found.settings |= {"rows": rows, "worst_rows": [list(row) for row in [*(row[:2] for row in worst), *second]]}
     how = "normal distributions of all" if isinstance(marginal, CrossedMarginal) else f"{marginal.count} draws of each"
     found.notes.append(
         f"samples hold the latents outside of plates; those of {rows:,} rows were integrated out by {how} "
@@ -257,12 +243,7 @@ def _check_rows(found: _Checks, guide: AutoHierarchicalFlow, density: MarginalDe
 
 
 def _posterior(
-    guide: AutoHierarchicalFlow,
-    density: MarginalDensity,
-    checks: _Checks,
-    draws: int,
-    seed: int,
-    about: Mapping[str, Any],
+    guide: AutoHierarchicalFlow, density: MarginalDensity, checks: _Checks, draws: int, seed: int, about: Entries
 ) -> Posterior:
     """Return the posterior of the globals, judged with latents in plates integrated out."""
     sites = messages(density.marginal.first.at.trace).values()
@@ -270,11 +251,10 @@ def _posterior(
         what = "model: nothing is observed (no obs= with values, no pyro.factor), so the posterior is the prior."
         warnings.warn(what, NothingObservedWarning, stacklevel=outside())
     said = {**about, "settings": {**about["settings"], **checks.settings}}
-    said |= {"notes": checks.notes, "failures": checks.failures}
+    said |= {"notes": checks.notes, "failures": checks.failures, "draws": density.affordable(draws)}
     if isinstance(density.marginal, CrossedMarginal):
         said["times"] = 1
-    count = density.affordable(draws)
-    found = from_draws(density, _global_draw(guide), draws=count, seed=seed, guide=guide, **said)
+    found = from_draws(density, _global_draw(guide), seed=seed, guide=guide, **said)
     if said["settings"].get("diagnosed"):
         return found
     return replace(found, verdict=replace(found.verdict, guide_method=method_of(guide._top._single)))
@@ -288,7 +268,7 @@ def _searches(density: MarginalDensity) -> tuple[int, int]:
 
 def _sought(density: MarginalDensity) -> str:
     draws, climbs = _searches(density)
-    return f"no search for missed modes was made, but for climbs from {climbs} of {draws} draws of the prior"
+    return f"{NOT_SOUGHT}, but for climbs from {climbs} of {draws} draws of the prior"
 
 
 def _second_mode(density: MarginalDensity, z: Tensor, seed: int) -> list[str]:
@@ -309,10 +289,8 @@ def _second_mode(density: MarginalDensity, z: Tensor, seed: int) -> list[str]:
         apart = ((mode - own) / spread).abs()
         heights = few(torch.stack([own, mode]))
         if float(apart.max()) > GLOBAL_MODES_APART and float(heights[1] - heights[0]) > -GLOBAL_MODE_LOWER:
-            name = coordinate_names(density.structure)[int(apart.argmax())]
-            return [
-                f"a second mode of the latents outside of plates, {in_words(float(apart.max()))} sds away in {name}"
-            ]
+            away, name = in_words(float(apart.max())), coordinate_names(density.structure)[int(apart.argmax())]
+            return [f"a second mode of the latents outside of plates, {away} sds away in {name}"]
     return []
 
 
@@ -336,8 +314,8 @@ def _is_good(guide: AutoHierarchicalFlow, density: MarginalDensity, *, moves: bo
     z, log_q = _global_draw(guide)(TRIED * density.marginal.most_draws // MOST_DRAWS)
     density.marginal.choose_count(z[:LOOKED_AT])
     found = weigh(z, density(z), log_q)
-    good = found.k_hat < K_HAT_GOOD and found.ess >= ESS_SHARE_LEAST * len(z)
-    good = good or (found.k_hat < K_HAT_MOST and found.ess >= ESS_SHARE_UNDOUBTED * len(z))
+    criteria = (K_HAT_GOOD, ESS_SHARE_LEAST), (K_HAT_MOST, ESS_SHARE_UNDOUBTED)
+    good = any(found.k_hat < k_hat and found.ess >= share * len(z) for k_hat, share in criteria)
     if not (moves and guide._top.affine is not None and tells_moments(found)):
         return good, found.elbo
     flow = guide._top._single
@@ -356,9 +334,7 @@ class _Loss(nn.Module):
 
     def forward(self) -> Tensor:
         with self.rows:
-            (guide,), plan = self.guide, self.plan
-            loss: Tensor = self.elbo.differentiable_loss(plan.model, guide, *plan.args, **plan.kwargs)
-        return loss
+            return self.elbo.differentiable_loss(self.plan.model, *self.guide, *self.plan.args, **self.plan.kwargs)
 
 
 def _train(guide: AutoHierarchicalFlow, plan: Plan, steps: int, losses: list[float]) -> None:
@@ -374,12 +350,12 @@ def _train(guide: AutoHierarchicalFlow, plan: Plan, steps: int, losses: list[flo
     rows = RowsOfRank(ranks(), derive(plan.seed, f"rows after {len(losses)} steps"))
     loss_of = ranks().averaged(_Loss(guide, plan, rows))
 
-    def state() -> dict[str, Any]:
+    def state() -> dict[str, object]:
         moments = [optimizer.state.get(part, {}) for part in parameters]
         rates = [schedule.last_epoch, *schedule.get_last_lr()]
         return {"weights": parameters, "moments": moments, "rates": rates, "losses": losses, **guide.remembered()}
 
-    def put_back(known: Mapping[str, Any]) -> None:
+    def put_back(known: Entries) -> None:
         with torch.no_grad():
             for part, weights, moments in zip(parameters, known["weights"], known["moments"], strict=True):
                 part.copy_(weights)
@@ -407,14 +383,6 @@ def _train(guide: AutoHierarchicalFlow, plan: Plan, steps: int, losses: list[flo
         kept.end(state)
 
 
-@contextmanager
-def _own_parameters() -> Iterator[None]:
-    """Leave Pyro's store as it was."""
-    store = pyro.get_param_store()
-    with store.scope(state=store.get_state()):
-        yield
-
-
 # draws ----------------------------------------------------------------------------------------------------------------
 
 
@@ -424,20 +392,20 @@ def _global_draw(guide: AutoHierarchicalFlow) -> Draw:
     @torch.no_grad()
     def draw(count: int) -> tuple[Tensor, Tensor]:
         posterior = guide._top.get_posterior()
-        z: Tensor = guide.finite(posterior.sample((count,)))
+        z = guide.finite(posterior.sample((count,)))
         return z, posterior.log_prob(z)
 
     return draw
 
 
-def _marginal(guide: AutoHierarchicalFlow, args: Any, kwargs: Any, seed: int) -> MarginalDensity:
+def _marginal(guide: AutoHierarchicalFlow, args: Positional, kwargs: Keywords, seed: int) -> MarginalDensity:
     """Return the log density of the globals; see :class:`MarginalDensity`."""
     middle = _global_draw(guide)(LOOKED_AT)[0].median(0).values
     return MarginalDensity(guide.density_of_globals(args, kwargs, middle, seed))
 
 
 def _whole_draw(
-    model: Callable[..., Any], guide: AutoHierarchicalFlow, args: Any, kwargs: Any
+    model: Model, guide: AutoHierarchicalFlow, args: Positional, kwargs: Keywords
 ) -> tuple[LogDensity, Draw] | None:
     """Return the log density of all latents and what draws them together; None if rows are judged one by one."""
     if guide.subsampled or sum(guide.sizes.values()) > WHOLE_UP_TO:
@@ -446,18 +414,14 @@ def _whole_draw(
     latents = density.structure.latents
     if any(guide.sizes[latent.name] != latent.size for latent in latents):  # masked entries are no coordinates
         return None
-    own = {latent.name: latent for latent in guide._latents}
+    places = {own.name: slice(own.offset, own.offset + own.size) for own in guide._latents}
 
     @torch.no_grad()
     def draw(count: int) -> tuple[Tensor, Tensor]:
         z, log_q = _global_draw(guide)(count)
         run = guide._locals(z.reshape(count, *[1] * guide._nesting, -1), args, kwargs, remember=False)
-        parts = [
-            run.values[latent.name].reshape(count, -1)
-            if latent.name in run.values
-            else z[:, own[latent.name].offset : own[latent.name].offset + latent.size]
-            for latent in latents
-        ]
+        names = [latent.name for latent in latents]
+        parts = [run.values[own].reshape(count, -1) if own in run.values else z[:, places[own]] for own in names]
         for density_of_rows in run.densities.values():
             log_q = log_q + density_of_rows.reshape(count, -1).sum(1)
         return torch.cat(parts, 1).to(density.dtype), log_q.to(density.dtype)

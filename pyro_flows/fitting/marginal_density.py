@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from pyro import poutine
@@ -17,31 +17,23 @@ from pyro_flows.guides.crossed import CrossedMarginal
 from pyro_flows.guides.marginal import ALL, Marginal
 from pyro_flows.model.bijections import bijection
 from pyro_flows.model.log_density import LogDensity
-from pyro_flows.model.sites import Site, is_open, messages
+from pyro_flows.model.sites import Model, Site, is_open, messages
 
 LEAST_GRADIENTS, WRITTEN = 5000.0, 3e8  # gradients of a run of chains; draws of rows in all of them
 
 
 class MarginalDensity(LogDensity):
-    """The log density of the globals; ``structure``, names and constrained values are those of the globals alone.
-
-    Args:
-        marginal: the log density at points.
-
-    Attributes:
-        level_error: standard error of the log density, nats, that all points have in common.
-    """
+    """The log density of the globals; ``structure``, names and constrained values are those of the globals alone."""
 
     by_rows = True
-    level_error = 0.0
+    level_error = 0.0  # standard error of the log density, nats, that all points have in common
 
     def __init__(self, marginal: Marginal | CrossedMarginal) -> None:
         self.marginal = marginal
-        nodes, first = messages(marginal.first.at.trace), marginal.first
+        rows, first, nodes = marginal.rows, marginal.first, messages(marginal.first.at.trace)
         values = {name: bijection(nodes[name]["fn"])(value) for name, value in first.base.items()}
         values = {name: value for name, value in values.items() if bool(torch.isfinite(value).all())}  # else drawn anew
-        rows = marginal.rows
-        super().__init__(_globals_alone(rows, first.at.chosen, values), rows.args, rows.kwargs)
+        super().__init__(_globals_alone(rows, {**first.at.chosen, **values}), rows.args, rows.kwargs)
 
     @property
     def most_gradients(self) -> float:  # type: ignore[override]
@@ -49,7 +41,6 @@ class MarginalDensity(LogDensity):
         return max(LEAST_GRADIENTS, WRITTEN / max(self.marginal.count * self.marginal.row_count, 1))
 
     def under(self, clock: Clock) -> None:
-        """Look at ``clock`` as evaluations go on."""
         super().under(clock)
         self.marginal.clock = clock
 
@@ -70,8 +61,8 @@ class MarginalDensity(LogDensity):
         sites = [site.name for site in marginal.first.sites]
         names = sites if names is None else [_checks.choice("names", name, sites) for name in names]
         found: dict[str, Tensor] = {}
-        for plate in dict.fromkeys(marginal.plate_of(name) for name in names):
-            own = [name for name in names if marginal.plate_of(name) == plate]
+        for plate in dict.fromkeys(marginal.plates[name] for name in names):
+            own = [name for name in names if marginal.plates[name] == plate]
             found |= marginal.local_draws(z, own, self._indices(plate, rows), seed)
         return {name: found[name] for name in names}
 
@@ -80,20 +71,14 @@ class MarginalDensity(LogDensity):
         return {plate or "data": own for plate, own in self.marginal.row_likelihoods(self._check(z).detach()).items()}
 
     def _indices(self, plate: str, rows: Tensor | Sequence[int] | None) -> Tensor:
-        """Return indices of rows of a plate, all of them by default."""
-        size = self.marginal.rows_of(plate)
+        size = self.marginal.sizes[plate]
         if rows is None:
             return torch.arange(size)
         if plate == ALL:
             raise ValueError("rows: not available, since the latents in plates are drawn together. Leave it out.")
         index = torch.as_tensor(rows)
-        if (
-            index.dim() != 1
-            or index.is_floating_point()
-            or not len(index)
-            or int(index.min()) < 0
-            or int(index.max()) >= size
-        ):
+        listed = index.dim() == 1 and not index.is_floating_point() and len(index) > 0
+        if not listed or int(index.min()) < 0 or int(index.max()) >= size:
             raise ValueError(f"rows: expected a list of indices from 0 to {size - 1} of plate {plate!r}, got {rows!r}.")
         return index.long()
 
@@ -116,11 +101,7 @@ class MarginalDensity(LogDensity):
         return self.value_and_grad(z)
 
     def predictive(self, z: Tensor, *, seed: int = 0) -> dict[str, Tensor]:
-        """Raise an error: the latents of rows are not there.
-
-        Raises:
-            ValueError: always.
-        """
+        """Raise an error: the latents of rows are not there."""
         raise ValueError(
             "predictive: latents of rows were integrated out. Draw them with posterior.local_samples(), and new data "
             "with pyro.infer.Predictive and these draws."
@@ -133,21 +114,21 @@ class MarginalDensity(LogDensity):
 class _Fixed(Messenger):
     """Run a model with these rows and latents in plates."""
 
-    def __init__(self, chosen: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
+    def __init__(self, fixed: Mapping[str, Tensor]) -> None:
         super().__init__()
-        self.fixed = {**chosen, **values}
+        self.fixed = fixed
 
     def _pyro_sample(self, msg: Site) -> None:
         if is_open(msg) and msg["name"] in self.fixed:
             msg["value"] = self.fixed[msg["name"]].detach()
 
 
-def _globals_alone(rows: Rows, chosen: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> Callable[..., object]:
-    """Return the model without data and latents in plates."""
+def _globals_alone(rows: Rows, fixed: Mapping[str, Tensor]) -> Model:
+    """Return the model without data and latents in plates, which have these values."""
     names = [latent.name for latent in rows.latents]
 
     def model(*args: object, **kwargs: object) -> None:
-        with poutine.block(expose=names), _Fixed(chosen, values):
+        with poutine.block(expose=names), _Fixed(fixed):
             rows.model(*args, **kwargs)
 
     return model

@@ -7,11 +7,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import cast
+from operator import attrgetter
 
 import torch
 from pyro.poutine.messenger import Messenger
-from pyro.poutine.subsample_messenger import _Subsample
 from torch import distributed, nn
 
 from pyro_flows._fallbacks import fallback
@@ -31,7 +30,6 @@ class Ranks:
 
     @property
     def first(self) -> bool:
-        """Whether this process judges and writes."""
         return self.rank == 0
 
     def averaged(self, module: nn.Module) -> nn.Module:
@@ -52,12 +50,8 @@ class Ranks:
 class RowsOfRank(Messenger):
     """Let each process draw other rows of subsampled plates: together, one minibatch without replacement.
 
-    All processes draw the same orders of the rows, and each takes its own part of them. Where the parts have more rows
-    than there are, the last ones begin anew.
-
-    Args:
-        ranks: the processes.
-        seed: of the orders, the same for all.
+    All processes draw the same orders of the rows, by the same seed, and each takes its own part of them. Where the
+    parts have more rows than there are, the last ones begin anew.
     """
 
     def __init__(self, ranks: Ranks, seed: int) -> None:
@@ -68,12 +62,11 @@ class RowsOfRank(Messenger):
     def _pyro_sample(self, msg: Site) -> None:
         if self.ranks.size == 1 or not is_subsample(msg) or not is_open(msg):
             return
-        plate = cast(_Subsample, msg["fn"])
-        size, rows = plate.size, plate.subsample_size
+        size, rows, device = attrgetter("size", "subsample_size", "device")(msg["fn"])
         if rows is not None and rows < size:
             order = torch.randperm(size, generator=self.generator)
             places = (self.ranks.rank * rows + torch.arange(rows)) % size
-            msg["value"] = order[places].to(plate.device)
+            msg["value"] = order[places].to(device)
 
 
 ALONE = Ranks()
@@ -86,11 +79,7 @@ def ranks() -> Ranks:
 
 
 def check_alone() -> None:
-    """See to it that a fit that does not train on minibatches is made by the first process only.
-
-    Raises:
-        Followed: in the others.
-    """
+    """Let the first process only make a fit that does not train on minibatches: the others are :class:`Followed`."""
     if not ranks().first:
         raise Followed
     if ranks().size > 1:

@@ -18,10 +18,10 @@ from pyro_flows._arguments import numbers
 from pyro_flows._fallbacks import fallback
 from pyro_flows._turns import turn
 from pyro_flows.guides.known import Known
-from pyro_flows.guides.store import StoredGuide
-from pyro_flows.model.batching import over_rows, quiet
+from pyro_flows.guides.setup import LatentGuide
+from pyro_flows.model.batching import Rows, over_rows, quiet
 from pyro_flows.model.handlers import flatten_all, place_all
-from pyro_flows.model.sites import messages
+from pyro_flows.model.sites import Keywords, Positional, Site, messages
 from pyro_flows.transforms import Bound
 
 QUANTILE_DRAWS = 4000
@@ -29,7 +29,7 @@ QUANTILE_DRAWS = 4000
 
 @_checks.methods
 @_checks.constructor
-class AutoFlow(StoredGuide):
+class AutoFlow(LatentGuide):
     r"""Guide :math:`z = m + L(b + A\,t(f(\epsilon)))` over all continuous latents: any flow f, then tails, then affine.
 
     t is :class:`SinhArcsinh`, which gives each coordinate tails of its own; it and the affine map are trained with f.
@@ -88,24 +88,24 @@ class AutoFlow(StoredGuide):
     def get_base_dist(self) -> dist.TorchDistribution:
         return self._single.base_distribution()
 
-    def get_transform(self, *args: Any, **kwargs: Any) -> Bound:
+    def get_transform(self, *args: object, **kwargs: object) -> Bound:
         return Bound(self._single.bijection)
 
-    def get_posterior(self, *args: Any, **kwargs: Any) -> dist.TorchDistribution:
+    def get_posterior(self, *args: object, **kwargs: object) -> dist.TorchDistribution:
         """Return the distribution of the unconstrained vector."""
         self._catch_up()
         return self._flow()
 
-    def sample_latent(self, *args: Any, **kwargs: Any) -> Tensor:
+    def sample_latent(self, *args: object, **kwargs: object) -> Tensor:
         """Draw the unconstrained vector, as the auxiliary site of Pyro's guides."""
         name = f"_{self._pyro_name}_latent"
         return pyro.sample(name, self._flow(), infer={"is_auxiliary": True})
 
-    def _unpack_latent(self, latent: Tensor) -> Iterator[tuple[Any, Tensor]]:
+    def _unpack_latent(self, latent: Tensor) -> Iterator[tuple[Site, Tensor]]:
         for site in self._built_structure.latents:
             yield messages(self.prototype_trace)[site.name], site.unconstrained(latent)
 
-    def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+    def forward(self, *args: object, **kwargs: object) -> dict[str, Tensor]:
         if self.prototype_trace is None:
             self._setup_prototype(*args, **kwargs)
         self._register()
@@ -126,7 +126,7 @@ class AutoFlow(StoredGuide):
     # the posterior, constrained --------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def sample_posterior(self, n: int, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+    def sample_posterior(self, n: int, *args: object, **kwargs: object) -> dict[str, Tensor]:
         """Draw ``n`` times from the guide: ``{name: (n, *shape)}``, constrained; uses torch's global generator.
 
         Model arguments are needed only if supports depend on latents and the guide was loaded from a file.
@@ -134,22 +134,16 @@ class AutoFlow(StoredGuide):
         self._catch_up()
         return self._constrain(self._flow().sample((n,)), *args, **kwargs)
 
-    def _constrain(self, z: Tensor, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
-        structure = self._built_structure
+    def _constrain(self, z: Tensor, *args: object, **kwargs: object) -> dict[str, Tensor]:
+        structure, run = self._built_structure, self._run(args, kwargs)
+        return _over_rows(lambda row: {name: site.value for name, site in place_all(structure, row, run).items()}, z)
+
+    def _run(self, args: Positional, kwargs: Keywords) -> Callable[[], object]:
+        """Return a run of the model, which is made only if supports depend on latents."""
         args, kwargs = (args, kwargs) if args or kwargs else self._arguments
+        return lambda: self.model(*args, **kwargs)
 
-        def values(row: Tensor) -> dict[str, Tensor]:
-            placed = place_all(structure, row, lambda: self.model(*args, **kwargs))
-            return {name: site.value for name, site in placed.items()}
-
-        return self._over_rows(values, z)
-
-    def _over_rows(self, function: Callable[[Any], dict[str, Tensor]], rows: Any) -> dict[str, Tensor]:
-        """Apply a function of one row to all; it runs the model only if supports depend on latents."""
-        with quiet():
-            return over_rows(function, rows, otherwise=partial(fallback, "constrained one by one"))
-
-    def log_prob(self, values: Mapping[str, Tensor], *args: Any, **kwargs: Any) -> Tensor:
+    def log_prob(self, values: Mapping[str, Tensor], *args: object, **kwargs: object) -> Tensor:
         r"""Return the guide's log density of constrained latents, :math:`\log q(z) - \log|d\theta/dz|`.
 
         Args:
@@ -160,9 +154,8 @@ class AutoFlow(StoredGuide):
         Raises:
             ValueError: naming the site that is missing or has the wrong shape.
         """
-        structure = self._built_structure
+        structure, run = self._built_structure, self._run(args, kwargs)
         self._catch_up()
-        args, kwargs = (args, kwargs) if args or kwargs else self._arguments
         shapes = set()
         for latent in structure.latents:
             shape = torch.as_tensor(values[latent.name]).shape if latent.name in values else None
@@ -178,11 +171,11 @@ class AutoFlow(StoredGuide):
         rows = {site.name: torch.as_tensor(values[site.name]).reshape(-1, *site.shape) for site in structure.latents}
 
         def flat(row: dict[str, Tensor]) -> dict[str, Tensor]:
-            z = flatten_all(structure, row, lambda: self.model(*args, **kwargs))
-            placed = place_all(structure, z, lambda: self.model(*args, **kwargs))
+            z = flatten_all(structure, row, run)
+            placed = place_all(structure, z, run)
             return {"z": z, "ladj": sum((site.ladj.sum() for site in placed.values()), z.new_zeros(()))}
 
-        found = self._over_rows(flat, rows)
+        found = _over_rows(flat, rows)
         return (self._flow().log_prob(found["z"].to(self._like)) - found["ladj"]).reshape(batch)
 
     @torch.no_grad()
@@ -194,7 +187,7 @@ class AutoFlow(StoredGuide):
             torch.manual_seed(0)
             return self._flow().sample((QUANTILE_DRAWS,))
 
-    def _initialize_from_store(self, *args: Any, **kwargs: Any) -> None:
+    def _initialize_from_store(self, *args: object, **kwargs: object) -> None:
         """Make the parameters if need be, with the values that were loaded into Pyro's store, as a first run would."""
         if self.prototype_trace is None:
             self.initialize(*args, **kwargs)
@@ -202,14 +195,14 @@ class AutoFlow(StoredGuide):
                 self._in_store = True
 
     @torch.no_grad()
-    def median(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+    def median(self, *args: object, **kwargs: object) -> dict[str, Tensor]:
         """Return the marginal medians, taken over 4000 draws of the unconstrained vector and then constrained."""
         self._initialize_from_store(*args, **kwargs)
         middle = self._draws().median(0, keepdim=True).values
         return {name: value[0] for name, value in self._constrain(middle, *args, **kwargs).items()}
 
     @torch.no_grad()
-    def quantiles(self, quantiles: Sequence[float] | Tensor, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+    def quantiles(self, quantiles: Sequence[float] | Tensor, *args: object, **kwargs: object) -> dict[str, Tensor]:
         """Return marginal quantiles over 4000 draws, constrained: ``{name: (len(quantiles), *shape)}``.
 
         Raises:
@@ -217,17 +210,100 @@ class AutoFlow(StoredGuide):
         """
         self._initialize_from_store(*args, **kwargs)
         levels = levels_of(quantiles)
-        draws = self._constrain(self._draws(), *args, **kwargs)
-        return {name: torch.quantile(value, levels.to(value), dim=0) for name, value in draws.items()}
+        return quantiles_of(self._constrain(self._draws(), *args, **kwargs), levels)
+
+
+def _over_rows(function: Callable[[Rows], dict[str, Tensor]], rows: Rows) -> dict[str, Tensor]:
+    with quiet():
+        return over_rows(function, rows, otherwise=partial(fallback, "constrained one by one"))
+
+
+def quantiles_of(draws: Mapping[str, Tensor], levels: Tensor) -> dict[str, Tensor]:
+    """Return marginal quantiles of draws (S, *shape), (len(levels), *shape)."""
+    return {name: torch.quantile(value, levels.to(value), dim=0) for name, value in draws.items()}
 
 
 def levels_of(quantiles: Sequence[float] | Tensor) -> Tensor:
-    """Return the levels of quantiles.
-
-    Raises:
-        ValueError: for what is no list of numbers between 0 and 1.
-    """
+    """Return the levels of quantiles, or say that they are no list of numbers between 0 and 1."""
     levels = numbers("quantiles", quantiles)
     if levels.dim() != 1 or not bool(((levels >= 0) & (levels <= 1)).all()):
         raise ValueError(f"quantiles: expected a list of numbers between 0 and 1, got {quantiles!r}.")
     return levels
+
+
+@_checks.constructor
+class AutoRealNVP(AutoFlow):
+    r""":class:`AutoFlow` with :func:`~pyro_flows.realnvp`: affine couplings :math:`x_M \odot e^{s(x_K)} + t(x_K)`.
+
+    The default choice.
+
+    Args:
+        model: a Pyro model.
+        layers: number of couplings.
+        hidden: widths of their hidden layers.
+        options: as for :class:`AutoFlow` and :func:`~pyro_flows.realnvp`.
+
+    >>> import torch, pyro, pyro.distributions as dist, pyro_flows as pf
+    >>> guide = pf.AutoRealNVP(lambda: pyro.sample("x", dist.Beta(2.0, 2.0)), layers=2)
+    >>> guide.initialize().median()["x"].shape
+    torch.Size([])
+
+    Cost of a step: one pass of the flow and one gradient of the model a draw. Errors: those of :class:`AutoFlow`.
+    Source: Dinh, Sohl-Dickstein and Bengio 2017 (arXiv 1605.08803).
+    """
+
+    def __init__(
+        self, model: Callable[..., object], layers: int = 4, *, hidden: Sequence[int] = (32, 32), **options: Any
+    ) -> None:
+        super().__init__(model, "realnvp", layers=layers, hidden=hidden, **options)
+
+
+@_checks.constructor
+class AutoNICE(AutoFlow):
+    """:class:`AutoFlow` with :func:`~pyro_flows.nice`: additive couplings :math:`x_M + t(x_K)`.
+
+    It preserves volume up to a scale of the base.
+
+    Args:
+        model: a Pyro model.
+        layers: number of couplings.
+        hidden: widths of their hidden layers.
+        options: as for :class:`AutoFlow` and :func:`~pyro_flows.nice`.
+
+    >>> import torch, pyro, pyro.distributions as dist, pyro_flows as pf
+    >>> guide = pf.AutoNICE(lambda: pyro.sample("x", dist.Beta(2.0, 2.0)), layers=2)
+    >>> guide.initialize().median()["x"].shape
+    torch.Size([])
+
+    Cost of a step: one pass of the flow and one gradient of the model a draw. Errors: those of :class:`AutoFlow`.
+    Source: Dinh, Krueger and Bengio 2014 (arXiv 1410.8516).
+    """
+
+    def __init__(
+        self, model: Callable[..., object], layers: int = 4, *, hidden: Sequence[int] = (32, 32), **options: Any
+    ) -> None:
+        super().__init__(model, "nice", layers=layers, hidden=hidden, **options)
+
+
+@_checks.constructor
+class AutoPlanar(AutoFlow):
+    r""":class:`AutoFlow` with :func:`~pyro_flows.planar`: maps :math:`x + \hat u \tanh(w^\top x + b)`.
+
+    For few dimensions and mild departures from a Gaussian.
+
+    Args:
+        model: a Pyro model.
+        layers: number of planar maps.
+        options: as for :class:`AutoFlow` and :func:`~pyro_flows.planar`.
+
+    >>> import torch, pyro, pyro.distributions as dist, pyro_flows as pf
+    >>> guide = pf.AutoPlanar(lambda: pyro.sample("x", dist.Beta(2.0, 2.0)), layers=2)
+    >>> guide.initialize().median()["x"].shape
+    torch.Size([])
+
+    Cost of a step: one pass of the flow and one gradient of the model a draw. Errors: those of :class:`AutoFlow`.
+    Source: Rezende and Mohamed 2015 (arXiv 1505.05770).
+    """
+
+    def __init__(self, model: Callable[..., object], layers: int = 16, **options: Any) -> None:
+        super().__init__(model, "planar", layers=layers, **options)

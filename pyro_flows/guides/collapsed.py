@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,9 +26,7 @@ Density = Marginal | CrossedMarginal
 def start_of_globals(few: Density, z: Tensor) -> tuple[Tensor, Tensor] | None:
     """Return a mode (D,) and the scale there, (D, D) triangular or (D,); None if there is no finite density.
 
-    Args:
-        few: the log density by ``FEW_PARTS`` parts.
-        z: a point (D,).
+    The log density is given by ``FEW_PARTS`` parts, and z is a point (D,).
     """
     mode = climb(few, z)
     if mode is None:
@@ -51,7 +48,6 @@ def start_of_globals(few: Density, z: Tensor) -> tuple[Tensor, Tensor] | None:
 
 
 def _at(density: Density, z: Tensor) -> tuple[Tensor, Tensor]:
-    """Return value and gradient at one point."""
     value, gradient = density.value_and_grad(z.unsqueeze(0))
     return value[0], gradient[0].to(z)
 
@@ -59,20 +55,20 @@ def _at(density: Density, z: Tensor) -> tuple[Tensor, Tensor]:
 def climb(density: Density, z: Tensor) -> Tensor | None:
     """Return the best point of a climb by L-BFGS; None if no density is finite."""
     point = z.clone()
-    best: list[Any] = [-math.inf, None]
+    best: tuple[float, Tensor | None] = -math.inf, None
     optimizer = torch.optim.LBFGS([point], max_iter=STEPS, line_search_fn="strong_wolfe")
 
     def closure() -> Tensor:
+        nonlocal best
         value, gradient = _at(density, point.detach())
         fine = bool(torch.isfinite(value) & torch.isfinite(gradient).all())
         if fine and float(value) > best[0]:
-            best[:] = [float(value), point.detach().clone()]
+            best = float(value), point.detach().clone()
         point.grad = -gradient if fine else torch.zeros_like(gradient)
         return -value if fine else torch.full_like(value, 1e30)
 
     optimizer.step(closure)
-    found: Tensor | None = best[1]
-    return found
+    return best[1]
 
 
 def _mend(density: Density, mode: Tensor, covariance: Tensor) -> Tensor:
@@ -110,7 +106,7 @@ def _covariance(density: Density, mode: Tensor, sds: Tensor | None = None) -> Te
     lengths, turns = (torch.ones_like(mode), TURNS) if sds is None else (sds, 1)
     for turn in range(turns):
         dense = full and (turn == turns - 1 or len(mode) <= PROBES)  # the last one, or all if they cost less
-        curvature = (_curvature if dense else _curvatures)(density, mode, LENGTH * lengths)
+        curvature = _curvature(density, mode, LENGTH * lengths, dense)
         diagonal = _diagonal(curvature)
         sds = torch.where(diagonal > 0, diagonal.clamp_min(1e-12).rsqrt(), lengths).clamp(1e-6, 10.0)
         if dense and bool(((sds / lengths).log().abs() < SETTLED).all()):
@@ -123,18 +119,14 @@ def _covariance(density: Density, mode: Tensor, sds: Tensor | None = None) -> Te
     return (vectors / values.abs().clamp_min(1e-6)) @ vectors.mT
 
 
-def _curvature(density: Density, at: Tensor, lengths: Tensor) -> Tensor:
-    """Return the negative Hessian by differences of gradients."""
-    steps = torch.diag(lengths)
-    _, gradients = density.value_and_grad(torch.cat([at - steps, at + steps]))
-    before, after = gradients.to(at).chunk(2)
-    return (before - after) / (2.0 * lengths.unsqueeze(1))
-
-
-def _curvatures(density: Density, at: Tensor, lengths: Tensor) -> Tensor:
-    """Return the diagonal of the negative Hessian, from differences along vectors of random signs."""
-    generator = torch.Generator().manual_seed(0)
-    signs = (2.0 * torch.randint(2, (PROBES, len(at)), generator=generator) - 1.0).to(at)
+def _curvature(density: Density, at: Tensor, lengths: Tensor, dense: bool) -> Tensor:
+    """Return the negative Hessian by differences of gradients, or its diagonal along vectors of random signs."""
+    signs = torch.eye(len(at)).to(at)
+    if not dense:
+        generator = torch.Generator().manual_seed(0)
+        signs = (2.0 * torch.randint(2, (PROBES, len(at)), generator=generator) - 1.0).to(at)
     _, gradients = density.value_and_grad(torch.cat([at - signs * lengths, at + signs * lengths]))
     before, after = gradients.to(at).chunk(2)
+    if dense:
+        return (before - after) / (2.0 * lengths.unsqueeze(1))
     return ((before - after) * signs / (2.0 * lengths)).mean(0)

@@ -17,22 +17,22 @@ and Chopin 2009, doi:10.1111/j.1467-9868.2008.00700.x (latents given parameters)
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Protocol, cast
 
 import pyro
 import torch
 from pyro import poutine
 from pyro.distributions.util import scale_and_mask
-from pyro.poutine.util import site_is_subsample
+from pyro.poutine.indep_messenger import CondIndepStackFrame
 from torch import Tensor
 
 from pyro_flows._seeding import seeded
 from pyro_flows.model.bijections import bijection, real_shape
 from pyro_flows.model.handlers import Place
 from pyro_flows.model.noncentered import location_scale
-from pyro_flows.model.sites import Latent, by_event, messages
+from pyro_flows.model.sites import Keywords, Latent, Model, Positional, Site, by_event, is_open, is_subsample, messages
 from pyro_flows.model.start import FromPrior, initial_value
 
 MOST_STEPS = 60  # Newton steps to a mode
@@ -42,29 +42,36 @@ STUCK = 1e-3  # of the longest step, below which a step ends a climb
 FARTHER = 4.0  # times as long as steps before; also what a step is divided by
 ROUNDING = 1e-3  # of curvatures, as a part of the largest one
 
-Start = Callable[[Any, "At"], Tensor]  # unconstrained value of a site, from its message
+Chosen = Mapping[str, Tensor]  # rows of plates, by the plates' names
+Start = Callable[[Site, "At"], Tensor]  # unconstrained value of a site, from its message
+
+
+class Frame(Protocol):
+    """What Pyro says of a vectorized plate of a site."""
+
+    name: str
+    dim: int
+    size: int  # rows of this run,
+    full_size: int  # and of the plate
+
+
+class _Subsample(Protocol):
+    """Pyro's distribution of the rows of a plate."""
+
+    size: int
+    subsample_size: int | None
 
 
 @dataclass
 class Local:
-    """A latent site in plates, in one run of the model.
-
-    Attributes:
-        name: of the site.
-        value: its unconstrained value (*batch, *event), a leaf.
-        plates: their names, and their axes among the batch axes, negative.
-        event_dim: of the unconstrained value.
-        ladj: log derivative of the map to the constrained value, of each row.
-        scale, mask: of the site's log density, see ``poutine.scale``, ``poutine.mask``.
-    """
+    """A latent site in plates, in one run of the model."""
 
     name: str
-    value: Tensor
-    plates: dict[str, int]
-    event_dim: int
-    ladj: Tensor
-    scale: Any = 1.0
-    mask: Any = None
+    value: Tensor  # unconstrained (*batch, *event), a leaf
+    plates: dict[str, int]  # their axes among the batch axes, negative
+    event_dim: int  # of the unconstrained value
+    ladj: Tensor  # log derivative of the map to the constrained value, of each row
+    scale: float | Tensor = 1.0  # of the site's log density, see ``poutine.scale``
 
     @property
     def batch(self) -> torch.Size:
@@ -72,7 +79,6 @@ class Local:
 
     @property
     def size(self) -> int:
-        """Numbers of one row."""
         return self.value.shape[self.value.dim() - self.event_dim :].numel()
 
     def rows(self, value: Tensor) -> Tensor:
@@ -85,83 +91,58 @@ class Local:
 
 
 class At(Place):
-    """Run a model with global latents at ``z``, and those in plates at unconstrained values, which are leaves.
+    """Run a model with global latents at ``z`` (*batch, D), and those in plates at values that ``start`` gives.
 
-    Args:
-        latents: the global sites.
-        z: their coordinates (*batch, D).
-        local: names of the sites in plates.
-        start: gives the unconstrained value of such a site; batch axes are added.
-        chosen: rows of subsampled plates, by the plates' names; others are drawn.
-        through: whether the values are taken as they are, so that gradients go through them, and are no leaves.
-
-    Attributes:
-        trace: of the run, with log densities.
-        chosen: the rows of all plates of the run.
-        drawn: size, and rows of a run, of the plates whose rows the model draws.
-        locals: the sites in plates.
+    Batch axes are added to the values, which are leaves, unless gradients go ``through`` them. Rows of subsampled
+    plates that are not ``chosen`` are drawn.
     """
 
-    def __init__(
-        self, latents: Sequence[Latent], z: Tensor, local: Sequence[str], start: Start, chosen: Mapping[str, Tensor],
-        through: bool = False,
-    ) -> None:  # fmt: skip
-        super().__init__(latents, z)
-        self.through = through
-        self.names = set(local)
-        self.start = start
-        self.trace = poutine.Trace()
-        self.chosen = dict(chosen)
-        self.drawn: dict[str, tuple[int, int]] = {}
+    def __init__(self, rows: Rows, z: Tensor, start: Start, chosen: Chosen, through: bool) -> None:
+        super().__init__(rows.latents, z)
+        self.names, self.start, self.through = set(rows.local), start, through
+        self.trace = poutine.Trace()  # of the run, with log densities
+        self.chosen = dict(chosen)  # the rows of all plates of the run
+        self.drawn: dict[str, tuple[int, int]] = {}  # size, and rows of a run, of plates whose rows the model draws
         self.locals: dict[str, Local] = {}
 
-    def _pyro_sample(self, msg: Any) -> None:
-        if site_is_subsample(msg):
-            if msg["value"] is None:
-                self._choose(msg)
-            return
-        super()._pyro_sample(msg)
-        if msg["name"] in self.names and not msg["is_observed"]:
-            self._put(msg)
+    def _pyro_sample(self, msg: Site) -> None:
+        if not is_subsample(msg):
+            super()._pyro_sample(msg)
+            if msg["name"] in self.names and not msg["is_observed"]:
+                self._put(msg)
+        elif is_open(msg):
+            self._choose(msg)
 
-    def _pyro_post_sample(self, msg: Any) -> None:
-        if site_is_subsample(msg):
+    def _pyro_post_sample(self, msg: Site) -> None:
+        if is_subsample(msg):
             self.chosen[msg["name"]] = msg["value"]
 
     def densities(self) -> dict[str, Tensor]:
         """Return log densities of all sites in unconstrained coordinates (*batch), scaled and masked."""
         found = {}
         for name, site in messages(self.trace).items():
-            if site["type"] != "sample" or site_is_subsample(site):
+            if site["type"] != "sample" or is_subsample(site):
                 continue
             found[name] = site["log_prob"]
-            ladj = self.placed[name].ladj if name in self.placed else None
-            ladj = self.locals[name].ladj if name in self.locals else ladj
-            if ladj is not None:
-                found[name] = found[name] + scale_and_mask(ladj, site["scale"], site["mask"])
+            if (own := self.locals.get(name, self.placed.get(name))) is not None:
+                found[name] = found[name] + scale_and_mask(own.ladj, site["scale"], site["mask"])
         return found
 
     @property
     def given(self) -> dict[str, tuple[int, int]]:
         """Size, and rows of the run, of the subsampled plates whose rows the caller gives."""
-        sites = [site for site in messages(self.trace).values() if site["type"] == "sample"]
-        frames = [frame for site in sites for frame in vectorized(site)]
-        parts = {
-            frame.name: (frame.full_size, frame.size) for frame in frames if frame.full_size not in (None, frame.size)
-        }
-        return {name: sizes for name, sizes in parts.items() if name not in self.drawn}
+        frames = [frame for frame in all_frames(self.trace) if is_part(frame)]
+        return {frame.name: (frame.full_size, frame.size) for frame in frames if frame.name not in self.drawn}
 
-    def _choose(self, msg: Any) -> None:
+    def _choose(self, msg: Site) -> None:
         """Take the rows of a plate that are given; let the model draw others."""
-        name, fn = msg["name"], msg["fn"]
-        rows = fn.size if fn.subsample_size is None else min(fn.subsample_size, fn.size)
-        if rows < fn.size:
-            self.drawn[name] = fn.size, rows
+        name, (size, rows) = msg["name"], rows_in(msg)
+        if rows < size:
+            self.drawn[name] = size, rows
         if name in self.chosen:
             msg["value"] = self.chosen[name]
 
-    def _put(self, msg: Any) -> None:
-        """Put a site in plates at its value."""
+    def _put(self, msg: Site) -> None:
         fn, transform = msg["fn"], bijection(msg["fn"])
         event_dim = transform.domain.event_dim + fn.event_dim - transform.codomain.event_dim
         start = self.start(msg, self)
@@ -170,31 +151,21 @@ class At(Place):
         value = value if self.through else value.detach().clone().requires_grad_()
         msg["value"] = transform(value)
         ladj = by_event(transform.log_abs_det_jacobian(value, msg["value"]), len(batch))
-        frames = {frame.name: frame.dim for frame in vectorized(msg)}
-        self.locals[msg["name"]] = Local(msg["name"], value, frames, event_dim, ladj)
+        self.locals[msg["name"]] = Local(msg["name"], value, axes_of(msg), event_dim, ladj)
 
 
 @dataclass
 class Number:
-    """One number of each row of a site.
-
-    Attributes:
-        site: whose number it is.
-        place: among the numbers of a row.
-        raw, curvature: derivative of the log density, and negative second derivative.
-        gradient, own: the same, once the numbers after it are eliminated.
-        couplings: negative mixed derivatives with numbers before it, in this one's rows.
-        flat: where there is no curvature, and ``own`` is a stand-in.
-    """
+    """One number of each row of a site."""
 
     site: Local
-    place: int
-    raw: Tensor
-    curvature: Tensor
-    gradient: Tensor
+    place: int  # among the numbers of a row
+    raw: Tensor  # derivative of the log density
+    curvature: Tensor  # negative second derivative
+    gradient: Tensor  # these two, once the numbers after it are eliminated
     own: Tensor
-    couplings: dict[int, Tensor] = field(default_factory=dict)
-    flat: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.bool))
+    couplings: dict[int, Tensor] = field(default_factory=dict)  # negative mixed derivatives with numbers before it
+    flat: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.bool))  # where ``own`` is a stand-in
 
     @property
     def sd(self) -> Tensor:
@@ -204,21 +175,11 @@ class Number:
 
 @dataclass
 class Conditional:
-    """The normal approximation.
+    """The normal approximation."""
 
-    Attributes:
-        sites: those in plates, the outermost first.
-        numbers: of their rows, in the same order, after elimination.
-        total: log joint density of rows and data at y0, scaled as the plates say.
-        alone: log density of the globals alone.
-        at: the run.
-    """
-
-    sites: list[Local]
-    numbers: list[Number]
-    total: Tensor
-    alone: Tensor
-    at: At
+    sites: list[Local]  # those in plates, the outermost first
+    numbers: list[Number]  # of their rows, in the same order, after elimination
+    at: At  # the run
 
     def draw(self, noise: Callable[[int, torch.Size], Tensor]) -> list[Tensor]:
         """Return y - y0 of each number, for standardized draws of the numbers."""
@@ -252,27 +213,18 @@ class Conditional:
         Rows that are moved together stand or fall together: an outer row, and what is inside of it.
         """
         nodes, parts = messages(self.at.trace), self.at.densities()
-        frames = {name: {frame.name: frame.dim for frame in vectorized(nodes[name])} for name in parts}
+        frames = {name: axes_of(nodes[name]).items() for name in parts}
         roots = [next(other for other in self.sites if number.site.inside(other)) for number in self.numbers]
         moved = {
             name: part.detach() for name, part in parts.items() if name not in self.at.placed and part.requires_grad
         }
-        if any(not any(root.plates.items() <= frames[name].items() for root in roots) for name in moved):
-            lead = self.at.z.shape[:-1]
-            total = sum(
-                part.expand(torch.broadcast_shapes(part.shape, lead)).sum_to_size(lead) for part in moved.values()
-            )
-            return [torch.as_tensor(total) for _ in self.numbers]
-        found = []
-        for root in roots:
-            own = [part for name, part in moved.items() if root.plates.items() <= frames[name].items()]
-            spread = [part.expand(torch.broadcast_shapes(part.shape, root.batch)) for part in own]
-            found.append(torch.as_tensor(sum(part.sum_to_size(root.batch) for part in spread)))
-        return found
+        if any(not any(root.plates.items() <= frames[name] for root in roots) for name in moved):
+            return [_summed(moved.values(), self.at.z.shape[:-1])] * len(self.numbers)
+        inside = [[part for name, part in moved.items() if root.plates.items() <= frames[name]] for root in roots]
+        return [_summed(own, root.batch) for own, root in zip(inside, roots, strict=True)]
 
     @property
     def near(self) -> bool:
-        """Whether all numbers are near a mode."""
         return all(bool((length.abs() <= NEAR).all()) for length in self.decrement)
 
     @property
@@ -288,18 +240,14 @@ class Conditional:
         return found
 
     def by_number(self, values: Mapping[str, Tensor]) -> list[Tensor]:
-        """Return values of sites number by number."""
         return [part for site in self.sites for part in site.rows(values[site.name]).unbind(-1)]
 
     def moved(self, base: Mapping[str, Tensor], steps: Sequence[Tensor]) -> dict[str, Tensor]:
         """Return unconstrained values of the sites, moved by the steps of their numbers."""
-        sorted_, found = self.by_site(steps), {}
-        for site in self.sites:
-            step = torch.stack(
-                sorted_[site.name], -1
-            )  # with more batch axes than the site has, if there are more draws
-            event = site.value.shape[len(site.batch) :]
-            found[site.name] = base[site.name] + step.reshape(*step.shape[:-1], *event)
+        found = {}
+        for site, own in zip(self.sites, self.by_site(steps).values(), strict=True):
+            step = torch.stack(own, -1)  # with more batch axes than the site has, if there are more draws
+            found[site.name] = base[site.name] + step.reshape(*step.shape[:-1], *site.value.shape[len(site.batch) :])
         return found
 
 
@@ -307,40 +255,35 @@ class Conditional:
 class Rows:
     """A model with its data: the global latents, and the names of those in plates."""
 
-    model: Callable[..., Any]
+    model: Model
     latents: Sequence[Latent]
     local: Sequence[str]
-    args: tuple[Any, ...]
-    kwargs: Mapping[str, Any]
+    args: Positional
+    kwargs: Keywords
 
     @torch.enable_grad()
-    def run(self, z: Tensor, start: Start, chosen: Mapping[str, Tensor], *, through: bool = False) -> At:
+    def run(self, z: Tensor, start: Start, chosen: Chosen, *, through: bool = False) -> At:
         """Run the model, and take the log densities of its sites."""
-        at = At(self.latents, z, self.local, start, chosen, through)
+        at = At(self, z, start, chosen, through)
         with poutine.block(), pyro.validation_enabled(False), at:
             at.trace = poutine.trace(self.model).get_trace(*self.args, **self.kwargs)
             at.trace.compute_log_prob()
         for name, local in at.locals.items():
-            site = messages(at.trace)[name]
-            local.scale, local.mask = site["scale"], site["mask"]
+            local.scale = messages(at.trace)[name]["scale"]
         return at
 
-    def conditional(
-        self, z: Tensor, start: Start, chosen: Mapping[str, Tensor], *, graph: bool = False
-    ) -> Conditional:  # fmt: skip
+    def conditional(self, z: Tensor, start: Start, chosen: Chosen, *, graph: bool = False) -> Conditional:
         """Return the approximation at values that ``start`` gives; differentiable in ``z`` with ``graph``."""
         at = self.run(z, start, chosen)
         sites = sorted(at.locals.values(), key=lambda site: len(site.plates))
         with torch.enable_grad():
-            parts = at.densities()
-            alone = sum((parts.pop(name).sum() for name in at.placed), z.new_zeros(()))
-            total = sum((part.sum() for part in parts.values()), z.new_zeros(()))
-            numbers = _numbers(sites, total, graph)
+            parts = [part.sum() for name, part in at.densities().items() if name not in at.placed]
+            numbers = _numbers(sites, sum(parts, z.new_zeros(())), graph)
         _eliminate(numbers)
-        return Conditional(sites, numbers, total, alone, at)
+        return Conditional(sites, numbers, at)
 
     def near_mode(
-        self, z: Tensor, start: Start, chosen: Mapping[str, Tensor], *, graph: bool = False, patient: bool = True
+        self, z: Tensor, start: Start, chosen: Chosen, *, graph: bool = False, patient: bool = True
     ) -> Conditional:
         """Return the approximation near a mode. Most often, rows are near one at once, or after one step.
 
@@ -350,7 +293,8 @@ class Rows:
         if first.near:
             return first
         now = self.conditional(z, at_values(first.moved(first.base, first.steps())), first.at.chosen, graph=graph)
-        if (now.near or not patient) and all(map(_all_above, now.heights(), first.heights())):
+        above = (_above(new, old) for new, old in zip(now.heights(), first.heights(), strict=True))
+        if (now.near or not patient) and all(bool(fine.all()) for fine in above):
             return now
         return self.conditional(z, at_values(self.mode(z.detach(), first)), first.at.chosen, graph=graph)
 
@@ -374,20 +318,19 @@ class Rows:
             lengths = [torch.where(fine, new, old) for fine, new, old in zip(good, now.decrement, lengths, strict=True)]
             heights = [torch.where(fine, new, old) for fine, new, old in zip(good, now.heights(), heights, strict=True)]
             left = zip(lengths, steps, reach, strict=True)
-            if not any(
-                bool(((length.abs() > NEAR) & (step.abs() > STUCK * most)).any()) for length, step, most in left
-            ):
+            if not any(bool(((far.abs() > NEAR) & (step.abs() > STUCK * most)).any()) for far, step, most in left):
                 break
         return base
+
+
+def _summed(parts: Iterable[Tensor], shape: torch.Size) -> Tensor:
+    spread = [part.expand(torch.broadcast_shapes(part.shape, shape)) for part in parts]
+    return torch.as_tensor(sum(part.sum_to_size(shape) for part in spread))
 
 
 def _above(new: Tensor, old: Tensor) -> Tensor:
     """Whether log densities are finite, and as high as others but for rounding, if these are finite."""
     return torch.isfinite(new) & ((new >= old - ROUNDING * (1.0 + ROUNDING * old.abs())) | ~torch.isfinite(old))
-
-
-def _all_above(new: Tensor, old: Tensor) -> bool:
-    return bool(_above(new, old).all())
 
 
 def _numbers(sites: Sequence[Local], total: Tensor, graph: bool) -> list[Number]:
@@ -463,8 +406,17 @@ def coupled(first: Conditional) -> list[Local]:
 
 def crossed(first: Conditional) -> list[tuple[Local, Local]]:
     """Return the pairs of sites that depend on each other given all else, and of which none is inside of the other."""
-    pairs = [pair for pair in itertools.combinations(first.sites, 2) if not pair[1].inside(pair[0])]
-    return [pair for pair in pairs if any(_depends(number, pair) for number in first.numbers)]
+    found = []
+    for before, after in itertools.combinations(first.sites, 2):
+        for number in first.numbers:
+            if after.inside(before) or number.site is not before or not number.raw.requires_grad:
+                continue
+            signed = (_signs(number.raw, number.place) * number.raw).sum()
+            (product,) = torch.autograd.grad(signed, [after.value], retain_graph=True, allow_unused=True)
+            if product is not None and not _close(product, torch.zeros_like(product), number.curvature):
+                found.append((before, after))
+                break
+    return found
 
 
 def read_elsewhere(first: Conditional) -> list[Local]:
@@ -472,39 +424,41 @@ def read_elsewhere(first: Conditional) -> list[Local]:
 
     A subsample says too little of them for a conditional distribution.
     """
-    nodes, parts = messages(first.at.trace), first.at.densities()
-    found = []
+    nodes, found = messages(first.at.trace), []
     for site in first.sites:
-        noisy = [
-            parts[name].sum()
-            for name in parts
-            if any(f.full_size != f.size and f.name not in site.plates for f in vectorized(nodes[name]))
-        ]
-        slope = _slope(sum(noisy, torch.zeros(())), site.value)
-        if slope is not None and bool((slope != 0.0).any()):
-            found.append(site)
+        noisy = torch.zeros(())
+        for name, part in first.at.densities().items():
+            if any(f.full_size != f.size and f.name not in site.plates for f in vectorized(nodes[name])):
+                noisy = noisy + part.sum()
+        if noisy.requires_grad:
+            (slope,) = torch.autograd.grad(noisy, site.value, retain_graph=True, allow_unused=True)
+            found += [site] if slope is not None and bool((slope != 0.0).any()) else []
     return found
 
 
-def _slope(total: Tensor, value: Tensor) -> Tensor | None:
-    if not total.requires_grad:
-        return None
-    return torch.autograd.grad(total, value, retain_graph=True, allow_unused=True)[0]
+def rows_in(subsample: Site) -> tuple[int, int]:
+    """Return how many rows a plate has, and how many of them the model draws."""
+    fn = cast(_Subsample, subsample["fn"])
+    return fn.size, min(fn.subsample_size or fn.size, fn.size)
 
 
-def vectorized(site: Any) -> list[Any]:
-    """Return the vectorized plates of a site."""
-    return [frame for frame in site["cond_indep_stack"] if frame.dim is not None]
+def vectorized(site: Site) -> list[Frame]:
+    return [cast(Frame, frame) for frame in site["cond_indep_stack"] if frame.dim is not None]
 
 
-def _depends(number: Number, pair: tuple[Local, Local]) -> bool:
-    """Whether a number of the first site goes with the second one, given all else."""
-    before, after = pair
-    if number.site is not before or not number.raw.requires_grad:
-        return False
-    signed = (_signs(number.raw, number.place) * number.raw).sum()
-    (product,) = torch.autograd.grad(signed, [after.value], retain_graph=True, allow_unused=True)
-    return product is not None and not _close(product, torch.zeros_like(product), number.curvature)
+def axes_of(site: Site) -> dict[str, int]:
+    """Return the vectorized plates of a site, with their axes."""
+    return {frame.name: frame.dim for frame in vectorized(site)}
+
+
+def all_frames(trace: poutine.Trace) -> list[Frame]:
+    """Return the vectorized plates of all sites of a run."""
+    return [frame for site in messages(trace).values() if site["type"] == "sample" for frame in vectorized(site)]
+
+
+def is_part(frame: Frame | CondIndepStackFrame) -> bool:
+    """Whether a plate has a part of its rows."""
+    return frame.full_size not in (None, frame.size)
 
 
 def _signs(like: Tensor, seed: int) -> Tensor:
@@ -517,14 +471,10 @@ def _close(one: Tensor, other: Tensor, scale: Tensor) -> bool:
     return torch.allclose(one, other, rtol=ROUNDING, atol=ROUNDING * float(sizes.median()) + 1e-6 * float(sizes.max()))
 
 
-def check_plates(site: Any) -> None:
-    """Check that a site has the rows of its subsampled plates, all at once.
-
-    Raises:
-        ValueError: naming the site and the plate, for a loop over a subsampled plate, and for data of other rows.
-    """
+def check_plates(site: Site) -> None:
+    """Refuse a loop over a subsampled plate, and data of other rows than those of the plate."""
     for frame in site["cond_indep_stack"]:
-        if frame.full_size in (None, frame.size):
+        if not is_part(frame):
             continue
         if frame.dim is None:
             raise ValueError(
@@ -546,21 +496,19 @@ def check_plates(site: Any) -> None:
 
 
 def at_values(values: Mapping[str, Tensor]) -> Start:
-    """Return a start at given unconstrained values of the sites."""
     return lambda msg, at: values[msg["name"]]
 
 
-def beginning(msg: Any, at: At) -> Tensor:
+def beginning(msg: Site, at: At) -> Tensor:
     """Return unconstrained values in the middle of a site's prior."""
     transform, known = bijection(msg["fn"]), location_scale(msg["fn"])
     if known is not None:
         return known[0].detach().expand(real_shape(transform, msg["fn"].shape()))
     with torch.no_grad(), seeded(0, at.z.device):
-        middle: Tensor = transform.inv(initial_value(msg))
-    return middle
+        return transform.inv(initial_value(msg))
 
 
-def of_prior(msg: Any, at: At) -> Tensor:
+def of_prior(msg: Site, at: At) -> Tensor:
     """Return unconstrained values that are drawn from a site's prior."""
-    drawn: Tensor = bijection(msg["fn"]).inv(FromPrior(at.z).value(msg))
+    drawn = bijection(msg["fn"]).inv(FromPrior(at.z).value(msg))
     return torch.where(torch.isfinite(drawn), drawn, torch.zeros_like(drawn))

@@ -34,27 +34,19 @@ import copy
 import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
-from torch.func import grad, jvp, vjp, vmap
+from torch.func import grad, jvp, vjp
 from torch.nn.functional import pad
 
 from pyro_flows._clock import unbounded
 from pyro_flows._seeding import derive, seeded
-from pyro_flows.guides.conditional import (
-    Conditional,
-    Rows,
-    at_values,
-    beginning,
-    of_prior,
-    vectorized,
-)
+from pyro_flows.guides.conditional import Conditional, Rows, at_values, beginning, of_prior, vectorized
 from pyro_flows.guides.marginal import ALL, MOST_DRAWS, Errors, WorstRow, parts_of
 from pyro_flows.model.batching import batch, quiet
-from pyro_flows.model.sites import messages
+from pyro_flows.model.sites import Site, messages
 from pyro_flows.verdict.thresholds import ROW_ERROR_MOST, ROW_MODE_SHARE, ROW_MODES_APART
 
 MOST_DENSE = 3000  # rows of all sites but the largest: their matrix is factored for each value of the globals
@@ -74,26 +66,15 @@ Look = Callable[[], object]
 _Derived = tuple[tuple[Tensor, ...], ...]  # values, slopes and bends of each term
 
 
-@dataclass
-class Term:
-    """The rows of one site of a run, and what they read.
+class Term(NamedTuple):
+    """The rows of one site of a run, and what they read."""
 
-    Attributes:
-        subsampled: whether a run has a part of the rows.
-        reads: for each number of a row of the latents, the places in u that are read; and which rows read none.
-    """
-
-    subsampled: bool
-    reads: list[tuple[int, Tensor, Tensor]] = field(default_factory=list)
+    subsampled: bool  # whether a run has a part of the rows
+    reads: list[tuple[int, Tensor, Tensor]]  # for each number of a row, the places in u, and which rows read one
 
 
 class Crossed:
-    """The terms of a model by which its latents in plates depend on each other.
-
-    Args:
-        rows: the model with its data.
-        z: a point (D,).
-        seed: of the order of the rows.
+    """The terms of a model by which its latents in plates depend on each other, as read at globals z (D,).
 
     Raises:
         ValueError: if latents are in subsampled plates, terms read several rows of a site, or there are too many rows
@@ -112,17 +93,14 @@ class Crossed:
         for site in self.sites:
             if any(name in at.drawn for name in site.plates):
                 raise ValueError(f"site {site.name!r} is in a subsampled plate")
-        self.first = Conditional(self.sites, [], z.new_zeros(()), z.new_zeros(()), at)
-        self.size = sum(site.value.numel() for site in self.sites)
-        self.head = self.sites[0].value.numel()  # numbers of the site that is eliminated
+        self.first = Conditional(self.sites, [], at)
+        counts = [site.value.numel() for site in self.sites]
+        self.size, self.head = sum(counts), counts[0]  # numbers of all sites, and of the one that is eliminated
         if self.size - self.head > MOST_DENSE:
             raise ValueError(f"{self.size - self.head} numbers besides those of the largest site, at most {MOST_DENSE}")
         sizes = [site.size for site in self.sites]
-        starts = [sum(sizes[:place]) for place in range(len(sizes))]
-        owners = [
-            (torch.arange(site.value.numel()) % site.size) + start
-            for site, start in zip(self.sites, starts, strict=True)
-        ]
+        places = zip(counts, sizes, range(len(sizes)), strict=True)
+        owners = [torch.arange(count) % size + sum(sizes[:place]) for count, size, place in places]
         self.owner = torch.cat(owners).to(z.device)  # which number of a row each one is
         self.numbers = sum(sizes)
         self.mode = torch.cat([site.value.detach().flatten() for site in self.sites])
@@ -136,7 +114,7 @@ class Crossed:
 
     # what is read ----------------------------------------------------------------------------------------------------
 
-    def _weight(self, site: Any, fresh: Mapping[str, Tensor]) -> Tensor | None:
+    def _weight(self, site: Site, fresh: Mapping[str, Tensor]) -> Tensor | None:
         """Return how often the rows of a site count in each part; None if all parts have the same rows."""
         weight: Tensor | None = None
         for frame in vectorized(site):
@@ -147,11 +125,8 @@ class Crossed:
 
     def split(self, u: Tensor) -> dict[str, Tensor]:
         """Return values (..., n) by site, each (..., *batch, *event)."""
-        parts = u.split([site.value.numel() for site in self.sites], -1)
-        return {
-            site.name: part.reshape(*part.shape[:-1], *site.value.shape)
-            for site, part in zip(self.sites, parts, strict=True)
-        }
+        pairs = zip(self.sites, u.split([site.value.numel() for site in self.sites], -1), strict=True)
+        return {site.name: part.reshape(*part.shape[:-1], *site.value.shape) for site, part in pairs}
 
     def _densities(self, z: Tensor, u: Tensor, *, kept: bool | None = None) -> tuple[Tensor, ...]:
         """Return the weighed log densities of each site at a point, each (rows,): minibatches are mapped.
@@ -162,15 +137,14 @@ class Crossed:
         def part(chosen: dict[str, Tensor]) -> dict[str, Tensor]:
             return self.rows.run(z, at_values(self.split(u)), chosen, through=True).densities()
 
-        if self._chosen and kept is not False:
-            found = vmap(part, randomness="same")(self._chosen)
-        else:
-            found = part({name: chosen[0] for name, chosen in self._chosen.items()})
+        every = bool(self._chosen) and kept is not False
+        first = {name: chosen[0] for name, chosen in self._chosen.items()}
+        found = batch(part)(self._chosen) if every else part(first)
         terms = []
         for name, weight in self._weights.items():
             own = found[name]
             if weight is None:
-                own = own[0] if self._chosen and kept is not False else own
+                own = own[0] if every else own
             elif kept is not False:
                 own = own * weight.reshape(len(weight), *[1] * (own.dim() - weight.dim()), *weight.shape[1:])
             terms.append(own.flatten())
@@ -188,7 +162,11 @@ class Crossed:
                 tangents.append(pad(own.to(u), (offset, self.size - offset - len(row))))
             offset += len(row)
         self._terms = self._terms_of(z, u, torch.stack(tangents), signs)
-        keys = [self._keys(term) for term in self._terms]
+        keys = []  # of each term: the places in H, row times n plus column, of all pairs of numbers that it reads
+        for term in self._terms:
+            pairs = [(one, own[1]) for at, (_, one, _) in enumerate(term.reads) for own in term.reads[: at + 1]]
+            found = [torch.minimum(*pair) * self.size + torch.maximum(*pair) for pair in pairs]
+            keys.append(torch.cat([torch.zeros(0, dtype=torch.long), *found]))
         unique, inverse = torch.unique(torch.cat(keys), return_inverse=True)
         self._slots = inverse.split([len(own) for own in keys])
         self.pattern = Pattern(unique // self.size, unique % self.size, self.size, self.head, self.sites[0].size)
@@ -227,17 +205,13 @@ class Crossed:
         return torch.where(usual > 0.0, usual.rsqrt(), 1.0)
 
     def _terms_of(self, z: Tensor, u: Tensor, tangents: Tensor, signs: Sequence[Tensor]) -> list[Term]:
-        """Return the terms with the rows that they read, from derivatives along tangents, four for each site.
-
-        Raises:
-            ValueError: if one reads several rows of a site.
-        """
+        """Return the terms with the rows that they read, from derivatives along tangents, four for each site."""
 
         def along(tangent: Tensor) -> tuple[Tensor, ...]:
             return jvp(lambda values: self._densities(z, values), (u,), (tangent,))[1]
 
-        terms = [Term(weight is not None) for weight in self._weights.values()]
-        for term, slopes in zip(terms, vmap(along, randomness="same")(tangents), strict=True):
+        terms = [Term(weight is not None, []) for weight in self._weights.values()]
+        for term, slopes in zip(terms, batch(along)(tangents), strict=True):
             offset = start = 0
             for site, sign, own in zip(self.sites, signs, slopes.double().split(4), strict=True):
                 one, high, low, signed = own
@@ -250,17 +224,9 @@ class Crossed:
                     known &= (signed - expected).abs() <= 1e-3 * torch.maximum(one.abs(), signed.abs())
                     if not bool(known[read].all()):
                         raise ValueError(f"several rows of site {site.name!r} are read together")
-                    term.reads += [(start + k, offset + row * site.size + k, read) for k in range(site.size)]
+                    term.reads.extend((start + k, offset + row * site.size + k, read) for k in range(site.size))
                 offset, start = offset + site.value.numel(), start + site.size
         return terms
-
-    def _keys(self, term: Term) -> Tensor:
-        """Return the places in H, row times n plus column, of all pairs of numbers that a term reads."""
-        found = [torch.zeros(0, dtype=torch.long)]
-        for before, (_, one, _) in enumerate(term.reads):
-            for _, other, _ in term.reads[: before + 1]:
-                found.append(torch.minimum(one, other) * self.size + torch.maximum(one, other))
-        return torch.cat(found)
 
     # derivatives -----------------------------------------------------------------------------------------------------
 
@@ -278,13 +244,9 @@ class Crossed:
     def assemble(
         self, z: Tensor, u: Tensor, *, kept: bool | None = None, look: Look = lambda: None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the log density (S,), its gradient g (S, n), and the entries of H (S, entries) at points.
+        """Return the log density (S,), its gradient g (S, n), and the entries of H (S, entries) at z (S, D), u (S, n).
 
-        Args:
-            z: globals (S, D).
-            u: latents in plates (S, n).
-            kept: of terms in plates that are subsampled (True), of others (False), or of all (None).
-            look: is called first.
+        They are those of terms in plates that are subsampled (``kept`` is True), of others (False), or of all (None).
         """
         look()
         height = torch.zeros(len(z), dtype=torch.float64, device=z.device)
@@ -313,21 +275,19 @@ class Crossed:
         unit = torch.eye(self.numbers, dtype=u.dtype, device=u.device)
         one, other = torch.tril_indices(self.numbers, self.numbers)
 
-        def single(row: Tensor, base: Tensor) -> Any:
+        def single(row: Tensor, base: Tensor) -> _Derived:
             def values(shift: Tensor) -> tuple[Tensor, ...]:
                 return self._densities(row, base + shift[self.owner], kept=kept)
 
-            def bent(along: Tensor, also: Tensor) -> Any:
-                none = torch.zeros_like(along)
-                return jvp(lambda shift: _along(values, shift, along), (none,), (also,))
+            def bent(along: Tensor, also: Tensor) -> _Derived:
+                return jvp(lambda shift: _along(values, shift, along), (torch.zeros_like(along),), (also,))
 
-            return values(torch.zeros_like(unit[0])), *vmap(bent, randomness="same")(unit[one], unit[other])
+            return values(torch.zeros_like(unit[0])), *batch(bent)(unit[one], unit[other])
 
         values, slopes, bends = batch(single)(z, u)
         alone = (one * (one + 1) // 2).unique()  # of the pairs, those with the first number
-        return tuple(
-            [tuple(part.double() for part in parts) for parts in (values, [own[:, alone] for own in slopes], bends)]
-        )
+        found = values, [own[:, alone] for own in slopes], bends
+        return tuple(tuple(part.double() for part in parts) for parts in found)
 
     def _differences(self, z: Tensor, u: Tensor, kept: bool | None) -> _Derived:
         """Return what :meth:`_derived` does, where terms are quadratic: from values at a few shifts, for a tenth."""
@@ -336,10 +296,8 @@ class Crossed:
         one, other = torch.tril_indices(self.numbers, self.numbers)
         shifts = torch.cat([torch.zeros_like(unit[:1]), unit, unit[one] + unit[other]])
 
-        def single(row: Tensor, base: Tensor) -> Any:
-            return vmap(lambda shift: self._densities(row, base + shift[self.owner], kept=kept), randomness="same")(
-                shifts
-            )
+        def single(row: Tensor, base: Tensor) -> tuple[Tensor, ...]:
+            return batch(lambda shift: self._densities(row, base + shift[self.owner], kept=kept))(shifts)
 
         values, slopes, bends = [], [], []
         square = (reach[one] * reach[other])[:, None]
@@ -368,10 +326,10 @@ class Crossed:
 
         Few points are factored at once, since each has a dense matrix.
         """
-        u = self._near(z, look, None)
+        u = self._near(z, look)
         return self.pattern.drawn(u.double(), *self.assemble(z, u, look=look)[1:], noise)
 
-    def _near(self, z: Tensor, look: Look, start: Tensor | None) -> Tensor:
+    def _near(self, z: Tensor, look: Look, start: Tensor | None = None) -> Tensor:
         """Return points near modes; any point will do where all is normal."""
         u = (self.mode if start is None else start).expand(len(z), self.size)
         return u if self.quadratic else self._climbed(z.detach(), u, look)
@@ -403,18 +361,15 @@ def _along(values: Callable[[Tensor], tuple[Tensor, ...]], at: Tensor, tangent: 
     The pullback is linear in what it pulls back, so its derivative in that direction is the one sought. A forward pass
     inside of another one fails for some operations under ``vmap``, the likelihood of ``Bernoulli(logits=)`` among them.
     """
-    both: Any = vjp(values, at)
-    made, pull = both
-    found: tuple[Tensor, ...] = grad(lambda pulled: pull(pulled)[0] @ tangent)(tuple(map(torch.zeros_like, made)))
-    return found
+    made, pull = cast(tuple[tuple[Tensor, ...], Callable[..., tuple[Tensor]]], vjp(values, at))
+    return grad(lambda pulled: pull(pulled)[0] @ tangent)(tuple(map(torch.zeros_like, made)))
 
 
 class Pattern:
     """Where H has entries, and how it is factored: the rows of the largest site one by one, and then what is left.
 
     Args:
-        row: of the entries of the upper triangle of H.
-        column: of these entries.
+        row, column: of the entries of the upper triangle of H.
         size: n.
         head: numbers that are eliminated, the first ones.
         width: numbers of one row of these.
@@ -453,11 +408,9 @@ class Pattern:
             own = self.normal(*piece[:3])
             density = -0.5 * piece[3].square() - 0.5 * math.log(2.0 * math.pi) - own.log_scales().unsqueeze(1)
             found.append((torch.stack([own.draw(one) for one in piece[3].unbind(1)], 1), density))
-        values, densities = (torch.cat(parts) for parts in zip(*found, strict=True))
-        return values, densities
+        return torch.cat([values for values, _ in found]), torch.cat([density for _, density in found])
 
     def normal(self, center: Tensor, gradient: Tensor, entries: Tensor) -> Normal:
-        """Return the normal distributions, one for each point."""
         found = [self._factored(own) for own in entries]
         factors = Normal(self, center, *(torch.stack(parts) for parts in zip(*found, strict=True)))
         factors.mean = center + factors.solve(gradient)
@@ -492,7 +445,6 @@ class Pattern:
 
 
 def _times(matrices: Tensor, vectors: Tensor) -> Tensor:
-    """Return products of many small matrices and vectors."""
     return (matrices * vectors.unsqueeze(-2)).sum(-1)
 
 
@@ -503,11 +455,7 @@ def _root(matrices: Tensor) -> Tensor:
 
 
 class Normal:
-    """Normal distributions of u, one for each of S points.
-
-    Attributes:
-        mean: (S, n).
-    """
+    """Normal distributions of u, one for each of S points, with means (S, n)."""
 
     def __init__(self, pattern: Pattern, center: Tensor, back: Tensor, links: Tensor, rest: Tensor) -> None:
         self.pattern, self.mean, self.back, self.links, self.rest = pattern, center, back, links, rest
@@ -580,10 +528,7 @@ class Expansion:
 
     Curvatures are continued by the exponential of their relative slopes, gradients by their slopes.
 
-    Args:
-        system: the terms.
-        z: globals (D,).
-        reach: of difference quotients (D,).
+    It is taken at globals z (D,), with difference quotients of some reach (D,).
     """
 
     @torch.no_grad()
@@ -616,28 +561,26 @@ class CrossedMarginal:
     """The log density of the globals, latents in crossed plates integrated out; see the module.
 
     It has what :class:`~pyro_flows.guides.marginal.Marginal` has.
-
-    Args:
-        system: the terms.
-        seed: of the noise.
-
-    Attributes:
-        count: K, draws of the latents at a point; one where they are normal.
-        apart: whether points have noise of their own.
     """
 
-    batched, apart = True, True
+    apart = True  # whether points have noise of their own
 
     def __init__(self, system: Crossed, seed: int) -> None:
         self.system, self.seed = system, seed
         self.rows, self.first = system.rows, system.first
-        self.count = 1 if system.quadratic else DRAWS_LEAST
+        self.count = 1 if system.quadratic else DRAWS_LEAST  # K, draws of the latents at a point
         self.clock = unbounded()
+        self.trainable = system.quadratic  # else weights have the noise of u, whatever the guide
+        written = system.written + (system.size - system.head) ** 2  # a draw: all derivatives, and a dense factor
+        self.most_draws = max(LEAST_DRAWS, min(MOST_DRAWS, WRITTEN // written))
+        self.plates = dict.fromkeys([site.name for site in system.sites], ALL)  # drawn together, as one row
+        self.sizes = {ALL: 1}
+        self.row_count = sum(site.value.numel() // site.size for site in system.sites)
 
+    @torch.no_grad()
     def __call__(self, z: Tensor) -> Tensor:
         """Return the log density (S,), in double precision."""
-        with torch.no_grad():
-            return torch.cat([self._values(piece)[0] for piece in z.split(self.system.at_once)])
+        return torch.cat([self._values(piece)[0] for piece in z.split(self.system.at_once)])
 
     def value_and_grad(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """Return the log density (S,) and its gradient (S, D)."""
@@ -694,30 +637,6 @@ class CrossedMarginal:
 
     # what a verdict asks ---------------------------------------------------------------------------------------------
 
-    @property
-    def most_draws(self) -> int:
-        """How many draws of the globals are judged: each takes the derivatives of all terms, and a dense factor."""
-        written = self.system.written + (self.system.size - self.system.head) ** 2
-        return max(LEAST_DRAWS, min(MOST_DRAWS, WRITTEN // written))
-
-    @property
-    def trainable(self) -> bool:
-        """Whether a better guide of the globals can make the weights good: not where they have the noise of u."""
-        return self.system.quadratic
-
-    @property
-    def row_count(self) -> int:
-        """How many rows the sites in plates have."""
-        return sum(site.value.numel() // site.size for site in self.system.sites)
-
-    def plate_of(self, name: str) -> str:
-        """Return ``ALL``: the latents are drawn together."""
-        return ALL
-
-    def rows_of(self, plate: str) -> int:
-        """Return 1: all are one row."""
-        return 1
-
     def with_parts(self, most: int) -> CrossedMarginal:
         """Return the same by all rows, since a part of them says too little, with the same noise at all points.
 
@@ -737,14 +656,16 @@ class CrossedMarginal:
 
         There are no errors: the noise is a part of the weights.
         """
-        while not self.system.quadratic and self.count < DRAWS_MOST and self._spread(z[:LOOKED_AT]) > ROW_ERROR_MOST:
+        z = z[:LOOKED_AT]
+        while not self.system.quadratic and self.count < DRAWS_MOST:
+            weights = torch.softmax(self._log_weights(z, *self._drawn(z, 0)), 1).unflatten(1, (2, -1)).sum(1)
+            noise = (
+                (weights.square().sum(1) - 1.0 / weights.shape[1]).clamp_min(0.0).median().sqrt()
+            )  # of a mean weight
+            if not float(noise) > ROW_ERROR_MOST:
+                break
             self.count *= 2
         return Errors(0.0, 0.0)
-
-    def _spread(self, z: Tensor) -> float:
-        """Return the noise of the log density, in nats: the usual relative standard error of a mean weight."""
-        weights = torch.softmax(self._log_weights(z, *self._drawn(z, 0)), 1).unflatten(1, (2, -1)).sum(1)
-        return float((weights.square().sum(1) - 1.0 / weights.shape[1]).clamp_min(0.0).median().sqrt())
 
     def worst_rows(self, z: Tensor) -> list[WorstRow]:
         """Return none: rows are not judged one by one."""
@@ -770,15 +691,10 @@ class CrossedMarginal:
             there = system.heights(z[None], other.mean.to(z), self.clock.look) + other.log_scales().sum(1)
             apart = ((other.mean - own.mean) / own.log_scales().exp())[0].abs()
             if float(apart.max()) > ROW_MODES_APART and float(there - height) > math.log(ROW_MODE_SHARE):
-                return [self._row_of(int(apart.argmax()))]
+                counts = [(site, site.value.numel()) for site in system.sites]
+                rows = [("/".join(site.plates), place // site.size) for site, n in counts for place in range(n)]
+                return [rows[int(apart.argmax())]]
         return []
-
-    def _row_of(self, place: int) -> tuple[str, int]:
-        for site in self.system.sites:
-            if place < site.value.numel():
-                return "/".join(site.plates), place // site.size
-            place -= site.value.numel()
-        raise IndexError(place)
 
     def row_likelihoods(self, z: Tensor) -> dict[str, Tensor]:
         """Return the log likelihood of all data, up to the prior of the globals: ``{ALL: (S, 1)}``."""
@@ -790,6 +706,11 @@ class CrossedMarginal:
 
         Where they are not normal, one is picked of those by which the point was weighed, by their own weights.
         """
+
+        def constrained(row: Tensor, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+            at = self.rows.run(row, at_values(values), self.first.at.chosen, through=True)
+            return {name: messages(at.trace)[name]["value"] for name in names}
+
         found: dict[str, list[Tensor]] = {name: [] for name in names}
         nodes = messages(self.first.at.trace)
         for piece in z.split(self.system.at_once):
@@ -798,13 +719,8 @@ class CrossedMarginal:
                 with seeded(derive(self.seed + seed, "picked"), z.device):
                     picked = torch.multinomial(torch.softmax(self._log_weights(piece, u, log_q), 1), 1)
                 u = u.gather(1, picked[:, :, None].expand(-1, -1, self.system.size))
-            own = self.system.split(u[:, 0])
             with quiet():
-                placed = batch(lambda row, base: self._constrained(row, base, names))(piece, own)
+                placed = batch(constrained)(piece, self.system.split(u[:, 0]))
             for name in names:
                 found[name].append(placed[name].reshape(len(piece), *nodes[name]["value"].shape))
         return {name: torch.cat(parts) for name, parts in found.items()}
-
-    def _constrained(self, z: Tensor, values: Mapping[str, Tensor], names: Sequence[str]) -> dict[str, Tensor]:
-        at = self.rows.run(z, at_values(values), self.first.at.chosen, through=True)
-        return {name: messages(at.trace)[name]["value"] for name in names}

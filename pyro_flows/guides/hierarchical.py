@@ -4,46 +4,38 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Self
+from contextlib import nullcontext
+from typing import Any, NamedTuple, Self, cast
 
 import pyro
 import pyro.distributions as dist
 import torch
 from pyro import poutine
+from pyro.distributions import TorchDistribution
 from pyro.infer.autoguide.effect import AutoMessenger
 from pyro.nn.module import pyro_method
 from pyro.poutine.messenger import Messenger
-from pyro.poutine.util import prune_subsample_sites, site_is_subsample
+from pyro.poutine.runtime import Message
+from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor, nn
 from torch._C import _functorch
 
 from pyro_flows import _checks
 from pyro_flows._fallbacks import fallback, first_line
 from pyro_flows.flows.recipe import FlowLike, begin_at
-from pyro_flows.guides.autoflow import QUANTILE_DRAWS, AutoFlow, levels_of
+from pyro_flows.guides import conditional
+from pyro_flows.guides.autoflow import QUANTILE_DRAWS, AutoFlow, levels_of, quantiles_of
 from pyro_flows.guides.collapsed import DRAWS, FEW_PARTS, MOST_PARTS, start_of_globals
-from pyro_flows.guides.conditional import (
-    At,
-    Conditional,
-    Local,
-    Rows,
-    beginning,
-    check_plates,
-    coupled,
-    crossed,
-    read_elsewhere,
-    vectorized,
-)
+from pyro_flows.guides.conditional import Chosen, Conditional, Rows, vectorized
 from pyro_flows.guides.crossed import Crossed, CrossedMarginal, Expansion
 from pyro_flows.guides.known import Drawn, Known
 from pyro_flows.guides.marginal import Marginal, check_data, parts_of
 from pyro_flows.guides.setup import AUTO
 from pyro_flows.model.batching import apart
 from pyro_flows.model.bijections import bijection
-from pyro_flows.model.sites import by_event, messages
+from pyro_flows.model.sites import Keywords, Model, Positional, Site, by_event, is_open, is_subsample, messages
 from pyro_flows.model.start import first_run, initial_value, transform_of
-from pyro_flows.transforms import Compose, DiagonalAffine, SinhArcsinh
+from pyro_flows.transforms import Bijection, Compose, DiagonalAffine, SinhArcsinh
 
 LAYERS = 4  # couplings of the default flow
 MOST_NUMBERS = 64  # of a row: each takes a pass backward
@@ -133,12 +125,12 @@ class AutoHierarchicalFlow(AutoMessenger):  # type: ignore[metaclass]
 
     def __init__(
         self,
-        model: Callable[..., Any],
+        model: Callable[..., object],
         flow: FlowLike = "realnvp",
         *,
         joint: Sequence[str] = (),
         init: str = AUTO,
-        create_plates: Callable[..., Any] | None = None,
+        create_plates: Callable[..., object] | None = None,
         **options: Any,
     ) -> None:
         super().__init__(model)
@@ -163,7 +155,7 @@ class AutoHierarchicalFlow(AutoMessenger):  # type: ignore[metaclass]
         self._crossed: Crossed | None = None  # the system of all latents in plates, where rows are not independent
         self._expansion: Expansion | None = None
         self._about: tuple[Tensor, Tensor] | None = None  # globals at which the expansion is, and their sds
-        self._began: tuple[int, tuple[int, ...]] | None = None  # given rows by which the flow started, and its state
+        self._began: tuple[int, list[int]] | None = None  # given rows by which the flow started, and its state
 
     @property
     def has_own(self) -> bool:
@@ -172,14 +164,14 @@ class AutoHierarchicalFlow(AutoMessenger):  # type: ignore[metaclass]
 
     # the structure ---------------------------------------------------------------------------------------------------
 
-    def initialize(self, *args: Any, **kwargs: Any) -> Self:
+    def initialize(self, *args: object, **kwargs: object) -> Self:
         """Run the model on its arguments and make the parameters, so that an optimizer can be built."""
         if self.top is None:
             with poutine.block(), torch.enable_grad():
                 self._read(args, kwargs)
         return self
 
-    def _read(self, args: Any, kwargs: Any) -> None:
+    def _read(self, args: Positional, kwargs: Keywords) -> None:
         """Read the structure from a run; find which sites are in plates, and where the globals start."""
         plates = _Plates()
         try:
@@ -187,11 +179,12 @@ class AutoHierarchicalFlow(AutoMessenger):  # type: ignore[metaclass]
         except (RuntimeError, ValueError, IndexError) as error:
             plates.explain(error)
             raise
-        sites = [site for site in messages(trace).values() if site["type"] == "sample" and not site_is_subsample(site)]
+        sites = [site for site in messages(trace).values() if site["type"] == "sample" and not is_subsample(site)]
         for site in sites:
-            check_plates(site)
+            conditional.check_plates(site)
         latents = [site for site in sites if not site["is_observed"]]
         frames = {site["name"]: vectorized(site) for site in sites}
+        every = [frame for own in frames.values() for frame in own]
         for site in latents:
             if site["fn"].support.is_discrete:
                 raise ValueError(
@@ -202,11 +195,11 @@ class AutoHierarchicalFlow(AutoMessenger):  # type: ignore[metaclass]
         for option, names in ((self._option, self._joint), ("normal", self._own)):
             for name in names:
                 _checks.choice(option, name, [site["name"] for site in latents])
-        self._sizes = {frame.name: frame.full_size or frame.size for own in frames.values() for frame in own}
-        self._nesting = max((-frame.dim for own in frames.values() for frame in own), default=0)
+        self._sizes = {frame.name: frame.full_size or frame.size for frame in every}
+        self._nesting = max((-frame.dim for frame in every), default=0)
         self._shapes = {site["name"]: (len(site["fn"].batch_shape), site["fn"].event_dim) for site in latents}
         self.sizes = {site["name"]: transform_of(site).inv(site["value"]).numel() for site in latents}
-        self.subsampled = any(f.full_size not in (None, f.size) for own in frames.values() for f in own)
+        self.subsampled = any(map(conditional.is_part, every))
         joint = set(self._joint)
         for site in latents:
             size = self.sizes[site["name"]] // max(site["fn"].batch_shape.numel(), 1)
@@ -222,7 +215,7 @@ class AutoHierarchicalFlow(AutoMessenger):  # type: ignore[metaclass]
             top = self._globals(args, kwargs)
             z = top._init_loc().to(top._like)
             rows = self._rows(args, kwargs)
-            first = rows.conditional(z, beginning, {}, graph=True)
+            first = rows.conditional(z, conditional.beginning, {}, graph=True)
             moved = self._to_join(rows, first)
             if moved is None:
                 break
@@ -236,15 +229,9 @@ class AutoHierarchicalFlow(AutoMessenger):  # type: ignore[metaclass]
         self.top = top
 
     def _to_join(self, rows: Rows, first: Conditional) -> str | None:
-        """Return a site that the flow has to take: its rows, or what is read of them, do not stand for themselves.
-
-        Raises:
-            ValueError: if there are too many numbers for the flow, or they are those of a subsample.
-        """
-        own, read, pairs = coupled(first), read_elsewhere(first), crossed(first)
-        joined = [*own, *read]
-        smaller = [min(pair, key=lambda site: site.value.numel()) for pair in pairs]
-        why = ""
+        """Return a site that the flow has to take: its rows, or what is read of them, do not stand for themselves."""
+        own, pairs, why = conditional.coupled(first), conditional.crossed(first), ""
+        joined = [*own, *conditional.read_elsewhere(first)]
         walks = bool(own) and all(self._fits(site) for site in own)  # which the flow takes
         if (pairs or joined) and not walks:
             try:
@@ -262,8 +249,8 @@ class AutoHierarchicalFlow(AutoMessenger):  # type: ignore[metaclass]
                     f"outside of their plate, and their data in the same plate.{why}",
                 )
             return site.name
-        for pair, small in zip(pairs, smaller, strict=True):
-            if self._fits(small):
+        for pair in pairs:
+            if self._fits(small := min(pair, key=lambda site: site.value.numel())):
                 return small.name
             names = " and ".join(repr(site.name) for site in pair)
             self.reason = f"{names} are in crossed plates: taken as independent given the flow's latents.{why}"
@@ -278,12 +265,11 @@ class AutoHierarchicalFlow(AutoMessenger):  # type: ignore[metaclass]
         """Refuse a site in plates that has no conditional distribution. Subclasses may give it one of their own."""
         raise ValueError(reason)
 
-    def _fits(self, site: Local) -> bool:
-        """Whether the flow can take a site."""
+    def _fits(self, site: conditional.Local) -> bool:
         whole = all(self._sizes[name] == site.batch[axis] for name, axis in site.plates.items())
         return whole and site.value.numel() <= JOINT_UP_TO
 
-    def _globals(self, args: Any, kwargs: Any) -> AutoFlow:
+    def _globals(self, args: Positional, kwargs: Keywords) -> AutoFlow:
         """Return the guide of the latents outside of plates."""
         try:
             top = self._made(poutine.block(self.model, hide=[*self.local, *self._own]), args, kwargs)
@@ -295,17 +281,17 @@ class AutoHierarchicalFlow(AutoMessenger):  # type: ignore[metaclass]
                 "model: expected at least one latent outside of plates, got none. Use AutoFlow, or name sites for the "
                 "flow in joint=."
             ) from error
-        self._latents = top._known_structure.latents
+        self._latents = top._built_structure.latents
         return top
 
-    def _made(self, model: Callable[..., Any], args: Any, kwargs: Any) -> AutoFlow:
+    def _made(self, model: Model, args: Positional, kwargs: Keywords) -> AutoFlow:
         flow, options = self._of_globals
         return AutoFlow(model, flow, init="prior", **options)
 
-    def _rows(self, args: Any, kwargs: Any) -> Rows:
+    def _rows(self, args: Positional, kwargs: Keywords) -> Rows:
         return Rows(self.model, self._latents, self.local, args, kwargs)
 
-    def _begin(self, top: AutoFlow, z: Tensor, args: Any, kwargs: Any) -> None:
+    def _begin(self, top: AutoFlow, z: Tensor, args: Positional, kwargs: Keywords) -> None:
         """Let the flow start at a mode and the curvature there."""
         if self._init != AUTO or top.affine is None:
             return
@@ -322,40 +308,44 @@ class AutoHierarchicalFlow(AutoMessenger):  # type: ignore[metaclass]
                 self._about = mode, scale if scale.dim() == 1 else scale.norm(dim=1)
 
     def density_of_globals(
-        self, args: Any, kwargs: Any, z: Tensor, seed: int, *, most: int | None = None
+        self, args: Positional, kwargs: Keywords, z: Tensor, seed: int, *, most: int | None = None
     ) -> Marginal | CrossedMarginal:
         """Return the log density of the latents outside of plates; ``z`` is a point (D,), the rest as in Marginal."""
         if self._crossed is not None:
             every = CrossedMarginal(self._crossed, seed)
             return every if most is None else every.with_parts(most)
+        rows = self._rows(args, kwargs)
         if most is None:
-            return Marginal(self._rows(args, kwargs), z, self._start, seed)
-        few = Marginal(self._rows(args, kwargs), z, self._start, seed, remember=self._remember, most=most)
+            return Marginal(rows, z, self._start, seed)
+        few = Marginal(rows, z, self._start, seed, remember=self._remember, most=most)
         few.count = DRAWS
         return few
 
-    def _begin_again(self, args: Any, kwargs: Any) -> None:
+    def _begin_again(self, args: Positional, kwargs: Keywords) -> None:
         """Let the flow start anew, if it did so by a few given rows, more are given, and it was not trained since.
 
         Other packages run a guide first on a batch of two.
         """
-        state = tuple(parameter._version for parameter in self._top._flow.parameters())
-        if not self.subsampled or self._crossed is not None or (self._began is not None and state != self._began[1]):
+
+        def state() -> list[int]:
+            return [parameter._version for parameter in self._top._flow.parameters()]
+
+        if not self.subsampled or self._crossed is not None or (self._began is not None and state() != self._began[1]):
             return
         z = self._top._init_loc().to(self._top._like)
         with poutine.block():
             at = self._rows(args, kwargs).run(z, self._start, {})
             rows = max((rows for _, rows in at.given.values()), default=0)
-            if self._began is not None and rows > MORE_ROWS * self._began[0]:
+            if self._began is None:
+                self._began = rows, state()
+            elif rows > MORE_ROWS * self._began[0]:
                 self._begin(self._top, z, args, kwargs)
-                state = tuple(parameter._version for parameter in self._top._flow.parameters())
-        if self._began is None or rows > MORE_ROWS * self._began[0]:
-            self._began = rows, state
+                self._began = rows, state()
 
     # a run -----------------------------------------------------------------------------------------------------------
 
     @pyro_method
-    def __call__(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:  # type: ignore[override]
+    def __call__(self, /, *args: object, **kwargs: object) -> dict[str, Tensor]:  # type: ignore[override]
         """Draw all latents, and run the model on them; return ``{site: value}``, observed sites too."""
         self.initialize(*args, **kwargs)
         self._begin_again(args, kwargs)
@@ -406,15 +396,13 @@ class AutoHierarchicalFlow(AutoMessenger):  # type: ignore[metaclass]
         """Return what this run draws of the latents in plates, for the rows that its plates have by now."""
         if self._run is None:
             sites = messages(self.trace).items()
-            chosen = {
-                name: site["value"] for name, site in sites if site["type"] == "sample" and site_is_subsample(site)
-            }
+            chosen = {name: site["value"] for name, site in sites if site["type"] == "sample" and is_subsample(site)}
             with apart():
                 self._run = self._locals(z, *self.args_kwargs, chosen=chosen)
         return self._run
 
     def _locals(
-        self, z: Tensor, args: Any, kwargs: Any, *, remember: bool = True, chosen: Mapping[str, Tensor] | None = None
+        self, z: Tensor, args: Positional, kwargs: Keywords, *, remember: bool = True, chosen: Chosen | None = None
     ) -> _Run:
         """Draw unconstrained values of the latents in plates, given the others."""
         if self._crossed is not None:
@@ -424,12 +412,13 @@ class AutoHierarchicalFlow(AutoMessenger):  # type: ignore[metaclass]
         if remember:
             self._remember(now)
         densities: list[Tensor] = []
+        shapes = cast(Sequence[Bijection], self._top._flow.get_submodule("local"))
 
         def noise(index: int, shape: torch.Size) -> Tensor:
             eps = torch.randn(shape, dtype=z.dtype, device=z.device)
-            shaped, ladj = self._shaped(index, eps)
+            shaped, ladj = shapes[index].forward_and_ladj(eps.unsqueeze(-1))
             densities.append(dist.Normal(0.0, 1.0).log_prob(eps) - ladj - now.numbers[index].sd.log())
-            return shaped
+            return shaped.squeeze(-1)
 
         values = now.moved(now.base, now.draw(noise))
         by_site = {name: torch.stack(parts).sum(0) for name, parts in now.by_site(densities).items()}
@@ -451,21 +440,14 @@ class AutoHierarchicalFlow(AutoMessenger):  # type: ignore[metaclass]
             lead = [*z.shape[: max(z.dim() - 1 - self._nesting, 0)]]
             lead += [1] * (self._nesting - len(site.batch)) if z.dim() > 1 else []
             values[site.name] = values[site.name].reshape(*lead, *site.value.shape)
-            own = densities[site.name].reshape(*lead, *site.batch, -1)
-            densities[site.name] = own.sum(-1)
+            densities[site.name] = densities[site.name].reshape(*lead, *site.batch, -1).sum(-1)
         return _Run(values, densities, {})
 
-    def _shaped(self, index: int, noise: Tensor) -> tuple[Tensor, Tensor]:
-        """Return what the trained map of a number makes of its noise, and the log derivative."""
-        shapes: Any = self._top._flow.get_submodule("local")
-        shaped, ladj = shapes[index].forward_and_ladj(noise.unsqueeze(-1))
-        return shaped.squeeze(-1), ladj
-
-    def _start(self, msg: Any, at: At) -> Tensor:
+    def _start(self, msg: Site, at: conditional.At) -> Tensor:
         """Return the values at which a site's rows were last near their modes; the middle of the prior for others."""
         kept, event = self._modes.get(msg["name"]), self._events.get(msg["name"], 0)
         if kept is None:
-            return beginning(msg, at)
+            return conditional.beginning(msg, at)
         values, seen = kept
         for frame in vectorized(msg):
             if frame.full_size != frame.size:
@@ -474,9 +456,9 @@ class AutoHierarchicalFlow(AutoMessenger):  # type: ignore[metaclass]
                 seen = seen.index_select(seen.dim() + frame.dim, rows)
         if bool(seen.all()):
             return values
-        return torch.where(seen.reshape(*seen.shape, *[1] * event), values, beginning(msg, at))
+        return torch.where(seen.reshape(*seen.shape, *[1] * event), values, conditional.beginning(msg, at))
 
-    def remembered(self) -> dict[str, Any]:
+    def remembered(self) -> dict[str, object]:
         """Return what runs leave behind, besides parameters: modes of rows, and where the system was expanded."""
         return {"modes": self._modes, "about": self._about}
 
@@ -494,30 +476,25 @@ class AutoHierarchicalFlow(AutoMessenger):  # type: ignore[metaclass]
             value = there[site.name]
             while value.dim() - site.event_dim > rank:
                 value = value.mean(0)
-            kept, seen = self._kept(site.name, site.plates, value, rank)
-            index: list[Any] = [slice(None)] * rank
-            rows = [(axis, now.at.chosen[name]) for name, axis in site.plates.items() if name in now.at.chosen]
-            for order, (axis, chosen) in enumerate(rows):
-                index[axis] = chosen.reshape(-1, *[1] * (len(rows) - 1 - order))
+            full = [1] * rank
+            for plate, axis in site.plates.items():
+                full[axis] = self._sizes[plate]
+            kept, seen = self._modes.get(site.name, (value, value.new_ones(())))
+            if kept.dtype != value.dtype or list(seen.shape) != full:
+                kept, seen = value.new_zeros(*full, *value.shape[rank:]), value.new_zeros(full, dtype=torch.bool)
+                self._modes[site.name] = kept, seen
+            index: list[slice | Tensor] = [slice(None)] * rank
+            rows = sorted((axis, name) for name, axis in site.plates.items() if name in now.at.chosen)
+            for order, (axis, name) in enumerate(rows):
+                index[axis] = now.at.chosen[name].reshape(-1, *[1] * (len(rows) - 1 - order))
             kept[tuple(index)] = value
             seen[tuple(index)] = True
 
-    def _kept(self, name: str, plates: Mapping[str, int], value: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-        """Return the modes of all rows of a site, and which rows have one."""
-        full = [1] * rank
-        for plate, axis in plates.items():
-            full[axis] = self._sizes[plate]
-        kept = self._modes.get(name)
-        if kept is None or kept[0].dtype != value.dtype or list(kept[1].shape) != full:
-            event = value.shape[rank:]
-            kept = self._modes[name] = value.new_zeros(*full, *event), value.new_zeros(full, dtype=torch.bool)
-        return kept
-
-    def _pyro_sample(self, msg: Any) -> None:
-        if site_is_subsample(msg):
-            chosen = {} if self._run is None else self._run.chosen
-            if msg["value"] is None and msg["name"] in chosen:
-                msg["value"] = chosen[msg["name"]]
+    def _pyro_sample(self, message: Message) -> None:
+        msg = cast(Site, message)
+        if is_subsample(msg):
+            if self._run is not None and is_open(msg) and msg["name"] in self._run.chosen:
+                msg["value"] = self._run.chosen[msg["name"]]
             return
         if msg["is_observed"] or msg["infer"].get("is_auxiliary"):
             return
@@ -528,7 +505,7 @@ class AutoHierarchicalFlow(AutoMessenger):  # type: ignore[metaclass]
         batch = torch.broadcast_shapes(posterior.batch_shape, prior.batch_shape)  # outer plates come later
         msg["fn"] = posterior if batch == posterior.batch_shape else posterior.expand(batch)
 
-    def get_posterior(self, name: str, prior: Any) -> Any:
+    def get_posterior(self, name: str, prior: TorchDistribution) -> TorchDistribution | Tensor:
         """Return a point mass at a site's value of this run, with the guide's log density."""
         assert self._z is not None
         if name not in self.local:
@@ -557,7 +534,7 @@ class AutoHierarchicalFlow(AutoMessenger):  # type: ignore[metaclass]
     # draws -----------------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def sample_posterior(self, n: int, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+    def sample_posterior(self, n: int, *args: object, **kwargs: object) -> dict[str, Tensor]:
         """Draw ``n`` times from the guide: ``{name: (n, *shape)}``, constrained; uses torch's global generator.
 
         Latents of a subsampled plate are those of one subsample, the same for all draws.
@@ -582,18 +559,17 @@ class AutoHierarchicalFlow(AutoMessenger):  # type: ignore[metaclass]
                 found = [{name: torch.stack([one[name] for one in singles]) for name in singles[0]}]
         return {name: torch.cat([part[name] for part in found]) for name in found[0]}
 
-    def _chosen(self, args: Any, kwargs: Any) -> dict[str, Tensor]:
+    def _chosen(self, args: Positional, kwargs: Keywords) -> dict[str, Tensor]:
         """Return the rows of one run of the model, of plates that it draws."""
-        z = self._top._init_loc().to(self._top._like)
-        at = self._rows(args, kwargs).run(z, self._start, {})
+        at = self._rows(args, kwargs).run(self._top._init_loc().to(self._top._like), self._start, {})
         return {name: at.chosen[name] for name in at.drawn}
 
-    def _run_once(self, args: Any, kwargs: Any, chosen: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        with poutine.condition(data=dict(chosen)) if chosen else poutine.block(hide=[]):
+    def _run_once(self, args: Positional, kwargs: Keywords, chosen: Chosen) -> dict[str, Tensor]:
+        with poutine.condition(data=dict(chosen)) if chosen else nullcontext():
             found = self(*args, **kwargs)
         return {name: found[name] for name in self._shapes}
 
-    def _many(self, count: int, args: Any, kwargs: Any, chosen: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def _many(self, count: int, args: Positional, kwargs: Keywords, chosen: Chosen) -> dict[str, Tensor]:
         """Draw in an outer plate."""
         with pyro.plate("_draws", count, dim=-1 - self._nesting):
             found = self._run_once(args, kwargs, chosen)
@@ -605,11 +581,11 @@ class AutoHierarchicalFlow(AutoMessenger):  # type: ignore[metaclass]
             draws[name] = value.expand(count, *value.shape[1:]).reshape(count, *value.shape[cut:])
         return draws
 
-    def median(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+    def median(self, *args: object, **kwargs: object) -> dict[str, Tensor]:
         """Return the marginal medians of 4000 draws."""
         return {name: value[0] for name, value in self.quantiles([0.5], *args, **kwargs).items()}
 
-    def quantiles(self, quantiles: Sequence[float] | Tensor, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+    def quantiles(self, quantiles: Sequence[float] | Tensor, *args: object, **kwargs: object) -> dict[str, Tensor]:
         """Return marginal quantiles over 4000 draws, constrained: ``{name: (len(quantiles), *shape)}``.
 
         Raises:
@@ -619,8 +595,7 @@ class AutoHierarchicalFlow(AutoMessenger):  # type: ignore[metaclass]
         self.initialize(*args, **kwargs)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            draws = self.sample_posterior(QUANTILE_DRAWS, *args, **kwargs)
-        return {name: torch.quantile(value, levels.to(value), dim=0) for name, value in draws.items()}
+            return quantiles_of(self.sample_posterior(QUANTILE_DRAWS, *args, **kwargs), levels)
 
 
 class _Plates(Messenger):
@@ -630,15 +605,15 @@ class _Plates(Messenger):
         super().__init__()
         self.taken: dict[str, tuple[int, int]] = {}
 
-    def _pyro_post_sample(self, msg: Any) -> None:
-        if site_is_subsample(msg) and len(msg["value"]) < msg["fn"].size:
-            self.taken[msg["name"]] = len(msg["value"]), msg["fn"].size
+    def _pyro_post_sample(self, msg: Site) -> None:
+        if is_subsample(msg):
+            self.taken[msg["name"]] = len(msg["value"]), conditional.rows_in(msg)[0]
 
     def explain(self, error: Exception) -> None:
         """Raise an error with a hint, if this one is about the sizes of a plate and of its minibatch."""
         numbers = {int(number) for number in re.findall(r"\d+", str(error))}
         for name, (rows, size) in self.taken.items():
-            if {rows, size} <= numbers:
+            if rows < size and {rows, size} <= numbers:
                 raise ValueError(
                     f"model: plate {name!r} takes {rows} of {size} rows, and something in it has all {size} "
                     f"({first_line(error)}). Write `with pyro.plate(...) as rows:`, and index each argument that has a "
@@ -646,10 +621,9 @@ class _Plates(Messenger):
                 ) from error
 
 
-@dataclass
-class _Run:
+class _Run(NamedTuple):
     """What one run of the guide has drawn."""
 
     values: dict[str, Tensor]  # of the sites in plates, unconstrained
     densities: dict[str, Tensor]  # their log densities, of each row
-    chosen: Mapping[str, Tensor]  # rows of the plates
+    chosen: Chosen  # rows of the plates

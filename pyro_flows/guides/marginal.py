@@ -26,9 +26,9 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from pyro.distributions.util import scale_and_mask
@@ -37,22 +37,12 @@ from torch import Tensor
 from pyro_flows._clock import unbounded
 from pyro_flows._fallbacks import fallback
 from pyro_flows._seeding import derive, seeded
-from pyro_flows.guides.conditional import (
-    NEAR,
-    At,
-    Conditional,
-    Local,
-    Number,
-    Rows,
-    Start,
-    at_values,
-    of_prior,
-    vectorized,
-)
+from pyro_flows.guides import conditional
+from pyro_flows.guides.conditional import At, Conditional, Number, Rows, Start, at_values, axes_of, is_part, vectorized
 from pyro_flows.model.batching import over_rows, quiet
 from pyro_flows.model.observations import refuse_outside, support_moves
 from pyro_flows.model.reading import check_observed
-from pyro_flows.model.sites import is_data, messages
+from pyro_flows.model.sites import Site, is_data, messages
 from pyro_flows.model.supports import inside
 from pyro_flows.verdict.psis import psis
 from pyro_flows.verdict.thresholds import (
@@ -121,8 +111,12 @@ class _Terms:
         return torch.where(missing, -torch.inf, found)
 
     def likelihoods(self, plate: str) -> Tensor:
-        """Return the log likelihoods of the rows (S, rows)."""
-        return _log_mean(*self.by_net(plate))
+        """Return the log likelihoods of the rows (S, rows): of the mean of both nets, free of bias to second order.
+
+        The log of a mean of two is too low by about a quarter of their relative variance.
+        """
+        one, other = self.by_net(plate)
+        return torch.logaddexp(one, other) - math.log(2.0) + 0.5 * torch.tanh(0.5 * (one - other)).square()
 
     def by_net(self, plate: str) -> Tensor:
         """Return the log likelihoods of the rows by each net of points (2, S, rows)."""
@@ -151,21 +145,16 @@ class Marginal:
         remember: is told of each approximation of the rows.
         most: parts, of the rows that the model draws, which then stand for all rows; None for all rows.
 
-    Attributes:
-        count: K, draws of a row.
-        wide: whether q has heavy tails.
-        apart: whether rows have other random numbers at each point.
-        batched: whether the model takes many points, and many draws of rows, in axes left of its plates.
-        first: the approximation at ``z``.
-        parts: the rows of each run.
-        clock: is looked at before each part of the data.
-        most_draws: how many draws of the globals are judged.
-        trainable: whether a better guide of the globals can make the weights good.
-
-    Raises:
-        ValueError: if rows are drawn and are not independent given the globals; without ``most``, if the model is
-            given a part of them.
+    Rows that are drawn have to be independent given the globals, and without ``most``, all rows have to be given.
     """
+
+    most_draws = MOST_DRAWS  # of the globals, that are judged
+    trainable = True  # whether a better guide of the globals can make the weights good
+    wide = False  # whether q has heavy tails
+    apart = False  # whether rows have other random numbers at each point
+    batched = True  # whether the model takes many points, and many draws of rows, in axes left of its plates
+    mapped = True  # whether draws of rows are mapped, where it does not
+    count = DRAWS_LEAST  # K, draws of a row
 
     def __init__(
         self,
@@ -178,35 +167,33 @@ class Marginal:
         most: int | None = None,
     ) -> None:
         self.rows, self.start, self.seed, self.remember = rows, start, seed, remember
-        self.clock, self.most_draws, self.trainable = unbounded(), MOST_DRAWS, True
+        self.clock = unbounded()  # is looked at before each part of the data
         self.first = rows.near_mode(z, start, {})
         again = rows.run(z, at_values(self.first.base), self.first.at.chosen).densities()
-        if any(
-            not torch.allclose(part, again[name], equal_nan=True) for name, part in self.first.at.densities().items()
-        ):
+        densities = self.first.at.densities().items()
+        if not all(torch.allclose(part, again[name], equal_nan=True) for name, part in densities):
             raise ValueError("model: expected one log density at one point, got two: it draws random numbers.")
-        self._groups = _groups(self.first, whole=most is None)
+        self.plates = _groups(self.first, whole=most is None)  # whose rows hold a site; ``ALL``: one row of all
         self._numbers = max((site.value.numel() for site in self.first.sites), default=1)
-        sites = [site for site in messages(self.first.at.trace).values() if site["type"] == "sample"]
-        frames = [frame for site in sites for frame in vectorized(site)]
+        frames = conditional.all_frames(self.first.at.trace)
         self._nest = max((-frame.dim for frame in frames), default=0)
         sizes = {frame.name: frame.full_size or frame.size for frame in frames} | {ALL: 1}
-        self._sizes = {group: sizes[group] for group in set(self._groups.values())}  # rows of each plate
-        self.parts = parts_of(self.first, seed, most)
+        self.sizes = {plate: sizes[plate] for plate in set(self.plates.values())}  # rows of each plate
+        self.row_count = sum(self.sizes.values())
+        self.parts = parts_of(self.first, seed, most)  # the rows of each run
         if most is None:
             check_data(rows, z, start, self.parts)
-        self.count, self.wide, self.apart = DRAWS_LEAST, False, False
-        self._dimensions = dict.fromkeys(self._groups.values(), 0)  # numbers of a row
+        self._dimensions = dict.fromkeys(self.plates.values(), 0)  # numbers of a row
         for number in self.first.numbers:
-            self._dimensions[self._groups[number.site.name]] += self._inner(number, number.own.shape).numel()
-        self.mapped = True  # whether draws of rows are mapped, where the model takes no batches
-        self.batched = True
+            self._dimensions[self.plates[number.site.name]] += self._inner(number, number.own.shape).numel()
         self.batched = self._can_be_batched(z)
 
+    @torch.no_grad()
     def __call__(self, z: Tensor) -> Tensor:
         """Return the log density (S,), in double precision."""
-        with torch.no_grad():
-            return torch.cat([self._summed(piece) for piece in z.split(self._rows_at_once)])
+        numbers = range(len(self.parts))
+        pieces = ([self._sum_of(piece, number) for number in numbers] for piece in z.split(self._rows_at_once))
+        return torch.cat([torch.stack(parts).sum(0) for parts in pieces])
 
     def value_and_grad(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """Return the log density (S,) and its gradient (S, D)."""
@@ -222,9 +209,6 @@ class Marginal:
             values.append(value)
             gradients.append(gradient)
         return torch.cat(values), torch.cat(gradients)
-
-    def _summed(self, z: Tensor) -> Tensor:
-        return torch.stack([self._sum_of(z, number) for number in range(len(self.parts))]).sum(0)
 
     def _sum_of(self, z: Tensor, number: int) -> Tensor:
         """Return what a part of the data adds to the log density (S,)."""
@@ -279,7 +263,9 @@ class Marginal:
         """
         differences = level = 0.0
         for number in range(len(self.parts)):
-            for halves, kept in self._nets(z, number):
+            found = [terms for _, terms in self._pieces(z, number)]
+            for plate, kept in found[0].kept.items():
+                halves = torch.cat([terms.by_net(plate) for terms in found], 1)
                 own = torch.where(halves[0] == halves[1], 0.0, 0.5 * (halves[0] - halves[1])) * kept
                 known = torch.isfinite(own)
                 if bool((known.double().mean(0) < ROW_ERROR_KNOWN).any()):
@@ -289,13 +275,11 @@ class Marginal:
                 level += float(own.square().mean(0).sum())
         return Errors(math.sqrt(differences), math.sqrt(level))
 
-    def _nets(self, z: Tensor, number: int) -> list[tuple[Tensor, Tensor]]:
-        """Return the log likelihoods of rows by each net of points (2, S, rows), and which rows count."""
-        found = []
-        for piece in z.split(self._rows_at_once):
+    def _pieces(self, z: Tensor, number: int) -> Iterator[tuple[int, _Terms]]:
+        """Yield what a part of the data says at points ``z`` (S, D), some at a time, and the place of the first."""
+        for place, piece in zip(range(0, len(z), self._rows_at_once), z.split(self._rows_at_once), strict=True):
             self.clock.look()
-            found.append(self._terms(piece, number))
-        return [(torch.cat([terms.by_net(plate) for terms in found], 1), kept) for plate, kept in found[0].kept.items()]
+            yield place, self._terms(piece, number)
 
     @torch.no_grad()
     def adapt(self, z: Tensor) -> bool:
@@ -307,78 +291,48 @@ class Marginal:
             self.count = max(self.count, DRAWS_WIDE) if self.wide else self.count
         return self.wide
 
-    @property
-    def row_count(self) -> int:
-        """How many rows there are, in all plates whose latents are integrated out."""
-        return sum(self._sizes.values())
-
-    def plate_of(self, name: str) -> str:
-        """Return the plate whose rows hold a latent site; ``ALL`` if all latents in plates are one row."""
-        return self._groups[name]
-
-    def rows_of(self, plate: str) -> int:
-        """Return how many rows a plate has."""
-        return self._sizes[plate]
-
     @torch.no_grad()
     def row_likelihoods(self, z: Tensor) -> dict[str, Tensor]:
         """Return the log likelihoods of the rows of each plate at points ``z`` (S, D): ``{plate: (S, rows)}``."""
         found: dict[str, Tensor] = {}
         for number, part in enumerate(self.parts):
-            for first, piece in zip(range(0, len(z), self._rows_at_once), z.split(self._rows_at_once), strict=True):
-                self.clock.look()
-                terms = self._terms(piece, number)
+            for place, terms in self._pieces(z, number):
                 for plate in terms.kept:
                     own = terms.likelihoods(plate)
-                    whole = found.setdefault(plate, own.new_zeros(len(z), self._sizes[plate]))
+                    whole = found.setdefault(plate, own.new_zeros(len(z), self.sizes[plate]))
                     index = part.chosen.get(plate, torch.arange(own.shape[1], device=own.device))
-                    whole[first : first + len(piece), index] = own
+                    whole[place : place + len(own), index] = own
         return found
 
     @torch.no_grad()
     def local_draws(self, z: Tensor, names: Sequence[str], rows: Tensor, seed: int) -> dict[str, Tensor]:
         """Draw latents of rows of one plate given points: ``{name: (S, *shape)}``, constrained.
 
-        A row's draw is resampled from K draws of q by their weights; each row has its own at each point.
-
-        Args:
-            z: points (S, D).
-            names: sites whose rows are those of one plate.
-            rows: indices in that plate; all of them where all latents in plates are one row.
-            seed: of the draws.
+        A row's draw is resampled from K draws of q by their weights; each row has its own at each point (S, D).
+        ``rows`` are indices in the plate of all these sites, all of them where all latents in plates are one row.
         """
-        plate = self._groups[names[0]]
+        plate, sites = self.plates[names[0]], {site.name: site for site in self.first.sites if site.name in names}
         drawn = self.first.at.drawn.get(plate)
         size = len(rows) if drawn is None else drawn[1]
+        axes = {name: 0 if plate == ALL else len(own.batch) + own.plates[plate] for name, own in sites.items()}
         found: dict[str, list[Tensor]] = {name: [] for name in names}
+        here = copy.copy(self)
+        here.count, here.apart = max(self.count, PICKED_FROM) if self.wide else self.count, True
         for first, wanted in zip(range(0, len(rows), size), rows.split(size), strict=True):
-            here = copy.copy(self)
-            chosen, here.apart = dict(self.parts[0].chosen), True
-            here.count = max(self.count, PICKED_FROM) if self.wide else self.count
+            chosen = dict(self.parts[0].chosen)
             if drawn is not None:
                 chosen[plate] = torch.cat([wanted, wanted.new_zeros(size - len(wanted))])
-            here.parts = [
-                Part(chosen, {name: torch.ones(len(index), dtype=torch.bool) for name, index in chosen.items()})
-            ]
-            pieces: list[dict[str, Tensor]] = []
+            fresh = {name: torch.ones(len(index), dtype=torch.bool) for name, index in chosen.items()}
+            here.parts, pieces = [Part(chosen, fresh)], []
             for number, piece in enumerate(z.split(here._rows_at_once if self.batched else 1)):
                 self.clock.look()
                 here.seed = derive(seed, f"locals from {first}, {number}")
                 pieces.append(here._resampled(piece, names))
-            index = torch.arange(len(wanted)) if drawn is not None else wanted
+            index = (torch.arange(len(wanted)) if drawn is not None else wanted).to(z.device)
             for name in names:
                 whole = torch.cat([part[name] for part in pieces])
-                axis = self._axis(name, plate)
-                found[name].append(whole if axis is None else whole.index_select(1 + axis, index.to(whole.device)))
-        return {name: torch.cat(own, 1 + (self._axis(name, plate) or 0)) for name, own in found.items()}
-
-    def _axis(self, name: str, plate: str) -> int | None:
-        """Return which batch axis of a site's value a plate has."""
-        site = self._local(name)
-        return None if plate == ALL else len(site.batch) + site.plates[plate]
-
-    def _local(self, name: str) -> Local:
-        return next(site for site in self.first.sites if site.name == name)
+                found[name].append(whole if plate == ALL else whole.index_select(1 + axes[name], index))
+        return {name: torch.cat(own, 1 + axes[name]) for name, own in found.items()}
 
     def _resampled(self, z: Tensor, names: Sequence[str]) -> dict[str, Tensor]:
         """Return values of sites (S, *shape) at points, each row resampled from its draws by their weights."""
@@ -392,14 +346,14 @@ class Marginal:
                 picked[plate] = (shares < torch.rand_like(shares[:1])).sum(0).clamp_max(len(shares) - 1)  # (S, rows)
         chosen = []
         for step, number in zip(steps, now.numbers, strict=True):
-            index = self._of_number(number, picked[self._groups[number.site.name]])
+            index = self._of_number(number, picked[self.plates[number.site.name]])
             chosen.append(step.gather(0, index.expand(step.shape[1:]).unsqueeze(0))[0])
         at = self.rows.run(points, at_values(now.moved(now.base, chosen)), self.parts[0].chosen, through=True)
         found = {}
         for name in names:
             site = messages(at.trace)[name]
             value = site["value"]
-            shape = value.shape[value.dim() - len(self._local(name).batch) - site["fn"].event_dim :]
+            shape = value.shape[value.dim() - len(self.first.at.locals[name].batch) - site["fn"].event_dim :]
             found[name] = value.reshape(-1 if self.batched else 1, *shape)
         return found
 
@@ -438,22 +392,18 @@ class Marginal:
             mass = self._masses(now, points, number)
             for attempt in range(TRIES):
                 with seeded(derive(self.seed, f"modes of part {number}, {attempt}"), z.device):
-                    first = self.rows.conditional(points, of_prior, part.chosen)
+                    first = self.rows.conditional(points, conditional.of_prior, part.chosen)
                 base = self.rows.mode(points, first)
                 then = self.rows.conditional(points, at_values(base), part.chosen)
                 steps = zip(then.by_number(then.base), now.by_number(now.base), now.numbers, strict=True)
-                far = [
-                    (((one - other) / own.sd).abs() > ROW_MODES_APART) & (own.curvature.abs() > 0.0)  # or it is masked
-                    for one, other, own in steps
-                ]
-                lost = [~(length.abs() <= NEAR) for length in then.decrement]
+                away = [(((one - other) / own.sd).abs(), own.curvature.abs()) for one, other, own in steps]
+                far = [(sds > ROW_MODES_APART) & (bend > 0.0) for sds, bend in away]  # without curvature it is masked
+                lost = [~(length.abs() <= conditional.NEAR) for length in then.decrement]
                 apart, none, reached = self._by_rows(then, far), self._by_rows(then, lost), self._reached(now, then)
                 for plate, second in self._masses(then, points, number).items():
                     index = part.chosen.get(plate, torch.arange(len(second)))
-                    new = (
-                        (apart[plate] > 0.0) & (none[plate] == 0.0) & (second - mass[plate] > math.log(ROW_MODE_SHARE))
-                    )
-                    new &= ~(reached[plate] > math.log(ROW_MODE_REACHED))
+                    new = (apart[plate] > 0.0) & (none[plate] == 0.0) & ~(reached[plate] > math.log(ROW_MODE_REACHED))
+                    new &= second - mass[plate] > math.log(ROW_MODE_SHARE)
                     found |= {(plate, int(index[row])) for row in new.nonzero().flatten().tolist()}
         return sorted(found)
 
@@ -467,12 +417,11 @@ class Marginal:
         """Return the logarithms of how many draws of rows fall within a standard deviation of other modes."""
         away: list[Tensor] = []
         densities = []
-        for one, other, own, new in zip(
-            then.by_number(then.base), now.by_number(now.base), now.numbers, then.numbers, strict=True
-        ):
+        places = then.by_number(then.base), now.by_number(now.base)
+        for one, other, own, new in zip(*places, now.numbers, then.numbers, strict=True):
             distance = (one - other - now.step(own, away)) / own.sd
             away.append(one - other)
-            tails = float(self._dimensions[self._groups[own.site.name]])  # as heavy as those of a Student t
+            tails = float(self._dimensions[self.plates[own.site.name]])  # as heavy as those of a Student t
             densities.append(torch.distributions.StudentT(tails).log_prob(distance) + (new.sd / own.sd).log())
         return {plate: math.log(self.count) + part for plate, part in self._by_rows(then, densities).items()}
 
@@ -480,7 +429,7 @@ class Marginal:
         """Add up what the numbers have by rows (rows,) of each plate."""
         found: dict[str, Tensor] = {}
         for number, value in zip(now.numbers, values, strict=True):
-            plate, site = self._groups[number.site.name], messages(now.at.trace)[number.site.name]
+            plate, site = self.plates[number.site.name], messages(now.at.trace)[number.site.name]
             own = _by_row(self._spread(value.double()), site, plate, self._nest)[0, 0]
             found[plate] = found.get(plate, torch.zeros(()).to(own)) + own
         return found
@@ -550,7 +499,7 @@ class Marginal:
         with seeded(derive(self.seed, f"rows of part {number}"), points.device):
             steps, log_q = self._spread_out(now)
         if dead:
-            moved = [self._of_number(number, dead[self._groups[number.site.name]]) for number in now.numbers]
+            moved = [self._of_number(number, dead[self.plates[number.site.name]]) for number in now.numbers]
             steps = [torch.where(away, 0.0, step) for away, step in zip(moved, steps, strict=True)]
         return now, steps, log_q
 
@@ -558,7 +507,7 @@ class Marginal:
         """Return what the rows of a plate have (..., S, rows), in the axes of a number of these rows."""
         lead = values.shape[:-1] if self.batched else values.shape[:-2]
         shape = [1] * (number.own.dim() - int(self.batched))
-        if (plate := self._groups[number.site.name]) != ALL:
+        if (plate := self.plates[number.site.name]) != ALL:
             shape[number.site.plates[plate]] = values.shape[-1]
         return values.reshape(*lead, *shape)
 
@@ -568,7 +517,7 @@ class Marginal:
         for name, density in at.densities().items():
             self._add(found, self.parts[number], at, name, density, first=number == 0)
         for name, density in log_q.items():
-            group, site = self._groups[name], messages(at.trace)[name]
+            group, site = self.plates[name], messages(at.trace)[name]
             if group in found.log_p:
                 own = _by_row(self._spread(scale_and_mask(density, 1.0, site["mask"])), site, group, self._nest)
                 found.log_q[group] = found.log_q.get(group, torch.zeros(()).to(own)) + own
@@ -576,7 +525,7 @@ class Marginal:
 
     def _add(self, found: _Terms, part: Part, at: At, name: str, density: Tensor, *, first: bool) -> None:
         """Add the log density of a site to the rows, or the sum, that it belongs to."""
-        site, group = messages(at.trace)[name], self._groups.get(name)
+        site, group = messages(at.trace)[name], self.plates.get(name)
         drawn = [frame for frame in vectorized(site) if frame.name in part.fresh]
         if not (first or drawn):
             return  # outside of the plates whose rows are drawn: it counts once
@@ -613,7 +562,7 @@ class Marginal:
         densities: list[Tensor] = []
 
         def noise(index: int, _: torch.Size) -> Tensor:
-            number, group = now.numbers[index], self._groups[now.numbers[index].site.name]
+            number, group = now.numbers[index], self.plates[now.numbers[index].site.name]
             rows = number.own.shape[1:] if self.batched else number.own.shape
             lead = [number.own.shape[0] if self.apart else 1] if self.batched else []
             inner = self._inner(number, rows)
@@ -632,19 +581,16 @@ class Marginal:
 
     def _inner(self, number: Number, rows: torch.Size) -> torch.Size:
         """Return how many of a number are in one row, by axis, for the axes that it has."""
-        axis = number.site.plates.get(self._groups[number.site.name])
+        axis = number.site.plates.get(self.plates[number.site.name])
         return torch.Size([1 if axis == place - len(rows) else size for place, size in enumerate(rows)])
 
 
 def parts_of(first: Conditional, seed: int, most: int | None) -> list[Part]:
-    """Return the rows of several runs of the model, none in two of them as long as there are others.
+    """Return the rows of ``most`` runs of the model, or of as many as have all rows, in an order by the seed.
 
-    Args:
-        first: a run.
-        seed: of the order of the rows.
-        most: runs, at most; None for as many as have all rows.
+    None is in two of them as long as there are others.
     """
-    drawn, device = first.at.drawn, first.total.device
+    drawn, device = first.at.drawn, first.at.z.device
     count = max((-(-size // rows) for size, rows in drawn.values()), default=1)
     count = count if most is None else min(count, most)
     parts = [Part({}, {}) for _ in range(count)]
@@ -661,21 +607,11 @@ def parts_of(first: Conditional, seed: int, most: int | None) -> list[Part]:
     return parts
 
 
-def _log_mean(one: Tensor, other: Tensor) -> Tensor:
-    """Return the log of the mean of two estimates, given by their logs, free of bias to the second order.
-
-    The log of a mean of two is too low by about a quarter of their relative variance.
-    """
-    return torch.logaddexp(one, other) - math.log(2.0) + 0.5 * torch.tanh(0.5 * (one - other)).square()
-
-
 @torch.no_grad()
 def check_data(rows: Rows, z: Tensor, start: Start, parts: Sequence[Part]) -> None:
-    """Look at all observed values of some parts. A support that moves with the globals decides at each of their draws.
+    """Refuse data that are NaN or outside of their support, and log densities that are NaN wherever the globals are.
 
-    Raises:
-        ValueError: for a value that is NaN or outside of the support of its likelihood, and for a log density that is
-            NaN wherever the globals are, with the site and the row.
+    The error names the site and the row. A support that moves with the globals decides at each of their draws.
     """
     for part in parts:
         at, other = (rows.run(point, start, part.chosen) for point in (z, z + JITTER))
@@ -702,7 +638,7 @@ def check_data(rows: Rows, z: Tensor, start: Start, parts: Sequence[Part]) -> No
                 )
 
 
-def _row_named(site: Any, index: list[int], chosen: Mapping[str, Tensor]) -> str:
+def _row_named(site: Site, index: list[int], chosen: Mapping[str, Tensor]) -> str:
     """Return the place of a row in the data, by its plates."""
     frames = {frame.dim: frame.name for frame in vectorized(site)}
     named = []
@@ -712,9 +648,9 @@ def _row_named(site: Any, index: list[int], chosen: Mapping[str, Tensor]) -> str
     return ", ".join(named)
 
 
-def _by_row(values: Tensor, site: Any, plate: str, nest: int) -> Tensor:
+def _by_row(values: Tensor, site: Site, plate: str, nest: int) -> Tensor:
     """Add up what belongs to one row of a plate, or to all of it: (K, S, *plates) -> (K, S, rows)."""
-    axis = next((frame.dim for frame in vectorized(site) if frame.name == plate), None)
+    axis = axes_of(site).get(plate)
     others = [dim for dim in range(-nest, 0) if dim != axis]
     found = values.sum(others, keepdim=True) if others else values
     return found.reshape(*found.shape[:2], -1)
@@ -723,13 +659,12 @@ def _by_row(values: Tensor, site: Any, plate: str, nest: int) -> Tensor:
 def _groups(first: Conditional, *, whole: bool) -> dict[str, str]:
     """Return the plate whose rows are integrated out, for each site in plates and the data that depend on it.
 
-    Raises:
-        ValueError: if the model draws rows, and there is no such plate for a site.
+    It is an error if the model draws rows, and there is no such plate for a site.
     """
     parts, drawn = first.at.densities(), first.at.drawn
     nodes = {name: messages(first.at.trace)[name] for name in parts}
     for name, site in nodes.items():
-        subsampled = [frame.name for frame in vectorized(site) if frame.full_size not in (None, frame.size)]
+        subsampled = [frame.name for frame in vectorized(site) if is_part(frame)]
         if whole and (given := [plate for plate in subsampled if plate not in drawn]):
             raise ValueError(
                 f"plate {given[0]!r}: the model is given a subsample, and all rows are needed. Pass all of them, for "
@@ -748,7 +683,7 @@ def _groups(first: Conditional, *, whole: bool) -> dict[str, str]:
         values = [site.value for site in first.sites]
         slopes = torch.autograd.grad(part.sum(), values, retain_graph=True, allow_unused=True)
         needed = {groups[site.name] for site, slope in zip(first.sites, slopes, strict=True) if slope is not None}
-        plates = [frame.name for frame in vectorized(nodes[name])]
+        plates = list(axes_of(nodes[name]))
         if len(needed) > 1 or not needed <= set(plates):
             if drawn or first.at.given:
                 raise ValueError(

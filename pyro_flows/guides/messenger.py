@@ -5,18 +5,21 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from operator import attrgetter
 from typing import Any
 
 import pyro.distributions as dist
 import torch
+from pyro.distributions import TorchDistribution
 from pyro.infer.autoguide.effect import AutoNormalMessenger
 from pyro.infer.autoguide.utils import deep_setattr
 from pyro.nn.module import PyroModule, pyro_method
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.runtime import get_plates
 from torch import Tensor, nn
+from torch.distributions import Transform
 from torch.nn.functional import softplus
 
 from pyro_flows import _checks
@@ -30,8 +33,9 @@ from pyro_flows.guides.hierarchical import AutoHierarchicalFlow
 from pyro_flows.guides.setup import AUTO, PRIOR
 from pyro_flows.model.batching import apart
 from pyro_flows.model.bijections import bijection, real_shape
+from pyro_flows.model.handlers import within
 from pyro_flows.model.reading import read_structure
-from pyro_flows.model.sites import messages
+from pyro_flows.model.sites import Keywords, Model, Positional, Site, messages
 from pyro_flows.model.start import initial_value
 from pyro_flows.transforms.base import Bijection
 from pyro_flows.transforms.blocks import Blocks
@@ -110,7 +114,7 @@ class AutoFlowMessenger(AutoHierarchicalFlow, AutoNormalMessenger):
 
     def __init__(
         self,
-        model: Callable[..., Any],
+        model: Callable[..., object],
         flow: FlowLike = "realnvp",
         *,
         groups: Sequence[Sequence[str]] = (),
@@ -120,7 +124,7 @@ class AutoFlowMessenger(AutoHierarchicalFlow, AutoNormalMessenger):
         init_scale: float = 0.1,
         amortized_plates: Sequence[str] = (),
         init: str = AUTO,
-        create_plates: Callable[..., Any] | None = None,
+        create_plates: Callable[..., object] | None = None,
         **options: Any,
     ) -> None:
         for name, value in (("groups", groups), ("normal", normal), ("amortized_plates", amortized_plates)):
@@ -146,7 +150,7 @@ class AutoFlowMessenger(AutoHierarchicalFlow, AutoNormalMessenger):
 
     # the structure ---------------------------------------------------------------------------------------------------
 
-    def _read(self, args: Any, kwargs: Any) -> None:
+    def _read(self, args: Positional, kwargs: Keywords) -> None:
         super()._read(args, kwargs)
         with apart(), torch.no_grad():  # makes the parameters of normals
             self(*args, **kwargs)
@@ -158,7 +162,7 @@ class AutoFlowMessenger(AutoHierarchicalFlow, AutoNormalMessenger):
     def _solved(self, rows: Rows, z: Tensor) -> Crossed:
         raise ValueError("sites in crossed plates get normals")
 
-    def _made(self, model: Callable[..., Any], args: Any, kwargs: Any) -> AutoFlow:
+    def _made(self, model: Model, args: Positional, kwargs: Keywords) -> AutoFlow:
         flow, options = self._of_globals
         options = {"init_loc_fn": self.init_loc_fn, **options}
         if not self._groups:
@@ -170,43 +174,33 @@ class AutoFlowMessenger(AutoHierarchicalFlow, AutoNormalMessenger):
         sets = [[place for name in group for place in places[name]] for group in self._groups]
         return AutoFlow(model, partial(_in_blocks, recipe=recipe, sets=sets), init=PRIOR, **others)
 
-    def _globals(self, args: Any, kwargs: Any) -> AutoFlow:
+    def _globals(self, args: Positional, kwargs: Keywords) -> AutoFlow:
         top = super()._globals(args, kwargs)
         if top.affine is not None:  # in A and not in L, in whose units the shift is trained: as far a step as Pyro's
-            values: Any = top.affine.conditioner.values
-            with torch.no_grad():
-                values[top.latent_dim : 2 * top.latent_dim] = math.log(self._init_scale)
+            scales = top.affine.conditioner.get_parameter("values").detach()[top.latent_dim : 2 * top.latent_dim]
+            scales.fill_(math.log(self._init_scale))
         return top
 
-    def _climbs(self, top: AutoFlow) -> bool:
-        """Whether the flows start at a mode."""
-        return self._init == AUTO and not self._own and top.latent_dim <= CLIMBED_UP_TO
-
-    def _begin(self, top: AutoFlow, z: Tensor, args: Any, kwargs: Any) -> None:
-        if self._climbs(top):
+    def _begin(self, top: AutoFlow, z: Tensor, args: Positional, kwargs: Keywords) -> None:
+        if not self._own and top.latent_dim <= CLIMBED_UP_TO:
             super()._begin(top, z, args, kwargs)
 
-    def _rows(self, args: Any, kwargs: Any) -> Rows:
+    def _rows(self, args: Positional, kwargs: Keywords) -> Rows:
         found = super()._rows(args, kwargs)
-        if not self._own:
-            return found
-        return Rows(partial(_with_own, self), found.latents, found.local, args, kwargs)
+        return replace(found, model=within(self.model, lambda: _At(self))) if self._own else found
 
-    def _middle(self, msg: Any) -> Tensor:
+    def _middle(self, msg: Site) -> Tensor:
         """Return the value of a site that has no conditional distribution, where conditional rows need one."""
-        name, fn = msg["name"], msg["fn"]
-        drawn = messages(self.trace).get(name) if self._z is not None else None
-        if drawn is not None:
-            value: Tensor = drawn["value"]
-            return value
+        if self._z is not None and msg["name"] in messages(self.trace):
+            return messages(self.trace)[msg["name"]]["value"]
         with torch.no_grad(), seeded(0):
-            start: Tensor = initial_value(msg)
-        return start.expand(fn.shape()) if start.dim() < len(fn.shape()) else start
+            start, shape = initial_value(msg), msg["fn"].shape()
+        return start.expand(shape) if start.dim() < len(shape) else start
 
     # a run -----------------------------------------------------------------------------------------------------------
 
     @pyro_method
-    def __call__(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:  # type: ignore[override]
+    def __call__(self, /, *args: object, **kwargs: object) -> dict[str, Tensor]:  # type: ignore[override]
         """Draw all latents, and run the model on them; return ``{site: value}``, observed sites too."""
         self.initialize(*args, **kwargs)
         self._outer_plates = tuple(frame.name for frame in get_plates())
@@ -235,12 +229,12 @@ class AutoFlowMessenger(AutoHierarchicalFlow, AutoNormalMessenger):
             return self._encoded(name, prior)
         return AutoNormalMessenger.get_posterior(self, name, prior)
 
-    def _encoded(self, name: str, prior: Any) -> Any:
+    def _encoded(self, name: str, prior: TorchDistribution) -> TorchDistribution:
         """Return a normal whose mean and sd are a linear map of a row's features."""
-        if self._features is None:
+        if self._features is None and self.encoder is not None:
             args, kwargs = self.args_kwargs
-            assert self.encoder is not None
             self._features = self.encoder(*args, **kwargs)
+        assert self._features is not None
         features, transform = self._features, bijection(prior)
         shape = real_shape(transform, prior.shape())
         axes = transform.domain.event_dim
@@ -257,7 +251,9 @@ class AutoFlowMessenger(AutoHierarchicalFlow, AutoNormalMessenger):
         normal = dist.Normal(loc.reshape(shapes), softplus(scale).reshape(shapes)).to_event(axes)
         return dist.TransformedDistribution(normal, transform.with_cache())
 
-    def _head(self, name: str, prior: Any, transform: Any, features: Tensor, size: int) -> Any:
+    def _head(
+        self, name: str, prior: TorchDistribution, transform: Transform, features: Tensor, size: int
+    ) -> nn.Linear:
         """Return the linear map of a site, which begins at one normal for all rows."""
         with contextlib.suppress(AttributeError):
             return attrgetter(name)(self.heads)
@@ -285,12 +281,6 @@ def _in_blocks(dim: int, *, recipe: Recipe, sets: Sequence[Sequence[int]]) -> Bi
     return Blocks(dim, sets, [bare.build(len(own)).bijection for own in sets])
 
 
-def _with_own(guide: AutoFlowMessenger, *args: Any, **kwargs: Any) -> Any:
-    """Run the model with the sites of normals at values."""
-    with _At(guide):
-        return guide.model(*args, **kwargs)
-
-
 class _At(Messenger):
     """Put the sites that have no conditional distribution at values."""
 
@@ -298,6 +288,6 @@ class _At(Messenger):
         super().__init__()
         self.guide = guide
 
-    def _pyro_sample(self, msg: Any) -> None:
+    def _pyro_sample(self, msg: Site) -> None:
         if msg["name"] in self.guide._own and not msg["is_observed"]:
             msg["value"], msg["is_observed"] = self.guide._middle(msg), True

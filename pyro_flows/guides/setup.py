@@ -1,9 +1,10 @@
-"""A guide that holds a flow over the latents of a model: how it is set up, and copied."""
+"""A guide that holds a flow over the latents of a model: how it is set up, stored and copied."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+import weakref
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any, Self
 
@@ -12,22 +13,20 @@ import torch
 from pyro import poutine
 from pyro.infer.autoguide import AutoContinuous
 from pyro.infer.autoguide.guides import AutoGuide
-from torch import Tensor
+from pyro.nn.module import _is_module_local_param_enabled
+from pyro.params.param_store import param_with_module_name
+from torch import Tensor, nn
+from torch.distributions import constraints
 
 from pyro_flows import _checks
 from pyro_flows._fallbacks import passed_over
 from pyro_flows.flows.flow import Flow
 from pyro_flows.flows.mixture import FlowMixture
-from pyro_flows.flows.recipe import (
-    FlowLike,
-    affine_of,
-    begin_at,
-    latent_recipe,
-    start_at,
-)
+from pyro_flows.flows.recipe import FlowLike, affine_of, begin_at, latent_recipe, start_at
+from pyro_flows.guides.store import Named, Whole, copy_stored, in_svi, param_statement, place, was_loaded
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.model.reading import read_structure
-from pyro_flows.model.sites import Noncentered, Structure, messages
+from pyro_flows.model.sites import Keywords, Model, Noncentered, Positional, Structure, messages
 from pyro_flows.model.start import initial_value
 from pyro_flows.starts.portfolio import portfolio
 from pyro_flows.starts.start import Start
@@ -35,15 +34,18 @@ from pyro_flows.transforms import DiagonalAffine, LowerTriangularAffine
 from pyro_flows.transforms.networks import give_gains
 
 AUTO, PRIOR = INITS = "auto", "prior"
+UNSLOWED = {"gain": 1.0, "relative": 0.0}  # buffers of small steps, as they leave a flow without small steps
 
 
 @_checks.methods
 class LatentGuide(AutoContinuous):
     """What a flow guide is made of; see :class:`~pyro_flows.AutoFlow`."""
 
+    flow: Flow | FlowMixture
+
     def __init__(
         self,
-        model: Callable[..., Any],
+        model: Callable[..., object],
         flow: FlowLike = "realnvp",
         *,
         affine: str = "auto",
@@ -54,7 +56,7 @@ class LatentGuide(AutoContinuous):
         init_scale: float | None = None,
         noncentered: Noncentered = (),
         cautious: bool | str = AUTO,
-        create_plates: Callable[..., Any] | None = None,
+        create_plates: Callable[..., object] | None = None,
         **options: Any,
     ) -> None:
         if create_plates is not None and (isinstance(create_plates, pyro.plate) or not callable(create_plates)):
@@ -71,16 +73,16 @@ class LatentGuide(AutoContinuous):
         self._init_scale = 1.0 if init_scale is None else _checks.positive("init_scale", init_scale)
         self._noncentered = noncentered
         self._cautious = cautious if isinstance(cautious, bool) else _checks.choice("cautious", cautious, (AUTO,))
-        self._whole: Any = None  # the parameters as one vector, while PathELBO trains them
+        self._whole: Whole | None = None  # the parameters as one vector, while PathELBO trains them
         self._paced = False  # whether PathELBO has set the unit of steps
-        self._arguments: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
+        self._arguments: tuple[Positional, Keywords] = ((), {})
         self._moved_to: dict[str, Any] = {}
         self.structure: Structure | None = None
-        self.plates: dict[str, Any] = {}
+        self.plates: dict[str, object] = {}
         self._in_store = False
-        self._named: Any = None  # the tensors by their names in Pyro's store
+        self._named: Named | None = None  # the tensors by their names in Pyro's store
 
-    def initialize(self, *args: Any, **kwargs: Any) -> Self:
+    def initialize(self, *args: object, **kwargs: object) -> Self:
         """Run the model once on its arguments and make the parameters, so that an optimizer can be built."""
         if self.prototype_trace is None:
             self._setup_prototype(*args, **kwargs)
@@ -89,14 +91,19 @@ class LatentGuide(AutoContinuous):
                     self._create_plates(*args, **kwargs)
         return self
 
-    def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
+    def _setup_prototype(self, *args: object, **kwargs: object) -> None:
         structure = read_structure(self.model, args, kwargs, self._init_loc_fn).noncenter(self._noncentered)
         self._arguments = (args, kwargs)
         self._set_structure(structure)
         if self.master is not None:
             self.master()._check_prototype(self.prototype_trace)
         like = torch.zeros((), **{"dtype": structure.dtype, "device": structure.device, **self._moved_to})
-        self.flow = self._build(structure.dim).to(like)
+        built = self._recipe.build_for_latents(structure.dim)
+        if self._cautious:
+            built.slow()
+        if self._cautious == AUTO:
+            give_gains(built)
+        self.flow = built.to(like)
         start = self._best_start(*args, **kwargs) if self._init == AUTO and self.affine is not None else None
         if start is None:
             loc = self._init_loc().to(like)
@@ -104,7 +111,7 @@ class LatentGuide(AutoContinuous):
         else:
             begin_at(self._single, start.loc.to(like), start.scale.to(like))
 
-    def _best_start(self, *args: Any, **kwargs: Any) -> Start | None:
+    def _best_start(self, *args: object, **kwargs: object) -> Start | None:
         """Return the best of the starts of a fit; None where the model's density is not known, as with subsampling."""
         try:
             with poutine.block():
@@ -116,16 +123,16 @@ class LatentGuide(AutoContinuous):
 
     def _init_loc(self) -> Tensor:
         """The prototype run's values, unconstrained (D,), without entries that are masked out."""
-        nodes, latents = messages(self.prototype_trace), self._known_structure.latents
-        sites = [(latent, nodes[latent.name]) for latent in latents]
+        assert self.structure is not None
+        sites = [(latent, messages(self.prototype_trace)[latent.name]) for latent in self.structure.latents]
         return torch.cat([latent.flatten(site["value"], site["fn"]) for latent, site in sites])
 
     def _set_structure(self, structure: Structure) -> None:
         """Keep what the guide needs of the prototype run: latent sites only, no data, nothing of a graph."""
         trace = poutine.Trace()
+        kept = ("name", "type", "fn", "value", "is_observed", "infer", "cond_indep_stack", "scale", "mask")
         for latent in structure.latents:
             site = messages(structure.trace)[latent.name]
-            kept = ("name", "type", "fn", "value", "is_observed", "infer", "cond_indep_stack", "scale", "mask")
             trace.add_node(latent.name, args=(), kwargs={}, **{key: site[key] for key in kept})
         self.structure = replace(structure, trace=trace, drawn=None, observed={})
         self.prototype_trace = trace
@@ -135,22 +142,14 @@ class LatentGuide(AutoContinuous):
         frames = [frame for stack in self._cond_indep_stacks.values() for frame in stack]
         self._prototype_frames = {frame.name: frame for frame in frames}
 
-    def _build(self, dim: int) -> Flow:
-        built = self._recipe.build_for_latents(dim)
-        if self._cautious:
-            built.slow()
-        if self._cautious == AUTO:
-            give_gains(built)
-        return built
-
     @classmethod
     def of(
         cls,
         flow: Flow | FlowMixture,
         structure: Structure,
-        model: Callable[..., Any],
-        args: tuple[Any, ...] = (),
-        kwargs: Mapping[str, Any] | None = None,
+        model: Model,
+        args: Positional = (),
+        kwargs: Keywords | None = None,
     ) -> Self:
         """Return the guide that holds this flow, or mixture of flows, over the latents of ``structure``.
 
@@ -162,7 +161,7 @@ class LatentGuide(AutoContinuous):
         guide._set_structure(structure)
         with poutine.block():
             guide._create_plates(*args, **guide._arguments[1])
-        guide.flow = flow  # type: ignore[assignment]
+        guide.flow = flow
         return guide
 
     @property
@@ -189,7 +188,6 @@ class LatentGuide(AutoContinuous):
 
     @property
     def _like(self) -> Tensor:
-        """A tensor of the dtype and on the device of the flow."""
         return next(self._flow.parameters(), self._flow._like)
 
     @property
@@ -203,15 +201,11 @@ class LatentGuide(AutoContinuous):
 
     @property
     def _built_structure(self) -> Structure:
-        self._flow  # noqa: B018
-        return self._known_structure
-
-    @property
-    def _known_structure(self) -> Structure:
+        self._flow  # noqa: B018  (raises before the first run)
         assert self.structure is not None
         return self.structure
 
-    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Self:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Remember a move (``to``, ``double``, ``cuda``) that comes before the parameters: its dtype, its device."""
         if self.prototype_trace is None:
             single, double = (fn(torch.zeros((), dtype=dtype)) for dtype in (torch.float32, torch.float64))
@@ -221,8 +215,94 @@ class LatentGuide(AutoContinuous):
                 self._moved_to["device"] = single.device
         return super()._apply(fn, recurse)
 
+    # Pyro's store ---------------------------------------------------------------------------------------------------
+
+    def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
+        self._flow  # noqa: B018
+        return super().named_parameters(*args, **kwargs)
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        self._flow  # noqa: B018
+        self._catch_up()
+        return super().state_dict(*args, **kwargs)
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> object:
+        self._flow  # noqa: B018
+        return super().load_state_dict(*args, **kwargs)
+
+    def _register(self, *, gather: bool = True) -> None:
+        """Tell Pyro of the flow's parameters; make the store hold the very tensors of this guide.
+
+        In SVI, optimizers get the parameters as one vector, by the name of the flow. With ``gather``, its gradient is
+        that of the parameters.
+
+        What the store holds under our names is either another guide's (then ours replaces it) or was loaded into the
+        store (then we take its values over). The store holds the buffers too, m and L among them: without them the
+        parameters, which are relative to the start, would mean something else in another guide.
+        """
+        tensors = self._named_tensors()
+        if not _is_module_local_param_enabled():
+            stored = pyro.get_param_store()._params
+            if any(stored.get(full) is not tensor for full, tensor in tensors.items()):
+                self._take_over(tensors)
+                for full, tensor in tensors.items():
+                    place(full, tensor)
+            self._in_store = True
+        told = tensors
+        if in_svi() and (whole := self._as_one(tensors)) is not None:
+            if gather and torch.is_grad_enabled():
+                whole.gather()
+            told = {self._pyro_get_fullname("flow"): whole.vector}
+            pyro.get_param_store()._param_to_name.update({tensor: name for name, tensor in told.items()})
+        elif self._whole is not None and self._whole.vector.grad is not None and gather and torch.is_grad_enabled():
+            self._whole.gather()  # Pyro has set the vector's gradient to zero since, and so are the parameters' ones
+        for full, tensor in told.items():
+            if isinstance(tensor, nn.Parameter):
+                # a param statement as pyro.param makes it, past the store's look-up and transform of real numbers
+                tensor.unconstrained = weakref.ref(tensor)  # type: ignore[attr-defined]
+                param_statement(full, tensor, constraint=constraints.real, name=full)
+
+    def _as_one(self, named: Mapping[str, Tensor]) -> Whole | None:
+        """Return the trained parameters as one vector; None if they are of several kinds."""
+        trained = {id(part): part for part in named.values() if isinstance(part, nn.Parameter) and part.requires_grad}
+        whole = self._whole
+        if whole is None or list(map(id, whole.parameters)) != list(trained) or not whole.hold():
+            kinds = {(part.dtype, part.device) for part in trained.values()}
+            self._whole = Whole(list(trained.values())) if len(kinds) == 1 else None
+        return self._whole
+
+    def _named_tensors(self) -> dict[str, Tensor]:
+        """Return the flow's parameters and buffers by their names in Pyro's store."""
+        prefix, flow = self._pyro_get_fullname("flow"), self._flow
+        if self._named is None or not self._named.still(prefix, flow):
+            state = flow.state_dict(keep_vars=True)
+            tensors = {param_with_module_name(prefix, name): tensor for name, tensor in state.items()}
+            self._named = Named(prefix, flow, tensors)
+        return self._named.tensors
+
+    def _take_over(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take over the values that were loaded into the store under these names, and put the tensors there.
+
+        Parameters that come without the buffers of small steps were saved without small steps.
+        """
+        store = pyro.get_param_store()
+        loaded = [full for full, tensor in tensors.items() if was_loaded(full, tensor)]
+        for full, tensor in tensors.items():
+            if full in loaded:
+                copy_stored(full, tensor, store._params[full])
+                place(full, tensor)
+            elif loaded and full not in store._params and full.rpartition(".")[2] in UNSLOWED:
+                tensor.fill_(UNSLOWED[full.rpartition(".")[2]])
+
+    def _catch_up(self) -> None:
+        """See to it that draws are those of values that were loaded into the store since the guide last ran."""
+        if self._in_store and not _is_module_local_param_enabled():
+            self._take_over(self._named_tensors())
+
+    # the model, and copies -------------------------------------------------------------------------------------------
+
     @property
-    def model(self) -> Callable[..., Any]:
+    def model(self) -> Model:
         """The model.
 
         Raises:
@@ -232,32 +312,21 @@ class LatentGuide(AutoContinuous):
             raise RuntimeError("this guide was loaded without its model; give it one with guide.attach(model, *args).")
         return self._model[0]
 
-    def attach(self, model: Callable[..., Any], *args: Any, **kwargs: Any) -> Self:
+    def attach(self, model: Callable[..., object], *args: object, **kwargs: object) -> Self:
         """Give a loaded guide its model back (pickles hold none)."""
-        self._model = (model,)
-        self._arguments = (args, kwargs)
+        self._model, self._arguments = (model,), (args, kwargs)
         return self
 
-    def __getstate__(self) -> dict[str, Any]:
-        modules = self.__dict__["_modules"].values()
+    def __getstate__(self) -> dict[str, object]:
         if self._whole is not None:  # or each parameter would be saved with the memory of all
             self._whole.release()
-        for tensor in (tensor for module in modules for tensor in module.state_dict(keep_vars=True).values()):
-            tensor.__dict__.pop("unconstrained", None)  # Pyro's weak reference
-        state = self.__dict__.copy()
-        state.update(
-            _model=None,
-            _whole=None,
-            _named=None,
-            master=None,
-            plates={},
-            create_plates=None,
-            _arguments=((), {}),
-            _in_store=False,
-        )
-        return state
+        for module in self.__dict__["_modules"].values():
+            for tensor in module.state_dict(keep_vars=True).values():
+                tensor.__dict__.pop("unconstrained", None)  # Pyro's weak reference
+        gone = dict.fromkeys(("_model", "_whole", "_named", "master", "create_plates"))
+        return {**self.__dict__, **gone, "plates": {}, "_arguments": ((), {}), "_in_store": False}
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+    def __deepcopy__(self, memo: dict[int, object]) -> Self:
         new = self.__class__.__new__(self.__class__)
         memo[id(self)] = new
         new.__dict__.update(copy.deepcopy(self.__getstate__(), memo))

@@ -1,39 +1,26 @@
-"""A guide's parameters in Pyro's store."""
+"""A guide's tensors: in Pyro's store, by their names, and as one vector for Pyro's optimizers."""
 
 from __future__ import annotations
 
+import itertools
 import weakref
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Sequence
 
 import pyro
 import torch
-from pyro.nn.module import _is_module_local_param_enabled
-from pyro.params.param_store import param_with_module_name
 from pyro.poutine import runtime
 from pyro.poutine.runtime import effectful
 from pyro.poutine.trace_messenger import TraceMessenger
 from torch import Tensor, nn
 from torch.distributions import constraints
 
-from pyro_flows.guides.setup import LatentGuide
-from pyro_flows.guides.whole import Whole
-
-UNSLOWED = {"gain": 1.0, "relative": 0.0}  # buffers of small steps, as they leave a flow without small steps
-
 # Which tensor a guide of this process put into the store last under a name, and the store's table at that time, which
 # is another one once the store was cleared. What else is found there was loaded.
-_placed: dict[str, tuple[weakref.ref[Tensor], dict[str, Any]]] = {}
+_placed: dict[str, tuple[weakref.ref[Tensor], object]] = {}
 
 
 class Named:
-    """The tensors of a flow by their names, and where the modules have them: to name them anew at each step takes long.
-
-    Args:
-        prefix: of the names.
-        flow: whose tensors they are.
-        tensors: by name.
-    """
+    """The tensors of a flow by their names, and where its modules have them: to name them anew takes long."""
 
     def __init__(self, prefix: str, flow: nn.Module, tensors: dict[str, Tensor]) -> None:
         self.prefix, self.flow, self.tensors = prefix, flow, tensors
@@ -50,91 +37,69 @@ class Named:
         )
 
 
-class StoredGuide(LatentGuide):
-    """A flow guide whose tensors Pyro's store holds; see :class:`~pyro_flows.AutoFlow`."""
+class Whole:
+    """One vector whose memory is that of all parameters, of one dtype and device: an optimizer of it moves them.
 
-    def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
-        self._flow  # noqa: B018  (raises before the first run)
-        return super().named_parameters(*args, **kwargs)
+    Pyro's optimizers take about a tenth of a millisecond for each tensor, however small. Four couplings have 26.
 
-    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        self._flow  # noqa: B018
-        self._catch_up()
-        return super().state_dict(*args, **kwargs)
+    >>> import torch
+    >>> from pyro_flows.guides.store import Whole
+    >>> parameters = [torch.nn.Parameter(torch.ones(2)), torch.nn.Parameter(torch.zeros(1, 1))]
+    >>> whole = Whole(parameters)
+    >>> whole.vector.data.mul_(3.0)
+    tensor([3., 3., 0.])
+    >>> parameters[0].tolist()
+    [3.0, 3.0]
+    """
 
-    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        self._flow  # noqa: B018
-        return super().load_state_dict(*args, **kwargs)
+    def __init__(self, parameters: Sequence[Tensor]) -> None:
+        if len({(part.dtype, part.device) for part in parameters}) != 1:
+            raise ValueError("parameters: expected one dtype and device.")
+        self.parameters = list(parameters)
+        self._gradient: Tensor | None = None  # the vector's, of which the parameters' ones are parts
+        self._parts: list[Tensor] = []
+        self.vector = nn.Parameter(torch.cat([part.detach().reshape(-1) for part in parameters]))
+        self._offsets = [0, *itertools.accumulate(part.numel() for part in self.parameters)][:-1]
+        self.hold()
 
-    def _register(self, *, gather: bool = True) -> None:
-        """Tell Pyro of the flow's parameters; make the store hold the very tensors of this guide.
+    @torch.no_grad()
+    def hold(self) -> bool:
+        """Take the memory of parameters that have another one by now; return whether they still fit in."""
+        first = self.parameters[0]
+        if first.dtype != self.vector.dtype or first.device != self.vector.device:
+            return False
+        begin, width = self.vector.data_ptr(), self.vector.element_size()
+        for part, offset in zip(self.parameters, self._offsets, strict=True):
+            if part.data_ptr() != begin + width * offset:
+                part.data = self.vector.data[offset : offset + part.numel()].view(part.shape).copy_(part)
+        return True
 
-        In SVI, optimizers get the parameters as one vector, by the name of the flow. With ``gather``, its gradient is
-        that of the parameters.
+    def release(self) -> None:
+        """Give each parameter memory of its own, for copies and files, until the next :meth:`hold`."""
+        for part in self.parameters:
+            part.data = part.data.clone()
+            part.grad = None if part.grad is None else part.grad.clone()
+        self._gradient, self._parts = None, []
 
-        What the store holds under our names is either another guide's (then ours replaces it) or was loaded into the
-        store (then we take its values over). The store holds the buffers too, m and L among them: without them the
-        parameters, which are relative to the start, would mean something else in another guide.
-        """
-        tensors = self._named_tensors()
-        if not _is_module_local_param_enabled():
-            stored = pyro.get_param_store()._params
-            if any(stored.get(full) is not tensor for full, tensor in tensors.items()):
-                self._take_over(tensors)
-                for full, tensor in tensors.items():
-                    _place(full, tensor)
-            self._in_store = True
-        told: Mapping[str, Tensor] = tensors
-        if in_svi() and (whole := self._as_one(tensors)) is not None:
-            if gather and torch.is_grad_enabled():
-                whole.gather()
-            told = {self._pyro_get_fullname("flow"): whole.vector}
-            pyro.get_param_store()._param_to_name.update({tensor: name for name, tensor in told.items()})
-        elif self._whole is not None and self._whole.vector.grad is not None and gather and torch.is_grad_enabled():
-            self._whole.gather()  # Pyro has set the vector's gradient to zero since, and so are the parameters' ones
-        for full, tensor in told.items():
-            if isinstance(tensor, nn.Parameter):
-                # a param statement as pyro.param makes it, past the store's look-up and transform of real numbers
-                tensor.unconstrained = weakref.ref(tensor)  # type: ignore[attr-defined]
-                _param_statement(full, tensor, constraint=constraints.real, name=full)
+    def gather(self) -> None:
+        """Let each parameter add its gradient to its part of the vector's, and give over what it has already."""
+        if self.vector.grad is None:
+            self.vector.grad = torch.zeros_like(self.vector)
+        if self.vector.grad is not self._gradient:
+            self._gradient, before = self.vector.grad, self._parts
+            parts = self._gradient.split([part.numel() for part in self.parameters])
+            self._parts = [own.view_as(part) for part, own in zip(self.parameters, parts, strict=True)]
+            for part, own, old in zip(self.parameters, self._parts, before or self._parts, strict=True):
+                if part.grad is not None and part.grad is not old:
+                    own.add_(part.grad)
+                part.grad = own
+        for part, own in zip(self.parameters, self._parts, strict=True):
+            if part.grad is not own:  # an optimizer of the parameters has taken it away
+                own.zero_() if part.grad is None else own.copy_(part.grad)
+                part.grad = own
 
-    def _as_one(self, named: Mapping[str, Tensor]) -> Whole | None:
-        """Return the trained parameters as one vector; None if they are of several kinds."""
-        trained = {id(part): part for part in named.values() if isinstance(part, nn.Parameter) and part.requires_grad}
-        parameters = list(trained.values())
-        whole = self._whole
-        if whole is None or list(map(id, whole.parameters)) != list(trained) or not whole.hold():
-            kinds = {(part.dtype, part.device) for part in parameters}
-            whole = self._whole = Whole(parameters) if len(kinds) == 1 else None
-        return whole
-
-    def _named_tensors(self) -> dict[str, Tensor]:
-        """Return the flow's parameters and buffers by their names in Pyro's store."""
-        prefix, flow = self._pyro_get_fullname("flow"), self._flow
-        if self._named is None or not self._named.still(prefix, flow):
-            state = flow.state_dict(keep_vars=True)
-            tensors = {param_with_module_name(prefix, name): tensor for name, tensor in state.items()}
-            self._named = Named(prefix, flow, tensors)
-        return self._named.tensors
-
-    def _take_over(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take over the values that were loaded into the store under these names, and put the tensors there.
-
-        Parameters that come without the buffers of small steps were saved without small steps.
-        """
-        store = pyro.get_param_store()
-        loaded = [full for full, tensor in tensors.items() if _was_loaded(full, tensor)]
-        for full, tensor in tensors.items():
-            if full in loaded:
-                _copy_stored(full, tensor, store._params[full])
-                _place(full, tensor)
-            elif loaded and full not in store._params and full.rpartition(".")[2] in UNSLOWED:
-                tensor.fill_(UNSLOWED[full.rpartition(".")[2]])
-
-    def _catch_up(self) -> None:
-        """See to it that draws are those of values that were loaded into the store since the guide last ran."""
-        if self._in_store and not _is_module_local_param_enabled():
-            self._take_over(self._named_tensors())
+    def add_gradient(self, gradient: Tensor) -> None:
+        self.vector.grad = gradient.clone() if self.vector.grad is None else self.vector.grad + gradient
 
 
 def in_svi() -> bool:
@@ -144,11 +109,11 @@ def in_svi() -> bool:
 
 
 @effectful(type="param")
-def _param_statement(name: str, tensor: nn.Parameter, **_: Any) -> nn.Parameter:
+def param_statement(name: str, tensor: nn.Parameter, **_: object) -> nn.Parameter:
     return tensor
 
 
-def _was_loaded(name: str, tensor: Tensor) -> bool:
+def was_loaded(name: str, tensor: Tensor) -> bool:
     """Whether the store holds another tensor than this one under a name, and no guide put it there."""
     store = pyro.get_param_store()
     stored = store._params.get(name)
@@ -158,7 +123,7 @@ def _was_loaded(name: str, tensor: Tensor) -> bool:
     return placed is None or placed[0]() is not stored or placed[1] is not store._constraints
 
 
-def _place(name: str, tensor: Tensor) -> None:
+def place(name: str, tensor: Tensor) -> None:
     """Let the store hold this very tensor under a name."""
     store = pyro.get_param_store()
     if store._params.get(name) is not tensor:
@@ -170,7 +135,7 @@ def _place(name: str, tensor: Tensor) -> None:
         _placed[name] = weakref.ref(tensor), store._constraints
 
 
-def _copy_stored(name: str, parameter: Tensor, stored: Tensor) -> None:
+def copy_stored(name: str, parameter: Tensor, stored: Tensor) -> None:
     if stored.shape != parameter.shape:
         raise ValueError(
             f"param store: {name!r} has shape {tuple(stored.shape)}, this guide's is {tuple(parameter.shape)}. "

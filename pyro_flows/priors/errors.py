@@ -45,9 +45,7 @@ class Sample(NamedTuple):
 
     z: Tensor  # (S, D)
     weights: Tensor  # (S,), their sum is one
-    inflation: tuple[Tensor, Tensor] | None = (
-        None  # (D,): of the errors of means and of log sds, if draws are of chains
-    )
+    inflation: tuple[Tensor, Tensor] | None = None  # (D,): of errors of means and of log sds, if draws are of chains
 
     @classmethod
     def of(cls, z: Tensor, weights: Tensor, chains: int = 1) -> Sample:
@@ -77,7 +75,6 @@ class Moments(NamedTuple):
 
 
 def equal(z: Tensor) -> Tensor:
-    """Return equal weights (S,)."""
     return torch.full((len(z),), 1.0 / len(z), dtype=torch.float64, device=z.device)
 
 
@@ -90,7 +87,6 @@ def box(z: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def moments(sample: Sample, within: tuple[Tensor, Tensor]) -> Moments:
-    """Return the moments of draws."""
     mean, sd, influences = _influences(sample, within)
     errors = [part.square().sum(0).sqrt() for part in influences]
     if sample.inflation is not None:
@@ -111,11 +107,7 @@ def _influences(sample: Sample, within: tuple[Tensor, Tensor]) -> tuple[Tensor, 
 def compared(wanted: Sample, has: Sample, within: tuple[Tensor, Tensor], *, same: bool) -> Moments:
     """Return the differences of means, in sds, and of log sds, and their standard errors.
 
-    Args:
-        wanted: draws.
-        has: other ones.
-        within: what they count between, see :func:`box`.
-        same: whether both are the same draws but for weights and small moves, so that most of their errors cancel.
+    Most errors cancel if both samples are the ``same`` draws but for weights and small moves.
     """
     one, other = moments(wanted, within), moments(has, within)
     if same:
@@ -133,10 +125,7 @@ def matched(flow: Flow, sample: Sample, *, own: bool) -> tuple[float, float]:
     A difference d with the standard error e is taken off by d^2 / (d^2 + e^2) of itself, so that noise changes little.
     To what is left comes what other differences of shape would do to the posterior of further data.
 
-    Args:
-        flow: over the coordinates, changed in place.
-        sample: of the posterior.
-        own: whether the sample's draws are the flow's, so that the differences come from the weights alone.
+    The flow is changed in place. If the sample's draws are its ``own``, the differences come from the weights alone.
     """
     within = box(sample.z)
     drawn = sample.z if own else flow.draw(DRAWN)[0]
@@ -162,10 +151,7 @@ def shape_errors(wanted: Sample, has: Sample, *, same: bool) -> tuple[Tensor, Te
     center is drawn as such data would be. What then differs between both samples, beyond its standard error, is
     averaged over centers, and summed over directions: one along each principal axis.
 
-    Args:
-        wanted: draws of the posterior.
-        has: draws of the flow.
-        same: whether they are the same but for weights and places.
+    For ``wanted`` draws of the posterior and those that a flow ``has``, the ``same`` but for weights and places or not.
     """
     weights = wanted.weights[:, None]
     within = box(wanted.z)
@@ -203,13 +189,9 @@ def share_of_prior(z: Tensor, x: Tensor, weights: Tensor, flow: Flow) -> float:
 
     .. math:: a_i = C_i \Lambda C_i^\top / \Sigma_{ii}
 
-    with C the covariance of z and x in the posterior, and :math:`\Lambda` the precision of x under the prior.
-
-    Args:
-        z: draws (S, D) of the posterior.
-        x: the same draws in the coordinates of the prior (S, K), or of independent copies of it (S, copies * K).
-        weights: of the draws (S,).
-        flow: of the prior.
+    with C the covariance of z and x in the posterior, and :math:`\Lambda` the precision of x under the prior, a flow.
+    z (S, D) are weighted draws of the posterior, and x the same in the coordinates of the prior (S, K), or of
+    independent copies of it (S, copies * K).
     """
     drawn = flow.draw(DRAWN)[0]
     within = box(drawn)

@@ -1,8 +1,7 @@
-"""A prior that was fitted to draws: a flow on the supports of sites."""
+"""``prior_from``: a prior that is fitted to the draws of a posterior, a flow on the supports of sites."""
 
 from __future__ import annotations
 
-import io
 import math
 import os
 import warnings
@@ -10,20 +9,18 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import pyro
-import torch
 from torch import Tensor, nn
 
 from pyro_flows import _checks
 from pyro_flows._bundles import Bundle, plain
-from pyro_flows._untrusted import check_numbers, reading, require, unpacked
+from pyro_flows._untrusted import check_numbers, packed, reading, require, unpacked
 from pyro_flows._warnings import outside
 from pyro_flows.fitting.fit import fit
 from pyro_flows.flows.flow import Flow
 from pyro_flows.flows.recipe_json import not_rebuilt, restored, to_json
-from pyro_flows.priors.distribution import PriorDistribution
 from pyro_flows.priors.errors import PriorError
 from pyro_flows.priors.making import make, sites_of
-from pyro_flows.priors.parts import Part, pieces
+from pyro_flows.priors.parts import Part, PriorDistribution, pieces
 from pyro_flows.verdict.thresholds import PRIOR_ERROR_MOST
 
 if TYPE_CHECKING:
@@ -129,12 +126,9 @@ class FittedPrior(nn.Module):
         if len(self.parts) == 1:
             return {self.sites[0]: pyro.sample(self.sites[0], self())}
         values = self.split(pyro.sample(name, self()))
-        return {
-            part.name: pyro.deterministic(part.name, values[part.name], event_dim=len(part.shape))
-            for part in self.parts
-        }
+        return {own.name: pyro.deterministic(own.name, values[own.name], len(own.shape)) for own in self.parts}
 
-    def refresh(self, model: Callable[..., Any], *args: Any, **options: Any) -> FittedPrior:
+    def refresh(self, model: Callable[..., object], *args: object, **options: Any) -> FittedPrior:
         """Fit all data at once, and return the prior of the same sites, without the errors of the chain.
 
         It is :func:`fit` of the model with its first prior, then :func:`prior_from`.
@@ -169,10 +163,8 @@ class FittedPrior(nn.Module):
         of = sites_of(posterior._need_density())
         names = [name for name, own in of.items() if set(own) <= set(self.sites)]
         if {site for name in names for site in of[name]} != set(self.sites):
-            raise ValueError(
-                f"model: expected the latent sites {', '.join(self.sites)}, got "
-                f"{', '.join(site for own in of.values() for site in own)}."
-            )
+            got = ", ".join(site for own in of.values() for site in own)
+            raise ValueError(f"model: expected the latent sites {', '.join(self.sites)}, got {got}.")
         seed, progress = options.get("seed", 0), options.get("progress", True)
         found = self._of(posterior, names, door="refresh", seed=seed, max_epochs=None, progress=progress)
         shapes, before = ({part.name: tuple(part.shape) for part in prior.parts} for prior in (found, self))
@@ -212,9 +204,8 @@ class FittedPrior(nn.Module):
             "parts": [part.describe() for part in self.parts],
             **{name: getattr(self, name) for name in ("status", "verdict", "mean_error", "sd_error", "links")},
         }
-        file = io.BytesIO()
-        torch.save({name: value.detach().cpu() for name, value in self.flow.state_dict().items()}, file)
-        FILES.write(target, plain(text), {TENSORS: file.getvalue()})
+        state = {name: value.detach().cpu() for name, value in self.flow.state_dict().items()}
+        FILES.write(target, plain(text), {TENSORS: packed(state)})
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> FittedPrior:
@@ -233,3 +224,69 @@ class FittedPrior(nn.Module):
             error = PriorError(mean, sd, int(text.get("links", 1)))
             require(error.mean >= 0.0 and error.sd >= 0.0 and error.links >= 1, "its errors are no errors")
             return cls(flow, parts, status=str(text["status"]), verdict=str(text["verdict"]), error=error)
+
+
+@_checks.options
+def prior_from(
+    posterior: Record,
+    sites: str | Sequence[str] | None = None,
+    *,
+    seed: int = 0,
+    max_epochs: int | None = None,
+    progress: bool = False,
+) -> FittedPrior:
+    r"""Fit a prior for new data to the draws to use of a posterior: a flow on the sites' own supports.
+
+    .. math:: p(\theta \mid y_1, y_2) \propto p(y_2 \mid \theta)\, p(\theta \mid y_1)
+
+    holds for data that are independent given :math:`\theta`; so posteriors of batches of data can be chained, each
+    fitted with the one before as its prior. The flow is fitted by maximum likelihood to the draws, unconstrained;
+    correlations between sites, skewness and tails are kept, which a multivariate normal or marginals lose. Of all
+    latent sites of a posterior that is ``ok``, in coordinates that are the sites' own, it is the posterior's flow, from
+    which its draws come, trained on where weights would still change it. At the end, the flow is moved to the means
+    and sds of the weighted draws.
+
+    In a chain, errors of all posteriors so far add up. :attr:`FittedPrior.mean_error` and
+    :attr:`FittedPrior.sd_error` say how far the prior may be off, see there.
+
+    Args:
+        posterior: of :func:`fit`, :func:`diagnose`, :func:`from_mcmc` or :func:`load` with its model.
+        sites: latent sites, together in one event, in the model's order; all by default.
+        seed: the same seed gives the same prior.
+        max_epochs: bound on the passes through the draws; by default training stops by held-out draws.
+        progress: show a bar.
+
+    Returns:
+        A :class:`FittedPrior`. In a model, write ``pyro.sample("theta", prior())``.
+
+    Raises:
+        ValueError: for a name that is no latent site, for a site with a support that depends on other latents or that
+            has no name, with masked-out entries, or for fewer than a hundred draws.
+
+    Warns:
+        UnreliableWarning: if the verdict is unreliable.
+        UserWarning: if means may be off by more than 0.15 sd, or sds by more than 15 %.
+
+    Cost: a minute or two for 20 000 draws of ten coordinates, which are drawn anew where there is a guide; where the
+    posterior's flow is taken, next to nothing, or 500 steps of training.
+
+    >>> import torch, pyro, pyro.distributions as dist, pyro_flows as pf
+    >>> def model(y, prior):
+    ...     rate = pyro.sample("rate", prior())
+    ...     with pyro.plate("day", len(y)):
+    ...         pyro.sample("y", dist.Poisson(rate), obs=y)
+    >>> first, second = torch.tensor([3.0, 5.0]), torch.tensor([4.0, 2.0])
+    >>> guide = lambda y, prior: pyro.sample("rate", dist.Gamma(9.0, 3.0))
+    >>> posterior = pf.diagnose(model, guide, first, lambda: dist.Gamma(1.0, 1.0), draws=1000)
+    >>> prior = pf.prior_from(posterior, "rate", max_epochs=5)
+    >>> prior().support, prior().sample().shape
+    (GreaterThanEq(lower_bound=0.0), torch.Size([]))
+    """
+    density = posterior._need_density()
+    wanted = density.names if sites is None else (sites,) if isinstance(sites, str) else tuple(sites)
+    if not wanted:
+        raise ValueError("sites: expected one or more latent sites, got none.")
+    for name in wanted:
+        _checks.choice("sites", name, density.names)
+    names = [name for name in density.names if name in wanted]
+    return FittedPrior._of(posterior, names, seed=seed, max_epochs=max_epochs, progress=progress)

@@ -15,16 +15,14 @@ from pyro_flows._turns import alone
 from pyro_flows.comparison.draws import can_draw, is_of_guide, more
 from pyro_flows.density_estimation.fit_density import fit_density
 from pyro_flows.flows.flow import Flow
-from pyro_flows.flows.recipe import BUILDERS
-from pyro_flows.flows.recipe import with_affine as _append_affine
+from pyro_flows.flows.recipe import BUILDERS, with_affine
 from pyro_flows.flows.recipe_json import not_rebuilt
 from pyro_flows.model.faults import where_it_runs
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.model.sites import Latent, messages
 from pyro_flows.model.supports import family, is_narrower, signature, support_of
-from pyro_flows.priors.distribution import PriorDistribution
 from pyro_flows.priors.errors import UNKNOWN, PriorError, Sample, accumulated, equal, matched, share_of_prior
-from pyro_flows.priors.parts import Part, coordinates, describe
+from pyro_flows.priors.parts import Part, PriorDistribution, coordinates, describe
 from pyro_flows.results.dims import Labels
 from pyro_flows.training import loop
 from pyro_flows.training.trainer import Trainer
@@ -77,9 +75,6 @@ def make(posterior: Record, names: Sequence[str], *, seed: int, max_epochs: int 
     if posterior.verdict.status == "unreliable":
         error = UNKNOWN._replace(links=error.links)
     return Made(flow, [part for own_parts in by_name.values() for part in own_parts], error)
-
-
-# the sites ------------------------------------------------------------------------------------------------------------
 
 
 def _earlier(density: LogDensity) -> dict[str, PriorDistribution]:
@@ -141,9 +136,6 @@ def _dims(density: LogDensity, latent: Latent) -> tuple[str | None, ...]:
     return tuple(None if name is None or name.startswith(own) else name for name in names)
 
 
-# the draws ------------------------------------------------------------------------------------------------------------
-
-
 def _draws(posterior: Record, seed: int) -> tuple[dict[str, Tensor], Tensor]:
     """Return draws to use, constrained, and their weights (S,): the more there are, the closer is the fit."""
     plenty = len(posterior._used) >= DRAWS or posterior.verdict.status == "unreliable"
@@ -167,9 +159,6 @@ def _repaired(z: Tensor) -> Tensor:
         )
     places = torch.where(finite, torch.arange(len(z), device=z.device), finite.int().argmax())
     return z[places.cummax(0).values].detach()
-
-
-# the flow -------------------------------------------------------------------------------------------------------------
 
 
 def _own_flow(posterior: Record, names: Sequence[str]) -> Flow | None:
@@ -203,7 +192,7 @@ def _fitted(z: Tensor, weights: Tensor, seed: int, max_epochs: int | None, progr
         dim = z.shape[1]
         options = {"layers": LAYERS, "base": "normal"}
         inner = BUILDERS["planar"](1, **options) if dim == 1 else BUILDERS["realnvp"](dim, network="robust", **options)
-        flow = _append_affine(inner, "diagonal").to(z)
+        flow = with_affine(inner, "diagonal").to(z)
         distinct, copies = torch.unique(z, dim=0, return_inverse=True)
         held_out = (torch.rand(len(distinct)) < HELD_OUT).to(z.device)[copies]
     found = fit_density(

@@ -1,14 +1,14 @@
-"""The sites that a fitted prior is of: their supports, shapes and dimensions, in one event or several."""
+"""What a fitted prior is of: the supports, shapes and dimensions of its sites, and its distribution over them."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import pyro.distributions as dist
 import torch
+from pyro.distributions import TorchDistribution
 from torch import Tensor
 from torch.distributions import biject_to as registry
 from torch.distributions import constraints, transform_to
@@ -16,7 +16,10 @@ from torch.distributions.constraints import Constraint
 from torch.distributions.transforms import Transform
 
 from pyro_flows._bundles import Entries
+from pyro_flows._shapes import broadcast
+from pyro_flows.flows.flow import Flow
 from pyro_flows.model.bijections import biject_to
+from pyro_flows.priors.errors import PriorError
 
 PLAIN: dict[str, Constraint] = {
     "real": constraints.real,
@@ -28,7 +31,7 @@ PLAIN: dict[str, Constraint] = {
     "ordered_vector": dist.constraints.ordered_vector,
     "positive_ordered_vector": dist.constraints.positive_ordered_vector,
 }
-BOUNDED: dict[str, tuple[Any, tuple[str, ...]]] = {
+BOUNDED: dict[str, tuple[type[Constraint], tuple[str, ...]]] = {
     "greater_than": (constraints.greater_than, ("lower_bound",)),
     "greater_than_eq": (constraints.greater_than_eq, ("lower_bound",)),
     "less_than": (constraints.less_than, ("upper_bound",)),
@@ -49,17 +52,14 @@ class Part:
 
     @property
     def transform(self) -> Transform:
-        """The bijection from real numbers onto the support."""
         return biject_to(self.support)
 
     @property
     def unconstrained_shape(self) -> torch.Size:
-        """The shape of the value's unconstrained coordinates."""
         return torch.Size(self.transform.inverse_shape(self.shape))
 
     @property
     def size(self) -> int:
-        """How many unconstrained coordinates it has."""
         return math.prod(self.unconstrained_shape)
 
     def forward(self, z: Tensor) -> tuple[Tensor, Tensor]:
@@ -75,14 +75,13 @@ class Part:
         batch = value.shape[: value.dim() - len(self.shape)]
         return x.reshape((*batch, self.size)), transform.log_abs_det_jacobian(x, value)
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> dict[str, object]:
         """Return the part as JSON has it; :meth:`read` is the inverse."""
         support = describe(self.support)
         return {"name": self.name, "shape": list(self.shape), "support": support, "dims": list(self.dims)}
 
     @classmethod
     def read(cls, text: Entries, dtype: torch.dtype) -> Part:
-        """Make a part of what :meth:`describe` gave."""
         dims = tuple(None if dim is None else str(dim) for dim in text["dims"])
         return cls(str(text["name"]), torch.Size(text["shape"]), restore(text["support"], dtype), dims)
 
@@ -90,14 +89,11 @@ class Part:
 # supports as text -----------------------------------------------------------------------------------------------------
 
 
-def describe(support: Any) -> dict[str, Any]:
+def describe(support: Constraint) -> dict[str, object]:
     """Return a support as JSON has it."""
     if isinstance(support, constraints.independent):
-        return {
-            "kind": "independent",
-            "base": describe(support.base_constraint),
-            "axes": support.reinterpreted_batch_ndims,
-        }
+        base, axes = describe(support.base_constraint), support.reinterpreted_batch_ndims
+        return {"kind": "independent", "base": base, "axes": axes}
     for kind, plain in PLAIN.items():
         if type(support) is type(plain):
             return {"kind": kind}
@@ -120,7 +116,7 @@ def restore(text: Entries, dtype: torch.dtype) -> Constraint:
     return cls(*(_bound(text[name], dtype) for name in names))
 
 
-def _bound(value: Any, dtype: torch.dtype) -> Any:
+def _bound(value: float | list[float], dtype: torch.dtype) -> Tensor | float:
     return torch.tensor(value, dtype=dtype) if isinstance(value, list) else float(value)
 
 
@@ -139,11 +135,9 @@ class Joint(Constraint):
 
     def check(self, value: Tensor) -> Tensor:
         """Return which vectors (..., N) hold values inside of their supports."""
-        found = torch.ones(value.shape[:-1], dtype=torch.bool, device=value.device)
-        for part, piece in zip(self.parts, self.split(value), strict=True):
-            checked = part.support.check(piece)
-            found = found & checked.reshape(*value.shape[:-1], -1).all(-1)
-        return found
+        pairs = zip(self.parts, self.split(value), strict=True)
+        checked = [part.support.check(piece).reshape(*value.shape[:-1], -1) for part, piece in pairs]
+        return torch.cat(checked, -1).all(-1)
 
     def split(self, value: Tensor) -> list[Tensor]:
         """Return the values of the sites, (..., *shape) each."""
@@ -162,6 +156,16 @@ def coordinates(parts: Sequence[Part], value: Tensor) -> tuple[Tensor, Tensor]:
     return torch.cat([z for z, _ in found], -1), torch.stack([ladj for _, ladj in found]).sum(0)
 
 
+def placed(parts: Sequence[Part], z: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """Return the value (..., *shape) of each part at coordinates (..., D), and its log Jacobian (...)."""
+    pieces = zip(parts, z.split([part.size for part in parts], -1), strict=True)
+    return [part.forward(piece) for part, piece in pieces]
+
+
+def _flat(values: Sequence[Tensor], batch: Sequence[int]) -> Tensor:
+    return torch.cat([value.reshape(*batch, -1) for value in values], -1)
+
+
 class JointTransform(Transform):
     """The bijections of several sites, one after the other in a vector."""
 
@@ -170,34 +174,70 @@ class JointTransform(Transform):
 
     def __init__(self, support: Joint) -> None:
         super().__init__()
-        self.support = support
-
-    @property
-    def codomain(self) -> Constraint:  # type: ignore[override]
-        return self.support
-
-    @property
-    def _sizes(self) -> list[int]:
-        return [part.size for part in self.support.parts]
+        self.support = self.codomain = support
 
     def _call(self, x: Tensor) -> Tensor:
-        pieces = zip(self.support.parts, x.split(self._sizes, -1), strict=True)
-        return torch.cat([part.forward(piece)[0].reshape(*x.shape[:-1], -1) for part, piece in pieces], -1)
+        return _flat([value for value, _ in placed(self.support.parts, x)], x.shape[:-1])
 
     def _inverse(self, y: Tensor) -> Tensor:
         pieces = zip(self.support.parts, self.support.split(y), strict=True)
         return torch.cat([part.inverse(piece)[0] for part, piece in pieces], -1)
 
     def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
-        pieces = zip(self.support.parts, x.split(self._sizes, -1), strict=True)
-        return sum((part.forward(piece)[1] for part, piece in pieces), x.new_zeros(x.shape[:-1]))
+        return sum((ladj for _, ladj in placed(self.support.parts, x)), x.new_zeros(x.shape[:-1]))
 
     def forward_shape(self, shape: Sequence[int]) -> torch.Size:
         return torch.Size((*shape[:-1], sum(math.prod(part.shape) for part in self.support.parts)))
 
     def inverse_shape(self, shape: Sequence[int]) -> torch.Size:
-        return torch.Size((*shape[:-1], sum(self._sizes)))
+        return torch.Size((*shape[:-1], sum(part.size for part in self.support.parts)))
 
 
 registry.register(Joint, JointTransform)
 transform_to.register(Joint, JointTransform)
+
+
+class PriorDistribution(TorchDistribution):
+    """The distribution of a :class:`FittedPrior`; its one event holds all of the sites."""
+
+    arg_constraints = {}  # noqa: RUF012
+    has_rsample = True
+
+    def __init__(
+        self, flow: Flow, parts: Sequence[Part], error: PriorError, batch_shape: torch.Size | Sequence[int] = ()
+    ) -> None:
+        self.flow, self.parts, self.error = flow, tuple(parts), error
+        single = len(self.parts) == 1
+        self._support = self.parts[0].support if single else Joint(self.parts)
+        event = self.parts[0].shape if single else [sum(part.shape.numel() for part in self.parts)]
+        super().__init__(torch.Size(batch_shape), torch.Size(event), validate_args=False)
+
+    @property
+    def support(self) -> constraints.Constraint:
+        """The site's own support, or all sites' one after the other."""
+        return self._support
+
+    @property
+    def event_dims(self) -> tuple[str | None, ...]:
+        """Names of the event's axes, None where there is none."""
+        return self.parts[0].dims if len(self.parts) == 1 else (None,)
+
+    @property
+    def site_dims(self) -> dict[str, tuple[str | None, ...]]:
+        """Names of the axes of each site."""
+        return {part.name: part.dims for part in self.parts}
+
+    def expand(self, batch_shape: Sequence[int], _instance: object = None) -> PriorDistribution:
+        return PriorDistribution(self.flow, self.parts, self.error, torch.Size(batch_shape))
+
+    def rsample(self, sample_shape: Sequence[int] = ()) -> Tensor:
+        """Draw ``(*sample_shape, *batch_shape, *event_shape)``."""
+        shape = (*sample_shape, *self.batch_shape)
+        values = [value for value, _ in placed(self.parts, self.flow.rsample_and_log_prob(shape)[0])]
+        return values[0] if len(values) == 1 else _flat(values, shape)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Return the log density, of shape ``(*sample_shape, *batch_shape)``."""
+        z, ladj = coordinates(self.parts, value)
+        found = self.flow.log_prob(z) - ladj
+        return found.expand(broadcast(found.shape, self.batch_shape))

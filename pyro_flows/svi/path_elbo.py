@@ -179,7 +179,6 @@ class _Kept:
         return self.model == model and (self.unfit is not None or self.flow is guide._flow)
 
     def points(self, count: int) -> Tensor:
-        """Draw base points (S, D)."""
         like = (self.parameters[0].dtype, self.parameters[0].device) if self.parameters else None
         if self._base is None or self._base[0] != like:
             self._base = like, BasePoints(self.flow)

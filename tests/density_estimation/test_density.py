@@ -10,10 +10,10 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import pyro_flows as pf
 from pyro_flows import datasets
-from pyro_flows.density_estimation import budget, fit_density, schedule
-from pyro_flows.density_estimation.ascent import RACED, Ascent, _about_best, rouse
+from pyro_flows.density_estimation import fit_density, training
+from pyro_flows.density_estimation.ascent import RACED, Ascent, State, _about_best, rouse
 from pyro_flows.density_estimation.files import FILES
-from pyro_flows.density_estimation.fitted import points_for
+from pyro_flows.density_estimation.points import points_for
 
 QUICK = {"progress": False, "max_epochs": 4}
 
@@ -125,7 +125,7 @@ def test_far_images_cost_about_their_distance(build):
 
 
 def test_seconds_take_the_place_of_a_number_of_steps(monkeypatch):
-    for module in (fit_density, budget):
+    for module in (fit_density, training):
         monkeypatch.setattr(module, "MAX_STEPS", 30)
     flow, y = pf.realnvp(2, layers=2), datasets.toy("moons", 320)
     options = {"validation": None, "learning_rate": 1e-3, "progress": False}
@@ -157,11 +157,11 @@ def test_an_image_counts_as_often_as_it_has_pixels(monkeypatch):
 
 
 def test_a_budget_leaves_a_steady_stretch_after_a_long_race():
-    state = schedule.State(spent=0.5, steps=100)
-    assert [schedule.by_budget(state, share) for share in (0.5, 0.59)] == [1.0, 1.0]
-    assert schedule.by_budget(state, 0.61) == 1.0  # where the cool-down begins
+    state = State(spent=0.5, steps=100)
+    assert [training.by_budget(state, share) for share in (0.5, 0.59)] == [1.0, 1.0]
+    assert training.by_budget(state, 0.61) == 1.0  # where the cool-down begins
     assert state.cool_from == 0.61
-    assert schedule.by_budget(state, 0.805) == pytest.approx(0.5)
+    assert training.by_budget(state, 0.805) == pytest.approx(0.5)
 
 
 def test_steps_that_were_skipped_are_told():

@@ -106,6 +106,29 @@ def rows_of(model, *args):
     return guide, guide._rows(args, {})
 
 
+def test_modes_are_kept_in_the_axes_of_nested_plates():
+    """Pyro gives the outer plate the axis to the right: the rows that a step leaves are the transposed ones."""
+
+    def auto(x):
+        mu = pyro.sample("mu", dist.Normal(real(0.0), 5.0))
+        with pyro.plate("group", x.shape[1]):
+            u = pyro.sample("u", dist.Normal(mu, 0.8))
+            slope = pyro.sample("slope", dist.Normal(u, 0.5))
+            with pyro.plate("row", x.shape[0]):
+                z = pyro.sample("z", dist.Normal(u, 0.7))
+                pyro.sample("x", dist.Normal(z + 0.3 * slope, 1.0), obs=x)
+
+    x = torch.randn(3, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    kept = []
+    for model, data in ((nested, x), (auto, x.mT)):
+        guide = pf.AutoHierarchicalFlow(model, layers=2, init="prior")
+        torch.manual_seed(0)
+        SVI(model, guide, pyro.optim.Adam({"lr": 0.01}), Trace_ELBO()).step(data)
+        kept.append({name: values for name, (values, _) in guide.remembered()["modes"].items()})
+    assert torch.allclose(kept[0]["z"], kept[1]["z"].mT)
+    assert torch.allclose(kept[0]["u"][:, 0], kept[1]["u"])
+
+
 # conditional distributions ------------------------------------------------------------------------------------------
 
 

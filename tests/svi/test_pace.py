@@ -11,7 +11,7 @@ import torch
 from pyro.infer import SVI
 
 import pyro_flows as pf
-from pyro_flows.guides.whole import Whole
+from pyro_flows.guides.store import Whole
 from pyro_flows.svi.pace import FIRST, Pace
 from tests.models import normal, real
 
