@@ -2,7 +2,7 @@
 
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from pyro_flows import objectives, transforms
 from pyro_flows._warnings import UnreliableWarning
@@ -127,7 +127,7 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     """Import a public name that is asked for the first time."""
     if name not in _LATER:
         moved = _MOVED.get(name) or (f"transforms.{name}" if name in transforms.__all__ else None)

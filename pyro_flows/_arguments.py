@@ -12,13 +12,13 @@ import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib import import_module
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-Check = Callable[[str, Any], Any]
+Check = Callable[[str, object], object]
 LONGEST = 60  # characters of a value that an error shows
 
 
@@ -115,23 +115,22 @@ def refused(name: str, expected: str, value: object, remedy: str = "") -> ValueE
     return ValueError(f"{name}: expected {expected}, got {shown(value)}.{remedy and ' '}{remedy}")
 
 
-def whole(name: str, value: Any, bounds: Range) -> int:
+def whole(name: str, value: object, bounds: Range) -> int:
     """Return ``value`` as an int in a range; whole numbers of numpy are taken, floats and booleans are not."""
-    number = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
-    if not number or not bounds.low <= value <= bounds.high:
-        if number and value > bounds.high:
-            raise refused(name, f"an integer{bounds}", value, "Take fewer.")
+    if not isinstance(value, (int, np.integer)) or isinstance(value, bool) or value < bounds.low:
         raise refused(name, f"an integer{Range(bounds.low)}", value)
+    if value > bounds.high:
+        raise refused(name, f"an integer{bounds}", value, "Take fewer.")
     return int(value)
 
 
-def real(name: str, value: Any, bounds: Range) -> float:
+def real(name: str, value: object, bounds: Range) -> float:
     """Return ``value`` as a float in a range; numbers of numpy are taken, booleans are not."""
-    number = isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
-    if not number or not bounds.has(value):
+    number = float(value) if isinstance(value, np.floating) else int(value) if isinstance(value, np.integer) else value
+    if not isinstance(number, (int, float)) or isinstance(number, bool) or not bounds.has(number):
         finite = "finite " if bounds.high == math.inf and not bounds.unbounded else ""
         raise refused(name, f"a {finite}number{bounds}", value)
-    return float(value)
+    return float(number)
 
 
 def _flag(name: str, value: object) -> bool:
@@ -190,9 +189,9 @@ def _function(name: str, value: object) -> object:
     return value
 
 
-def widths(name: str, value: Any) -> tuple[int, ...]:
+def widths(name: str, value: object) -> tuple[int, ...]:
     """Return hidden widths as a tuple of positive integers; an empty one is a linear map."""
-    many = [value] if isinstance(value, (int, np.integer)) else value
+    many: object = [value] if isinstance(value, (int, np.integer)) else value
     if not isinstance(many, (tuple, list)):
         raise refused(name, "a sequence of layer widths such as (32, 32)", value)
     return tuple(whole(name, width, WIDEST) for width in many)
@@ -215,16 +214,13 @@ OTHERS: dict[str, Check] = {
     "bool": _flag,
     "str": _of(str, "a string"),
     "str | os.PathLike[str]": _of((str, os.PathLike), "a path"),
-    "Callable[..., Any]": _function,
     "Callable[..., object]": _function,
-    "Callable[[Any], Any]": _function,
-    "Callable[..., Any] | MCMC": _guide,
+    "Callable[..., object] | MCMC": _guide,
     "FlowLike": _flow,
     "Iterable[Bijection]": _of(Iterable, "bijections"),
     "Comparison": _made_by("pyro_flows.comparison.compare", "Comparison", "a Comparison of compare"),
     "Mapping[str, Sequence[str]]": _of(Mapping, "a mapping from names to names of axes"),
     "Sequence[Sequence[float]] | Tensor": _numbers,
-    "Mapping[str, Any]": _of(Mapping, "a mapping from names to values"),
     "Mapping[str, object]": _of(Mapping, "a mapping from names to values"),
     "Mapping[str, str | int]": _of(Mapping, "a mapping from names to values"),
     "Mapping[str, Tensor]": _of(Mapping, "a mapping from names to tensors"),
@@ -243,17 +239,14 @@ def checks_of(function: Callable[..., object]) -> dict[str, Check]:
     """Return the checks of the parameters of a function, those that its annotations and the table tell."""
     found = dict[str, Check]()
     for name, one in inspect.signature(function).parameters.items():
-        kind = str(one.annotation)
+        kind = str(one.annotation).replace("Any", "object")
         optional = kind.endswith(" | None")
         kind = kind.removesuffix(" | None")
-        check = _hidden(name, kind) or _by_range(function.__name__, name, kind) or OTHERS.get(kind)
+        check = widths if (name, kind) == ("hidden", "Sequence[int]") else _by_range(function.__name__, name, kind)
+        check = check or OTHERS.get(kind)
         if check is not None and one.kind in (one.POSITIONAL_OR_KEYWORD, one.KEYWORD_ONLY):
             found[name] = _or_default(check, None if optional else one.default)
     return found
-
-
-def _hidden(name: str, kind: str) -> Check | None:
-    return widths if name == "hidden" and kind == "Sequence[int]" else None
 
 
 def _by_range(function: str, name: str, kind: str) -> Check | None:

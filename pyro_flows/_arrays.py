@@ -5,8 +5,8 @@ from __future__ import annotations
 import io
 import itertools
 import math
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, TypedDict, cast
 
 from pyro_flows import _checks
 from pyro_flows._untrusted import require
@@ -15,7 +15,17 @@ if TYPE_CHECKING:
     import pandas as pd
     import xarray as xr
 
-Coords = Mapping[str, Any] | None  # labels of dimensions
+Coords = Mapping[str, object] | None  # labels of dimensions
+
+
+class Chosen(TypedDict):
+    """Which variables, and which labels of their dimensions, a table or a figure shows."""
+
+    var_names: str | Sequence[str] | None
+    filter_vars: str | None
+    coords: Coords
+
+
 SAMPLE_DIMS = ("chain", "draw")
 SD_DIGITS = 3
 WIDER = 16  # times the bytes of a file, that its arrays may have in memory
@@ -27,13 +37,14 @@ def relabel(
     """Rename the dimensions of variables, and label dimensions with coordinates, in all groups that have them."""
     renamed = {name: _rename(group, _renamings(groups, dims or {})) for name, group in groups.items()}
     known = {str(dim): size for group in renamed.values() for dim, size in group.sizes.items()}
-    for dim, labels in (coords or {}).items():
+    for dim, given in (coords or {}).items():
         _checks.choice("coords", dim, known)
+        labels = list(cast("Iterable[object]", given))
         for name, group in renamed.items():
             if dim in group.sizes:
                 if len(labels) != group.sizes[dim]:
                     raise ValueError(f"coords[{dim!r}]: expected {group.sizes[dim]} labels, got {len(labels)}.")
-                renamed[name] = group.assign_coords({dim: list(labels)})
+                renamed[name] = group.assign_coords({dim: labels})
     return renamed
 
 
@@ -74,7 +85,7 @@ def entries(draws: xr.Dataset, coords: Coords) -> xr.Dataset:
     """Choose entries by the labels of dimensions, ``{"school": ["Choate"]}``; a variable without one stays whole."""
     for dim, labels in (coords or {}).items():
         _checks.choice("coords", dim, [str(name) for name in draws.dims if name not in SAMPLE_DIMS])
-        wanted = [labels] if isinstance(labels, (str, int, float)) else list(labels)
+        wanted = [labels] if isinstance(labels, (str, int, float)) else list(cast("Iterable[object]", labels))
         there = draws[dim].to_numpy().tolist()
         for label in wanted:
             if label not in there:

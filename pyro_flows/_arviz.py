@@ -10,9 +10,10 @@ import functools
 import inspect
 import math
 import warnings
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from importlib.metadata import version
-from typing import TYPE_CHECKING, Any
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 from torch import Tensor
@@ -44,11 +45,12 @@ def dataset(
     """Label arrays; their leading axes are ``sample_dims``. Empty arrays are left out."""
     from arviz_base import dict_to_dataset
 
+    make = cast("Callable[..., xr.Dataset]", dict_to_dataset)
     filled = {name: value for name, value in values.items() if value.size}
     names: dict[Hashable, Sequence[Hashable]] = {name: list(dims.get(name, ())) for name in filled}
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=MANY_CHAINS)
-        found = dict_to_dataset(filled, dims=names, coords=dict(coords or {}), sample_dims=sample_dims)
+        found = make(filled, dims=names, coords=dict(coords or {}), sample_dims=sample_dims)
     found.attrs = {}
     return found
 
@@ -88,14 +90,14 @@ def _judged() -> type:
     return InferenceData
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     """Find the class where a pickle looks for it."""
     if name == JUDGED:
         return _judged()
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-def _old() -> Any:
+def _old() -> ModuleType:
     """Import ArviZ 0.x without its advertisement for 1.x, which needs another Python."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=r"\s*ArviZ is undergoing a major refactor", category=FutureWarning)
@@ -194,17 +196,12 @@ def stacking_weights(elpd: Tensor) -> list[float]:
     if len(elpd) == 1:
         return [1.0]
     shifted = (elpd - elpd.amax(0)).double().cpu().numpy()  # weights stay the same, and no exponential underflows
-    numbers: dict[str, Any] = {
-        "p": 0.0,
-        "n_samples": 1,
-        "n_data_points": shifted.shape[1],
-        "scale": "log",
-        "warning": False,
-    }
+    make: Callable[..., ELPDData] = ELPDData
+    numbers = {"p": 0.0, "n_samples": 1, "n_data_points": shifted.shape[1], "scale": "log", "warning": False}
     kind = {"kind": "loo"} if "kind" in inspect.signature(ELPDData).parameters else {}  # gone in later releases
     numbers |= {"se": 1.0, "good_k": 0.7, **kind}
     entries = {
-        str(model): ELPDData(elpd=float(row.sum()), elpd_i=xarray.DataArray(row, dims="observation"), **numbers)
+        str(model): make(elpd=float(row.sum()), elpd_i=xarray.DataArray(row, dims="observation"), **numbers)
         for model, row in enumerate(shifted)
     }
     with warnings.catch_warnings():
@@ -249,10 +246,10 @@ def select(draws: xr.Dataset, var_names: str | Sequence[str] | None, filter_vars
         for name in wanted or ():
             _checks.choice("var_names", name if name in known else name.removeprefix("~"), known)
     tree = xarray.DataTree.from_dict({"posterior": draws})
-    options: dict[str, Any] = {"combined": False, "keep_dataset": True, "filter_vars": filter_vars}
+    choose = cast("Callable[..., xr.Dataset]", extract)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Items starting with ~")  # that nothing is left is said below
-        found: Any = extract(tree, var_names=wanted, **options)
+        found = choose(tree, var_names=wanted, combined=False, keep_dataset=True, filter_vars=filter_vars)
     if not found.data_vars:
         raise ValueError(f"var_names: expected some of {', '.join(map(repr, known))}, but {var_names!r} leaves none.")
     return found

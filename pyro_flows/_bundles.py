@@ -10,10 +10,11 @@ from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias, overload
 
 from pyro_flows._files import existing, locked, replace_directory
 
+Json: TypeAlias = "dict[str, Json] | list[Json] | str | float | int | bool | None"
 Entries = Mapping[str, Any]  # of JSON, by name
 VERSION, FIRST_SEALED = 3, 2  # of the format; from the second on, the JSON holds digests of all files
 UNFINISHED = ".unfinished"  # what the writer of format 1 appended to the names of its files
@@ -74,10 +75,8 @@ class Bundle:
         whole = {"format": self.format, "version": VERSION, "digests": digests, **description}
         text = (json.dumps(whole, indent=1, allow_nan=False) + "\n").encode()
         sealed = text.replace(ZEROS.encode(), digest(text).encode(), 1)
-        replace_directory(path, {**contents, self.text: sealed}, gone=self._unfinished())
-
-    def _unfinished(self) -> frozenset[str]:
-        return frozenset(name + UNFINISHED for name in (self.text, *self.others))
+        unfinished = frozenset(name + UNFINISHED for name in (self.text, *self.others))
+        replace_directory(path, {**contents, self.text: sealed}, gone=unfinished)
 
     def read(self, path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, bytes]]:
         """Return description and contents. Nothing is written, so a read-only directory will do."""
@@ -101,9 +100,8 @@ class Bundle:
         if lacking or description.get("format") != self.format:
             why = f"{', '.join(lacking)} missing" if lacking else f"{self.text} was not written by pyro_flows"
             raise ValueError(f"path: expected the directory of a saved {self.what}, got {shown!r}: {why}.")
-        version: Any = description.get("version")
-        digests = description.get("digests")
-        if type(version) is not int or version not in range(1, VERSION + 1):
+        version, digests = description.get("version"), description.get("digests")
+        if not isinstance(version, int) or isinstance(version, bool) or version not in range(1, VERSION + 1):
             raise ValueError(
                 f"path: {shown!r} has format version {version!r}, this release of pyro_flows reads versions 1 to "
                 f"{VERSION}. Read it with the release that wrote it, or fit and save anew."
@@ -139,7 +137,7 @@ def damaged(path: str | os.PathLike[str], names: list[str], why: str) -> str:
     return f"path: {str(path)!r} is damaged ({', '.join(names)} {why}). Take a copy of it, or fit and save anew."
 
 
-def _parsed(text: bytes) -> dict[str, Any]:
+def _parsed(text: bytes) -> dict[str, object]:
     try:
         found = json.loads(text.decode("utf-8"))
     except RecursionError as error:
@@ -149,7 +147,11 @@ def _parsed(text: bytes) -> dict[str, Any]:
     return found
 
 
-def plain(value: Any) -> Any:
+@overload
+def plain(value: Mapping[str, object]) -> dict[str, Json]: ...
+@overload
+def plain(value: object) -> Json: ...
+def plain(value: object) -> Json:
     """Return ``value`` as JSON has it: lists, dicts, strings, finite numbers; other numbers as strings."""
     if isinstance(value, Mapping):
         return {str(name): plain(item) for name, item in value.items()}

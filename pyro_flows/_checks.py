@@ -7,7 +7,7 @@ import functools
 import inspect
 import math
 from collections.abc import Callable, Iterable
-from typing import Any, ParamSpec, TypeVar
+from typing import ParamSpec, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -47,7 +47,9 @@ def options(function: Callable[P, R]) -> Callable[P, R]:
     checks = checks_of(function)
     places = [name for name, one in found.items() if one.kind is kinds[1]]
 
-    def checked(name: str, value: object) -> Any:
+    plain = cast("Callable[..., R]", function)
+
+    def checked(name: str, value: object) -> object:
         return checks[name](name, value) if name in checks else value
 
     @functools.wraps(function)
@@ -57,9 +59,8 @@ def options(function: Callable[P, R]) -> Callable[P, R]:
                 near = difflib.get_close_matches(name, sorted(named), n=1)
                 hint = f" Did you mean {near[0]!r}?" if near else ""
                 raise TypeError(f"{said}: no option {name!r}.{hint} Options: {', '.join(known) or 'none'}.{data}")
-        given: list[Any] = [checked(name, value) for name, value in zip(places, args, strict=False)]
-        rest: Any = args[len(given) :]
-        return function(*given, *rest, **{name: checked(name, value) for name, value in kwargs.items()})
+        given = [checked(name, value) for name, value in zip(places, args, strict=False)]
+        return plain(*given, *args[len(given) :], **{name: checked(name, value) for name, value in kwargs.items()})
 
     vars(call)["checks"] = checks
     return call
@@ -67,7 +68,7 @@ def options(function: Callable[P, R]) -> Callable[P, R]:
 
 def constructor(owner: type[T]) -> type[T]:
     """Apply :func:`options` to how an object of a class is made."""
-    owner.__init__ = options(owner.__init__)  # type: ignore[method-assign]
+    _check(owner, "__init__")
     return owner
 
 
@@ -75,8 +76,12 @@ def methods(owner: type[T]) -> type[T]:
     """Apply :func:`options` to the public methods of a class that take options."""
     for name, method in list(vars(owner).items()):
         if inspect.isfunction(method) and not name.startswith("_") and len(inspect.signature(method).parameters) > 1:
-            setattr(owner, name, options(method))
+            _check(owner, name)
     return owner
+
+
+def _check(owner: type, name: str) -> None:
+    setattr(owner, name, options(getattr(owner, name)))
 
 
 def integer(name: str, value: object, minimum: int, maximum: int | None = None) -> int:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import typer
 
-from pyro_flows._fallbacks import first_line
+from pyro_flows._fallbacks import Tried, first_line
 from pyro_flows._interrupts import STATE, Interrupts, interruptible
 
 DONE, ERROR, UNRELIABLE, INTERRUPTED = 0, 2, 3, 130  # exit codes; 130 is what shells give to Ctrl-C
@@ -40,8 +40,9 @@ def guarded(work: Callable[[Ending], int], debug: bool, file: Path | None = None
     Python file is shown with its kind and line.
     """
     ending = Ending(STATE)
+    code = ERROR
     try:
-        with interruptible():
+        with Tried(lambda error: not debug) as tried, interruptible():
             code = work(ending)
     except KeyboardInterrupt:
         if debug:
@@ -49,10 +50,8 @@ def guarded(work: Callable[[Ending], int], debug: bool, file: Path | None = None
         with suppress(OSError):
             typer.echo(f"pyro-flows: interrupted; {ending.left}.", err=True)
         code = INTERRUPTED
-    except Exception as error:
-        if debug:
-            raise
-        error = _own(error, file)
+    if tried.error is not None:
+        error = _own(tried.error, file)
         lines = str(error).strip().splitlines()
         text = lines[0] if lines else "no message"
         if text.endswith(":") and len(lines) > 1:  # torch writes the values that it means into the next line
@@ -62,7 +61,6 @@ def guarded(work: Callable[[Ending], int], debug: bool, file: Path | None = None
         kind = "" if plain else f"{type(error).__name__}: "
         hint = "" if plain else f"{line} (--debug shows the traceback)"
         typer.echo(f"pyro-flows: error: {kind}{text}{hint}", err=True)
-        code = ERROR
     raise typer.Exit(code)
 
 

@@ -6,7 +6,7 @@ import functools
 import math
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, ParamSpec, TypeVar
 
 import numpy as np
 
@@ -14,8 +14,10 @@ from pyro_flows._checks import options
 from pyro_flows._display import new_figure
 
 if TYPE_CHECKING:
+    from matplotlib import RcParams
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.legend import Legend
 
 STYLE = Path(__file__).with_name("style.mplstyle")
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7")  # of the style file
@@ -45,7 +47,7 @@ def styled(draw: Callable[P, R]) -> Callable[P, R]:
 
 
 @functools.cache
-def _style() -> Any:
+def _style() -> RcParams:
     import matplotlib
 
     return matplotlib.rc_params_from_file(STYLE, use_default_template=False)
@@ -54,7 +56,7 @@ def _style() -> Any:
 def panels(count: int, *, columns: int = 1, size: tuple[float, float]) -> tuple[Figure, list[Axes]]:
     """Return a figure of ``size`` inches and ``count`` axes in a grid; the places after the last one stay empty."""
     figure = new_figure(*size)
-    grid: Any = figure.subplots(math.ceil(count / columns), columns, squeeze=False)
+    grid = figure.subplots(math.ceil(count / columns), columns, squeeze=False)
     for number, axes in enumerate(grid.flat):
         plain(axes)
         axes.set_visible(number < count)
@@ -83,14 +85,14 @@ def steps(axes: Axes, values: np.ndarray, color: str, label: str) -> None:
     axes.set_xlim(1, max(len(values), 2))
 
 
-def opaque(legend: Any) -> None:
+def opaque(legend: Legend) -> None:
     """Show what a legend is about at full strength."""
     for handle in legend.legend_handles:
         if handle is not None:
             handle.set_alpha(1.0)
 
 
-def color_of(number: int) -> tuple[str, Any]:
+def color_of(number: int) -> tuple[str, str | tuple[int, tuple[float, ...]]]:
     """Return color and dashes of the layer with this number."""
     return COLORS[number % len(COLORS)], LINES[number % len(LINES)]
 

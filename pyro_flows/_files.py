@@ -88,10 +88,9 @@ def _put(fresh: Path, target: Path) -> Path | None:
     os.rename(target, aside)
     try:
         os.rename(fresh, target)
-    except BaseException:
+    finally:
         if not target.exists():
             os.rename(aside, target)
-        raise
     with suppress(OSError):
         os.rename(aside, fresh)  # under this name nobody takes it for the latest
     return fresh

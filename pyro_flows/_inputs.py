@@ -15,7 +15,6 @@ import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 import numpy as np
 import torch
@@ -74,34 +73,37 @@ def _run_file(path: Path) -> ModuleType:
     added = [str(place) for place in dict.fromkeys((folder, root)) if str(place) not in sys.path]
     sys.path += added
     sys.modules[package.__name__] = package
+    whole = False
     try:
         parent = ".".join((package.__name__, *inner))
         module = importlib.import_module(parent)
-        if inner and path.name == "__init__.py":
-            return module
-        # A dot in the stem would make a package of what stands before it.
-        name = f"{parent}.{path.stem.replace('.', '-')}"
-        spec = importlib.util.spec_from_file_location(name, path)
-        assert spec is not None
-        assert spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[name] = module
-        spec.loader.exec_module(module)
-    except BaseException as error:
-        for name in [name for name in sys.modules if f"{name}.".startswith(f"{package.__name__}.")]:
-            del sys.modules[name]
-        sys.path[:] = [place for place in sys.path if place not in added]
-        if isinstance(error, SystemExit):
-            raise ValueError(
-                f"model: {path} ends the program when it is run (SystemExit: {error.code}). Put what is no part of the "
-                "model under `if __name__ == '__main__':`."
-            ) from None
-        if isinstance(error, ImportError) and error.name and _beside(folder, error):
-            raise ValueError(
-                f"model: {path} imports from {error.name!r}, which is {error.path or 'a module of Python'} and not the "
-                f"file of that name beside it. Write `from .{error.name} import ...`, or rename the file."
-            ) from error
-        raise
+        if not inner or path.name != "__init__.py":
+            # A dot in the stem would make a package of what stands before it.
+            name = f"{parent}.{path.stem.replace('.', '-')}"
+            spec = importlib.util.spec_from_file_location(name, path)
+            assert spec is not None
+            assert spec.loader is not None
+            module = importlib.util.module_from_spec(spec)
+            sys.modules[name] = module
+            spec.loader.exec_module(module)
+        whole = True
+    except SystemExit as error:
+        raise ValueError(
+            f"model: {path} ends the program when it is run (SystemExit: {error.code}). Put what is no part of the "
+            "model under `if __name__ == '__main__':`."
+        ) from None
+    except ImportError as error:
+        if not error.name or not _beside(folder, error):
+            raise
+        raise ValueError(
+            f"model: {path} imports from {error.name!r}, which is {error.path or 'a module of Python'} and not the "
+            f"file of that name beside it. Write `from .{error.name} import ...`, or rename the file."
+        ) from error
+    finally:
+        if not whole:
+            for name in [name for name in sys.modules if f"{name}.".startswith(f"{package.__name__}.")]:
+                del sys.modules[name]
+            sys.path[:] = [place for place in sys.path if place not in added]
     return module
 
 
@@ -209,7 +211,7 @@ def _read_npz(path: Path) -> dict[str, object]:
 READERS: dict[str, Callable[[Path], dict[str, object]]] = {"csv": _read_csv, "json": _read_json, "npz": _read_npz}
 
 
-def _value(where: str, value: Any) -> Tensor | int | bool:
+def _value(where: str, value: object) -> Tensor | int | bool:
     """Turn numbers, lists and arrays into what a model takes."""
     try:
         array = np.asarray(_filled(value))
@@ -238,7 +240,7 @@ def _too_large(array: np.ndarray) -> bool:
     return whole and any(not -(2**63) <= item < 2**63 for item in array.flat)
 
 
-def _filled(value: Any) -> Any:
+def _filled(value: object) -> object:
     """Put NaN for JSON's null."""
     if value is None:
         return float("nan")

@@ -19,14 +19,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from pyro_flows import _ledger
-from pyro_flows._fallbacks import first_line
+from pyro_flows._fallbacks import Tried, first_line
 from pyro_flows._files import replace_file
 from pyro_flows._interrupts import undisturbed
 from pyro_flows._untrusted import require
@@ -38,13 +38,15 @@ DENSE = 1e6  # bytes of results for each second that they took, up to which they
 LEAST = 1000  # bytes that would be worth it: what took less than a millisecond is not looked at
 KINDS = ("float64", "float32", "bfloat16", "float16", "int64", "int32", "uint8", "bool")  # of numbers
 REMEDY = "Name a new file, or remove it to begin anew."
+T = TypeVar("T")
+State = TypeVar("State")
 
 
 class Step(NamedTuple):
     """A step that was done: a digest of its inputs, the form of its result, and the numbers in it."""
 
     inputs: int
-    form: Any
+    form: object
     data: bytes
 
 
@@ -59,7 +61,7 @@ class Journal:
         ValueError: if there is a file that is damaged, or of another call.
     """
 
-    def __init__(self, path: str | os.PathLike[str], about: Mapping[str, Any]) -> None:
+    def __init__(self, path: str | os.PathLike[str], about: Mapping[str, object]) -> None:
         self.path = Path(path)
         self.about = json.loads(json.dumps(about, default=str))
         self.evaluations: dict[int, Step] = {}
@@ -104,7 +106,7 @@ class Journal:
             what = "that of another release or call" if whole.startswith(b"pyro_flows") else "another file"
             raise ValueError(f"checkpoint: expected one of this release and call, got {what}, {shown}. {REMEDY}")
         found, _, body = whole[len(FORMAT) :].partition(b"\n")
-        try:
+        with self.reading():
             require(found.decode("ascii", "replace") == hashlib.sha256(body).hexdigest(), "its SHA-256 digest differs")
             text, _, data = body.partition(b"\n")
             stored = json.loads(text)
@@ -113,8 +115,6 @@ class Journal:
             known = {key: _step(step, cut) for key, step in zip(keys, steps, strict=True)}
             require(cut.at == len(data), "it has more numbers than steps")
             require(isinstance(stored["about"], dict), "it does not say what it is of")
-        except Exception as error:  # whatever a damaged file leads to
-            raise self.damaged(error) from error
         names = [*self.about, *(name for name in stored["about"] if name not in self.about)]
         different = [name for name in names if stored["about"].get(name) != self.about.get(name)]
         if different:
@@ -125,12 +125,21 @@ class Journal:
         self.evaluations = {key: step for key, step in known.items() if isinstance(key, int)}
         self.loops = {key: step for key, step in known.items() if isinstance(key, str)}
 
-    def damaged(self, error: Exception) -> ValueError:
-        """Return the error for a file that cannot be what was written."""
-        why = "too deeply nested" if isinstance(error, RecursionError) else first_line(error)
-        return ValueError(f"checkpoint: expected a whole file, got {str(self.path)!r}, damaged ({why}). {REMEDY}")
+    @contextmanager
+    def reading(self) -> Iterator[None]:
+        """Read inside what the file has. It may be damaged, and any error then comes from that.
 
-    def known(self, step: Step, digest: int, device: torch.device) -> Any:
+        Raises:
+            ValueError: in the place of any other error.
+        """
+        with Tried() as tried:
+            yield
+        if tried.error is not None:
+            why = "too deeply nested" if isinstance(tried.error, RecursionError) else first_line(tried.error)
+            what = f"checkpoint: expected a whole file, got {str(self.path)!r}, damaged ({why}). {REMEDY}"
+            raise ValueError(what) from tried.error
+
+    def known(self, step: Step, digest: int, device: torch.device) -> object:
         """Return the stored result of a step.
 
         Raises:
@@ -143,7 +152,10 @@ class Journal:
             )
         return _decoded(step.form, _Cut(step.data), device)
 
-    def add(self, number: int, inputs: Sequence[Tensor], found: Any, changed: object, before: Any) -> None:
+    def add(
+        self, number: int, inputs: Sequence[Tensor], found: object, changed: object,
+        before: tuple[Mapping[str, object], Tensor] | None,
+    ) -> None:  # fmt: skip
         """Add an evaluation, unless it has drawn random numbers: it will draw them again."""
         values = {}
         if before is not None:
@@ -152,7 +164,7 @@ class Journal:
             values = vars(changed) if vars(changed) != before[0] else {}
         self.evaluations[number] = self.step(checksum(inputs), [found, values])
 
-    def step(self, digest: int, result: Any) -> Step:
+    def step(self, digest: int, result: object) -> Step:
         """Return a step with its result."""
         data: list[bytes] = []
         form = _encoded(result, data)
@@ -164,7 +176,7 @@ _open: ContextVar[Journal | None] = ContextVar("journal", default=None)
 
 
 @contextmanager
-def keeping(path: str | os.PathLike[str] | None, about: Callable[[], Mapping[str, Any]]) -> Iterator[None]:
+def keeping(path: str | os.PathLike[str] | None, about: Callable[[], Mapping[str, object]]) -> Iterator[None]:
     """Keep what is done inside in a file, and take from it what was done before; None keeps nothing.
 
     The file stays there at the end: the same call comes to the same result at once.
@@ -215,7 +227,7 @@ def milestone() -> None:
 # evaluations ----------------------------------------------------------------------------------------------------------
 
 
-def evaluated(inputs: Sequence[Tensor], compute: Callable[[], Any], changed: object = None) -> Any:
+def evaluated(inputs: Sequence[Tensor], compute: Callable[[], T], changed: object = None) -> T:
     """Return what ``compute`` returns, from the checkpoint if it is there: tensors in lists and dicts.
 
     Args:
@@ -230,13 +242,11 @@ def evaluated(inputs: Sequence[Tensor], compute: Callable[[], Any], changed: obj
     journal.count += 1
     if number in journal.evaluations:
         known = journal.known(journal.evaluations[number], checksum(inputs), inputs[0].device)
-        try:
-            found, values = known
+        with journal.reading():
+            found, values = cast("tuple[T, dict[str, object]]", known)
             rows = {len(leaf) for leaf in tree_leaves(found)}
             require(rows == {len(inputs[0])}, f"a step has results for {rows} points")
             require(not values or values.keys() == vars(changed).keys(), "a step has other values")
-        except Exception as error:  # whatever a damaged file leads to
-            raise journal.damaged(error) from error
         if values:
             vars(changed).update(values)
         return found
@@ -261,14 +271,14 @@ def evaluated(inputs: Sequence[Tensor], compute: Callable[[], Any], changed: obj
 class Loop:
     """A loop that can go on from any of its rounds: from its state, tensors and plain values in lists and dicts."""
 
-    def take(self, put_back: Callable[[Any], object]) -> bool:
+    def take(self, put_back: Callable[[State], object]) -> bool:
         """Put back what the loop had come to, and let torch's random numbers go on from there; False if it begins."""
         return False
 
-    def offer(self, make: Callable[[], Any]) -> None:
+    def offer(self, make: Callable[[], object]) -> None:
         """Keep the state that ``make`` returns, if it is time to."""
 
-    def end(self, make: Callable[[], Any]) -> None:
+    def end(self, make: Callable[[], object]) -> None:
         """Keep the last state."""
 
 
@@ -280,32 +290,32 @@ class _Kept(Loop):
         self.before = _ledger.gradients()
         self.done = False
 
-    def take(self, put_back: Callable[[Any], object]) -> bool:
+    def take(self, put_back: Callable[[State], object]) -> bool:
         if self.key not in self.journal.loops:
             return False
         known = self.journal.known(self.journal.loops[self.key], self.digest, self.device)
-        try:
-            state, spent, random, self.done = known
+        with self.journal.reading():
+            state, spent, random, self.done = cast(
+                "tuple[State, list[tuple[list[str], int]], list[Tensor], bool]", known
+            )
             put_back(state)
             for parts, count in spent:
                 _ledger.booked(count, tuple(parts))
             _set_random_state(random, self.device)
-        except Exception as error:  # whatever a damaged file leads to
-            raise self.journal.damaged(error) from error
         return True
 
-    def offer(self, make: Callable[[], Any]) -> None:
+    def offer(self, make: Callable[[], object]) -> None:
         if not self.journal.stopped and self.journal.due():
             self._keep(make(), False)
             self.journal.write()
 
-    def end(self, make: Callable[[], Any]) -> None:
+    def end(self, make: Callable[[], object]) -> None:
         if not (self.journal.stopped or self.done):
             self._keep(make(), True)
             if self.journal.due(1.0):
                 self.journal.write()
 
-    def _keep(self, state: Any, done: bool) -> None:
+    def _keep(self, state: object, done: bool) -> None:
         spent = [[list(parts), count] for parts, count in (_ledger.gradients() - self.before).items()]
         random = _random_state(self.device)
         self.journal.loops[self.key] = self.journal.step(self.digest, [state, spent, random, done])
@@ -357,7 +367,7 @@ def _bytes_of(value: Tensor) -> bytes:
     return value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
-def _encoded(value: Any, data: list[bytes]) -> Any:
+def _encoded(value: object, data: list[bytes]) -> object:
     """Return the form of a value as JSON has it, and add the numbers of its tensors to ``data``."""
     if isinstance(value, Tensor):
         data.append(_bytes_of(value))
@@ -381,14 +391,14 @@ class _Cut:
         return self.data[self.at - size : self.at]
 
 
-def _step(stored: Any, cut: _Cut) -> Step:
+def _step(stored: tuple[int, object, int], cut: _Cut) -> Step:
     inputs, form, size = stored
     require(type(inputs) is int, "a step has no digest")
     require(_size(form) == size, "a step has other numbers than its form")
     return Step(inputs, form, cut.take(size))
 
 
-def _size(form: Any) -> int:
+def _size(form: object) -> int:
     """Return how many bytes the tensors of a form have."""
     if isinstance(form, list):
         return sum(map(_size, form))
@@ -402,7 +412,7 @@ def _size(form: Any) -> int:
     return math.prod(shape) * int(getattr(torch, name).itemsize)
 
 
-def _decoded(form: Any, cut: _Cut, device: torch.device) -> Any:
+def _decoded(form: object, cut: _Cut, device: torch.device) -> object:
     if isinstance(form, list):
         return [_decoded(part, cut, device) for part in form]
     if not isinstance(form, dict):

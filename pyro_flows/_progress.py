@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import operator
 import shutil
 import sys
 import threading
@@ -10,7 +11,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
 from pyro_flows._interrupts import undisturbed
 
@@ -59,7 +60,7 @@ class Bar:
         self._visible, self._shown_from = visible, self.began + (DELAY if quick else 0.0)
         self._drawn = self._shown_from - (BEAT.get(self._place, 0.0) if quick else 0.0)
         self._first: tuple[int, float] | None = None  # count and time, from which the time left is estimated
-        self._handle: Any = None
+        self._update: Callable[..., object] | None = None  # of what a notebook shows
         self._over, self._writing = threading.Event(), threading.Lock()
 
     def __enter__(self) -> Self:
@@ -140,11 +141,11 @@ class Bar:
 
     def _publish(self, line: str) -> None:
         data = {"text/plain": line}
-        if self._handle is None:
+        if self._update is None:
             assert self._display is not None
-            self._handle = self._display(data, raw=True, display_id=True)
+            self._update = operator.attrgetter("update")(self._display(data, raw=True, display_id=True))
         else:
-            self._handle.update(data, raw=True)
+            self._update(data, raw=True)
 
 
 def _print(line: str, end: str) -> None:

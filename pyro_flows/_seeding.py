@@ -7,7 +7,7 @@ import hashlib
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Self
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -100,11 +100,12 @@ def _cauchy(x: Tensor, median: float = 0.0, scale: float = 1.0) -> Tensor:
     return median + scale * torch.tan(math.pi * (torch.rand_like(x) - 0.5))
 
 
-def _new(x: Tensor, *given: Any, **options: Any) -> Tensor:
+def _new(x: Tensor, *given: object, **options: object) -> Tensor:
     """Return a tensor with the batch axis of ``x``: draws of counts are added to such a one."""
     sizes = given[0] if len(given) == 1 and isinstance(given[0], tuple) else given
     sized = bool(given) and not options and all(type(part) is int for part in sizes)
-    return x.new_zeros(sizes) if sized else x.new(*given, **options)
+    make: Callable[..., Tensor] = x.new_zeros if sized else x.new
+    return make(sizes) if sized else make(*given, **options)
 
 
 OUT_OF_PLACE: dict[Function, Callable[..., Tensor]] = {

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
 
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
-Function = Callable[..., Any]
-Args = tuple[Any, ...]
-Kwargs = Mapping[str, Any] | None  # these three are what modes are given
+Function = Callable[..., object]
+Args = tuple[object, ...]
+Kwargs = Mapping[str, object] | None  # these three are what modes are given
 
 
 class Dispatch(TorchDispatchMode):

@@ -9,11 +9,13 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import Tensor
 
 VALIDATION = ("validate_distributions_pyro", "validate_distributions_torch", "validate_poutine", "validate_infer")
 
 _turn: Any = threading.RLock()
-_before: dict[str, Any] = {}  # what the thread that is inside found: settings, random numbers, threads of torch
+_before: list[tuple[dict[str, bool], Tensor, int]] = []  # what the thread that is inside found: settings, random
+# numbers, threads of torch
 _dropped: list[Callable[[], object]] = []  # what else a forked process drops, see `drop_after_fork`
 
 
@@ -59,8 +61,8 @@ def drop_after_fork(function: Callable[[], object]) -> None:
 def _note() -> None:
     import pyro
 
-    _before["settings"] = {name: pyro.settings.get(name) for name in VALIDATION}
-    _before["random"], _before["threads"] = torch.get_rng_state(), torch.get_num_threads()
+    settings = {name: pyro.settings.get(name) for name in VALIDATION}
+    _before[:] = [(settings, torch.get_rng_state(), torch.get_num_threads())]
 
 
 def _renew() -> None:
@@ -77,9 +79,10 @@ def _renew() -> None:
 
     runtime._PYRO_STACK.clear()
     runtime._DIM_ALLOCATOR._stack = []
-    pyro.settings.set(**_before["settings"])
-    torch.set_rng_state(_before["random"])
-    torch.set_num_threads(_before["threads"])
+    ((settings, random, threads),) = _before
+    pyro.settings.set(**settings)
+    torch.set_rng_state(random)
+    torch.set_num_threads(threads)
     for function in _dropped:
         function()
 

@@ -77,7 +77,7 @@ def unpacked(data: bytes, device: torch.device | str = "cpu") -> Any:
     return found
 
 
-def _check_contents(found: Any, size: int) -> None:
+def _check_contents(found: object, size: int) -> None:
     """Refuse other values than tensors, numbers and text, and more numbers than the file can hold."""
     left, seen, total = [found], 0, 0
     while left:
@@ -98,19 +98,20 @@ def _check_contents(found: Any, size: int) -> None:
             require(isinstance(value, PLAIN), f"it holds a {type(value).__name__}")
 
 
-def check_tensor(name: str, value: Any, shape: Sequence[int | None], *, floating: bool = True) -> None:
-    """Refuse anything but a tensor of this shape; None stands for any length."""
-    require(isinstance(value, Tensor), f"{name} is no tensor")
+def check_tensor(name: str, value: object, shape: Sequence[int | None]) -> None:
+    """Refuse anything but a tensor of real numbers of this shape; None stands for any length."""
+    if not isinstance(value, Tensor):
+        raise Damaged(f"{name} is no tensor")
     fits = value.dim() == len(shape) and all(want in (None, got) for want, got in zip(shape, value.shape, strict=True))
     wanted = tuple("any" if size is None else size for size in shape)
     require(fits, f"{name} has shape {tuple(value.shape)}, and not {wanted}")
-    require(value.is_floating_point() == floating, f"{name} has dtype {value.dtype}")
+    require(value.is_floating_point(), f"{name} has dtype {value.dtype}")
 
 
 # what is built --------------------------------------------------------------------------------------------------------
 
 
-def check_numbers(description: Any, state: Mapping[str, Tensor]) -> None:
+def check_numbers(description: object, state: Mapping[str, Tensor]) -> None:
     """Refuse a description whose sizes are larger than what is stored for it, or that has more parts."""
     numbers = sum(value.numel() for value in state.values())
     most, left, parts = max(numbers, SMALL_NUMBER), [("", description, 0)], 0

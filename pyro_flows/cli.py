@@ -17,7 +17,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import pyro
 import pyro.distributions as dist
@@ -25,7 +25,7 @@ import torch
 import typer
 from pyro.infer import SVI, Trace_ELBO
 from pyro.infer.autoguide import AutoMultivariateNormal
-from pyro.optim import Adam  # type: ignore[attr-defined]
+from pyro.optim import PyroOptim
 from torch import Tensor
 
 from pyro_flows import _options as ask
@@ -40,6 +40,9 @@ from pyro_flows.fitting.ranks import Followed, joined
 from pyro_flows.posterior.posterior import Posterior, load
 from pyro_flows.report.page import check_target as check_report
 from pyro_flows.results.files import check_target
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 GAUSSIAN_STEPS = 1500
 EXIT_CODES = (
@@ -120,24 +123,16 @@ def fit_command(
     def work(ending: Ending) -> int:
         target = _target(out, report)
         chosen, arguments = _read(model, data)
-        options: dict[str, Any] = {
-            "flow": flow,
-            "layers": layers,
-            "draws": draws,
-            "runs": runs,
-            "seed": seed,
-            "max_steps": max_steps,
-            "max_seconds": math.inf if max_seconds is None else max_seconds,
-            "escalate": escalate,
-            "refine": "auto" if refine else False,
-            "train_model": train_model,
-            "checkpoint": checkpoint,
-        }
         ending.interrupts.hold(True)  # from here on, fit alone lets the first signal through
         with joined() as ranks:
             try:
                 shown = _shown(progress) and ranks.first
-                posterior = fit(chosen, model_kwargs=arguments, progress=shown, **options)
+                posterior = fit(
+                    chosen, model_kwargs=arguments, progress=shown, flow=flow, layers=layers, draws=draws, runs=runs,
+                    seed=seed, max_steps=max_steps, max_seconds=math.inf if max_seconds is None else max_seconds,
+                    escalate=escalate, refine="auto" if refine else False, train_model=train_model,
+                    checkpoint=checkpoint,
+                )  # fmt: skip
             except Followed:
                 return DONE
         _write(posterior, target, ending, report=report)
@@ -263,7 +258,7 @@ def _gaussian(y: Tensor, sigma: Tensor, ending: Ending, *, seed: int, steps: int
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         guide = AutoMultivariateNormal(eight_schools)
-        svi = SVI(eight_schools, guide, Adam({"lr": 0.01}), Trace_ELBO())
+        svi = SVI(eight_schools, guide, PyroOptim(torch.optim.Adam, {"lr": 0.01}), Trace_ELBO())
         for _ in range(steps):
             svi.step(y, sigma)
             if ending.interrupts.came():
@@ -291,7 +286,7 @@ def _write(posterior: Posterior, out: Path, ending: Ending, *, report: Path | No
         ending.say(f"Wrote the report to {posterior.report(report, progress=False)}.")
 
 
-def _draw(figure: Any, path: Path) -> None:
+def _draw(figure: Figure, path: Path) -> None:
     """Write a figure as a PNG file, whole or not at all."""
     stored = io.BytesIO()
     figure.savefig(stored, format="png")

@@ -124,7 +124,8 @@ def _train(
         start_at(flow, starts[number].loc, starts[number].scale)
     part = stack.select(numbers)
     steps = Lockstep(part, chosen, learning_rate=STEP_SIZE, batch=EACH)
-    trainings = train_together(steps, report=lambda done, still, state: report(_told(done, still, len(chosen), state)))
+    said = f"{{}}, {{}} steps, {{}} of {len(chosen)} converged"
+    trainings = train_together(steps, report=lambda done, still, state: report(said.format(state, done, still)))
     stack.evaluations += part.evaluations
     found = (_looked_at(*parts) for parts in zip(part.densities, chosen, trainings, strict=True))
     return dict(zip(numbers, found, strict=True))
@@ -141,10 +142,6 @@ def _shorter(plan: Plan) -> Recipe:
     """Return the recipe with few layers, if their number was left open."""
     open_ = plan.recipe.named and "layers" not in plan.recipe.options
     return replace(plan.recipe, options={**plan.recipe.options, "layers": LAYERS}) if open_ else plan.recipe
-
-
-def _told(done: int, still: int, count: int, state: str) -> str:
-    return f"{state}, {done} steps, {still} of {count} converged"
 
 
 def _stage(training: Training, start: Start, count: int) -> Stage:

@@ -7,7 +7,6 @@ import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from pyro_flows._files import replace_file
 from pyro_flows._warnings import UnreliableWarning
@@ -35,9 +34,9 @@ class Folder:
     def __init__(
         self,
         path: str | os.PathLike[str] | None = None,
-        model: Callable[..., Any] | None = None,
+        model: Callable[..., object] | None = None,
         cases: Sequence[Case] = (),
-        about: Mapping[str, Any] | None = None,
+        about: Mapping[str, object] | None = None,
     ) -> None:
         self.path, self.model = None if path is None else Path(path), model
         self.done: dict[int, Posterior] = {}

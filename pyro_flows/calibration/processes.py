@@ -7,7 +7,8 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import TypeVar
 
 from pyro_flows._bundles import Entries
 from pyro_flows.calibration.cases import Case
@@ -20,7 +21,7 @@ from pyro_flows.model.sites import Model
 from pyro_flows.posterior.posterior import Posterior
 from pyro_flows.results.files import like
 
-Task = Callable[[], Any]
+T = TypeVar("T")
 
 
 def check_jobs(jobs: int | None) -> None:
@@ -31,7 +32,7 @@ def check_jobs(jobs: int | None) -> None:
         raise ImportError('jobs: several processes need joblib. Install it: pip install "pyro-flows[parallel]".')
 
 
-def run_all(tasks: Sequence[Task], jobs: int | None) -> Iterator[Any]:
+def run_all(tasks: Sequence[Callable[[], T]], jobs: int | None) -> Iterator[T]:
     """Yield the result of each task in turn, from this process or from joblib's.
 
     With ``jobs`` None, a backend that ``joblib.parallel_config`` has set is taken (Dask and Ray have some), and else
@@ -49,7 +50,7 @@ def run_all(tasks: Sequence[Task], jobs: int | None) -> Iterator[Any]:
         yield from parallel(joblib.delayed(task)() for task in tasks)
 
 
-def _is_configured(joblib: Any) -> bool:
+def _is_configured(joblib: ModuleType) -> bool:
     """Whether the caller has chosen a backend or a number of processes."""
     parallel = joblib.Parallel()
     return parallel.n_jobs not in (None, 1) or type(parallel._backend).__name__ not in (

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import pyro
 import torch
@@ -106,8 +105,8 @@ class Task:
     def ranked(self, posterior: Posterior, *, raw: bool = False) -> Ranked:
         """Rank the true values among draws of a posterior."""
         about = self.about
-        options = {"seed": self.seed, "log_density": about["log_density"], "raw": raw}
-        return ranks_of(posterior, self.truth, about["draws"], **options)
+        draws, log_density = about["draws"], about["log_density"]
+        return ranks_of(posterior, self.truth, draws, seed=self.seed, log_density=log_density, raw=raw)
 
 
 class GuideTask(Task):
@@ -131,7 +130,7 @@ class GuideTask(Task):
             return self.ranked(posterior, raw=True)
 
 
-def _train(model: Model, guide: Any, case: Case, *, steps: int, learning_rate: float) -> None:
+def _train(model: Model, guide: Model, case: Case, *, steps: int, learning_rate: float) -> None:
     """Train by Adam; the step size falls to a tenth on the way."""
     decay = 0.1 ** (1.0 / steps)
     svi = SVI(model, guide, pyro.optim.ClippedAdam({"lr": learning_rate, "lrd": decay}), Trace_ELBO())

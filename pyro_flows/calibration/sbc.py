@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable, Container, Iterator, Mapping
-from typing import Any
 
 from pyro_flows import _checks
 from pyro_flows._bundles import Entries
@@ -37,7 +36,7 @@ def sbc(
     kind: str = "prior",
     simulations: int = 200,
     draws: int = 999,
-    guide: Callable[[Any], Any] | None = None,
+    guide: Callable[..., object] | None = None,
     steps: int = 1000,
     learning_rate: float = 0.01,
     sampler: Callable[..., object] | None = None,
@@ -128,7 +127,7 @@ def sbc(
     >>> found.is_uniform(), found.ranks["mu"].shape
     (True, (100,))
     """
-    options: dict[str, Any] = {"flow": flow, "layers": layers, "max_steps": max_steps}
+    options: dict[str, object] = {"flow": flow, "layers": layers, "max_steps": max_steps}
     options |= {"escalate": escalate, "refine": refine, "draws": max(draws, FIT_DRAWS)}
     asked = {
         "kind": _checks.choice("kind", kind, ("prior", "posterior")),
@@ -164,9 +163,9 @@ def _run(
     plain |= {} if many.amortized is None else {"amortized": many.amortized}
     shapes = {name: tuple(simulated.truths[name].shape[1:]) for name in simulated.density.names}
     shapes |= {LOG_DENSITY: ()} if about["log_density"] else {}
-    sizes: dict[str, Any] = {"simulations": asked["simulations"], "draws": asked["draws"], "shapes": shapes}
-    kept = Checkpoint(checkpoint, key_of(plain, simulated.truths, simulated.data), **sizes)
-    found, count = dict(kept.done), asked["simulations"]
+    key, count = key_of(plain, simulated.truths, simulated.data), asked["simulations"]
+    kept = Checkpoint(checkpoint, key, simulations=count, draws=asked["draws"], shapes=shapes)
+    found = dict(kept.done)
     bar.count(len(found), count)
     try:
         for number, ranked, final in _ranked(simulated, many, about, kept.done, bar):
@@ -211,8 +210,8 @@ def _ranked(
                 continue
             for number, posterior, final in many.fits(numbers, bar, done):
                 if number not in done:
-                    options: dict[str, Any] = {"seed": seeds[number], "log_density": log_density}
-                    yield number, ranks_of(posterior, simulated.truth(number), draws, **options), final
+                    truth, seed = simulated.truth(number), seeds[number]
+                    yield number, ranks_of(posterior, truth, draws, seed=seed, log_density=log_density), final
         return
     bar.watch(f"draws of {about['method']}")
     task = GuideTask if about["guide"] is not None else SamplerTask

@@ -6,12 +6,11 @@ import inspect
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from pyro import poutine
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_flatten_with_path, tree_unflatten
+from torch.utils._pytree import MappingKey, SequenceKey, tree_flatten, tree_flatten_with_path, tree_unflatten
 
 from pyro_flows._fallbacks import Tried
 from pyro_flows.calibration.cases import Case
@@ -73,26 +72,27 @@ def wire(density: LogDensity, case: Case, data: Names) -> Wiring:
 
 
 def _told(
-    site: str, value: Tensor, argument: str | int, names: list[str], positions: Mapping[int, str], leaves: list[Any]
+    site: str, value: Tensor, argument: str | int, names: list[str], positions: Mapping[int, str], leaves: list[object]
 ) -> Place:
     """Return the place that the caller named: an argument's name, or the number of a positional one."""
     wanted = positions.get(argument) if isinstance(argument, int) else str(argument)
     leaf = names.index(wanted) if wanted in names else -1
-    if leaf < 0 or not isinstance(leaves[leaf], Tensor):
+    target = leaves[leaf] if leaf >= 0 else None
+    if not isinstance(target, Tensor):
         known = ", ".join(repr(name) for name, part in zip(names, leaves, strict=True) if isinstance(part, Tensor))
         raise ValueError(f"data[{site!r}]: expected an argument that is a tensor ({known}), got {argument!r}.")
-    if leaves[leaf].numel() == value.numel():
+    if target.numel() == value.numel():
         return Place(site, leaf, None)
-    part = _shared(value, leaves[leaf])
+    part = _shared(value, target)
     if part is None:
         raise ValueError(
             f"data[{site!r}]: the site has shape {tuple(value.shape)}, argument {names[leaf]!r} has "
-            f"{tuple(leaves[leaf].shape)}, and the site is not a part of it."
+            f"{tuple(target.shape)}, and the site is not a part of it."
         )
     return Place(site, leaf, part)
 
 
-def _found(site: str, value: Tensor, names: list[str], leaves: list[Any]) -> Place:
+def _found(site: str, value: Tensor, names: list[str], leaves: list[object]) -> Place:
     """Return the place of a site by memory that it shares with an argument, or by equal values."""
     for number, leaf in enumerate(leaves):
         if leaf is value:
@@ -144,12 +144,12 @@ def _leaf_names(density: LogDensity, case: Case) -> tuple[list[str], dict[int, s
     signature = signature or [f"argument {number}" for number in range(len(case.args))]
     found, positions = [], {}
     for path, _ in tree_flatten_with_path((case.args, case.kwargs))[0]:
-        keys: Any = path
-        which, first, *rest = keys
-        name = signature[first.idx] if which.idx == 0 else str(first.key)
+        _, first, *rest = path
+        place = first.idx if isinstance(first, SequenceKey) else -1  # of a positional argument
+        name = str(first.key) if isinstance(first, MappingKey) else signature[place]
         found.append(name + "".join(map(str, rest)))
-        if which.idx == 0 and not rest:
-            positions[first.idx] = found[-1]
+        if place >= 0 and not rest:
+            positions[place] = found[-1]
     return found, positions
 
 

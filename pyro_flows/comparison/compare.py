@@ -196,7 +196,7 @@ def _left_out(posteriors: Mapping[str, Record], sites: Sites, bar: Bar) -> dict[
     for name, posterior in posteriors.items():
         bar.task = f"compare, {name}"
         try:
-            works[name] = work_for(posterior, sites, None, 0, bar)
+            works[name] = work_for(posterior, sites, 0, bar)
             wholes[name] = works[name].precise(works[name].given(in_hand(posterior)))
         except ValueError as error:
             raise ValueError(f"posteriors[{name!r}]: {error}") from error

@@ -154,7 +154,7 @@ class Loo:
 def loo(posterior: Record, *, sites: Sites, draws: int | None, seed: int, progress: bool) -> Loo:
     """Estimate leave-one-out elpd; see :meth:`Posterior.loo`."""
     with Bar("loo", progress, quick=True) as bar:
-        work = work_for(posterior, sites, draws, seed, bar)
+        work = work_for(posterior, sites, seed, bar)
         if draws is not None and can_draw(posterior):
             found = as_loo(work, work.moved(work.drawn(draws)))
         else:
@@ -163,7 +163,7 @@ def loo(posterior: Record, *, sites: Sites, draws: int | None, seed: int, progre
     return found
 
 
-def work_for(posterior: Record, sites: Sites, draws: int | None, seed: int, bar: Bar) -> Work:
+def work_for(posterior: Record, sites: Sites, seed: int, bar: Bar) -> Work:
     """Return what does the work, unless the draws are not to be used."""
     if posterior.verdict.status == "unreliable":
         raise ValueError(

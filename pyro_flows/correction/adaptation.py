@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -114,7 +114,7 @@ class Kernel:
         if self.moves:
             self.step = math.exp(self.mean_log_step)
 
-    def stored(self) -> dict[str, Any]:
+    def stored(self) -> dict[str, object]:
         return asdict(self)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -76,17 +75,20 @@ def agreement(z: Tensor, began: Tensor) -> float:
 
 
 def _nothing(z: Tensor, sweeps: int) -> McmcDiagnostics:
-    rest: dict[str, Any] = dict.fromkeys(
-        ("r_hat", "nested_r_hat", "ess_bulk", "ess_tail", "energy_error", "acceptance"), math.nan
-    )
+    nan = math.nan
     return McmcDiagnostics(
         chains=len(z),
         draws=z.shape[1],
         sweeps=sweeps,
         where=LOG_DENSITY,
         divergences=1.0,
-        independence=math.nan,
-        agreement=math.nan,
+        r_hat=nan,
+        nested_r_hat=nan,
+        ess_bulk=nan,
+        ess_tail=nan,
+        energy_error=nan,
+        acceptance=nan,
+        independence=nan,
+        agreement=nan,
         changes=0.0,
-        **rest,
     )

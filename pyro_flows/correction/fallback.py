@@ -6,7 +6,6 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -41,7 +40,7 @@ LONGER_THAN_THOUGHT = 1.5  # times the gradients that draws would take at their 
 NOT_ENOUGH = "they were not good enough"
 
 
-def which(refine: Any) -> str | None:
+def which(refine: object) -> str | None:
     """Return the method that ``fit(refine=...)`` asks for, None for none.
 
     Raises:
@@ -101,8 +100,8 @@ def attempt(
     weights = torch.softmax(torch.where(torch.isfinite(ratios), ratios, -torch.inf), 0).nan_to_num(nan=0.0)
     if not float(weights.square().sum()) * len(z) * ESS_SHARE_FAR_OFF < 1.0 or not bool(weights.sum() > 0.0):
         return None
-    about: dict[str, Any] = {"seed": seed, "bar": bar, "most": gradient_budget(density, ATTEMPT), "independence": 1}
-    found = chains_from(Latent(flow, density), names, z, weights.log(), draws, **about)
+    latent, most = Latent(flow, density), gradient_budget(density, ATTEMPT)
+    found = chains_from(latent, names, z, weights.log(), draws, seed=seed, bar=bar, most=most, independence=1)
     return None if found is None else found[1]
 
 
@@ -162,8 +161,8 @@ def chains_from(
 ) -> tuple[Sampler, McmcDraws] | None:  # fmt: skip
     """Return chains that begin at weighted draws and suffice, for less than training a flow takes."""
     starts = dispersed_points(latent, z, log_weights, CHAINS // SUBCHAINS, seed=derive(seed, "starts of chains"))
-    given: dict[str, Any] = {"chains": CHAINS, "kept": math.ceil(draws / CHAINS), "seed": seed}
-    sampler = Sampler.begin(latent, names, starts, independence=independence, **given)
+    kept = math.ceil(draws / CHAINS)
+    sampler = Sampler.begin(latent, names, starts, independence=independence, chains=CHAINS, kept=kept, seed=seed)
     short_of = SHORT_OF if patient else math.inf
     found = sampler.run(MAX_STEPS, bar.show, gradients=most, patient=patient, short_of=short_of)
     if found is not None:

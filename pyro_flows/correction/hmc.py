@@ -16,10 +16,9 @@ adjusted microcanonical Hamiltonian Monte Carlo" (arXiv 2503.01707).
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from pyro_flows.correction.adaptation import Moved
 from pyro_flows.correction.latent import Latent, only_finite
@@ -80,7 +79,7 @@ def _runner(latent: Latent, points: Tensor, metric: Metric) -> Runner | None:
     return latent.leaps[key]
 
 
-def _recorded(graph: Any, points: Tensor, metric: Metric) -> Any:
+def _recorded(graph: fx.GraphModule, points: Tensor, metric: Metric) -> fx.GraphModule:
     dim = len(metric.scale)
 
     def step(

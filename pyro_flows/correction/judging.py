@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -130,14 +129,14 @@ def _checked(posterior: Record, chains: McmcDraws, seed: int, work: Work) -> Mis
     covered = _middle(posterior.log_p - posterior.log_q) if own else covered_by(flow, density)
     evidence = evidence_of(flow, moments, chains, density)
     given = (flow.log_prob, covered, evidence, posterior.history)
-    told: dict[str, Any] = {"seed": seed, "searched": work.searched}
-    sampler = work.sampler
-    if sampler is not None:
-        told["joined"] = lambda places: mixes_with_others(sampler, places)
-        told["space"] = (
-            sampler.latent if sampler.latent.walkable and is_usable(posterior.log_weights.double()) else None
-        )
-    missed = missed_by_chains(density, chains, *given, **told)
+    sampler, space = work.sampler, None
+    if sampler is not None and sampler.latent.walkable and is_usable(posterior.log_weights.double()):
+        space = sampler.latent
+
+    def joined(places: Tensor) -> bool:
+        return sampler is not None and mixes_with_others(sampler, places)
+
+    missed = missed_by_chains(density, chains, *given, seed=seed, searched=work.searched, joined=joined, space=space)
     failures = [*invalid, *missed.failures, *disagreements(posterior, chains)]
     return replace(missed, failures=failures, notes=[*missed.notes, *rounded])
 
@@ -232,7 +231,7 @@ def _verdict(
 
 
 def _stage(work: Work, found: McmcDiagnostics | None, verdict: Verdict) -> Stage:
-    entry: dict[str, Any] = {"method": work.method, "status": verdict.status}
+    entry: dict[str, object] = {"method": work.method, "status": verdict.status}
     entry |= {"gradients": work.gradients, "figures": as_numbers(found)}
     if work.sampler is not None:
         entry |= {"sweeps": work.sampler.numbers["sweeps"], "kernel": work.sampler.kernel.stored()}

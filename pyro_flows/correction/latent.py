@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import Any
+from functools import partial
 
 import torch
 from torch import Tensor, fx, nn
@@ -76,9 +76,9 @@ class Latent:
         numbers = max(density.numbers, len(self.parts) * max(map(_widest, self.flows)))
         recordable = density.batched and not self._by_parts and not density.by_rows
         # Graphs of their own, so that chains that go on repeat themselves.
-        given: dict[str, Any] = {"own": True, "before": self._prepare, "changed": density.faults}
-        self._recorder = Recorder(self._single, numbers, **given) if recordable else None
-        self.leaps: Cache[Any, Runner | None] = Cache(LEAPS_KEPT)  # steps of trajectories
+        make = partial(Recorder, self._single, numbers, own=True, before=self._prepare, changed=density.faults)
+        self._recorder = make() if recordable else None
+        self.leaps: Cache[object, Runner | None] = Cache(LEAPS_KEPT)  # steps of trajectories
 
     @property
     def dear(self) -> bool:
@@ -186,7 +186,7 @@ class Latent:
             z, ladj = self._moved_by(leaf, k)
         log_p, slope = self._model(z.detach(), graph=graph)
         with torch.enable_grad():
-            log_q0, score = self._bases(leaf, k)
+            log_q0, score = self._by_part(self._base, leaf, k) if self._by_parts else self._base(0, leaf)
             extra = ladj if self.mixture is None else ladj + self._log_share(k, z, log_q0 - ladj)
             pulled = torch.autograd.grad(extra.sum() + (z * slope).sum(), leaf)[0]
         log_ref = log_q0.detach() if self.mixture is None else log_q0.detach() + self.log_w[k]
@@ -206,10 +206,6 @@ class Latent:
         if self._by_parts:
             return self._by_part(self._forward, x, k)
         return self._forward(0, x) if self.stacked is None else self.stacked.forward(x, k)
-
-    def _bases(self, x: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        """Return log q_0 and its gradient, each point by the base of its own part."""
-        return self._by_part(self._base, x, k) if self._by_parts else self._base(0, x)
 
     def _by_part(
         self, function: Callable[[int, Tensor], tuple[Tensor, Tensor]], x: Tensor, k: Tensor

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import os
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -113,8 +112,10 @@ def _sample(posterior: Recorded, work: Work, chains: int, max_steps: int, seed: 
         z, weights = work.annealed.points.z, torch.zeros_like(work.annealed.points.log_p)
     z = dispersed_points(latent, z, weights, chains // SUBCHAINS, seed=derive(seed, "starts of chains"))
     moves = HAMILTONIAN if work.method == "hmc" else MICROCANONICAL
-    given: dict[str, Any] = {"independence": _proposals(posterior, work.method), "moves": moves}
-    work.sampler = Sampler.begin(latent, names, z, chains=chains, kept=wanted, seed=seed, **given)
+    proposals = _proposals(posterior, work.method)
+    work.sampler = Sampler.begin(
+        latent, names, z, chains=chains, kept=wanted, seed=seed, independence=proposals, moves=moves
+    )
     work.sampler.run(max_steps, bar.show, gradients=work.most)
 
 

@@ -161,7 +161,7 @@ class Sampler:
                 self._make_room(found)
         return False
 
-    def _state(self) -> dict[str, Any]:
+    def _state(self) -> dict[str, object]:
         """Return all that :meth:`run` changes."""
         z, stats = self.draws.stacked()
         figures = [as_numbers(self.found), self.judged and [self.judged[0], as_numbers(self.judged[1])]]

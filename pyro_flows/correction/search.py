@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TypedDict, cast
 
 import torch
 from torch import Tensor
@@ -71,7 +71,7 @@ def noted(search: Search | None, stage: str = _stages.SEARCH) -> list[Stage]:
 @counted(_stages.MISSED_BY_CHAINS)
 def missed_by_chains(
     density: LogDensity, chains: McmcDraws, score: Callable[[Tensor], Tensor], covered: float, evidence: float,
-    history: Sequence[Mapping[str, Any]], *, seed: int, searched: bool = False,
+    history: Sequence[Mapping[str, object]], *, seed: int, searched: bool = False,
     joined: Callable[[Tensor], bool] = lambda places: False, space: Space | None = None,
 ) -> MissedByChains:  # fmt: skip
     """Return what chains lack, in words, and what was not looked at.
@@ -103,8 +103,8 @@ def missed_by_chains(
 
     thin = Guide(density, score, covered).is_under_covered(z[chosen], log_p[chosen], by=DENSITY_GAP_OF_WALKERS)
     if not searched or float(thin.double().mean()) > MISSED_MASS_SHARE:
-        given: dict[str, Any] = {"seed": seed, "space": space, "sift": left}
-        search = missed_modes(density, [], z[chosen], log_p[chosen] - covered, score, **given)
+        log_q = log_p[chosen] - covered
+        search = missed_modes(density, [], z[chosen], log_q, score, seed=seed, space=space, sift=left)
     found = _not_visited(history, regions, joined)
     worth = math.inf if chains.figures is None else chains.figures.ess_tail
     all_ = chains.z.flatten(0, 1)
@@ -119,8 +119,16 @@ def missed_by_chains(
     return MissedByChains(found, list(search.notes), noted(search, _stages.SEARCH_BY_CHAINS), twins)
 
 
+class _Found(TypedDict):
+    """What a search has written into the history."""
+
+    places: list[list[float]]
+    spreads: list[list[float]]
+    sentence: str
+
+
 def _not_visited(
-    history: Sequence[Mapping[str, Any]], regions: _Regions, joined: Callable[[Tensor], bool]
+    history: Sequence[Mapping[str, object]], regions: _Regions, joined: Callable[[Tensor], bool]
 ) -> list[str]:  # fmt: skip
     """Return what the search of the last guide said, and those of earlier chains, where chains do not go to all places.
 
@@ -128,7 +136,8 @@ def _not_visited(
     these again.
     """
     guides, earlier = (
-        [stage["details"] for stage in history if stage["stage"] in names] for names in (OF_GUIDES, OF_CHAINS)
+        [cast(_Found, stage["details"]) for stage in history if stage["stage"] in names]
+        for names in (OF_GUIDES, OF_CHAINS)
     )
     z, found = regions.chains.z, []
     for search in (*guides[-1:], *earlier):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from operator import itemgetter
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -110,12 +110,13 @@ def _chains(
 
     None if they have not converged.
     """
-    about: dict[str, Any] = {"seed": seed, "bar": bar, "independence": 0, "patient": False}
-    about["most"] = gradient_budget(density, UNTRAINED if density.dim <= FEW else ATTEMPT)
+    most = gradient_budget(density, UNTRAINED if density.dim <= FEW else ATTEMPT)
     latent = Latent(begun.sampler, density)
     if begun.exact and exchange_of(latent, latent.look(*latent.place(begun.z[:CHAINS])), None) is None:
         return None
-    found = chains_from(latent, names, begun.z, begun.log_weights, draws, **about)
+    found = chains_from(
+        latent, names, begun.z, begun.log_weights, draws, seed=seed, bar=bar, most=most, independence=0, patient=False
+    )
     if found is None:
         return None
     sampler, chains = found

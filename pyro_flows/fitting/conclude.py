@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from pyro_flows.correction.search import noted
 from pyro_flows.fitting.attempt import Combined, Run
 from pyro_flows.fitting.plan import Plan
+from pyro_flows.flows.flow import Flow
 from pyro_flows.flows.mixture import FlowMixture
 from pyro_flows.flows.recipe import AUTO
 from pyro_flows.flows.recipe_json import to_json
@@ -46,14 +45,14 @@ def conclude(plan: Plan, density: LogDensity, found: Combined) -> Posterior:
     )
 
 
-def _asked(plan: Plan) -> dict[str, Any]:
+def _asked(plan: Plan) -> dict[str, object]:
     """What the caller asked for; ``flow`` is what was asked for, ``sampler`` what the work came to."""
     seconds = plan.clock.seconds if plan.clock.finite else None
     bounds = {"max_steps": plan.max_steps, "max_seconds": seconds, "train_model": plan.train_model, "runs": plan.runs}
     return {"flow": plan.asked.get("flow", AUTO), "asked": dict(plan.asked), **bounds}
 
 
-def _chosen(run: Run, sampler: Any, density: LogDensity) -> dict[str, Any]:
+def _chosen(run: Run, sampler: Flow | FlowMixture, density: LogDensity) -> dict[str, object]:
     """What was chosen: step size and batch are those of the round that was kept."""
     kept = run.kept
     return {

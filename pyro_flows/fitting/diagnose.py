@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TypeGuard
 
 import torch
 from pyro.infer import MCMC
@@ -29,7 +29,7 @@ from pyro_flows.model.digits import COMPARED
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.model.observations import warn_if_nothing_observed
 from pyro_flows.model.precision import LostDigits
-from pyro_flows.model.sites import Noncentered
+from pyro_flows.model.sites import Model, Noncentered
 from pyro_flows.model.unchanged import own
 from pyro_flows.modes.missed_modes import Search, missed_modes
 from pyro_flows.modes.missed_regions import Score
@@ -47,10 +47,10 @@ THIN = "no search for missed modes was made, since a first sample had poor weigh
 
 @_checks.options
 def diagnose(
-    model: Callable[..., Any],
-    guide: Callable[..., Any] | MCMC,
-    *args: Any,
-    model_kwargs: Mapping[str, Any] | None = None,
+    model: Callable[..., object],
+    guide: Callable[..., object] | MCMC,
+    *args: object,
+    model_kwargs: Mapping[str, object] | None = None,
     draws: int = 4000,
     seed: int = 0,
     progress: bool = True,
@@ -105,8 +105,7 @@ def diagnose(
 
 
 def _diagnose(
-    model: Callable[..., Any], guide: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], draws: int,
-    seed: int, bar: Bar,
+    model: Model, guide: Model, args: tuple[object, ...], kwargs: dict[str, object], draws: int, seed: int, bar: Bar
 ) -> Posterior:  # fmt: skip
     bar.watch(_stages.READING)
     if isinstance(guide, AutoHierarchicalFlow):
@@ -129,8 +128,8 @@ def _diagnose(
 
 
 def _judged(
-    density: LogDensity, model: Callable[..., Any], guide: Callable[..., Any], args: tuple[Any, ...],
-    kwargs: dict[str, Any], draws: int, seed: int, bar: Bar,
+    density: LogDensity, model: Model, guide: Model, args: tuple[object, ...], kwargs: dict[str, object], draws: int,
+    seed: int, bar: Bar,
 ) -> Posterior:  # fmt: skip
     """Draw from the guide and judge the draws.
 
@@ -148,16 +147,17 @@ def _judged(
                 draw, score = _from_distribution(guide, density, args, kwargs)
                 space = space_of(guide, density, args, kwargs)
             else:
-                check_sites(guide, trace, density)
+                check_sites(trace, density)
                 draw, score = from_traces(guide, density, args, kwargs, random_sites(trace))
             with torch.no_grad(), seeded(derive(seed, "digits"), density.device):
                 density.check_digits(draw(COMPARED)[0])
             bar.watch(_stages.MISSED)
             search = _searched(density, draw, score, space, seed)
             bar.watch(_stages.JUDGING)
-            said: dict[str, Any] = {"failures": search.failures, "notes": search.notes}
-            said |= {"history": noted(search), "settings": {"diagnosed": True}, "losses": torch.zeros(0)}
-            return from_draws(density, draw, draws=draws, seed=seed, guide=guide, **said)
+            return from_draws(
+                density, draw, draws=draws, seed=seed, guide=guide, failures=search.failures, notes=search.notes,
+                history=noted(search), settings={"diagnosed": True}, losses=torch.zeros(0),
+            )  # fmt: skip
 
 
 def _searched(density: LogDensity, draw: Draw, score: Score | None, space: Space | None, seed: int) -> Search:
@@ -176,7 +176,7 @@ def _searched(density: LogDensity, draw: Draw, score: Score | None, space: Space
 # continuous autoguides ------------------------------------------------------------------------------------------------
 
 
-def _same_coordinates(guide: Any, density: LogDensity) -> bool:
+def _same_coordinates(guide: object, density: LogDensity) -> TypeGuard[AutoContinuous]:
     """Whether the guide's unconstrained vector is ours: same sites, sizes, and fixed bijections."""
     if not isinstance(guide, AutoContinuous) or guide.master is not None:
         return False
@@ -188,7 +188,7 @@ def _same_coordinates(guide: Any, density: LogDensity) -> bool:
 
 
 def _from_distribution(
-    guide: Any, density: LogDensity, args: Sequence[Any], kwargs: Mapping[str, Any]
+    guide: AutoContinuous, density: LogDensity, args: Sequence[object], kwargs: Mapping[str, object]
 ) -> tuple[Draw, Score]:
     if isinstance(guide, AutoLaplaceApproximation):
         raise ValueError(

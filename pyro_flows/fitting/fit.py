@@ -8,7 +8,6 @@ import warnings
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import replace
-from typing import Any
 
 from torch import nn
 
@@ -45,9 +44,9 @@ STEPS_GROW_FROM = 50  # dimensions
 
 @_checks.options
 def fit(
-    model: Callable[..., Any],
-    *args: Any,
-    model_kwargs: Mapping[str, Any] | None = None,
+    model: Callable[..., object],
+    *args: object,
+    model_kwargs: Mapping[str, object] | None = None,
     flow: FlowLike = AUTO,
     layers: int | None = None,
     draws: int = 4000,
@@ -176,7 +175,7 @@ def fit(
         return _closing(bar, clock, lambda: _fit(plan, max_steps is None, checkpoint))
 
 
-def _options(flow: FlowLike, layers: int | None) -> dict[str, Any]:
+def _options(flow: FlowLike, layers: int | None) -> dict[str, object]:
     if layers is None:
         return {}
     if not isinstance(flow, str):
@@ -234,7 +233,7 @@ def _fit(plan: Plan, grow: bool, checkpoint: str | os.PathLike[str] | None) -> P
             return _fitted(plan, density.in_double())
 
 
-def _about(plan: Plan) -> dict[str, Any]:
+def _about(plan: Plan) -> dict[str, object]:
     """Return what tells a call from others of one model."""
     named = {name: getattr(plan, name) for name in ("draws", "seed", "runs", "max_steps", "train_model", "escalate")}
     built = plan.recipe.builder

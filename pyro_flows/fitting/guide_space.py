@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
+from pyro.infer.autoguide import AutoContinuous
 from torch import Tensor
+from torch.distributions import Distribution, Transform
 
 from pyro_flows.correction.latent import Latent, only_finite
 from pyro_flows.flows.flow import Flow
@@ -17,7 +18,9 @@ from pyro_flows.model.log_density import LogDensity
 from pyro_flows.modes.under_covered import Points, Space
 
 
-def space_of(guide: Any, density: LogDensity, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Space | None:
+def space_of(
+    guide: AutoContinuous, density: LogDensity, args: Sequence[object], kwargs: Mapping[str, object]
+) -> Space | None:
     """Return the latent space of an ``AutoContinuous`` guide, None if it names no base distribution or no transform."""
     if isinstance(guide, AutoFlow):
         return latent_of(guide._flow, density)
@@ -38,7 +41,7 @@ class GuideSpace:
 
     dear = False  # as far as is known
 
-    def __init__(self, base: Any, transform: Any, density: LogDensity) -> None:
+    def __init__(self, base: Distribution, transform: Transform, density: LogDensity) -> None:
         self.base, self.transform, self.density = base, transform, density
 
     def place(self, z: Tensor) -> tuple[Tensor, Tensor]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,13 +25,13 @@ from pyro_flows.verdict.mcmc import judge_mcmc
 LEAST_DRAWS = 10  # of a chain
 METHOD = "mcmc"
 NO_GUIDE = "the draws are Markov chains, no guide was fitted"
-OF_GUIDE = ("k_hat", "ess", "elbo", "log_evidence")
 
 
 @_checks.options
 def from_mcmc(
-    mcmc: Any, model: Callable[..., Any], *args: Any, model_kwargs: Mapping[str, Any] | None = None, seed: int = 0
-) -> Posterior:
+    mcmc: object, model: Callable[..., object], *args: object, model_kwargs: Mapping[str, object] | None = None,
+    seed: int = 0,
+) -> Posterior:  # fmt: skip
     r"""Judge the output of Pyro's ``MCMC``, and hand it over to ArviZ as a fit's.
 
     ``ok`` takes rank-normalized split R-hat below 1.01 in all unconstrained coordinates, at least 400 effective draws
@@ -92,7 +91,6 @@ def from_mcmc(
     verdict = replace(verdict, reasons=(*failures, *verdict.reasons), notes=(*rounded, *verdict.notes))
     verdict = replace(verdict, status="unreliable") if failures else verdict
     nothing = torch.full_like(log_p, math.nan)
-    of_guide: dict[str, Any] = dict.fromkeys(OF_GUIDE, math.nan)
     return Posterior(
         samples=samples,
         z=z,
@@ -102,7 +100,10 @@ def from_mcmc(
         _used=z,
         _used_log_p=log_p,
         _used_log_q=nothing,
-        **of_guide,
+        k_hat=math.nan,
+        ess=math.nan,
+        elbo=math.nan,
+        log_evidence=math.nan,
         verdict=verdict,
         losses=torch.zeros(0),
         history=(),
@@ -117,7 +118,9 @@ def from_mcmc(
     )
 
 
-def _with_digits(density: LogDensity, values: dict[str, Tensor]) -> tuple[LogDensity, Tensor, Any]:
+def _with_digits(
+    density: LogDensity, values: dict[str, Tensor]
+) -> tuple[LogDensity, Tensor, tuple[list[str], list[str]]]:
     """Return the log density in the precision that it takes, the draws' coordinates, and what the sampler's lost."""
     with torch.no_grad():
         z = density.unconstrain(values)
@@ -128,7 +131,7 @@ def _with_digits(density: LogDensity, values: dict[str, Tensor]) -> tuple[LogDen
         return density, density.unconstrain(values), lost
 
 
-def _read(mcmc: Any) -> tuple[dict[str, Tensor], Tensor | None, str]:
+def _read(mcmc: object) -> tuple[dict[str, Tensor], Tensor | None, str]:
     """Return draws by site (chains, draws, *shape), which of them diverged (chains, draws), the sampler's name."""
     if isinstance(mcmc, Mapping):
         return {str(name): torch.as_tensor(value) for name, value in mcmc.items()}, None, "chains"

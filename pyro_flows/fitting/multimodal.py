@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -199,7 +198,7 @@ def _fitted(density: LogDensity, parts: Parts, seed: int, bar: Bar) -> Generatio
     return fitted(density, parts, seed=seed, report=bar.show)
 
 
-def _mixture(best: Generation, said: str, details: dict[str, Any]) -> MultimodalCandidate:
+def _mixture(best: Generation, said: str, details: dict[str, object]) -> MultimodalCandidate:
     parts = best.parts
     sampler = student_mixture(parts.loc, parts.roots, parts.log_weights.tolist(), df=parts.df)
     stage = Stage(STAGE, k_hat=best.k_hat, ess_ratio=best.share, details=details)

@@ -6,7 +6,6 @@ import copy
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import torch
 
@@ -41,9 +40,9 @@ class Plan:
     usual ones, as JSON values.
     """
 
-    model: Callable[..., Any]
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
+    model: Callable[..., object]
+    args: tuple[object, ...]
+    kwargs: dict[str, object]
     recipe: Recipe
     draws: int
     seed: int
@@ -56,7 +55,7 @@ class Plan:
     bar: Bar
     automatic: bool = False
     checked: int = CHECKED
-    asked: Mapping[str, Any] = field(default_factory=dict)
+    asked: Mapping[str, object] = field(default_factory=dict)
 
     @property
     def open(self) -> bool:
@@ -76,7 +75,7 @@ class Plan:
         return recipe.build_for_latents(density.dim).to(torch.zeros((), dtype=density.dtype, device=density.device))
 
 
-def as_asked(arguments: Mapping[str, Any]) -> dict[str, Any]:
+def as_asked(arguments: Mapping[str, object]) -> dict[str, object]:
     """Return those arguments of a fit that are options, and not the usual ones, as JSON values.
 
     A flow that was given stands as its kind in angle brackets: no name makes it again.
@@ -87,7 +86,7 @@ def as_asked(arguments: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in found.items() if value != USUAL[name]}
 
 
-def recipe_for(flow: FlowLike, options: Mapping[str, Any]) -> Recipe:
+def recipe_for(flow: FlowLike, options: Mapping[str, object]) -> Recipe:
     """Return the recipe of the flow that a fit trains.
 
     Raises:

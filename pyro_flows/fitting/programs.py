@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any
 
 import torch
 from pyro import poutine
@@ -13,12 +12,13 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch.distributions import biject_to
+from torch.distributions.constraints import Constraint
 
 from pyro_flows._fallbacks import fallback
 from pyro_flows.guides.known import Drawn
 from pyro_flows.model.batching import over_rows, quiet
 from pyro_flows.model.log_density import LogDensity
-from pyro_flows.model.sites import messages
+from pyro_flows.model.sites import Site, messages
 from pyro_flows.modes.missed_regions import Score
 from pyro_flows.modes.symmetries import ROUND_TRIP
 from pyro_flows.verdict.deciding import Draw
@@ -28,13 +28,13 @@ UNCONSTRAINED = "_unconstrained"  # after the names of AutoNormal's auxiliary si
 NO_DENSITY = "a point-mass guide such as AutoDelta has no density, so it cannot be weighed against the posterior"
 
 
-def run_guide(guide: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> poutine.Trace:
+def run_guide(guide: Callable[..., object], args: Sequence[object], kwargs: Mapping[str, object]) -> poutine.Trace:
     """Run a guide unseen by handlers around it, and return its trace."""
     with poutine.block(hide_fn=lambda msg: msg["type"] == "sample"):
         return poutine.trace(guide).get_trace(*args, **kwargs)
 
 
-def random_sites(trace: poutine.Trace) -> dict[str, Any]:
+def random_sites(trace: poutine.Trace) -> dict[str, Site]:
     return {
         name: site
         for name, site in messages(trace).items()
@@ -42,7 +42,7 @@ def random_sites(trace: poutine.Trace) -> dict[str, Any]:
     }
 
 
-def check_sites(guide: Any, trace: poutine.Trace, density: LogDensity) -> None:
+def check_sites(trace: poutine.Trace, density: LogDensity) -> None:
     """Check that the guide's density is one of the model's latents alone, and of all of them."""
     sites = random_sites(trace)
     auxiliary = {name for name, site in sites.items() if site["infer"].get("is_auxiliary")}
@@ -85,15 +85,15 @@ def check_sites(guide: Any, trace: poutine.Trace, density: LogDensity) -> None:
         )
 
 
-def _innermost(fn: Any) -> Any:
+def _innermost(fn: object) -> object:
     while hasattr(fn, "base_dist") and not hasattr(fn, "transforms"):
         fn = fn.base_dist
     return fn
 
 
 def from_traces(
-    guide: Callable[..., Any], density: LogDensity, args: Sequence[Any], kwargs: Mapping[str, Any],
-    sites: Mapping[str, Any],
+    guide: Callable[..., object], density: LogDensity, args: Sequence[object], kwargs: Mapping[str, object],
+    sites: Mapping[str, Site],
 ) -> tuple[Draw, Score | None]:  # fmt: skip
     """Return what draws, and the density at given points; None for that where auxiliary sites hide it."""
     masks = {latent.name: latent.mask for latent in density.structure.latents if latent.mask is not None}
@@ -123,13 +123,8 @@ def from_traces(
         return torch.as_tensor(log_q + density.log_jacobian(z))
 
     supports = {name: messages(density.structure.trace)[name]["fn"].support for name in density.names}
-    return draw, score if _can_be_placed(sites, density) else None
-
-
-def _can_be_placed(sites: Mapping[str, Any], density: LogDensity) -> bool:
-    """Whether each latent is drawn as such, or made from an auxiliary site of its own without constraint."""
-    free = (name for name in density.names if isinstance(_innermost(sites[name]["fn"]), Delta))
-    return all(f"{name}{UNCONSTRAINED}" in sites for name in free)
+    made = [name for name in density.names if isinstance(_innermost(sites[name]["fn"]), Delta)]  # from other sites
+    return draw, score if all(f"{name}{UNCONSTRAINED}" in sites for name in made) else None
 
 
 class At(Messenger):
@@ -138,11 +133,11 @@ class At(Messenger):
     ``AutoNormal`` draws each latent without constraint, as a site of the name and ``_unconstrained``.
     """
 
-    def __init__(self, values: Mapping[str, Tensor], supports: Mapping[str, Any]) -> None:
+    def __init__(self, values: Mapping[str, Tensor], supports: Mapping[str, Constraint]) -> None:
         super().__init__()
         self.values, self.supports = values, supports
 
-    def _pyro_sample(self, msg: Any) -> None:
+    def _pyro_sample(self, msg: Site) -> None:
         name = str(msg["name"]).removesuffix(UNCONSTRAINED)
         if name in self.values and not isinstance(_innermost(msg["fn"]), Delta):
             value = self.values[name]

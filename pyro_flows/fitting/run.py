@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -44,7 +45,9 @@ def prepare(at: Attempt) -> None:
             if answered(at, AS_READ):
                 return
             prepared.density, start, chosen = choose_coordinates(prepared.density, prepared.climbed, seed=seed)
-            prepared.history.append(Stage(_stages.PARAMETERIZATION, elbo=chosen.pop("elbo"), details=chosen))
+            prepared.history.append(
+                Stage(_stages.PARAMETERIZATION, elbo=cast("float | None", chosen.pop("elbo")), details=chosen)
+            )
             prepared.starts += [] if start is None else [start]
     with plan.clock.part(_stages.TRANSFORMS, share=COORDINATES_SHARE):
         first = prepared.starts[0] if prepared.starts else None

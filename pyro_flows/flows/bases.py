@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Sequence
 
 import pyro.distributions as dist
 import torch
@@ -62,7 +62,7 @@ def icdf(base: str, u: Tensor, df: float) -> Tensor:
 class Logistic(dist.Logistic):
     """Pyro's logistic distribution, whose draws are finite: one of 16 million single-precision uniform draws is 0."""
 
-    def rsample(self, sample_shape: Any = ()) -> Tensor:
+    def rsample(self, sample_shape: Sequence[int] = ()) -> Tensor:
         shape = self._extended_shape(torch.Size(sample_shape))
         u = self.loc.new_empty(shape).uniform_().clamp(min=0.25 * torch.finfo(self.loc.dtype).eps)
         found: Tensor = self.icdf(u)

@@ -77,7 +77,7 @@ class Flow(nn.Module):
         self.recipe: Any = None  # a Recipe, which builds flows and so stands above this file; builders write it
         self.register_buffer("_like", torch.zeros(()), persistent=False)
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         for tensor in self.state_dict(keep_vars=True).values():
             tensor.__dict__.pop("unconstrained", None)  # Pyro's weak reference, which it sets anew at each run
         return self.__dict__.copy()
@@ -208,10 +208,10 @@ class Flow(nn.Module):
 def _find_shape(bijection: Bijection, dim: int | Sequence[int] | None) -> torch.Size:
     """Return the shape of an event of x, from the bijection or from ``dim``."""
     known = bijection.event_shape
-    if dim is None and known is None:
-        raise ValueError("dim: this bijection does not name its number of coordinates; pass dim=.")
     if dim is None:
-        return known  # type: ignore[return-value]
+        if known is None:
+            raise ValueError("dim: this bijection does not name its number of coordinates; pass dim=.")
+        return known
     shape = _checks.size("dim", dim)
     given = torch.Size((shape,) if isinstance(shape, int) else shape)
     if len(given) != bijection.event_dim or given != (known or given):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,8 +16,6 @@ from pyro_flows.transforms import Compose, DiagonalAffine
 from pyro_flows.transforms.marginal import MarginalSpline
 from pyro_flows.transforms.nested import Nested
 
-COUPLINGS: dict[str, Any] = {"hidden": (16,), "network": "robust", "log_scale_bound": 2.0}  # of few coordinates, whose
-# far draws meet a map that nobody fitted
 BINS, BOUND = 64, 6.5  # of the spline from a normal base to a Student-t distribution
 FAR, FINE = 9.0, 8001  # how far that is tabulated, as powers of e, and by how many values
 NORMAL = Base(
@@ -36,12 +33,16 @@ def nested(
 
     The flow is heavier tails, couplings (splines, if one coordinate is held), tails and an affine map.
     """
-    few = len(held)
-    inner = splines(1, layers=1) if few == 1 else realnvp(few, layers=layers, **COUPLINGS)
+    few = len(held)  # whose far draws meet a map that nobody fitted: so the couplings are small ones
+    inner = (
+        splines(1, layers=1)
+        if few == 1
+        else realnvp(few, layers=layers, hidden=(16,), network="robust", log_scale_bound=2.0)
+    )
     last = with_affine(inner, "tril").bijection
     outer = Compose([MarginalSpline(few, bins=BINS, bound=BOUND), DiagonalAffine(few), last])
     map_ = Nested(dim, held=held, outer=outer, terms=terms, entries=entries)
-    options: dict[str, Any] = {"held": tuple(held), "terms": terms, "entries": entries, "layers": layers}
+    options = {"held": tuple(held), "terms": terms, "entries": entries, "layers": layers}
     return build([map_], base, df, builder="nested", dim=dim, **options)
 
 
@@ -52,9 +53,10 @@ def marginal_flow(flow: Flow, loc: Tensor, scale: Tensor) -> tuple[Flow, list[nn
     They are those of ``flow``. The scale of tails is none of them, see :func:`with_tails`.
     """
     outer = nested_of(flow).outer
-    last = outer.layers[-1]  # type: ignore[index]
-    start_at(Flow(last, dim=len(loc)), loc, scale)  # type: ignore[arg-type]
-    return Flow(outer, dim=len(loc), base=flow.base, df=flow.df), list(last.parameters())  # type: ignore[union-attr]
+    assert isinstance(outer, Compose)
+    last = outer.layers[-1]
+    start_at(Flow(last, dim=len(loc)), loc, scale)
+    return Flow(outer, dim=len(loc), base=flow.base, df=flow.df), list(last.parameters())
 
 
 def nested_of(flow: Flow) -> Nested:
@@ -66,7 +68,11 @@ def nested_of(flow: Flow) -> Nested:
 @torch.no_grad()
 def with_tails(flow: Flow, df: float) -> Flow:
     """Give the held coordinates the tails of a Student-t distribution, before their couplings. Returns the flow."""
-    spline, affine = nested_of(flow).outer.layers[:2]  # type: ignore[index]
+    outer = nested_of(flow).outer
+    assert isinstance(outer, Compose)
+    spline, affine = outer.layers[:2]
+    assert isinstance(spline, MarginalSpline)
+    assert isinstance(affine, DiagonalAffine)
     values = torch.linspace(-FAR, FAR, FINE, dtype=torch.float64).sinh()
     table = values, torch.distributions.StudentT(torch.tensor(df, dtype=torch.float64)).log_prob(values)
     at, middle, half = knots(*table, NORMAL, bins=BINS, bound=BOUND)

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from pyro_flows import _checks
 from pyro_flows.flows.flow import Flow
-from pyro_flows.flows.recipe import build, of_images
+from pyro_flows.flows.recipe import Couplings, build, of_images
 from pyro_flows.transforms import (
     ActNorm,
     AffineCoupling,
@@ -84,8 +83,10 @@ def multiscale_realnvp(
     if shape[1] * shape[2] == 4 ** (levels - 1):
         raise ValueError(f"dim: expected more than one pixel at the last of {levels} scales, got {shape}.")
     _checks.integer("layers", layers, 1)
-    options: dict[str, Any] = {"context_dim": context_dim, "hidden": hidden, "activation": activation}
-    options |= {"network": network, "log_scale_bound": log_scale_bound}
+    options: Couplings = {
+        "context_dim": context_dim, "hidden": hidden, "activation": activation, "network": network,
+        "log_scale_bound": log_scale_bound,
+    }  # fmt: skip
 
     def scale(shape: Shape, left: int) -> list[Bijection]:
         """In the order of sampling, the coarser scale first."""
@@ -100,8 +101,8 @@ def multiscale_realnvp(
         return [Squeeze(shape), *inner, Squeeze(shape).inv]
 
     stack = [*scale(shape, levels), *_ending(shape, alpha)]
-    options |= {"dim": shape, "levels": levels, "layers": layers, "alpha": alpha}
-    return build(stack, base, df, builder="multiscale_realnvp", **options)
+    more = {"dim": shape, "levels": levels, "layers": layers, "alpha": alpha}
+    return build(stack, base, df, builder="multiscale_realnvp", **options, **more)
 
 
 @of_images
@@ -156,8 +157,10 @@ def glow(
     shape = _divisible(dim, _checks.integer("levels", levels, 1))
     _checks.integer("layers", layers, 1)
     _checks.integer("seed", seed, 0)
-    options: dict[str, Any] = {"context_dim": context_dim, "hidden": hidden, "activation": activation}
-    options |= {"network": network, "log_scale_bound": log_scale_bound}
+    options: Couplings = {
+        "context_dim": context_dim, "hidden": hidden, "activation": activation, "network": network,
+        "log_scale_bound": log_scale_bound,
+    }  # fmt: skip
 
     def scale(shape: Shape, left: int) -> list[Bijection]:
         """In the order of sampling, the coarser scale first."""
@@ -168,11 +171,11 @@ def glow(
         return [Squeeze(shape), *stack, Squeeze(shape).inv]
 
     stack = [*scale(shape, levels), *_ending(shape, alpha)]
-    options |= {"dim": shape, "levels": levels, "layers": layers, "alpha": alpha, "seed": seed}
-    return build(stack, base, df, builder="glow", **options)
+    more = {"dim": shape, "levels": levels, "layers": layers, "alpha": alpha, "seed": seed}
+    return build(stack, base, df, builder="glow", **options, **more)
 
 
-def _divisible(dim: Any, halvings: int) -> Shape:
+def _divisible(dim: object, halvings: int) -> Shape:
     shape = _checks.image("dim", dim)
     if any(side % 2**halvings for side in shape[1:]):
         raise ValueError(
@@ -187,7 +190,7 @@ def _halved(shape: Shape) -> tuple[Shape, Shape]:
     return (4 * channels, height // 2, width // 2), (2 * channels, height // 2, width // 2)
 
 
-def _couplings(shape: Shape, count: int, mask: Callable[..., Any], options: Mapping[str, Any]) -> list[Bijection]:
+def _couplings(shape: Shape, count: int, mask: Callable[..., Tensor], options: Couplings) -> list[Bijection]:
     return [
         layer
         for number in range(count)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -26,8 +24,8 @@ def sliced(
 
     ``layers`` is there for what reads a recipe; there is one.
     """
-    options: dict[str, Any] = {"coordinate": coordinate, "slices": slices, "bins": bins, "bound": bound}
-    stack = [DiagonalAffine(dim), Sliced(dim, **options)]
+    options = {"coordinate": coordinate, "slices": slices, "bins": bins, "bound": bound}
+    stack = [DiagonalAffine(dim), Sliced(dim, coordinate=coordinate, slices=slices, bins=bins, bound=bound)]
     return build(stack, base, df, builder="sliced", dim=dim, layers=layers, **options)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from pyro.distributions import TorchDistribution
@@ -230,7 +229,7 @@ class MixtureOfFlows(TorchDistribution):
         """All vectors that some flow reaches."""
         return constraints.real_vector
 
-    def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> MixtureOfFlows:
+    def expand(self, batch_shape: Sequence[int], _instance: object = None) -> MixtureOfFlows:
         """Return independent copies."""
         return MixtureOfFlows(self.mixture, batch_shape)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from pyro.distributions import TorchDistribution
@@ -13,7 +13,7 @@ from torch.distributions import constraints
 
 from pyro_flows import _checks
 from pyro_flows.transforms.conditioners import bounded, conditioner
-from pyro_flows.transforms.networks import adopt_context_scale
+from pyro_flows.transforms.networks import State, adopt_context_scale
 
 LOG_BOUND = 5.0  # of what a context multiplies scales and degrees of freedom by, as a logarithm
 DF_LEAST = 1.0  # degrees of freedom are above it, so that there is a mean
@@ -58,7 +58,7 @@ class MixtureBase(nn.Module):
         self.conditioner = conditioner(0, context_dim, out, hidden=hidden) if context_dim else None
         self.register_buffer("context_scale", None)
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+    def _load_from_state_dict(self, state_dict: State, prefix: str, *args: object, **kwargs: object) -> None:
         adopt_context_scale(self, state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
@@ -79,8 +79,8 @@ class MixtureBase(nn.Module):
         factor = self.below.tril(-1) + torch.diag_embed(self.log_diagonal.exp())
         if self.conditioner is None:
             return MixtureOfStudents(Parts(self.logits.log_softmax(-1), self.loc, factor, DF_LEAST + self.log_df.exp()))
-        if self.context_scale is not None:
-            context = (context - self.context_scale[0]) / self.context_scale[1]  # type: ignore[operator]
+        if context is not None and self.context_scale is not None:
+            context = (context - self.context_scale[0]) / self.context_scale[1]
         logits, shift, log_scale, log_df = self.conditioner(None, context).split(self._sizes, -1)
         shift, log_scale = (part.unflatten(-1, (self.components, self.dim)) for part in (shift, log_scale))
         df = DF_LEAST + torch.exp(self.log_df + bounded(log_df, LOG_BOUND))
@@ -124,7 +124,7 @@ class MixtureOfStudents(TorchDistribution):
         """All vectors."""
         return constraints.real_vector
 
-    def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> MixtureOfStudents:
+    def expand(self, batch_shape: Sequence[int], _instance: object = None) -> MixtureOfStudents:
         """Return independent copies."""
         return MixtureOfStudents(self.parts, batch_shape)
 

@@ -6,10 +6,10 @@ import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypedDict, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from pyro_flows import _checks
 from pyro_flows._turns import turn
@@ -21,6 +21,22 @@ from pyro_flows.transforms.fixed import Preprocess
 
 AFFINES = ("auto", "diagonal", "none", "tril")
 FULL_AFFINE_UP_TO = 200  # dimensions
+
+
+class Networks(TypedDict):
+    """Options that the layers of all flows have."""
+
+    context_dim: int
+    hidden: Sequence[int]
+    activation: str
+
+
+class Couplings(Networks):
+    """Options that couplings have besides."""
+
+    network: str
+    log_scale_bound: float
+
 
 AUTO = "auto"  # in the place of a builder: what a fit takes, if nothing is said
 FlowLike = str | Flow | Bijection | Callable[[int], "Flow | Bijection"]
@@ -39,7 +55,7 @@ def of_vectors(builder: Callable[..., Flow]) -> Callable[..., Flow]:
     of_images(builder)
 
     @functools.wraps(builder)
-    def checked(*args: Any, **kwargs: Any) -> Flow:
+    def checked(*args: object, **kwargs: object) -> Flow:
         flow = builder(*args, **kwargs)
         if flow.dim == 1 or kwargs.get("layers") == 1:
             warn_unbent(flow, builder.__name__)
@@ -80,7 +96,7 @@ class Recipe:
     options: Mapping[str, Any] = field(default_factory=dict)
     base: str = "normal"
     df: float = 15.0
-    around: tuple[tuple[str, Any], ...] = ()
+    around: tuple[tuple[str, object], ...] = ()
 
     def __post_init__(self) -> None:
         options = {name: tuple(value) if isinstance(value, list) else value for name, value in self.options.items()}
@@ -97,12 +113,12 @@ class Recipe:
         Raises:
             ValueError: for an unknown builder or affine map, and wrong options.
         """
-        made: Any = self.builder
+        made = self.builder
         if isinstance(made, str):
-            made = {**BUILDERS, **PARTS}[made if made in PARTS else _checks.choice("builder", made, BUILDERS)]
-            made = made(dim, base=self.base, df=self.df, **self.options)
+            builder = {**BUILDERS, **PARTS}[made if made in PARTS else _checks.choice("builder", made, BUILDERS)]
+            made = builder(dim, base=self.base, df=self.df, **self.options)
         elif not isinstance(made, (Flow, Bijection)):
-            made = made(dim)
+            made = made(cast("int", dim))
         flow = made if isinstance(made, Flow) else Flow(made, base=self.base, df=self.df)
         for kind, about in self.around:
             flow = _with(flow, kind, about)
@@ -127,19 +143,19 @@ class Recipe:
         """Return the recipe with other tails of the base."""
         return replace(self, df=df)
 
-    def then(self, kind: str, about: Any) -> Recipe:
+    def then(self, kind: str, about: object) -> Recipe:
         """Return the recipe with one more map after the flow."""
         return replace(self, around=(*self.around, (kind, about)))
 
 
-def build(stack: list[Bijection], base: str, df: float, *, builder: str, dim: Any, **options: Any) -> Flow:
+def build(stack: list[Bijection], base: str, df: float, *, builder: str, dim: object, **options: object) -> Flow:
     """Compose the maps of a builder, and note what the flow is made of in :attr:`Flow.recipe`."""
     flow = Flow(Compose(stack), base=base, df=df)
     flow.recipe = Recipe(builder, options, base, flow.df)
     return flow
 
 
-def latent_recipe(flow: FlowLike, options: Mapping[str, Any], *, affine: str, base: str, df: float) -> Recipe:
+def latent_recipe(flow: FlowLike, options: Mapping[str, object], *, affine: str, base: str, df: float) -> Recipe:
     """Return the recipe of a flow over the latents of a model.
 
     Raises:
@@ -161,16 +177,24 @@ def latent_recipe(flow: FlowLike, options: Mapping[str, Any], *, affine: str, ba
     return found
 
 
-def _with(flow: Flow, kind: str, about: Any) -> Flow:
+class _Mixture(TypedDict):
+    components: int
+    context_dim: int
+    hidden: Sequence[int]
+
+
+def _with(flow: Flow, kind: str, about: object) -> Flow:
     if kind == "affine":
         return with_affine(flow, about)
-    return with_mixture(flow, **about) if kind == MIXTURE else with_preprocess(flow, blank(about, flow))
+    if kind == MIXTURE:
+        return with_mixture(flow, **cast(_Mixture, about))
+    return with_preprocess(flow, blank(cast("Mapping[str, object]", about), flow))
 
 
 # maps around a flow ---------------------------------------------------------------------------------------------------
 
 
-def with_affine(flow: Flow, kind: str) -> Flow:
+def with_affine(flow: Flow, kind: object) -> Flow:
     """Return the flow followed by tails and an affine map of one of `AFFINES`; "none" adds neither."""
     kind = _checks.choice("affine", kind, AFFINES)
     if kind == "none":
@@ -201,7 +225,7 @@ def with_mixture(flow: Flow, *, components: int, context_dim: int = 0, hidden: S
 
 def affine_of(flow: Flow) -> LowerTriangularAffine | DiagonalAffine | None:
     """Return the affine map that :func:`with_affine` put after a flow, if the flow ends in one."""
-    last: nn.Module = flow.bijection
+    last = flow.bijection
     last = last.layers[-1] if isinstance(last, Compose) else last
     return last if isinstance(last, (LowerTriangularAffine, DiagonalAffine)) else None
 
@@ -265,11 +289,11 @@ def with_preprocess(flow: Flow, layer: Preprocess) -> Flow:
 def _ending_replaced(bijection: Bijection, layer: Preprocess) -> Bijection:
     if not isinstance(bijection, Compose):
         return layer
-    stack: list[Any] = list(bijection.layers)
+    stack = list(bijection.layers)
     return _composed(bijection, [*stack[:-1], _ending_replaced(stack[-1], layer)])
 
 
-def _composed(before: Bijection, layers: list[Any]) -> Compose:
+def _composed(before: Bijection, layers: list[Bijection]) -> Compose:
     """Compose layers, with the scale of the context that they had."""
     found = Compose(layers)
     found.context_scale = before.context_scale if isinstance(before, Compose) else None
@@ -278,13 +302,13 @@ def _composed(before: Bijection, layers: list[Any]) -> Compose:
 
 def ending(flow: Flow) -> Preprocess | None:
     """Return the map to the scale of data that is the flow's last layer, if there is one."""
-    last: Any = flow.bijection
+    last = flow.bijection
     while isinstance(last, Compose):
         last = last.layers[-1]
     return last if isinstance(last, Preprocess) else None
 
 
-def blank(about: Mapping[str, Any], flow: Flow) -> Preprocess:
+def blank(about: Mapping[str, object], flow: Flow) -> Preprocess:
     """Return a map to the scale of data that changes nothing: its numbers are read from a file."""
     loc = torch.zeros(flow.event_shape)
     scale = torch.eye(loc.numel()) if about["full"] else torch.ones_like(loc)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ MIXTURE = "mixture"  # in the place of a builder's name
 AROUND = {"builder", "df", "inner", "mixture", "preprocess", "affine"}  # entries of a flow with more maps around it
 
 
-def to_json(flow: Flow | FlowMixture) -> dict[str, Any] | None:
+def to_json(flow: Flow | FlowMixture) -> dict[str, object] | None:
     """Return JSON values that tell how to build the flow; None if it was not made by a builder.
 
     A builder's options stand side by side with "builder", "dim", "base" and "df", and so do a "mixture" as the base,
@@ -32,13 +32,15 @@ def to_json(flow: Flow | FlowMixture) -> dict[str, Any] | None:
     if isinstance(flow, FlowMixture):
         found = [to_json(member) for member in flow.members]
         parts = zip(flow.which.tolist(), flow.log_weights.exp().tolist(), strict=True)
-        whole = {"builder": MIXTURE, "flows": found, "components": [list(part) for part in parts]}
-        return None if None in found else whole
+        if None in found:
+            return None
+        return {"builder": MIXTURE, "flows": found, "components": [list(part) for part in parts]}
     recipe = flow.recipe
     if recipe is None or not recipe.named:
         return None
     dim = flow.dim if len(flow.base_shape) == 1 else tuple(flow.base_shape)
-    text = {"builder": recipe.builder, "dim": dim, **recipe.options, "base": recipe.base, "df": recipe.df}
+    text: dict[str, object] = {"builder": recipe.builder, "dim": dim, **recipe.options}
+    text |= {"base": recipe.base, "df": recipe.df}
     for kind, about in recipe.around:
         if "affine" in text or kind in text:
             text = {"builder": recipe.builder, "df": recipe.df, "inner": text}
@@ -46,18 +48,20 @@ def to_json(flow: Flow | FlowMixture) -> dict[str, Any] | None:
     return text
 
 
-def recipe_of(text: Mapping[str, Any]) -> tuple[Recipe, Any]:
+def recipe_of(text: Mapping[str, object]) -> tuple[Recipe, int | tuple[int, ...]]:
     """Return the recipe that :func:`to_json` wrote down, and the dimension."""
-    if "inner" in text:
-        recipe, dim = recipe_of(text["inner"])
-        if not set(text) <= AROUND or text.get("builder") != text["inner"].get("builder"):
+    inner = text.get("inner")
+    if isinstance(inner, Mapping):
+        recipe, dim = recipe_of(inner)
+        if not set(text) <= AROUND or text.get("builder") != inner.get("builder"):
             raise ValueError(f"recipe: expected the entries {', '.join(sorted(AROUND))} around a flow, got others.")
-        recipe = recipe.with_df(text.get("df", recipe.df))
+        recipe = recipe.with_df(cast("float", text.get("df", recipe.df)))
     else:
         options = {name: value for name, value in text.items() if name not in ("mixture", "affine", "preprocess")}
-        builder, dim, base, df = (options.pop(name) for name in ("builder", "dim", "base", "df"))
+        builder, base, df = cast("str", options.pop("builder")), cast("str", options.pop("base")), options.pop("df")
+        dim = cast("int | tuple[int, ...]", options.pop("dim"))
         _checks.positive("df", df)
-        recipe = Recipe(builder, options, base, df)
+        recipe = Recipe(builder, options, base, cast("float", df))
     if text.get("mixture") is not None:
         recipe = recipe.then("mixture", text["mixture"])
     if text.get("preprocess") is not None:
@@ -67,22 +71,23 @@ def recipe_of(text: Mapping[str, Any]) -> tuple[Recipe, Any]:
     return recipe, dim
 
 
-def from_json(text: Mapping[str, Any]) -> Any:
+def from_json(text: Mapping[str, object]) -> Flow | FlowMixture:
     """Build the flow, or mixture of flows, that :func:`to_json` wrote down; its state is to be loaded.
 
     Raises:
         ValueError: for an unknown builder or affine map.
     """
     if text.get("builder") == MIXTURE:
-        parts = [Component(int(flow)) for flow, _ in text["components"]]
-        return FlowMixture([from_json(flow) for flow in text["flows"]], parts)
+        parts = [Component(int(flow)) for flow, _ in cast("list[tuple[int, float]]", text["components"])]
+        flows = [from_json(flow) for flow in cast("list[Mapping[str, object]]", text["flows"])]
+        return FlowMixture(cast("list[Flow]", flows), parts)
     if text.get("builder") not in PARTS:
         _checks.choice("builder", text["builder"], BUILDERS)
     recipe, dim = recipe_of(text)
     return recipe.build(dim)
 
 
-def restored(text: Any, state: Any, amend: Callable[[Any], None] = lambda flow: None) -> Any:
+def restored(text: object, state: object, amend: Callable[..., None] = lambda flow: None) -> Any:
     """Build the flow, or mixture of flows, of a file, which anybody may have written, and give it its state.
 
     Args:
@@ -94,7 +99,8 @@ def restored(text: Any, state: Any, amend: Callable[[Any], None] = lambda flow: 
         Damaged: for sizes beyond those of the tensors, before anything of that size is made; for other tensors than
             those of the flow, and for NaN.
     """
-    require(isinstance(text, Mapping) and isinstance(state, Mapping) and state, "a flow has no description or tensors")
+    if not isinstance(text, Mapping) or not isinstance(state, Mapping) or not state:
+        raise Damaged("a flow has no description or tensors")
     require(all(isinstance(value, Tensor) for value in state.values()), "a flow's state holds more than tensors")
     check_numbers(text, state)
     kinds = {value.dtype for value in state.values() if value.is_floating_point()}

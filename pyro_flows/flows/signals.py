@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from functools import partial
 
 import torch
 
@@ -74,8 +74,10 @@ def waveglow(
             f"levels={levels}, got {shape}; cut or pad the signal."
         )
     _checks.integer("layers", layers, 1)
-    options: dict[str, Any] = {"context_dim": context_dim, "frames": frames, "hidden": hidden}
-    options |= {"log_scale_bound": log_scale_bound}
+    options = {"context_dim": context_dim, "frames": frames, "hidden": hidden, "log_scale_bound": log_scale_bound}
+    coupling = partial(
+        AffineCoupling, context_dim=context_dim, frames=frames, hidden=hidden, log_scale_bound=log_scale_bound
+    )
 
     def scale(shape: tuple[int, ...], left: int) -> list[Bijection]:
         """In the order of sampling, the coarser scale first."""
@@ -83,15 +85,15 @@ def waveglow(
         stack: list[Bijection] = [MultiScale(Compose(scale(half, left - 1)))] if left > 1 else []
         for number in reversed(range(layers)):
             mask = masks.channels(shape, flip=number % 2 == 0)
-            stack += [AffineCoupling(shape, mask=mask, **options), Conv1x1(shape)]
+            stack += [coupling(shape, mask=mask), Conv1x1(shape)]
         return stack
 
     squeezed = (group * shape[0], shape[1] // group)
-    known = [AffineCoupling(squeezed, mask=torch.zeros(squeezed), **options)] if context_dim else []
+    known = [coupling(squeezed, mask=torch.zeros(squeezed))] if context_dim else []
     stack = [*scale(squeezed, levels), *known, ActNorm(squeezed)]
     stack = [Squeeze(shape, group=group), *stack, Squeeze(shape, group=group).inv]
-    options |= {"dim": shape, "group": group, "levels": levels, "layers": layers}
-    return build(stack, base, df, builder="waveglow", **options)
+    more = {"dim": shape, "group": group, "levels": levels, "layers": layers}
+    return build(stack, base, df, builder="waveglow", **options, **more)
 
 
 def at_length(flow: Flow, length: int) -> Flow:
@@ -114,11 +116,11 @@ def at_length(flow: Flow, length: int) -> Flow:
     if recipe is None or recipe.builder != waveglow.__name__ or recipe.around:
         raise ValueError("flow: expected one that pf.waveglow made, with no map to the scale of data after it.")
     channels, before = flow.event_shape
-    options = dict(recipe.options)
-    frames, rest = divmod(options["frames"] * _checks.integer("length", length, 1), before)
+    old, width = recipe.options["frames"], recipe.options["context_dim"]
+    frames, rest = divmod(old * _checks.integer("length", length, 1), before)
     if rest:
-        raise ValueError(f"length: expected whole frames of {before // options['frames']} samples, got {length}.")
-    options.update(frames=frames, context_dim=options["context_dim"] // options["frames"] * frames)
+        raise ValueError(f"length: expected whole frames of {before // old} samples, got {length}.")
+    options = {**recipe.options, "frames": frames, "context_dim": width // old * frames}
     again = replace(recipe, options=options).build((channels, length)).to(next(flow.parameters()))
     state = {name: value for name, value in flow.state_dict().items() if not name.endswith(".mask")}
     again.load_state_dict(state, strict=False)

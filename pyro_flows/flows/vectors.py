@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from pyro_flows import _checks
 from pyro_flows.flows.flow import Flow
-from pyro_flows.flows.recipe import build, of_vectors
+from pyro_flows.flows.recipe import Couplings, Networks, build, of_vectors
 from pyro_flows.transforms import (
     AdditiveCoupling,
     AffineCoupling,
@@ -55,7 +54,7 @@ def planar(
     40
     """
     _checks.integer("layers", layers, 1)
-    options: dict[str, Any] = {"context_dim": context_dim, "hidden": hidden, "activation": activation}
+    options: Networks = {"context_dim": context_dim, "hidden": hidden, "activation": activation}
     stack: list[Bijection] = [Planar(dim, **options) for _ in range(layers)]
     return build(stack, base, df, builder="planar", dim=dim, layers=layers, **options)
 
@@ -110,12 +109,12 @@ def nice(
     >>> pf.nice(3, layers=4).rsample_and_log_prob((5,))[1].shape
     torch.Size([5])
     """
-    options: dict[str, Any] = {"context_dim": context_dim, "hidden": hidden, "activation": activation}
+    options: Networks = {"context_dim": context_dim, "hidden": hidden, "activation": activation}
     kept = masks.sequence(dim, layers, kind=mask, seed=seed)
     stack: list[Bijection] = [Rescale(dim, **options)]
     stack += [AdditiveCoupling(dim, mask=part, network=network, **options) for part in kept]
-    options |= {"network": network, "mask": mask, "seed": seed}
-    return build(stack, base, df, builder="nice", dim=dim, layers=layers, **options)
+    more = {"network": network, "mask": mask, "seed": seed}
+    return build(stack, base, df, builder="nice", dim=dim, layers=layers, **options, **more)
 
 
 @of_vectors
@@ -164,8 +163,10 @@ def realnvp(
     >>> pf.realnvp(3, context_dim=2)(torch.zeros(7, 2)).batch_shape
     torch.Size([7])
     """
-    options: dict[str, Any] = {"context_dim": context_dim, "hidden": hidden, "activation": activation}
-    options |= {"network": network, "log_scale_bound": log_scale_bound}
+    options: Couplings = {
+        "context_dim": context_dim, "hidden": hidden, "activation": activation, "network": network,
+        "log_scale_bound": log_scale_bound,
+    }  # fmt: skip
     kept = masks.sequence(dim, layers, kind=mask, seed=seed)
     stack: list[Bijection] = [AffineCoupling(dim, mask=part, **options) for part in kept]
     return build(stack, base, df, builder="realnvp", dim=dim, layers=layers, mask=mask, seed=seed, **options)
@@ -225,9 +226,12 @@ def spline(
     >>> pf.spline(1, layers=1).log_prob(torch.zeros(3, 1)).shape
     torch.Size([3])
     """
-    options: dict[str, Any] = {"context_dim": context_dim, "hidden": hidden, "activation": activation}
+    options: Couplings = {
+        "context_dim": context_dim, "hidden": hidden, "activation": activation, "network": network,
+        "log_scale_bound": log_scale_bound,
+    }  # fmt: skip
     bound = (3.0 if base == "normal" else 5.0) if bound is None else bound
-    options |= {"network": network, "log_scale_bound": log_scale_bound, "bins": bins, "bound": bound}
     kept = masks.sequence(dim, layers, kind=mask, seed=seed)
-    stack: list[Bijection] = [SplineCoupling(dim, mask=part, **options) for part in kept]
-    return build(stack, base, df, builder="spline", dim=dim, layers=layers, mask=mask, seed=seed, **options)
+    stack: list[Bijection] = [SplineCoupling(dim, mask=part, bins=bins, bound=bound, **options) for part in kept]
+    more = {"bins": bins, "bound": bound}
+    return build(stack, base, df, builder="spline", dim=dim, layers=layers, mask=mask, seed=seed, **options, **more)

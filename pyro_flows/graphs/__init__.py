@@ -5,7 +5,7 @@ Other rooms import these names, and nothing else of this room:
 * :func:`record` runs a function and returns its tensor operations as a graph.
 * :class:`Runner` runs a graph: block by block by the interpreter in C, or by torch.
 * :class:`Recorder` does both for a function of a batch of points: it keeps graphs for few batch sizes, compares each
-  with the function, and calls the function itself where there is no graph.
+  with the function, and calls the function itself where there is no graph; a :class:`RecorderState` is for checkpoints.
 * :func:`refuse_recording` lets code say, while it is recorded, that it is not worth a graph.
 * :func:`agree` compares results but for rounding: check a graph at points where it was not recorded.
 * :class:`Stitcher` joins graphs into one.
@@ -27,7 +27,7 @@ True
 from pyro_flows.graphs.graph import Stitcher
 from pyro_flows.graphs.native import interpreter_is_built
 from pyro_flows.graphs.partitioning import partition
-from pyro_flows.graphs.recorder import Recorder
+from pyro_flows.graphs.recorder import Recorder, RecorderState
 from pyro_flows.graphs.recording import record, refuse_recording
 from pyro_flows.graphs.rounding import agree
 from pyro_flows.graphs.runner import Runner
@@ -35,6 +35,7 @@ from pyro_flows.graphs.stacking import stacked
 
 __all__ = [
     "Recorder",
+    "RecorderState",
     "Runner",
     "Stitcher",
     "agree",

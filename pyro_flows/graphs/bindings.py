@@ -3,16 +3,28 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
-from typing import Any, cast
+from collections.abc import Callable, Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, fx
 
-from pyro_flows.graphs.graph import LIKE, copy_graph, graph_module, is_aten, is_pure, name_of, sweep
+from pyro_flows.graphs.graph import (
+    LIKE,
+    copy_graph,
+    graph_module,
+    int_at,
+    is_aten,
+    is_pure,
+    name_of,
+    node_at,
+    operation_of,
+    sweep,
+)  # fmt: skip
 
+Binding = Callable[..., Tensor | Sequence[Tensor]]
 _aten = torch.ops.aten
-_ELSEWHERE: dict[str, Callable[..., Any]] = {
+_ELSEWHERE: dict[str, Binding] = {
     "linear": torch._C._nn.linear,
     "silu": torch._C._nn.silu,
     "split": torch.unsafe_split,
@@ -25,7 +37,7 @@ _BY_NUMBER = (_aten.add.Tensor, _aten.sub.Tensor, _aten.mul.Tensor, _aten.div.Te
 NARROW, LARGE = 12, 2**13  # columns of a product, and numbers in its first factor, that make it better turned around
 
 
-def peephole(module: fx.GraphModule) -> Callable[..., Any]:
+def peephole(module: fx.GraphModule) -> Callable[..., tuple[Tensor, ...]]:
     """Return the graph as a function that calls torch's own bindings, which take half of an operator object's time.
 
     Call it without autograd. What it computes is the same but for rounding; whoever records checks that.
@@ -62,14 +74,16 @@ def _hasten(module: fx.GraphModule, node: fx.Node, value: Tensor) -> None:
 
 def _hold_number(module: fx.GraphModule, node: fx.Node, value: Tensor) -> None:
     """Make a number a tensor once and for all, as torch does in each call."""
-    first, number, *factor = cast("tuple[Any, ...]", node.args)
+    first, number, *factor = node.args
     like = _value(first)
-    if type(number) not in (int, float) or node.kwargs or value.dim() == 0 or like is None or like.dtype != value.dtype:
+    if not isinstance(first, fx.Node) or node.kwargs or value.dim() == 0 or like is None or like.dtype != value.dtype:
+        return
+    if not isinstance(number, (int, float)) or isinstance(number, bool):
         return
     if value.dtype not in (torch.float32, torch.float64):  # narrower numbers are worked on in a wider type
         return
     if node.target is _aten.mul.Tensor and first.target is _aten.neg.default:
-        first, number = first.args[0], -number
+        first, number = node_at(first, 0), -number
     name = f"number_{len(module._buffers)}"
     module.register_buffer(name, torch.tensor(number, dtype=value.dtype, device=value.device))
     with node.graph.inserting_before(node):
@@ -87,24 +101,23 @@ def _multiply_and_add(node: fx.Node, value: Tensor) -> None:
     if node.target not in (_aten.add.Tensor, _aten.sub.Tensor) or node.kwargs or not value.is_floating_point():
         return
     for place in (1, 0) if node.target is _aten.add.Tensor else (1,):
-        product: Any = node.args[place]
-        parts = [node.args[1 - place], *product.args] if isinstance(product, fx.Node) else []
-        if parts and product.target is _aten.mul.Tensor and len(product.users) == 1:
-            values = [_value(part) for part in parts]
-            if all(like is not None and like.dtype == value.dtype for like in values):
+        product = node.args[place]
+        if isinstance(product, fx.Node) and product.target is _aten.mul.Tensor and len(product.users) == 1:
+            parts = (node.args[1 - place], *product.args)
+            if all(like is not None and like.dtype == value.dtype for like in map(_value, parts)):
                 node.kwargs = {"value": -1} if node.target is _aten.sub.Tensor else {}
-                node.target, node.args = _aten.addcmul.default, tuple(parts)
+                node.target, node.args = _aten.addcmul.default, parts
                 return
 
 
-def _value(node: Any) -> Tensor | None:
+def _value(node: object) -> Tensor | None:
     """Return the example of a node's value, if there is one."""
     return node.meta.get("val") if isinstance(node, fx.Node) else None
 
 
 def _sum_at_once(node: fx.Node, value: Tensor) -> None:
     """Sum over rows without keeping their axis, where it is dropped afterwards."""
-    total: Any = node.args[0]
+    total = node_at(node, 0)
     like = _value(total)
     kept = total.target is _aten.sum.dim_IntList and total.args[1:] == ([0], True) and not total.kwargs
     if kept and value.dim() == 1 and like is not None and like.dim() == 2:
@@ -133,11 +146,11 @@ def turn(node: fx.Node) -> None:
         node.target, node.args = _aten.t.default, (product,)
 
 
-def _transposed(node: fx.Node) -> Any:
-    return node.args[0] if node.target is _aten.t.default else node.graph.call_function(_aten.t.default, (node,))
+def _transposed(node: fx.Node) -> fx.Node:
+    return node_at(node, 0) if node.target is _aten.t.default else node.graph.call_function(_aten.t.default, (node,))
 
 
-def binding_of(node: fx.Node) -> Callable[..., Any]:
+def binding_of(node: fx.Node) -> Binding:
     """Return torch's binding of an operation that takes the same arguments, or the operator object."""
     name = name_of(node)
     if node.target is _aten.view.dtype:
@@ -145,16 +158,17 @@ def binding_of(node: fx.Node) -> Callable[..., Any]:
     if name in _ELSEWHERE:
         return _ELSEWHERE[name]
     if name in LIKE or name in _OTHERWISE or not hasattr(torch._C._VariableFunctions, name) or not hasattr(torch, name):
-        return cast("Callable[..., Any]", node.target)
-    return cast("Callable[..., Any]", getattr(torch, name))
+        return operation_of(node)
+    return getattr(torch, name)
 
 
 def _bind(node: fx.Node) -> None:
     """Put torch's binding of the same operation in place of the operator object, where there is one."""
     name = name_of(node)
     if node.target is _aten.slice.Tensor and len(node.args) == 4 and node.args[1] in (0, 1, 2):
-        tensor, axis, start, stop = node.args
-        node.target, node.args = operator.getitem, (tensor, (slice(None),) * axis + (slice(start, stop),))  # type: ignore[operator]
+        tensor, _, start, stop = node.args
+        node.args = tensor, (slice(None),) * int_at(node, 1) + (slice(start, stop),)
+        node.target = operator.getitem
     elif name in LIKE:
         node.target = getattr(torch, name)
         node.kwargs = {key: value for key, value in node.kwargs.items() if (key, value) != ("pin_memory", False)}

@@ -15,8 +15,8 @@ import copy
 import ctypes
 import math
 import threading
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, fx
@@ -24,7 +24,7 @@ from torch import Tensor, fx
 from pyro_flows._fallbacks import fallback
 from pyro_flows.graphs.bindings import binding_of, turn
 from pyro_flows.graphs.fusion_groups import NUMBERS, FusionGroups
-from pyro_flows.graphs.graph import copy_graph, graph_module, is_aten, is_pure, name_of, sweep
+from pyro_flows.graphs.graph import copy_graph, graph_module, is_aten, is_pure, name_of, operation_of, sweep
 from pyro_flows.graphs.native import library
 from pyro_flows.graphs.programs import program
 from pyro_flows.graphs.rounding import rounds_alike, rounds_alike_where_tame
@@ -64,8 +64,10 @@ def fused(module: fx.GraphModule, inputs: Sequence[Tensor]) -> Fused | None:
     try:
         with torch.inference_mode():
             made = Fused(module, inputs, run)
-            if not made.tasks or made.tasks < TASKS_FOR_A_CALL * made.calls or _is_for_threads(made):
+            if not made.tasks or made.tasks < TASKS_FOR_A_CALL * made.calls:
                 return None
+            if torch.get_num_threads() > THREADS and made.numbers > LARGE * len(made.nests.tasks):
+                return None  # torch divides operations on so many numbers among its threads
             found, expected = made(*inputs), tuple(value for _, value in made.nests.outputs)
             agrees = rounds_alike(module, inputs, found, expected) or rounds_alike_where_tame(module, inputs, made)
     except Unsuited:
@@ -77,20 +79,22 @@ def fused(module: fx.GraphModule, inputs: Sequence[Tensor]) -> Fused | None:
     return made if agrees else None
 
 
-def _is_for_threads(made: Fused) -> bool:
-    """Whether torch divides operations on so many numbers among so many threads that this one would be slower."""
-    return torch.get_num_threads() > THREADS and made.numbers > LARGE * len(made.nests.tasks)
-
-
 def _is_bound(node: fx.Node) -> bool:
     """Whether it depends on what ran before it, or on how memory is laid out, or gives as many numbers as it finds."""
     if not is_aten(node):
         return False
-    tags, name = node.target.tags, name_of(node)  # type: ignore[union-attr]
-    if name == "index":
-        found = [part.meta.get("val") for part in node.args[1] if isinstance(part, fx.Node)]  # type: ignore[union-attr]
+    if name_of(node) == "index":
+        indices = cast("Sequence[fx.Node | None]", node.args[1])
+        found = [part.meta.get("val") for part in indices if part is not None]
         return any(value is None or value.dtype in MASKS for value in found)
-    return bool(BOUND.intersection(tags)) or name.startswith("as_strided")
+    return bool(BOUND.intersection(operation_of(node).tags)) or name_of(node).startswith("as_strided")
+
+
+class _Run(NamedTuple):
+    """What one run is given, and what torch's operations return in it: by node and place, and by number of array."""
+
+    given: list[Tensor]
+    foreign: dict[object, Tensor]
 
 
 class Fused:
@@ -105,7 +109,7 @@ class Fused:
 
     first: tuple[Tensor, ...] = ()
 
-    def __init__(self, module: fx.GraphModule, inputs: Sequence[Tensor], run: Callable[..., Any]) -> None:
+    def __init__(self, module: fx.GraphModule, inputs: Sequence[Tensor], run: Callable[..., object]) -> None:
         inputs = [value.clone() for value in inputs]  # later ones may share no memory, and have no numbers in one place
         self.nests = nests = FusionGroups(module, inputs)
         self._run_program = run
@@ -172,56 +176,54 @@ class Fused:
             held = [_precise(given[place]) for _, place in self._taken]
             for (number, _), value in zip(self._taken, held, strict=True):
                 self._arrays[number] = value.data_ptr()
-            foreign: dict[Any, Tensor] = {}
+            run = _Run(given, {})
             for step in self._steps:
-                step(given, foreign)
-            return tuple(result(given, foreign) for result in self._results)
+                step(run)
+            return tuple(result(run) for result in self._results)
 
     # what is done ---------------------------------------------------------------------------------------------------
 
-    def _step(self, one: array.array[int] | Foreign, arrays: dict[Buffer, int]) -> Callable[..., None]:
+    def _step(self, one: array.array[int] | Foreign, arrays: dict[Buffer, int]) -> Callable[[_Run], None]:
         if isinstance(one, Foreign):
             return self._called(one, arrays)
         begin, count = one.buffer_info()
         numbers, scratch, registers = ctypes.addressof(self._arrays), self._scratch.data_ptr(), self._program.registers
-        run = self._run_program
+        run_program = self._run_program
 
-        def interpreted(given: Any, foreign: Any) -> None:
-            run(begin, count, numbers, scratch, registers)
+        def interpreted(run: _Run) -> None:
+            run_program(begin, count, numbers, scratch, registers)
 
         return interpreted
 
-    def _called(self, one: Foreign, arrays: dict[Buffer, int]) -> Callable[..., None]:
+    def _called(self, one: Foreign, arrays: dict[Buffer, int]) -> Callable[[_Run], None]:
         function = binding_of(one.node)
-        given_args, given_kwargs = self._template(one.args), self._template(one.kwargs)
-        fill_args, fill_kwargs = _filler(given_args), _filler(given_kwargs)
+        fill_args = _filled([self._template(part) for part in one.args])
+        fill_kwargs = _filled_by_name({name: self._template(part) for name, part in one.kwargs.items()})
         results = [((view.buffer.source), arrays[view.buffer]) for view in one.results]
         layouts = [(view.sizes, view.strides) for view in one.results]
         table = self._arrays
 
-        def called(given: Any, foreign: Any) -> None:
-            found = function(*fill_args(given, foreign), **fill_kwargs(given, foreign))
+        def called(run: _Run) -> None:
+            found = function(*fill_args(run), **fill_kwargs(run))
             parts = (found,) if isinstance(found, Tensor) else found
             for part, (key, number), (sizes, strides) in zip(parts, results, layouts, strict=True):
                 if part.shape != sizes:
                     raise RuntimeError(f"expected {one.node} of shape {tuple(sizes)}, got {tuple(part.shape)}.")
                 if part.stride() != strides:
                     part = torch.empty_strided(sizes, strides, dtype=part.dtype).copy_(part)
-                foreign[key] = part
-                foreign[number] = part = _precise(part)  # which stays for the run
+                run.foreign[key] = part
+                run.foreign[number] = part = _precise(part)  # which stays for the run
                 table[number] = part.data_ptr()
 
         return called
 
-    def _template(self, value: Any) -> Any:
-        """Return arguments with tensors in the place of views, or with what finds them in a run."""
+    def _template(self, value: object) -> object:
+        """Return an argument with tensors in the place of views, or with what finds them in a run."""
         if isinstance(value, Given):
             return self._tensor(*value)
-        if isinstance(value, (list, tuple)):
-            return type(value)(map(self._template, value))
-        return {key: self._template(part) for key, part in value.items()} if isinstance(value, dict) else value
+        return type(value)(map(self._template, value)) if isinstance(value, (list, tuple)) else value
 
-    def _tensor(self, view: View, dtype: torch.dtype) -> Any:
+    def _tensor(self, view: View, dtype: torch.dtype) -> Tensor | _Found:
         source = view.buffer.source
         if isinstance(source, Tensor):
             return torch.as_strided(source, view.sizes, view.strides, source.storage_offset() + view.offset).to(dtype)
@@ -229,14 +231,12 @@ class Fused:
             fixed = torch.as_strided(
                 self._arena, view.sizes, view.strides, self._program.places[view.buffer] + view.offset
             )
-            return fixed if dtype == torch.float64 else _Found(lambda given, foreign: fixed.to(dtype))
+            return fixed if dtype == torch.float64 else _Found(lambda run: fixed.to(dtype))
         return _Found(_reader(source, view, dtype))
 
-    def _result(self, view: View, dtype: torch.dtype) -> Callable[..., Tensor]:
+    def _result(self, view: View, dtype: torch.dtype) -> Callable[[_Run], Tensor]:
         found = self._tensor(view, dtype)
-        if isinstance(found, _Found):
-            return found.read
-        return lambda given, foreign: found.clone()
+        return found.read if isinstance(found, _Found) else lambda run: found.clone()
 
 
 def _precise(value: Tensor) -> Tensor:
@@ -249,15 +249,13 @@ def _precise(value: Tensor) -> Tensor:
 class _Found:
     """A tensor that is known in a run only."""
 
-    def __init__(self, read: Callable[..., Tensor]) -> None:
+    def __init__(self, read: Callable[[_Run], Tensor]) -> None:
         self.read = read
 
 
-def _reader(source: Any, view: View, dtype: torch.dtype) -> Callable[..., Tensor]:
-    by_number = isinstance(source, int)
-
-    def read(given: Any, foreign: Any) -> Tensor:
-        value = given[source] if by_number else foreign[source]
+def _reader(source: int | tuple[fx.Node, int], view: View, dtype: torch.dtype) -> Callable[[_Run], Tensor]:
+    def read(run: _Run) -> Tensor:
+        value = run.given[source] if isinstance(source, int) else run.foreign[source]
         if view.offset != 0 or value.shape != view.sizes or value.stride() != view.strides:
             value = torch.as_strided(value, view.sizes, view.strides, value.storage_offset() + view.offset)
         return value if value.dtype == dtype else value.to(dtype)
@@ -265,34 +263,36 @@ def _reader(source: Any, view: View, dtype: torch.dtype) -> Callable[..., Tensor
     return read
 
 
-def _filler(value: Any) -> Callable[..., Any]:
+def _filled(parts: Sequence[object]) -> Callable[[_Run], Sequence[object]]:
     """Return what gives arguments in a run."""
-    if isinstance(value, _Found):
-        return value.read
-    parts = [*value.values()] if isinstance(value, dict) else value
-    if not isinstance(parts, (list, tuple)):
-        return lambda given, foreign: value
-    fillers = [_filler(part) for part in parts]
-    changing = [(place, fill) for place, fill in enumerate(fillers) if _changes(parts[place])]
+    changing = [
+        (place, part.read if isinstance(part, _Found) else _filled(part))
+        for place, part in enumerate(parts)
+        if isinstance(part, (_Found, list, tuple)) and _changes(part)
+    ]
     if not changing:
-        return lambda given, foreign: value
-    if isinstance(value, dict):
-        return lambda given, foreign: {key: fill(given, foreign) for key, fill in zip(value, fillers, strict=True)}
+        return lambda run: parts
 
-    def filled(given: Any, foreign: Any) -> Any:
+    def filled(run: _Run) -> Sequence[object]:
         found = [*parts]
         for place, fill in changing:
-            found[place] = fill(given, foreign)
+            found[place] = fill(run)
         return found
 
     return filled
 
 
-def _changes(value: Any) -> bool:
-    if isinstance(value, (list, tuple, dict)):
-        return any(map(_changes, value.values() if isinstance(value, dict) else value))
-    return isinstance(value, _Found)
+def _filled_by_name(parts: Mapping[str, object]) -> Callable[[_Run], Mapping[str, object]]:
+    """Return what gives arguments with names in a run."""
+    if not any(map(_changes, parts.values())):
+        return lambda run: parts
+    fill = _filled([*parts.values()])
+    return lambda run: dict(zip(parts, fill(run), strict=True))
+
+
+def _changes(value: object) -> bool:
+    return any(map(_changes, value)) if isinstance(value, (list, tuple)) else isinstance(value, _Found)
 
 
 def _inputs_of(nests: FusionGroups, module: fx.GraphModule) -> list[View]:
-    return [nests.views[node] for node in module.graph.nodes if node.op == "placeholder"]
+    return [nests.view(node) for node in module.graph.nodes if node.op == "placeholder"]

@@ -12,21 +12,23 @@ from __future__ import annotations
 
 import operator
 from collections import defaultdict
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, fx
+from torch.fx.node import Argument
 
 from pyro_flows._tensors import storage_of
-from pyro_flows.graphs.graph import is_aten
+from pyro_flows.graphs.graph import int_at, is_aten, node_at, operation_of
 from pyro_flows.graphs.matrices import MATRICES
 from pyro_flows.graphs.operations import kind_of
-from pyro_flows.graphs.points import COMPARED, FLOATS, IDENTITY, POINTS, Written, is_truth
+from pyro_flows.graphs.points import COMPARED, FLOATS, IDENTITY, POINTS, Operand, is_truth
 from pyro_flows.graphs.structured import STRUCTURED
 from pyro_flows.graphs.views import (
     STORE,
     Buffer,
+    Call,
     Foreign,
     Given,
     Product,
@@ -68,8 +70,8 @@ class FusionGroups:
     def __init__(self, module: fx.GraphModule, inputs: Sequence[Tensor]) -> None:
         self.tasks: list[Task] = []
         self.foreign: list[Foreign | Product] = []
-        self.views: dict[Any, Any] = {}
-        self.real: dict[Any, Any] = {}
+        self.views: dict[fx.Node, View | list[View]] = {}
+        self.real: dict[fx.Node, object] = {}
         self.owner: dict[int, tuple[Buffer, int, torch.dtype]] = {}  # of a storage: buffer, where it begins, and dtype
         self.outputs: list[tuple[View, Tensor]] = []
         left = iter(enumerate(inputs))
@@ -77,17 +79,18 @@ class FusionGroups:
             if node.op == "placeholder":
                 number, value = next(left)
                 self.real[node] = value
-                self.views[node] = self.whole(value, Buffer(span(value), source=number))
-                self._own(value, self.views[node])
+                self.views[node] = view = self.whole(value, Buffer(span(value), source=number))
+                self._own(value, view)
             elif node.op == "get_attr":
                 value = getattr(module, str(node.target))
                 self._constant(node, value.detach(), changes=value.requires_grad)
             elif node.op == "output":
                 for part in node.args[0]:
-                    if not isinstance(self.views.get(part), View):
+                    if part not in self.views:
                         raise Unsuited
-                    self.views[part].buffer.kept = True
-                    self.outputs.append((self.views[part], self.real[part]))
+                    view = self.view(part)
+                    view.buffer.kept = True
+                    self.outputs.append((view, self.tensor(part)))
             else:
                 self._operation(node)
         self._put_off()
@@ -133,34 +136,52 @@ class FusionGroups:
         """Return the view that lies in a buffer as a result lies in its memory."""
         return View(buffer, 0, tuple(value.shape), value.stride(), value.dtype == torch.bool)
 
+    def tensor(self, node: fx.Node) -> Tensor:
+        """Return the result of an operation that has one."""
+        value = self.real[node]
+        if not isinstance(value, Tensor):
+            raise Unsuited
+        return value
+
+    def view(self, node: fx.Node) -> View:
+        """Return the view of the result of an operation that has one."""
+        view = self.views[node]
+        if not isinstance(view, View):
+            raise Unsuited
+        return view
+
     def _constant(self, node: fx.Node, value: Tensor, *, changes: bool = False) -> None:
         self.real[node] = value
-        self.views[node] = self.whole(value, Buffer(span(value), source=value, changes=changes))
+        self.views[node] = view = self.whole(value, Buffer(span(value), source=value, changes=changes))
         if changes:
-            self._own(value, self.views[node])
+            self._own(value, view)
 
     def _own(self, value: Tensor, view: View) -> None:
         """Know the buffer of a result, for those that share memory with it."""
         self.owner[storage_of(value)] = view.buffer, int(value.storage_offset()) - view.offset, value.dtype
 
     def _operation(self, node: fx.Node) -> None:
-        args, kwargs = fx.map_arg((node.args, node.kwargs), self.real.__getitem__)
+        args, kwargs = _mapped(node, self.real)
         views = (_aten.view.default, _aten._unsafe_view.default)
-        function: Any = torch.reshape if node.target in views else node.target
+        assert callable(node.target)
+        function: Callable[..., object] = torch.reshape if node.target in views else node.target
         result = self.real[node] = function(*args, **kwargs)
         if node.target is operator.getitem:
-            self.views[node] = self.views[node.args[0]][node.args[1]]
+            several = self.views[node_at(node, 0)]
+            assert isinstance(several, list)
+            self.views[node] = several[int_at(node, 1)]
         elif not isinstance(result, (Tensor, list, tuple)):
             raise Unsuited
         elif not isinstance(result, Tensor):
             parts = [self._shared(part) for part in result]
-            self.views[node] = parts if all(part is not None for part in parts) else self._several(node, result)
+            shared = [part for part in parts if part is not None]
+            self.views[node] = shared if len(shared) == len(parts) else self._several(node, result)
         elif all(view.buffer.constant for part in node.all_input_nodes for view in views_in(self.views[part])) or (
-            is_aten(node) and kind_of(node.target).by_shape
+            is_aten(node) and kind_of(operation_of(node)).by_shape
         ):
             self._constant(node, result)
-        elif (shared := self._shared(result)) is not None:
-            self.views[node] = shared
+        elif (view := self._shared(result)) is not None:
+            self.views[node] = view
         else:
             try:
                 self.views[node] = self._made(node, result)
@@ -177,22 +198,21 @@ class FusionGroups:
                 pass
         return self._leave(node, results)
 
-    def _shared(self, value: Any) -> View | None:
+    def _shared(self, value: object) -> View | None:
         """Return the view of a buffer that shares memory with a result, if one does."""
-        known = self.owner.get(storage_of(value)) if isinstance(value, Tensor) else None
-        if known is None:
+        if not isinstance(value, Tensor) or storage_of(value) not in self.owner:
             return None
-        buffer, begin, dtype = known
+        buffer, begin, dtype = self.owner[storage_of(value)]
         if value.dtype != dtype or value.is_conj() or value.is_neg():
             raise Unsuited  # such as parts of complex numbers
-        offset = value.storage_offset() - begin
+        offset = int(value.storage_offset()) - begin
         return View(buffer, offset, tuple(value.shape), value.stride(), value.dtype == torch.bool)
 
     def _leave(self, node: fx.Node, results: Sequence[Tensor]) -> list[View]:
         """Leave an operation to torch."""
         if not all(isinstance(part, Tensor) for part in results):
             raise Unsuited
-        args, kwargs = fx.map_arg((node.args, node.kwargs), self._given)
+        args, kwargs = _mapped(node, {part: self._given(part) for part in node.all_input_nodes})
         taken = [*views_in((args, kwargs))]
         for view in taken:
             view.buffer.kept = True
@@ -204,11 +224,8 @@ class FusionGroups:
             self._own(part, one.results[-1])
         return one.results
 
-    def _given(self, node: fx.Node) -> Any:
-        value, view = self.real[node], self.views[node]
-        if isinstance(value, Tensor):
-            return Given(view, value.dtype)
-        return [Given(part, of.dtype) for part, of in zip(view, value, strict=True)]
+    def _given(self, node: fx.Node) -> Given:
+        return Given(self.view(node), self.tensor(node).dtype)
 
     # tasks --------------------------------------------------------------------------------------------------------
 
@@ -229,41 +246,40 @@ class FusionGroups:
     def _tasks_for(self, node: fx.Node, result: Tensor) -> View:
         if not is_aten(node) or not result.numel() or result.dtype not in NUMBERS:
             raise Unsuited
-        args, kwargs = fx.map_arg((node.args, node.kwargs), self.views.__getitem__)
+        call = Call(node, *_mapped(node, self.views), result)
         for write in (STRUCTURED.get(node.target), MATRICES.get(node.target)):
             if write is not None:
-                return write(self, node, args, kwargs, result)
-        return self._point(node, POINTS.get(node.target), args, kwargs, result)
+                return write(self, call)
+        return self._point(call)
 
-    def _point(self, node: fx.Node, write: Written | None, args: Any, kwargs: Any, result: Tensor) -> View:
-        if write is None:
+    def _point(self, call: Call) -> View:
+        if call.node.target not in POINTS:
             raise Unsuited
-        for part in node.all_input_nodes:
+        for part in call.node.all_input_nodes:
             self.need_numbers(part)
-        dtypes = {self.real[part].dtype for part in node.all_input_nodes}
-        if result.dtype == torch.bool and len(dtypes & FLOATS) > 1:
+        dtypes = {self.tensor(part).dtype for part in call.node.all_input_nodes}
+        truth = call.result.dtype == torch.bool
+        if truth and len(dtypes & FLOATS) > 1:
             raise Unsuited  # torch may compare in either precision
 
-        def emit(code: int, *operands: Any, number: float = 0.0) -> View:
-            if not all(isinstance(part, View) for part in operands):
+        def emit(code: int, *operands: Operand, number: float = 0.0) -> View:
+            views = [part for part in operands if isinstance(part, View)]
+            if len(views) < len(operands):
                 raise Unsuited
-            if result.dtype == torch.bool and not is_truth(code, operands, number):
+            if truth and not is_truth(code, views, number):
                 raise Unsuited  # such as the sum of truths
             if code in COMPARED and torch.float32 in dtypes:
                 number = float(torch.tensor(number, dtype=torch.float32))  # as it is compared there
-            return self.point(result, code, *operands, number=number)
+            return self.point(call.result, code, *views, number=number)
 
-        found = write(emit, *args, **kwargs)
-        if not isinstance(found, View):
-            raise Unsuited
-        return found
+        return POINTS[call.node.target](emit, *call.args, **call.kwargs)
 
-    def need_numbers(self, node: Any) -> None:
+    def need_numbers(self, node: fx.Node) -> None:
         """Raise :class:`Unsuited` if a value is none that tasks can read: it is empty, complex, or not precise."""
-        value = self.real[node]
-        if not isinstance(value, Tensor) or not value.numel() or value.dtype.is_complex:
+        value = self.tensor(node)
+        if not value.numel() or value.dtype.is_complex:
             raise Unsuited
-        buffer = self.views[node].buffer  # of a parameter of another type, there would be a copy that stays what it is
+        buffer = self.view(node).buffer  # of a parameter of another type, there would be a copy that stays what it is
         if not buffer.constant and value.dtype not in ((torch.float64,) if buffer.changes else NUMBERS):
             raise Unsuited
 
@@ -274,10 +290,10 @@ class FusionGroups:
         strides = like.stride() if sizes == like.shape else dense(sizes)
         return self._point_to(code, operands, sizes, strides, like.dtype == torch.bool, number)
 
-    def numbers(self, code: int, *operands: View, number: float = 0.0) -> View:
+    def numbers(self, code: int, *operands: View) -> View:
         """Add a task whose results lie in the order of their sizes."""
         sizes = broadcast([view.sizes for view in operands])
-        return self._point_to(code, operands, sizes, dense(sizes), False, number)
+        return self._point_to(code, operands, sizes, dense(sizes), False, 0.0)
 
     def _point_to(
         self, code: int, operands: Sequence[View], sizes: Sizes, strides: Sizes, boolean: bool, number: float
@@ -294,3 +310,10 @@ class FusionGroups:
         task.level = max(level_for(view, task.nest) for view in taken)
         to.buffer.level = max(to.buffer.level, task.level)
         self.tasks.append(task)
+
+
+def _mapped(node: fx.Node, values: Mapping[fx.Node, object]) -> tuple[tuple[object, ...], dict[str, object]]:
+    """Return the arguments of a node with values in the place of nodes."""
+    value_of = cast("Callable[[fx.Node], Argument]", values.__getitem__)  # which fx leaves as they are
+    args, kwargs = fx.map_arg((node.args, node.kwargs), value_of)
+    return args, {**kwargs}

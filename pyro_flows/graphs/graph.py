@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, fx, nn
+from torch._ops import OpOverload
 from torch.fx._lazy_graph_module import _LazyGraphModule
+from torch.fx.node import Argument, Target
 
 _aten = torch.ops.aten
 _SAME = (_aten.detach.default, _aten.alias.default)
@@ -21,18 +23,55 @@ def graph_module(root: nn.Module, graph: fx.Graph) -> fx.GraphModule:
     return _LazyGraphModule(root, graph)
 
 
-def new_node(graph: fx.Graph, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.Node:
-    """Add an operation; torch.fx takes most of its time for a name, and for arguments that are given at once."""
+def new_node(
+    graph: fx.Graph, target: Target, args: tuple[Argument, ...], like: Tensor | None = None,
+    kwargs: dict[str, Argument] | None = None,
+) -> fx.Node:  # fmt: skip
+    """Add an operation, whose result has the shape, dtype and device of ``like``, if that is known.
+
+    torch.fx takes most of its time for a name, and for arguments that are given at once.
+    """
     node = graph.create_node("call_function", target, name="value")
     node.args = args
     if kwargs:
         node.kwargs = kwargs
+    if like is not None:
+        node.meta["val"] = like
     return node
 
 
-def args_of(node: fx.Node) -> tuple[Any, ...]:
-    """Return the arguments of a node, of any type."""
-    return tuple(node.args)
+def node_at(node: fx.Node, place: int) -> fx.Node:
+    """Return an argument of a node that is a node."""
+    part = node.args[place]
+    assert isinstance(part, fx.Node)
+    return part
+
+
+def nodes_at(node: fx.Node, place: int) -> list[fx.Node]:
+    """Return an argument of a node that is a sequence of nodes."""
+    return [*cast("Sequence[fx.Node]", node.args[place])]
+
+
+def int_at(node: fx.Node, place: int, otherwise: int = 0) -> int:
+    """Return an argument of a node that is a whole number; another one where it is left out or None."""
+    number = node.args[place] if place < len(node.args) else None
+    return otherwise if number is None else int(cast("int", number))
+
+
+def ints_at(node: fx.Node, place: int) -> list[int]:
+    """Return an argument of a node that is a sequence of whole numbers."""
+    return [*cast("Sequence[int]", node.args[place])]
+
+
+def operation_of(node: fx.Node) -> OpOverload:
+    """Return the operation of torch's that a node calls, see :func:`is_aten`."""
+    assert isinstance(node.target, OpOverload)
+    return node.target
+
+
+def has_tag(node: fx.Node, tag: torch.Tag) -> bool:
+    """Whether a node calls an operation that torch marks so."""
+    return is_aten(node) and tag in operation_of(node).tags
 
 
 def copy_node(graph: fx.Graph, node: fx.Node, copies: dict[fx.Node, fx.Node]) -> fx.Node:
@@ -40,7 +79,7 @@ def copy_node(graph: fx.Graph, node: fx.Node, copies: dict[fx.Node, fx.Node]) ->
     if node.op != "call_function":
         return graph.node_copy(node, copies.__getitem__)
     args, kwargs = fx.map_arg((node.args, node.kwargs), copies.__getitem__)
-    copy = new_node(graph, node.target, args, kwargs)
+    copy = new_node(graph, node.target, args, kwargs=kwargs)
     copy.meta = dict(node.meta)
     return copy
 
@@ -98,7 +137,7 @@ class Stitcher:
                 copies[node] = copy_node(self.graph, node, copies)
         raise ValueError("module: expected a graph that returns something.")
 
-    def call(self, operation: Callable[..., Any], arguments: tuple[Any, ...], like: Tensor) -> fx.Node:
+    def call(self, operation: Callable[..., object], arguments: tuple[Argument, ...], like: Tensor) -> fx.Node:
         """Add one operation whose result has the shape, dtype and device of ``like``."""
         node = self.graph.call_function(operation, arguments)
         node.meta["val"] = like
@@ -128,29 +167,28 @@ class Stitcher:
         """Merge constant orders, one after the other, into one; undo one by its inverse, not by adding to zeros."""
         if node.target not in (_aten.index_select.default, _aten.index_add.default) or node.kwargs:
             return
-        source, axis, by, *given = cast("list[Any]", node.args)
-        order = self._order(by)
+        source, axis, order = node_at(node, 0), int_at(node, 1), self._order(node_at(node, 2))
         if order is None:
             return
         if node.target is _aten.index_add.default:
             size = node.meta["val"].shape[axis]
             if source.target is not _aten.new_zeros.default or not torch.equal(order.sort()[0], _count(size, order)):
                 return
-            source, order = given[0], torch.argsort(order)
+            source, order = node_at(node, 3), torch.argsort(order)
         while source.target is _aten.index_select.default and source.args[1] == axis:
-            before = self._order(source.args[2])
+            before = self._order(node_at(source, 2))
             if before is None:
                 break
-            source, order = source.args[0], before[order]
+            source, order = node_at(source, 0), before[order]
         if torch.equal(order, _count(source.meta["val"].shape[axis], order)):
             node.replace_all_uses_with(source)
             return
         with self.graph.inserting_before(node):
             node.target, node.args = _aten.index_select.default, (source, axis, self.constant(order))
 
-    def _order(self, node: Any) -> Tensor | None:
+    def _order(self, node: fx.Node) -> Tensor | None:
         """Return the value of a constant vector."""
-        value = getattr(self._constants, node.target) if node.op == "get_attr" else None
+        value = getattr(self._constants, str(node.target)) if node.op == "get_attr" else None
         return value if value is not None and value.dim() == 1 else None
 
     def _constant(self, value: Tensor) -> str:
@@ -192,7 +230,7 @@ def out_of_place(graph: fx.Graph) -> bool:
         if pure is None or not isinstance(changed, fx.Node) or not _is_own(changed, node):
             return False
         node.target = pure
-        changed.replace_all_uses_with(node, lambda user, at=order[node]: order[user] > at)  # type: ignore[misc]
+        changed.replace_all_uses_with(node, {user for user in changed.users if order[user] > order[node]}.__contains__)
     return True
 
 
@@ -205,16 +243,16 @@ def through_copies(graph: fx.Graph) -> None:
         pure = _pure(node) if _changes(node) and name_of(node) != "copy_" else None
         if pure is not None:
             with graph.inserting_before(node):
-                new = new_node(graph, pure, node.args, dict(node.kwargs))
+                new = new_node(graph, pure, node.args, kwargs=dict(node.kwargs))
             new.meta = dict(node.meta)
             node.target, node.args, node.kwargs = _aten.copy_.default, (node.args[0], new), {}
 
 
-def _pure(node: fx.Node) -> Any:
+def _pure(node: fx.Node) -> OpOverload | None:
     """Return the operation that gives a new tensor in place of changing its first argument; None if there is none."""
     name = name_of(node)
     overloads = getattr(_aten, name.removesuffix("_"), None) if name.endswith("_") else None
-    return getattr(overloads, node.target._overloadname, None)  # type: ignore[union-attr]
+    return getattr(overloads, operation_of(node)._overloadname, None)
 
 
 def _is_own(changed: fx.Node, by: fx.Node) -> bool:
@@ -227,22 +265,23 @@ def _is_own(changed: fx.Node, by: fx.Node) -> bool:
 def _is_fresh(node: fx.Node) -> bool:
     if node.op == "output":
         return True
-    return is_aten(node) and all(result.alias_info is None for result in node.target._schema.returns)  # type: ignore[union-attr]
+    return is_aten(node) and all(result.alias_info is None for result in operation_of(node)._schema.returns)
 
 
 def is_aten(node: fx.Node) -> bool:
-    return node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload)
+    return node.op == "call_function" and isinstance(node.target, OpOverload)
 
 
 def tidy(graph: fx.Graph) -> None:
     """Drop operations that repeat their input; compute equal things once."""
-    seen: dict[Any, fx.Node] = {}
+    seen: dict[object, fx.Node] = {}
     for node in list(graph.nodes):
         if node.op == "call_function":
             replacement = _simpler(node)
-            if replacement is None and _is_pure(node):
+            random = has_tag(node, torch.Tag.nondeterministic_seeded)  # a second call is no second copy of the value
+            if replacement is None and (node.target is operator.getitem or (is_aten(node) and not random)):
                 replacement = seen.setdefault((node.target, key_of(node.args), key_of(node.kwargs)), node)
-            if replacement not in (None, node):
+            if replacement is not None and replacement is not node:
                 node.replace_all_uses_with(replacement)
                 graph.erase_node(node)
 
@@ -255,18 +294,11 @@ def sweep(graph: fx.Graph) -> None:
 
 
 def _changes(node: fx.Node) -> bool:
-    return is_aten(node) and node.target._schema.is_mutable  # type: ignore[union-attr]
-
-
-def _is_pure(node: fx.Node) -> bool:
-    """Whether a second call with the same inputs is a second copy of the same value."""
-    if node.target is operator.getitem:
-        return True
-    return is_aten(node) and torch.Tag.nondeterministic_seeded not in node.target.tags  # type: ignore[union-attr]
+    return is_aten(node) and operation_of(node)._schema.is_mutable
 
 
 def name_of(node: fx.Node) -> str:
-    return node.target._schema.name.removeprefix("aten::")  # type: ignore[union-attr]
+    return operation_of(node)._schema.name.removeprefix("aten::")
 
 
 def _simpler(node: fx.Node) -> fx.Node | None:
@@ -279,14 +311,14 @@ def _simpler(node: fx.Node) -> fx.Node | None:
     if node.target in _BY_ONE and node.args[1] == 1 and node.meta["val"].dtype == first.meta["val"].dtype:
         return first
     if node.target is _aten.t.default and first.target is _aten.t.default:
-        return first.args[0]  # type: ignore[return-value]
-    if node.target is _aten.permute.default and [*node.args[1]] == [*range(len(node.args[1]))]:  # type: ignore[arg-type, misc]
+        return node_at(first, 0)
+    if node.target is _aten.permute.default and ints_at(node, 1) == [*range(len(ints_at(node, 1)))]:
         return first
     shaped = node.target in (_aten.view.default, _aten.expand.default)
     return first if shaped and node.meta["val"].shape == first.meta["val"].shape else None
 
 
-def key_of(value: Any) -> Any:
+def key_of(value: object) -> object:
     """Return what arguments of operations are compared by."""
     if isinstance(value, (list, tuple)):
         return tuple(key_of(part) for part in value)

@@ -6,14 +6,12 @@ Torch calls a library for each matrix of a batch, which takes a microsecond for 
 from __future__ import annotations
 
 from math import prod
-from typing import Any
 
 import torch
-from torch import Tensor, fx
 
 from pyro_flows.graphs.points import ADD, DIV, IDENTITY, MUL, SQRT, SUB
 from pyro_flows.graphs.structured import stacked
-from pyro_flows.graphs.views import STORE, Adding, Buffer, Product, Rule, Unsuited, View, dense, span
+from pyro_flows.graphs.views import STORE, Adding, Buffer, Call, Product, Rule, Unsuited, View, dense, read, span
 
 _aten = torch.ops.aten
 SMALL = 6  # rows or columns of a matrix that is taken apart
@@ -21,16 +19,13 @@ BATCH = 16  # matrices at least
 PRODUCTS, PACKED = 2**20, 2**15  # numbers multiplied for one product, and numbers of its second factor, at most
 
 
-def _product(nests: Adding, node: fx.Node, args: Any, kwargs: Any, result: Tensor) -> View:
+def _product(nests: Adding, call: Call) -> View:
     """Multiply one pair of matrices, or add their product to something."""
-    for part in node.all_input_nodes:
-        nests.need_numbers(part)
-    if kwargs:
+    *added, first, second = (read(nests, call, place) for place in range(len(call.args)))
+    if call.kwargs:
         raise Unsuited
-    first, second = (view.widened(0) for view in args[-2:])
-    whole = _multiplied(nests, first, second)
-    view = whole.at(0, 0)
-    return nests.point(result, ADD, args[0], view) if len(args) == 3 else view
+    view = _multiplied(nests, first.widened(0), second.widened(0)).at(0, 0)
+    return nests.point(call.result, ADD, *added, view) if added else view
 
 
 def _multiplied(nests: Adding, first: View, second: View) -> View:
@@ -49,29 +44,25 @@ def _multiplied(nests: Adding, first: View, second: View) -> View:
     return to
 
 
-def _products(nests: Adding, node: fx.Node, args: Any, kwargs: Any, result: Tensor) -> View:
+def _products(nests: Adding, call: Call) -> View:
     """Multiply matrices of a batch: number by number where rows and columns meet in few places."""
-    for part in node.all_input_nodes:
-        nests.need_numbers(part)
-    first, second = args
+    first, second = read(nests, call, 0), read(nests, call, 1)
     rows, inner, columns = first.sizes[-2], first.sizes[-1], second.sizes[-1]
     if first.sizes[0] < BATCH or inner > SMALL or min(rows, columns) > SMALL or first.index or second.index:
         return _multiplied(nests, first, second)
     total: View | None = None
     for place in range(inner):
-        one = nests.point(result, MUL, first.at(2, place).widened(2), second.at(1, place).widened(1))
-        total = one if total is None else nests.point(result, ADD, total, one)
+        one = nests.point(call.result, MUL, first.at(2, place).widened(2), second.at(1, place).widened(1))
+        total = one if total is None else nests.point(call.result, ADD, total, one)
     if total is None:
         raise Unsuited
     return total
 
 
-def _solved(nests: Adding, node: fx.Node, args: Any, kwargs: Any, result: Tensor) -> View:
+def _solved(nests: Adding, call: Call) -> View:
     """Solve triangular systems, A X = B or X A = B, one row or column of X after the other."""
-    for part in node.all_input_nodes:
-        nests.need_numbers(part)
-    factor, right = args
-    size, rank = factor.sizes[-1], result.dim()
+    factor, right, result = read(nests, call, 0), read(nests, call, 1), call.result
+    size, rank, kwargs = factor.sizes[-1], result.dim(), call.kwargs
     if size > SMALL or prod(factor.sizes[:-2]) < BATCH or factor.index or right.index:
         raise Unsuited
     left, unit = kwargs.get("left", True), kwargs.get("unitriangular", False)
@@ -98,12 +89,11 @@ def _over(view: View, batch: tuple[int, ...]) -> View:
     return view
 
 
-def _factored(nests: Adding, node: fx.Node, args: Any, kwargs: Any, result: Tensor) -> View:
+def _factored(nests: Adding, call: Call) -> View:
     """Return Cholesky factors, whose entries are not numbers where a matrix is not positive definite."""
-    nests.need_numbers(node.args[0])
-    matrix, rank = args[0], result.dim()
-    size = matrix.sizes[-1]
-    if any(kwargs.values()) or size > SMALL or prod(matrix.sizes[:-2]) < BATCH or matrix.index:
+    matrix, result = read(nests, call), call.result
+    size, rank = matrix.sizes[-1], result.dim()
+    if any(call.kwargs.values()) or size > SMALL or prod(matrix.sizes[:-2]) < BATCH or matrix.index:
         raise Unsuited
     found: dict[tuple[int, int], View] = {}
     for column in range(size):
@@ -121,7 +111,7 @@ def _factored(nests: Adding, node: fx.Node, args: Any, kwargs: Any, result: Tens
     return nests.whole(result, buffer)
 
 
-MATRICES: dict[Any, Rule] = {
+MATRICES: dict[object, Rule] = {
     _aten.mm.default: _product,
     _aten.addmm.default: _product,
     _aten.bmm.default: _products,

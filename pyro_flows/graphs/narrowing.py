@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.fx.node import Argument, Target
 
+from pyro_flows._fallbacks import Tried
 from pyro_flows._shapes import broadcast
-from pyro_flows.graphs.graph import copy_graph, graph_module, is_aten, new_node, sweep
+from pyro_flows.graphs.graph import copy_graph, graph_module, has_tag, int_at, ints_at, new_node, node_at, sweep
 from pyro_flows.graphs.sums import like_of, terms_of
 
 _aten = torch.ops.aten
@@ -50,14 +51,11 @@ def narrow(module: fx.GraphModule, inputs: Sequence[Tensor]) -> fx.GraphModule:
         return module
     sweep(graph)
     written = graph_module(module, graph)
-    try:
-        with torch.no_grad():
-            trial = fx.Interpreter(written)
-            trial.extra_traceback = False  # its words for an error import torch's compiler: two seconds
-            trial.run(*inputs)
-    except Exception:  # memory is laid out in another way than a view needs
-        return module
-    return written
+    with Tried() as tried, torch.no_grad():
+        trial = fx.Interpreter(written)
+        trial.extra_traceback = False  # its words for an error import torch's compiler: two seconds
+        trial.run(*inputs)
+    return written if tried.error is None else module  # whose memory is laid out in another way than a view needs
 
 
 def _numbers(node: fx.Node) -> int:
@@ -115,23 +113,24 @@ class _Narrower:
         self.core[node].meta["val"] = getattr(self.module, name)
 
     def _expansion(self, node: fx.Node) -> None:
-        source: Any = node.args[0]
+        source = node_at(node, 0)
         if source.meta["val"].dim() == node.meta["val"].dim():
             self.core[node] = self.core.get(source, source)
 
     def _sum(self, node: fx.Node) -> None:
         """A sum of equal numbers is one of them times how many there are."""
-        given: Any = node.args
-        core, axes = self.core.get(given[0]), given[1]
-        if core is None or not axes or 0 in core.meta["val"].shape or not given[0].meta["val"].is_floating_point():
+        source = node_at(node, 0)
+        core, value = self.core.get(source), source.meta["val"]
+        if core is None or not node.args[1] or 0 in core.meta["val"].shape or not value.is_floating_point():
             return
-        wide, thin = given[0].meta["val"].shape, core.meta["val"].shape
-        count = math.prod(wide[axis] // thin[axis] for axis in axes)
+        thin, axes = core.meta["val"].shape, ints_at(node, 1)
+        count = math.prod(value.shape[axis] // thin[axis] for axis in axes)
         if count == 1:
             return
-        like = like_of(node.meta["val"], *thin).sum(*given[1:])  # on the device "meta", this imports sympy: a second
+        like = like_of(node.meta["val"], *thin)  # on the device "meta", sums import sympy: a second
+        like = like.sum(axes, keepdim=bool(int_at(node, 2)))
         with self.graph.inserting_before(node):
-            whole = self._add(_SUM, (core, *given[1:]), node, like.shape)
+            whole = self._add(_SUM, (core, *node.args[1:]), node, like.shape)
             whole = self._add(_aten.mul.Tensor, (whole, float(count)), node, like.shape)
         self._becomes(node, whole)
 
@@ -157,13 +156,14 @@ class _Narrower:
         nothing = 0.0 if node.target is _aten.add.Tensor else 1.0
         places = (1,) if node.target is _aten.div.Tensor else (0, 1)
         for place in places:
-            other: Any = node.args[1 - place]
-            repeats = isinstance(other, fx.Node) and other.meta["val"].dtype == node.meta["val"].dtype
-            if repeats and self._is(node.args[place], nothing):
+            other = node.args[1 - place]
+            if not isinstance(other, fx.Node) or other.meta["val"].dtype != node.meta["val"].dtype:
+                continue
+            if self._is(node.args[place], nothing):
                 return other
         return None
 
-    def _is(self, part: Any, number: float) -> bool:
+    def _is(self, part: Argument, number: float) -> bool:
         """Whether an operand is this number everywhere."""
         if isinstance(part, (int, float)) and not isinstance(part, bool):
             return part == number
@@ -185,16 +185,15 @@ class _Narrower:
             return
         self.core[node] = other
 
-    def _add(self, target: Any, args: tuple[Any, ...], node: fx.Node, shape: Sequence[int]) -> fx.Node:
-        found = new_node(self.graph, target, args, dict(node.kwargs) if target is node.target else {})
-        found.meta["val"] = like_of(node.meta["val"], *shape)
-        return found
+    def _add(self, target: Target, args: tuple[Argument, ...], node: fx.Node, shape: Sequence[int]) -> fx.Node:
+        kwargs = dict(node.kwargs) if target is node.target else {}
+        return new_node(self.graph, target, args, like_of(node.meta["val"], *shape), kwargs)
 
 
 def _is_pointwise(node: fx.Node) -> bool:
-    if not is_aten(node) or torch.Tag.pointwise not in node.target.tags:  # type: ignore[union-attr]
+    if not has_tag(node, torch.Tag.pointwise) or has_tag(node, torch.Tag.nondeterministic_seeded):
         return False
-    if torch.Tag.nondeterministic_seeded in node.target.tags or not isinstance(node.meta.get("val"), Tensor):  # type: ignore[union-attr]
+    if not isinstance(node.meta.get("val"), Tensor):
         return False
     plain = not any(isinstance(part, (list, tuple)) for part in node.args)
     return plain and not any(isinstance(part, fx.Node) for part in node.kwargs.values())
@@ -204,50 +203,42 @@ def _side_by_side(graph: fx.Graph) -> int:
     """Put gradients of parts of a tensor that do not overlap side by side; return how many sums that was."""
     changes = 0
     for node, terms in terms_of(graph):
-        parts = [part for part, sign in terms if sign == 1 and _is_part(part)]
-        axis = {(part.args[2], tuple(part.args[1])) for part in parts}  # type: ignore[arg-type]
+        parts = [part for part, sign in terms if sign == 1 and part.target is _SLICE and len(part.users) == 1]
+        parts = [part for part in parts if not part.kwargs and int_at(part, 5) == 1]
+        axis = {(part.args[2], tuple(ints_at(part, 1))) for part in parts}
         if len(parts) < 2 or len(axis) > 1 or any(sign == -1 for _, sign in terms):
             continue
-        parts.sort(key=lambda part: part.args[3])  # type: ignore[arg-type, return-value]
+        parts.sort(key=lambda part: int_at(part, 3))
         with graph.inserting_before(node):
             whole = _joined(graph, parts, node.meta["val"])
             if whole is None:
                 continue
             for other in (part for part, _ in terms if part not in parts):
-                total = new_node(graph, _aten.add.Tensor, (whole, other), {})
-                total.meta["val"] = node.meta["val"]
-                whole = total
+                whole = new_node(graph, _aten.add.Tensor, (whole, other), node.meta["val"])
         node.replace_all_uses_with(whole)
         changes += 1
     return changes
 
 
-def _is_part(node: fx.Node) -> bool:
-    return node.target is _SLICE and not node.kwargs and node.args[5] == 1 and len(node.users) == 1  # type: ignore[return-value]
-
-
 def _joined(graph: fx.Graph, parts: Sequence[fx.Node], value: Tensor) -> fx.Node | None:
     """Return the sum of gradients of parts, in the order of the parts; None if they overlap."""
-    axis, place = int(parts[0].args[2]) % value.dim(), 0  # type: ignore[arg-type]
-    pieces: list[Any] = []
-    ends = [int(part.args[3]) for part in parts[1:]] + [value.shape[axis]]  # type: ignore[arg-type]
+    axis, place = int_at(parts[0], 2) % value.dim(), 0
+    pieces: list[fx.Node] = []
+    ends = [int_at(part, 3) for part in parts[1:]] + [value.shape[axis]]
     spans = []
     for part, end in zip(parts, ends, strict=True):
-        begin, length = int(part.args[3]), part.args[0].meta["val"].shape[axis]  # type: ignore[arg-type, union-attr]
+        begin, length = int_at(part, 3), node_at(part, 0).meta["val"].shape[axis]
         if begin < place or begin + length > end:
             return None
         spans.append((place, begin))
         place = begin + length
     for (before, begin), part in zip(spans, parts, strict=True):
-        pieces += [_zeros(graph, value, axis, begin - before)] * (begin > before) + [part.args[0]]
+        pieces += [_zeros(graph, value, axis, begin - before)] * (begin > before) + [node_at(part, 0)]
     pieces += [_zeros(graph, value, axis, value.shape[axis] - place)] * (value.shape[axis] > place)
-    whole = new_node(graph, _aten.cat.default, (pieces, axis), {})
-    whole.meta["val"] = value
-    return whole
+    return new_node(graph, _aten.cat.default, (pieces, axis), value)
 
 
 def _zeros(graph: fx.Graph, value: Tensor, axis: int, length: int) -> fx.Node:
     shape = [*value.shape[:axis], length, *value.shape[axis + 1 :]]
-    node = new_node(graph, _aten.zeros.default, (shape,), {"dtype": value.dtype, "device": value.device})
-    node.meta["val"] = like_of(value, *shape)
-    return node
+    kwargs: dict[str, Argument] = {"dtype": value.dtype, "device": value.device}
+    return new_node(graph, _aten.zeros.default, (shape,), like_of(value, *shape), kwargs)

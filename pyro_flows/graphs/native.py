@@ -6,7 +6,6 @@ import ctypes
 import functools
 from collections.abc import Callable
 from importlib.util import find_spec
-from typing import Any
 
 from pyro_flows._fallbacks import fallback
 
@@ -14,7 +13,7 @@ EXTENSION = "pyro_flows.graphs._interpreter"  # no module of Python's: a shared 
 
 
 @functools.cache
-def library() -> Callable[..., Any] | None:
+def library() -> Callable[..., object] | None:
     """Return ``run_program`` of ``interpreter.c``; None where the package was built without a compiler of C.
 
     Cost: a millisecond, once a process.

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from functools import cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
+from torch._ops import OpOverload
 
 from pyro_flows.graphs.graph import LIKE
 
@@ -31,12 +32,12 @@ class Kind(NamedTuple):
         return any(self.written) or bool(self.named)
 
 
-def _has_kernel(operation: Any, key: str) -> bool:
+def _has_kernel(operation: OpOverload, key: str) -> bool:
     return bool(torch._C._dispatch_has_kernel_for_dispatch_key(operation.name(), key))
 
 
 @cache
-def kind_of(operation: Any) -> Kind:
+def kind_of(operation: OpOverload) -> Kind:
     """Return what is to be known of one of torch's operations."""
     schema = operation._schema
     arguments = schema.arguments

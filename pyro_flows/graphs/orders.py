@@ -7,14 +7,15 @@ as long as ``index_add``. A regression on groups spends half of its time there.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Any, NamedTuple, cast
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, fx
+from torch.fx.node import Argument
 
-from pyro_flows.graphs.graph import graph_module, tidy
-from pyro_flows.graphs.sums import add, like_of
+from pyro_flows.graphs.graph import graph_module, new_node, node_at, tidy
+from pyro_flows.graphs.sums import like_of
 
 _aten = torch.ops.aten
 
@@ -29,7 +30,7 @@ class _Order(NamedTuple):
     start: int
     axes: int
     shape: tuple[int, ...]
-    key: Any
+    key: object
 
 
 def ordered(module: fx.GraphModule) -> fx.GraphModule:
@@ -54,12 +55,11 @@ class _Graph:
 
     def __init__(self, module: fx.GraphModule) -> None:
         self.module, self.graph = module, module.graph
-        self.constants: dict[Any, fx.Node] = {}
+        self.constants: dict[object, fx.Node] = {}
 
     def read(self, node: fx.Node) -> None:
         """Replace ``x[..., order]``."""
-        x, indices = cast("tuple[fx.Node, Any]", node.args)
-        order = self._order(x, indices)
+        x, order = node_at(node, 0), self._order(node)
         if order is None:
             return
         value, shape = x.meta["val"], node.meta["val"].shape
@@ -80,10 +80,10 @@ class _Graph:
 
     def add(self, node: fx.Node) -> None:
         """Replace the addition of values to the places of an order, where each of these is a single number."""
-        x, indices, values, *accumulate = cast("tuple[Any, ...]", node.args)
-        order = self._order(x, indices) if accumulate == [True] and isinstance(values, fx.Node) else None
+        order = self._order(node) if node.args[3:] == (True,) else None
         if order is None:
             return
+        x, values = node_at(node, 0), node_at(node, 2)
         value = x.meta["val"]
         lead, trail = value.shape[: order.start], value.shape[order.start + order.axes :]
         if math.prod(trail) != 1 or values.meta["val"].shape != (*lead, *order.shape, *trail):
@@ -98,9 +98,9 @@ class _Graph:
                 found = self._new(_aten.reshape.default, (found, [*value.shape]), value, value.shape)
         self._replace(node, found)
 
-    def _order(self, x: fx.Node, indices: Sequence[fx.Node | None]) -> _Order | None:
+    def _order(self, node: fx.Node) -> _Order | None:
         """Return the order that constant indices stand for; None if they are no constants, or stand apart."""
-        value = x.meta["val"]
+        value, indices = node_at(node, 0).meta["val"], cast("Sequence[fx.Node | None]", node.args[1])
         start = next((axis for axis, index in enumerate(indices) if index is not None), 0)
         given = [index for index in indices[start:] if index is not None and index.op == "get_attr"]
         if value.device.type != "cpu" or len(given) != len(indices) - start or not given:
@@ -132,8 +132,10 @@ class _Graph:
             self.constants[order.key].meta["val"] = order.rows
         return self.constants[order.key]
 
-    def _new(self, target: Any, args: tuple[Any, ...], like: Tensor, shape: Sequence[int]) -> fx.Node:
-        return add(self.graph, target, args, like_of(like, *shape))
+    def _new(
+        self, target: Callable[..., object], args: tuple[Argument, ...], like: Tensor, shape: Sequence[int]
+    ) -> fx.Node:  # fmt: skip
+        return new_node(self.graph, target, args, like_of(like, *shape))
 
     def _replace(self, node: fx.Node, found: fx.Node) -> None:
         node.replace_all_uses_with(found)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 import torch
 from torch import fx
+from torch.fx.node import Argument
 
 from pyro_flows.graphs.graph import graph_module, sweep
 
@@ -38,7 +38,7 @@ def partition(module: fx.GraphModule, results: int) -> tuple[fx.GraphModule, fx.
             late.add(node)
     saved: dict[fx.Node, None] = {}
 
-    def need(nodes: Iterable[Any]) -> None:
+    def need(nodes: Iterable[Argument]) -> None:
         for node in nodes:
             if not isinstance(node, fx.Node) or node in late or node.op != "call_function":
                 continue
@@ -54,7 +54,7 @@ def partition(module: fx.GraphModule, results: int) -> tuple[fx.GraphModule, fx.
     return forward, _part(module, [*inputs, *saved, cotangent], found[results:])
 
 
-def _part(source: fx.GraphModule, inputs: Sequence[fx.Node], outputs: Sequence[Any]) -> fx.GraphModule:
+def _part(source: fx.GraphModule, inputs: Sequence[fx.Node], outputs: Sequence[fx.Node]) -> fx.GraphModule:
     """Return the part of ``source`` that leads from some of its nodes to others."""
     part, copies = fx.Graph(), {}
     for number, node in enumerate(inputs):

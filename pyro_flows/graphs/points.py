@@ -7,9 +7,11 @@ must agree.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Protocol, TypeGuard
 
 import torch
+
+from pyro_flows.graphs.views import Unsuited, View
 
 _aten = torch.ops.aten
 IDENTITY, NEG, ABS, EXP, LOG, LOG1P, EXPM1, SQRT, INVERSE, RSQRT, SQUARE, SIGMOID, TANH = range(13)
@@ -22,7 +24,7 @@ COMPARED = (*range(LT, NE + 1), *range(LT2, OR + 1), ISNAN, ISINF, IS_ZERO, IS_N
 FLOATS = {torch.float64, torch.float32, torch.float16, torch.bfloat16}
 
 
-def is_truth(code: int, operands: Sequence[Any], number: float) -> bool:
+def is_truth(code: int, operands: Sequence[View], number: float) -> bool:
     """Whether an instruction, with views for operands, gives zeros and ones."""
     if code == MUL:  # such as of isfinite
         return all(view.boolean for view in operands)
@@ -31,17 +33,20 @@ def is_truth(code: int, operands: Sequence[Any], number: float) -> bool:
     return number in (0.0, 1.0) and all(view.boolean for view in operands)
 
 
+Operand = View | float | None
+
+
 class Writer(Protocol):
-    """Adds an instruction: its code, its operands (values of a graph), and a number."""
+    """Adds an instruction: its code, its operands, and a number. Raises :class:`Unsuited` if an operand is no view."""
 
-    def __call__(self, code: int, *operands: Any, number: float = 0.0) -> Any: ...
+    def __call__(self, code: int, *operands: Operand, number: float = 0.0) -> View: ...
 
 
-Written = Callable[..., Any]
+Written = Callable[..., View]
 _POWERS = {1.0: IDENTITY, 2.0: SQUARE, 3.0: CUBE, 0.5: SQRT, -1.0: INVERSE, -0.5: RSQRT}
 
 
-def _is_number(value: Any) -> bool:
+def _is_number(value: object) -> TypeGuard[float]:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
@@ -50,11 +55,13 @@ def _with_number(
 ) -> Written:
     """Write an operation of two operands, one of which may be a number."""
 
-    def write(emit: Writer, x: Any, y: Any) -> Any:
+    def write(emit: Writer, x: Operand, y: Operand) -> View:
         if _is_number(y):
             return emit(single, x, number=change(y))
         if _is_number(x):
-            return NotImplemented if swapped is None else emit(swapped, y, number=float(x))
+            if swapped is None:
+                raise Unsuited
+            return emit(swapped, y, number=float(x))
         return emit(pair, x, y)
 
     return write
@@ -70,43 +77,43 @@ _minus = _with_number(SUB, PLUS, FROM, lambda number: -float(number))
 _over = _with_number(DIV, OVER, UNDER)
 
 
-def _added(emit: Writer, x: Any, y: Any, alpha: float = 1) -> Any:
+def _added(emit: Writer, x: Operand, y: Operand, alpha: float = 1) -> View:
     return _plus(emit, x, y if alpha == 1 else _times(emit, y, alpha))
 
 
-def _taken(emit: Writer, x: Any, y: Any, alpha: float = 1) -> Any:
+def _taken(emit: Writer, x: Operand, y: Operand, alpha: float = 1) -> View:
     return _minus(emit, x, y if alpha == 1 else _times(emit, y, alpha))
 
 
-def _taken_from(emit: Writer, x: Any, y: Any, alpha: float = 1) -> Any:
+def _taken_from(emit: Writer, x: Operand, y: Operand, alpha: float = 1) -> View:
     return _taken(emit, y, x, alpha)
 
 
-def _power(emit: Writer, x: Any, y: Any) -> Any:
+def _power(emit: Writer, x: Operand, y: Operand) -> View:
     if not _is_number(y):
-        return NotImplemented if _is_number(x) else emit(POW, x, y)
+        return emit(POW, x, y)
     code = _POWERS.get(float(y))
     return emit(POWER, x, number=float(y)) if code is None else emit(code, x)
 
 
-def _clamped(emit: Writer, x: Any, low: Any = None, high: Any = None) -> Any:
+def _clamped(emit: Writer, x: View, low: Operand = None, high: Operand = None) -> View:
     for limit, code, pair in ((low, AT_LEAST, MAXIMUM), (high, AT_MOST, MINIMUM)):
-        if limit is not None and _is_number(limit):
+        if _is_number(limit):
             x = emit(code if limit == limit else PLUS, x, number=float(limit))  # a limit that is no number makes none
         elif limit is not None:
             x = emit(pair, x, limit)
     return x
 
 
-def _chosen(emit: Writer, condition: Any, x: Any, y: Any) -> Any:
-    return NotImplemented if _is_number(x) or _is_number(y) else emit(WHERE, x, y, condition)
+def _chosen(emit: Writer, condition: Operand, x: Operand, y: Operand) -> View:
+    return emit(WHERE, x, y, condition)
 
 
-def _filled(emit: Writer, x: Any, mask: Any, number: Any) -> Any:
+def _filled(emit: Writer, x: Operand, mask: Operand, number: Operand) -> View:
     return emit(FILL, x, mask, number=float(number)) if _is_number(number) else emit(WHERE, number, x, mask)
 
 
-def _finite(emit: Writer, x: Any, *numbers: float | None) -> Any:
+def _finite(emit: Writer, x: View, *numbers: float | None) -> View:
     most = torch.finfo(torch.float64).max
     given = [*numbers, None, None, None]
     for code, number, otherwise in zip((NAN_TO, INF_TO, MINUS_INF_TO), given, (0.0, most, -most), strict=False):
@@ -114,52 +121,33 @@ def _finite(emit: Writer, x: Any, *numbers: float | None) -> Any:
     return x
 
 
-def _product_added(emit: Writer, x: Any, y: Any, z: Any, value: float = 1) -> Any:
-    return _plus(emit, x, _times(emit, y if value == 1 else _times(emit, y, value), z))
+def _added_to(join: Written) -> Written:
+    """Add a product or a quotient, and a number times it."""
+    return lambda emit, x, y, z, value=1: _plus(emit, x, join(emit, y if value == 1 else _times(emit, y, value), z))
 
 
-def _quotient_added(emit: Writer, x: Any, y: Any, z: Any, value: float = 1) -> Any:
-    return _plus(emit, x, _over(emit, y if value == 1 else _times(emit, y, value), z))
-
-
-def _sigmoid_backward(emit: Writer, gradient: Any, y: Any) -> Any:
-    return _times(emit, gradient, _times(emit, _minus(emit, 1.0, y), y))
-
-
-def _tanh_backward(emit: Writer, gradient: Any, y: Any) -> Any:
-    return _times(emit, gradient, _minus(emit, 1.0, emit(SQUARE, y)))
-
-
-def _softplus(emit: Writer, x: Any, beta: float = 1, threshold: float = 20) -> Any:
+def _softplus(emit: Writer, x: Operand, beta: float = 1, threshold: float = 20) -> View:
     scaled = _times(emit, x, beta)
     soft = _over(emit, emit(LOG1P, emit(EXP, scaled)), beta)
     return emit(WHERE, x, soft, emit(GT, scaled, number=float(threshold)))
 
 
-def _softplus_backward(emit: Writer, gradient: Any, x: Any, beta: float, threshold: float) -> Any:
+def _softplus_backward(emit: Writer, gradient: Operand, x: Operand, beta: float, threshold: float) -> View:
     scaled = _times(emit, x, beta)
     soft = _times(emit, gradient, emit(SIGMOID, scaled))
     return emit(WHERE, gradient, soft, emit(GT, scaled, number=float(threshold)))
 
 
-def _log_sigmoid(emit: Writer, x: Any) -> Any:
+def _log_sigmoid(emit: Writer, x: Operand) -> View:
     return _minus(emit, emit(AT_MOST, x, number=0.0), emit(LOG1P, emit(EXP, emit(NEG, emit(ABS, x)))))
 
 
-def _log_sigmoid_backward(emit: Writer, gradient: Any, x: Any, _: Any) -> Any:
-    return _times(emit, gradient, emit(SIGMOID, emit(NEG, x)))
-
-
-def _silu(emit: Writer, x: Any) -> Any:
-    return _over(emit, x, _plus(emit, emit(EXP, emit(NEG, x)), 1.0))
-
-
-def _silu_backward(emit: Writer, gradient: Any, x: Any) -> Any:
+def _silu_backward(emit: Writer, gradient: Operand, x: Operand) -> View:
     soft = emit(SIGMOID, x)
     return _times(emit, _times(emit, gradient, soft), _plus(emit, _times(emit, x, _minus(emit, 1.0, soft)), 1.0))
 
 
-def _between(emit: Writer, x: Any, y: Any, weight: Any) -> Any:
+def _between(emit: Writer, x: Operand, y: Operand, weight: Operand) -> View:
     """Go from the nearer end, as torch does: what is there is then met without rounding."""
     far = _minus(emit, y, x)
     from_x = _plus(emit, x, _times(emit, far, weight))
@@ -170,7 +158,7 @@ def _between(emit: Writer, x: Any, y: Any, weight: Any) -> Any:
     return emit(WHERE, from_x, from_y, emit(LT, emit(ABS, weight), number=0.5))
 
 
-POINTS: dict[Any, Written] = {
+POINTS: dict[object, Written] = {
     _aten.neg.default: _one(NEG),
     _aten.abs.default: _one(ABS),
     _aten.exp.default: _one(EXP),
@@ -211,8 +199,8 @@ POINTS: dict[Any, Written] = {
     _aten.div.Scalar: _over,
     _aten.pow.Tensor_Scalar: _power,
     _aten.pow.Tensor_Tensor: _power,
-    _aten.addcmul.default: _product_added,
-    _aten.addcdiv.default: _quotient_added,
+    _aten.addcmul.default: _added_to(_times),
+    _aten.addcdiv.default: _added_to(_over),
     _aten.maximum.default: lambda emit, x, y: emit(MAXIMUM, x, y),
     _aten.minimum.default: lambda emit, x, y: emit(MINIMUM, x, y),
     _aten.clamp.default: _clamped,
@@ -229,18 +217,22 @@ POINTS: dict[Any, Written] = {
     _aten.logical_or.default: lambda emit, x, y: emit(OR, x, y),
     _aten.bitwise_and.Tensor: lambda emit, x, y: emit(AND, x, y),
     _aten.bitwise_or.Tensor: lambda emit, x, y: emit(OR, x, y),
-    _aten.sigmoid_backward.default: _sigmoid_backward,
-    _aten.tanh_backward.default: _tanh_backward,
+    _aten.sigmoid_backward.default: lambda emit, cotangent, y: _times(
+        emit, cotangent, _times(emit, _minus(emit, 1.0, y), y)
+    ),
+    _aten.tanh_backward.default: lambda emit, cotangent, y: _times(emit, cotangent, _minus(emit, 1.0, emit(SQUARE, y))),
     _aten.softplus.default: _softplus,
     _aten.softplus_backward.default: _softplus_backward,
-    _aten.silu.default: _silu,
+    _aten.silu.default: lambda emit, x: _over(emit, x, _plus(emit, emit(EXP, emit(NEG, x)), 1.0)),
     _aten.silu_backward.default: _silu_backward,
     _aten.lerp.Tensor: _between,
     _aten.lerp.Scalar: _between,
     _aten.relu.default: lambda emit, x: emit(AT_LEAST, x, number=0.0),
     _aten.xlogy.Tensor: lambda emit, x, y: emit(XLOGY, x, y),
     _aten.log_sigmoid_forward.default: _log_sigmoid,
-    _aten.log_sigmoid_backward.default: _log_sigmoid_backward,
+    _aten.log_sigmoid_backward.default: lambda emit, cotangent, x, _: _times(
+        emit, cotangent, emit(SIGMOID, emit(NEG, x))
+    ),
 }
 _COMPARISONS = {
     "lt": (LT, LT2),

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import TypedDict, TypeVar
 
 import torch
 from torch import Tensor, fx
 
 from pyro_flows._batches import ROWS_AT_LEAST, nearby, rows_for
 from pyro_flows._cache import Cache
-from pyro_flows._fallbacks import fallback
+from pyro_flows._fallbacks import Tried, fallback
 from pyro_flows._journal import evaluated
 from pyro_flows.graphs.graph import first_results, is_pure
 from pyro_flows.graphs.recording import Unrecordable, record
@@ -29,6 +29,14 @@ ROUNDED = 0.02  # of the points that a graph is checked at, that may be where th
 SMALL = 0.25  # of such a piece, up to which a batch goes through in small ones
 
 Kind = tuple[int, torch.dtype, torch.device]
+T = TypeVar("T")
+
+
+class RecorderState(TypedDict):
+    """What decides by which graphs batches go: rows of the graphs with an example, and the counts of both counters."""
+
+    graphs: list[tuple[int, Tensor]]
+    counts: list[list[tuple[int, str, str, int]]]
 
 
 class Recorder:
@@ -143,15 +151,15 @@ class Recorder:
         self._wasted.clear()
         self.reason = None
 
-    def state(self) -> dict[str, Any]:
+    def state(self) -> RecorderState:
         """Return what decides by which graphs batches go, so that a run may go on elsewhere to the last digit."""
         counts = [
-            [[rows, str(dtype), str(device), count] for (rows, dtype, device), count in counter.items()]
+            [(rows, str(dtype), str(device), count) for (rows, dtype, device), count in counter.items()]
             for counter in (self._calls, self._wasted)
         ]
-        return {"graphs": [[kind[0], self._examples[kind]] for kind in self.runners], "counts": counts}
+        return {"graphs": [(kind[0], self._examples[kind]) for kind in self.runners], "counts": counts}
 
-    def put_back(self, state: Mapping[str, Any]) -> None:
+    def put_back(self, state: RecorderState) -> None:
         """Go on from what :meth:`state` returned: record the graphs that there were, and count on."""
         for rows, row in state["graphs"]:
             kind = rows, row.dtype, row.device
@@ -179,7 +187,7 @@ class Recorder:
             found += [tuple(each[:1]) for each in results] if lent else results
         return found
 
-    def _evaluated(self, pieces: Sequence[Tensor], compute: Callable[[], Any], changed: object = None) -> Any:
+    def _evaluated(self, pieces: Sequence[Tensor], compute: Callable[[], T], changed: object = None) -> T:
         return compute() if self._changed is None else evaluated(pieces, compute, changed)
 
     def _runner(self, z: Tensor) -> tuple[Runner | None, bool]:
@@ -209,16 +217,12 @@ class Recorder:
         """Record for such batches; return whether the graph repeats what the function gives at new points."""
         fresh = nearby(z)
         self._before(z)
-        try:
+        with Tried(lambda error: not isinstance(error, torch.linalg.LinAlgError)) as tried:  # which is of these points
             runner = Runner(self._graph(z))
             recorded = runner(fresh, *self.given)
-        except torch.linalg.LinAlgError:
-            raise  # of these points, not of the function
-        except Unrecordable as error:
-            self.reason = str(error)
-            return False
-        except Exception as error:  # a model's own code may raise anything
-            self.reason = fallback("not recorded", error)
+        if tried.error is not None:
+            known = isinstance(tried.error, Unrecordable)
+            self.reason = str(tried.error) if known else fallback("not recorded", tried.error)
             return False
         if not self._repeats(recorded, fresh):
             self.reason = fallback("not recorded: the graph gave other values at new points")

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import operator
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
-from typing import Any
+from typing import cast
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode
+from torch._ops import OpOverload
+from torch.fx.node import Argument
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from pyro_flows import _stages
 from pyro_flows._ledger import counted
-from pyro_flows._tensors import Memories, storage_of, tensors_in
+from pyro_flows._tensors import Args, Dispatch, Kwargs, Memories, storage_of, tensors_in
 from pyro_flows.graphs.garbage import uncollected
 from pyro_flows.graphs.graph import graph_module, new_node, out_of_place, sweep, through_copies, tidy
 from pyro_flows.graphs.narrowing import narrow
@@ -57,7 +59,7 @@ class _ChangesConstants(RuntimeError):
 
 @counted(_stages.TRACING)
 @uncollected()
-def record(function: Callable[..., Any], *inputs: Tensor) -> fx.GraphModule:
+def record(function: Callable[..., object], *inputs: Tensor) -> fx.GraphModule:
     """Record the tensor operations of ``function`` at ``inputs``, without those that repeat others or only constants.
 
     Tensors that are no inputs are constants. What depends on them alone is computed here and now, and may be taken out
@@ -99,7 +101,7 @@ def _replayed(recorded: _Recorded) -> fx.GraphModule:
     return graph_module(recorded, recorded.graph)
 
 
-def _functionalized(function: Callable[..., Any], inputs: tuple[Tensor, ...]) -> _Recorded:
+def _functionalized(function: Callable[..., object], inputs: tuple[Tensor, ...]) -> _Recorded:
     """Record without changes in place, views of changed tensors included."""
     try:
         recorded = _run(torch.func.functionalize(function), inputs)
@@ -111,7 +113,9 @@ def _functionalized(function: Callable[..., Any], inputs: tuple[Tensor, ...]) ->
     return recorded
 
 
-def _run(function: Callable[..., Any], inputs: tuple[Tensor, ...], changed: frozenset[int] = frozenset()) -> _Recorded:
+def _run(
+    function: Callable[..., object], inputs: tuple[Tensor, ...], changed: frozenset[int] = frozenset()
+) -> _Recorded:
     tape = _Tape(changed)
     given = [tape.input(part) for part in inputs]
     with torch.autograd.set_multithreading_enabled(False), tape:
@@ -125,7 +129,7 @@ class _Recorded(nn.Module):
     graph: fx.Graph
 
 
-class _Tape(TorchDispatchMode):
+class _Tape(Dispatch):
     """Sees each operation as it runs and writes those down that the inputs, or random numbers, have a part in.
 
     A tensor that has a node is tagged with its number, so that memory is freed as the function frees it. Tensors
@@ -141,8 +145,8 @@ class _Tape(TorchDispatchMode):
         self._depends: list[bool] = []
         self._outside: dict[int, tuple[Tensor, int | None, fx.Node]] = {}  # constants and parameters, kept alive
         self._sharing: defaultdict[int, list[int]] = defaultdict(list)  # constants by the memory that they are in
-        self._equal: dict[Any, fx.Node] = {}
-        self._like: dict[Any, Tensor] = {}
+        self._equal: dict[object, fx.Node] = {}
+        self._like: dict[object, Tensor] = {}
         self._done = 0
         self._changed = changed  # operations whose results need nodes, since they are written into later
         self._memories = Memories()
@@ -150,17 +154,13 @@ class _Tape(TorchDispatchMode):
         self._written: set[int] = set()  # memory that what depends on the inputs was written into, by way of any view
         self._wrong: set[int] = set()  # operations whose results would have needed nodes
 
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        return False  # True would import torch's compiler, and wrap each operation
-
     def input(self, value: Tensor) -> Tensor:
         """Add an input; return the tensor that stands for it."""
         given = value.detach().requires_grad_(value.requires_grad)  # one tensor given twice is two inputs
         self._tag(given, self._graph.placeholder(f"input_{len(self._nodes)}"), True)
         return given
 
-    def finish(self, found: Any) -> _Recorded:
+    def finish(self, found: object) -> _Recorded:
         """Return the graph that leads to these results."""
         if self._wrong:
             raise _ChangesConstants(frozenset(self._wrong))
@@ -168,13 +168,13 @@ class _Tape(TorchDispatchMode):
         self._root.graph = self._graph
         return self._root
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(self, func: OpOverload, types: object, args: Args = (), kwargs: Kwargs = None) -> object:
         kwargs, kind = kwargs or {}, kind_of(func)
         if kind.composite:
             with self:
                 return func.decompose(*args, **kwargs)
         if kind.same:
-            result, number = func(*args, **kwargs), self._number(args[0])
+            result, number = func(*args, **kwargs), self._number(cast("Tensor", args[0]))
             if number is not None:
                 setattr(result, _TAG, (self._token, number))
             return result
@@ -198,14 +198,16 @@ class _Tape(TorchDispatchMode):
             self._made_by[self._memories.of(result)] = self._done
         return result
 
-    def _needs_node(self, kind: Kind, result: Any, tensors: list[Tensor], numbers: list[int | None]) -> bool:
+    def _needs_node(self, kind: Kind, result: object, tensors: list[Tensor], numbers: list[int | None]) -> bool:
         """Whether a result that does not depend on the inputs has a node all the same."""
         most = FOLDED if kind.by_shape else max([FOLDED, *(part.numel() for part in tensors)])
         if kind.new or self._done in self._changed or any(part.numel() > most for part in tensors_in((result,))):
             return True
         return kind.view and any(number is not None for number in numbers)
 
-    def _change(self, func: Any, args: Any, kwargs: Any, kind: Kind, depends: bool) -> Any:
+    def _change(
+        self, func: OpOverload, args: Args, kwargs: Mapping[str, object], kind: Kind, depends: bool
+    ) -> object:  # fmt: skip
         """Run an operation that changes tensors in place."""
         parts = [part for part, one in zip(args, kind.written, strict=False) if one]
         changed = [*tensors_in((*parts, *(kwargs.get(name) for name in kind.named)))]
@@ -229,29 +231,31 @@ class _Tape(TorchDispatchMode):
             if getattr(self._root, str(node.target)) is value:
                 setattr(self._root, str(node.target), value.detach().clone())
 
-    def _write(self, func: Any, args: Any, kwargs: Any, result: Any, depends: bool) -> None:
+    def _write(
+        self, func: OpOverload, args: Args, kwargs: Mapping[str, object], result: object, depends: bool
+    ) -> None:  # fmt: skip
         """Write an operation down, and tag what it returns."""
         if depends and not isinstance(result, (Tensor, tuple, list, type(None))):
             raise DependsOnValues(
                 "a number is taken out of a tensor that depends on the latents (float(), int(), .item(), if, numpy)"
             )
         named = {name: self._argument(part) for name, part in kwargs.items()}
-        node = new_node(self._graph, func, tuple(map(self._argument, args)), named)
+        node = new_node(self._graph, func, tuple(map(self._argument, args)), kwargs=named)
         if isinstance(result, Tensor):
             self._tag(result, node, depends)
         elif isinstance(result, (tuple, list)):
             for place, part in enumerate(result):
                 if isinstance(part, Tensor):
-                    item = new_node(self._graph, operator.getitem, (node, place), {})
+                    item = new_node(self._graph, operator.getitem, (node, place))
                     self._tag(part, item, depends)
 
-    def _argument(self, value: Any) -> Any:
+    def _argument(self, value: object) -> Argument:
         if isinstance(value, Tensor):
             number = self._number(value)
             return self._constant(value) if number is None else self._nodes[number]
         if isinstance(value, (list, tuple)):
             return type(value)(map(self._argument, value))
-        return value
+        return cast("Argument", value)
 
     def _tag(self, value: Tensor, node: fx.Node, depends: bool) -> None:
         node.meta["val"] = self._example(value)
@@ -281,7 +285,7 @@ class _Tape(TorchDispatchMode):
             self._sharing[self._memories.of(value)].append(id(value))
         return self._outside[id(value)][2]
 
-    def _alike(self, value: Tensor) -> Any:
+    def _alike(self, value: Tensor) -> object:
         """Return what small constants that are made in the function have in common if they are equal."""
         if value.numel() > ALIKE or storage_of(value) not in self._made_by or not value.is_contiguous():
             return id(value)

@@ -63,15 +63,11 @@ def rounds_alike(
     A graph that rounds to single precision on its way has results of that precision: torch's half-Cauchy density takes
     the precision of its scale, whatever that of its argument.
     """
-    if any(_is_single(node) for node in module.graph.nodes):
+    made = [node.meta.get("val") for node in module.graph.nodes if node.op == "call_function"]
+    if any(isinstance(value, Tensor) and value.dtype == torch.float32 for value in made):
         found, expected = (tuple(map(_in_single, values)) for values in (found, expected))
     found = tuple(map(_comparable, found, expected))
     return agree(found, expected) or hangs_on_digits(module, inputs, found, expected)
-
-
-def _is_single(node: fx.Node) -> bool:
-    value = node.meta.get("val")
-    return isinstance(value, Tensor) and value.dtype == torch.float32 and node.op == "call_function"
 
 
 def _in_single(value: Tensor) -> Tensor:

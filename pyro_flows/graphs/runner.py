@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -16,6 +15,8 @@ from pyro_flows._threads import at_once, cores
 from pyro_flows.graphs.bindings import peephole
 from pyro_flows.graphs.fused import Fused, fused
 from pyro_flows.graphs.garbage import uncollected
+
+Results = tuple[Tensor, ...]
 
 
 class Runner:
@@ -40,7 +41,7 @@ class Runner:
         """Whether it runs block by block."""
         return self._fused is not None
 
-    def __call__(self, *inputs: Tensor) -> Any:
+    def __call__(self, *inputs: Tensor) -> Results:
         """Run, without autograd. What comes out are inference tensors: clone what is to meet autograd later."""
         self.runs += 1
         if self.runs == 1:
@@ -55,7 +56,7 @@ class Runner:
         with torch.inference_mode():  # an operation takes a tenth less time
             return self._recorded(*inputs)  # which says what is wrong with these inputs, if anything is
 
-    def many(self, batches: Sequence[tuple[Tensor, ...]]) -> list[Any]:
+    def many(self, batches: Sequence[tuple[Tensor, ...]]) -> list[Results]:
         """Run for several sets of inputs, at once where there are cores and each takes long enough.
 
         Numbers are those of a run for each, one after the other.
@@ -70,21 +71,19 @@ class Runner:
             functools.partial(_each, one, batches[first::count])
             for first, one in enumerate([whole, *self._twins[: count - 1]])
         ]
-        found: list[Any] = [None] * len(batches)
         try:
-            for first, results in enumerate(at_once(shares)):
-                found[first::count] = results
+            found = at_once(shares)
         except RuntimeError:
             return [self(*inputs) for inputs in batches]  # which says what is wrong
-        return found
+        return [found[place % count][place // count] for place in range(len(batches))]
 
     @functools.cached_property
-    def _recorded(self) -> Callable[..., Any]:
+    def _recorded(self) -> Callable[..., Results]:
         return peephole(self.module)
 
     @counted(_stages.TRACING)
     @uncollected()
-    def _fuse(self, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+    def _fuse(self, inputs: tuple[Tensor, ...]) -> Results | None:
         """Run block by block from now on, where that can be done, and return torch's results."""
         try:
             found = fused(self.module, inputs)
@@ -97,5 +96,5 @@ class Runner:
         return expected
 
 
-def _each(function: Callable[..., Any], batches: Sequence[tuple[Tensor, ...]]) -> list[Any]:
+def _each(function: Callable[..., Results], batches: Sequence[tuple[Tensor, ...]]) -> list[Results]:
     return [function(*inputs) for inputs in batches]

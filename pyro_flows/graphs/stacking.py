@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from types import ModuleType
 
 import torch
 from torch import Tensor, fx
@@ -13,7 +13,7 @@ from pyro_flows.graphs.graph import copy_graph, is_pure
 from pyro_flows.graphs.recording import record
 
 _aten = torch.ops.aten
-_functorch: Any = torch._C._functorch
+_functorch: ModuleType = torch._C._functorch
 
 
 def stacked(module: fx.GraphModule, *inputs: Tensor) -> fx.GraphModule:
@@ -42,7 +42,7 @@ def stacked(module: fx.GraphModule, *inputs: Tensor) -> fx.GraphModule:
         return record(whole, *(part.clone() for part in inputs))
 
 
-def _full(x: Tensor, value: Any) -> Tensor:
+def _full(x: Tensor, value: float) -> Tensor:
     return torch.full_like(x, value)
 
 
@@ -51,7 +51,7 @@ def _median(x: Tensor) -> Tensor:
 
 
 # what vmap has no rule for, by operations that it has rules for
-_OTHERWISE: dict[Any, Callable[..., Any]] = {
+_OTHERWISE: dict[object, Callable[..., Tensor]] = {
     _aten.view.default: torch.reshape,
     _aten._unsafe_view.default: torch.reshape,
     _aten.fill.Scalar: _full,

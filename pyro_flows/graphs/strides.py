@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from pyro_flows.graphs.graph import args_of, new_node, sweep
+from pyro_flows.graphs.graph import int_at, ints_at, new_node, node_at, sweep
 
 _aten = torch.ops.aten
 
@@ -20,32 +20,30 @@ def by_selection(graph: fx.Graph) -> None:
 
 def _selected(graph: fx.Graph, node: fx.Node) -> None:
     """Write what takes or writes a part by strides of a contiguous tensor as selections, one axis after the other."""
-    source, *given = args_of(node)
-    if len(given) - (node.target is _aten.as_strided_scatter.default) != 3:
+    written = node.target is _aten.as_strided_scatter.default
+    if len(node.args) != 4 + written:
         return
-    *written, sizes, strides, offset = given
-    whole = source
+    source = whole = node_at(node, 0)
+    sizes, strides = ints_at(node, 1 + written), ints_at(node, 2 + written)
     while whole.target is _aten.select_scatter.default:
-        whole = args_of(whole)[0]
-    made = args_of(whole)[0] if whole.target is _aten.copy.default else whole
-    if made.target is not _aten.new_empty_strided.default or list(args_of(made)[2]) != _contiguous(args_of(made)[1]):
+        whole = node_at(whole, 0)
+    made = node_at(whole, 0) if whole.target is _aten.copy.default else whole
+    if made.target is not _aten.new_empty_strided.default or ints_at(made, 2) != _contiguous(ints_at(made, 1)):
         return
-    chosen = _chosen(list(args_of(made)[1]), list(zip(sizes, strides, strict=True)), offset or 0)
+    chosen = _chosen(ints_at(made, 1), list(zip(sizes, strides, strict=True)), int_at(node, 3 + written))
     if not chosen:
         return
     parts, like = [source], source.meta["val"]
     with graph.inserting_before(node):
         for axis, index in chosen:
             like = like.select(axis, index)
-            parts.append(new_node(graph, _aten.select.int, (parts[-1], axis, index), {}))
-            parts[-1].meta["val"] = like
+            parts.append(new_node(graph, _aten.select.int, (parts[-1], axis, index), like))
         if not written:
             node.replace_all_uses_with(parts[-1])
             return
-        (new,) = written
+        new = node_at(node, 1)
         for part, (axis, index) in zip(reversed(parts[:-1]), reversed(chosen), strict=True):
-            new = new_node(graph, _aten.select_scatter.default, (part, new, axis, index), {})
-            new.meta["val"] = part.meta["val"]
+            new = new_node(graph, _aten.select_scatter.default, (part, new, axis, index), part.meta["val"])
     node.replace_all_uses_with(new)
 
 

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import operator
 from collections import defaultdict
-from collections.abc import Callable, Iterator
-from typing import Any, cast
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, fx
 
-from pyro_flows.graphs.graph import new_node
+from pyro_flows.graphs.graph import int_at, ints_at, new_node, node_at
 
 FEWEST = 8  # operations that are done at once, at least
 SMALL = 2**12  # numbers in a result, at most: the time of larger ones goes with their numbers
@@ -19,19 +18,12 @@ _aten = torch.ops.aten
 _SELECTED, _GRADIENT = _aten.select.int, _aten.select_backward.default
 _ADDED, _TAKEN = _aten.add.Tensor, _aten.sub.Tensor
 
-Kind = tuple[Any, ...]
+Kind = tuple[object, ...]  # what operations that can be done at once have in common
 
 
 def like_of(value: Tensor, *shape: int) -> Tensor:
     """Return an example of this shape that takes no memory."""
     return torch.empty((), dtype=value.dtype, device=value.device).expand(shape)
-
-
-def add(graph: fx.Graph, target: Callable[..., Any], args: tuple[Any, ...], like: Tensor | None) -> fx.Node:
-    node = new_node(graph, target, args, {})
-    if like is not None:
-        node.meta["val"] = like
-    return node
 
 
 def read_rows(graph: fx.Graph) -> None:
@@ -46,7 +38,7 @@ def read_rows(graph: fx.Graph) -> None:
             continue
         with graph.inserting_before(nodes[0]):
             given = _rows(graph, source, axis) if len(nodes) >= FEWEST else (source, axis)
-            parts = add(graph, _aten.unbind.int, given, None)
+            parts = new_node(graph, _aten.unbind.int, given, None)
         for node in nodes:
             node.target, node.args = operator.getitem, (parts, node.args[2] % value.shape[axis])
 
@@ -56,8 +48,8 @@ def _rows(graph: fx.Graph, source: fx.Node, axis: int) -> tuple[fx.Node, int]:
     value = source.meta["val"]
     order = [axis, *(place for place in range(value.dim()) if place != axis)]
     like = like_of(value, *(value.shape[place] for place in order))
-    turned = add(graph, PERMUTED, (source, order), like) if axis else source
-    rows = add(graph, _aten.clone.default, (turned,), like)
+    turned = new_node(graph, PERMUTED, (source, order), like) if axis else source
+    rows = new_node(graph, _aten.clone.default, (turned,), like)
     rows.kwargs = {"memory_format": torch.contiguous_format}
     return rows, 0
 
@@ -80,10 +72,10 @@ def sum_at_once(graph: fx.Graph) -> None:
             if len(parts) == len(terms):
                 continue
             parts.sort(key=operator.itemgetter(1), reverse=True)  # what is taken away comes last
-            whole, sign = parts[0]
+            whole, first = parts[0]
             for part, other in parts[1:]:
-                whole = add(graph, _ADDED if sign == other else _TAKEN, (whole, part), node.meta["val"])
-            whole = whole if sign == 1 else add(graph, _aten.neg.default, (whole,), node.meta["val"])
+                whole = new_node(graph, _ADDED if first == other else _TAKEN, (whole, part), node.meta["val"])
+            whole = whole if first == 1 else new_node(graph, _aten.neg.default, (whole,), node.meta["val"])
         node.replace_all_uses_with(whole)
 
 
@@ -91,18 +83,18 @@ def _is_sum(node: fx.Node) -> bool:
     """Whether it is a sum or a difference of two tensors of one shape and dtype."""
     if node.target not in (_ADDED, _TAKEN) or node.kwargs or not all(isinstance(part, fx.Node) for part in node.args):
         return False
-    values: list[Any] = [part.meta.get("val") for part in (node, *node.args)]  # type: ignore[union-attr]
-    return all(value.shape == values[0].shape and value.dtype == values[0].dtype for value in values)
+    value, others = node.meta["val"], [part.meta["val"] for part in node.all_input_nodes]
+    return all(other.shape == value.shape and other.dtype == value.dtype for other in others)
 
 
 def _terms(node: fx.Node) -> list[tuple[fx.Node, int]]:
     """Return the terms of a sum and their signs; sums that are used elsewhere too are terms."""
     found: list[tuple[fx.Node, int]] = []
-    left: list[tuple[Any, int]] = [(node, 1)]
+    left = [(node, 1)]
     while left:
         part, sign = left.pop()
         if part is node or (_is_sum(part) and len(part.users) == 1 and part.args[0] is not part.args[1]):
-            left += [(part.args[0], sign), (part.args[1], sign if part.target is _ADDED else -sign)]
+            left += [(node_at(part, 0), sign), (node_at(part, 1), sign if part.target is _ADDED else -sign)]
         else:
             found.append((part, sign))
     return found[::-1]
@@ -110,7 +102,7 @@ def _terms(node: fx.Node) -> list[tuple[fx.Node, int]]:
 
 def _kind_of_term(node: fx.Node) -> Kind:
     if node.target is _GRADIENT:
-        return node.target, tuple(node.args[1]), node.args[2]  # type: ignore[arg-type]
+        return node.target, tuple(ints_at(node, 1)), node.args[2]
     return (node.target,)
 
 
@@ -118,7 +110,7 @@ def _summed(graph: fx.Graph, terms: list[fx.Node]) -> list[fx.Node]:
     """Return terms of one kind as few ones."""
     value: Tensor = terms[0].meta["val"]
     if terms[0].target is _GRADIENT:
-        sparse = value.shape[cast("int", terms[0].args[2])] > FEWEST * len(terms)
+        sparse = value.shape[int_at(terms[0], 2)] > FEWEST * len(terms)
         return terms if len(terms) == 1 or sparse else [_put_together(graph, terms)]
     return terms if len(terms) < FEWEST or value.numel() > SMALL else [_total(graph, terms)]
 
@@ -126,26 +118,24 @@ def _summed(graph: fx.Graph, terms: list[fx.Node]) -> list[fx.Node]:
 def _put_together(graph: fx.Graph, gradients: list[fx.Node]) -> fx.Node:
     """Return the sum of gradients that are zero but for one row each."""
     value: Tensor = gradients[0].meta["val"]
-    axis: Any = gradients[0].args[2]
-    axis %= value.dim()
+    axis = int_at(gradients[0], 2) % value.dim()
     rows: defaultdict[int, list[fx.Node]] = defaultdict(list)
     for node in gradients:
-        row, _, _, index = cast("tuple[Any, ...]", node.args)
-        rows[index % value.shape[axis]].append(row)
+        rows[int_at(node, 3) % value.shape[axis]].append(node_at(node, 0))
     whole = {place: _total(graph, parts) for place, parts in rows.items()}
     first = next(iter(whole.values()))
-    zero = add(graph, _aten.zeros_like.default, (first,), first.meta["val"])
+    zero = new_node(graph, _aten.zeros_like.default, (first,), first.meta["val"])
     ordered = [whole.get(place, zero) for place in range(value.shape[axis])]
-    return add(graph, STACKED, (ordered, axis), value)
+    return new_node(graph, STACKED, (ordered, axis), value)
 
 
 def _total(graph: fx.Graph, terms: list[fx.Node]) -> fx.Node:
     """Return the sum of terms that are no gradients of rows."""
     value: Tensor = terms[0].meta["val"]
     if len(terms) >= FEWEST and value.numel() <= SMALL:
-        stack = add(graph, STACKED, (terms,), like_of(value, len(terms), *value.shape))
-        return add(graph, _aten.sum.dim_IntList, (stack, [0]), value)
+        stack = new_node(graph, STACKED, (terms,), like_of(value, len(terms), *value.shape))
+        return new_node(graph, _aten.sum.dim_IntList, (stack, [0]), value)
     whole = terms[0]
     for term in terms[1:]:
-        whole = add(graph, _ADDED, (whole, term), value)
+        whole = new_node(graph, _ADDED, (whole, term), value)
     return whole

@@ -15,13 +15,24 @@ import heapq
 import operator
 from collections import defaultdict
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.fx.node import Argument
 
-from pyro_flows.graphs.graph import copy_node, graph_module, is_aten, key_of, new_node, sweep
-from pyro_flows.graphs.sums import FEWEST, PERMUTED, SMALL, STACKED, Kind, add, like_of, read_rows, sum_at_once
+from pyro_flows.graphs.graph import (
+    copy_node,
+    graph_module,
+    has_tag,
+    int_at,
+    is_aten,
+    key_of,
+    new_node,
+    node_at,
+    nodes_at,
+    sweep,
+)  # fmt: skip
+from pyro_flows.graphs.sums import FEWEST, PERMUTED, SMALL, STACKED, Kind, like_of, read_rows, sum_at_once
 
 _aten = torch.ops.aten
 
@@ -37,8 +48,11 @@ def vectorize(module: fx.GraphModule) -> fx.GraphModule:
     1
     """
     graph = module.graph
-    if sum(map(is_aten, graph.nodes)) < 2 * FEWEST or any(map(_is_bound_to_its_place, graph.nodes)):
+    if sum(map(is_aten, graph.nodes)) < 2 * FEWEST:
         return module
+    random, placed = torch.Tag.nondeterministic_seeded, _aten.as_strided.default
+    if any(has_tag(node, random) or node.target is placed for node in graph.nodes):
+        return module  # which depends on what ran before, or on how tensors lie in memory
     read_rows(graph)
     sum_at_once(graph)
     sweep(graph)
@@ -47,12 +61,6 @@ def vectorize(module: fx.GraphModule) -> fx.GraphModule:
         graph = _Writer(module, graph, groups).written if groups else graph
         sweep(graph)
     return graph_module(module, graph)
-
-
-def _is_bound_to_its_place(node: fx.Node) -> bool:
-    """Whether it depends on what ran before it, or on how tensors lie in memory."""
-    random = is_aten(node) and torch.Tag.nondeterministic_seeded in node.target.tags  # type: ignore[union-attr]
-    return random or node.target is _aten.as_strided.default
 
 
 # groups ---------------------------------------------------------------------------------------------------------------
@@ -83,7 +91,7 @@ def _groups(graph: fx.Graph, levels: dict[fx.Node, int]) -> list[list[fx.Node]]:
 
 def _is_small_pointwise(node: fx.Node) -> bool:
     """Whether it does the same to each number, without a change of dtype that hangs on the number of axes."""
-    if not is_aten(node) or torch.Tag.pointwise not in node.target.tags:  # type: ignore[union-attr]
+    if not has_tag(node, torch.Tag.pointwise):
         return False
     value = node.meta.get("val")
     if not isinstance(value, Tensor) or value.numel() > SMALL or not node.all_input_nodes:
@@ -118,46 +126,47 @@ class _Writer:
 
     def _copy(self, node: fx.Node) -> fx.Node:
         if node.target is STACKED and not node.kwargs:
-            parts: Any = node.args[0]
-            rows = [self._copies[part] for part in parts]
+            rows = [self._copies[part] for part in nodes_at(node, 0)]
             if all(row in self._rows for row in rows):
-                return self._along(self._stack(rows), int(node.args[1]) if len(node.args) > 1 else 0, node.meta["val"])  # type: ignore[arg-type]
+                return self._along(self._stack(rows), int_at(node, 1), node.meta["val"])
         copy = copy_node(self.written, node, self._copies)
-        source: Any = copy.args[0] if copy.args else None
-        if node.target is operator.getitem and source.target is _aten.unbind.int and source.args[1:] == (0,):
-            self._rows[copy] = source.args[0], copy.args[1]  # type: ignore[assignment]
+        if node.target is operator.getitem:
+            source = node_at(copy, 0)
+            if source.target is _aten.unbind.int and source.args[1:] == (0,):
+                self._rows[copy] = node_at(source, 0), int_at(copy, 1)
         return copy
 
     def _along(self, stack: fx.Node, axis: int, like: Tensor) -> fx.Node:
         """Return a stack along another axis than the first."""
         order = [*range(1, like.dim())]
         order.insert(axis % like.dim(), 0)
-        return stack if axis % like.dim() == 0 else add(self.written, PERMUTED, (stack, order), like)
+        return stack if axis % like.dim() == 0 else new_node(self.written, PERMUTED, (stack, order), like)
 
     def _at_once(self, nodes: list[fx.Node]) -> None:
         first, count = nodes[0], len(nodes)
         value: Tensor = first.meta["val"]
         places = range(len(first.args))
         args = tuple(self._operand([node.args[place] for node in nodes], value.dim()) for place in places)
-        whole = new_node(self.written, first.target, args, dict(first.kwargs))
-        whole.meta["val"] = like_of(value, count, *value.shape)
-        parts = add(self.written, _aten.unbind.int, (whole, 0), None)
+        like = like_of(value, count, *value.shape)
+        whole = new_node(self.written, first.target, args, like, dict(first.kwargs))
+        parts = new_node(self.written, _aten.unbind.int, (whole, 0), None)
         for place, node in enumerate(nodes):
-            row = self._copies[node] = add(self.written, operator.getitem, (parts, place), value)
+            row = self._copies[node] = new_node(self.written, operator.getitem, (parts, place), value)
             self._rows[row] = whole, place
 
-    def _operand(self, parts: list[Any], axes: int) -> Any:
+    def _operand(self, given: list[Argument], axes: int) -> Argument:
         """Return one operand of all: what they share as it is, else a stack, with axes of length one in the middle."""
-        if not isinstance(parts[0], fx.Node):
+        parts = [self._copies[part] for part in given if isinstance(part, fx.Node)]
+        if not parts:
+            return given[0]
+        if all(part is given[0] for part in given):
             return parts[0]
-        if all(part is parts[0] for part in parts):
-            return self._copies[parts[0]]
-        stack = self._stack([self._copies[part] for part in parts])
+        stack = self._stack(parts)
         value: Tensor = stack.meta["val"]
         if value.dim() == axes + 1:
             return stack
         shape = [len(parts), *[1] * (axes + 1 - value.dim()), *value.shape[1:]]
-        return add(self.written, _aten.view.default, (stack, shape), like_of(value, *shape))
+        return new_node(self.written, _aten.view.default, (stack, shape), like_of(value, *shape))
 
     def _stack(self, parts: list[fx.Node]) -> fx.Node:
         """Return tensors of one shape as rows of one tensor."""
@@ -166,7 +175,7 @@ class _Writer:
             value: Tensor = parts[0].meta["val"]
             like = like_of(value, len(parts), *value.shape)
             found = self._constant(parts) if all(part.op == "get_attr" for part in parts) else self._range(parts, like)
-            self._stacks[key] = add(self.written, STACKED, (parts,), like) if found is None else found
+            self._stacks[key] = new_node(self.written, STACKED, (parts,), like) if found is None else found
         return self._stacks[key]
 
     def _constant(self, parts: list[fx.Node]) -> fx.Node | None:
@@ -181,17 +190,17 @@ class _Writer:
 
     def _range(self, parts: list[fx.Node], like: Tensor) -> fx.Node | None:
         """Return rows that follow each other in one tensor, forwards or backwards, as a part of it."""
-        rows = [self._rows.get(part) for part in parts]
-        if any(row is None or row[0] is not rows[0][0] for row in rows):  # type: ignore[index]
+        rows = [self._rows[part] for part in parts if part in self._rows]
+        if len(rows) < len(parts) or any(source is not rows[0][0] for source, _ in rows):
             return None
-        source, first, last = rows[0][0], rows[0][1], rows[-1][1]  # type: ignore[index]
+        source, first, last = *rows[0], rows[-1][1]
         step = 1 if last >= first else -1
-        if [row[1] for row in rows] != [*range(first, last + step, step)]:  # type: ignore[index]
+        if [place for _, place in rows] != [*range(first, last + step, step)]:
             return None
         low, high = min(first, last), max(first, last) + 1
         if (low, high) != (0, source.meta["val"].shape[0]):
-            source = add(self.written, _aten.slice.Tensor, (source, 0, low, high), like)
-        return source if step == 1 else add(self.written, _aten.flip.default, (source, [0]), like)
+            source = new_node(self.written, _aten.slice.Tensor, (source, 0, low, high), like)
+        return source if step == 1 else new_node(self.written, _aten.flip.default, (source, [0]), like)
 
 
 def _ordered(graph: fx.Graph, groups: Sequence[list[fx.Node]]) -> list[list[fx.Node]]:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor, fx
+
+from pyro_flows.graphs.graph import node_at
 
 STORE, ADD_UP, MAXIMUM, MINIMUM = 1, 3, 4, 5  # what is done with results; see interpreter.c
 Sizes = tuple[int, ...]
@@ -34,7 +36,7 @@ class Buffer:
     """
 
     span: int
-    source: Any = None
+    source: int | Tensor | tuple[fx.Node, int] | None = None
     level: int = -1
     maker: Task | None = None
     kept: bool = False
@@ -88,8 +90,8 @@ class Foreign:
     """An operation that torch does, after the tasks of its level."""
 
     node: fx.Node
-    args: Any
-    kwargs: Any
+    args: Sequence[object]
+    kwargs: Mapping[str, object]
     level: int
     results: list[View] = field(default_factory=list)
 
@@ -110,6 +112,37 @@ class Product:
     @property
     def taken(self) -> list[View]:
         return [self.first, self.second]
+
+
+@dataclass(frozen=True)
+class Call:
+    """An operation to be done by tasks: its node, its arguments with views in the place of nodes, and its result."""
+
+    node: fx.Node
+    args: Sequence[object]
+    kwargs: Mapping[str, object]
+    result: Tensor
+
+    def view(self, place: int) -> View:
+        """Return an argument that is a tensor."""
+        view = self.args[place]
+        if not isinstance(view, View):
+            raise Unsuited
+        return view
+
+    def views(self, place: int) -> list[View]:
+        """Return an argument that is a sequence of tensors."""
+        return [*cast("Sequence[View]", self.args[place])]
+
+    def integer(self, place: int, otherwise: int = 0) -> int:
+        """Return an argument that is a whole number; another one where it is left out or None."""
+        number = self.args[place] if place < len(self.args) else None
+        return otherwise if number is None else int(cast("int", number))
+
+    def integers(self, place: int) -> list[int]:
+        """Return an argument that is one whole number or a sequence of them."""
+        numbers = self.args[place]
+        return [numbers] if isinstance(numbers, int) else [*cast("Sequence[int]", numbers)]
 
 
 class Given(NamedTuple):
@@ -177,7 +210,7 @@ def level_for(view: View, nest: Sizes) -> int:
     return view.buffer.level + (not is_aligned(view, nest))
 
 
-def views_in(value: Any) -> Iterator[View]:
+def views_in(value: object) -> Iterator[View]:
     """Yield the views in arguments of an operation."""
     if isinstance(value, View):
         yield value
@@ -191,20 +224,28 @@ def views_in(value: Any) -> Iterator[View]:
 class Adding(Protocol):
     """What operations add their tasks to: see :class:`~pyro_flows.graphs.fusion_groups.FusionGroups`."""
 
-    views: dict[Any, Any]
-    real: dict[Any, Any]
     foreign: list[Foreign | Product]
 
     @staticmethod
     def whole(value: Tensor, buffer: Buffer) -> View: ...
 
-    def need_numbers(self, node: Any) -> None: ...
+    def tensor(self, node: fx.Node) -> Tensor: ...
+
+    def view(self, node: fx.Node) -> View: ...
+
+    def need_numbers(self, node: fx.Node) -> None: ...
 
     def point(self, like: Tensor, code: int, *operands: View, number: float = 0.0) -> View: ...
 
-    def numbers(self, code: int, *operands: View, number: float = 0.0) -> View: ...
+    def numbers(self, code: int, *operands: View) -> View: ...
 
     def add(self, code: int, operands: Sequence[View], to: View, action: int, *, number: float = 0.0) -> None: ...
 
 
-Rule = Callable[[Adding, fx.Node, Any, Any, Tensor], View]
+def read(nests: Adding, call: Call, place: int = 0) -> View:
+    """Return an argument whose numbers tasks can read; raise :class:`Unsuited` if they cannot."""
+    nests.need_numbers(node_at(call.node, place))
+    return call.view(place)
+
+
+Rule = Callable[[Adding, Call], View]

@@ -76,7 +76,7 @@ class Written:
         self.loads: dict[object, Memory] = {}
         self.made = {task.to.buffer: number for number, task in enumerate(self.tasks) if task.to.buffer.maker is task}
         taken = [[self._source(view) for view in task.operands] for task in self.tasks]
-        stores = [self._store(task) for task in self.tasks]
+        stores = [_memory(task.action, task.to) if task.to.buffer.kept else None for task in self.tasks]
         self.memories = [*self.loads.values(), *(store for store in stores if store is not None)]
         self._choose_inner()
         self.registers = 0
@@ -89,9 +89,6 @@ class Written:
             return number
         load = _memory(LOAD, view)
         return self.loads.setdefault((view.buffer, view.offset, tuple(load.strides), view.index), load)
-
-    def _store(self, task: Task) -> Memory | None:
-        return _memory(task.action, task.to) if task.to.buffer.kept else None
 
     # the order of dimensions ----------------------------------------------------------------------------------------
 

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.fx.node import Argument
 
-from pyro_flows.graphs.graph import args_of, new_node, sweep
+from pyro_flows.graphs.graph import int_at, ints_at, new_node, node_at, sweep
 from pyro_flows.graphs.strides import by_selection
 
 _aten = torch.ops.aten
@@ -60,7 +60,7 @@ class _Resolver:
     def __init__(self, graph: fx.Graph) -> None:
         self.graph, self.known, self.done = graph, dict[fx.Node, _Entries](), set[fx.Node]()
         self.left = GROWTH * len(graph.nodes)
-        self.rules: dict[Any, Callable[[fx.Node], _Entries | fx.Node | None]] = {
+        self.rules: dict[object, Callable[[fx.Node], _Entries | fx.Node | None]] = {
             _aten.select.int: self._select,
             _aten.slice.Tensor: self._slice,
             _aten.select_scatter.default: self._write,
@@ -109,7 +109,7 @@ class _Resolver:
         return None if known is None or known.axis != axis else self._entry(known, index)
 
     def _slice(self, node: fx.Node) -> _Entries | fx.Node | None:
-        source, axis, first, last, step = _range_of(args_of(node))
+        source, axis, first, last, step = _range_of(node)
         known, size = self.known.get(source), source.meta["val"].shape[axis]
         if step == 1 and (first, last) == (0, size):
             return source
@@ -121,12 +121,11 @@ class _Resolver:
 
     def _write(self, node: fx.Node) -> _Entries | None:
         source, axis, index = _axis_of(node, 2)
-        return self._written(node, source, axis, {index: args_of(node)[1]})
+        return self._written(node, source, axis, {index: node_at(node, 1)})
 
     def _write_slice(self, node: fx.Node) -> _Entries | fx.Node | None:
-        source, axis, first, last, step = _range_of((args_of(node)[0], *args_of(node)[2:]))
-        part = args_of(node)[1]
-        assert isinstance(part, fx.Node)
+        source, axis, first, last, step = _range_of(node, 2)
+        part = node_at(node, 1)
         if step != 1 or part.meta["val"].shape[axis] != last - first:
             return None
         if (first, last) == (0, source.meta["val"].shape[axis]):
@@ -138,7 +137,7 @@ class _Resolver:
             return None
         return self._written(node, source, axis, {first + i: self._entry(own, i) for i in range(last - first)})
 
-    def _written(self, node: fx.Node, source: fx.Node, axis: int, new: dict[int, Any]) -> _Entries | None:
+    def _written(self, node: fx.Node, source: fx.Node, axis: int, new: dict[int, fx.Node]) -> _Entries | None:
         if any(part.meta["val"].dtype != node.meta["val"].dtype for part in new.values()):
             return None
         known = self._along(axis, source, node)
@@ -146,12 +145,11 @@ class _Resolver:
         return known
 
     def _alone(self, node: fx.Node) -> _Entries:
-        part, shape, axis, index = args_of(node)[:4]
-        axis, like = int(axis) % len(shape), node.meta["val"]
-        return _Entries(like, axis, None, {int(index) % like.shape[axis]: part})
+        axis, like = int_at(node, 2) % len(ints_at(node, 1)), node.meta["val"]
+        return _Entries(like, axis, None, {int_at(node, 3) % like.shape[axis]: node_at(node, 0)})
 
     def _add(self, node: fx.Node) -> _Entries | None:
-        one, other = args_of(node)[:2]
+        one, other = node.args[:2]
         if node.kwargs or not (isinstance(one, fx.Node) and isinstance(other, fx.Node)) or one is other:
             return None
         if any(part.meta["val"].shape != node.meta["val"].shape for part in (one, other)):
@@ -165,11 +163,14 @@ class _Resolver:
         known = self._along(added.axis, rest, node)
         for index, part in added.at.items():
             there = index in known.at or known.base is not None
-            known.at[index] = self._plus(self._entry(known, index), part) if there else part
+            if there:
+                old = self._entry(known, index)
+                part = self._call(_aten.add.Tensor, (old, part), old.meta["val"])
+            known.at[index] = part
         return known
 
     def _copy(self, node: fx.Node) -> fx.Node | None:
-        to, source = args_of(node)[:2]
+        to, source = node.args[:2]
         by_index = all(user.target in _BY_INDEX for user in node.users)
         if not by_index or not (isinstance(to, fx.Node) and isinstance(source, fx.Node)):
             return None
@@ -179,8 +180,7 @@ class _Resolver:
         return source if like.shape == value.shape else self._call(_aten.expand.default, (source, [*like.shape]), like)
 
     def _clone(self, node: fx.Node) -> _Entries | None:
-        source = args_of(node)[0]
-        assert isinstance(source, fx.Node)
+        source = node_at(node, 0)
         known = self.known.get(source)
         return None if known is None else self._along(known.axis, source, node)
 
@@ -205,9 +205,6 @@ class _Resolver:
             else:
                 known.at[index] = self._call(_aten.select.int, (known.base, known.axis, index), known.entry)
         return known.at[index]
-
-    def _plus(self, one: fx.Node, other: fx.Node) -> fx.Node:
-        return self._call(_aten.add.Tensor, (one, other), one.meta["val"])
 
     def _zeros(self, like: Tensor) -> fx.Node:
         zeros = self._call(_aten.zeros.default, ([*like.shape],), like)
@@ -234,26 +231,24 @@ class _Resolver:
             return self._zeros(like)
         return self._call(_aten.slice.Tensor, (known.base, known.axis, first, last), like)
 
-    def _call(self, operation: Any, arguments: tuple[Any, ...], like: Tensor) -> fx.Node:
+    def _call(self, operation: Callable[..., object], arguments: tuple[Argument, ...], like: Tensor) -> fx.Node:
         self.left -= 1
-        node = new_node(self.graph, operation, arguments, {})
-        node.meta["val"] = like
-        return self._settled(node)
+        return self._settled(new_node(self.graph, operation, arguments, like))
 
 
-def _axis_of(node: fx.Node, given: int = 1) -> tuple[Any, int, int]:
+def _axis_of(node: fx.Node, given: int = 1) -> tuple[fx.Node, int, int]:
     """Return the tensor that is selected from or written into, the axis and the index."""
-    source, axis, index = args_of(node)[0], args_of(node)[given], args_of(node)[given + 1]
+    source = node_at(node, 0)
     shape = source.meta["val"].shape
-    axis = int(axis) % len(shape)
-    return source, axis, int(index) % shape[axis]
+    axis = int_at(node, given) % len(shape)
+    return source, axis, int_at(node, given + 1) % shape[axis]
 
 
-def _range_of(args: tuple[Any, ...]) -> tuple[Any, int, int, int, int]:
-    """Return the tensor that is sliced, the axis, and the range; ``args`` are those of a slice, as far as given."""
-    defaults: tuple[Any, ...] = None, 0, None, None, 1
-    source, axis, first, last, step = (*args, *defaults[len(args) :])
+def _range_of(node: fx.Node, given: int = 1) -> tuple[fx.Node, int, int, int, int]:
+    """Return the tensor that is sliced or written into, the axis, and the range, which are ``given`` from there on."""
+    source = node_at(node, 0)
     shape = source.meta["val"].shape
-    axis = int(axis) % len(shape)
-    first, last, _ = slice(first, last).indices(shape[axis])
-    return source, axis, first, max(first, last), int(step)
+    axis = int_at(node, given) % len(shape)
+    size = shape[axis]
+    first, last, _ = slice(int_at(node, given + 1), int_at(node, given + 2, size)).indices(size)
+    return source, axis, first, max(first, last), int_at(node, given + 3, 1)

@@ -7,7 +7,7 @@ import itertools
 import warnings
 from collections.abc import Sequence
 from contextlib import suppress
-from typing import Any
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 import torch
@@ -23,6 +23,9 @@ from pyro_flows.model.faults import is_about_dtypes, is_of_a_point
 from pyro_flows.model.precision import doubled
 from pyro_flows.model.sites import Keywords, Model, Positional, Site, messages
 from pyro_flows.model.start import FromPrior
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 KINDS = ("array", "table", "list", "list of whole numbers")
 DRAWS = 3  # of the prior at which a model is tried
@@ -93,9 +96,9 @@ def _may_become_a_tensor(value: object) -> bool:
     return _kind(value) is not None
 
 
-def _shape(value: Any) -> tuple[int, ...] | None:
+def _shape(value: object) -> tuple[int, ...] | None:
     """Return the shape of nested lists of numbers; None if they are of something else, or have different lengths."""
-    if type(value) in (list, tuple):
+    if isinstance(value, (list, tuple)) and type(value) in (list, tuple):
         shapes = {_shape(part) for part in value}
         inner = shapes.pop() if len(shapes) == 1 else None
         return None if inner is None else (len(value), *inner)
@@ -160,22 +163,25 @@ def _converted(
     )
 
 
-def _tensor(name: str, value: Any) -> Tensor:
+def _tensor(name: str, value: object) -> Tensor:
     """Return numbers as a tensor of their own: as ``torch.as_tensor`` does, with whole numbers as int64."""
     if isinstance(value, (list, tuple)):
         return torch.tensor(value)
     if "DataFrame" in _pandas(value):
-        columns = [_array(f"{name}, column {label!r}", value.iloc[:, at]) for at, label in enumerate(value.columns)]
+        table = cast("pd.DataFrame", value)
+        columns = [_array(f"{name}, column {label!r}", table.iloc[:, at]) for at, label in enumerate(table.columns)]
         return torch.from_numpy(np.stack(columns, axis=1))
     return torch.from_numpy(_array(name, value))
 
 
-def _array(name: str, value: Any) -> np.ndarray:
+def _array(name: str, value: object) -> np.ndarray:
     """Return numbers as an array of a dtype that torch has, which owns its memory."""
-    dtype: Any = getattr(value, "dtype", None)
-    if _pandas(value) and _pandas(dtype) and getattr(dtype, "numpy_dtype", None) is not None:  # those that know of NA
-        missing = bool(value.isna().any())
-        value = value.to_numpy(dtype=np.float64, na_value=np.nan) if missing else value.to_numpy(dtype.numpy_dtype)
+    dtype = getattr(value, "dtype", None)
+    plain = getattr(dtype, "numpy_dtype", None)
+    if _pandas(value) and _pandas(dtype) and plain is not None:  # those that know of NA
+        series = cast("pd.Series", value)
+        missing = bool(series.isna().any())
+        value = series.to_numpy(dtype=np.float64, na_value=np.nan) if missing else series.to_numpy(plain)
     if hasattr(value, "toarray"):
         raise _refused(name, "a sparse matrix")
     if isinstance(value, np.ma.MaskedArray) and np.ma.getmaskarray(value).any():

@@ -16,6 +16,7 @@ from pyro.poutine.block_messenger import BlockMessenger
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
+from pyro_flows._fallbacks import Tried
 from pyro_flows._seeding import BatchedDraws
 from pyro_flows._turns import Disturbed, turn
 from pyro_flows.model.faults import Faults, Undefined, is_of_a_point
@@ -122,16 +123,12 @@ def apart() -> Iterator[None]:
         dims, around, inner = runtime._DIM_ALLOCATOR, [*runtime._PYRO_STACK], _Apart()
         taken, dims._stack = dims._stack, []
         try:
-            with inner:
+            with Tried(lambda error: inner.disturbed or around != runtime._PYRO_STACK) as tried, inner:
                 yield
-        except Exception as error:
-            if inner.disturbed or around != runtime._PYRO_STACK:
-                raise Disturbed(BESIDE) from error
-            raise
         finally:
             dims._stack = taken
         if inner.disturbed or around != runtime._PYRO_STACK:
-            raise Disturbed(BESIDE)
+            raise Disturbed(BESIDE) from tried.error
 
 
 class _Apart(BlockMessenger):

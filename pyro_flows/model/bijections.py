@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import cast
 
 import torch
 from pyro.distributions.mixture import MaskedConstraint
@@ -25,7 +25,7 @@ from torch.distributions.transforms import (
 from pyro_flows._shapes import broadcast
 from pyro_flows.model.supports import WRAPPERS, is_narrower
 
-GENERALIZED_PARETO: Any = getattr(torch.distributions, "GeneralizedPareto", ())  # from torch 2.8 on
+GENERALIZED_PARETO: type[Distribution] | tuple[()] = getattr(torch.distributions, "GeneralizedPareto", ())  # in 2.8
 BOUNDS = {"lower_bound": torch.amin, "upper_bound": torch.amax}
 
 
@@ -40,7 +40,8 @@ def bijection(fn: Distribution) -> Transform:
         lifted += getattr(inner, "reinterpreted_batch_ndims", 0)
         inner = inner.base_dist
     if isinstance(inner, GENERALIZED_PARETO):
-        return _lifted(_perhaps_bounded(inner.support), lifted)
+        support = cast(constraints.interval, inner.support)
+        return _lifted(_perhaps_bounded(support.lower_bound, torch.as_tensor(support.upper_bound)), lifted)
     if is_narrower(inner) and ComposeTransform(inner.transforms).bijective:
         return _lifted(ComposeTransform([bijection(inner.base_dist), *inner.transforms]), lifted)
     return biject_to(cast(Constraint, fn.support))
@@ -50,12 +51,11 @@ def _lifted(transform: Transform, axes: int) -> Transform:
     return IndependentTransform(transform, axes) if axes else transform
 
 
-def _perhaps_bounded(support: Any) -> Transform:
+def _perhaps_bounded(lower: Tensor, upper: Tensor) -> Transform:
     """The bijection onto an interval whose upper bound may be infinite."""
-    upper = torch.as_tensor(support.upper_bound)
     bounded = torch.isfinite(upper)
-    interval = constraints.interval(support.lower_bound, torch.where(bounded, upper, support.lower_bound + 1.0))
-    return _Choice(bounded, registered(constraints.greater_than(support.lower_bound)), registered(interval))
+    interval = constraints.interval(lower, torch.where(bounded, upper, lower + 1.0))
+    return _Choice(bounded, registered(constraints.greater_than(lower)), registered(interval))
 
 
 def biject_to(support: Constraint) -> Transform:
@@ -118,8 +118,8 @@ class _Triangle(Transform):
         super().__init__()
         self.square = square
 
-    @property
-    def codomain(self) -> Constraint:  # type: ignore[override]
+    @constraints.dependent_property
+    def codomain(self) -> Constraint:
         return constraints.positive_definite if self.square else constraints.lower_cholesky
 
     def _call(self, x: Tensor) -> Tensor:

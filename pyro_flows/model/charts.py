@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -99,9 +99,11 @@ class Walls:
 Chart = Circle | Heavy | Walls
 
 
-def _replaced(values: Any, by: Callable[[Any], Any]) -> Any:
+def _replaced(values: object, by: Callable[[float | None], float | None]) -> object:
     """Return nested lists with each number replaced."""
-    return [_replaced(part, by) for part in values] if isinstance(values, list) else by(values)
+    if isinstance(values, list):
+        return [_replaced(part, by) for part in values]
+    return by(cast("float | None", values))
 
 
 def read_chart(given: Mapping[str, object], shape: torch.Size, like: Tensor) -> Chart | None:
@@ -125,6 +127,7 @@ def write_chart(chart: Chart | None) -> dict[str, object]:
     if isinstance(chart, Walls):
         sides = {"wall_below": chart.low.tolist(), "wall_above": chart.high.tolist()}
         return {
-            name: _replaced(side, lambda value: value if math.isfinite(value) else None) for name, side in sides.items()
+            name: _replaced(side, lambda value: value if value is not None and math.isfinite(value) else None)
+            for name, side in sides.items()
         }
     return {} if chart is None else {"heavy_about": chart.loc.tolist(), "heavy_scale": chart.scale.tolist()}

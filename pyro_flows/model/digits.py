@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,6 +12,7 @@ from pyro_flows._seeding import seeded
 from pyro_flows.model.batching import over_rows, quiet, where_possible
 from pyro_flows.model.precision import LostDigits, doubled, in_double, read_in_double
 from pyro_flows.model.runs import Runs
+from pyro_flows.model.sites import Keywords, Model, Noncentered, Positional
 
 FAR, FAR_SITES = (-20.0, -10.0, 10.0, 20.0), 16  # where all coordinates of a site are put, to compare precisions
 LOST, LOST_SHARE = 1.0, 1e-4  # nats by which single precision may be off there, and as a share of the log density
@@ -28,8 +28,10 @@ class Digits(Runs):
     _has_double = True  # whether the model runs in double precision, as far as is known
     _off: float | None = None  # nats by which rounding changes the log density, where that was last looked at
 
-    def __init__(self, *given: Any, **options: Any) -> None:
-        super().__init__(*given, **options)
+    def __init__(
+        self, model: Model, args: Positional = (), kwargs: Keywords | None = None, *, noncentered: Noncentered = ()
+    ) -> None:
+        super().__init__(model, args, kwargs, noncentered=noncentered)
         if self.dtype == torch.float32 and self._loses_digits_far_out():
             self._become_double()
 

@@ -163,7 +163,8 @@ class Factorizations(TorchFunctionMode):
     def __torch_function__(self, func: Function, types: object, args: Args = (), kwargs: Kwargs = None) -> object:
         met = func in _CHOLESKY
         self.met = self.met or met
-        return (_factor if met and not self.strict else func)(*args, **(kwargs or {}))
+        run: Function = _factor if met and not self.strict else func
+        return run(*args, **(kwargs or {}))
 
 
 def _factor(matrix: Tensor, upper: bool = False) -> Tensor:

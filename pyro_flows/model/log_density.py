@@ -7,8 +7,9 @@ import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 from itertools import pairwise
-from typing import Any
+from typing import TypedDict
 
 import pyro
 import torch
@@ -18,7 +19,7 @@ from pyro_flows._clock import Clock
 from pyro_flows._journal import evaluated
 from pyro_flows._ledger import booked
 from pyro_flows._turns import turn
-from pyro_flows.graphs import Recorder
+from pyro_flows.graphs import Recorder, RecorderState
 from pyro_flows.model.batching import quiet, where_possible
 from pyro_flows.model.faults import Faults, Undefined, passing_over
 from pyro_flows.model.gradients import values_and_grads
@@ -29,6 +30,14 @@ from pyro_flows.model.sites import Noncentered, Structure
 LARGER = 4  # times the numbers of data and coordinates, that a few results may have
 WRITTEN_FOR_A_CHECK, DRAWS_AT_LEAST = 2e9, 400  # numbers that a check may write, a second or so; and its draws
 PORTION = 16  # pieces of a recorded graph between two looks at the clock
+
+
+class DensityState(TypedDict):
+    """All that evaluations change."""
+
+    evaluations: int
+    faults: dict[str, object]
+    graphs: list[RecorderState]
 
 
 class LogDensity(SiteValues):
@@ -86,21 +95,21 @@ class LogDensity(SiteValues):
     def _take_own(self) -> None:
         """Evaluate by recorders of one's own, whose graphs have the data as constants."""
         (unit, large), numbers = self.work.rows(2), max(self.numbers, self.work.largest // (2 * LARGER))
-        about: dict[str, Any] = {"unit": unit, "changed": self.faults}
-        self._with_gradients = Recorder(self._gradients, numbers, **about)
-        self._values = Recorder(self._plain_values, numbers, large=large, whole=self._with_gradients, **about)
+        make = partial(Recorder, numbers=numbers, unit=unit, changed=self.faults)
+        self._with_gradients = make(self._gradients)
+        self._values = make(self._plain_values, large=large, whole=self._with_gradients)
 
     def spend(self, gradients: int) -> None:
         """Count gradients that were taken of this density, here or by a graph of its own."""
         self.evaluations += gradients
         booked(gradients)
 
-    def state(self) -> dict[str, Any]:
+    def state(self) -> DensityState:
         """Return all that evaluations change, so that a run may go on elsewhere to the last digit."""
         graphs = [recorder.state() for recorder in (self._with_gradients, self._values)]
         return {"evaluations": self.evaluations, "faults": dict(vars(self.faults)), "graphs": graphs}
 
-    def put_back(self, state: Mapping[str, Any]) -> None:
+    def put_back(self, state: DensityState) -> None:
         """Go on from what :meth:`state` returned."""
         for recorder, stored in zip((self._with_gradients, self._values), state["graphs"], strict=True):
             recorder.put_back(stored)
@@ -220,7 +229,8 @@ class LogDensity(SiteValues):
                 found = [self._with_gradients(part) for part in self._portions(z, self._with_gradients)]
                 value, grad = found[0] if len(found) == 1 else map(torch.cat, zip(*found, strict=True))
                 return value.to(z.dtype), grad
-        return tuple(evaluated([z], lambda: self.unrecorded(z), self.faults))
+        value, grad = evaluated([z], lambda: self.unrecorded(z), self.faults)
+        return value, grad
 
     def _portions(self, z: Tensor, recorder: Recorder) -> Iterator[Tensor]:
         """Yield ``z`` in whole numbers of the recorder's pieces, with a look at the clock before each."""

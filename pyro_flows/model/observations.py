@@ -6,7 +6,7 @@ import inspect
 import warnings
 from collections.abc import Callable
 from contextlib import suppress
-from typing import Any
+from typing import cast
 
 import pyro
 import torch
@@ -14,6 +14,7 @@ from pyro import poutine
 from pyro.distributions import Unit
 from torch import Tensor
 from torch.distributions import Distribution
+from torch.distributions.constraints import Constraint
 from torch.utils._pytree import tree_flatten_with_path
 
 from pyro_flows._shapes import broadcast
@@ -159,7 +160,7 @@ def _number(value: Tensor) -> str:
 
 def _distances(fn: Distribution, value: Tensor) -> Tensor | None:
     """How far numbers lie outside of the bounds of an interval, or from a whole number; None for other supports."""
-    support = _elementary(support_of(fn))
+    support = _elementary(cast(Constraint, support_of(fn)))
     number = value.double()
     parts = [getattr(support, name, None) for name in ("lower_bound", "upper_bound")]
     if all(bound is None for bound in parts) or support.event_dim:
@@ -169,7 +170,7 @@ def _distances(fn: Distribution, value: Tensor) -> Tensor | None:
     return torch.maximum(torch.maximum(low, high), (number - number.round()).abs() if support.is_discrete else low)
 
 
-def _elementary(support: Any) -> Any:
+def _elementary(support: Constraint) -> Constraint:
     while hasattr(support, "base_constraint"):
         support = support.base_constraint
     return support
@@ -180,13 +181,13 @@ def _stated(fn: Distribution) -> str:
     if is_narrower(fn):
         base = family(fn.base_dist)
         return f"what its transforms make of {type(base).__name__}, {_stated(base)}"
-    support = _elementary(support_of(fn))
+    support = _elementary(cast(Constraint, support_of(fn)))
     bounds = {key: getattr(support, key) for key in ("lower_bound", "upper_bound") if hasattr(support, key)}
     name = type(support).__name__.lstrip("_")
     return f"{name}: {', '.join(f'{key} {_range(bound)}' for key, bound in bounds.items())}" if bounds else name
 
 
-def _range(bound: Any) -> str:
+def _range(bound: object) -> str:
     values = torch.as_tensor(bound, dtype=torch.float64)
     low, high = float(values.min()), float(values.max())
     return f"{low:.6g}" if low == high else f"{low:.6g} to {high:.6g}"

@@ -6,7 +6,6 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
-from typing import Any
 
 import torch
 from pyro import poutine
@@ -251,7 +250,7 @@ class Runs:
         rows = partial(self.strictly, function, randomness=randomness)
         alone, add = partial(rows, batched=False), self.faults.add
 
-        def compute() -> Any:
+        def compute() -> Found:
             found = possible_pieces(rows, z, alone=alone, halves=self.batched, instead=instead, note=add)
             return filled_up(list(found), self.faults)
 

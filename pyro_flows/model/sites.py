@@ -43,6 +43,7 @@ class Site(TypedDict):
     cond_indep_stack: tuple[CondIndepStackFrame, ...]
     kwargs: dict[str, object]
     stop: bool
+    done: bool
 
 
 @dataclass(frozen=True)
@@ -230,8 +231,9 @@ def _in_coordinates(latent: Latent, given: Options, like: Tensor) -> Latent:
     return replace(latent, noncentered=noncentered, data=data, chart=chart)
 
 
-def messages(trace: Any) -> dict[str, Any]:
+def messages(trace: poutine.Trace | None) -> dict[str, Any]:
     """Return the sites of a trace by name, free of Pyro's loose types."""
+    assert trace is not None
     return trace.nodes
 
 

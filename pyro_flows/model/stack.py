@@ -6,7 +6,6 @@ import copy
 from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -260,11 +259,9 @@ def _check_alike(density: LogDensity, first: LogDensity) -> None:
             raise NotStackable(f"masks leave other entries of {one.name!r} in different data sets")
 
 
-def _differ(parts: Sequence[Any]) -> bool:
-    first = parts[0]
-    if not isinstance(first, Tensor):
-        return False
-    return any(part is not first and not _same(part, first) for part in parts)
+def _differ(parts: Sequence[object]) -> bool:
+    tensors = [part for part in parts if isinstance(part, Tensor)]
+    return any(part is not tensors[0] and not _same(part, tensors[0]) for part in tensors)
 
 
 def _same(one: Tensor, other: Tensor) -> bool:

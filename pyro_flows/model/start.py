@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from contextlib import nullcontext, suppress
-from typing import Any, TypeVar, cast
+from typing import TypeVar, cast
 
 import torch
 from pyro import poutine
@@ -46,7 +46,7 @@ def initial_value(site: Site) -> Tensor:
     draws = _prior_draws(fn)
     if draws is None:
         shape = real_shape(transform, fn.shape())
-        return transform(torch.zeros(shape, **_like(cast(Constraint, fn.support))))
+        return transform(torch.zeros(shape).to(_like(cast(Constraint, fn.support))))
     middle = transform.inv(draws).median(0).values
     return transform(torch.where(torch.isfinite(middle), middle, torch.zeros_like(middle)))
 
@@ -65,12 +65,12 @@ def _prior_draws(fn: TorchDistribution) -> Tensor | None:
         return None
 
 
-def _like(support: Constraint) -> dict[str, Any]:
-    """Dtype and device of a support's bounds, where it has tensor bounds."""
+def _like(support: Constraint) -> Tensor:
+    """Return a bound of a support, where it has tensor bounds, for its dtype and device."""
     for bound in vars(getattr(support, "base_constraint", support)).values():
         if isinstance(bound, Tensor) and bound.is_floating_point():
-            return {"dtype": bound.dtype, "device": bound.device}
-    return {}
+            return bound
+    return torch.empty(())
 
 
 def transform_of(site: Site) -> Transform:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import TYPE_CHECKING, TypeGuard, cast
 
 import numpy as np
 import pyro
@@ -28,6 +28,9 @@ from pyro_flows.graphs import interpreter_is_built
 from pyro_flows.model.batching import quiet
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.model.sites import Keywords, Model, Positional
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 COPIED = 2**24  # bytes of all arguments of a call; more are not copied
 ROUNDED = {torch.float32: 1e-3, torch.float64: 1e-6}  # relative differences of one log density, by other operations
@@ -60,7 +63,7 @@ def _is_empty(value: object) -> bool:
     return isinstance(value, (list, dict)) and not value
 
 
-def _size(value: Any) -> int:
+def _size(value: object) -> int:
     """Return about how many bytes an argument has."""
     if isinstance(value, Tensor):
         return value.numel() * value.element_size()
@@ -69,12 +72,12 @@ def _size(value: Any) -> int:
     return int(getattr(value, "nbytes", SCALAR))
 
 
-def _is_table(value: object) -> bool:
+def _is_table(value: object) -> TypeGuard[pd.DataFrame]:
     known = hasattr(value, "iloc") or hasattr(value, "to_frame")  # tables, series, and indices
     return known and type(value).__module__.partition(".")[0] == "pandas"
 
 
-def _copy(value: Any) -> Any:
+def _copy(value: object) -> object:
     if type(value) is Tensor and not value.requires_grad:
         return value.clone()
     if isinstance(value, np.ndarray):
@@ -146,10 +149,10 @@ def _feed(total: Feed, value: object) -> None:
         _feed_array(total, np.asarray(value))
 
 
-def _plain(total: Feed, value: Any) -> bool:
+def _plain(total: Feed, value: object) -> bool:
     """Feed a digest with numbers, text, and lists and dicts of them alone; return whether it is such a value."""
     try:
-        total(marshal.dumps(value, MARSHAL))
+        total(marshal.dumps(cast("list[object]", value), MARSHAL))  # which says itself what else it takes
     except ValueError:
         return False
     return True
@@ -172,7 +175,7 @@ def _feed_array(total: Feed, value: np.ndarray) -> None:
         total(np.ascontiguousarray(np.ma.getmaskarray(value)).data)
 
 
-def _feed_table(total: Feed, value: Any) -> None:
+def _feed_table(total: Feed, value: pd.DataFrame) -> None:
     import pandas as pd
 
     total(repr([*getattr(value, "columns", ())]).encode())
@@ -180,7 +183,7 @@ def _feed_table(total: Feed, value: Any) -> None:
         _feed_array(total, pd.util.hash_pandas_object(value).to_numpy())
 
 
-def identity(density: LogDensity) -> dict[str, Any]:
+def identity(density: LogDensity) -> dict[str, object]:
     """Return what tells a model with its arguments from others, in another process too, and what its numbers hang on.
 
     These are digests of arguments and parameters, the log density at two points to the last digit, the packages, this
@@ -198,7 +201,7 @@ def identity(density: LogDensity) -> dict[str, Any]:
     }
 
 
-def qualname(model: Callable[..., Any]) -> str:
+def qualname(model: Callable[..., object]) -> str:
     """Return the name of a model, which is the same in another process."""
     found = inspect.unwrap(model)
     return str(getattr(found, "__qualname__", type(found).__qualname__))

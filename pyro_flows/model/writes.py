@@ -6,7 +6,7 @@ import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from types import CodeType
-from typing import Any, NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -165,7 +165,7 @@ class _Write(NamedTuple):
     """``x[parts] = value``, where one of ``parts`` is a boolean mask."""
 
     x: Tensor
-    parts: tuple[Any, ...]
+    parts: tuple[object, ...]
     mask: Tensor
     value: object
 
@@ -227,7 +227,7 @@ def _aligned(write: _Write) -> tuple[Tensor, Tensor]:
     at = next(place for place, part in enumerate(write.parts) if part is write.mask)
     before, after = write.parts[:at], write.parts[at + 1 :]
     axes = write.mask.dim()
-    view = write.x[(*before, *[slice(None)] * axes, *after)]
+    view = write.x[cast("tuple[slice, ...]", (*before, *[slice(None)] * axes, *after))]
     if any(part is Ellipsis for part in before):
         last = sum(type(part) is not int for part in after)
     else:

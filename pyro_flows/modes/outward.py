@@ -95,7 +95,7 @@ class Outward:
             rows = open_.nonzero()[:, 0]
             if not len(rows):
                 break
-            distance, start = self._starts(rows, 2.0**doubling, distances[-1][rows], tops, far)
+            distance, start = self._starts(rows, 2.0**doubling, tops, far)
             here = ~distance.isnan()
             found = Place(*(part.new_full((count, *part.shape[1:]), torch.nan) for part in places[0]))
             if bool(here.any()):
@@ -144,8 +144,8 @@ class Outward:
         return single.unrecorded(self._z(y).float())[0].double()
 
     def _starts(
-        self, rows: Tensor, distance: float, last: Tensor, tops: list[Tensor], far: list[Tensor]
-    ) -> tuple[Tensor, Tensor]:
+        self, rows: Tensor, distance: float, tops: list[Tensor], far: list[Tensor]
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """Return distances, NaN beyond the end of numbers, and where to begin there (K, D)."""
         u = self.directions[rows]
         before, here, first, second = (part[rows] for part in (*tops, *far))

@@ -14,13 +14,12 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from pyro_flows._fallbacks import passed_over
+from pyro_flows._fallbacks import Tried, passed_over
 from pyro_flows._seeding import derive, seeded
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.modes.outward import Outward, Side
@@ -89,15 +88,15 @@ def _written(density: LogDensity) -> Iterator[LogDensity]:
 def _in_single(density: LogDensity) -> LogDensity | None:
     """Return the density with model and data in single precision; None where the model does not compute so."""
 
-    def cast(leaf: Any) -> Any:
+    def cast(leaf: object) -> object:
         return leaf.float() if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf
 
     if density.dtype == torch.float32:
         return density
-    try:
+    with Tried() as tried:
         found = density.as_written().beside(*(tree_map(cast, given) for given in (density.args, density.kwargs)))
-    except Exception as error:  # a model's own code may raise anything
-        passed_over("tails not compared in single precision", error)
+    if tried.error is not None:
+        passed_over("tails not compared in single precision", tried.error)
         return None
     return found if found.dtype == torch.float32 else None
 

@@ -11,9 +11,9 @@ probability has two of it.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
-from typing import Any
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -33,6 +33,8 @@ MOST_TERMS = 64  # of a sum that is followed: a recursion of products and sums d
 _ARITHMETIC = _ADDED | _PRODUCTS | _QUOTIENTS
 _SHAPED = {"reshape", "unsqueeze", "squeeze", "expand", "__getitem__", "flatten", "clone", "to", "double"}
 
+Number = Tensor | float
+
 
 class Sums(TorchFunctionMode):
     """Looks at the sums that are computed, in order."""
@@ -43,7 +45,10 @@ class Sums(TorchFunctionMode):
         self._terms: dict[int, tuple[Tensor, Tensor]] = {}  # logs of terms (..., K) of tensors that are sums
         self._long: dict[int, Tensor] = {}  # sums of too many terms, and what arithmetic made of them
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(
+        self, func: Callable[..., Tensor], types: object, args: tuple[Number, ...] = (),
+        kwargs: Mapping[str, object] | None = None,
+    ) -> object:  # fmt: skip
         kwargs, name = kwargs or {}, getattr(func, "__name__", "")
         summed = terms = log = None
         with suppress(*UNKNOWN):  # before the function: what it changes in place is another number afterwards
@@ -72,12 +77,15 @@ class Sums(TorchFunctionMode):
         """Return what is to stand for a sum, or the ``greater`` of two, given the logs of terms along a last axis."""
         raise NotImplementedError
 
-    def _summed(self, func: Any, name: str, args: Any, kwargs: Any) -> Tensor | None:
+    def _summed(
+        self, func: Callable[..., Tensor], name: str, args: tuple[Number, ...], kwargs: Mapping[str, object]
+    ) -> Tensor | None:
         """Return the logs (..., K) of the terms of a sum whose logarithm a function is about to return."""
+        tensors = cast("tuple[Tensor, ...]", args)
         if func in _PAIRS or (func in _GREATER and len(args) == 2 and isinstance(args[1], Tensor)):
-            return torch.stack(torch.broadcast_tensors(*args[:2]), -1)
+            return torch.stack(torch.broadcast_tensors(*tensors[:2]), -1)
         if func in _SUMS:
-            return _last(args[0], kwargs.get("dim", args[1] if len(args) > 1 else None))
+            return _last(tensors[0], kwargs.get("dim", args[1] if len(args) > 1 else None))
         if name not in ("log", "log1p") or not self._is_known(args[:1]):
             return None
         if name == "log":
@@ -85,21 +93,23 @@ class Sums(TorchFunctionMode):
         terms = self._addends(args[0])
         return torch.cat([torch.zeros_like(terms[..., :1]), terms], -1)
 
-    def _is_known(self, parts: Any) -> bool:
+    def _is_known(self, parts: Sequence[Number]) -> bool:
         return any(id(part) in self._logs or id(part) in self._terms for part in parts)
 
-    def _before(self, name: str, args: Any, kwargs: Any) -> tuple[Tensor | None, Tensor | None]:
+    def _before(
+        self, name: str, args: tuple[Number, ...], kwargs: Mapping[str, object]
+    ) -> tuple[Tensor | None, Tensor | None]:
         """Return the logs of the terms of what a function is about to return, or its log; None where unknown."""
         if name == "exp":
-            return None, args[0]
-        parts = args[0] if name in _STACKED and args else args[:2]
+            return None, cast(Tensor, args[0])
+        parts = cast("Sequence[Number]", args[0]) if name in _STACKED and args else args[:2]
         if not self._is_known(parts):
             return None, None
         if name in _ADDED and "alpha" not in kwargs:
             return _joined([self._addends(part) for part in parts if isinstance(part, Tensor) or part != 0]), None
         if name in _PRODUCTS | _QUOTIENTS:
             return self._scaled(parts[0], parts[1], -1.0 if name in _QUOTIENTS else 1.0)
-        if name in _INNER and all(part.dim() == 1 for part in parts):
+        if name in _INNER and all(torch.as_tensor(part).dim() == 1 for part in parts):
             return self._log(parts[0]) + self._log(parts[1]), None
         if name in _TOTALS and id(parts[0]) in self._logs:
             log = _last(self._log(parts[0]), kwargs.get("dim", args[1] if len(args) > 1 else None))
@@ -110,7 +120,7 @@ class Sums(TorchFunctionMode):
             return None, getattr(torch.Tensor, name)(self._log(parts[0]), *args[1:], **kwargs)
         return None, None
 
-    def _scaled(self, first: Any, second: Any, sign: float) -> tuple[Tensor | None, Tensor | None]:
+    def _scaled(self, first: Number, second: Number, sign: float) -> tuple[Tensor | None, Tensor | None]:
         """Return the same of a product (sign 1) or of a quotient (sign -1)."""
         if id(second) in self._terms:
             if sign < 0.0 or id(first) in self._terms:
@@ -121,13 +131,13 @@ class Sums(TorchFunctionMode):
             return self._addends(first) + other[..., None], None
         return None, self._log(first) + other
 
-    def _log(self, x: Any) -> Tensor:
+    def _log(self, x: Number) -> Tensor:
         """Return the log of a number or tensor: the one that is known, or a new one."""
         if id(x) in self._logs:
             return self._logs[id(x)][1]
         return torch.log(x if isinstance(x, Tensor) else torch.tensor(float(x)))
 
-    def _addends(self, x: Any) -> Tensor:
+    def _addends(self, x: Number) -> Tensor:
         """Return the logs of the terms (..., K) of a tensor, of its own where it is no sum."""
         return self._terms[id(x)][1] if id(x) in self._terms else self._log(x)[..., None]
 
@@ -139,9 +149,9 @@ def _joined(parts: Iterable[Tensor]) -> Tensor:
     return torch.cat([part.expand(*shape, -1) for part in parts], -1)
 
 
-def _last(x: Tensor, axis: Any) -> Tensor:
+def _last(x: Tensor, axis: object) -> Tensor:
     """Return x with some axes, all by default, moved to the end, and made one."""
-    axes = [axis] if isinstance(axis, int) else list(range(x.dim()) if axis is None else axis)
+    axes = [axis] if isinstance(axis, int) else [*(range(x.dim()) if axis is None else cast("Sequence[int]", axis))]
     return x if not axes else x.movedim(axes, list(range(-len(axes), 0))).flatten(-len(axes))
 
 

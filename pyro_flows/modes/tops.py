@@ -127,7 +127,7 @@ class Tails:
         """
         density = Held(self.density, recorded=recorded)
         held = torch.tensor(coordinates, device=self.middle.device).repeat_interleave(1 + 2 * len(steps))
-        distances = _distances(steps, self.middle).repeat(len(coordinates))[:, None]
+        distances = self.middle.new_tensor([0.0, *steps, *(-step for step in steps)]).repeat(len(coordinates))[:, None]
         there = self.middle[held, None] + distances * self.spread[held, None]
         others = self.middle.expand(len(held), -1), self.middle + self.spread * self.slopes[:, held].mT * distances
         points, led = (each.scatter(1, held[:, None], there) for each in others)
@@ -161,7 +161,3 @@ class Tails:
 
     def _values(self, points: Tensor, *, recorded: bool) -> Tensor:
         return self.density(points) if recorded else self.density.unrecorded(points)[0]
-
-
-def _distances(steps: Sequence[float], like: Tensor) -> Tensor:
-    return like.new_tensor([0.0, *steps, *(-step for step in steps)])

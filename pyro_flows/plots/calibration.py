@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ INSIDE = 0.95  # probability of each pointwise band
 
 
 @styled
-def plot_pit(pit: Any, names: Sequence[str] | None = None) -> Figure:
+def plot_pit(pit: object, names: Sequence[str] | None = None) -> Figure:
     r"""Draw the distribution function of probability integral transforms, less that of a uniform distribution.
 
     A calibrated density stays inside the band, :math:`\hat F(u) - u` of uniform numbers with probability .95 at each
@@ -64,7 +64,7 @@ def plot_pit(pit: Any, names: Sequence[str] | None = None) -> Figure:
 
 
 @styled
-def plot_quantiles(x: Any, quantiles: Any, levels: Any, y: Any = None, *, name: str = "x") -> Figure:
+def plot_quantiles(x: object, quantiles: object, levels: object, y: object = None, *, name: str = "x") -> Figure:
     """Draw quantiles of one output along x: bands between a level and its opposite one, a line for the median.
 
     Args:

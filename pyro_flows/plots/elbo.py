@@ -59,7 +59,10 @@ def plot_elbo(posterior: Record, *, width: float = WIDTH) -> Figure:
         axes.plot(at, running_median(elbo), color=FLOW, linestyle="-", linewidth=1.8, label="running median")
     supported = posterior.verdict.supports_evidence and math.isfinite(posterior.elbo)
     if supported:
-        axes.axhline(posterior.elbo, color=INK, linewidth=0.8, linestyle=(0, (4, 3)), zorder=3, label=_final(posterior))
+        flow = posterior.flow
+    of = f", of a mixture of {len(flow.components)}" if isinstance(flow, FlowMixture) else ""
+    label = f"final {posterior.elbo:.2f}{of}"
+    axes.axhline(posterior.elbo, color=INK, linewidth=0.8, linestyle=(0, (4, 3)), zorder=3, label=label)
     axes.set(xlabel="optimization step", ylabel="ELBO (nats)")
     if len(elbo):
         axes.set_ylim(*elbo_limits(elbo, posterior.elbo if supported else math.nan))
@@ -70,13 +73,6 @@ def plot_elbo(posterior: Record, *, width: float = WIDTH) -> Figure:
     what = "Evidence lower bound" if width > parts.NARROW else "ELBO"
     parts.title(axes, posterior, what if len(elbo) else f"{what}: nothing had to be trained")
     return figure
-
-
-def _final(posterior: Record) -> str:
-    """Say what the final line is of."""
-    flow = posterior.flow
-    of = f", of a mixture of {len(flow.components)}" if isinstance(flow, FlowMixture) else ""
-    return f"final {posterior.elbo:.2f}{of}"
 
 
 def _trained(posterior: Record) -> list[dict[str, object]]:

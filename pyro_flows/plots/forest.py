@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -117,9 +118,9 @@ def _rows(axes: Axes, rows: list[list[np.ndarray]]) -> list[Artist]:
                 continue
             color, _ = color_of(number)
             height = place + (number - (len(layers) - 1) / 2) * 0.8 / max(len(layers), 1)
-            line: dict[str, Any] = {"color": color, "linestyle": "-", "solid_capstyle": "butt"}
-            axes.plot(np.quantile(finite, parts.INTERVAL), [height] * 2, linewidth=1.0, **line)
-            (handles[number],) = axes.plot(np.quantile(finite, parts.INNER), [height] * 2, linewidth=3.0, **line)
+            draw = partial(axes.plot, color=color, linestyle="-", solid_capstyle="butt")
+            draw(np.quantile(finite, parts.INTERVAL), [height] * 2, linewidth=1.0)
+            (handles[number],) = draw(np.quantile(finite, parts.INNER), [height] * 2, linewidth=3.0)
             axes.plot([finite.mean()], [height], "o", color="white", markeredgecolor=color, markersize=4, zorder=3)
         if place:
             axes.axhline(place - 0.5, color=LINE, linewidth=0.3, zorder=0)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -24,7 +24,6 @@ COLUMNS, NARROWEST, HEIGHT, HIGHEST = 4, 1.7, 1.55, 2.4  # of panels; inches
 BINS = 45
 STEP = 0.06  # of a panel's height between the bars of two posteriors
 OUTSIDE = 1.0  # ranges of the posterior that are shown on either side of it, if the prior is wider
-PRIOR_STYLE: dict[str, Any] = {"color": INK, "linestyle": (0, (2, 2)), "linewidth": 1.2}
 
 
 @styled
@@ -180,4 +179,4 @@ def _outline(axes: Axes, prior: np.ndarray, bins: np.ndarray) -> Artist:
     """Draw the prior, of which few draws may lie in the range, by wider bins."""
     wider = bins if parts.whole([prior]) else np.linspace(bins[0], bins[-1], BINS // 2)
     heights, _ = np.histogram(prior, bins=wider)
-    return axes.stairs(heights / len(prior) / np.diff(wider), wider, **PRIOR_STYLE)
+    return axes.stairs(heights / len(prior) / np.diff(wider), wider, color=INK, linestyle=(0, (2, 2)), linewidth=1.2)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import textwrap
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -182,8 +182,9 @@ def _panel(axes: Axes, layers: list[Layer], x: str, y: str, *, size: float) -> l
     axes.set_xlim(*limits([cloud[:, 0] for cloud in clouds]))
     axes.set_ylim(*limits([cloud[:, 1] for cloud in clouds]))
     across, upwards = clouds[0][_spread_out(len(clouds[0]))].T
-    dots: dict[str, Any] = {"alpha": 0.5, "markersize": size, "markeredgewidth": 0, "rasterized": True}
-    handles: list[Artist] = [*axes.plot(across, upwards, ".", color=FLOW, **dots)]
+    handles: list[Artist] = [
+        *axes.plot(across, upwards, ".", color=FLOW, alpha=0.5, markersize=size, markeredgewidth=0, rasterized=True)
+    ]
     if len(clouds) > 1:
         handles += [parts.regions(axes, cloud, number, color_of(number)[0]) for number, cloud in enumerate(clouds)][1:]
     return handles

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from torch import Tensor
@@ -57,8 +57,11 @@ def foot(figure: Figure, note: str, handles: list[Artist], names: Sequence[str],
     if len(handles) < 2:
         figure.supxlabel(note, fontsize=8)
         return
-    place: dict[str, Any] = {"loc": "outside lower center", "ncols": max(1, min(columns, len(names)))}
-    opaque(figure.legend(handles, names, title=note or None, title_fontsize=8, **place))
+    ncols = max(1, min(columns, len(names)))
+    legend = figure.legend(
+        handles, names, title=note or None, title_fontsize=8, loc="outside lower center", ncols=ncols
+    )
+    opaque(legend)
 
 
 def plain(label: str) -> str:
@@ -115,10 +118,12 @@ def histogram(axes: Axes, values: np.ndarray, bins: np.ndarray, *, filled: bool 
 def interval(axes: Axes, values: np.ndarray, height: float = 0.0, color: str = FLOW) -> None:
     """Draw the central 89 % as a bar and the mean as a dot."""
     left, right = np.quantile(values, INTERVAL)
-    bar: dict[str, Any] = {"linewidth": 3.5, "solid_capstyle": "butt", "clip_on": False, "zorder": 3}
-    axes.plot([left, right], [height, height], color=color, **bar)
-    dot: dict[str, Any] = {"markeredgecolor": color, "markersize": 5, "clip_on": False, "zorder": 4}
-    axes.plot([values.mean()], [height], "o", color="white", **dot)
+    axes.plot(
+        [left, right], [height, height], color=color, linewidth=3.5, solid_capstyle="butt", clip_on=False, zorder=3
+    )
+    axes.plot(
+        [values.mean()], [height], "o", color="white", markeredgecolor=color, markersize=5, clip_on=False, zorder=4
+    )
 
 
 def regions(axes: Axes, points: np.ndarray, number: int = 1, color: str = BASE) -> Artist:

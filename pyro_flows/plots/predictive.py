@@ -72,7 +72,8 @@ def plot_predictive(
         handles = _compare(axes, name, data[name], replicates[name])
     names = ["data", "replicates, middle 50 %", "and 89 %"]
     figure.legend(handles, names, loc="outside lower center", ncols=1 if width < parts.NARROW else 3)
-    figure.suptitle(f"Data and replicates{_unreliable(posterior)}", color=INK, fontweight="bold")
+    doubt = " · draws unreliable" if posterior.verdict.status == "unreliable" else ""
+    figure.suptitle(f"Data and replicates{doubt}", color=INK, fontweight="bold")
     return figure
 
 
@@ -92,11 +93,6 @@ def predictive_data(
     data = {name: observed[name].to_numpy().astype(float).ravel() for name in names}
     drawn = {name: chosen[name].to_numpy().astype(float).reshape(-1, len(data[name])) for name in names}
     return data, drawn
-
-
-def _unreliable(posterior: Record) -> str:
-    """Say so where the draws are not the posterior's; a verdict on the model is what the figure is for."""
-    return " · draws unreliable" if posterior.verdict.status == "unreliable" else ""
 
 
 def _compare(axes: Axes, name: str, data: np.ndarray, replicates: np.ndarray) -> list[Artist]:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from pyro_flows import _arrays, _arviz, _checks
+from pyro_flows._arrays import Chosen
 from pyro_flows._progress import Bar
 from pyro_flows.posterior.drawn import Drawn
 
@@ -274,7 +275,7 @@ class Assessed(Drawn):
         from pyro_flows.report.content import Options
         from pyro_flows.report.page import write
 
-        chosen: dict[str, Any] = {"var_names": var_names, "filter_vars": filter_vars, "coords": coords}
+        chosen: Chosen = {"var_names": var_names, "filter_vars": filter_vars, "coords": coords}
         with Bar("report", progress, quick=True) as bar:
             bar.watch("the table")
             self._check_unchanged()

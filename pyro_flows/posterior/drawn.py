@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any, Self
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -108,8 +108,10 @@ class Drawn(Shown):
         """
         from pyro_flows.correction.refine import refine
 
-        options: dict[str, Any] = {"max_steps": max_steps, "max_seconds": max_seconds, "seed": seed}
-        return refine(self, method=method, chains=chains, progress=progress, checkpoint=checkpoint, **options)
+        return refine(
+            self, method=method, chains=chains, progress=progress, checkpoint=checkpoint, max_steps=max_steps,
+            max_seconds=max_seconds, seed=seed,
+        )  # fmt: skip
 
     def sample(self, draws: int, *, seed: int = 0) -> dict[str, Tensor]:
         """Draw anew in the way of the verdict: ``{name: (draws, *shape)}``, constrained.

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TypedDict, Unpack
 
 import torch
 from torch import Tensor
 
 from pyro_flows._clock import Clock
+from pyro_flows.flows.flow import Flow
+from pyro_flows.flows.mixture import FlowMixture
 from pyro_flows.guides.autoflow import AutoFlow
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.posterior.posterior import Posterior
@@ -24,13 +26,22 @@ from pyro_flows.verdict.weighing import Weighing, weigh
 VALUES_COMPARED = 4_000_000  # numbers: all draws of most models
 
 
+class Said(TypedDict):
+    """What is said before draws are judged, see :func:`~pyro_flows.verdict.deciding.judge`."""
+
+    failures: Sequence[str]
+    doubts: Sequence[str]
+    notes: Sequence[str]
+    warnings: Sequence[str]
+
+
 def from_draws(
     density: LogDensity,
     draw: Draw,
     *,
     draws: int,
     seed: int,
-    guide: Any,
+    guide: object,
     losses: Tensor,
     history: Sequence[Stage] = (),
     settings: Mapping[str, object] | None = None,
@@ -56,15 +67,13 @@ def from_draws(
         failed, cut = _cut(density.clock, scored, pool.wanted, stopped, moving=moving)
         draws, (lost, rounded) = scored * draws // pool.wanted, density.lost_digits(pool.z, most=pool.checked)
         lost += infinite_places(density, pool.z, pool.log_p)
-        said: dict[str, Any] = {"failures": [*failed, *failures, *lost], "doubts": doubts}
-        notes = [
-            *notes,
-            *rounded,
-            *density.faults.notes(),
-            *density.clock.notes(),
-        ]  # what the model raised, what was cut
+        said: Said = {
+            "failures": [*failed, *failures, *lost],
+            "doubts": doubts,
+            "notes": [*notes, *rounded, *density.faults.notes(), *density.clock.notes()],  # what was raised, and cut
+            "warnings": [*warnings, *cut],
+        }
         pool = pool._replace(checked=min(checked, pool.checked))
-        said |= {"notes": notes, "warnings": [*warnings, *cut]}
         found, samples = _decided(density, draw, pool, draws=draws, times=times, seed=seed, **said)
     about = {
         "draws": draws,
@@ -73,7 +82,8 @@ def from_draws(
         "noncentered": density.structure.noncentered,
         **dict(settings or {}),
     }
-    return Posterior(
+    make: Callable[..., Posterior] = Posterior
+    return make(
         samples=samples,
         **_figures(found, draws, guide_method(_flow_of(guide), about)),
         losses=losses,
@@ -95,7 +105,7 @@ def _cut(clock: Clock, scored: int, wanted: int, stopped: str, *, moving: bool) 
 
 
 def _decided(
-    density: LogDensity, draw: Draw, pool: Pool, *, draws: int, times: int, seed: int, **said: Any
+    density: LogDensity, draw: Draw, pool: Pool, *, draws: int, times: int, seed: int, **said: Unpack[Said]
 ) -> tuple[Decision, dict[str, Tensor]]:
     """Decide by the pool that is there; return the model's own values of the draws to use, too.
 
@@ -137,9 +147,9 @@ def _changed(
     return changed_values(own, torch.log_softmax(log_weights[:count], 0), min(draws, count))
 
 
-def _figures(found: Decision, draws: int, method: str) -> dict[str, Any]:
+def _figures(found: Decision, draws: int, method: str) -> dict[str, object]:
     """Return the fields of a posterior that are draws, densities and what they come to."""
-    fields: dict[str, Any] = {name: getattr(found, name) for name in ("z", "log_p", "log_q", "log_weights")}
+    fields: dict[str, object] = {name: getattr(found, name) for name in ("z", "log_p", "log_q", "log_weights")}
     fields.update(_used=found.used, _used_log_p=found.used_log_p, _used_log_q=found.used_log_q)
     weighing = found.weighing
     fields.update(k_hat=weighing.k_hat, elbo=weighing.elbo, log_evidence=weighing.log_evidence)
@@ -147,11 +157,11 @@ def _figures(found: Decision, draws: int, method: str) -> dict[str, Any]:
     return {**fields, "ess": found.verdict.ess_ratio * draws}
 
 
-def _flow_of(guide: Any) -> Any:
+def _flow_of(guide: object) -> Flow | FlowMixture | None:
     return guide._flow if isinstance(guide, AutoFlow) else None
 
 
-def _of_guide(guide: Any, draw: Draw) -> dict[str, Any]:
+def _of_guide(guide: object, draw: Draw) -> dict[str, object]:
     """Return the fields of a posterior about its guide."""
     flow = _flow_of(guide)
     name = type(guide).__name__ if isinstance(guide, torch.nn.Module) else getattr(guide, "__name__", "guide")

@@ -7,7 +7,6 @@ import os
 import pickle
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
 from torch import Tensor
 
@@ -85,32 +84,34 @@ class Posterior(Assessed):
 
     # copies ---------------------------------------------------------------------------------------------------------
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         """Return what is pickled: draws, verdict, flow and the groups that take no model; neither model nor data."""
         state = {name: _compact(value) for name, value in vars(self).items()}
         state.update(guide=None, density=None, _drawer=None)
-        state["missing"] = {**self.missing, "guide": UNPICKLED, "density": UNPICKLED}
+        missing = {**self.missing, "guide": UNPICKLED, "density": UNPICKLED}
+        state["missing"] = missing
         if self._stored is None:
             density = self._need_model()
             self._check_unchanged(runs=False)
             groups = self._labeling.applied(arviz_groups.all_groups(self, density, predictive=False, runs=False))
             state["_stored"] = groups, attributes(self)
-            state["missing"]["groups"] = f"it was {UNPICKLED}; call to_arviz() or save() where the model is"
+            missing["groups"] = f"it was {UNPICKLED}; call to_arviz() or save() where the model is"
         if isinstance(self.flow, Flow) and self.flow.recipe is None:  # the user's own, of a class that may be local
             try:
                 pickle.dumps(self.flow)
             except (AttributeError, TypeError, pickle.PicklingError) as error:
-                state["flow"], state["missing"]["flow"] = None, f"it could not be pickled ({error})"
+                state["flow"], missing["flow"] = None, f"it could not be pickled ({error})"
         return state
 
     def __copy__(self) -> Posterior:
         return replace(self)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Posterior:
+    def __deepcopy__(self, memo: dict[int, object]) -> Posterior:
         """Copy everything but the model, its data and guides of other packages, which copies may share."""
         kept = {"density", "_drawer", *(() if isinstance(self.guide, AutoFlow) else ("guide",))}
         found = {name: value if name in kept else copy.deepcopy(value, memo) for name, value in vars(self).items()}
-        return type(self)(**found)
+        make: Callable[..., Posterior] = type(self)
+        return make(**found)
 
     # files ----------------------------------------------------------------------------------------------------------
 
@@ -131,7 +132,7 @@ class Posterior(Assessed):
         self._hand_on("save()")
 
 
-def _compact(value: Any) -> Any:
+def _compact(value: object) -> object:
     """Copy tensors: a pickled view takes along all that it is cut from."""
     if isinstance(value, Tensor):
         return value.detach().clone()

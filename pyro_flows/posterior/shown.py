@@ -81,8 +81,9 @@ class Shown(Record):
         >>> list(posterior.summary("x", ci_kind="eti", ci_prob=0.9).columns)
         ['mean', 'sd', 'eti90_lb', 'eti90_ub', 'mcse_mean', 'ess']
         """
-        chosen: dict[str, Any] = {"filter_vars": filter_vars, "coords": coords}
-        table = self._table(var_names, **chosen, ci_kind=ci_kind, ci_prob=ci_prob, round_to=round_to)
+        table = self._table(
+            var_names, filter_vars=filter_vars, coords=coords, ci_kind=ci_kind, ci_prob=ci_prob, round_to=round_to
+        )
         self._hand_on("summary()")
         return table
 
@@ -188,7 +189,7 @@ class Shown(Record):
         self._hand_on("to_arviz()")
         return packed
 
-    def _groups(self, predictive: bool) -> tuple[dict[str, Any], dict[str, Any]]:
+    def _groups(self, predictive: bool) -> tuple[dict[str, xr.Dataset], dict[str, str | float]]:
         if self._stored is None:
             groups = labeled.labeled_groups(self, self._need_density(), predictive=predictive)
             return groups, attributes(self)

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
+from pyro_flows._arrays import Chosen
 from pyro_flows._bundles import Entries
 from pyro_flows._progress import unseen
 from pyro_flows.plots.predictive import predictive_data
@@ -35,18 +36,18 @@ class Options:
     """What the caller wants on the page; see :meth:`~pyro_flows.Posterior.report`."""
 
     title: str | None = None
-    comparison: Any = None
+    comparison: Any = None  # a Comparison: its room stands beside this one
     predictive: bool = True
     source: bool = True
-    chosen: Entries = field(default_factory=dict)
+    chosen: Chosen = field(default_factory=lambda: Chosen(var_names=None, filter_vars=None, coords=None))
     watch: Callable[[str], None] = unseen
 
 
-def content(posterior: Record, table: pd.DataFrame, options: Options) -> dict[str, Any]:
+def content(posterior: Record, table: pd.DataFrame, options: Options) -> dict[str, object]:
     """Return what the template is filled with."""
     verdict, sites = posterior.verdict, ", ".join(posterior.samples)
     options.watch("figures")
-    drawn = pictures(posterior, dict(options.chosen), scalars=len(table))
+    drawn = pictures(posterior, options.chosen, scalars=len(table))
     options.watch("replicates of the data")
     checks = _checks(posterior) if options.predictive else None
     options.watch("the page")
@@ -102,7 +103,7 @@ def _checks(posterior: Record) -> tuple[Picture, tables.Table | None, str]:
     return picture, table, tables.not_reproduced(table)
 
 
-def _comparison(comparison: Any) -> dict[str, Any]:
+def _comparison(comparison: Any) -> dict[str, object]:
     """Return a comparison as table and sentences."""
     frame = comparison.table.round(3)
     best, *others = comparison.names
@@ -132,7 +133,7 @@ def recipe(posterior: Record) -> str:
     settings, density = posterior.settings, posterior.density
     model = "model" if density is None else getattr(density.model, "__name__", type(density.model).__name__)
     given = f"{model}, {_arguments(posterior)}".rstrip(", ")
-    known: dict[str, Any] = {"seed": settings["seed"]}
+    known = {"seed": settings["seed"]}
     more = ", model_kwargs=model_kwargs" if density is not None and density.kwargs else ""
     if posterior._of_mcmc:
         call = _call("from_mcmc", f"mcmc, {given}{more}", known)
@@ -152,7 +153,7 @@ def recipe(posterior: Record) -> str:
     return f"import pyro_flows as pf\n\n{call}"
 
 
-def _asked(settings: Entries) -> dict[str, Any]:
+def _asked(settings: Entries) -> dict[str, object]:
     """Return the options of a fit; files of earlier versions do not tell which flow was asked for."""
     if "asked" in settings:
         return dict(settings["asked"])
@@ -169,7 +170,7 @@ def _arguments(posterior: Record) -> str:
     """Return the names of the model's arguments, where it tells these."""
     if posterior.density is None:
         return "*data"
-    model: Any = posterior.density.model
+    model = posterior.density.model
     try:
         count = len(posterior.density.args)
         named = [one.name for one in inspect.signature(model).parameters.values() if one.kind in POSITIONAL]
@@ -190,7 +191,7 @@ def _source(posterior: Record) -> str | None:
     """Return the source of the model, where Python can find it."""
     if posterior.density is None:
         return None
-    model: Any = posterior.density.model
+    model = posterior.density.model
     try:
         text = inspect.getsource(model if inspect.isroutine(model) else type(model))
     except (OSError, TypeError):  # typed into a shell, or no Python

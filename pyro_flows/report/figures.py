@@ -5,11 +5,12 @@ from __future__ import annotations
 import io
 import re
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pyro
 
 from pyro_flows import plots
+from pyro_flows._arrays import Chosen
 from pyro_flows._display import STATUS_COLORS
 from pyro_flows._fallbacks import Tried, fallback
 from pyro_flows._figures import INK, LINE
@@ -47,11 +48,10 @@ class Picture:
     missing: str = ""  # why there is none
 
 
-def pictures(posterior: Record, chosen: dict[str, Any], *, scalars: int) -> list[Picture]:
+def pictures(posterior: Record, chosen: Chosen, *, scalars: int) -> list[Picture]:
     """Draw those figures that this posterior has; ``chosen`` says of which variables, which have so many scalars."""
-    given: dict[str, Any] = {**chosen, "width": WIDTH}
-    marginals = plots.plot_posterior(posterior, **given, max_panels=PANELS)
-    forest = plots.plot_forest(posterior, **given, max_rows=ROWS)
+    marginals = plots.plot_posterior(posterior, **chosen, width=WIDTH, max_panels=PANELS)
+    forest = plots.plot_forest(posterior, **chosen, width=WIDTH, max_rows=ROWS)
     found = [
         _drawn(
             "marginals", "Marginals", "The bar holds the central 89 % of the draws, the dot is their mean.", marginals
@@ -62,11 +62,13 @@ def pictures(posterior: Record, chosen: dict[str, Any], *, scalars: int) -> list
             "The thick line holds the central 50 % of the draws, the thin one 89 %, and the dot is their mean.",
             forest,
         ),
-        prior(posterior, given),
+        prior(posterior, chosen),
     ]
     if scalars > 1:
         about = "Bends, funnels and separate clouds show what a Gaussian would miss."
-        found.append(_drawn("pairs", "Pairs", about, plots.plot_pairs(posterior, **given, max_scalars=SCALARS)))
+        found.append(
+            _drawn("pairs", "Pairs", about, plots.plot_pairs(posterior, **chosen, width=WIDTH, max_scalars=SCALARS))
+        )
     if bool((posterior.log_p - posterior.log_q).isfinite().any()):
         about = "Points along the line confirm k-hat. The flatter the line, the heavier the tail."
         found.append(_drawn("weights", "Importance weights", about, plots.plot_weights(posterior, width=WIDTH)))
@@ -76,11 +78,13 @@ def pictures(posterior: Record, chosen: dict[str, Any], *, scalars: int) -> list
     return found
 
 
-def prior(posterior: Record, given: dict[str, Any]) -> Picture:
+def prior(posterior: Record, chosen: Chosen) -> Picture:
     """Draw the prior behind the posterior, or say why it cannot be."""
     name, title, about = "prior", "Prior and posterior", "Where both are alike, the data have taught little."
     try:
-        return _drawn(name, title, about, plots.plot_prior_posterior(posterior, **given, max_panels=PRIORS))
+        return _drawn(
+            name, title, about, plots.plot_prior_posterior(posterior, **chosen, width=WIDTH, max_panels=PRIORS)
+        )
     except NotThere as error:
         return Picture(name, title, about, missing=f"Left out. {error}")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from pyro_flows._files import replace_file
 from pyro_flows.report.content import Options, content
@@ -40,7 +40,7 @@ def check_target(path: str | os.PathLike[str]) -> Path:
     return target
 
 
-def render(values: dict[str, Any]) -> str:
+def render(values: dict[str, object]) -> str:
     """Fill the template; all text is escaped but the figures' SVG."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
     from markupsafe import Markup

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -37,6 +37,9 @@ MEANINGS = {
     "bf_se": "standard error of the log Bayes factor",
     "high_k": "observations whose k-hat is too high",
 }
+
+
+LONGEST = 200  # characters of a text
 
 
 @dataclass(frozen=True)
@@ -88,7 +91,8 @@ def statistics(data: Mapping[str, np.ndarray], replicates: Mapping[str, np.ndarr
 
     .. math:: p = P(T(y^{rep}) > T(y)) + \tfrac 12 P(T(y^{rep}) = T(y))
     """
-    functions: dict[str, Any] = {"mean": np.nanmean, "sd": np.nanstd, "smallest": np.nanmin, "largest": np.nanmax}
+    functions: dict[str, Callable[..., np.ndarray]]
+    functions = {"mean": np.nanmean, "sd": np.nanstd, "smallest": np.nanmin, "largest": np.nanmax}
     rows = []
     for name, values in data.items():
         for what, function in functions.items():
@@ -130,11 +134,11 @@ def flat(values: Entries) -> list[tuple[str, str]]:
     return found
 
 
-def _text(value: object, most: int = 200) -> str:
+def _text(value: object) -> str:
     if isinstance(value, float):
         return f"{value:.6g}"
     text = "none" if value is None or value == {} or value == [] else str(value)
-    return text if len(text) <= most else f"{text[: most - 1]}…"
+    return text if len(text) <= LONGEST else f"{text[: LONGEST - 1]}…"
 
 
 def stages(history: Sequence[Entries]) -> Table:

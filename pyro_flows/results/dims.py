@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 import torch
@@ -183,12 +183,12 @@ class Labels:
 class Labeling:
     """What :meth:`~pyro_flows.Posterior.assign_coords` was told."""
 
-    coords: dict[str, list[Any]] = field(default_factory=dict)  # labels of dimensions, numbers or strings
+    coords: dict[str, list[object]] = field(default_factory=dict)  # labels of dimensions, numbers or strings
     dims: dict[str, list[str]] = field(default_factory=dict)  # names of the dimensions of variables
 
     def joined(self, coords: _arrays.Coords, dims: Mapping[str, Sequence[str]] | None) -> Labeling:
         """Return these and further ones, which count where both say something."""
-        entries = {str(dim): [_plain(label) for label in labels] for dim, labels in (coords or {}).items()}
+        entries = {str(dim): [*map(_plain, cast("Iterable[object]", labels))] for dim, labels in (coords or {}).items()}
         names = {name: [names] if isinstance(names, str) else list(names) for name, names in (dims or {}).items()}
         return Labeling({**self.coords, **entries}, {**self.dims, **names})
 
@@ -202,7 +202,7 @@ class Labeling:
         return _arrays.relabel(named, {dim: labels for dim, labels in self.coords.items() if dim in sizes}, None)
 
 
-def _plain(label: Any) -> Any:
+def _plain(label: object) -> object:
     """Return a label of NumPy or torch as Python's own, which JSON holds."""
     found = label.item() if hasattr(label, "item") else label
     return found if isinstance(found, (bool, int, float, str)) else str(found)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 import io
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -70,7 +70,7 @@ def write(posterior: Record, groups: Entries, attrs: Mapping[str, str | float], 
         "labels": dataclasses.asdict(posterior._labeling),
     }
     # copies, since views would be written with all that they are cut from
-    tensors: dict[str, Any] = {
+    tensors: dict[str, object] = {
         name: getattr(posterior, field).detach().cpu().clone() for name, field in TENSOR_FIELDS.items()
     }
     tensors["samples"] = {name: value.detach().cpu().clone() for name, value in posterior.samples.items()}
@@ -112,7 +112,7 @@ def _read(
         groups, attrs = _arrays.read(contents[NETCDF])
         attrs = older.attributes(attrs, description)
         check_groups(groups, tensors)
-    stored: tuple[Any, Any] | None = groups, {**attrs, "method": attrs.get("method", fields["verdict"].method)}
+    stored: tuple[object, object] | None = groups, {**attrs, "method": attrs.get("method", fields["verdict"].method)}
     if model is not None:
         fitted = LogDensity(model, *own(args, kwargs), noncentered=fields["settings"].get("noncentered", []))
         density = _density(like(fitted, tensors["z"]), description["coordinates"], tensors)
@@ -137,12 +137,12 @@ def _read(
 
 
 def _fields(description: Entries, flow: Flow | FlowMixture | None) -> dict[str, Any]:
-    settings = _revived(description["settings"])
+    settings = cast("Entries", _revived(description["settings"]))
     return {
         **{name: float(description["numbers"][name]) for name in NUMBER_FIELDS},
         "settings": settings,
         "verdict": _verdict(description["verdict"], guide_method(flow, settings)),
-        "history": tuple(_revived(description["history"])),
+        "history": tuple(cast("list[object]", _revived(description["history"]))),
         "_labeling": Labeling(**description.get("labels", {})),
     }
 
@@ -169,7 +169,7 @@ def _missing(description: Entries, with_model: bool) -> dict[str, str]:
     return found
 
 
-def _revived(value: Any) -> Any:
+def _revived(value: object) -> object:
     """Make numbers again of those that JSON does not have; :func:`plain` turned them into strings."""
     if isinstance(value, dict):
         return {name: _revived(item) for name, item in value.items()}
@@ -180,13 +180,12 @@ def _revived(value: Any) -> Any:
 
 def _verdict(stored: Entries, method: str) -> Verdict:
     """Make a verdict again; earlier files do not say the method."""
-    numbers: dict[str, Any] = {name: float(stored[name]) for name in OF_WEIGHTS}
+    make: Callable[..., Verdict] = Verdict
+    said = {name: float(stored[name]) for name in OF_WEIGHTS} | {name: stored[name] for name in ("status", "where")}
     reasons, notes = (tuple(stored.get(name, ())) for name in ("reasons", "notes"))
     chains = None if stored.get("chains") is None else McmcDiagnostics.of(stored["chains"])
-    said: dict[str, Any] = {"reasons": reasons, "notes": notes, "chains": chains}
-    told = MCMC if chains is not None and chains.elsewhere else method
-    said["guide_method"] = stored.get("guide_method", told)
-    return Verdict(status=stored["status"], where=stored["where"], **said, **numbers)
+    told = stored.get("guide_method", MCMC if chains is not None and chains.elsewhere else method)
+    return make(reasons=reasons, notes=notes, chains=chains, guide_method=told, **said)
 
 
 def like(density: LogDensity, z: Tensor) -> LogDensity:

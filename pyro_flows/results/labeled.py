@@ -35,13 +35,13 @@ def named_draws(posterior: Record, samples: Mapping[str, Tensor], chains: int = 
     return posterior._labeling.applied({"posterior": group})["posterior"]
 
 
-def prior_group(posterior: Record, draws: int = PRIOR_SHOWN) -> xr.Dataset:
+def prior_group(posterior: Record) -> xr.Dataset:
     """Draws of the prior of all latent and deterministic sites, labeled as the posterior's."""
     if posterior.density is None and posterior._stored is not None and "prior" in posterior._stored[0]:
         return posterior._stored[0]["prior"]
     density = _density(posterior)
     try:
-        prior = density.prior(draws, seed=int(posterior.settings["seed"]))
+        prior = density.prior(PRIOR_SHOWN, seed=int(posterior.settings["seed"]))
     except UNDRAWABLE as error:
         raise NotThere(f"posterior: its prior cannot be drawn from ({error}).") from error
     if prior is None:

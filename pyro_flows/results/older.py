@@ -65,7 +65,7 @@ def _renamed(entry: Entries) -> dict[str, Any]:
     return {WORDS.get(name, name): _sites(value) if name == "noncentred" else value for name, value in entry.items()}
 
 
-def _sites(chosen: Any) -> Any:
+def _sites(chosen: object) -> object:
     """Rename the options of each site; the first formats had a list of sites."""
     if not isinstance(chosen, Mapping):
         return chosen

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any
 
 
 @dataclass(frozen=True)
@@ -28,6 +27,6 @@ class Stage:
     falls: int | None = None  # how often the training went back to its best state with half the step size
     details: Mapping[str, object] = field(default_factory=dict)  # what only this kind of stage has, JSON values
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, object]:
         """Return the fields as JSON values."""
         return asdict(self)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -88,7 +87,7 @@ def _walled(
     return found, _carried(density, found, start, seed=seed)
 
 
-def _options(latent: Latent, angles: Tensor, heavy: Tensor, loc: Tensor, scale: Tensor) -> dict[str, Any]:
+def _options(latent: Latent, angles: Tensor, heavy: Tensor, loc: Tensor, scale: Tensor) -> dict[str, object]:
     """Return the chart of a site as plain numbers; a site is an angle as a whole, or not."""
     if bool(angles.any()):
         return {"turn_about": _full(latent, torch.remainder(loc + math.pi, TURN) - math.pi, 0.0)}
@@ -97,7 +96,7 @@ def _options(latent: Latent, angles: Tensor, heavy: Tensor, loc: Tensor, scale: 
     return {"heavy_about": _full(latent, loc, 0.0), "heavy_scale": _full(latent, torch.where(heavy, scale, 0.0), 0.0)}
 
 
-def _full(latent: Latent, values: Tensor, masked: float) -> Any:
+def _full(latent: Latent, values: Tensor, masked: float) -> object:
     """Return nested lists of a site's unconstrained shape; entries that are masked out get a number of their own."""
     if latent.free is not None:
         whole = torch.full((math.prod(latent.unconstrained_shape),), masked, dtype=values.dtype, device=values.device)

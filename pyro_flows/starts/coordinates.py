@@ -11,8 +11,8 @@ Reference: Gorinova, Moore and Hoffman 2020, "Automatic Reparameterisation of Pr
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,7 +25,7 @@ from pyro_flows.model.digits import COMPARED
 from pyro_flows.model.gradients import values_and_grads
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.model.noncentered import Information
-from pyro_flows.model.sites import Latent
+from pyro_flows.model.sites import Latent, Noncentered
 from pyro_flows.starts.curvature import FULL_HESSIAN_UP_TO, lower_triangular, scales
 from pyro_flows.starts.pathfinder import Paths, pathfinder
 from pyro_flows.starts.portfolio import PRIOR_DRAWS
@@ -53,7 +53,7 @@ class Learned:
 
 def choose_coordinates(
     density: LogDensity, wholly: Climbed | None = None, *, seed: int
-) -> tuple[LogDensity, Start | None, dict[str, Any]]:
+) -> tuple[LogDensity, Start | None, dict[str, object]]:
     """Return the log density in the chosen coordinates, a start there, and what the history says of the choice.
 
     ``density`` is centered; ``wholly`` are paths in non-centered coordinates, if they were made before. Paths climb in
@@ -68,7 +68,7 @@ def choose_coordinates(
     sides = [_side(family, path, learned_from=path.elbo > best - BEHIND) for path in both]
     learned = max((side.learned for side in sides if side.learned), key=lambda found: found.start.elbo, default=None)
     start = None if learned is None else learned.start
-    kept: Any = sides[1].elbo >= sides[0].elbo and sides[1].elbo > -math.inf
+    kept: Noncentered = sides[1].elbo >= sides[0].elbo and sides[1].elbo > -math.inf
     if learned is not None and math.isfinite(learned.start.elbo):
         kept = {name: None if said is None else said.options for name, said in learned.information.items()}
         for noncentered, side in enumerate(sides):
@@ -76,7 +76,7 @@ def choose_coordinates(
                 kept, start = bool(noncentered), side.plain
     result = density.elsewhere(kept)
     result.evaluations += density.evaluations + both[1].density.evaluations + family.evaluations
-    entry = {
+    entry: dict[str, object] = {
         "stage": "coordinates",
         "noncentered": result.structure.noncentered,
         "elbo": None if start is None else start.elbo,
@@ -262,7 +262,7 @@ class _Ascent:
         moved = self.base + self.units * shift
         return moved[: self.dim], self.units[: self.dim] * log_scale.exp(), moved[self.dim :]
 
-    def step(self, look: Any, noise: Tensor, step: int) -> None:
+    def step(self, look: Callable[[Tensor, Tensor], Sequence[Tensor]], noise: Tensor, step: int) -> None:
         loc, scale, said = self.result()
         _, score, pull = look(loc + scale * noise, said)
         path = score + noise / scale

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from pyro import poutine
 from torch import Tensor
@@ -12,6 +10,7 @@ from pyro_flows._seeding import seeded
 from pyro_flows.model.batching import apart, where_possible
 from pyro_flows.model.faults import defined, place_of
 from pyro_flows.model.log_density import LogDensity
+from pyro_flows.model.sites import messages
 from pyro_flows.model.start import FromPrior
 
 SEARCHES = 8
@@ -72,7 +71,7 @@ def prior_draws(density: LogDensity, draws: int, *, seed: int) -> Tensor:
         handler = FromPrior(like)
         with apart(), density.writing(row), handler, defined(lambda: place_of(handler.last, density.order)):
             trace = poutine.trace(density.model).get_trace(*density.args, **density.kwargs)
-        sites: dict[str, Any] = trace.nodes
+        sites = messages(trace)
         return {name: sites[name]["value"] for name in density.names}
 
     def unconstrained(rows: Tensor) -> tuple[Tensor]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from itertools import pairwise
-from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -171,7 +170,7 @@ def gradient_of(loss: Tensor, parameters: Sequence[Tensor]) -> Tensor:
     return torch.cat([gradient.reshape(-1) for gradient in gradients])
 
 
-_kinds: Cache[Any, Kind] = Cache(16)
+_kinds: Cache[object, Kind] = Cache(16)
 
 
 def _kind(flow: Flow, bodies: Sequence[Body], state: Sequence[Tensor], ends: Sequence[int], like: Tensor) -> Kind:
@@ -185,6 +184,6 @@ def _kind(flow: Flow, bodies: Sequence[Body], state: Sequence[Tensor], ends: Seq
 def flat(bijection: Bijection) -> Iterator[Bijection]:
     if isinstance(bijection, Compose):
         for layer in bijection.layers:
-            yield from flat(layer)  # type: ignore[arg-type]
+            yield from flat(layer)
     else:
         yield bijection

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
@@ -47,20 +47,21 @@ def body_of(layer: Bijection, x: Tensor) -> Body:
     return _bodies.of((kind, x.shape, x.dtype, x.device), lambda: _record(layer, x))
 
 
-_bodies: Cache[Any, Body] = Cache(64)
+_bodies: Cache[object, Body] = Cache(64)
 _MODULE_STATE = frozenset(vars(nn.Module()))
+_HOOKS = [key for key in _MODULE_STATE if "hooks" in key and "state_dict" not in key]
 
 
-def _kind(layer: nn.Module) -> tuple[Any, ...] | None:
+def _kind(layer: nn.Module) -> tuple[object, ...] | None:
     """What the code of a layer depends on, besides the values of its parameters and buffers; None if that is not known.
 
     It is not known of a layer that has hooks, or attributes that are no plain values.
     """
-    found: list[Any] = []
+    found: list[object] = []
     places: dict[int, int] = {}
     for name, module in layer.named_modules():
         own = {key: value for key, value in vars(module).items() if key not in _MODULE_STATE}
-        if any(map(_has_hooks, vars(module).items())) or not all(map(_is_plain, own.values())):
+        if any(vars(module).get(key) for key in _HOOKS) or not all(map(_is_plain, own.values())):
             return None
         tensors = [
             (key, value.shape, value.dtype, value.requires_grad, places.setdefault(id(value), len(places)))
@@ -71,12 +72,7 @@ def _kind(layer: nn.Module) -> tuple[Any, ...] | None:
     return tuple(found)
 
 
-def _has_hooks(attribute: tuple[str, Any]) -> bool:
-    name, value = attribute
-    return name in _MODULE_STATE and "hooks" in name and bool(value) and "state_dict" not in name
-
-
-def _is_plain(value: Any) -> bool:
+def _is_plain(value: object) -> bool:
     if isinstance(value, (tuple, torch.Size)):
         return all(map(_is_plain, value))
     return value is None or isinstance(value, (bool, int, float, str, torch.dtype))

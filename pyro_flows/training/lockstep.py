@@ -13,14 +13,12 @@ from pyro_flows.model.batching import quiet
 from pyro_flows.model.stack import NotStackable, Stack
 from pyro_flows.objectives import BasePoints
 from pyro_flows.training.adam import Moments
-from pyro_flows.training.flow_graphs import Kind, Passes, flat, is_order, points
+from pyro_flows.training.flow_graphs import Passes, flat, is_order, points
 from pyro_flows.training.layer_graphs import state_of
 from pyro_flows.training.loop import CHECK_DRAWS
 from pyro_flows.training.step_graph import stitched
 from pyro_flows.training.trainer import BLEND, DEFENSIVE, LOOK_EVERY
 from pyro_flows.verdict.thresholds import ESS_SHARE_PROMISING
-
-SAME_LOSS = 1e-3  # relative, of a first step of a flow by itself
 
 
 class Lockstep:
@@ -55,9 +53,10 @@ class Lockstep:
         self.losses: list[Tensor] = []
         like = self.weights.new_zeros(batch, first.dim)
         views = self._cut(self.weights[0])
-        passes = Passes(first, like, views)
-        self._state = self._states(passes)
-        self._step = self._recorded(self._one_step(passes.kind), [*self._inputs(like), *self._held(self.weights, 0.0)])
+        self._state = self._states()
+        kind, given = Passes(first, like, views).kind, [part[0] for part in self.stack.given]
+        step = stitched(stack.graph(batch, gradients=True), kind, self.weights[0].clone(), given)
+        self._step = self._recorded(step, [*self._inputs(like), *self._held(self.weights, 0.0)])
         self._noise = self._points(CHECK_DRAWS)[0]
         self._look = self._recorded(self._one_look(views), self._inputs(self._noise))
         self._check(like)
@@ -66,11 +65,6 @@ class Lockstep:
         return len(self.flows)
 
     # graphs ---------------------------------------------------------------------------------------------------------
-
-    def _one_step(self, kind: Kind) -> fx.GraphModule:
-        """Return the graph of one flow's step."""
-        graph = self.stack.graph(self.batch, gradients=True)
-        return stitched(graph, kind, self.weights[0].clone(), [part[0] for part in self.stack.given])
 
     def _one_look(self, views: Sequence[Tensor]) -> fx.GraphModule:
         """Return the graph of one flow's check: images of base points (S, D) and their log weights (S,)."""
@@ -91,7 +85,7 @@ class Lockstep:
             raise NotStackable(f"a training step cannot be batched: {error}".splitlines()[0]) from error
         return Runner(whole)
 
-    def _states(self, passes: Passes) -> list[Tensor | int]:
+    def _states(self) -> list[Tensor | int]:
         """Return the flows' states, stacked; trained parameters as their number, since they are parts of the weights.
 
         Raises:

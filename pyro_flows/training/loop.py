@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TypedDict
 
 import torch
 from torch import Tensor
@@ -15,9 +15,9 @@ from pyro_flows._clock import Clock, unbounded
 from pyro_flows._journal import loop
 from pyro_flows._seeding import seeded
 from pyro_flows.flows.flow import Flow
-from pyro_flows.model.log_density import LogDensity
+from pyro_flows.model.log_density import DensityState, LogDensity
 from pyro_flows.training.convergence import WINDOW, Monitor
-from pyro_flows.training.trainer import LOOK_EVERY, Trainer
+from pyro_flows.training.trainer import LOOK_EVERY, Trainer, TrainerState
 from pyro_flows.verdict.thresholds import ESS_SHARE_RISE
 
 BATCH = 64
@@ -274,19 +274,36 @@ class _Run:
         losses, trainer = self.trainer.losses[self.first :], self.trainer
         return Training(losses, self.elbo, still, moving, why, trainer.skipped, self.ratchet.falls, early=early)
 
-    def _state(self) -> dict[str, Any]:
-        own = {name: getattr(self, name) for name in OWN}
-        parts = {"monitor": vars(self.monitor), "ratchet": self.ratchet.state(), "trainer": self.trainer.state()}
-        cooling = None if self.cooling is None else vars(self.cooling)
-        return {"own": own, **parts, "cooling": cooling, "density": self.trainer.density.state()}
+    def _state(self) -> _State:
+        return {
+            "own": {name: getattr(self, name) for name in OWN},
+            "monitor": vars(self.monitor),
+            "cooling": None if self.cooling is None else vars(self.cooling),
+            "ratchet": self.ratchet.state(),
+            "trainer": self.trainer.state(),
+            "density": self.trainer.density.state(),
+        }
 
-    def _put_back(self, state: dict[str, Any]) -> None:
-        for name in OWN:
-            setattr(self, name, state["own"][name])
-        self.monitor, self.cooling = Monitor(**state["monitor"]), state["cooling"] and _Cooling(**state["cooling"])
+    def _put_back(self, state: _State) -> None:
+        vars(self).update(state["own"])
+        self.monitor, self.cooling = Monitor(), None if state["cooling"] is None else _Cooling("", 0, 0)
+        vars(self.monitor).update(state["monitor"])
+        if self.cooling is not None:
+            vars(self.cooling).update(state["cooling"] or {})
         self.ratchet.put_back(state["ratchet"])
         self.trainer.put_back(state["trainer"])
         self.trainer.density.put_back(state["density"])
+
+
+class _State(TypedDict):
+    """All that the rounds of the loop change."""
+
+    own: dict[str, object]
+    monitor: dict[str, object]
+    cooling: dict[str, object] | None
+    ratchet: tuple[Tensor, float, int]
+    trainer: TrainerState
+    density: DensityState
 
 
 class _Ratchet:
@@ -295,13 +312,13 @@ class _Ratchet:
     def __init__(self, trainer: Trainer, elbo: float) -> None:
         self.trainer, self.kept, self.best, self.falls = trainer, trainer.keep(), elbo, 0
 
-    def state(self) -> dict[str, Any]:
+    def state(self) -> tuple[Tensor, float, int]:
         """Return all that looks change."""
-        return {"kept": self.kept, "best": self.best, "falls": self.falls}
+        return self.kept, self.best, self.falls
 
-    def put_back(self, state: dict[str, Any]) -> None:
+    def put_back(self, state: tuple[Tensor, float, int]) -> None:
         """Go on from what :meth:`state` returned."""
-        self.kept, self.best, self.falls = state["kept"], state["best"], state["falls"]
+        self.kept, self.best, self.falls = state
 
     def look(self, elbo: float) -> float:
         """Keep the present parameters if they are the best, go back if they are far from it; return their ELBO."""

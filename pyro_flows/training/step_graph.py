@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -121,7 +120,7 @@ class Step:
 # ---- one graph -------------------------------------------------------------------------------------------------------
 
 WHOLES_KEPT = 8  # of one density
-_wholes: WeakKeyDictionary[LogDensity, Cache[Any, tuple[Kind, fx.GraphModule, Runner]]] = WeakKeyDictionary()
+_wholes: WeakKeyDictionary[LogDensity, Cache[object, tuple[Kind, fx.GraphModule, Runner]]] = WeakKeyDictionary()
 
 
 def _whole(density: LogDensity, graph: fx.GraphModule, kind: Kind, weights: Tensor) -> Runner:

@@ -21,25 +21,25 @@ NEARLY_ALL = 0.9  # of the flows stand still: the rest is not waited for
 Report = Callable[[int, int, str], None]  # steps done, flows that stand still, state
 
 
-def train_together(flows: Lockstep, *, report: Report, steady: int = STEADY, cool: int = COOL) -> list[Training]:
+def train_together(flows: Lockstep, *, report: Report) -> list[Training]:
     """Train all flows for as many steps; say of each whether it converged, by the rule of ``loop.train``.
 
     Checks are on common random numbers, 20 steps apart. The step size is constant until nine tenths of the flows stand
-    still or have weights that correct them, or for ``steady`` steps; then it falls to zero along a cosine over ``cool``
+    still or have weights that correct them, or for `STEADY` steps; then it falls to zero along a cosine over `COOL`
     steps (half as many if weights ended it), the last fifth of which is averaged. A flow whose ELBO falls far goes back
     to its best check, with half the step size.
     """
     run = _Together(flows)
     done, still = 0, torch.zeros(len(flows), dtype=torch.bool)
     good = still
-    while done < steady and not float((still | good).double().mean()) >= NEARLY_ALL:
+    while done < STEADY and not float((still | good).double().mean()) >= NEARLY_ALL:
         flows.step(min(1.0, (done + 1) / WARM_UP))
         done += 1
         if done % CHECK_EVERY == 0:
             still = still | run.check()  # what comes after is the cool-down, in ``loop.train`` too
             good = torch.tensor([monitor.promises(EVIDENCE_GAP_VISIBLE) for monitor in run.monitors])
             report(done, int((still | good).sum()), "converging")
-    cool = cool if float(still.double().mean()) >= NEARLY_ALL else min(cool, SHORT_COOL)
+    cool = COOL if float(still.double().mean()) >= NEARLY_ALL else SHORT_COOL
     why = [monitor.stationary()[1] for monitor in run.monitors]
     average: Tensor | None = None
     for step in range(cool):

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import TypedDict
 
 import torch
 from torch import Tensor
 
-from pyro_flows._fallbacks import fallback, first_line
+from pyro_flows._fallbacks import Tried, fallback, first_line
 from pyro_flows.flows.flow import Flow
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.objectives import BasePoints, elbo, pulled
@@ -22,6 +22,18 @@ DEFENSIVE = 0.3
 LOOK_EVERY = 10  # steps between two looks at what they have come to, since a look makes a GPU wait
 EAGER_STEPS = 10  # a shorter run would not pay for recording
 PLAIN = ("learning_rate", "evaluation", "_recordable", "_blend", "_careful", "_skips_seen")  # that steps change
+
+
+class TrainerState(TypedDict):
+    """All that steps change."""
+
+    weights: Tensor
+    moments: Sequence[Tensor]
+    left_out: Tensor
+    drawn: list[tuple[Tensor, Tensor]]
+    losses: list[float]
+    recorded: bool
+    plain: dict[str, object]
 
 
 class Trainer:
@@ -95,19 +107,24 @@ class Trainer:
         self.learning_rate *= 0.5
         self.moments = self.moments.forget()
 
-    def state(self) -> dict[str, Any]:
+    def state(self) -> TrainerState:
         """Return all that steps change, so that they may go on elsewhere to the last digit."""
-        numbers = {name: getattr(self, name) for name in PLAIN}
-        tensors = {"weights": self.weights, "moments": self.moments, "left_out": self._left_out, "drawn": self._drawn}
-        return {**tensors, "losses": self.losses, "recorded": self._step is not None, **numbers}
+        return {
+            "weights": self.weights,
+            "moments": self.moments,
+            "left_out": self._left_out,
+            "drawn": self._drawn,
+            "losses": self.losses,
+            "recorded": self._step is not None,
+            "plain": {name: getattr(self, name) for name in PLAIN},
+        }
 
-    def put_back(self, state: Mapping[str, Any]) -> None:
+    def put_back(self, state: TrainerState) -> None:
         """Go on from what :meth:`state` returned; the step is recorded again once there is another one."""
         self.moments = Moments(*state["moments"])
         self._losses, self._pending, self._left_out = list(state["losses"]), [], state["left_out"]
         self._drawn = [(x, ratio) for x, ratio in state["drawn"]]
-        for name in PLAIN:
-            setattr(self, name, state[name])
+        vars(self).update(state["plain"])
         self._to_record = state["recorded"]
         self.assign(state["weights"])
 
@@ -180,10 +197,8 @@ class Trainer:
         self._recordable = False
         like = self.weights.new_zeros(self.batch, self.flow.dim)
         self.write()
-        try:
-            with self.density.clock.watching():
-                self._step = Step(self.flow, self.density, like, self.weights, self._views)
-            self.evaluation = "recorded"
-        except Exception as error:  # a layer's own code may raise anything
-            self.evaluation = f"eager: {first_line(error)}"
-            fallback("trained by autograd", error)
+        with Tried() as tried, self.density.clock.watching():  # a layer's own code may raise anything
+            self._step = Step(self.flow, self.density, like, self.weights, self._views)
+        self.evaluation = "recorded" if tried.error is None else f"eager: {first_line(tried.error)}"
+        if tried.error is not None:
+            fallback("trained by autograd", tried.error)

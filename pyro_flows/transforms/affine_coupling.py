@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -107,8 +106,15 @@ class AffineCoupling(Coupling):
         frames: int = 1,
         log_scale_bound: float = 8.0,
     ) -> None:
-        options: dict[str, Any] = {"hidden": hidden, "activation": activation, "network": network, "frames": frames}
-        super().__init__(dim, mask=mask, context_dim=context_dim, **options)
+        super().__init__(
+            dim,
+            mask=mask,
+            context_dim=context_dim,
+            hidden=hidden,
+            activation=activation,
+            network=network,
+            frames=frames,
+        )
         self.log_scale_bound = _checks.positive("log_scale_bound", log_scale_bound)
 
     def _read(self, raw: Tensor) -> tuple[Tensor, ...]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from pyro.distributions.conditional import ConditionalTransform
@@ -86,18 +86,18 @@ class Bijection(TransformModule, ConditionalTransform):
 
     # torch's protocol -------------------------------------------------------------------------------------------
 
-    @property
-    def domain(self) -> constraints.Constraint:  # type: ignore[override]
+    @constraints.dependent_property
+    def domain(self) -> constraints.Constraint:
         """The support of x, all real numbers unless a map says otherwise."""
         return constraints.independent(constraints.real, self.event_dim)
 
-    @property
-    def codomain(self) -> constraints.Constraint:  # type: ignore[override]
+    @constraints.dependent_property
+    def codomain(self) -> constraints.Constraint:
         """The support of y, all real numbers unless a map says otherwise."""
         return constraints.independent(constraints.real, self.event_dim)
 
     @property
-    def inv(self) -> Inverse:
+    def inv(self) -> Bijection:
         """The inverse as a bijection of its own that shares the parameters."""
         return Inverse(self)
 
@@ -166,20 +166,20 @@ class Bound(Transform):
         modules = list(bijection.modules())
         self._held = [held for module in modules for held in (module._parameters, module._buffers) if held]
 
-    @property
-    def domain(self) -> constraints.Constraint:  # type: ignore[override]
+    @constraints.dependent_property
+    def domain(self) -> constraints.Constraint:
         """The support of x."""
         return self.bijection.domain
 
-    @property
-    def codomain(self) -> constraints.Constraint:  # type: ignore[override]
+    @constraints.dependent_property
+    def codomain(self) -> constraints.Constraint:
         """The support of y."""
         return self.bijection.codomain
 
     def with_cache(self, cache_size: int = 1) -> Bound:
         return self
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         return {**super().__getstate__(), "_memo": None}  # the dicts in _held stay those of the copied bijection
 
     def _state(self, *tensors: Tensor) -> tuple[tuple[int, int, bool], ...]:
@@ -263,16 +263,16 @@ class Inverse(Bijection):
         shape = self.bijection.event_shape
         return None if shape is None else torch.Size(self.bijection.forward_shape(shape))
 
-    @property
-    def domain(self) -> constraints.Constraint:  # type: ignore[override]
+    @constraints.dependent_property
+    def domain(self) -> constraints.Constraint:
         return self.bijection.codomain
 
-    @property
-    def codomain(self) -> constraints.Constraint:  # type: ignore[override]
+    @constraints.dependent_property
+    def codomain(self) -> constraints.Constraint:
         return self.bijection.domain
 
     @property
-    def inv(self) -> Bijection:  # type: ignore[override]
+    def inv(self) -> Bijection:
         return self.bijection
 
     def forward_shape(self, shape: Iterable[int]) -> Iterable[int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -39,7 +40,7 @@ class Blocks(Bijection):
         together = [index for own in sets for index in own]
         if len(set(together)) < len(together) or not set(together) <= set(range(dim)):
             raise ValueError(f"sets: expected coordinates from 0 to {dim - 1}, each in one set, got {list(sets)}.")
-        self.maps = nn.ModuleList(maps)
+        self.maps = cast("Sequence[Bijection]", nn.ModuleList(maps))
         for number, own in enumerate(sets):
             self.register_buffer(f"set_{number}", torch.tensor(list(own), dtype=torch.long))
 
@@ -54,6 +55,6 @@ class Blocks(Bijection):
         found, total = x, x.new_zeros(x.shape[:-1])
         for number, map_ in enumerate(self.maps):
             index = self.get_buffer(f"set_{number}")
-            mapped, ladj = way(map_, x.index_select(-1, index))  # type: ignore[arg-type]
+            mapped, ladj = way(map_, x.index_select(-1, index))
             found, total = found.index_copy(-1, index, mapped), total + ladj
         return found, total

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +11,7 @@ from torch.distributions import constraints
 
 from pyro_flows import _checks
 from pyro_flows.transforms.base import Bijection
-from pyro_flows.transforms.networks import adopt_context_scale
+from pyro_flows.transforms.networks import State, adopt_context_scale
 
 
 @_checks.constructor
@@ -51,40 +51,39 @@ class Compose(Bijection):
         if len(widths) > 1:
             raise ValueError(f"layers: expected one context_dim, got {sorted(widths)}.")
         _check_shapes(stack)
-        self.layers = nn.ModuleList(stack)
+        self.layers = cast("Sequence[Bijection]", nn.ModuleList(stack))
         self.event_dim = stack[0].event_dim
         self.context_dim = widths.pop() if widths else 0
 
     @property
     def event_shape(self) -> torch.Size | None:
-        stack: list[Bijection] = list(self.layers)  # type: ignore[arg-type]
-        for number, layer in enumerate(stack):
+        for number, layer in enumerate(self.layers):
             if layer.event_shape is not None:
                 shape: Iterable[int] = layer.event_shape
-                for before in reversed(stack[:number]):
+                for before in reversed([*self.layers][:number]):
                     shape = before.inverse_shape(shape)
                 return torch.Size(shape)
         return None
 
-    @property
-    def domain(self) -> constraints.Constraint:  # type: ignore[override]
-        return self.layers[0].domain  # type: ignore[return-value]
+    @constraints.dependent_property
+    def domain(self) -> constraints.Constraint:
+        return self.layers[0].domain
 
-    @property
-    def codomain(self) -> constraints.Constraint:  # type: ignore[override]
-        return self.layers[-1].codomain  # type: ignore[return-value]
+    @constraints.dependent_property
+    def codomain(self) -> constraints.Constraint:
+        return self.layers[-1].codomain
 
     def forward_shape(self, shape: Iterable[int]) -> Iterable[int]:
         for layer in self.layers:
-            shape = layer.forward_shape(shape)  # type: ignore[operator]
+            shape = layer.forward_shape(shape)
         return shape
 
     def inverse_shape(self, shape: Iterable[int]) -> Iterable[int]:
         for layer in reversed(self.layers):
-            shape = layer.inverse_shape(shape)  # type: ignore[operator]
+            shape = layer.inverse_shape(shape)
         return shape
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+    def _load_from_state_dict(self, state_dict: State, prefix: str, *args: object, **kwargs: object) -> None:
         adopt_context_scale(self, state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
@@ -95,40 +94,43 @@ class Compose(Bijection):
             return context
         return (context - self.context_scale[0]) / self.context_scale[1]
 
-    def _context(self, layer: nn.Module, context: Tensor | None) -> Tensor | None:
+    def _context(self, layer: Bijection, context: Tensor | None) -> Tensor | None:
         return context if layer.context_dim else None
 
     def forward_and_ladj(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         context = self._standardized(context)
-        total: Tensor | None = None
-        for layer in self.layers:
-            x, ladj = layer.forward_and_ladj(x, self._context(layer, context))  # type: ignore[operator]
-            total = ladj if total is None else total + ladj
-        return x, total  # type: ignore[return-value]
+        first, *others = self.layers
+        x, total = first.forward_and_ladj(x, self._context(first, context))
+        for layer in others:
+            x, ladj = layer.forward_and_ladj(x, self._context(layer, context))
+            total = total + ladj
+        return x, total
 
     def inverse_and_ladj(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         context = self._standardized(context)
-        total: Tensor | None = None
-        for layer in reversed(self.layers):
-            y, ladj = layer.inverse_and_ladj(y, self._context(layer, context))  # type: ignore[operator]
-            total = ladj if total is None else total + ladj
-        return y, total  # type: ignore[return-value]
+        first, *others = reversed(self.layers)
+        y, total = first.inverse_and_ladj(y, self._context(first, context))
+        for layer in others:
+            y, ladj = layer.inverse_and_ladj(y, self._context(layer, context))
+            total = total + ladj
+        return y, total
 
     def forward_and_score(
         self, x: Tensor, score: Tensor, context: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
         context = self._standardized(context)
-        total: Tensor | None = None
-        for layer in self.layers:
-            x, ladj, score = layer.forward_and_score(x, score, self._context(layer, context))  # type: ignore[operator]
-            total = ladj if total is None else total + ladj
-        return x, total, score  # type: ignore[return-value]
+        first, *others = self.layers
+        x, total, score = first.forward_and_score(x, score, self._context(first, context))
+        for layer in others:
+            x, ladj, score = layer.forward_and_score(x, score, self._context(layer, context))
+            total = total + ladj
+        return x, total, score
 
     @torch.no_grad()
     def start_from(self, y: Tensor, context: Tensor | None = None) -> Tensor:
         context = self._standardized(context)
         for layer in reversed(self.layers):
-            y = layer.start_from(y, self._context(layer, context))  # type: ignore[operator]
+            y = layer.start_from(y, self._context(layer, context))
         return y
 
 

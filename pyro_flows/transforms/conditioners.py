@@ -91,18 +91,18 @@ def forward_and_pull(network: nn.Module, kept: Tensor, context: Tensor | None) -
     Autograd takes longer to find the way back through a few layers than they take to run, so perceptrons of plain
     layers are followed by hand. ``context`` must have the batch shape of ``kept``.
     """
-    if not _is_plain(network):
+    if not isinstance(network, Network) or not _is_plain(network):
         with torch.enable_grad():
             root = kept if kept.requires_grad else kept.detach().requires_grad_()
             out = network(root, context)
         return out, lambda cotangent: torch.autograd.grad(out, root, cotangent, retain_graph=True)[0]
     robust, tape = isinstance(network, Robust), []
-    gain: Tensor | None = network.gain  # type: ignore[assignment]
+    gain = network.gain
     out = beside(kept.asinh() if robust else kept, context)
-    for layer in network.layers:  # type: ignore[union-attr]
+    for layer in network.layers:
         x, out = out, layer(out)
         tape.append((layer, x, out))
-    out = network._paced(out)  # type: ignore[operator]
+    out = network._paced(out)
 
     def pull(cotangent: Tensor) -> Tensor:
         cotangent = cotangent if gain is None else cotangent * gain
@@ -115,11 +115,11 @@ def forward_and_pull(network: nn.Module, kept: Tensor, context: Tensor | None) -
     return out, pull
 
 
-def _is_plain(network: nn.Module) -> bool:
+def _is_plain(network: Network) -> bool:
     """Whether the way back is known, and nobody hooks into the way there."""
     if type(network) not in (Network, Robust):
         return False
-    layers = [*network.layers]  # type: ignore[misc]
+    layers = [*network.layers]
     return all(type(layer) in BACK for layer in layers) and not any(map(_is_hooked, [network, network.layers, *layers]))
 
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -49,10 +48,10 @@ class Coupling(Bijection):
         self.register_load_state_dict_post_hook(_reindex)
         self._index()
         kept, moved = (part.shape[self._axes[0]] for part in self._split(self.mask))
-        options: dict[str, Any] = {"hidden": hidden, "activation": activation, "network": network}
-        if len(shape) == 2:
-            options["frames"] = _checks.divisor("frames", frames, shape[1], context_dim)
-        self.conditioner = conditioner(kept, context_dim, self.per * moved, axes=len(shape), **options)
+        self.conditioner = conditioner(
+            kept, context_dim, self.per * moved, axes=len(shape), hidden=hidden, activation=activation, network=network,
+            frames=_checks.divisor("frames", frames, shape[1], context_dim) if len(shape) == 2 else 1,
+        )  # fmt: skip
 
     def slow(self, count: float) -> None:
         """Let a step of Adam move the map as little as an affine one, as one of ``count`` couplings.
@@ -121,7 +120,9 @@ class Coupling(Bijection):
     def inverse_and_ladj(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return self._pass(y, context, self._unmove)
 
-    def _pass(self, x: Tensor, context: Tensor | None, run: Any) -> tuple[Tensor, Tensor]:
+    def _pass(
+        self, x: Tensor, context: Tensor | None, run: Callable[[Tensor, tuple[Tensor, ...]], tuple[Tensor, Tensor]]
+    ) -> tuple[Tensor, Tensor]:
         self._check(x, context)
         kept, moved = self._split(x)
         moved, ladj = run(moved, self._parameters_at(kept, context))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -64,7 +64,7 @@ class Preprocess(Bijection):
         scale = self.scale.double()
         return (torch.linalg.inv(scale) if self.full else 1.0 / scale).to(self.scale.dtype)
 
-    def _apply(self, fn: Any, recurse: bool = True) -> Preprocess:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Preprocess:
         """Move or convert; in a finer dtype the inverse is found anew, or both ways would not meet."""
         before = self.scale.dtype
         super()._apply(fn, recurse)

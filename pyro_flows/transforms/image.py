@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -83,8 +83,8 @@ class Squeeze(Bijection):
         return *self.forward_and_ladj(x, context), self._squeeze(score)
 
     def _squeeze(self, x: Tensor) -> Tensor:
-        taken: list[Any] = [[slice(place, None, self.group) for place in corner] for corner in self._corners]
-        return torch.cat([x[(..., *places)] for places in taken], dim=-self.event_dim)
+        taken = [[slice(place, None, self.group) for place in corner] for corner in self._corners]
+        return torch.cat([x[cast("tuple[slice, ...]", (..., *places))] for places in taken], dim=-self.event_dim)
 
 
 class MultiScale(Bijection):

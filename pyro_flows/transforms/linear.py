@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import partial, reduce
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,7 +12,7 @@ from torch import Tensor
 from pyro_flows import _checks
 from pyro_flows.transforms.base import Bijection
 from pyro_flows.transforms.conditioners import conditioner
-from pyro_flows.transforms.networks import adopt_buffer
+from pyro_flows.transforms.networks import Free, State, adopt_buffer
 
 
 @_checks.constructor
@@ -193,7 +192,8 @@ class LowerTriangularAffine(Bijection):
         """
         if self.relative is None and not self.context_dim:
             self.relative = torch.ones_like(self.loc[0])
-            _, log_diagonal, below = self._split(self.conditioner.values)  # type: ignore[arg-type]
+            assert isinstance(self.conditioner, Free)
+            _, log_diagonal, below = self._split(self.conditioner.values)
             below.div_(log_diagonal[self._rows].exp())
 
     @torch.no_grad()
@@ -203,14 +203,15 @@ class LowerTriangularAffine(Bijection):
             loc, scale_tril, _ = self._affine(self.loc, None)
             self.loc.copy_(loc)
             self.scale_tril.copy_(scale_tril)
-            self.conditioner.values.zero_()  # type: ignore[operator]
+            assert isinstance(self.conditioner, Free)
+            self.conditioner.values.zero_()
             self.settled = True
 
     def _split(self, free: Tensor) -> tuple[Tensor, ...]:
         """Split into b, s and what is below the diagonal."""
         return free.split([self.dim, self.dim, free.shape[-1] - 2 * self.dim], dim=-1)
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+    def _load_from_state_dict(self, state_dict: State, prefix: str, *args: object, **kwargs: object) -> None:
         adopt_buffer(self, "relative", state_dict, prefix)
         self.settled = False
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
@@ -266,14 +267,14 @@ class LowerTriangularAffine(Bijection):
         return y, ladj.expand(y.shape[:-1]), carried
 
 
-def _start(value: Any) -> Tensor:
+def _start(value: object) -> Tensor:
     """Return a copy: a floating tensor as it is, anything else in the default dtype."""
     if isinstance(value, Tensor) and value.is_floating_point():
         return value.detach().clone()
     return torch.as_tensor(value, dtype=torch.get_default_dtype()).clone()
 
 
-def _follow(module: Bijection, *starts: Any) -> None:
+def _follow(module: Bijection, *starts: object) -> None:
     """Move a module to dtype and device of the first start that is a floating tensor."""
     for value in starts:
         if isinstance(value, Tensor) and value.is_floating_point():

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from itertools import pairwise
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +21,10 @@ ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
 }
 
 
-def adopt_buffer(module: nn.Module, name: str, state_dict: dict[str, Any], prefix: str) -> None:
+State = dict[str, Tensor]
+
+
+def adopt_buffer(module: nn.Module, name: str, state_dict: State, prefix: str) -> None:
     """Let a module have a buffer if the state to be loaded has it, and none if the state lacks it."""
     found = state_dict.get(f"{prefix}{name}")
     if found is not None:
@@ -31,15 +33,15 @@ def adopt_buffer(module: nn.Module, name: str, state_dict: dict[str, Any], prefi
         setattr(module, name, None)
 
 
-def adopt_context_scale(module: nn.Module, state_dict: dict[str, Any], prefix: str) -> None:
+def adopt_context_scale(module: nn.Module, state_dict: State, prefix: str) -> None:
     """Let a module take over the location and scale of a context from the state to be loaded, or have none.
 
     Raises:
         ValueError: for another shape than (2, context_dim), or scales that are not positive.
     """
     adopt_buffer(module, "context_scale", state_dict, prefix)
-    found: Any = module.context_scale
-    if found is not None and (found.shape != (2, module.context_dim) or not bool((found[1] > 0.0).all())):
+    found = module.context_scale
+    if isinstance(found, Tensor) and (found.shape != (2, module.context_dim) or not bool((found[1] > 0.0).all())):
         raise ValueError(f"context_scale: expected shape (2, {module.context_dim}) and positive scales.")
 
 
@@ -52,7 +54,7 @@ class Paced(nn.Module):
 
     gain: Tensor | None
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: object, **kwargs: object) -> None:
         super().__init__(*args, **kwargs)
         self.register_buffer("gain", None)
 
@@ -73,7 +75,7 @@ class Paced(nn.Module):
     def _paced(self, out: Tensor) -> Tensor:
         return out if self.gain is None else out * self.gain
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+    def _load_from_state_dict(self, state_dict: State, prefix: str, *args: object, **kwargs: object) -> None:
         adopt_buffer(self, "gain", state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
@@ -260,7 +262,9 @@ class NormedConv2d(nn.Conv2d):
 def beside(kept: Tensor | None, context: Tensor | None) -> Tensor:
     """Return both as one input."""
     if context is None or kept is None:
-        return context if kept is None else kept  # type: ignore[return-value]
+        only = context if kept is None else kept
+        assert only is not None
+        return only
     shape = broadcast(kept.shape[:-1], context.shape[:-1])
     return torch.cat([kept.expand(*shape, -1), context.expand(*shape, -1)], dim=-1)
 

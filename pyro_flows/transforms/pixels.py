@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -54,8 +55,8 @@ class Logit(Bijection):
         if self.alpha >= 0.5:
             raise ValueError(f"alpha: expected a number between 0 and 0.5, got {alpha!r}.")
 
-    @property
-    def codomain(self) -> constraints.Constraint:  # type: ignore[override]
+    @constraints.dependent_property
+    def codomain(self) -> constraints.Constraint:
         beyond = self.alpha / (1.0 - 2.0 * self.alpha)
         return constraints.independent(constraints.interval(-beyond, 1.0 + beyond), self.event_dim)
 
@@ -143,9 +144,8 @@ class Dequantize(nn.Module):
         self.levels = _checks.integer("levels", levels, 2)
         shape = (self.dim,) if isinstance(self.dim, int) else self.dim
         self._axes = tuple(range(-len(shape), 0))
-        options = {"hidden": hidden, "activation": activation, "network": network, "axes": len(shape)}
-        width = shape[0]
-        self.conditioner = conditioner(width, 0, 2 * width, **options) if variational else None  # type: ignore[arg-type]
+        make = partial(conditioner, hidden=hidden, activation=activation, network=network, axes=len(shape))
+        self.conditioner = make(shape[0], 0, 2 * shape[0]) if variational else None
         self.register_buffer("_like", torch.zeros(()), persistent=False)
 
     def forward(self, data: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:

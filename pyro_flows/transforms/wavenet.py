@@ -61,7 +61,7 @@ class WaveNet(Network):
         over_frames = nn.Conv1d(wide, width, TAPS, padding="same") if wide else None
         self.features = None if over_frames is None else nn.Sequential(over_frames, ACTIVATIONS[activation]())
         self.additions = nn.Conv1d(width, 2 * width * len(gates), 1) if wide and gates else None
-        self.layers = nn.ModuleList([*gates, self._starting_at(last, start)])  # type: ignore[assignment]
+        self.layers = nn.Sequential(*gates, self._starting_at(last, start))
 
     def forward(self, kept: Tensor | None, context: Tensor | None) -> Tensor:
         assert kept is not None

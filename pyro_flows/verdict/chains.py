@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor
 
@@ -87,18 +87,19 @@ class McmcDiagnostics:
         return f"R-hat {self.r_hat:.3f}, {min(self.ess_bulk, self.ess_tail):.0f} effective draws"
 
     @classmethod
-    def of_mcmc(cls, *, draws: int, **known: Any) -> McmcDiagnostics:
+    def of_mcmc(cls, *, draws: int, **known: object) -> McmcDiagnostics:
         """Return figures of another sampler's chains: NaN where nothing is known."""
         missing = ("nested_r_hat", "energy_error", "acceptance", "independence", "agreement", "changes")
-        given: dict[str, Any] = {**dict.fromkeys(missing, math.nan), **known}
-        return cls(draws=draws, sweeps=draws, elsewhere=True, **given)
+        make: Callable[..., McmcDiagnostics] = cls
+        return make(draws=draws, sweeps=draws, elsewhere=True, **{**dict.fromkeys(missing, math.nan), **known})
 
     @classmethod
-    def of(cls, stored: Mapping[str, Any]) -> McmcDiagnostics:
+    def of(cls, stored: Mapping[str, object]) -> McmcDiagnostics:
         """Make figures again of those that a file holds."""
-        kinds: dict[str, Any] = {"chains": int, "draws": int, "sweeps": int, "where": str, "elsewhere": bool}
+        kinds: dict[str, Callable[..., object]] = {"chains": int, "draws": int, "sweeps": int, "where": str}
+        kinds["elsewhere"], make = bool, cast("Callable[..., McmcDiagnostics]", cls)
         given = {"elsewhere": False, **stored}  # up to format 2 there was no such entry
-        return cls(**{entry.name: kinds.get(entry.name, float)(given[entry.name]) for entry in fields(cls)})
+        return make(**{entry.name: kinds.get(entry.name, float)(given[entry.name]) for entry in fields(cls)})
 
 
 def objections(figures: McmcDiagnostics) -> list[str]:
@@ -159,19 +160,19 @@ class McmcDraws:
         """How many chains there are."""
         return len(self.z)
 
-    def stored(self) -> dict[str, Any]:
+    def stored(self) -> dict[str, object]:
         """Return what a file holds of them: tensors and numbers."""
-        tensors = {"z": self.z, "stats": self.stats, "state": self.state}
+        tensors: dict[str, Tensor | dict[str, Tensor]] = {"z": self.z, "stats": self.stats, "state": self.state}
         return {**{name: _cpu(part) for name, part in tensors.items()}, "numbers": self.numbers}
 
 
-def _cpu(value: Any) -> Any:
+def _cpu(value: Tensor | dict[str, Tensor]) -> object:
     if isinstance(value, Tensor):
         return value.detach().cpu().clone()
     return {name: _cpu(part) for name, part in value.items()}
 
 
-def as_numbers(figures: McmcDiagnostics | None) -> dict[str, Any] | None:
+def as_numbers(figures: McmcDiagnostics | None) -> dict[str, object] | None:
     return None if figures is None else asdict(figures)
 
 

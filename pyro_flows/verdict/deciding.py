@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -182,12 +182,12 @@ def decide(
     weighing = weigh(pool, pool_p, pool_q)
     if (objection := complaint(pool[:CHECKED])) is not None:
         failures = (*failures, f"the model is invalid at some draws: {objection}")
-    said: dict[str, Any] = {"warnings": warnings, "notes": notes, "doubts": doubts}
-    said["changed"] = changed(pool, weighing.log_weights) if weighing.broken < len(pool) else []
-    verdict = judge(weighing, names, failures=failures, **said)
+    different = changed(pool, weighing.log_weights) if weighing.broken < len(pool) else []
+    judged = partial(judge, weighing, names, warnings=warnings, notes=notes, doubts=doubts, changed=different)
+    verdict = judged(failures=failures)
     if verdict.status == "corrected" and again is not None:  # one lucky pool does not correct a guide
         worse = _worse(judge(again(), names))
-        verdict = judge(weighing, names, failures=(*failures, *worse), **said) if worse else verdict
+        verdict = judged(failures=(*failures, *worse)) if worse else verdict
     index = torch.arange(draws, device=pool.device)
     if verdict.status == "corrected":
         index = resample(weighing.log_weights, draws, seed=seed)
