@@ -177,9 +177,8 @@ def test_a_flow_that_is_the_posterior_is_taken_and_moved():
     prior = pf.prior_from(posterior)
     assert prior.flow is not posterior.flow
     value = prior().sample((10,))
-    whole = posterior.guide.log_prob({"theta": value})
-    if posterior.verdict.status == "ok":
-        torch.testing.assert_close(prior().log_prob(value), whole, rtol=0.0, atol=0.1)  # moved to weighted moments
+    exact = dist.Normal(Y.double() / 1.25, 1.25**-0.5).log_prob(value).sum(-1)
+    assert float((prior().log_prob(value) - exact).abs().max()) < 0.1  # trained on, and moved to weighted moments
     assert 0.0 < prior.mean_error < 0.06
     drawn, given = prior.flow.draw(20_000)[0], posterior.z
     assert float(((drawn.mean(0) - given.mean(0)) / given.std(0)).abs().max()) < 0.06
