@@ -164,11 +164,11 @@ def changed(version: str, kind: str, folder: Path = KEPT, since: str | None = No
     if version == since:
         return 0.0
     before, after = load(version, folder), today() if since is None else load(since, folder)
-    found = [_between(before, after, kind)]
+    ends = [(0.0, before)]  # of ways over pairs that are the same, the older pair first: what has changed up to there
     for one, other in same() if kind == "fit" and since is None else []:
-        to, on = load(one, folder), load(other, folder)
-        found.append(_between(before, to, kind) + _between(on, after, kind))
-    return min(*found, UNKNOWN)
+        to = load(one, folder)
+        ends.append((min(past + _between(end, to, kind) for past, end in ends), load(other, folder)))
+    return min(*(past + _between(end, after, kind) for past, end in ends), UNKNOWN)
 
 
 def _between(before: dict[str, Hashes], after: dict[str, Hashes], kind: str) -> float:

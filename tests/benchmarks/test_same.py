@@ -42,8 +42,8 @@ def test_a_version_makes_the_fits_that_it_makes(tmp_path, monkeypatch):
 
 @pytest.fixture
 def versions(tmp_path, monkeypatch):
-    """Three versions: b rewrites all lines of a and has equal fits; the code as it stands has a line more than b."""
-    lines = {"a": range(100), "b": range(500, 600), "today": range(500, 601)}
+    """Versions that rewrite all lines and have equal fits; the code as it stands has a line more than b."""
+    lines = {"a": range(100), "b": range(500, 600), "c": range(900, 1000), "today": range(500, 601)}
     made = {
         name: {part: np.array(sorted(of), dtype=np.uint32) for part in fingerprints.PARTS} for name, of in lines.items()
     }
@@ -62,6 +62,11 @@ def test_lines_between_equal_versions_do_not_count(versions):
     assert fingerprints.changed("a", "fit") == pytest.approx(0.01)
     assert fingerprints.changed("a", "step") == 1.0, "steps were not compared"
     assert fingerprints.changed("unknown", "fit") == fingerprints.UNKNOWN
+
+
+def test_pairs_of_equal_versions_are_a_chain(versions):
+    versions.setattr(fingerprints, "same", lambda: [("a", "c"), ("c", "b")])
+    assert fingerprints.changed("a", "fit") == pytest.approx(0.01)
 
 
 def test_thresholds_near_one_are_changed_by_their_distance_to_one():
