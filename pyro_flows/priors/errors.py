@@ -159,7 +159,7 @@ def shape_errors(wanted: Sample, has: Sample) -> tuple[Tensor, Tensor]:
     center is drawn as such data would be. What then differs between both samples, beyond its standard error, is
     averaged over centers, and summed over directions: one along each principal axis.
 
-    For ``wanted`` draws of the posterior and those that a flow ``has``, the ``same`` but for weights and places or not.
+    The draws ``wanted`` are those of the posterior; the flow ``has`` the others, which are independent of them.
     """
     weights = wanted.weights[:, None]
     within = box(wanted.z)

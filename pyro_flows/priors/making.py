@@ -66,7 +66,7 @@ def make(posterior: Record, names: Sequence[str], *, seed: int, max_epochs: int 
     with alone(), seeded(derive(seed, "moments of the prior"), z.device):
         errors = matched(flow, sample, own=own is not None)
         if own is not None and max(errors) > OWN_ERROR_MOST:
-            errors = matched(own, _trained(own, posterior._need_model(), seed), own=True)
+            errors = matched(own, _trained(own, density, seed), own=True)
     error = accumulated(errors, z.shape[1], [fn.error for fn in earlier.values()])
     if posterior.verdict.status == "unreliable":
         error = UNKNOWN._replace(links=error.links)

@@ -77,8 +77,7 @@ def good(tmp_path_factory):
     fit_density("planar", POINTS, checkpoint=folder / "density.ckpt", **CHECKPOINTED)
     check(from_exact(), simulations=20, checkpoint=folder / "sbc.json")
     made = pf.fit(model, Y, draws=1000, progress=False)
-    prior = pf.prior_from(made, "mu", max_epochs=1, progress=False)
-    prior.save(folder / "prior")
+    pf.prior_from(made, "mu", max_epochs=1, progress=False).save(folder / "prior")
     return folder
 
 
