@@ -94,18 +94,17 @@ def measure(labels: int, seed: int, method: str, version: str, epochs: int = EPO
         return [row]
     whole: Any = (*real, torch.ones(len(real[0])))
     whole = whole if added is None else tuple(torch.cat(pair) for pair in zip(whole, added, strict=True))
-    return [{**row, "classifier": name, "accuracy": f"{accuracy(name, whole, test):.6g}"} for name in classifiers()]
-
-
-def classifiers() -> list[str]:
-    """Return the names of the classifiers."""
-    return list(example()["CLASSIFIERS"])
+    return [
+        {**row, "classifier": name, "accuracy": f"{accuracy(name, whole, test):.6g}"}
+        for name in example()["CLASSIFIERS"]
+    ]
 
 
 def section(rows: Sequence[Row]) -> str:
     """Return the text and the table, of the newest rows."""
     newest = list({tuple(row[name] for name in KEY[:-1]): row for row in rows if not row["error"]}.values())
-    kinds = [(int(labels), name) for labels in dict.fromkeys(row["labels"] for row in newest) for name in classifiers()]
+    classifiers = dict.fromkeys(row["classifier"] for row in newest)
+    kinds = [(int(labels), name) for labels in dict.fromkeys(row["labels"] for row in newest) for name in classifiers]
     gains = {
         (labels, name, method): _gain(
             [row for row in newest if (int(row["labels"]), row["classifier"]) == (labels, name)], method
