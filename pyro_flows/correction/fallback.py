@@ -24,7 +24,7 @@ from pyro_flows.correction.starts import dispersed_points, mixes_with_others
 from pyro_flows.flows.flow import Flow
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.results.record import Recorded
-from pyro_flows.results.scoring import INFINITE
+from pyro_flows.results.scoring import LASTING
 from pyro_flows.verdict.chains import McmcDiagnostics, McmcDraws, objections
 from pyro_flows.verdict.deciding import LOOKED_AT_DRAWS
 from pyro_flows.verdict.thresholds import ESS_OF_MCMC, ESS_SHARE_FAR_OFF, R_HAT_CONVERGED
@@ -63,7 +63,7 @@ def fallback_sampler(
     """
     left = clock.end - time.monotonic()
     asked = chains is not None or posterior.verdict.status == "unreliable"
-    asked = asked and not any(reason.startswith(INFINITE) for reason in posterior.verdict.reasons)
+    asked = asked and not any(reason.startswith(LASTING) for reason in posterior.verdict.reasons)
     if asked:
         clock.told(_stages.SAMPLER)
     if not asked or clock.interrupted is not None or left <= 0.0:

@@ -22,7 +22,7 @@ from pyro_flows.model.log_density import LogDensity
 from pyro_flows.modes.propriety import improper_tails
 from pyro_flows.modes.under_covered import is_usable
 from pyro_flows.results.record import Record, Recorded
-from pyro_flows.results.scoring import INFINITE
+from pyro_flows.results.scoring import LASTING
 from pyro_flows.results.stage import Stage
 from pyro_flows.verdict.chains import McmcDiagnostics, McmcDraws, as_numbers, objections
 from pyro_flows.verdict.deciding import CHECKED
@@ -66,7 +66,7 @@ def concluded(posterior: Recorded, work: Work, seed: int, clock: Clock) -> Recor
     """Judge the chains, and return the posterior with what they came to."""
     chains, found = _come_to(posterior, work)
     against = [*work.failures, *([] if found is None else objections(found))]
-    against += [reason for reason in posterior.verdict.reasons if reason.startswith(INFINITE)]
+    against += [reason for reason in posterior.verdict.reasons if reason.startswith(LASTING)]
     if found is None and not against:
         against = [f"they have fewer than {LEAST_DRAWS} draws each"]
     if not against and found is not None and chains is not None:

@@ -18,7 +18,7 @@ from pyro_flows.model.observations import warn_if_nothing_observed
 from pyro_flows.model.unchanged import own
 from pyro_flows.posterior.posterior import Posterior
 from pyro_flows.results.dims import coordinate_names
-from pyro_flows.results.scoring import infinite_places
+from pyro_flows.results.scoring import beyond_priors, infinite_places
 from pyro_flows.verdict.chains import McmcDraws
 from pyro_flows.verdict.mcmc import judge_mcmc
 
@@ -84,6 +84,7 @@ def from_mcmc(
         with torch.no_grad():
             log_p, samples = density(z), density.constrain(z)
     failures, rounded = [*lost[0], *infinite_places(density, z, log_p)], lost[1]
+    failures += beyond_priors(density, z, torch.zeros_like(log_p))
     names = coordinate_names(density.structure)
     stats = {} if diverging is None else {"diverging": diverging.to(z.device)}
     chains = McmcDraws(z.reshape(count, -1, density.dim), stats, {}, {"method": METHOD})

@@ -17,7 +17,7 @@ from pyro_flows.model.log_density import LogDensity
 from pyro_flows.posterior.posterior import Posterior
 from pyro_flows.results.dims import coordinate_names
 from pyro_flows.results.methods import guide_method
-from pyro_flows.results.scoring import Pool, check_memory, infinite_places, pool_of, score_pool
+from pyro_flows.results.scoring import Pool, beyond_priors, check_memory, infinite_places, pool_of, score_pool
 from pyro_flows.results.stage import Stage
 from pyro_flows.verdict.deciding import CHECKED, POOL, Decision, Draw, decide
 from pyro_flows.verdict.own_values import changed_values
@@ -67,6 +67,7 @@ def from_draws(
         failed, cut = _cut(density.clock, scored, pool.wanted, stopped, moving=moving)
         draws, (lost, rounded) = scored * draws // pool.wanted, density.lost_digits(pool.z, most=pool.checked)
         lost += infinite_places(density, pool.z, pool.log_p)
+        lost += beyond_priors(density, pool.z, pool.log_p - pool.log_q)
         said: Said = {
             "failures": [*failed, *failures, *lost],
             "doubts": doubts,

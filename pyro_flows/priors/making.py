@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 LAYERS = 4
 DRAWS = 20_000
 OWN_ERROR_MOST = 0.02  # of a posterior's own flow, in sds; above, it is trained on
-STEPS, PARTICLES = 500, 256  # of this training
+STEPS, PARTICLES = 500, 256  # of this training, at most
 BATCH = 1024  # draws a step: a posterior is near to a normal distribution, and noise of small batches takes it away
 HELD_OUT = 0.15  # of the distinct draws
 LEAST_DRAWS = 100
@@ -174,7 +174,8 @@ def _trained(flow: Flow, density: LogDensity, seed: int) -> Sample:
     where later data point to its tails.
     """
     trainer = Trainer(flow, density, learning_rate=loop.STEP_SIZE, batch=PARTICLES)
-    loop.train(trainer, loop.Budget(STEPS), seed=derive(seed, "training of the prior"), report=lambda *_: None)
+    steps = max(1, density.affordable(STEPS * PARTICLES) // PARTICLES)
+    loop.train(trainer, loop.Budget(steps), seed=derive(seed, "training of the prior"), report=lambda *_: None)
     trainer.write()
     z, log_q = flow.draw(DRAWS)
     with torch.no_grad():

@@ -16,10 +16,12 @@ from torch.distributions.constraints import Constraint
 from torch.distributions.transforms import Transform
 
 from pyro_flows._bundles import Entries
+from pyro_flows._seeding import seeded
 from pyro_flows._shapes import broadcast
 from pyro_flows.flows.flow import Flow
 from pyro_flows.model.bijections import biject_to
-from pyro_flows.priors.errors import PriorError
+from pyro_flows.priors.errors import TINY, PriorError
+from pyro_flows.verdict.thresholds import PREDICTIVE_TAIL
 
 PLAIN: dict[str, Constraint] = {
     "real": constraints.real,
@@ -39,6 +41,8 @@ BOUNDED: dict[str, tuple[type[Constraint], tuple[str, ...]]] = {
     "half_open_interval": (constraints.half_open_interval, ("lower_bound", "upper_bound")),
 }
 CONSTANTS = {"greater_than": constraints.positive, "greater_than_eq": constraints.nonnegative}  # of types of their own
+
+MOMENT_DRAWS = 10_000
 
 
 @dataclass(frozen=True)
@@ -226,6 +230,29 @@ class PriorDistribution(TorchDistribution):
     def site_dims(self) -> dict[str, tuple[str | None, ...]]:
         """Names of the axes of each site."""
         return {part.name: part.dims for part in self.parts}
+
+    @torch.no_grad()
+    def sds_away(self, value: Tensor, weights: Tensor) -> tuple[float, float]:
+        """Return how far the mean of weighted values lies from the prior's own, and how far it may, in its sds.
+
+        Both are of unconstrained coordinates and of principal axes: the farthest, and what :data:`PREDICTIVE_TAIL` of
+        the draws of a normal distribution exceed on either side. The prior's tails beyond have next to no draws.
+
+        Args:
+            value: (S, *batch, *event).
+            weights: (S,), their sum is one.
+        """
+        with seeded(0, value.device):
+            known = self.flow.draw(MOMENT_DRAWS)[0].double()
+        z = coordinates(self.parts, value)[0].double()
+        finite = torch.isfinite(z.flatten(1)).all(1)
+        share = (weights / weights[finite].sum())[finite].double()
+        apart = torch.tensordot(share, z[finite], 1) - known.mean(0)
+        variances, axes = torch.linalg.eigh(known.mT.cov().reshape(z.shape[-1], z.shape[-1]))
+        along = (apart @ axes) / variances.clamp_min(TINY).sqrt()
+        away = max(float(found.abs().max()) for found in (apart / known.std(0), along))
+        tail = torch.tensor(PREDICTIVE_TAIL / (2 * apart.numel()), dtype=torch.float64)
+        return away, -float(torch.special.ndtri(tail))
 
     def expand(self, batch_shape: Sequence[int], _instance: object = None) -> PriorDistribution:
         return PriorDistribution(self.flow, self.parts, self.error, torch.Size(batch_shape))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from contextlib import suppress
-from typing import NamedTuple
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -13,18 +13,30 @@ from torch import Tensor
 from pyro_flows._seeding import seeded
 from pyro_flows.model.faults import Undefined
 from pyro_flows.model.log_density import LogDensity
+from pyro_flows.model.sites import messages
+from pyro_flows.model.supports import family
 from pyro_flows.verdict.deciding import CHECKED, POOL, Draw
 from pyro_flows.verdict.thresholds import ESS_SHARE_EVEN, K_HAT_GOOD
 from pyro_flows.verdict.weighing import weigh
 
 COPIES = 3  # of the pool that exist at once, and as many numbers beside it for each draw
 JUDGING = "computing importance weights"
-INFINITE = "the log density is +inf at"  # begins a reason that no sampler takes away
+INFINITE, BEYOND = "the log density is +inf at", "the posterior lies far in the tail of"  # each begins a reason
+LASTING = (INFINITE, BEYOND)  # that no sampler takes away
 LEAST = 8  # draws, whatever the clock says
 SCORING = 0.7  # of the time left: the rest is for checks and for the constrained values
 SHORT = 0.05  # of the time left, for which a piece may be taken twice as large
 ROWS = 1024
 TRIED, SLOW = 64, 0.3  # draws that tell how long drawing takes; share of the time left, from which on that is long
+
+
+@runtime_checkable
+class Bounded(Protocol):
+    """A distribution that is known up to some distance from its mean, as a fitted prior."""
+
+    def sds_away(self, value: Tensor, weights: Tensor) -> tuple[float, float]:
+        """Return how far the mean of weighted values lies from its own, and how far it may, in its sds."""
+        ...
 
 
 class Pool(NamedTuple):
@@ -137,6 +149,24 @@ def infinite_places(density: LogDensity, z: Tensor, log_p: Tensor) -> list[str]:
         return []
     count = f"{len(rows):,} of {len(z):,} draws"
     return [f"{INFINITE} {count} ({density.explain(inside[0])}), so the posterior cannot be normalized"]
+
+
+def beyond_priors(density: LogDensity, z: Tensor, log_weights: Tensor) -> list[str]:
+    """Say where the mean of weighted draws ``z`` (S, D) lies in the tail of a fitted prior, which no draw told of."""
+    found = []
+    for name in density.names:
+        prior = family(messages(density.structure.trace)[name]["fn"])
+        if not isinstance(prior, Bounded):
+            continue
+        kept = torch.isfinite(log_weights)
+        value, weights = density.constrain(z[kept])[name], torch.softmax(log_weights[kept], 0)
+        away, most = prior.sds_away(value, weights)
+        if away > most:
+            found.append(
+                f"{BEYOND} the fitted prior {name!r}: {away:.1f} of its sds from its mean, where its draws tell of "
+                f"{most:.1f}; fit all data at once (prior.refresh)"
+            )
+    return found
 
 
 def _is_slow(density: LogDensity, draw: Draw, count: int) -> bool:

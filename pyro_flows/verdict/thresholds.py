@@ -178,7 +178,8 @@ GLOBAL_MODE_LOWER = 5.0
 # ---- data ------------------------------------------------------------------------------------------------------------
 
 # Amortized posterior: share of simulated data sets that may be as far out, at either end, as data that count as
-# predicted by the prior. Source: chosen.
+# predicted by the prior. Fitted prior: share of draws of a normal distribution that lie farther out than what is known
+# of it, shared among coordinates. Source: chosen.
 PREDICTIVE_TAIL = 0.001
 
 # ---- chains of fitted priors -----------------------------------------------------------------------------------------
