@@ -78,7 +78,7 @@ class _Trial:
             for own in (*(lighter * df for lighter in LIGHTER), *HEAVIER):
                 begin(set_df(flow, own), start)
                 weighing = weighed(flow, self.density, LOOKED_AT_DRAWS)
-                share = thresholds.ESS_SHARE_UNDOUBTED if own in HEAVIER else thresholds.ESS_SHARE_GOOD
+                share = thresholds.ESS_SHARE_PROMISING if own in HEAVIER else thresholds.ESS_SHARE_GOOD
                 if not weighing.ess > share * len(weighing.log_weights):
                     return None
                 if shift_is_noise(weighing):
@@ -96,7 +96,7 @@ class _Trial:
                 except ValueError:
                     return None
                 weighing = _weighed(flow, self.density)
-                if not weighing.ess > thresholds.ESS_SHARE_UNDOUBTED * len(weighing.log_weights):
+                if not weighing.ess > thresholds.ESS_SHARE_PROMISING * len(weighing.log_weights):
                     return None
                 if shift_is_noise(weighing):
                     return flow, Training([], weighing.elbo, True, False, SLICED, 0, 0)

@@ -40,7 +40,6 @@ from pyro_flows.verdict.thresholds import (
     DIVERGENT_SHARE_OF_CHAINS,
     DIVERGENT_TIMES_MOST,
     R_HAT_OF_SHORT_CHAINS,
-    R_HAT_ROUGH,
 )
 
 SUBCHAINS = 8  # chains of a superchain, with one starting point
@@ -307,7 +306,7 @@ class Sampler:
         """Drop the first half of draws that superchains still disagree on; else every other one, where all are full."""
         room = min(ROOM, ROOM_NUMBERS // self.points.x.numel())
         if len(self.draws) >= max(2 * self.kept, room):
-            rough = not found.nested_r_hat <= R_HAT_ROUGH
+            rough = not found.nested_r_hat <= R_HAT_OF_SHORT_CHAINS
             self.numbers["thin"] *= 1 if rough else 2
             self._choose(slice(len(self.draws) // 2, None) if rough else slice(1, None, 2))
 

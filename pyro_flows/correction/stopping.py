@@ -14,7 +14,6 @@ from pyro_flows.verdict.chains import McmcDiagnostics, objections
 from pyro_flows.verdict.thresholds import (
     ESS_OF_CHAINS,
     ESS_OF_CHAINS_MOST,
-    ESS_OF_CHAINS_SPARE,
     SD_ERROR_MOST,
     SD_ERROR_OF_CHAINS,
     SD_ERROR_OF_FEW_DRAWS,
@@ -27,8 +26,8 @@ SOONEST = 8  # looks while the fewest draws are made
 
 
 def suffices(found: McmcDiagnostics) -> bool:
-    """Whether draws are enough for the verdict, with some to spare."""
-    return not objections(found) and _least(found) >= ESS_OF_CHAINS_SPARE * ESS_OF_CHAINS
+    """Whether draws are enough for the verdict."""
+    return not objections(found)
 
 
 def allowed(draws: Tensor, *, few: bool) -> Tensor:
@@ -65,7 +64,7 @@ def resolved_sds(found: McmcDiagnostics, draws: Tensor, gradients: float) -> Sds
     if lack <= 1.0:
         return Sds(True, False, lack)
     warm_up = shortfall(draws[:, draws.shape[1] // 2 :], may_be) < CLEARLY * lack
-    waited_for = few or _least(found) < ESS_OF_CHAINS_MOST * ESS_OF_CHAINS_SPARE * ESS_OF_CHAINS
+    waited_for = few or _least(found) < ESS_OF_CHAINS_MOST
     return Sds(not (waited_for or warm_up), warm_up, lack)
 
 
@@ -77,17 +76,14 @@ def unresolved(z: Tensor, found: McmcDiagnostics, names: Sequence[str]) -> list[
     """
     errors = _mixing.sd_errors(z).nan_to_num(nan=0.0)
     worst = int(errors.argmax())
-    if (
-        float(errors[worst]) <= SD_ERROR_MOST
-        or _least(found) >= ESS_OF_CHAINS_MOST * ESS_OF_CHAINS_SPARE * ESS_OF_CHAINS
-    ):
+    if float(errors[worst]) <= SD_ERROR_MOST or _least(found) >= ESS_OF_CHAINS_MOST:
         return []
     return [f"the sd of the chains at {names[worst]} has a Monte Carlo error of {100 * float(errors[worst]):.0f}%"]
 
 
 def sweeps_needed(found: McmcDiagnostics) -> float:
     """Return how many sweeps make draws enough, at the pace of these figures."""
-    return found.sweeps * ESS_OF_CHAINS_SPARE * ESS_OF_CHAINS / max(_least(found), 1.0)
+    return found.sweeps * ESS_OF_CHAINS / max(_least(found), 1.0)
 
 
 def next_look(found: McmcDiagnostics, *, thin: int, kept: int, lack: float = 0.0) -> int:

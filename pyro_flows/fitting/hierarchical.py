@@ -44,7 +44,7 @@ from pyro_flows.starts.start import Start
 from pyro_flows.verdict.deciding import POOL, Draw
 from pyro_flows.verdict.thresholds import (
     ESS_SHARE_LEAST,
-    ESS_SHARE_UNDOUBTED,
+    ESS_SHARE_PROMISING,
     GLOBAL_MODE_LOWER,
     GLOBAL_MODES_APART,
     K_HAT_GOOD,
@@ -314,7 +314,7 @@ def _is_good(guide: AutoHierarchicalFlow, density: MarginalDensity, *, moves: bo
     z, log_q = _global_draw(guide)(TRIED * density.marginal.most_draws // MOST_DRAWS)
     density.marginal.choose_count(z[:LOOKED_AT])
     found = weigh(z, density(z), log_q)
-    criteria = (K_HAT_GOOD, ESS_SHARE_LEAST), (K_HAT_MOST, ESS_SHARE_UNDOUBTED)
+    criteria = (K_HAT_GOOD, ESS_SHARE_LEAST), (K_HAT_MOST, ESS_SHARE_PROMISING)
     good = any(found.k_hat < k_hat and found.ess >= share * len(z) for k_hat, share in criteria)
     if not (moves and guide._top.affine is not None and tells_moments(found)):
         return good, found.elbo

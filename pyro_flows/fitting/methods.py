@@ -31,7 +31,7 @@ from pyro_flows.starts.coordinates import climbed
 from pyro_flows.starts.prior import prior_draws
 from pyro_flows.verdict.deciding import JUDGED_DRAWS, LOOKED_AT_DRAWS
 from pyro_flows.verdict.methods import CONDITIONALS, GAUSSIAN, GRID, MCMC, MIXTURE, TRAINED
-from pyro_flows.verdict.thresholds import ESS_SHARE_HOPELESS, ESS_SHARE_PROMISING
+from pyro_flows.verdict.thresholds import ESS_SHARE_FAR_OFF, ESS_SHARE_PROMISING
 
 AS_READ, AT_MODES, AT_THE_BEST, AFTER = "as read", "at modes", "at the best start", "after a flow"
 AT_FIRST = 80  # dimensions up to which a few coordinates are held before any others are chosen; above, chains cost less
@@ -162,7 +162,7 @@ def _mixture(at: Attempt, *, barrier: float = BARRIER) -> str | None:
             z, hopeless = prior_draws(at.density, SURVEYED_FROM, seed=at.seed), False
         else:
             z, weighing = run.flow(plan, at.density).draw(SURVEYED_FROM)[0], run.best.weighing
-            hopeless = weighing.ess < ESS_SHARE_HOPELESS * len(weighing.log_weights)
+            hopeless = weighing.ess < ESS_SHARE_FAR_OFF * len(weighing.log_weights)
         run.multimodal = multimodal(at.density, z, seed=at.seed, bar=plan.bar, barrier=barrier, ridges=hopeless)
     if run.multimodal is None:
         return None

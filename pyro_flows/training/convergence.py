@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from pyro_flows.verdict.thresholds import R_HAT_ROUGH
+from pyro_flows.verdict.thresholds import R_HAT_OF_SHORT_CHAINS
 
 WINDOW = 10
 ELBO_TOLERANCE = 0.02
@@ -99,7 +99,7 @@ class Monitor:
         """Whether the last window stands still, and the sentence that says so.
 
         A functional stands still if its two half-window means differ by less than it matters (0.02 nats of ELBO, 0.05
-        posterior sds, 5 % of an sd), or by up to twenty times that while its split R-hat is at most 1.1. A slow climb
+        posterior sds, 5 % of an sd), or by up to twenty times that while its split R-hat is at most 1.05. A slow climb
         is small in any window, so the ELBO's is also extrapolated: were the gap to shrink as one over the number of
         steps, what is left to be gained must be 0.03 nats at most, give or take its standard error.
         """
@@ -110,7 +110,7 @@ class Monitor:
             return False, "the ELBO is not finite"
         drift = _drift(series)
         relative = torch.cat([drift[:1] / ELBO_TOLERANCE, drift[1:] / SD_TOLERANCE])
-        moving = ~((relative < 1.0) | ((split_r_hat(series) <= R_HAT_ROUGH) & (relative < NOISY)))
+        moving = ~((relative < 1.0) | ((split_r_hat(series) <= R_HAT_OF_SHORT_CHAINS) & (relative < NOISY)))
         text = f"ELBO drift {float(drift[0]):.3f} nats, worst moment drift {float(drift[1:].max()):.3f} sd"
         return not bool(moving.any()) and self._left(series[:, 0]) <= LEFT_TOLERANCE, text
 

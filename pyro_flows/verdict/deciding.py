@@ -14,7 +14,7 @@ from pyro_flows._seeding import derive
 from pyro_flows.verdict.next_step import IMPROPER
 from pyro_flows.verdict.thresholds import (
     ESS_SHARE_LEAST,
-    ESS_SHARE_UNDOUBTED,
+    ESS_SHARE_PROMISING,
     K_HAT_GOOD,
     MEAN_SHIFT_MOST,
     SD_WIDENING_MOST,
@@ -63,7 +63,7 @@ def _weighed(
     ratio = weighing.ess / len(weighing.log_weights)
     notes = (*notes, *_heavy_tailed(weighing, names))
     reasons = list(failures)
-    good = weighing.k_hat < K_HAT_GOOD and ratio >= ESS_SHARE_UNDOUBTED
+    good = weighing.k_hat < K_HAT_GOOD and ratio >= ESS_SHARE_PROMISING
     reasons += () if good else doubts
     if not weighing.k_hat < weighing.threshold:
         reasons.append(f"k-hat {weighing.k_hat:.2f} is not below its threshold {weighing.threshold:.2f}")

@@ -41,19 +41,15 @@ TAIL_INDEX_FOURTH = 0.25
 ESS_SHARE_LEAST = 0.1
 
 # From this on, a candidate is worth going on with: a mixture, a grid, a batch of training. A flow with less may lie
-# between several modes. Source: chosen.
-ESS_SHARE_PROMISING = 0.3
+# between several modes. With k-hat below K_HAT_GOOD, weights are good whatever doubts a fit left, and in many fits.
+# Source: chosen.
+ESS_SHARE_PROMISING = 0.5
 
 # Below this, too few draws say where the mass is: no weighing of a start by thousands of draws, no chains from
-# weighted draws, no new part of a mixture, nor one that adds less. Source: chosen.
+# weighted draws, no independent proposals in MCMC, no new part of a mixture; and the density may have no smooth top.
+# What adds less is in vain: a part of a mixture, or training, which ends there where MCMC can take over. Source:
+# chosen.
 ESS_SHARE_FAR_OFF = 0.02
-# Below this, hardly any draw has weight: no independent proposals in MCMC, and the density may have no smooth top.
-# Source: chosen.
-ESS_SHARE_HOPELESS = 0.001
-
-# Weights are good from this on, with k-hat below K_HAT_GOOD: whatever doubts a fit left, and in many fits.
-# Source: chosen.
-ESS_SHARE_UNDOUBTED = 0.5
 
 # From this on, only the tail of the weights of a round can be in doubt, no part is added to a mixture, the flow of a
 # marginal is not fitted further, tabulated densities are accepted, and many fits try heavier tails. Source: measured
@@ -62,18 +58,14 @@ ESS_SHARE_GOOD = 0.9
 # Weights are nearly even above this, so that fewer checks and draws suffice, and a start is not matched again. Source:
 # chosen.
 ESS_SHARE_EVEN = 0.98
-# Training: ratio of the ESS shares of two looks; below it, training ends where MCMC can take over. Source: chosen.
-ESS_SHARE_RISE = 1.2
 
 # ---- effective draws -------------------------------------------------------------------------------------------------
 
-# MCMC of a fit, bulk and tail of the worst coordinate: 0.03 sd of a mean, 2 % of an sd. Source: chosen (R-hat asks
-# for 400).
+# MCMC of a fit, bulk and tail of the worst coordinate: 0.03 sd of a mean, 2 % of an sd. Chains end there. Source:
+# chosen (R-hat asks for 400).
 ESS_OF_CHAINS = 1000.0
-# MCMC: times ESS_OF_CHAINS, from which on chains end: the verdict does not depend on the last draws. Source: chosen.
-ESS_OF_CHAINS_SPARE = 1.5
-# MCMC: times the above, from which on chains wait for no sd: it may not exist. Source: chosen.
-ESS_OF_CHAINS_MOST = 3.0
+# MCMC of a fit: from this on chains wait for no sd, which may not exist. Source: chosen.
+ESS_OF_CHAINS_MOST = 4500.0
 # Fewer draws estimate neither R-hat nor quantiles: MCMC of the caller, bulk and tail; chains of a fit get a larger
 # budget from this on; fewer weighted draws are not compared with chains, and no flow of a marginal is fitted to them.
 # Source: R-hat.
@@ -85,12 +77,10 @@ ESS_OF_MCMC = 400.0
 # a fit, which forget their common start. Source: R-hat; Nested R-hat.
 R_HAT_CONVERGED = 1.01
 # At most, of single chains of a fit, which are short: sqrt(1 + (autocorrelation time - 1) / draws). The same of groups
-# of chains that began in different modes, of whether a chain is in a region, and of a round that ends warm-up.
-# Source: chosen.
+# of chains that began in different modes, of whether a chain is in a region, of a round that ends warm-up, and, split,
+# of the ELBO and the moments of a flow over ten checks of training. Above it, nested, the first half of the draws of
+# chains is discarded as warm-up. Source: chosen.
 R_HAT_OF_SHORT_CHAINS = 1.05
-# At most, split, of the ELBO and the moments of a flow over ten checks of training. Above it, nested, the first half of
-# the draws of chains is discarded as warm-up. Source: Gelman et al., BDA3, 11.4.
-R_HAT_ROUGH = 1.1
 
 # ---- divergences of MCMC, and Monte Carlo errors of its standard deviations ------------------------------------------
 

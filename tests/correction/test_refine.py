@@ -539,6 +539,7 @@ def test_looks_between_are_at_the_worst_coordinates(narrow, monkeypatch):
     """All coordinates decide; between, those that were the worst."""
     from pyro_flows.correction import sampler as module
     from pyro_flows.correction import stopping
+    from pyro_flows.verdict import chains
 
     seen = []
 
@@ -549,7 +550,8 @@ def test_looks_between_are_at_the_worst_coordinates(narrow, monkeypatch):
     original = module.examined
     monkeypatch.setattr(module, "examined", examined)
     monkeypatch.setattr(module, "WATCHED", 3)
-    monkeypatch.setattr(stopping, "ESS_OF_CHAINS_SPARE", 4.0)
+    for room in (stopping, chains):
+        monkeypatch.setattr(room, "ESS_OF_CHAINS", 4000.0)
     found = narrow.refine()
     assert set(seen[:-1]) == {3}
     assert seen[-2:] == [3, None]  # the figures that the sampler stopped by are those of the verdict

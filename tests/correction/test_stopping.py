@@ -18,7 +18,7 @@ from pyro_flows.correction.latent import Latent
 from pyro_flows.correction.sampler import HALVINGS, Sampler
 from pyro_flows.flows.parts import location_scale
 from pyro_flows.verdict.chains import McmcDiagnostics
-from pyro_flows.verdict.thresholds import ESS_OF_CHAINS, ESS_OF_CHAINS_SPARE
+from pyro_flows.verdict.thresholds import ESS_OF_CHAINS, ESS_OF_CHAINS_MOST
 from tests.registry import normal
 
 CHAINS, DRAWS = 64, 128
@@ -93,7 +93,7 @@ def test_heavy_tails_take_more_draws(monkeypatch):
     sampler = sampler_with(draws)
     assert not has_enough(sampler, GOOD)
     assert len(sampler.draws) == DRAWS
-    plenty = 3.0 * ESS_OF_CHAINS_SPARE * ESS_OF_CHAINS
+    plenty = ESS_OF_CHAINS_MOST
     plenty_of_them = replace(GOOD, ess_bulk=plenty, ess_tail=plenty)
     assert not has_enough(sampler_with(draws), plenty_of_them)
     monkeypatch.setattr(stopping, "CHEAP", 0)
@@ -104,7 +104,7 @@ def test_heavy_tails_take_more_draws(monkeypatch):
 def test_a_half_that_is_clearly_better_stays_alone_where_nothing_is_waited_for(monkeypatch):
     """A chain far out in the first half, and very many effective draws; chance alone drops nothing."""
     monkeypatch.setattr(stopping, "CHEAP", 0)
-    plenty = 3.0 * ESS_OF_CHAINS_SPARE * ESS_OF_CHAINS
+    plenty = ESS_OF_CHAINS_MOST
     plenty_of_them = replace(GOOD, ess_bulk=plenty, ess_tail=plenty)
     draws = normals()
     draws[0, :40, 0] -= torch.linspace(30.0, 0.0, 40).double()
