@@ -43,9 +43,10 @@ def section(rows: Sequence[Row]) -> str:
     """Return the section of the page."""
     rows = newest(rows)
     searched = [row for row in rows if row["way"] == "search"]
-    counts = [len(modes_of(cell)) for cell in _cells(searched)]
+    counts = sorted({len(modes_of(cell)) for cell in _cells(searched)})
+    each = " to ".join(str(count) for count in (counts[:1] + counts[1:][-1:]))
     text = (
-        f"Share of planted modes that the search finds, in percent, of {min(counts)} to {max(counts)} in each cell. "
+        f"Share of planted modes that the search finds, in percent, of {each} in each cell. "
         f"{about(rows)} pyro_flows {', '.join(dict.fromkeys(row['version'] for row in rows))}."
     )
     parts = [text]
