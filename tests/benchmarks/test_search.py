@@ -65,7 +65,7 @@ def test_blocks_are_done_once_and_make_tables(tmp_path, monkeypatch):
     tables.write_tables(page, **_only(search_csv=out))
     text = page.read_text()
     assert f"| 1 | {25 * found} |" in text
-    assert "of 4 to 4 in each cell" in text
+    assert "of 4 in each cell" in text
 
 
 def test_an_error_is_in_its_row():
