@@ -4,7 +4,8 @@
 
 Adam, 16 particles a step; Pyro's are vectorized. One row of the CSV file is one run, in a process of its own. Seconds
 are those of the processor, from before the guide is made: setting up, a start and recording count. At the end the ELBO
-is estimated by 10,000 draws, which do not count. A run that has a row of the same version is not done again.
+is estimated by 10,000 draws, which do not count. A run that has a row of the same version is not done again. The guide
+``splines`` needs zuko (``pip install zuko``).
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import pyro
+import pyro.distributions as dist
 import torch
 from pyro.distributions import transforms
 from pyro.infer import SVI, Trace_ELBO, autoguide
@@ -46,6 +48,27 @@ def _affine_autoregressive(model: Any) -> Any:
     return autoguide.AutoNormalizingFlow(model, stack)
 
 
+class _Splines(dist.TransformModule):
+    """Zuko's neural spline flow in the direction that draws in one pass, as Pyro's inverse autoregressive flow."""
+
+    domain = codomain = dist.constraints.real_vector
+    bijective = True
+
+    def __init__(self, dim: int) -> None:
+        super().__init__(cache_size=1)
+        import zuko
+
+        self.flow = zuko.flows.NSF(dim, transforms=2, hidden_features=(32, 32))
+
+    def _call(self, x: Tensor) -> Tensor:
+        y, self._ladj = self.flow.transform().call_and_ladj(x)
+        return y
+
+    def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
+        """Return the log determinant of the pass that made ``y``."""
+        return self._ladj
+
+
 GUIDES: dict[str, Callable[[Any], Any]] = {
     "ours": pf.AutoRealNVP,
     "ours_trace": pf.AutoRealNVP,
@@ -55,6 +78,7 @@ GUIDES: dict[str, Callable[[Any], Any]] = {
     "low_rank": autoguide.AutoLowRankMultivariateNormal,
     "iaf": functools.partial(autoguide.AutoIAFNormal, num_transforms=2),
     "affine_autoregressive": _affine_autoregressive,
+    "splines": lambda model: autoguide.AutoNormalizingFlow(model, _Splines),
 }
 OURS = ("ours", "ours_trace", "plates")
 

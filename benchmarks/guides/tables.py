@@ -20,6 +20,7 @@ NAMES = {
     "low_rank": "AutoLowRank",
     "iaf": "AutoIAFNormal",
     "affine_autoregressive": "affine autoregressive",
+    "splines": "zuko's NSF",
 }
 
 

@@ -171,7 +171,7 @@ def test_draws_after_a_halved_step_are_counted_as_they_will_be():
 def test_chains_that_diverge_begin_anew():
     sampler = sampler_with(normals())
     sampler.numbers |= {"sweeps": 100, "fixed_at": 0}
-    found = replace(sampler.figures(), sweeps=100, ess_bulk=1500.0, ess_tail=750.0)
+    found = replace(sampler.figures(), sweeps=100, ess_bulk=1000.0, ess_tail=500.0)
     assert sampler.gradients_needed(found) == sampler._gradients(100.0), "200 sweeps suffice, of which 100 are done"
     assert sampler.gradients_needed(replace(found, divergences=0.01)) == sampler._gradients(200.0, 0.5)
     sampler._begin_halved()
