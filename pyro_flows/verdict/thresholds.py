@@ -76,10 +76,10 @@ ESS_OF_MCMC = 400.0
 # At most: rank-normalized, of single chains of the caller, and of the flows of several runs; nested, of superchains of
 # a fit, which forget their common start. Source: R-hat; Nested R-hat.
 R_HAT_CONVERGED = 1.01
-# At most, of single chains of a fit, which are short: sqrt(1 + (autocorrelation time - 1) / draws). The same of groups
-# of chains that began in different modes, of whether a chain is in a region, of a round that ends warm-up, and, split,
-# of the ELBO and the moments of a flow over ten checks of training. Above it, nested, the first half of the draws of
-# chains is discarded as warm-up. Source: chosen.
+# At most, of single chains of a fit, which are short: sqrt(1 + (autocorrelation time - 1) / draws). The same of
+# groups of chains that began in different modes, of whether a chain is in a region, and of a round that ends warm-up.
+# The same, split, of the ELBO and the moments of a flow over ten checks of training. Above it, nested, the first half
+# of the draws of chains is discarded as warm-up. Source: chosen.
 R_HAT_OF_SHORT_CHAINS = 1.05
 
 # ---- divergences of MCMC, and Monte Carlo errors of its standard deviations ------------------------------------------
