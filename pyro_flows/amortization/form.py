@@ -66,6 +66,8 @@ class Form:
         for name, value in found.items():
             if not torch.equal(value.isnan(), ~self.keep[name]):
                 raise ValueError(f"site {name!r}: expected missing values (NaN) where amortize was given them.")
+            if bool(value.isinf().any()):
+                raise ValueError(f"site {name!r}: expected finite data, got inf. The flow takes numbers only: use fit.")
         return found
 
     def _placed(self, leaves: Sequence[Tensor]) -> dict[str, Tensor]:
@@ -97,7 +99,12 @@ class Form:
 
 def _like(leaf: object, first: Tensor, number: int) -> Tensor:
     """Return an argument as the first one was: its strides, dtype and device."""
-    value = torch.as_tensor(leaf)
+    try:
+        value = torch.as_tensor(leaf)
+    except (TypeError, ValueError, RuntimeError):
+        raise ValueError(
+            f"args: expected argument {number} to hold numbers, since it is data, got {leaf!r:.60}. Pass a tensor."
+        ) from None
     if value.shape != first.shape:
         raise ValueError(
             f"args: expected argument {number} of shape {tuple(first.shape)}, as amortize was given, got "

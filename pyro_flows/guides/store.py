@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import itertools
+import sys
 import weakref
 from collections.abc import Sequence
 
 import pyro
 import torch
+from pyro.infer import SVI
 from pyro.poutine import runtime
 from pyro.poutine.runtime import effectful
 from pyro.poutine.trace_messenger import TraceMessenger
@@ -103,9 +105,15 @@ class Whole:
 
 
 def in_svi() -> bool:
-    """Whether a step of SVI asks for parameters; Pyro's compiled losses ask once more, and need each one."""
+    """Whether a step of SVI asks for parameters.
+
+    Pyro's compiled losses ask once more, and need each one. So do other loops, which may take derivatives by them.
+    """
     asked = [part for part in runtime._PYRO_STACK if isinstance(part, TraceMessenger) and part.param_only]
-    return len(asked) == 1
+    frame = sys._getframe() if len(asked) == 1 else None
+    while frame is not None and frame.f_code is not SVI.step.__code__:
+        frame = frame.f_back
+    return frame is not None
 
 
 @effectful(type="param")

@@ -154,7 +154,7 @@ class _Kept:
 
     def _read(self, model: Program, guide: Program, args: Sequence[object], kwargs: Keywords) -> None:
         if not isinstance(guide, AutoFlow):
-            raise TypeError(f"the guide is a {type(guide).__name__}, and no flow guide")
+            raise TypeError(f"the guide is a {type(guide).__name__}, and no AutoFlow")
         guide.initialize(*args, **kwargs)
         if not isinstance(guide._flow, Flow):
             raise TypeError("the guide is a mixture of flows")

@@ -159,8 +159,10 @@ def test_many_fits_begin_with_the_answers_of_the_flow(amortized):
         ((X, torch.zeros(4)), r"argument 1 of shape \(5,\)"),
         ((X + 1.0, DATA), "argument 0 is no data, and differs"),
         ((X, torch.tensor([0.0, math.nan, 0.0, 0.0, 0.0])), "site 'y': expected missing values"),
+        ((X, torch.tensor([0.0, math.inf, 0.0, 0.0, 0.0])), "site 'y': expected finite data"),
+        ((X, "y"), "argument 1 to hold numbers, since it is data, got 'y'"),
     ],
-    ids=["shape", "covariates", "missing"],
+    ids=["shape", "covariates", "missing", "infinite", "no numbers"],
 )
 def test_other_data_are_refused(amortized, args, message):
     with pytest.raises(ValueError, match=message):

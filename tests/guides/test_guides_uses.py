@@ -18,6 +18,7 @@ from pyro.infer.autoguide import AutoDiscreteParallel, AutoGuideList, AutoNormal
 from pyro.infer.mcmc import MCMC, NUTS
 from pyro.infer.mcmc.util import initialize_model
 from pyro.infer.reparam import NeuTraReparam
+from pyro.optim.multi import PyroMultiOptimizer
 
 import pyro_flows as pf
 from tests.guides.test_guides import KINDS, case_of, each_kind, guide_of
@@ -132,6 +133,39 @@ def test_both_ways_of_pyro_to_hold_and_train_parameters(torch_loop, local):
                 svi.step(*case.args)
         assert all((parameter != before[name]).any() for name, parameter in guide.named_parameters())
         assert any("AutoRealNVP" in name for name in pyro.get_param_store()) is not local
+
+
+def documented(loss, captured):
+    """Torch's optimizer of captured parameters, as in Pyro's tutorial on training loops of one's own."""
+    optimizer = torch.optim.Adam({site["value"].unconstrained() for site in captured(loss)[1].values()}, lr=0.01)
+    for _ in range(3):
+        loss().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def differentiated(loss, captured):
+    """Pyro's optimizer of several parameters, which takes derivatives by them."""
+    optimizer = PyroMultiOptimizer(pyro.optim.Adam({"lr": 0.01}))
+    for _ in range(3):
+        value, sites = captured(loss)
+        optimizer.step(value, {name: site["value"].unconstrained() for name, site in sites.items()})
+
+
+@pytest.mark.parametrize("loop", [documented, differentiated])
+def test_loops_that_capture_parameters_train(loop):
+    case = case_of("nested")
+    guide = KINDS["realnvp"](case.model)
+
+    def captured(loss):
+        with poutine.trace(param_only=True) as capture:
+            value = loss()
+        return value, dict(capture.trace.nodes)
+
+    guide.initialize(*case.args)
+    before = {name: parameter.detach().clone() for name, parameter in guide.named_parameters()}
+    loop(lambda: Trace_ELBO().differentiable_loss(case.model, guide, *case.args), captured)
+    assert all((parameter != before[name]).any() for name, parameter in guide.named_parameters())
 
 
 def trial(count, treated=None, y=None):
