@@ -41,9 +41,14 @@ class Column:
             raise ValueError(
                 f"context: column {self.name} has missing values (row {int(gone.argmax())}), and had none in the fit."
             )
-        filled = np.where(gone, self.fill, values)
-        found = self._of_levels(values, gone) if self.levels else filled.astype(float)[:, None]
+        found = self._of_levels(values, gone) if self.levels else self._of_numbers(values, gone)
         return np.concatenate([found, gone[:, None]], 1) if self.missing else found
+
+    def _of_numbers(self, values: np.ndarray, gone: np.ndarray) -> np.ndarray:
+        try:
+            return np.where(gone, self.fill, values).astype(float)[:, None]
+        except (TypeError, ValueError):
+            raise ValueError(f"context: column {self.name} had numbers in the fit, and has other values now.") from None
 
     def _of_levels(self, values: np.ndarray, gone: np.ndarray) -> np.ndarray:
         place = {level: number for number, level in enumerate(self.levels)}
@@ -74,14 +79,15 @@ class Encoding:
 
     @classmethod
     def of(cls, context: object) -> Encoding | None:
-        """Read the columns of a context; None where its numbers stay as they are.
+        """Read the columns of a context; None where its numbers stay as they are, and have no names.
 
         Categories are texts, booleans, pandas' categories, and whole numbers (by dtype) of at most 20 values.
         """
         if isinstance(context, np.memmap):
             return None
         found = cls(tuple(_read(name, values) for name, values in _columns(context)))
-        return None if all(not column.levels and not column.missing for column in found.columns) else found
+        plain = all(not column.levels and not column.missing for column in found.columns)
+        return None if plain and not _is_frame(context) else found
 
     @property
     def width(self) -> int:
@@ -92,8 +98,18 @@ class Encoding:
         columns = _columns(context)
         if len(columns) != len(self.columns):
             raise ValueError(f"context: expected {len(self.columns)} columns, got {len(columns)}.")
+        if _is_frame(context) and self._named and [name for name, _ in columns] != [one.name for one in self.columns]:
+            known, got = (
+                ", ".join(names) for names in ([one.name for one in self.columns], [name for name, _ in columns])
+            )
+            raise ValueError(f"context: expected the columns {known}, got {got}. Pass them in the order of the fit.")
         pairs = zip(self.columns, columns, strict=True)
         return torch.from_numpy(np.concatenate([column.encode(values) for column, (_, values) in pairs], 1))
+
+    @property
+    def _named(self) -> bool:
+        """Whether the fit had a data frame; else the names are places."""
+        return any(column.name != str(at) for at, column in enumerate(self.columns))
 
     def to_json(self) -> list[dict[str, object]]:
         return [{**asdict(column), "levels": list(column.levels)} for column in self.columns]
@@ -113,8 +129,8 @@ class Encoding:
 
 def _columns(context: object) -> list[tuple[str, np.ndarray]]:
     """Return names and values (N,) of the columns of a data frame, an array, a tensor, or lists."""
-    if hasattr(context, "columns") and hasattr(context, "iloc"):
-        return [(repr(str(name)), _array(context.iloc[:, at])) for at, name in enumerate(context.columns)]
+    if _is_frame(context):
+        return [(repr(str(name)), _array(context.iloc[:, at])) for at, name in enumerate(context.columns)]  # type: ignore[attr-defined]
     values = _array(context)
     values = values[:, None] if values.ndim == 1 else values
     if values.ndim != 2:
@@ -122,9 +138,13 @@ def _columns(context: object) -> list[tuple[str, np.ndarray]]:
     return [(str(at), values[:, at]) for at in range(values.shape[1])]
 
 
+def _is_frame(context: object) -> bool:
+    return hasattr(context, "columns") and hasattr(context, "iloc")
+
+
 def _array(values: object) -> np.ndarray:
     """Return values as an array: of objects for pandas' own kinds, with None for what is missing."""
-    if isinstance(values, Tensor):
+    if isinstance(values, (Tensor, np.ma.MaskedArray)):
         return numbers("context", values).detach().cpu().numpy()
     kind = getattr(values, "dtype", None)
     if kind is None or isinstance(kind, np.dtype):
@@ -145,6 +165,11 @@ def _read(name: str, values: np.ndarray) -> Column:
     given = values[~gone]
     if not len(given):
         raise ValueError(f"context: column {name} has no values at all; leave it out.")
+    if given.dtype.kind in "mMc":
+        raise ValueError(
+            f"context: column {name} is of {given.dtype}; expected numbers or categories. Pass times as numbers, such "
+            "as days since the first, and complex numbers as two columns."
+        )
     texts = given.dtype.kind in "bUS" or (given.dtype == object and not all(_is_number(value) for value in given))
     levels: Sequence[Level] = ()
     if texts or given.dtype.kind in "iu":

@@ -85,6 +85,7 @@ class DensityFit:
         _checks.positive("temperature", temperature)
         about = self._encoded(context)
         about = None if about is None else numbers("context", about).to(like(self.flow))
+        _checks.context("sample", about, self.flow.context_dim)
         if about is not None:
             if not about.dim() or about.shape[:-1] not in ((), (1,), (count,)):
                 raise ValueError(f"context: expected one row or {count} rows, got shape {tuple(about.shape)}.")

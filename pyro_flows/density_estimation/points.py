@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,6 +14,7 @@ from torch.utils.data import DataLoader
 
 from pyro_flows import _checks
 from pyro_flows._arguments import numbers
+from pyro_flows._warnings import outside
 from pyro_flows.flows.flow import Flow
 
 CHUNK = 4096
@@ -167,13 +170,50 @@ def _array(name: str, values: object, like: Tensor) -> Array:
     """Return points; a list of numbers becomes points of one coordinate."""
     if isinstance(values, np.memmap):
         return values[:, None] if values.ndim == 1 else values
-    if hasattr(values, "iloc") and hasattr(values, "to_numpy"):  # a data frame, or a column of one
-        values = values.to_numpy()
+    if hasattr(values, "iloc") and hasattr(values, "to_numpy"):
+        values = _of_frame(name, values)
     if not isinstance(values, (Tensor, np.ndarray, list, tuple)):
         raise ValueError(f"{name}: expected a tensor, an array or a DataLoader, got a {type(values).__name__}.")
     tensor = numbers(name, values)
-    tensor = tensor.to(like.device) if tensor.element_size() == 1 else tensor.to(like)  # bytes stay bytes
+    if tensor.element_size() == 1:
+        tensor = tensor.to(like.device)  # bytes stay bytes
+    else:
+        _warn_rounded(name, tensor, like.dtype)
+        tensor = tensor.to(like)
     return tensor[:, None] if tensor.dim() == 1 else tensor
+
+
+def _warn_rounded(name: str, values: Tensor, dtype: torch.dtype) -> None:
+    """Warn if a column (of all others) loses its differences, or its size, as numbers of another dtype."""
+    if values.dtype != torch.float64 or dtype == torch.float64 or not values.numel():
+        return
+    columns = values.reshape(len(values), -1)
+    size, spread = columns.abs().amax(0), columns.amax(0) - columns.amin(0)
+    still = spread <= 100.0 * torch.finfo(values.dtype).eps * size
+    lost = (size.isfinite() & (size > torch.finfo(dtype).max)) | (
+        ~still & (spread < 100.0 * torch.finfo(dtype).eps * size)
+    )
+    if bool(lost.any()):
+        at = int(lost.nonzero()[0])
+        warnings.warn(
+            f"{name}: column {at} has a range of {float(spread[at]):g} and numbers as large as {float(size[at]):g}, "
+            f"which {str(dtype).removeprefix('torch.')} does not hold. Subtract its mean and divide by its standard "
+            "deviation, or pass a flow of float64.",
+            UserWarning,
+            stacklevel=outside(),
+        )
+
+
+def _of_frame(name: str, values: Any) -> np.ndarray:
+    """Return the numbers of a data frame, or of a column of one; pandas' missing values become NaN."""
+    columns = [(label, values.iloc[:, at]) for at, label in enumerate(getattr(values, "columns", []))]
+    for label, column in columns or [(values.name, values)]:
+        if getattr(column.dtype, "kind", "O") not in "biuf":
+            raise ValueError(
+                f"{name}: expected columns of numbers, got {str(label)!r} of {column.dtype}. Drop the column, convert "
+                "it, or pass categories as context=."
+            )
+    return np.asarray(values.to_numpy(dtype=float, na_value=np.nan))
 
 
 def _look_up(values: Array, indices: Tensor, like: Tensor) -> Tensor:

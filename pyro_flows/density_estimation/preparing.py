@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
@@ -36,7 +37,10 @@ def make(flow: object, data: object, context: object) -> Flow:
     if isinstance(flow, Flow):
         return copy.deepcopy(flow)
     if not isinstance(flow, str):
-        raise ValueError(f"flow: expected a Flow or a builder's name, got a {type(flow).__name__}.")
+        raise ValueError(
+            f"flow: expected a Flow or a builder's name, got a {type(flow).__name__}. Pass fit_density(data) or "
+            "fit_density(flow, data), and what the density is conditional on as context=."
+        )
     _checks.choice("flow", flow, (AUTO, *BUILDERS))
     if isinstance(data, DataLoader):
         raise ValueError("flow: a DataLoader does not tell its shape; pass a flow, such as pf.realnvp(dim).")
@@ -73,14 +77,14 @@ def sources(
         train = train.quantized(levels)
     if validation is None:
         return train, None
-    if isinstance(validation, float):
+    if isinstance(validation, (int, float, np.number)):
         if isinstance(train, Stream):
             raise ValueError(
                 "validation: of a DataLoader no share can be held out; pass held-out data, a loader of them, or None."
             )
         if not 0.0 < validation < 1.0:
             raise ValueError(f"validation: expected a share between 0 and 1, data or None, got {validation!r}.")
-        return train.split(validation)
+        return train.split(float(validation))
     pair = validation if isinstance(validation, tuple) else (validation, None)
     if len(pair) != 2:
         raise ValueError(f"validation: expected data, or a pair (data, context), got {len(pair)} items.")
@@ -153,7 +157,7 @@ def begin_mixture(flow: Flow, train: Source, held_out: Source | None, over: Call
 
 def identity(flow: Flow, train: Source, held_out: Source | None, validation: object) -> dict[str, object]:
     """Return what tells a checkpoint of these data and this flow from those of others."""
-    share = validation if validation is None or isinstance(validation, float) else "given"
+    share = validation if validation is None or isinstance(validation, (int, float, np.number)) else "given"
     given = held_out if share == "given" else None
     return {
         "weights": files.values_of(flow),

@@ -16,6 +16,7 @@ from pyro_flows.flows.flow import Flow
 from pyro_flows.transforms.fixed import Preprocess
 
 KINDS = ("standardize", "whiten")
+DEPENDENT = 1e-10  # an eigenvalue of correlations below this share of the largest is rounding error
 CONSTANT = 1e-12  # a variance below this share of the squared mean is rounding error
 
 
@@ -59,7 +60,7 @@ def preprocess(kind: str, batches: Iterable[Batch], *, pooled: bool = False, shr
 
 def scale_of(contexts: Tensor) -> Tensor:
     """Return a location and a scale (2, C) of contexts (N, C); columns of zeros and ones stay as they are."""
-    found = torch.stack([contexts.mean(0), contexts.std(0)])
+    found = torch.stack([contexts.mean(0), contexts.std(0, correction=int(len(contexts) > 1))])
     still = ((contexts == 0) | (contexts == 1)).all(0) | (found[1] <= 1e-6 * found[0].abs() + 1e-30)
     return torch.where(still, torch.tensor([[0.0], [1.0]]).to(found), found)
 
@@ -75,17 +76,34 @@ def is_fresh(flow: Flow) -> bool:
 
 
 def _regress(context: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the slope of centered ``y`` on the context, with a hint of a ridge, and what is left."""
+    """Return the slope of centered ``y`` on the context by ridge regression, and what is left.
+
+    The penalty, one for each output, has the smallest error by generalized cross-validation. What contexts that depend
+    on each other share has no effect twice.
+
+    Reference: Golub, Heath and Wahba 1979, doi:10.1080/00401706.1979.10489751.
+    """
     centered = context - context.mean(0)
-    gram = centered.mT @ centered
-    ridge = 1e-4 * gram.diagonal().clamp(min=1e-12 * float(gram.diagonal().max()) + 1e-12)
-    slope = torch.linalg.solve(gram + ridge.diag(), centered.mT @ y)
+    scale = centered.square().mean(0).sqrt()
+    unit = centered / torch.where(scale > 1e-7 * context.abs().amax(0), scale, torch.inf)
+    values, vectors = torch.linalg.eigh(unit.mT @ unit)
+    most = values.amax().clamp_min(1e-30)
+    values, vectors = values[values > DEPENDENT * most], vectors[:, values > DEPENDENT * most]
+    along = vectors.mT @ (unit.mT @ y) / values.sqrt()[:, None]
+    size = y.square().sum(0).clamp_min(1e-300)
+    free = max(len(y) - 1 - len(values), 0)
+    rest = (1.0 - (along.square() / size).sum(0)).clamp_min(0.0) if free else torch.zeros_like(size)
+    penalties = most * 10.0 ** torch.arange(-10.0, 3.0, 0.25).to(y)[:, None]
+    shrunk = penalties / (values + penalties)
+    error = (rest + shrunk.square() @ (along.square() / size)) / (free + shrunk.sum(1, keepdim=True)).square()
+    slope = vectors @ (along / values.sqrt()[:, None] * (1.0 - shrunk[error.argmin(0)]).mT)
+    slope = slope / torch.where(scale > 0.0, scale, 1.0)[:, None]
     return slope, y - centered @ slope
 
 
 def _scales(y: Tensor, mean: Tensor) -> Tensor:
     variance = y.square().mean(0)
-    constant = variance <= CONSTANT * mean.square() + 1e-30
+    constant = variance <= CONSTANT * mean.square() + torch.finfo(torch.float32).tiny ** 2
     if bool(constant.any()):
         where = constant.nonzero().flatten().tolist()
         warnings.warn(

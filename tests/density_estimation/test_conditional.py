@@ -156,6 +156,36 @@ def test_whole_numbers_of_few_values_are_categories_and_others_are_not():
         Encoding.of(np.array([[np.nan], [np.nan]]))
 
 
+def test_arrays_of_texts_are_categories():
+    found = Encoding.of(np.array(["a", "b", "c", "a"]))
+    assert found.encode(np.array(["c", "a"])).tolist() == [[0.0, 0.0, 1.0], [1.0, 0.0, 0.0]]
+    assert Encoding.of(np.array(["a", "a"])).encode(np.array(["a"])).tolist() == [[1.0]]
+
+
+@pytest.mark.parametrize("kind", ["datetime64[D]", "timedelta64[s]", "complex"])
+def test_times_and_complex_numbers_are_refused_with_the_remedy(kind):
+    with pytest.raises(ValueError, match=r"context: column 0 is of .*; expected numbers or categories. Pass times as"):
+        Encoding.of(np.arange(30).astype(kind))
+
+
+def test_masked_values_are_missing():
+    masked = np.ma.masked_array(np.array([1.0, 2.0, 9.0]), [False, False, True])
+    assert Encoding.of(masked).encode(masked).tolist() == [[1.0, 0.0], [2.0, 0.0], [1.5, 1.0]]
+    with pytest.raises(ValueError, match="data: the value in row 2, column 0 is missing"):
+        pf.fit_density(masked, progress=False)
+
+
+def test_columns_of_a_data_frame_keep_their_order():
+    pandas = pytest.importorskip("pandas")
+    frame = pandas.DataFrame({"a": [0.5, 1.5], "b": [1.0, 3.0]})
+    found = Encoding.of(frame)
+    assert found.encode(frame).tolist() == found.encode(frame.to_numpy()).tolist() == [[0.5, 1.0], [1.5, 3.0]]
+    with pytest.raises(ValueError, match=r"expected the columns 'a', 'b', got 'b', 'a'\. Pass them in the order"):
+        found.encode(frame[["b", "a"]])
+    with pytest.raises(ValueError, match=r"column 'a' had numbers in the fit, and has other values now"):
+        found.encode([["x", "y"]])
+
+
 def test_data_frames_of_pandas():
     pandas = pytest.importorskip("pandas")
     frame = pandas.DataFrame(

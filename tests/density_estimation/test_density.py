@@ -450,6 +450,59 @@ def test_saving_and_loading_refuse_what_is_not_theirs(tmp_path):
         pf.fit_density(own, datasets.toy("moons", 100), **QUICK).save(tmp_path / "own")
 
 
+def quick(data, **options):
+    return pf.fit_density("realnvp", data, max_epochs=1, learning_rate=1e-3, progress=False, **options)
+
+
+def test_arrays_that_torch_does_not_take_are_copied():
+    points = np.random.default_rng(0).normal(size=(40, 2))
+    points.flags.writeable = False
+    expected = quick(points[::-1].copy()).validation
+    assert quick(points[::-1]).validation == expected
+
+
+def test_columns_of_data_frames_are_numbers():
+    pandas = pytest.importorskip("pandas")
+    size = np.random.default_rng(0).normal(size=40)
+    frame = pandas.DataFrame({"size": pandas.array(size, dtype="Float64"), "many": np.arange(40), "yes": size > 0})
+    assert quick(frame).validation == quick(np.stack([size, np.arange(40), size > 0], 1)).validation
+    with pytest.raises(
+        ValueError, match=r"data: expected columns of numbers, got 'kind' of .*pass categories as context="
+    ):
+        quick(frame.assign(kind=["a", "b"] * 20))
+    with pytest.raises(ValueError, match="the value in row 0, column 0 is missing"):
+        quick(frame.assign(size=pandas.array([None, *size[1:]], dtype="Float64")))
+
+
+def test_numbers_that_single_precision_does_not_hold_are_told():
+    points = np.random.default_rng(0).normal(size=(40, 2))
+    with pytest.warns(UserWarning, match="column 1 has a range of .* which float32 does not hold. Subtract its mean"):
+        quick(points + np.array([0.0, 6e5]))
+    with pytest.warns(UserWarning, match="context: column 0 has a range"):
+        quick(points, context=points[:, 0] + 6e5)
+
+
+@pytest.mark.parametrize("share", [0, 1, 5, True, 1.5])
+def test_refuses_other_shares(share):
+    with pytest.raises(ValueError, match="validation: expected a share between 0 and 1, data or None"):
+        quick(torch.randn(40, 2), validation=share)
+
+
+def test_wrong_orders_of_arguments_are_told_the_right_one():
+    with pytest.raises(ValueError, match=r"got a Tensor. Pass fit_density\(data\) or fit_density\(flow, data\)"):
+        pf.fit_density(torch.randn(40, 2), "realnvp")
+    fit = quick(torch.randn(40, 2), context=torch.randn(40, 1), validation=np.float32(0.2))
+    with pytest.raises(ValueError, match=r"sample: expected a context of shape \(..., 1\), got none"):
+        fit.sample(3)
+
+
+def test_two_points_with_a_context_are_enough():
+    two = torch.tensor([0.0, 1.0])
+    with pytest.warns(UserWarning, match="is constant"):
+        found = pf.fit_density(two, context=two, max_epochs=1, learning_rate=1e-3, progress=False)
+    assert math.isfinite(found.validation)
+
+
 def test_refuses_missing_values_and_says_where(tmp_path):
     y = torch.randn(5000, 3)
     y[4321, 2] = math.nan

@@ -78,6 +78,32 @@ def test_a_context_of_numbers_takes_out_its_linear_effect():
         assert (x.std(0) - 1.0).abs().max() < 0.02
 
 
+def test_a_linear_effect_is_exact_where_noise_is_small_and_contexts_depend_on_each_other():
+    x = torch.randn(200, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    noise = torch.randn(200, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    context = torch.cat([x, x.sum(1, keepdim=True), torch.ones(200, 1)], 1)
+    made = preprocess("standardize", [(x.sum(1, keepdim=True) + 1e-4 * noise, context)])
+    assert float(made.scale) == pytest.approx(1e-4, rel=0.15)
+    assert float(made.slope.abs().max()) < 1.0
+
+
+@pytest.mark.parametrize("columns", [50, 100])
+def test_contexts_of_many_columns_are_not_learned_by_heart(columns):
+    generator = torch.Generator().manual_seed(0)
+    context, noise = torch.randn(60, columns, generator=generator), torch.randn(60, 1, generator=generator)
+    made = preprocess("standardize", [(noise, context)])
+    assert float(made.scale) > 0.7
+    assert float(made.slope.square().sum()) < 0.3
+
+
+def test_narrow_data_are_not_constant(recwarn):
+    points = torch.randn(100, 2, generator=torch.Generator().manual_seed(0))
+    assert torch.allclose(
+        preprocess("standardize", [(1e-30 * points, None)]).scale, 1e-30 * points.std(0, correction=0)
+    )
+    assert not recwarn
+
+
 def test_images_get_one_scale():
     y = torch.randn(500, 1, 2, 2) * torch.tensor([[1.0, 2.0], [3.0, 4.0]])
     scale = preprocess("standardize", [(y, None)], pooled=True).scale
