@@ -11,6 +11,7 @@ from benchmarks.markdown import about, number, table
 from benchmarks.records import Row
 
 NEAR_BEST, NEAR_RATES = 0.02, 0.1  # nats
+REFUSED = "ValueError: model: expected"  # begins the error of a guide that is not made for a model
 NAMES = {
     "ours": "AutoRealNVP, PathELBO",
     "ours_trace": "AutoRealNVP, Trace_ELBO",
@@ -27,11 +28,17 @@ NAMES = {
 def guides_section(rows: Sequence[Row]) -> str:
     """Return the section about guides, from the newest row of each run."""
     newest = {(float(row["budget"]), row["model"], row["guide"], float(row["rate"])): row for row in rows}
+    refused = sorted({key[1] for key, row in newest.items() if row["error"].startswith(REFUSED)})
+    newest = {key: row for key, row in newest.items() if not row["error"].startswith(REFUSED)}
     budgets = sorted({key[0] for key in newest})
     versions = ", ".join(dict.fromkeys(row["version"] for row in newest.values()))
     raised = {name: sum(bool(row["error"]) for row in newest.values() if row["guide"] == name) for name in NAMES}
     errors = "; ".join(f"{NAMES[name]} {count}" for name, count in raised.items() if count) or "none"
     parts = [f"{about(rows)} {versions}.", f"Runs that raised an exception: {errors}."]
+    if refused:
+        parts[-1] += (
+            f" AutoHierarchicalFlow is not for models without plates, or without globals: {', '.join(refused)}."
+        )
     for budget in budgets:
         mine = {key[1:]: row for key, row in newest.items() if key[0] == budget}
         parts += [f"ELBO after {budget:g} seconds, in nats: best and worst of the learning rates.", _elbos(mine)]
