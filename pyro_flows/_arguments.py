@@ -167,7 +167,7 @@ def dense(name: str, value: object) -> Tensor:
 def numbers(name: str, value: object) -> Tensor:
     """Return a list, an array or a tensor of real numbers as a dense tensor; what an array masks becomes NaN."""
     if isinstance(value, np.ma.MaskedArray) and value.dtype.kind in "biuf":
-        value = value.astype(float).filled(np.nan) if value.mask.any() else value.data
+        value = np.ma.filled(value.astype(float), np.nan) if np.ma.is_masked(value) else np.asarray(value.data)
     if isinstance(value, np.ndarray) and (not value.flags.writeable or min(value.strides, default=0) < 0):
         value = value.copy()  # torch takes neither
     try:
