@@ -137,7 +137,8 @@ def test_both_ways_of_pyro_to_hold_and_train_parameters(torch_loop, local):
 
 def documented(loss, captured):
     """Torch's optimizer of captured parameters, as in Pyro's tutorial on training loops of one's own."""
-    optimizer = torch.optim.Adam({site["value"].unconstrained() for site in captured(loss)[1].values()}, lr=0.01)
+    found = list(dict.fromkeys(site["value"].unconstrained() for site in captured(loss)[1].values()))  # ordered
+    optimizer = torch.optim.Adam(found, lr=0.01)
     for _ in range(3):
         loss().backward()
         optimizer.step()
