@@ -34,7 +34,7 @@ from pyro_flows.correction.hmc import (
 from pyro_flows.correction.kept import Kept, numbers_of
 from pyro_flows.correction.latent import Latent, Points
 from pyro_flows.correction.metric import Metric, learned
-from pyro_flows.correction.stopping import next_look, resolved_sds, suffices, sweeps_needed
+from pyro_flows.correction.stopping import next_look, resolved_sds, sweeps_needed
 from pyro_flows.verdict.chains import McmcDiagnostics, McmcDraws, as_numbers, diverge, objections
 from pyro_flows.verdict.thresholds import (
     DIVERGENT_SHARE_OF_CHAINS,
@@ -218,7 +218,7 @@ class Sampler:
         self.numbers["checked"] = len(self.draws)
         found = self._figures(self.numbers.get("worst") or slowest(self.judged_by()[0], WATCHED))
         self.told, lack = False, 0.0
-        if suffices(found):
+        if not objections(found):
             draws, gradients = self.judged_by()[0], self._gradients(found.sweeps)
             told, warm_up, lack = resolved_sds(found, draws, gradients)
             if told:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pyro_flows import _mixing
-from pyro_flows.verdict.chains import McmcDiagnostics, objections
+from pyro_flows.verdict.chains import McmcDiagnostics
 from pyro_flows.verdict.thresholds import (
     ESS_OF_CHAINS,
     ESS_OF_CHAINS_MOST,
@@ -23,11 +23,6 @@ CLEARLY = 0.7  # times the error of all draws, below which the second half stays
 CHEAP, EARLY = 100_000, 256  # gradients and sweeps, up to which few draws understate the errors of heavy tails
 LIGHT = 4.0  # kurtosis of draws, above which tails are heavy; a normal distribution has 3
 SOONEST = 8  # looks while the fewest draws are made
-
-
-def suffices(found: McmcDiagnostics) -> bool:
-    """Whether draws are enough for the verdict."""
-    return not objections(found)
 
 
 def allowed(draws: Tensor, *, few: bool) -> Tensor:

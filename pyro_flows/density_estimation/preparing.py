@@ -30,6 +30,7 @@ SPLINES_UP_TO = 100  # dimensions, above which the default is affine couplings
 MIXTURES_UP_TO = 200  # dimensions of a mixture of Gaussians as base
 PARTS_OF_CONTEXTS = 5  # of a mixture at least, if their weights, places and scales depend on a context
 MIXTURE_SHARE = 0.35  # of the seconds, that expectation maximization may take
+NUMBER = (int, float, np.number)  # kinds of a share
 
 
 def make(flow: object, data: object, context: object) -> Flow:
@@ -77,7 +78,7 @@ def sources(
         train = train.quantized(levels)
     if validation is None:
         return train, None
-    if isinstance(validation, (int, float, np.number)):
+    if isinstance(validation, NUMBER):
         if isinstance(train, Stream):
             raise ValueError(
                 "validation: of a DataLoader no share can be held out; pass held-out data, a loader of them, or None."
@@ -157,7 +158,7 @@ def begin_mixture(flow: Flow, train: Source, held_out: Source | None, over: Call
 
 def identity(flow: Flow, train: Source, held_out: Source | None, validation: object) -> dict[str, object]:
     """Return what tells a checkpoint of these data and this flow from those of others."""
-    share = validation if validation is None or isinstance(validation, (int, float, np.number)) else "given"
+    share = validation if validation is None or isinstance(validation, NUMBER) else "given"
     given = held_out if share == "given" else None
     return {
         "weights": files.values_of(flow),

@@ -20,7 +20,7 @@ from pyro_flows._seeding import seeded
 from pyro_flows._shapes import broadcast
 from pyro_flows.flows.flow import Flow
 from pyro_flows.model.bijections import biject_to
-from pyro_flows.priors.errors import TINY, PriorError
+from pyro_flows.priors.errors import DRAWN, TINY, PriorError
 from pyro_flows.verdict.thresholds import PREDICTIVE_TAIL
 
 PLAIN: dict[str, Constraint] = {
@@ -41,8 +41,6 @@ BOUNDED: dict[str, tuple[type[Constraint], tuple[str, ...]]] = {
     "half_open_interval": (constraints.half_open_interval, ("lower_bound", "upper_bound")),
 }
 CONSTANTS = {"greater_than": constraints.positive, "greater_than_eq": constraints.nonnegative}  # of types of their own
-
-MOMENT_DRAWS = 10_000
 
 
 @dataclass(frozen=True)
@@ -243,7 +241,7 @@ class PriorDistribution(TorchDistribution):
             weights: (S,), their sum is one.
         """
         with seeded(0, value.device):
-            known = self.flow.draw(MOMENT_DRAWS)[0].double()
+            known = self.flow.draw(DRAWN)[0].double()
         z = coordinates(self.parts, value)[0].double()
         finite = torch.isfinite(z.flatten(1)).all(1)
         share = (weights / weights[finite].sum())[finite].double()

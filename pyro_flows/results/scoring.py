@@ -158,7 +158,7 @@ def beyond_priors(density: LogDensity, z: Tensor, log_weights: Tensor) -> list[s
         prior = family(messages(density.structure.trace)[name]["fn"])
         if not isinstance(prior, Bounded):
             continue
-        kept = torch.isfinite(log_weights)
+        kept = torch.isfinite(log_weights[:ROWS]).nonzero()[:, 0]  # enough for a mean; each may be a run of the model
         value, weights = density.constrain(z[kept])[name], torch.softmax(log_weights[kept], 0)
         away, most = prior.sds_away(value, weights)
         if away > most:
