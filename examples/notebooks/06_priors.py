@@ -179,8 +179,8 @@ pf.plots.plot_posterior(hidden, "bill")
 
 # %% [markdown]
 # The length has two modes: an Adelie penguin with about 39 mm, or a Chinstrap penguin with about 50 mm. A mean would
-# describe neither. `fit` trained a flow. If its draws pass the check, the verdict is `ok`. If they do not, Markov chains
-# begin at these draws, and the verdict is `refined`.
+# describe neither. `fit` trained a flow. If its draws pass the check, the verdict is `ok`. If they do not, Markov
+# chains begin at these draws, and the verdict is `refined`.
 #
 # ## When it goes wrong
 #
