@@ -102,10 +102,17 @@ def stopping(monkeypatch, at, error=Stopped):
     return looks
 
 
+@pytest.fixture
+def always_kept(monkeypatch):
+    """Keep at each occasion, however long a disk takes to write."""
+    monkeypatch.setattr(_journal, "EVERY", 0.0)
+    monkeypatch.setattr(_journal, "SHARE", float("inf"))
+
+
+@pytest.mark.usefixtures("always_kept")
 @pytest.mark.parametrize(("call", "error"), CALLS)
 def test_a_call_goes_on_to_the_last_digit(call, error, tmp_path, monkeypatch):
     """After an error, and after Ctrl-C, with which a fit returns what it has."""
-    monkeypatch.setattr(_journal, "EVERY", 0.0)
     with monkeypatch.context() as patch:
         looks = stopping(patch, -1)
         expected = called(call)
@@ -122,8 +129,8 @@ def test_a_call_goes_on_to_the_last_digit(call, error, tmp_path, monkeypatch):
     assert len(again) < len(looks) or call is by_start
 
 
+@pytest.mark.usefixtures("always_kept")
 def test_a_training_goes_on_to_the_last_digit(tmp_path, monkeypatch):
-    monkeypatch.setattr(_journal, "EVERY", 0.0)
 
     def trained(at=-1, path=None):
         torch.manual_seed(0)
