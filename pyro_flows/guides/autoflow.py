@@ -17,7 +17,7 @@ from pyro_flows import _checks
 from pyro_flows._arguments import numbers
 from pyro_flows._fallbacks import fallback
 from pyro_flows._turns import turn
-from pyro_flows.guides.known import Known
+from pyro_flows.guides.known import Known, finite_gradients
 from pyro_flows.guides.setup import LatentGuide
 from pyro_flows.model.batching import Rows, over_rows, quiet
 from pyro_flows.model.handlers import flatten_all, place_all
@@ -109,7 +109,7 @@ class AutoFlow(LatentGuide):
         if self.prototype_trace is None:
             self._setup_prototype(*args, **kwargs)
         self._register()
-        z = self.sample_latent(*args, **kwargs)
+        z = finite_gradients(self.sample_latent(*args, **kwargs))
         plates = self._create_plates(*args, **kwargs)
         placed = place_all(self._built_structure, z, lambda: self.model(*args, **kwargs))
         result = {}

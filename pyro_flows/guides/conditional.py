@@ -94,12 +94,13 @@ class At(Place):
     """Run a model with global latents at ``z`` (*batch, D), and those in plates at values that ``start`` gives.
 
     Batch axes are added to the values, which are leaves, unless gradients go ``through`` them. Rows of subsampled
-    plates that are not ``chosen`` are drawn.
+    plates that are not ``chosen`` are drawn. ``apart`` are latents of the flow whose priors depend on none in plates.
     """
 
     def __init__(self, rows: Rows, z: Tensor, start: Start, chosen: Chosen, through: bool) -> None:
         super().__init__(rows.latents, z)
         self.names, self.start, self.through = set(rows.local), start, through
+        self.apart = {latent.name for latent in rows.latents} - set(rows.below)
         self.trace = poutine.Trace()  # of the run, with log densities
         self.chosen = dict(chosen)  # the rows of all plates of the run
         self.drawn: dict[str, tuple[int, int]] = {}  # size, and rows of a run, of plates whose rows the model draws
@@ -216,7 +217,7 @@ class Conditional:
         frames = {name: axes_of(nodes[name]).items() for name in parts}
         roots = [next(other for other in self.sites if number.site.inside(other)) for number in self.numbers]
         moved = {
-            name: part.detach() for name, part in parts.items() if name not in self.at.placed and part.requires_grad
+            name: part.detach() for name, part in parts.items() if name not in self.at.apart and part.requires_grad
         }
         if any(not any(root.plates.items() <= frames[name] for root in roots) for name in moved):
             return [_summed(moved.values(), self.at.z.shape[:-1])] * len(self.numbers)
@@ -253,13 +254,22 @@ class Conditional:
 
 @dataclass(frozen=True)
 class Rows:
-    """A model with its data: the global latents, and the names of those in plates."""
+    """A model with its data: the latents of the flow, and the names of those in plates.
+
+    ``below`` are the latents of the flow whose priors depend on latents in plates.
+    """
 
     model: Model
     latents: Sequence[Latent]
     local: Sequence[str]
     args: Positional
     kwargs: Keywords
+    below: Sequence[str] = ()
+
+    def all_below(self, z: Tensor) -> list[str]:
+        """Return the latents of the flow whose priors depend on latents in plates; ``z`` (D,) has no graph."""
+        at = self.run(z, beginning, {})
+        return [name for name, part in at.densities().items() if name in at.placed and part.requires_grad]
 
     @torch.enable_grad()
     def run(self, z: Tensor, start: Start, chosen: Chosen, *, through: bool = False) -> At:
@@ -277,7 +287,7 @@ class Rows:
         at = self.run(z, start, chosen)
         sites = sorted(at.locals.values(), key=lambda site: len(site.plates))
         with torch.enable_grad():
-            parts = [part.sum() for name, part in at.densities().items() if name not in at.placed]
+            parts = [part.sum() for name, part in at.densities().items() if name not in at.apart]
             numbers = _numbers(sites, sum(parts, z.new_zeros(())), graph)
         _eliminate(numbers)
         return Conditional(sites, numbers, at)

@@ -28,9 +28,9 @@ from pyro_flows.guides.autoflow import QUANTILE_DRAWS, AutoFlow, levels_of, quan
 from pyro_flows.guides.collapsed import DRAWS, FEW_PARTS, MOST_PARTS, start_of_globals
 from pyro_flows.guides.conditional import Chosen, Conditional, Rows, vectorized
 from pyro_flows.guides.crossed import Crossed, CrossedMarginal, Expansion
-from pyro_flows.guides.known import Drawn, Known
+from pyro_flows.guides.known import Drawn, Known, finite_gradients
 from pyro_flows.guides.marginal import Marginal, check_data, parts_of
-from pyro_flows.guides.setup import AUTO
+from pyro_flows.guides.setup import AUTO, best_start
 from pyro_flows.model.batching import apart
 from pyro_flows.model.bijections import bijection
 from pyro_flows.model.sites import Keywords, Model, Positional, Site, by_event, is_open, is_subsample, messages
@@ -84,8 +84,8 @@ class AutoHierarchicalFlow(AutoMessenger):  # type: ignore[metaclass]
             such as increments of a random walk or weights of a regression, are found, and are taken too, up to 200
             coordinates.
         init: ``"auto"``: the flow starts at a mode of its latents, those in plates integrated out by importance
-            sampling, and at the curvature there. Up to 256 minibatches are read. ``"prior"``: at the prior's
-            median.
+            sampling, and at the curvature there. Up to 256 minibatches are read. Without latents in plates, or without
+            a mode, it starts as :class:`AutoFlow` does. ``"prior"``: at the prior's median.
         create_plates: taken, so that the guide can stand in the place of others; the model's plates are used.
         options: of :class:`AutoFlow`, such as ``layers=`` (4), ``affine=``, ``base=``.
 
@@ -142,6 +142,7 @@ class AutoHierarchicalFlow(AutoMessenger):  # type: ignore[metaclass]
         self._init = init
         self._of_globals = flow, options
         self.local: list[str] = []
+        self._below: list[str] = []  # sites of the flow whose priors depend on latents in plates
         self.reason: str | None = None
         self.top: AutoFlow | None = None
         self._modes: dict[str, tuple[Tensor, Tensor]] = {}
@@ -214,6 +215,8 @@ class AutoHierarchicalFlow(AutoMessenger):  # type: ignore[metaclass]
             self.local = [name for name in there if frames[name]]
             top = self._globals(args, kwargs)
             z = top._init_loc().to(top._like)
+            self._below = []
+            self._below = self._rows(args, kwargs).all_below(z)
             rows = self._rows(args, kwargs)
             first = rows.conditional(z, conditional.beginning, {}, graph=True)
             moved = self._to_join(rows, first)
@@ -289,23 +292,26 @@ class AutoHierarchicalFlow(AutoMessenger):  # type: ignore[metaclass]
         return AutoFlow(model, flow, init="prior", **options)
 
     def _rows(self, args: Positional, kwargs: Keywords) -> Rows:
-        return Rows(self.model, self._latents, self.local, args, kwargs)
+        return Rows(self.model, self._latents, self.local, args, kwargs, self._below)
 
     def _begin(self, top: AutoFlow, z: Tensor, args: Positional, kwargs: Keywords) -> None:
-        """Let the flow start at a mode and the curvature there."""
+        """Let the flow start at a mode and the curvature there, or as :class:`AutoFlow` does."""
         if self._init != AUTO or top.affine is None:
             return
         try:
-            found = start_of_globals(self.density_of_globals(args, kwargs, z, 0, most=FEW_PARTS), z)
+            few = self.density_of_globals(args, kwargs, z, 0, most=FEW_PARTS) if self.local else None
+            found = None if few is None else start_of_globals(few, z)
         except Exception as error:  # a model's own code may raise anything
             fallback("the guide starts at the prior", error)
             return
+        if found is None and not (self.subsampled or self._own):
+            found = best_start(self.model, args, kwargs, among=self._latents)
         if found is not None:
-            begin_at(top._single, *found)
-            if self._crossed is not None:
-                mode, scale = found
-                self._crossed.mode = self._crossed.normal(mode[None]).mean[0].detach().to(mode)
-                self._about = mode, scale if scale.dim() == 1 else scale.norm(dim=1)
+            begin_at(top._single, *(part.to(top._like) for part in found))
+        if found is not None and self._crossed is not None:
+            mode, scale = found
+            self._crossed.mode = self._crossed.normal(mode[None]).mean[0].detach().to(mode)
+            self._about = mode, scale if scale.dim() == 1 else scale.norm(dim=1)
 
     def density_of_globals(
         self, args: Positional, kwargs: Keywords, z: Tensor, seed: int, *, most: int | None = None
@@ -353,7 +359,7 @@ class AutoHierarchicalFlow(AutoMessenger):  # type: ignore[metaclass]
         try:
             with self:
                 self._top._register()
-                self._z = self.finite(self._top.sample_latent())
+                self._z = finite_gradients(self.finite(self._top.sample_latent()))
                 self.model(*args, **kwargs)
         finally:
             self._z = self._run = None
@@ -470,7 +476,7 @@ class AutoHierarchicalFlow(AutoMessenger):  # type: ignore[metaclass]
     @torch.no_grad()
     def _remember(self, now: Conditional) -> None:
         """Keep where the rows of this run have their modes, averaged over the particles."""
-        there = now.moved(now.base, now.steps())
+        there = now.moved(now.base, [torch.where(step.isfinite(), step, 0.0) for step in now.steps()])
         for site in now.sites:
             rank = max(-axis for axis in site.plates.values())
             value = there[site.name]

@@ -1,8 +1,9 @@
-"""A value that a guide has drawn, with the guide's log density there."""
+"""A value that a guide has drawn, with the guide's log density there, and what of its gradient counts."""
 
 from __future__ import annotations
 
 import pyro.distributions as dist
+import torch
 from pyro.distributions.distribution import Distribution
 from torch import Tensor
 from torch.distributions import register_kl
@@ -25,3 +26,10 @@ def _kl(q: Known, p: Distribution) -> Tensor:
     """Estimate the divergence by the one value that was drawn."""
     found: Tensor = q.log_density - p.log_prob(q.v)
     return found
+
+
+def finite_gradients(z: Tensor) -> Tensor:
+    """Let draws (*batch, D) of a guide whose gradients are not finite have none: there, the model overflows."""
+    if z.requires_grad:
+        z.register_hook(lambda gradient: torch.where(gradient.isfinite().all(-1, keepdim=True), gradient, 0.0))
+    return z

@@ -678,7 +678,7 @@ def _groups(first: Conditional, *, whole: bool) -> dict[str, str]:
         outer = [groups[other.name] for other in first.sites if other.name in groups and site.inside(other)]
         groups[site.name] = outer[0] if outer else plates[-1]
     for name, part in parts.items():
-        if name in groups or name in first.at.placed or not part.requires_grad:
+        if name in groups or name in first.at.apart or not part.requires_grad:
             continue
         values = [site.value for site in first.sites]
         slopes = torch.autograd.grad(part.sum(), values, retain_graph=True, allow_unused=True)
@@ -690,7 +690,7 @@ def _groups(first: Conditional, *, whole: bool) -> dict[str, str]:
                     f"site {name!r}: expected data in the plate of the latents that they depend on "
                     f"({', '.join(sorted(needed))}), got plates {plates}. Rows cannot be told apart."
                 )
-            names = [site.name for site in first.sites] + [name for name in parts if name not in first.at.placed]
+            names = [site.name for site in first.sites] + [name for name in parts if name not in first.at.apart]
             return dict.fromkeys(names, ALL)
         groups |= dict.fromkeys([name], *needed) if needed else {}
     return groups

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Self
 
@@ -26,10 +26,9 @@ from pyro_flows.flows.recipe import FlowLike, affine_of, begin_at, latent_recipe
 from pyro_flows.guides.store import Named, Whole, copy_stored, in_svi, param_statement, place, was_loaded
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.model.reading import read_structure
-from pyro_flows.model.sites import Keywords, Model, Noncentered, Positional, Structure, messages
+from pyro_flows.model.sites import Keywords, Latent, Model, Noncentered, Positional, Structure, messages
 from pyro_flows.model.start import initial_value
 from pyro_flows.starts.portfolio import portfolio
-from pyro_flows.starts.start import Start
 from pyro_flows.transforms import DiagonalAffine, LowerTriangularAffine
 from pyro_flows.transforms.networks import give_gains
 
@@ -104,22 +103,14 @@ class LatentGuide(AutoContinuous):
         if self._cautious == AUTO:
             give_gains(built)
         self.flow = built.to(like)
-        start = self._best_start(*args, **kwargs) if self._init == AUTO and self.affine is not None else None
+        start = None
+        if self._init == AUTO and self.affine is not None:
+            start = best_start(self.model, args, kwargs, among=structure.latents, noncentered=self._noncentered)
         if start is None:
             loc = self._init_loc().to(like)
             self.start_at(loc, self._init_scale * torch.ones_like(loc))
         else:
-            begin_at(self._single, start.loc.to(like), start.scale.to(like))
-
-    def _best_start(self, *args: object, **kwargs: object) -> Start | None:
-        """Return the best of the starts of a fit; None where the model's density is not known, as with subsampling."""
-        try:
-            with poutine.block():
-                density = LogDensity(self.model, args, kwargs, noncentered=self._noncentered)
-                return portfolio(density, seed=0)[0]
-        except Exception as error:  # a model's own code may raise anything
-            passed_over("the guide starts at the prior", error)
-            return None
+            begin_at(self._single, *(part.to(like) for part in start))
 
     def _init_loc(self) -> Tensor:
         """The prototype run's values, unconstrained (D,), without entries that are masked out."""
@@ -332,3 +323,26 @@ class LatentGuide(AutoContinuous):
         new.__dict__.update(copy.deepcopy(self.__getstate__(), memo))
         new.__dict__.update(_model=self._model, create_plates=self.create_plates, _arguments=self._arguments)
         return new
+
+
+def best_start(
+    model: Model, args: Positional, kwargs: Keywords, *, among: Sequence[Latent], noncentered: Noncentered = ()
+) -> tuple[Tensor, Tensor] | None:
+    """Return location (D,) and scale, (D, D) triangular or (D,), of some latents in the best of the starts of a fit.
+
+    It is None where the model's density is not known, as with subsampling.
+    """
+    try:
+        with poutine.block():
+            density = LogDensity(model, args, kwargs, noncentered=noncentered)
+            start = portfolio(density, seed=0)[0]
+    except Exception as error:  # a model's own code may raise anything
+        passed_over("the guide starts at the prior", error)
+        return None
+    places = {latent.name: range(latent.offset, latent.offset + latent.size) for latent in density.structure.latents}
+    chosen = [place for latent in among for place in places[latent.name]]
+    loc, scale = start.loc[chosen], start.scale[chosen]
+    if scale.dim() == 1 or chosen == [*range(density.dim)]:
+        return loc, scale
+    rows = scale.double()  # of a triangle; what is left of it is none
+    return loc, torch.linalg.cholesky(rows @ rows.mT)

@@ -13,6 +13,8 @@ import pyro_flows as pf
 from pyro_flows.guides.conditional import Rows, beginning
 from pyro_flows.guides.crossed import CrossedMarginal
 from pyro_flows.guides.marginal import Marginal
+from pyro_flows.guides.setup import best_start
+from pyro_flows.model.reading import read_structure
 from tests.models import real
 
 SCHOOLS = torch.tensor([28.0, 8.0, -3.0, 7.0, -1.0, 1.0, 18.0, 12.0])
@@ -78,6 +80,16 @@ def crossed(y, rows, columns):
         b = pyro.sample("b", dist.Normal(real(0.0), 1.0))
     with pyro.plate("row again", rows, dim=-2), pyro.plate("column again", columns, dim=-1):
         pyro.sample("y", dist.Normal(a + b, 1.0), obs=y)
+
+
+def below(x, y, batch=None):
+    """Coefficients, which the flow takes since data couple them, have priors that depend on latents in their plate."""
+    mu = pyro.sample("mu", dist.Normal(real(0.0), 1.0))
+    with pyro.plate("column", x.shape[1], dim=-1):
+        a = pyro.sample("a", dist.Normal(mu, 1.0))
+        b = pyro.sample("b", dist.Normal(a, 0.5))
+    with pyro.plate("row", len(y), subsample_size=batch, dim=-1) as index:
+        pyro.sample("y", dist.Normal((b.unsqueeze(-2) @ x[index].mT).squeeze(-2), 1.0), obs=y[index])
 
 
 def data(count, seed=0, spread=0.5):
@@ -207,6 +219,39 @@ def test_training_mends_what_is_not_normal():
     for _ in range(60):
         svi.step(SCHOOLS, SIGMA)
     assert -many.loss(schools, guide, SCHOOLS, SIGMA) > before + 0.02
+
+
+def steep(y):
+    s = pyro.sample("s", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+    pyro.sample("y", dist.Normal(0.0, 0.1 + (60.0 * s).exp().sum(-1)), obs=y)
+
+
+@pytest.mark.parametrize("kind", [pf.AutoHierarchicalFlow, pf.AutoRealNVP])
+def test_draws_at_which_a_model_overflows_are_left_out_of_a_step(kind):
+    pyro.set_rng_seed(0)
+    guide, loss = kind(steep, layers=2, init="prior"), Trace_ELBO(num_particles=16, vectorize_particles=True)
+    svi = SVI(steep, guide, pyro.optim.Adam({"lr": 0.05}), loss)
+    y = torch.tensor(0.1)
+    assert not all(math.isfinite(svi.step(y)) for _ in range(5))
+    for _ in range(60):
+        svi.step(y)
+    assert float(guide.sample_posterior(1000, y)["s"].mean()) < -0.3
+
+
+def test_without_latents_in_plates_it_starts_as_a_flow_does():
+    y = real([0.3, 1.0, 2.0])
+    guide, other = pf.AutoHierarchicalFlow(walk, layers=2), pf.AutoRealNVP(walk, layers=2)
+    starts = [one.initialize(y)._flow.state_dict() for one in (guide.initialize(y).top, other)]
+    assert all(torch.equal(starts[0][name], value) for name, value in starts[1].items() if "affine" in name)
+
+
+def test_parts_of_a_start_are_those_of_the_sites():
+    y = data(6)
+    loc, scale = best_start(normal_rows, (y,), {}, among=read_structure(normal_rows, (y,), {}).latents)
+    tau = [latent for latent in read_structure(normal_rows, (y,), {}).latents if latent.name == "tau"]
+    alone = best_start(normal_rows, (y,), {}, among=tau)
+    assert torch.allclose(alone[0], loc[tau[0].offset])
+    assert torch.allclose(alone[1][0, 0], (scale @ scale.mT)[tau[0].offset, tau[0].offset].sqrt())
 
 
 @pytest.mark.parametrize(
@@ -359,6 +404,20 @@ def test_values_and_gradients_are_exact_where_rows_are_normal():
     assert torch.allclose(value, expected.detach(), atol=1e-6)
     assert torch.allclose(gradient, torch.autograd.grad(expected.sum(), z)[0], atol=1e-5)
     assert torch.allclose(density(z.detach()), value)
+
+
+@pytest.mark.parametrize("batch", [None, 10])
+def test_priors_in_the_flow_that_depend_on_latents_in_plates_are_integrated(batch):
+    y = data(40)
+    x = torch.randn(40, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    guide, rows = rows_of(below, x, y, batch)
+    assert guide.local == ["a"]
+    z = real([[0.3, 0.5, -0.3, 0.1], [0.7, 1.2, -1.0, 2.0]])
+    density, (mu, b) = Marginal(rows, z[0], guide._start, 0), z.split([1, 3], 1)
+    expected = dist.Normal(mu, 1.25**0.5).log_prob(b).sum(1) + dist.Normal(0.0, 1.0).log_prob(mu[:, 0])
+    assert torch.allclose(density(z), expected + dist.Normal(b @ x.mT, 1.0).log_prob(y).sum(1), atol=1e-6)
+    drawn = density.local_draws(z[1:].expand(2000, 4), ["a"], torch.arange(3), seed=0)["a"]
+    assert torch.allclose(drawn.mean(0), mu[1] + 0.8 * (b[1] - mu[1]), atol=0.05)
 
 
 def test_the_last_part_counts_rows_once():

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.mutations import EDITS
+
 ROOT = Path(__file__).parent.parent.parent
 pytestmark = pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
 
@@ -210,3 +212,10 @@ def test_the_wheel_is_installed_in_an_environment_of_its_own(project):
     assert not (clean / "left-over").exists()
     inside = (project / "build" / "log").read_text().splitlines()
     assert inside == ["3.11 ../tests/markdown.py ../README.md", "pyro-flows demo --out ../build/wheel-3.11/demo-output"]
+
+
+@pytest.mark.parametrize("edit", EDITS, ids=lambda edit: edit.file)
+def test_each_mistake_of_make_mutation_can_be_made(edit):
+    """What it replaces stands in its file once, and its tests are there."""
+    assert (ROOT / "pyro_flows" / edit.file).read_text(encoding="utf-8").count(edit.right) == 1
+    assert all((ROOT / place).exists() for place in edit.tests.split())
