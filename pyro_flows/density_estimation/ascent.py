@@ -96,7 +96,7 @@ class Ascent:
         self.parameters = [parameter for parameter in flow.parameters() if parameter.requires_grad]
         self.state = State()
         self.fresh_moments()
-        self.average, self.best_weights = self.keep(), self.keep()
+        self.start, self.average, self.best_weights = self.keep(), self.keep(), self.keep()
         self.dim = flow.dim
 
     def fresh_moments(self) -> None:
@@ -156,6 +156,22 @@ class Ascent:
         self.assign(kept)
         return value
 
+    @torch.no_grad()
+    def gains_nothing(self, weights: Sequence[Tensor]) -> bool:
+        """Whether the gain of weights on the start, over held-out points, is within its standard error.
+
+        The mean of few held-out points is noise, and the best of many checks is the luckiest one. Source: the rule of
+        one standard error, Breiman et al. 1984, *Classification and Regression Trees*.
+        """
+        kept, found = self.keep(), []
+        for values in (self.start, weights):
+            self.assign(values)
+            found.append(torch.cat([log_prob(self.flow, y, context).double() for y, context in self.held_out]))
+        self.assign(kept)
+        gains = found[1] - found[0]
+        told = len(gains) > 1 and bool(torch.isfinite(gains).all())
+        return told and float(gains.mean()) <= float(gains.std()) / math.sqrt(len(gains))
+
     def seconds_a_step(self, clock: Callable[[], float]) -> float:
         """Time a step, and forget it."""
         start, batches = self.keep(), list(islice(self._forever(), 3))
@@ -208,6 +224,7 @@ class Ascent:
         return {
             "weights": self.keep(),
             "buffers": [buffer.clone() for buffer in self.flow.buffers()],
+            "start": self.start,
             "average": self.average,
             "best_weights": self.best_weights,
             "moments": self.optimizer.state_dict(),
@@ -222,7 +239,7 @@ class Ascent:
         self.assign(saved["weights"])
         for buffer, value in zip(self.flow.buffers(), saved["buffers"], strict=True):
             buffer.copy_(value)
-        self.average, self.best_weights = saved["average"], saved["best_weights"]
+        self.start, self.average, self.best_weights = saved["start"], saved["average"], saved["best_weights"]
         self.optimizer.load_state_dict(saved["moments"])
         self.state = State(**saved["state"])
         torch.set_rng_state(saved["random"].cpu())
@@ -232,7 +249,7 @@ class Ascent:
     def _check(self, saved: Entries) -> None:
         """Refuse a state of other shapes than those of the flow, before anything is changed."""
         buffers = list(self.flow.buffers())
-        for name in ("weights", "average", "best_weights", "buffers"):
+        for name in ("weights", "start", "average", "best_weights", "buffers"):
             wanted, found = buffers if name == "buffers" else self.parameters, saved[name]
             require(len(found) == len(wanted), f"{name} has {len(found)} tensors, not {len(wanted)}")
             for value, like in zip(found, wanted, strict=True):

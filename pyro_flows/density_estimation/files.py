@@ -35,7 +35,7 @@ from pyro_flows.flows.recipe import ending, with_preprocess
 from pyro_flows.flows.recipe_json import not_rebuilt, restored, to_json
 from pyro_flows.transforms.fixed import Preprocess
 
-CHECKPOINT = b"pyro_flows density checkpoint 2\n"  # then the digest of the rest, a line, and the tensors
+CHECKPOINT = b"pyro_flows density checkpoint 3\n"  # then the digest of the rest, a line, and the tensors
 DAMAGED = "checkpoint: {!r} is damaged ({}). Take a copy of it, or remove it to begin anew."
 TENSORS, TEXT = "density.pt", "density.json"
 FILES = Bundle("density", "pyro_flows density", TEXT, (TENSORS,))

@@ -78,7 +78,7 @@ def fit_density(
     compared in short trial runs. The largest that comes about as far as the best goes on until the mean log density of
     held-out points stops rising, or a fifth of the remaining budget is used. Then it falls to zero along a cosine. An
     average of the weights over about the last tenth of the steps is what is checked and, if it is the best, what is
-    kept.
+    kept. If its gain on held-out points is within its standard error, the start is kept: few points tell no more.
 
     Args:
         flow: a flow of the shape of one point, which is copied, not changed; or the name of a builder for vectors
@@ -131,8 +131,9 @@ def fit_density(
         UserWarning: if a coordinate is constant, if the flow can only shift and scale a coordinate, or if more than a
             twentieth of the steps had a gradient that is not finite and were skipped.
 
-    Reference: Bishop 1994, *Mixture density networks*; Dinh, Krueger and Bengio 2015 (arXiv 1410.8516); Polyak and
-    Juditsky 1992 (averaging, doi:10.1137/0330046).
+    Reference: Bishop 1994, *Mixture density networks*; Breiman et al. 1984, *Classification and Regression Trees* (the
+    rule of one standard error); Dinh, Krueger and Bengio 2015 (arXiv 1410.8516); Polyak and Juditsky 1992 (averaging,
+    doi:10.1137/0330046).
 
     >>> import torch, pyro_flows as pf
     >>> x = torch.rand(300, 1)

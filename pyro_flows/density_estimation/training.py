@@ -25,6 +25,7 @@ PATIENCE_SHARE = 0.3
 PATIENT_CHECKS = 8
 CHECK_COST = 0.05  # share of the work that goes into checks
 AVERAGE_EVERY = 5
+KEPT = "the start was kept, since the gain on held-out points is within its standard error"
 FALL = 20.0  # nats a dimension below the best check: go back to it with half the step size
 
 Report = Callable[[str, int, float, float], None]  # state, epochs, progress in [0, 1], validation or training nats
@@ -181,12 +182,15 @@ def _go_back(ascent: Ascent) -> None:
 
 
 def _finish(ascent: Ascent) -> None:
-    """Leave the best of last weights, their average and the best check in the flow."""
+    """Leave the best of last weights, their average and the best check in the flow, or the start if none is better."""
     state = ascent.state
     if not ascent.held_out:
         ascent.assign(ascent.average)
         return
     tried = [(ascent.validate(weights), weights) for weights in (ascent.keep(), ascent.average)]
     state.best, weights = max([*tried, (state.best, ascent.best_weights)], key=lambda pair: pair[0])
+    if ascent.gains_nothing(weights):
+        weights, state.best = ascent.start, ascent.validate(ascent.start)
+        state.why = f"{state.why}; {KEPT}" if state.why else KEPT
     state.checks.append((state.steps, state.best))
     ascent.assign(weights)

@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 import pyro_flows as pf
-from pyro_flows.amortization.building import couplings
-from pyro_flows.amortization.form import Scale, log_mean
+from pyro_flows.amortization.building import couplings, exchangeable_rows, simulate
+from pyro_flows.amortization.form import Scale, bound, log_mean
 from pyro_flows.amortization.networks import Conditional, Pooled, match, perceptron
 from pyro_flows.flows.recipe import with_preprocess
 from pyro_flows.flows.recipe_json import not_rebuilt
@@ -233,6 +233,18 @@ def iid(y):
     mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
     with pyro.plate("row", len(y)):
         pyro.sample("y", dist.Normal(mu, 1.0), obs=y)
+
+
+def test_rows_with_covariates_are_not_pooled_though_the_data_that_were_given_are_all_alike():
+    def slope(x, y):
+        b = pyro.sample("b", dist.Normal(0.0, 1.0))
+        pyro.sample("y", dist.Normal(b * x, 1.0).to_event(1), obs=y)
+
+    x = torch.linspace(-1.0, 1.0, 20)
+    read = simulate(slope, bound(slope, (x, torch.zeros(20)), {}), None, 100, 0, seed=0)
+    assert exchangeable_rows(read) == 1
+    read = simulate(slope, bound(slope, (torch.ones(20), torch.zeros(20)), {}), None, 100, 0, seed=0)
+    assert exchangeable_rows(read) == 20
 
 
 @pytest.mark.slow
