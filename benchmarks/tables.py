@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from benchmarks import ablation, fingerprints, records, sensitivity
+from benchmarks import ablation, alone, fingerprints, records, sensitivity
 from benchmarks.amortized import running as amortized
 from benchmarks.amortized.tables import section as amortized_section
 from benchmarks.calibration import running as calibration
@@ -66,6 +66,7 @@ TITLES = {
     "toys": "Toy targets",
     "nuts": "Against NUTS",
     "larger": "Larger models against NUTS",
+    "alone": "Flows on their own",
     "calibration": "Calibration",
     "amortized": "Amortized posteriors",
     "speed": "Speed",
@@ -101,6 +102,7 @@ def write_tables(
     posteriordb_csv: Path = posteriordb.OUT,
     nuts_csv: Path = nuts.OUT,
     larger_csv: Path = larger.OUT,
+    alone_csv: Path = alone.OUT,
     calibration_csv: Path = calibration.OUT,
     amortized_csv: Path = amortized.OUT,
     stopping_csv: Path = stopping.OUT,
@@ -142,6 +144,7 @@ def write_tables(
         ("posteriordb", posteriordb_csv, posteriordb_section),
         ("nuts", nuts_csv, nuts_section),
         ("larger", larger_csv, larger_section),
+        ("alone", alone_csv, alone.section),
         ("calibration", calibration_csv, calibration_section),
         ("amortized", amortized_csv, amortized_section),
         ("stopping", stopping_csv, stopping_section),
