@@ -29,7 +29,7 @@ from pyro_flows.model.sites import Keywords
 from pyro_flows.model.stack import NotStackable, Stack
 from pyro_flows.posterior.draws import from_draws
 from pyro_flows.posterior.posterior import Posterior
-from pyro_flows.verdict.thresholds import ESS_SHARE_EVEN, ESS_SHARE_LEAST, PREDICTIVE_TAIL
+from pyro_flows.verdict.thresholds import ESS_SHARE_EVEN, ESS_SHARE_GOOD, ESS_SHARE_LEAST, PREDICTIVE_TAIL
 from pyro_flows.verdict.weighing import weigh
 
 TOGETHER = 2**19  # numbers of data and draws that are handled at once
@@ -143,8 +143,9 @@ class Amortized:
         r"""Return the judged posterior of a data set.
 
         Draws of :math:`q(\theta \mid y)` are weighted by :math:`p(\theta, y) / q(\theta \mid y)`. They are used as they
-        are, resampled by these weights, or called unreliable, by the rules of :func:`diagnose`. Missed modes are not
-        searched for, and the verdict notes this. Data that are outside of what the prior predicts are named in the
+        are, resampled by these weights, or called unreliable, by the rules of :func:`diagnose`. They are resampled
+        wherever ESS/S is below 0.9, too, since here it costs nothing. Missed modes are not searched for, and the
+        verdict notes this. Data that are outside of what the prior predicts are named in the
         verdict, which is then never ``ok``.
 
         Args:
@@ -176,6 +177,7 @@ class Amortized:
                 notes=(UNSEARCHED,),
                 checked=CHECKED,
                 times=1,
+                even=ESS_SHARE_GOOD,
             )
         if escalate and found.verdict.status == "unreliable":
             found = found.refine(progress=False)

@@ -52,7 +52,10 @@ class Form:
         leaves, structure = tree_flatten((case.args, case.kwargs))
         own, known = tree_flatten((self.wiring.case.args, self.wiring.case.kwargs))
         if structure != known:
-            raise ValueError("args: expected arguments of the same form as those that amortize was given.")
+            raise ValueError(
+                "args: expected arguments of the same form as those that amortize was given. Options such as draws= "
+                "go to amortized.posterior(*args, draws=...)."
+            )
         held = {place.leaf for place in self.wiring.places}
         for number, (leaf, first) in enumerate(zip(leaves, own, strict=True)):
             if number in held:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any, NamedTuple, Self, cast
 
 import pyro
@@ -414,7 +415,7 @@ class AutoHierarchicalFlow(AutoMessenger):  # type: ignore[metaclass]
         if self._crossed is not None:
             return self._crossed_locals(self._crossed, z)
         graph = torch.is_grad_enabled()
-        now = self._rows(args, kwargs).near_mode(z, self._start, chosen or {}, graph=graph, patient=not graph)
+        now = replace(self._rows(args, kwargs), below=()).near_mode(z, self._start, chosen or {}, graph=graph, patient=not graph)
         if remember:
             self._remember(now)
         densities: list[Tensor] = []
