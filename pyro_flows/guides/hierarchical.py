@@ -218,7 +218,7 @@ class AutoHierarchicalFlow(AutoMessenger):  # type: ignore[metaclass]
             self._below = []
             self._below = self._rows(args, kwargs).all_below(z)
             rows = self._rows(args, kwargs)
-            first = rows.conditional(z, conditional.beginning, {}, graph=True)
+            first = rows.conditional(z, conditional.beside, {}, graph=True)
             moved = self._to_join(rows, first)
             if moved is None:
                 break
