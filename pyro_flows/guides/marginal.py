@@ -176,7 +176,7 @@ class Marginal:
         self.plates = _groups(self.first, whole=most is None)  # whose rows hold a site; ``ALL``: one row of all
         self._numbers = max((site.value.numel() for site in self.first.sites), default=1)
         frames = conditional.all_frames(self.first.at.trace)
-        self._nest = max((-frame.dim for frame in frames), default=0)
+        self._nest = max(part.dim() for _, part in densities)  # axes of batches, some of which may be in no plate
         sizes = {frame.name: frame.full_size or frame.size for frame in frames} | {ALL: 1}
         self.sizes = {plate: sizes[plate] for plate in set(self.plates.values())}  # rows of each plate
         self.row_count = sum(self.sizes.values())
