@@ -436,12 +436,10 @@ def _read_in_other_rows(first: Conditional, site: Local) -> bool:
             continue
         signs = _signs(site.value.new_zeros(shape), index)
         sums = part.sum(), (signs * part).sum()
-        slope, signed = (
-            torch.autograd.grad(total, site.value, retain_graph=True, allow_unused=True)[0] for total in sums
-        )
-        if slope is None or signed is None:
+        slopes = [torch.autograd.grad(total, site.value, retain_graph=True, allow_unused=True)[0] for total in sums]
+        if any(slope is None for slope in slopes):
             continue
-        slope, signed = site.rows(slope), site.rows(signed)
+        slope, signed = map(site.rows, slopes)
         if not _close(signed, signs.unsqueeze(-1) * slope, slope):
             return True
     return False

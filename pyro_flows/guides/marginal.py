@@ -686,7 +686,7 @@ def _groups(first: Conditional, *, whole: bool) -> dict[str, str]:
     for site in first.sites:
         plates = sorted(site.plates, key=lambda name: (name in drawn, site.batch[site.plates[name]]))
         outer = [groups[other.name] for other in first.sites if other.name in groups and site.inside(other)]
-        groups[site.name] = outer[0] if outer else plates[-1]
+        groups[site.name] = outer[0] if outer and plates[-1] not in drawn else plates[-1]
     for name, part in parts.items():
         if name in first.at.apart or not part.requires_grad:
             continue

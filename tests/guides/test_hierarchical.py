@@ -139,6 +139,18 @@ def matrix(x, y, batch):
         pyro.sample("y", dist.Normal(x[index] @ w.reshape(4), 1.0), obs=y[index])
 
 
+def beside(x, y, batch):
+    """Latents of a subsampled plate stand in the rows of another plate, whose latents they do not read."""
+    mu = pyro.sample("mu", dist.Normal(real(0.0), 1.0))
+    columns = pyro.plate("column", len(x), dim=-1)
+    with columns:
+        a = pyro.sample("a", dist.Normal(mu, 1.0))
+        pyro.sample("x", dist.Normal(a, 1.0), obs=x)
+    with pyro.plate("row", len(y), subsample_size=batch, dim=-2) as index, columns:
+        z = pyro.sample("z", dist.Normal(mu, 1.0))
+        pyro.sample("y", dist.Normal(z, 1.0), obs=y[index])
+
+
 def data(count, seed=0, spread=0.5):
     generator = torch.Generator().manual_seed(seed)
     noise = torch.randn(2, count, generator=generator, dtype=torch.float64)
@@ -527,6 +539,15 @@ def test_axes_that_are_in_no_plate_are_added_up():
     guide, rows = rows_of(matrix, x, data(20), 5)
     z = real([[0.0, 0.1, 0.2, 0.3], [0.5, -1.0, 2.0, 0.0]])
     expected = dist.Normal(z @ x.mT, 1.0).log_prob(data(20)).sum(1) + dist.Normal(0.0, 1.0).log_prob(z).sum(1)
+    assert torch.allclose(Marginal(rows, z[0], guide._start, 0)(z), expected, atol=1e-6)
+
+
+def test_rows_of_a_subsample_are_no_parts_of_rows_around_them():
+    x, y = data(3), data(12, 1).reshape(4, 3)
+    guide, rows = rows_of(beside, x, y, 2)
+    z = real([[0.2], [1.0]])
+    expected = dist.Normal(z, 2.0**0.5).log_prob(torch.cat([x, y.flatten()])).sum(1)
+    expected = expected + dist.Normal(0.0, 1.0).log_prob(z[:, 0])
     assert torch.allclose(Marginal(rows, z[0], guide._start, 0)(z), expected, atol=1e-6)
 
 
