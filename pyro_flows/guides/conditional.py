@@ -17,6 +17,7 @@ and Chopin 2009, doi:10.1111/j.1467-9868.2008.00700.x (latents given parameters)
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, cast
@@ -28,7 +29,7 @@ from pyro.distributions.util import scale_and_mask
 from pyro.poutine.indep_messenger import CondIndepStackFrame
 from torch import Tensor
 
-from pyro_flows._seeding import seeded
+from pyro_flows._seeding import derive, seeded
 from pyro_flows.model.bijections import bijection, real_shape
 from pyro_flows.model.handlers import Place
 from pyro_flows.model.noncentered import location_scale
@@ -41,6 +42,7 @@ SMALLEST = 1e-12  # curvature
 STUCK = 1e-3  # of the longest step, below which a step ends a climb
 FARTHER = 4.0  # times as long as steps before; also what a step is divided by
 ROUNDING = 1e-3  # of curvatures, as a part of the largest one
+BESIDE = 0.3  # of the way to a draw of the prior
 
 Chosen = Mapping[str, Tensor]  # rows of plates, by the plates' names
 Start = Callable[[Site, "At"], Tensor]  # unconstrained value of a site, from its message
@@ -118,15 +120,21 @@ class At(Place):
         if is_subsample(msg):
             self.chosen[msg["name"]] = msg["value"]
 
-    def densities(self) -> dict[str, Tensor]:
-        """Return log densities of all sites in unconstrained coordinates (*batch), scaled and masked."""
+    def densities(self, *, exact: bool = False) -> dict[str, Tensor]:
+        """Return log densities of all sites in unconstrained coordinates (*batch), scaled and masked.
+
+        ``poutine.scale`` raises the density of a value to a power, and an ELBO has the guide's density to this power,
+        too. So the log derivatives of maps to constrained values are scaled as the site is. In the model's own density,
+        which is ``exact``, they are scaled by plates alone.
+        """
         found = {}
         for name, site in messages(self.trace).items():
             if site["type"] != "sample" or is_subsample(site):
                 continue
             found[name] = site["log_prob"]
             if (own := self.locals.get(name, self.placed.get(name))) is not None:
-                found[name] = found[name] + scale_and_mask(own.ladj, site["scale"], site["mask"])
+                scale = math.prod(f.full_size / f.size for f in vectorized(site)) if exact else site["scale"]
+                found[name] = found[name] + scale_and_mask(own.ladj, scale, site["mask"])
         return found
 
     @property
@@ -398,12 +406,12 @@ def _eliminate(numbers: list[Number]) -> None:
 
 
 def coupled(first: Conditional) -> list[Local]:
-    """Return the sites whose rows are not independent given all other latents.
+    """Return the sites whose rows are not independent given all other latents, or are read in other rows.
 
     The products of the curvature with a vector of random signs are those signs times the curvature of each number, if
     the rows are independent.
     """
-    found: list[Local] = []
+    found = [site for site in first.sites if _read_in_other_rows(first, site)]
     for index, number in enumerate(first.numbers):
         if number.raw.requires_grad and number.site not in found:
             signs = _signs(number.raw, index)
@@ -412,6 +420,29 @@ def coupled(first: Conditional) -> list[Local]:
             if not _close(column, signs * number.curvature, number.curvature):
                 found.append(number.site)
     return found
+
+
+def _read_in_other_rows(first: Conditional, site: Local) -> bool:
+    """Whether a log density in the plates of a site depends on other rows of the site than its own.
+
+    If not, the gradient of the densities times random signs of their rows is the gradient times these signs.
+    """
+    for index, (name, part) in enumerate(first.at.densities().items()):
+        axes = axes_of(messages(first.at.trace)[name])
+        shape = [1] * len(site.batch)
+        for plate, axis in site.plates.items():
+            shape[axis] = site.batch[axis] if plate in axes else 1
+        if not part.requires_grad or name in first.at.apart or math.prod(shape) == 1:
+            continue
+        signs = _signs(site.value.new_zeros(shape), index)
+        sums = part.sum(), (signs * part).sum()
+        slopes = [torch.autograd.grad(total, site.value, retain_graph=True, allow_unused=True)[0] for total in sums]
+        if any(slope is None for slope in slopes):
+            continue
+        slope, signed = map(site.rows, slopes)
+        if not _close(signed, signs.unsqueeze(-1) * slope, slope):
+            return True
+    return False
 
 
 def crossed(first: Conditional) -> list[tuple[Local, Local]]:
@@ -477,8 +508,9 @@ def _signs(like: Tensor, seed: int) -> Tensor:
 
 
 def _close(one: Tensor, other: Tensor, scale: Tensor) -> bool:
-    sizes = scale.detach().abs()
-    return torch.allclose(one, other, rtol=ROUNDING, atol=ROUNDING * float(sizes.median()) + 1e-6 * float(sizes.max()))
+    sizes = torch.nan_to_num(scale.detach()).abs()  # NaN among the data is named later
+    least = ROUNDING * float(sizes.median()) + 1e-6 * float(sizes.max())
+    return torch.allclose(one, other, rtol=ROUNDING, atol=least, equal_nan=True)
 
 
 def check_plates(site: Site) -> None:
@@ -516,6 +548,13 @@ def beginning(msg: Site, at: At) -> Tensor:
         return known[0].detach().expand(real_shape(transform, msg["fn"].shape()))
     with torch.no_grad(), seeded(0, at.z.device):
         return transform.inv(initial_value(msg))
+
+
+def beside(msg: Site, at: At) -> Tensor:
+    """Return unconstrained values beside the middle of a site's prior, where few derivatives vanish by symmetry."""
+    middle = beginning(msg, at)
+    with torch.no_grad(), seeded(derive(0, msg["name"]), at.z.device):
+        return middle + BESIDE * (of_prior(msg, at) - middle)
 
 
 def of_prior(msg: Site, at: At) -> Tensor:

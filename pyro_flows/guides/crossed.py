@@ -59,7 +59,8 @@ DIGIT = 1024  # rows are numbered by digits, so that single precision tells them
 JITTER = 0.3  # of the point at which it is found which rows are read
 DENSE_PAIRS = 200  # times as long as the product of a pair of numbers takes each in a dense product
 MOST_STEPS, NEAR = 40, 1e-3  # Newton steps; gain in nats at which they end
-TRIES = 3  # prior draws from which second modes are sought
+TRIES = 3  # prior draws from which second modes are sought, and by which it is found which rows are read
+FAR = 3.0  # times as far from the start as these draws
 
 
 Look = Callable[[], object]
@@ -135,7 +136,7 @@ class Crossed:
         """
 
         def part(chosen: dict[str, Tensor]) -> dict[str, Tensor]:
-            return self.rows.run(z, at_values(self.split(u)), chosen, through=True).densities()
+            return self.rows.run(z, at_values(self.split(u)), chosen, through=True).densities(exact=True)
 
         every = bool(self._chosen) and kept is not False
         first = {name: chosen[0] for name, chosen in self._chosen.items()}
@@ -154,6 +155,7 @@ class Crossed:
         """Find which rows each term reads, and the places of all pairs of numbers in H."""
         generator = torch.Generator().manual_seed(0)
         u = self.mode + JITTER * torch.randn(self.size, generator=generator).to(self.mode)
+        far = [self.mode + FAR * (self._of_prior(z, number) - self.mode) for number in range(TRIES)]
         tangents, signs, offset = [], [], 0
         for site in self.sites:
             row = torch.arange(site.value.numel(), device=u.device) // site.size
@@ -162,6 +164,8 @@ class Crossed:
                 tangents.append(pad(own.to(u), (offset, self.size - offset - len(row))))
             offset += len(row)
         self._terms = self._terms_of(z, u, torch.stack(tangents), signs)
+        for at in far:  # a term may read a row on one side of a corner only
+            self._terms = list(map(_together, self._terms, self._terms_of(z, at, torch.stack(tangents), signs)))
         keys = []  # of each term: the places in H, row times n plus column, of all pairs of numbers that it reads
         for term in self._terms:
             pairs = [(one, own[1]) for at, (_, one, _) in enumerate(term.reads) for own in term.reads[: at + 1]]
@@ -171,29 +175,37 @@ class Crossed:
         self._slots = inverse.split([len(own) for own in keys])
         self.pattern = Pattern(unique // self.size, unique % self.size, self.size, self.head, self.sites[0].size)
         self._reach = self._lengths(z, u)
-        self.quadratic = self._is_quadratic(z, u)
+        self.quadratic = self._is_quadratic(z, u, far)
 
-    def _is_quadratic(self, z: Tensor, u: Tensor) -> bool:
-        """Whether curvature is the same farther out, and tells the gradient on the other side of the start.
+    def _of_prior(self, z: Tensor, number: int, seed: int = 0) -> Tensor:
+        """Return a draw of the prior (n,)."""
+        with seeded(derive(seed, f"crossed modes {number}"), z.device):
+            drawn = self.rows.run(z, of_prior, self.first.at.chosen).locals
+        return torch.cat([drawn[site.name].value.detach().flatten() for site in self.sites])
+
+    def _is_quadratic(self, z: Tensor, u: Tensor, far: Sequence[Tensor]) -> bool:
+        """Whether curvature is the same farther out, and tells the gradient there and on the other side of the start.
 
         Each number is compared in its own unit: beside one with many rows, others would be lost. The gradient tells of
         densities with a corner, and of even ones, whose curvature is the same at points that mirror each other.
         """
-        farther, mirrored = 2.0 * u - self.mode, 2.0 * self.mode - u
-        slopes, entries = zip(*(self.assemble(z[None], at[None])[1:] for at in (u, farther, mirrored)), strict=True)
-        near, own = torch.finfo(u.dtype).eps ** 0.5, entries[0][0]
-        row, column, step = self.pattern.row, self.pattern.column, (mirrored - u).double()
+        first, own = (part[0] for part in self.assemble(z[None], u[None])[1:])
+        near, row, column = torch.finfo(u.dtype).eps ** 0.5, self.pattern.row, self.pattern.column
         alone = row == column
         unit = own.new_zeros(self.size).index_add(0, row[alone], own[alone].abs()).sqrt()
-        bent = (own - entries[1][0]).abs() > near * unit[row] * unit[column]
 
         def product(entries: Tensor, step: Tensor) -> Tensor:
             found = torch.zeros_like(step).index_add(0, row, entries * step[column])
             return found.index_add(0, column, torch.where(alone, 0.0, entries * step[row]))
 
-        bound = near * (product(own.abs(), step.abs()) + slopes[0][0].abs() + slopes[2][0].abs())
-        off = (slopes[2][0] - slopes[0][0] + product(own, step)).abs() > bound
-        return not bool(bent.any() | off.any())
+        for at in (2.0 * u - self.mode, 2.0 * self.mode - u, *far):
+            slope, entries = (part[0] for part in self.assemble(z[None], at[None])[1:])
+            step = (at - u).double()
+            bound = near * (product(own.abs(), step.abs()) + first.abs() + slope.abs())
+            told = (slope - first + product(own, step)).abs() <= bound
+            if not bool(told.all() & ((own - entries).abs() <= near * unit[row] * unit[column]).all()):
+                return False
+        return True
 
     def _lengths(self, z: Tensor, u: Tensor) -> Tensor:
         """Return by how much each number of a row has to move for a usual term to change by half a nat."""
@@ -353,6 +365,17 @@ class Crossed:
             if not bool((moved & (there - height > NEAR)).any()):
                 break
         return u
+
+
+def _together(one: Term, other: Term) -> Term:
+    """Return a term with what it reads at either of two points."""
+    found = {k: (where, read) for k, where, read in one.reads}
+    for k, where, read in other.reads:
+        before, also = found.get(k, (where, torch.zeros_like(read)))
+        if bool((also & read & (before != where)).any()):
+            raise ValueError("several rows of a site are read, one or the other")
+        found[k] = torch.where(read, where, before), read | also
+    return Term(one.subsampled, [(k, *found[k]) for k in sorted(found)])
 
 
 def _along(values: Callable[[Tensor], tuple[Tensor, ...]], at: Tensor, tangent: Tensor) -> tuple[Tensor, ...]:
@@ -684,9 +707,7 @@ class CrossedMarginal:
         height = system.heights(z[None], own.mean.to(z), self.clock.look) + own.log_scales().sum(1)
         for attempt in range(TRIES):
             self.clock.look()
-            with seeded(derive(self.seed, f"crossed modes {attempt}"), z.device):
-                drawn = self.rows.run(z, of_prior, self.first.at.chosen).locals
-            start = torch.cat([drawn[site.name].value.detach().flatten() for site in system.sites])
+            start = system._of_prior(z, attempt, self.seed)
             other = system.normal(z[None], look=self.clock.look, start=start)
             there = system.heights(z[None], other.mean.to(z), self.clock.look) + other.log_scales().sum(1)
             apart = ((other.mean - own.mean) / own.log_scales().exp())[0].abs()

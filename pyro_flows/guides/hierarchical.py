@@ -198,7 +198,7 @@ class AutoHierarchicalFlow(AutoMessenger):  # type: ignore[metaclass]
             for name in names:
                 _checks.choice(option, name, [site["name"] for site in latents])
         self._sizes = {frame.name: frame.full_size or frame.size for frame in every}
-        self._nesting = max((-frame.dim for frame in every), default=0)
+        self._nesting = max(_batch_axes(site) for site in sites)  # of which some may be in no plate
         self._shapes = {site["name"]: (len(site["fn"].batch_shape), site["fn"].event_dim) for site in latents}
         self.sizes = {site["name"]: transform_of(site).inv(site["value"]).numel() for site in latents}
         self.subsampled = any(map(conditional.is_part, every))
@@ -219,7 +219,7 @@ class AutoHierarchicalFlow(AutoMessenger):  # type: ignore[metaclass]
             self._below = []
             self._below = self._rows(args, kwargs).all_below(z)
             rows = self._rows(args, kwargs)
-            first = rows.conditional(z, conditional.beginning, {}, graph=True)
+            first = rows.conditional(z, conditional.beside, {}, graph=True)
             moved = self._to_join(rows, first)
             if moved is None:
                 break
@@ -300,7 +300,8 @@ class AutoHierarchicalFlow(AutoMessenger):  # type: ignore[metaclass]
         if self._init != AUTO or top.affine is None:
             return
         try:
-            few = self.density_of_globals(args, kwargs, z, 0, most=FEW_PARTS) if self.local else None
+            whole = not (self.local or self.subsampled)
+            few = None if whole else self.density_of_globals(args, kwargs, z, 0, most=FEW_PARTS)
             found = None if few is None else start_of_globals(few, z)
         except Exception as error:  # a model's own code may raise anything
             fallback("the guide starts at the prior", error)
@@ -603,6 +604,10 @@ class AutoHierarchicalFlow(AutoMessenger):  # type: ignore[metaclass]
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             return quantiles_of(self.sample_posterior(QUANTILE_DRAWS, *args, **kwargs), levels)
+
+
+def _batch_axes(site: Site) -> int:
+    return max(len(site["fn"].batch_shape), site["value"].dim() - site["fn"].event_dim)
 
 
 class _Plates(Messenger):

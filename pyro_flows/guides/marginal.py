@@ -176,7 +176,7 @@ class Marginal:
         self.plates = _groups(self.first, whole=most is None)  # whose rows hold a site; ``ALL``: one row of all
         self._numbers = max((site.value.numel() for site in self.first.sites), default=1)
         frames = conditional.all_frames(self.first.at.trace)
-        self._nest = max((-frame.dim for frame in frames), default=0)
+        self._nest = max(part.dim() for _, part in densities)  # axes of batches, some of which may be in no plate
         sizes = {frame.name: frame.full_size or frame.size for frame in frames} | {ALL: 1}
         self.sizes = {plate: sizes[plate] for plate in set(self.plates.values())}  # rows of each plate
         self.row_count = sum(self.sizes.values())
@@ -219,21 +219,31 @@ class Marginal:
 
     @torch.no_grad()
     def _can_be_batched(self, z: Tensor) -> bool:
-        """Whether two points together, and one by one, have the same log densities, with rows where they are drawn."""
+        """Whether two points together, and one by one, have the same log densities, with rows where they are drawn.
+
+        Those of each entry of a site are compared: in a sum, small differences of a prior would be lost among rows.
+        """
         points = torch.stack([z, z + JITTER])
         lead = points.reshape(2, *[1] * self._nest, -1)
         try:
             now, steps, _ = self._draws(lead, 0, {})
             values = now.moved(now.base, steps)
-            together = self.rows.run(lead.unsqueeze(0), at_values(values), now.at.chosen, through=True)
-            found = self._gathered(together, {}, 0).heights()[0]
+            together = self.rows.run(lead.unsqueeze(0), at_values(values), now.at.chosen, through=True).densities()
+            found = {name: self._spread(part)[0] for name, part in together.items()}
         except (RuntimeError, ValueError, IndexError):
             return False
-        alone = []
         for place, point in enumerate(points):
             own = {name: value[0, place].reshape(self.first.base[name].shape) for name, value in values.items()}
-            alone.append(self._gathered(self.rows.run(point, at_values(own), now.at.chosen), {}, 0).heights()[0, 0])
-        return torch.allclose(found, torch.stack(alone), rtol=1e-4, atol=1e-2)
+            for name, part in self.rows.run(point, at_values(own), now.at.chosen).densities().items():
+                one, near = found[name][min(place, len(found[name]) - 1)], torch.finfo(part.dtype).eps ** 0.5
+                alone = self._spread(part)[0, 0]
+                least = near * (1.0 + float(torch.nan_to_num(alone, posinf=0.0, neginf=0.0).abs().max()))
+                try:
+                    if not torch.allclose(one, alone, rtol=near, atol=least, equal_nan=True):
+                        return False
+                except RuntimeError:  # other shapes
+                    return False
+        return True
 
     def with_parts(self, most: int) -> Marginal:
         """Return the same log density by so many parts at most, which then stand for all rows."""
@@ -514,7 +524,7 @@ class Marginal:
     def _gathered(self, at: At, log_q: Mapping[str, Tensor], number: int) -> _Terms:
         """Sort the log densities of a run by the rows, or the sum, that they belong to."""
         found = _Terms(at.z.new_zeros(self._spread(at.z[..., 0]).shape[1], dtype=torch.float64))
-        for name, density in at.densities().items():
+        for name, density in at.densities(exact=True).items():
             self._add(found, self.parts[number], at, name, density, first=number == 0)
         for name, density in log_q.items():
             group, site = self.plates[name], messages(at.trace)[name]
@@ -676,15 +686,17 @@ def _groups(first: Conditional, *, whole: bool) -> dict[str, str]:
     for site in first.sites:
         plates = sorted(site.plates, key=lambda name: (name in drawn, site.batch[site.plates[name]]))
         outer = [groups[other.name] for other in first.sites if other.name in groups and site.inside(other)]
-        groups[site.name] = outer[0] if outer else plates[-1]
+        groups[site.name] = outer[0] if outer and plates[-1] not in drawn else plates[-1]
     for name, part in parts.items():
-        if name in groups or name in first.at.apart or not part.requires_grad:
+        if name in first.at.apart or not part.requires_grad:
             continue
         values = [site.value for site in first.sites]
         slopes = torch.autograd.grad(part.sum(), values, retain_graph=True, allow_unused=True)
         needed = {groups[site.name] for site, slope in zip(first.sites, slopes, strict=True) if slope is not None}
+        needed |= {groups[name]} if name in groups else set()
         plates = list(axes_of(nodes[name]))
-        if len(needed) > 1 or not needed <= set(plates):
+        split = {frame.name for frame in vectorized(nodes[name]) if is_part(frame)} - needed
+        if len(needed) > 1 or not needed <= set(plates) or (needed and split):
             if drawn or first.at.given:
                 raise ValueError(
                     f"site {name!r}: expected data in the plate of the latents that they depend on "

@@ -164,6 +164,19 @@ def test_an_even_prior_is_not_taken_for_a_normal_one():
         assert system_of(of_other_shapes, *args, local=["a", "b"]).quadratic == normal
 
 
+def clamped(mean):
+    """Normal data whose mean has a corner, below which they say nothing of a student."""
+    return dist.Normal(mean.clamp_min(0.0), 1.0)
+
+
+def test_rows_that_are_read_above_a_corner_only_are_found():
+    student, lecturer, y = torch.arange(24) % 4, torch.arange(24) % 3, torch.linspace(-1.0, 1.0, 24).double()
+    args = y, student, lecturer, clamped, lambda loc: dist.Normal(loc - 2.0, 1.0)
+    system = system_of(of_other_shapes, *args, local=["a", "b"])
+    assert not system.quadratic
+    assert len(system._terms[-1].reads) == 2
+
+
 PRIORS = {"normal": dist.Normal, "Laplace": dist.Laplace, "t": lambda loc, scale: dist.StudentT(3.0, loc, scale)}
 
 

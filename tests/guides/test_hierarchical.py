@@ -7,6 +7,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from pyro import poutine
 from pyro.infer import SVI, Trace_ELBO
 
 import pyro_flows as pf
@@ -90,6 +91,64 @@ def below(x, y, batch=None):
         b = pyro.sample("b", dist.Normal(a, 0.5))
     with pyro.plate("row", len(y), subsample_size=batch, dim=-1) as index:
         pyro.sample("y", dist.Normal((b.unsqueeze(-2) @ x[index].mT).squeeze(-2), 1.0), obs=y[index])
+
+
+def scale_of_group(y, x, batch=None):
+    """At the middle of z's prior, no derivative says that its scale is that of a group."""
+    mu = pyro.sample("mu", dist.Normal(real(0.0), 1.0))
+    with pyro.plate("group", 3):
+        w = pyro.sample("w", dist.Normal(mu, 1.0))
+    with pyro.plate("row", len(y)):
+        z = pyro.sample("z", dist.Normal(real(0.0), w.exp()[torch.arange(len(y)) % 3]))
+        pyro.sample("y", dist.Normal(z, 0.5), obs=y)
+    with pyro.plate("other", len(x), subsample_size=batch) as index:
+        pyro.sample("x", dist.Normal(mu, 1.0), obs=x[index])
+
+
+def other_rows(y, x, batch=None):
+    """Each row of the data reads one row of z, and not its own."""
+    mu = pyro.sample("mu", dist.Normal(real(0.0), 1.0))
+    with pyro.plate("row", len(y)):
+        z = pyro.sample("z", dist.Normal(mu, 1.0))
+        pyro.sample("y", dist.Normal(z.roll(1, -1), 0.5), obs=y)
+    with pyro.plate("other", len(x), subsample_size=batch) as index:
+        pyro.sample("x", dist.Normal(mu, 1.0), obs=x[index])
+
+
+def powers(y, batch):
+    """Positive latents, whose priors are raised to a power."""
+    with poutine.scale(scale=0.3):
+        rate = pyro.sample("rate", dist.Gamma(real(2.0), 1.0))
+    with pyro.plate("row", len(y), subsample_size=batch) as index:
+        with poutine.scale(scale=0.3):
+            z = pyro.sample("z", dist.Gamma(real(2.0), rate))
+        pyro.sample("y", dist.Poisson(z), obs=y[index])
+
+
+def less_the_mean(x, y, batch):
+    """With an axis of points in front, the mean is that of all points."""
+    w = pyro.sample("w", dist.Normal(torch.zeros(3, dtype=torch.float64), 1.0).to_event(1))
+    with pyro.plate("row", len(y), subsample_size=batch) as index:
+        pyro.sample("y", dist.Normal(((w - 0.1 * w.mean()) * x[index]).sum(-1), 3.0), obs=y[index])
+
+
+def matrix(x, y, batch):
+    """A matrix of coefficients whose axes are in no plate, and are no event."""
+    w = pyro.sample("w", dist.Normal(torch.zeros(2, 2, dtype=torch.float64), 1.0))
+    with pyro.plate("row", len(y), subsample_size=batch) as index:
+        pyro.sample("y", dist.Normal(x[index] @ w.reshape(4), 1.0), obs=y[index])
+
+
+def beside(x, y, batch):
+    """Latents of a subsampled plate stand in the rows of another plate, whose latents they do not read."""
+    mu = pyro.sample("mu", dist.Normal(real(0.0), 1.0))
+    columns = pyro.plate("column", len(x), dim=-1)
+    with columns:
+        a = pyro.sample("a", dist.Normal(mu, 1.0))
+        pyro.sample("x", dist.Normal(a, 1.0), obs=x)
+    with pyro.plate("row", len(y), subsample_size=batch, dim=-2) as index, columns:
+        z = pyro.sample("z", dist.Normal(mu, 1.0))
+        pyro.sample("y", dist.Normal(z, 1.0), obs=y[index])
 
 
 def data(count, seed=0, spread=0.5):
@@ -263,6 +322,34 @@ def test_rows_that_depend_on_each_other_are_given_to_the_flow_or_coupled(model, 
     assert (guide._crossed is None) == (model is walk)
 
 
+def test_a_scale_in_another_plate_is_coupled():
+    guide, _ = rows_of(scale_of_group, data(12), data(20, 1), 5)
+    assert guide._crossed is not None
+
+
+@pytest.mark.parametrize("batch", [None, 5])
+def test_rows_that_are_read_in_other_rows_are_not_integrated_alone(batch):
+    y, x = data(12), data(20, 1)
+    guide, _ = rows_of(other_rows, y, x, batch)
+    assert guide.local == []
+
+
+def test_latents_whose_priors_read_other_plates_are_no_rows():
+    """Where a guide has not found it."""
+    y, x = data(12), data(20, 1)
+    latents = read_structure(poutine.block(scale_of_group, hide=["w", "z"]), (y, x), {}).latents
+    with pytest.raises(ValueError, match="site 'z': expected data in the plate of the latents"):
+        Marginal(Rows(scale_of_group, latents, ["w", "z"], (y, x, 5), {}), real([0.2]), beginning, 0)
+
+
+def test_minibatches_of_globals_start_at_the_mode():
+    x = torch.randn(60, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    y = 2.0 * x.sum(1) + data(60)
+    guide = pf.AutoHierarchicalFlow(matrix, layers=2).initialize(x, y, 20)
+    expected = torch.linalg.solve(x.mT @ x + torch.eye(4), x.mT @ y)
+    assert torch.allclose(guide._top.affine.loc, expected, atol=0.02)
+
+
 def test_effects_whose_data_are_subsampled_elsewhere_are_coupled():
     """A minibatch says too little of an effect for its conditional distribution: all rows make one."""
     x, group = data(40), torch.arange(40) % 4
@@ -418,6 +505,50 @@ def test_priors_in_the_flow_that_depend_on_latents_in_plates_are_integrated(batc
     assert torch.allclose(density(z), expected + dist.Normal(b @ x.mT, 1.0).log_prob(y).sum(1), atol=1e-6)
     drawn = density.local_draws(z[1:].expand(2000, 4), ["a"], torch.arange(3), seed=0)["a"]
     assert torch.allclose(drawn.mean(0), mu[1] + 0.8 * (b[1] - mu[1]), atol=0.05)
+
+
+@pytest.mark.parametrize("batch", [None, 3])
+def test_powers_of_priors_are_those_of_the_values(batch):
+    """A map to unconstrained coordinates has its log derivative once, whatever the power."""
+    y = real([0.0, 1.0, 1.0, 3.0, 6.0])
+    guide, rows = rows_of(powers, y, batch)
+    z = real([[-1.0], [0.0], [1.0]])
+    density = Marginal(rows, z[1], guide._start, 0)
+    density.adapt(z)
+    density.count = 128
+    u = torch.linspace(-12.0, 5.0, 4001, dtype=torch.float64)
+    heights = 0.3 * dist.Gamma(real(2.0), z.exp()[:, :, None]).log_prob(u.exp()) + u
+    heights = heights + dist.Poisson(u.exp()).log_prob(y[:, None])
+    expected = (torch.logsumexp(heights, 2) + math.log(17.0 / 4000.0)).sum(1)
+    expected = expected + 0.3 * dist.Gamma(real(2.0), 1.0).log_prob(z[:, 0].exp()) + z[:, 0]
+    assert torch.allclose(density(z), expected, atol=0.02)
+
+
+def test_small_differences_of_batches_are_not_lost_among_rows():
+    x = torch.randn(4000, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    y = data(4000, spread=0.0) + 3.0 * data(4000, 1)
+    guide, rows = rows_of(less_the_mean, x, y, 1000)
+    z = real([[0.0, 0.0, 0.0], [0.5, -1.0, 2.0]])
+    mean = (z - 0.1 * z.mean(1, keepdim=True)) @ x.mT
+    expected = dist.Normal(mean, 3.0).log_prob(y).sum(1) + dist.Normal(0.0, 1.0).log_prob(z).sum(1)
+    assert torch.allclose(Marginal(rows, z[0], guide._start, 0)(z), expected, atol=1e-6)
+
+
+def test_axes_that_are_in_no_plate_are_added_up():
+    x = torch.randn(20, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    guide, rows = rows_of(matrix, x, data(20), 5)
+    z = real([[0.0, 0.1, 0.2, 0.3], [0.5, -1.0, 2.0, 0.0]])
+    expected = dist.Normal(z @ x.mT, 1.0).log_prob(data(20)).sum(1) + dist.Normal(0.0, 1.0).log_prob(z).sum(1)
+    assert torch.allclose(Marginal(rows, z[0], guide._start, 0)(z), expected, atol=1e-6)
+
+
+def test_rows_of_a_subsample_are_no_parts_of_rows_around_them():
+    x, y = data(3), data(12, 1).reshape(4, 3)
+    guide, rows = rows_of(beside, x, y, 2)
+    z = real([[0.2], [1.0]])
+    expected = dist.Normal(z, 2.0**0.5).log_prob(torch.cat([x, y.flatten()])).sum(1)
+    expected = expected + dist.Normal(0.0, 1.0).log_prob(z[:, 0])
+    assert torch.allclose(Marginal(rows, z[0], guide._start, 0)(z), expected, atol=1e-6)
 
 
 def test_the_last_part_counts_rows_once():
