@@ -416,7 +416,8 @@ class AutoHierarchicalFlow(AutoMessenger):  # type: ignore[metaclass]
         if self._crossed is not None:
             return self._crossed_locals(self._crossed, z)
         graph = torch.is_grad_enabled()
-        now = replace(self._rows(args, kwargs), below=()).near_mode(z, self._start, chosen or {}, graph=graph, patient=not graph)
+        rows = replace(self._rows(args, kwargs), below=())  # with these, modes of particles are far apart
+        now = rows.near_mode(z, self._start, chosen or {}, graph=graph, patient=not graph)
         if remember:
             self._remember(now)
         densities: list[Tensor] = []
