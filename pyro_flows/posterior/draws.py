@@ -108,7 +108,14 @@ def _cut(clock: Clock, scored: int, wanted: int, stopped: str, *, moving: bool) 
 
 
 def _decided(
-    density: LogDensity, draw: Draw, pool: Pool, *, draws: int, times: int, seed: int, even: float = 0.0,
+    density: LogDensity,
+    draw: Draw,
+    pool: Pool,
+    *,
+    draws: int,
+    times: int,
+    seed: int,
+    even: float = 0.0,
     **said: Unpack[Said],
 ) -> tuple[Decision, dict[str, Tensor]]:
     """Decide by the pool that is there; return the model's own values of the draws to use, too.
