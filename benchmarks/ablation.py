@@ -93,9 +93,6 @@ PARTS = {
         _returns(False),
         lambda kept: "combined: mixture" in kept["accepted"] and "mixture" not in kept["accepted"],
     ),
-    "grid for a tail": Part(
-        "pyro_flows.fitting.combine:_sliced", _returns(False), _accepts("combined: conditional Laplace grid")
-    ),
     "added runs": Part("pyro_flows.fitting.combine:RUNS_ADDED", lambda _: 0, _accepts("run at a missed mode")),
     "exact moves": Part("pyro_flows.modes.missed_modes:mirrored", _returns([]), _finds("mirrored")),
     "survey": Part("pyro_flows.modes.missed_modes:surveyed", _returns([]), _finds("survey")),

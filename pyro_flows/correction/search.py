@@ -109,7 +109,7 @@ def missed_by_chains(
     worth = math.inf if chains.figures is None else chains.figures.ess_tail
     all_ = chains.z.flatten(0, 1)
     even = all_, torch.zeros_like(all_[:, 0])
-    search = with_truncated_tails(search, density, lambda: even, worth=worth, seed=seed)[0]
+    search = with_truncated_tails(search, density, lambda: even, worth=worth, seed=seed)
     if search.lacks:
         place = (search.sentence or "").partition(" near ")[2]
         said = f"{TOO_LITTLE if to_name(search.lacks)[0].beside else MISS} near {place}"

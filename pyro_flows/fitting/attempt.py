@@ -14,7 +14,6 @@ from pyro_flows.fitting.rounds import Round
 from pyro_flows.flows.flow import Flow
 from pyro_flows.flows.mixture import FlowMixture
 from pyro_flows.model.log_density import LogDensity
-from pyro_flows.modes.laplace_grid import Marginal
 from pyro_flows.modes.missed_modes import Search
 from pyro_flows.results.stage import Stage
 from pyro_flows.starts.coordinates import Climbed
@@ -141,7 +140,7 @@ class Combined:
     ``plain`` is the flow of the best run, or a mixture of runs that disagree; ``sampler`` the same with copies at its
     images under exact symmetries where it lacks modes, ``copies`` of each flow; ``multimodal`` the mixture at all modes
     that were found, where it is the sampler, and ``surveys`` how often it was tried. ``search`` is None if there was no
-    time for one. ``slices`` are along a coordinate, where the sampler comes short of its tail.
+    time for one.
     """
 
     runs: list[Run] = field(default_factory=lambda: [Run(0)])
@@ -156,7 +155,6 @@ class Combined:
     added: int = 0
     multimodal: MultimodalCandidate | None = None
     surveys: int = 0
-    slices: Marginal | None = None
     improper: list[str] = field(default_factory=list)
 
     @property
@@ -172,7 +170,7 @@ class Combined:
 
     @property
     def chains(self) -> McmcDraws | None:
-        """Chains that sufficed, unless a mixture, tables or slices took the place of the flow they began at.
+        """Chains that sufficed, unless a mixture or tables took the place of the flow they began at.
 
         Chains that needed no trained flow may have moved among copies of a normal distribution, which is a mixture too.
         """

@@ -17,8 +17,7 @@ from pyro_flows.correction.search import held_by
 from pyro_flows.fitting.agreement import balanced, compare, stage
 from pyro_flows.fitting.attempt import Attempt, Combined, Prepared, Run, Sampler
 from pyro_flows.fitting.guide_space import latent_of
-from pyro_flows.fitting.laplace_grid import STAGE as GRID_STAGE
-from pyro_flows.fitting.laplace_grid import grid_for_tail, with_tails_checked
+from pyro_flows.fitting.laplace_grid import with_tails_checked
 from pyro_flows.fitting.multimodal import MultimodalCandidate, multimodal
 from pyro_flows.fitting.plan import Plan
 from pyro_flows.fitting.rounds import too_uneven
@@ -26,8 +25,8 @@ from pyro_flows.fitting.run import begin_only, make_run
 from pyro_flows.flows.flow import Flow
 from pyro_flows.flows.mixture import FlowMixture
 from pyro_flows.model.log_density import LogDensity
-from pyro_flows.modes.laplace_grid import Marginal
 from pyro_flows.modes.missed_modes import Search, missed_modes
+from pyro_flows.modes.missed_regions import TRUNCATED_TAIL
 from pyro_flows.modes.propriety import improper_tails
 from pyro_flows.modes.symmetries import SignedPermutation, group
 from pyro_flows.modes.under_covered import BY_WALKERS
@@ -121,11 +120,11 @@ def _take(found: Combined, tried: MultimodalCandidate) -> bool:
 def _look(plan: Plan, density: LogDensity, found: Combined) -> None:
     assert found.sampler is not None
     with plan.clock.part(_stages.MISSED):
-        found.search, found.slices = None, None
+        found.search = None
         found.search = _search(plan, density, found, found.sampler)
     if found.search is not None:
         with plan.clock.part(_stages.TAILS):
-            found.search, found.slices = with_tails_checked(found.search, density, found.sampler, seed=plan.seed)
+            found.search = with_tails_checked(found.search, density, found.sampler, seed=plan.seed)
 
 
 def _complete(plan: Plan, prepared: Prepared, found: Combined) -> None:
@@ -138,17 +137,12 @@ def _complete(plan: Plan, prepared: Prepared, found: Combined) -> None:
             return
         found.best.chains = None
     lacks = () if found.search is None else found.search.lacks
-    if found.slices is None and all(lack.start.name == BY_WALKERS for lack in lacks):
+    if all(lack.start.name in (BY_WALKERS, TRUNCATED_TAIL) for lack in lacks):
         return  # the flow is only too thin next to where it lies: a run of its own has nowhere else to begin
     moves: list[SignedPermutation] = []
-    sliced = False
     while found.search is not None and found.search.lacks and not plan.clock.over:
-        if found.slices is not None:
-            if sliced or not _sliced(plan, prepared.density, found, found.slices):
-                return
-            sliced, moves = True, []
-            _look(plan, prepared.density, found)
-            continue
+        if any(lack.start.name == TRUNCATED_TAIL for lack in found.search.lacks):
+            return
         more = [lack.move for lack in found.search.lacks if lack.move is not None and lack.move not in moves]
         if more and _copied(found, [*moves, *more]):
             accepted("symmetric copies")
@@ -156,9 +150,9 @@ def _complete(plan: Plan, prepared: Prepared, found: Combined) -> None:
         elif found.surveys < SURVEYS and _surveyed(plan, prepared.density, found):
             moves = []
         else:
-            mixed = found.multimodal is not None and found.multimodal.stage.stage != GRID_STAGE
             beside = all(lack.beside for lack in found.search.lacks) and plan.refine is not None  # chains can go there
-            if found.added >= (BESIDE if beside else RUNS_ADDED) or mixed or _too_many([*moves, *more]):
+            most = 0 if found.multimodal is not None else BESIDE if beside else RUNS_ADDED
+            if found.added >= most or _too_many([*moves, *more]):
                 return
             accepted("run at a missed mode")
             _add_run(plan, prepared, found, found.search.lacks[0].start)
@@ -206,17 +200,6 @@ def _surveyed(plan: Plan, density: LogDensity, found: Combined) -> bool:
             found.history.append(tried.stage)
             return _take(found, tried)
     return False
-
-
-def _sliced(plan: Plan, density: LogDensity, found: Combined, slices: Marginal) -> bool:
-    """Try slices along a coordinate whose tail a flow lacks; say whether they became the sampler."""
-    if not isinstance(found.sampler, Flow):
-        return False
-    tried = grid_for_tail(plan, density, found.sampler, slices, seed=plan.seed)
-    if tried is None:
-        return False
-    found.history.append(tried.stage)
-    return _take(found, tried)
 
 
 def _copied(found: Combined, moves: Sequence[SignedPermutation]) -> bool:

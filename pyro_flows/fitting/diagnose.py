@@ -170,7 +170,7 @@ def _searched(density: LogDensity, draw: Draw, score: Score | None, space: Space
         if not weighing.k_hat < weighing.threshold or weighing.ess < ESS_SHARE_LEAST * len(z):
             return Search(notes=(THIN,))
         search = missed_modes(density, [], z, log_q, score, seed=seed, space=space)
-        return with_truncated_tails(search, density, lambda: (z, weighing.log_weights), seed=seed)[0]
+        return with_truncated_tails(search, density, lambda: (z, weighing.log_weights), seed=seed)
 
 
 # continuous autoguides ------------------------------------------------------------------------------------------------

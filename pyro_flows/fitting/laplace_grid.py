@@ -1,8 +1,8 @@
 """Slices along a coordinate in the place of a flow: where all others are about normal, given that one.
 
 A scale of few groups, the noise of a regression: where the flow is one of slices, nothing has to be trained. They are
-tried before coordinates of hierarchical sites are chosen, since as a rule they are the same in all; at the best start,
-before any training; and where draws come short of a tail. See ``modes/laplace_grid.py``.
+tried before coordinates of hierarchical sites are chosen, since as a rule they are the same in all, and at the best
+start, before any training. See ``modes/laplace_grid.py``.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from pyro_flows._seeding import derive, seeded
-from pyro_flows.correction.judging import covered_by
 from pyro_flows.fitting.flow_training import begin
 from pyro_flows.fitting.multimodal import MultimodalCandidate, is_enough, weighed
 from pyro_flows.fitting.plan import SHARE_OF_SECONDS, Plan
@@ -24,7 +23,6 @@ from pyro_flows.flows.mixture import FlowMixture
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.modes.laplace_grid import Marginal, can_have_grid, closer, grids_about
 from pyro_flows.modes.missed_modes import Search
-from pyro_flows.modes.missed_regions import Guide
 from pyro_flows.modes.tables import flow_along
 from pyro_flows.modes.truncated_tails import with_truncated_tails
 from pyro_flows.results.dims import coordinate_names
@@ -33,7 +31,7 @@ from pyro_flows.starts.start import Start
 from pyro_flows.training.trainer import Trainer
 from pyro_flows.verdict.deciding import JUDGED_DRAWS, LOOKED_AT_DRAWS
 from pyro_flows.verdict.methods import GRID
-from pyro_flows.verdict.thresholds import ESS_SHARE_PROMISING, MISSED_MASS_OF_TAILS
+from pyro_flows.verdict.thresholds import ESS_SHARE_PROMISING
 
 STAGE = GRID
 SEED = "slices along a coordinate"  # its digits, on which draws depend
@@ -63,28 +61,7 @@ def grid_comes_first(plan: Plan, density: LogDensity) -> bool:
     return plan.open and can_have_grid(density) and density.written <= WRITTEN and density.work.operations <= OPERATIONS
 
 
-def grid_for_tail(
-    plan: Plan, density: LogDensity, sampler: Flow, slices: Marginal, *, seed: int
-) -> MultimodalCandidate | None:
-    """Try slices along a coordinate whose tail a flow comes short of; None where they lack what the flow has."""
-    with plan.clock.part(STAGE), torch.no_grad():
-        found = along(density, [slices], seed=seed)
-        if found is not None and _has(density, found, *_weighted(density, sampler, LOOKED_AT_DRAWS)):
-            return found
-    return None
-
-
-def _has(density: LogDensity, found: MultimodalCandidate, z: Tensor, log_weights: Tensor) -> bool:
-    """Whether slices are nowhere thin where weighted draws of a flow have mass: each slice has one top only."""
-    guide = Guide(density, found.sampler.log_prob, covered_by(found.sampler, density))
-    usable = torch.isfinite(log_weights)
-    mass = torch.softmax(log_weights[usable].double(), 0)
-    return float(mass[guide.is_under_covered(z[usable], density(z[usable]))].sum()) <= MISSED_MASS_OF_TAILS
-
-
-def with_tails_checked(
-    search: Search, density: LogDensity, sampler: Flow | FlowMixture, *, seed: int
-) -> tuple[Search, Marginal | None]:  # fmt: skip
+def with_tails_checked(search: Search, density: LogDensity, sampler: Flow | FlowMixture, *, seed: int) -> Search:
     """Go on with a search that has found no mode: look for a tail that draws of a sampler come short of.
 
     The draws of the search serve again where no more can be afforded.

@@ -32,28 +32,27 @@ QUARTERS = (0.25, 0.5, 0.75)  # of draws between the quantiles of both tails
 def with_truncated_tails(
     search: Search, density: LogDensity, draw: Callable[[], tuple[Tensor, Tensor]], *, worth: float = math.inf,
     seed: int,
-) -> tuple[Search, Marginal | None]:  # fmt: skip
-    """Go on with a search that has found no mode: look for a tail that draws come short of. Return its slices too.
+) -> Search:  # fmt: skip
+    """Go on with a search that has found no mode: look for a tail that draws come short of.
 
     ``draw`` gives draws z (S, D) and their log weights (S,); they are worth so many independent ones at most.
     """
     modes = [lack for lack in search.lacks if lack.start.name != BY_WALKERS]
     if modes or not can_have_grid(density):
-        return search, None
+        return search
     with torch.no_grad(), seeded(derive(seed, "draws of tails"), density.device):
         z, log_weights = draw()
     usable = torch.isfinite(log_weights) & torch.isfinite(z).all(1)
-    found = truncated_tail(density, z[usable], log_weights[usable], worth=worth, seed=seed)
-    if found is None:
-        return search, None
-    lack, slices = found
-    return replace(search, lacks=(lack,), sentence=sentence_on(density, [lack], z), passed=False), slices
+    lack = truncated_tail(density, z[usable], log_weights[usable], worth=worth, seed=seed)
+    if lack is None:
+        return search
+    return replace(search, lacks=(lack,), sentence=sentence_on(density, [lack], z), passed=False)
 
 
 def truncated_tail(
     density: LogDensity, z: Tensor, log_weights: Tensor, *, worth: float = math.inf, seed: int
-) -> tuple[MissedRegion, Marginal] | None:
-    """Return a place in the worst tail that weighted draws z (S, D) come short of, and slices there; None for none."""
+) -> MissedRegion | None:
+    """Return a place in the worst tail that weighted draws z (S, D) come short of; None for none."""
     found = all_grids(density, z, log_weights, seed=seed)
     mass = torch.softmax(log_weights.double(), 0)
     effective = min(max(worth, 1.0) if worth == worth else 1.0, float(1.0 / mass.square().sum()))
@@ -65,7 +64,7 @@ def truncated_tail(
         values = z[:, worst.coordinate].double()
         again = closer(density, worst, seed=seed)  # with other draws: slices are known to a few per cent each
         if again is not None and _truncated_by(again, values, mass) > limit:
-            return _place(again, values, mass), worst
+            return _place(again, values, mass)
     return None
 
 
