@@ -52,8 +52,8 @@ ESS_SHARE_PROMISING = 0.5
 ESS_SHARE_FAR_OFF = 0.02
 
 # From this on, only the tail of the weights of a round can be in doubt, no part is added to a mixture, the flow of a
-# marginal is not fitted further, tabulated densities are accepted, and many fits try heavier tails. Source: measured
-# (record 0016).
+# marginal is not fitted further, tabulated densities are accepted, and many fits try heavier tails. Draws of an
+# amortized flow are used as they are. Source: measured (record 0016).
 ESS_SHARE_GOOD = 0.9
 # Weights are nearly even above this, so that fewer checks and draws suffice, and a start is not matched again. Source:
 # chosen.
@@ -184,9 +184,8 @@ PRIOR_ERROR_MOST = 0.15
 MISSED_MASS_SHARE = 0.02
 # Missed mass next to the guide: standard errors that its share has to exceed. Source: chosen.
 MISSED_MASS_ERRORS = 2.0
-# Short tail: share of the mass beyond a quantile that draws may lack. Grid: share of a flow's weighted draws that lie
-# where the grid has too little density, at most. Comparison of chains: share of their draws beyond each of two
-# quantiles. Source: chosen.
+# Short tail: share of the mass beyond a quantile that draws may lack. Comparison of chains: share of their draws beyond
+# each of two quantiles. Source: chosen.
 MISSED_MASS_OF_TAILS = 0.01
 # Short tail: share of the draws beyond each of two quantiles. Missed mass next to the guide: share of the walkers that
 # get out; with fewer, the search ends. Source: chosen.
