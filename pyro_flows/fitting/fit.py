@@ -151,8 +151,8 @@ def fit(
     >>> posterior.verdict.status
     'ok'
     """
-    asked = as_asked(locals())
     options, method = _options(flow, layers), which(refine)
+    asked = as_asked(locals())
     _journal.check(checkpoint)
     with interruptible(), alone(), seeded(seed), Bar("fit", progress) as bar:
         clock = Clock(max_seconds, raises=raise_on_interrupt, watch=bar.watch)

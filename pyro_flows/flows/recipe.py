@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, TypedDict, cast
 
@@ -118,7 +120,7 @@ class Recipe:
             builder = {**BUILDERS, **PARTS}[made if made in PARTS else _checks.choice("builder", made, BUILDERS)]
             made = builder(dim, base=self.base, df=self.df, **self.options)
         elif not isinstance(made, (Flow, Bijection)):
-            made = made(cast("int", dim))
+            made = _called(made, cast("int", dim))
         flow = made if isinstance(made, Flow) else Flow(made, base=self.base, df=self.df)
         for kind, about in self.around:
             flow = _with(flow, kind, about)
@@ -146,6 +148,17 @@ class Recipe:
     def then(self, kind: str, about: object) -> Recipe:
         """Return the recipe with one more map after the flow."""
         return replace(self, around=(*self.around, (kind, about)))
+
+
+def _called(function: Callable[[int], Flow | Bijection], dim: int) -> Flow | Bijection:
+    """Return what a caller's function makes of a dimension; say what it has to take if it takes something else."""
+    with suppress(ValueError):  # of what has no signature
+        try:
+            inspect.signature(function).bind(dim)
+        except TypeError as error:
+            expected = "flow: expected a function of one number, the dimension, that returns a flow"
+            raise TypeError(f"{expected}, got one of other arguments ({error}).") from error
+    return function(dim)
 
 
 def build(stack: list[Bijection], base: str, df: float, *, builder: str, dim: object, **options: object) -> Flow:

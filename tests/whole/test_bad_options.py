@@ -1,5 +1,6 @@
 """Mistakes in options are met before any work, by name, with a suggestion where there is one."""
 
+import numpy as np
 import pytest
 
 import pyro_flows as pf
@@ -11,6 +12,13 @@ def test_unknown_flow_names_are_met_with_a_suggestion():
     for door in (pf.AutoFlow, lambda model, flow: pf.fit(model, Y, flow=flow)):
         with pytest.raises(ValueError, match=r"flow: expected one of .*, got 'realnpv'. Did you mean 'realnvp'"):
             door(good, "realnpv")
+
+
+def test_a_function_that_takes_no_dimension_and_a_series_are_named():
+    with pytest.raises(TypeError, match=r"^flow: expected a function of one number, the dimension"):
+        pf.fit(good, Y, flow=lambda: None, progress=False)
+    with pytest.raises(ValueError, match=r"^refine: expected"):
+        pf.fit(good, Y, refine=np.array([1.0, 2.0]), progress=False)
 
 
 @pytest.mark.parametrize("layers", [0, -1, 2.0, True, "8"])
