@@ -276,7 +276,8 @@ class Rows:
 
     def all_below(self, z: Tensor) -> list[str]:
         """Return the latents of the flow whose priors depend on latents in plates; ``z`` (D,) has no graph."""
-        at = self.run(z, beginning, {})
+        with seeded(0, z.device):  # rows of a subsample are drawn
+            at = self.run(z, beginning, {})
         return [name for name, part in at.densities().items() if name in at.placed and part.requires_grad]
 
     @torch.enable_grad()
