@@ -183,6 +183,7 @@ class Marginal:
         self.parts = parts_of(self.first, seed, most)  # the rows of each run
         if most is None:
             check_data(rows, z, start, self.parts)
+            check_masks(rows, z, self.parts[0].chosen)
         self._dimensions = dict.fromkeys(self.plates.values(), 0)  # numbers of a row
         for number in self.first.numbers:
             self._dimensions[self.plates[number.site.name]] += self._inner(number, number.own.shape).numel()
@@ -645,6 +646,23 @@ def check_data(rows: Rows, z: Tensor, start: Start, parts: Sequence[Part]) -> No
                 raise ValueError(
                     f"site {name!r}: its log density is NaN in {int(undefined.sum())} of {undefined.numel()} rows, the "
                     f"first at {row}, and its values are not. Look for NaN among the model's other arguments there."
+                )
+
+
+@torch.enable_grad()
+def check_masks(rows: Rows, z: Tensor, chosen: Mapping[str, Tensor]) -> None:
+    """Refuse latents whose priors are masked in rows that something reads: q is masked there too, and would be lost."""
+    at = rows.run(z, conditional.beside, chosen)
+    for name, part in at.densities().items():
+        for site in at.locals.values():
+            mask = messages(at.trace)[site.name]["mask"]
+            if name == site.name or mask is None or not part.requires_grad:
+                continue
+            (slope,) = torch.autograd.grad(part.sum(), site.value, retain_graph=True, allow_unused=True)
+            if slope is not None and bool(((site.rows(slope) != 0.0).any(-1) & ~torch.as_tensor(mask)).any()):
+                raise ValueError(
+                    f"site {site.name!r}: expected a prior in each row that is read, got a mask on it where site "
+                    f"{name!r} reads it. Give these rows a wide prior, or mask {name!r} there, too."
                 )
 
 

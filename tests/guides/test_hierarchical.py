@@ -551,6 +551,27 @@ def test_rows_of_a_subsample_are_no_parts_of_rows_around_them():
     assert torch.allclose(Marginal(rows, z[0], guide._start, 0)(z), expected, atol=1e-6)
 
 
+def masked_priors(y, keep, both):
+    mu = pyro.sample("mu", dist.Normal(real(0.0), 2.0))
+    s = pyro.sample("s", dist.HalfNormal(real(1.0)))
+    with pyro.plate("row", len(y), subsample_size=4) as index:
+        with poutine.mask(mask=keep[index]):
+            z = pyro.sample("z", dist.Normal(mu, 1.0))
+        with poutine.mask(mask=keep[index] | (not both)):
+            pyro.sample("y", dist.Normal(z, s), obs=y[index])
+
+
+def test_a_prior_that_is_masked_where_data_are_not_is_refused():
+    """Its latents would be lost together with their share of the density of the noise."""
+    y, keep = data(12), torch.arange(12) % 2 == 0
+    z = real([0.2, -0.5])
+    guide, rows = rows_of(masked_priors, y, keep, True)
+    assert bool(Marginal(rows, z, guide._start, 0)(z[None]).isfinite())
+    guide, rows = rows_of(masked_priors, y, keep, False)
+    with pytest.raises(ValueError, match=r"^site 'z': expected a prior in each row that is read, .* site 'y' reads"):
+        Marginal(rows, z, guide._start, 0)
+
+
 def test_the_last_part_counts_rows_once():
     """With 25 rows in parts of ten, five rows of the last part have come before."""
     x = data(25)
