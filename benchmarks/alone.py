@@ -25,7 +25,7 @@ import pyro_flows as pf
 from benchmarks import records
 from benchmarks.larger import models as larger
 from benchmarks.markdown import about, number, table
-from benchmarks.posteriors.judging import MEAN, SD
+from benchmarks.posteriors.judging import right
 from benchmarks.posteriors.models import NAMES, load
 from benchmarks.posteriors.running import compare
 from benchmarks.records import Row
@@ -74,22 +74,17 @@ def work(kind: str, name: str, seed: int, version: str, root: str | None) -> Row
     return records.attempt({**dict.fromkeys(FIELDS, ""), **key}, fill)
 
 
-def is_right(row: Row, which: str = "used") -> bool:
-    """Whether all means of draws are within .1 sd, and all sds within 10 %."""
-    return not row["error"] and float(row[f"{which}_mean"]) <= MEAN and float(row[f"{which}_sd"]) <= SD
-
-
 def section(rows: Sequence[Row]) -> str:
     """Return the text and the table."""
     rows = list({(row["kind"], row["model"], row["seed"]): row for row in rows}.values())
     said = []
     for kind, title in TITLES.items():
         own = [row for row in rows if row["kind"] == kind]
-        right = sum(is_right(row) for row in own)
+        count = sum(right(row, "used") for row in own)
         usable = [row for row in own if row["status"] in ("ok", "corrected")]
-        wrong = sum(not is_right(row) for row in usable)
+        wrong = sum(not right(row, "used") for row in usable)
         if own:
-            said.append(f"- {title}: {right} of {len(own)} right, {len(usable)} usable, {wrong} of these not right.")
+            said.append(f"- {title}: {count} of {len(own)} right, {len(usable)} usable, {wrong} of these not right.")
     text = (
         '`fit(flow="realnvp", refine=False)`: no Markov chains. Right are draws to use whose means are within 0.1 sd '
         f"and whose sds are within 10 %, in the worst coordinate. Seconds are of one thread's processor time.\n\n"
@@ -132,7 +127,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 with multiprocessing.get_context("spawn").Pool(1) as pool:
                     row = pool.apply(work, (kind, name, seed, version, options.posteriordb))
                 records.append(options.out, FIELDS, row)
-                print(f"{kind} {name}: {row['error'] or row['status']}, right {is_right(row)}", flush=True)
+                print(f"{kind} {name}: {row['error'] or row['status']}, right {right(row, 'used')}", flush=True)
 
 
 if __name__ == "__main__":

@@ -77,14 +77,17 @@ def simulate(model: Model, case: Case, data: Names, count: int | None, more: int
 def exchangeable_rows(read: Read) -> int:
     """Return how many rows the data have, if these are 16 or more, and may come in any order; else 1."""
     density, form = read.density, read.form
-    observed = {name: values[0] for name, values in read.observed.items()}  # those given may be all alike
-    sizes = {len(value) if value.dim() else 0 for value in observed.values()}
+    sizes = {len(values[0]) if values.dim() > 1 else 0 for values in read.observed.values()}
     rows = max(sizes)
     if len(sizes) > 1 or rows < SET or not all(bool(keep.all()) for keep in form.keep.values()):
         return 1
     order, z = torch.randperm(rows, generator=torch.Generator().manual_seed(0)), read.z[:COMPARED]
-    moved = {name: value[order] for name, value in observed.items()}
-    cases = [form.wiring(values) for values in (observed, moved)]
+    moved = {name: values[:, order] for name, values in read.observed.items()}
+    changed = torch.stack([(moved[name] != values).flatten(1).any(1) for name, values in read.observed.items()]).any(0)
+    if not bool(changed.any()):
+        return 1
+    told = int(changed.int().argmax())  # data whose rows are all alike tell nothing
+    cases = [form.wiring({name: values[told] for name, values in of.items()}) for of in (read.observed, moved)]
     with torch.no_grad():
         one, other = (density.beside(case.args, case.kwargs)(z) for case in cases)
     return rows if torch.allclose(one, other, rtol=1e-5, atol=1e-4, equal_nan=True) else 1

@@ -137,7 +137,7 @@ def _complete(plan: Plan, prepared: Prepared, found: Combined) -> None:
             return
         found.best.chains = None
     lacks = () if found.search is None else found.search.lacks
-    if all(lack.start.name in (BY_WALKERS, TRUNCATED_TAIL) for lack in lacks):
+    if all(lack.start.name == BY_WALKERS for lack in lacks):
         return  # the flow is only too thin next to where it lies: a run of its own has nowhere else to begin
     moves: list[SignedPermutation] = []
     while found.search is not None and found.search.lacks and not plan.clock.over:

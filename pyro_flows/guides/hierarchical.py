@@ -216,7 +216,6 @@ class AutoHierarchicalFlow(AutoMessenger):  # type: ignore[metaclass]
             self.local = [name for name in there if frames[name]]
             top = self._globals(args, kwargs)
             z = top._init_loc().to(top._like)
-            self._below = []
             self._below = self._rows(args, kwargs).all_below(z)
             rows = self._rows(args, kwargs)
             first = rows.conditional(z, conditional.beside, {}, graph=True)
@@ -299,18 +298,19 @@ class AutoHierarchicalFlow(AutoMessenger):  # type: ignore[metaclass]
         """Let the flow start at a mode and the curvature there, or as :class:`AutoFlow` does."""
         if self._init != AUTO or top.affine is None:
             return
+        found = None
         try:
-            whole = not (self.local or self.subsampled)
-            few = None if whole else self.density_of_globals(args, kwargs, z, 0, most=FEW_PARTS)
-            found = None if few is None else start_of_globals(few, z)
+            if self.local or self.subsampled:
+                found = start_of_globals(self.density_of_globals(args, kwargs, z, 0, most=FEW_PARTS), z)
         except Exception as error:  # a model's own code may raise anything
             fallback("the guide starts at the prior", error)
             return
         if found is None and not (self.subsampled or self._own):
             found = best_start(self.model, args, kwargs, among=self._latents)
-        if found is not None:
-            begin_at(top._single, *(part.to(top._like) for part in found))
-        if found is not None and self._crossed is not None:
+        if found is None:
+            return
+        begin_at(top._single, *(part.to(top._like) for part in found))
+        if self._crossed is not None:
             mode, scale = found
             self._crossed.mode = self._crossed.normal(mode[None]).mean[0].detach().to(mode)
             self._about = mode, scale if scale.dim() == 1 else scale.norm(dim=1)

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import pyro_flows as pf
-from pyro_flows.amortization.building import couplings, exchangeable_rows, simulate
+from pyro_flows.amortization.building import Read, couplings, exchangeable_rows, simulate
 from pyro_flows.amortization.form import Scale, bound, log_mean
 from pyro_flows.amortization.networks import Conditional, Pooled, match, perceptron
 from pyro_flows.flows.recipe import with_preprocess
@@ -243,6 +243,8 @@ def test_rows_with_covariates_are_not_pooled_though_the_data_that_were_given_are
     x = torch.linspace(-1.0, 1.0, 20)
     read = simulate(slope, bound(slope, (x, torch.zeros(20)), {}), None, 100, 0, seed=0)
     assert exchangeable_rows(read) == 1
+    same = Read(*read[:3], {name: torch.cat([torch.zeros(1, 20), values]) for name, values in read.observed.items()})
+    assert exchangeable_rows(same) == 1  # the first data set tells nothing
     read = simulate(slope, bound(slope, (torch.ones(20), torch.zeros(20)), {}), None, 100, 0, seed=0)
     assert exchangeable_rows(read) == 20
 
