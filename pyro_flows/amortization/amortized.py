@@ -177,7 +177,7 @@ class Amortized:
                 notes=(UNSEARCHED,),
                 checked=CHECKED,
                 times=1,
-                even=ESS_SHARE_GOOD,
+                least=ESS_SHARE_GOOD,
             )
         if escalate and found.verdict.status == "unreliable":
             found = found.refine(progress=False)

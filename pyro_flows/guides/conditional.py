@@ -42,7 +42,7 @@ SMALLEST = 1e-12  # curvature
 STUCK = 1e-3  # of the longest step, below which a step ends a climb
 FARTHER = 4.0  # times as long as steps before; also what a step is divided by
 ROUNDING = 1e-3  # of curvatures, as a part of the largest one
-BESIDE = 0.3  # of the way to a draw of the prior
+OFF_CENTER = 0.3  # of the way to a draw of the prior
 
 Chosen = Mapping[str, Tensor]  # rows of plates, by the plates' names
 Start = Callable[[Site, "At"], Tensor]  # unconstrained value of a site, from its message
@@ -96,13 +96,14 @@ class At(Place):
     """Run a model with global latents at ``z`` (*batch, D), and those in plates at values that ``start`` gives.
 
     Batch axes are added to the values, which are leaves, unless gradients go ``through`` them. Rows of subsampled
-    plates that are not ``chosen`` are drawn. ``apart`` are latents of the flow whose priors depend on none in plates.
+    plates that are not ``chosen`` are drawn. ``without_local_parents`` are latents of the flow whose priors depend on
+    none in plates.
     """
 
     def __init__(self, rows: Rows, z: Tensor, start: Start, chosen: Chosen, through: bool) -> None:
         super().__init__(rows.latents, z)
         self.names, self.start, self.through = set(rows.local), start, through
-        self.apart = {latent.name for latent in rows.latents} - set(rows.below)
+        self.without_local_parents = {latent.name for latent in rows.latents} - set(rows.children)
         self.trace = poutine.Trace()  # of the run, with log densities
         self.chosen = dict(chosen)  # the rows of all plates of the run
         self.drawn: dict[str, tuple[int, int]] = {}  # size, and rows of a run, of plates whose rows the model draws
@@ -225,7 +226,9 @@ class Conditional:
         frames = {name: axes_of(nodes[name]).items() for name in parts}
         roots = [next(other for other in self.sites if number.site.inside(other)) for number in self.numbers]
         moved = {
-            name: part.detach() for name, part in parts.items() if name not in self.at.apart and part.requires_grad
+            name: part.detach()
+            for name, part in parts.items()
+            if name not in self.at.without_local_parents and part.requires_grad
         }
         if any(not any(root.plates.items() <= frames[name] for root in roots) for name in moved):
             return [_summed(moved.values(), self.at.z.shape[:-1])] * len(self.numbers)
@@ -264,7 +267,7 @@ class Conditional:
 class Rows:
     """A model with its data: the latents of the flow, and the names of those in plates.
 
-    ``below`` are the latents of the flow whose priors depend on latents in plates.
+    ``children`` are the latents of the flow whose priors depend on latents in plates.
     """
 
     model: Model
@@ -272,9 +275,9 @@ class Rows:
     local: Sequence[str]
     args: Positional
     kwargs: Keywords
-    below: Sequence[str] = ()
+    children: Sequence[str] = ()
 
-    def all_below(self, z: Tensor) -> list[str]:
+    def find_children(self, z: Tensor) -> list[str]:
         """Return the latents of the flow whose priors depend on latents in plates; ``z`` (D,) has no graph."""
         with seeded(0, z.device):  # rows of a subsample are drawn
             at = self.run(z, beginning, {})
@@ -296,7 +299,7 @@ class Rows:
         at = self.run(z, start, chosen)
         sites = sorted(at.locals.values(), key=lambda site: len(site.plates))
         with torch.enable_grad():
-            parts = [part.sum() for name, part in at.densities().items() if name not in at.apart]
+            parts = [part.sum() for name, part in at.densities().items() if name not in at.without_local_parents]
             numbers = _numbers(sites, sum(parts, z.new_zeros(())), graph)
         _eliminate(numbers)
         return Conditional(sites, numbers, at)
@@ -433,7 +436,7 @@ def _read_in_other_rows(first: Conditional, site: Local) -> bool:
         shape = [1] * len(site.batch)
         for plate, axis in site.plates.items():
             shape[axis] = site.batch[axis] if plate in axes else 1
-        if not part.requires_grad or name in first.at.apart or math.prod(shape) == 1:
+        if not part.requires_grad or name in first.at.without_local_parents or math.prod(shape) == 1:
             continue
         signs = _signs(site.value.new_zeros(shape), index)
         sums = part.sum(), (signs * part).sum()
@@ -551,11 +554,11 @@ def beginning(msg: Site, at: At) -> Tensor:
         return transform.inv(initial_value(msg))
 
 
-def beside(msg: Site, at: At) -> Tensor:
+def off_center(msg: Site, at: At) -> Tensor:
     """Return unconstrained values beside the middle of a site's prior, where few derivatives vanish by symmetry."""
     middle = beginning(msg, at)
     with torch.no_grad(), seeded(derive(0, msg["name"]), at.z.device):
-        return middle + BESIDE * (of_prior(msg, at) - middle)
+        return middle + OFF_CENTER * (of_prior(msg, at) - middle)
 
 
 def of_prior(msg: Site, at: At) -> Tensor:

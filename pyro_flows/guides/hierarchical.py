@@ -143,7 +143,7 @@ class AutoHierarchicalFlow(AutoMessenger):  # type: ignore[metaclass]
         self._init = init
         self._of_globals = flow, options
         self.local: list[str] = []
-        self._below: list[str] = []  # sites of the flow whose priors depend on latents in plates
+        self._children: list[str] = []  # sites of the flow whose priors depend on latents in plates
         self.reason: str | None = None
         self.top: AutoFlow | None = None
         self._modes: dict[str, tuple[Tensor, Tensor]] = {}
@@ -216,9 +216,9 @@ class AutoHierarchicalFlow(AutoMessenger):  # type: ignore[metaclass]
             self.local = [name for name in there if frames[name]]
             top = self._globals(args, kwargs)
             z = top._init_loc().to(top._like)
-            self._below = self._rows(args, kwargs).all_below(z)
+            self._children = self._rows(args, kwargs).find_children(z)
             rows = self._rows(args, kwargs)
-            first = rows.conditional(z, conditional.beside, {}, graph=True)
+            first = rows.conditional(z, conditional.off_center, {}, graph=True)
             moved = self._to_join(rows, first)
             if moved is None:
                 break
@@ -292,7 +292,7 @@ class AutoHierarchicalFlow(AutoMessenger):  # type: ignore[metaclass]
         return AutoFlow(model, flow, init="prior", **options)
 
     def _rows(self, args: Positional, kwargs: Keywords) -> Rows:
-        return Rows(self.model, self._latents, self.local, args, kwargs, self._below)
+        return Rows(self.model, self._latents, self.local, args, kwargs, self._children)
 
     def _begin(self, top: AutoFlow, z: Tensor, args: Positional, kwargs: Keywords) -> None:
         """Let the flow start at a mode and the curvature there, or as :class:`AutoFlow` does."""
@@ -416,7 +416,7 @@ class AutoHierarchicalFlow(AutoMessenger):  # type: ignore[metaclass]
         if self._crossed is not None:
             return self._crossed_locals(self._crossed, z)
         graph = torch.is_grad_enabled()
-        rows = replace(self._rows(args, kwargs), below=())  # with these, modes of particles are far apart
+        rows = replace(self._rows(args, kwargs), children=())  # with these, modes of particles are far apart
         now = rows.near_mode(z, self._start, chosen or {}, graph=graph, patient=not graph)
         if remember:
             self._remember(now)

@@ -652,7 +652,7 @@ def check_data(rows: Rows, z: Tensor, start: Start, parts: Sequence[Part]) -> No
 @torch.enable_grad()
 def check_masks(rows: Rows, z: Tensor, chosen: Mapping[str, Tensor]) -> None:
     """Refuse latents whose priors are masked in rows that something reads: q is masked there too, and would be lost."""
-    at = rows.run(z, conditional.beside, chosen)
+    at = rows.run(z, conditional.off_center, chosen)
     for name, part in at.densities().items():
         for site in at.locals.values():
             mask = messages(at.trace)[site.name]["mask"]
@@ -706,7 +706,7 @@ def _groups(first: Conditional, *, whole: bool) -> dict[str, str]:
         outer = [groups[other.name] for other in first.sites if other.name in groups and site.inside(other)]
         groups[site.name] = outer[0] if outer and plates[-1] not in drawn else plates[-1]
     for name, part in parts.items():
-        if name in first.at.apart or not part.requires_grad:
+        if name in first.at.without_local_parents or not part.requires_grad:
             continue
         values = [site.value for site in first.sites]
         slopes = torch.autograd.grad(part.sum(), values, retain_graph=True, allow_unused=True)
@@ -720,7 +720,9 @@ def _groups(first: Conditional, *, whole: bool) -> dict[str, str]:
                     f"site {name!r}: expected data in the plate of the latents that they depend on "
                     f"({', '.join(sorted(needed))}), got plates {plates}. Rows cannot be told apart."
                 )
-            names = [site.name for site in first.sites] + [name for name in parts if name not in first.at.apart]
+            names = [site.name for site in first.sites] + [
+                name for name in parts if name not in first.at.without_local_parents
+            ]
             return dict.fromkeys(names, ALL)
         groups |= dict.fromkeys([name], *needed) if needed else {}
     return groups

@@ -51,16 +51,16 @@ def from_draws(
     doubts: Sequence[str] = (),
     checked: int = CHECKED,
     times: int = POOL,
-    even: float = 0.0,
+    least: float = 0.0,
     stopped: str = "",
     moving: bool = False,
 ) -> Posterior:
     """Draw, score, weigh and judge. ``draw(n)`` gives unconstrained draws and their log density under the guide.
 
     ``checked`` draws at most are run with Pyro's checks of arguments on. ``times`` as many draws as asked for are
-    judged. Draws are weighted, whatever that changes, where the effective share of them is below ``even``. Where the
-    clock of ``density`` ends the scoring, the draws scored so far are all that there are. ``stopped``
-    says where it ended the training before, ``moving`` that means or sds still changed a lot there.
+    judged. Draws are weighted, whatever that changes, where the effective share of them is below ``least``. Where the
+    clock of ``density`` ends the scoring, the draws scored so far are all that there are. ``stopped`` says where it
+    ended the training before, ``moving`` that means or sds still changed a lot there.
     """
     check_memory(density, draws)
     with torch.no_grad():
@@ -77,7 +77,7 @@ def from_draws(
             "warnings": [*warnings, *cut],
         }
         pool = pool._replace(checked=min(checked, pool.checked))
-        found, samples = _decided(density, draw, pool, draws=draws, times=times, even=even, seed=seed, **said)
+        found, samples = _decided(density, draw, pool, draws=draws, times=times, least=least, seed=seed, **said)
     about = {
         "draws": draws,
         "judged_draws": scored,
@@ -115,7 +115,7 @@ def _decided(
     draws: int,
     times: int,
     seed: int,
-    even: float = 0.0,
+    least: float = 0.0,
     **said: Unpack[Said],
 ) -> tuple[Decision, dict[str, Tensor]]:
     """Decide by the pool that is there; return the model's own values of the draws to use, too.
@@ -136,16 +136,16 @@ def _decided(
         seed=seed,
         again=again,
         complaint=lambda z: density.complaint(z[: pool.checked], torch.isfinite(pool.log_p[: len(z)][: pool.checked])),
-        changed=lambda z, log_weights: _changed(density, z, log_weights, draws, values) or _uneven(log_weights, even),
+        changed=lambda z, log_weights: _changed(density, z, log_weights, draws, values) or _uneven(log_weights, least),
         **said,
     )
     return found, {name: value[found.index] for name, value in values.items()} or density.constrain(found.used)
 
 
-def _uneven(log_weights: Tensor, even: float) -> list[str]:
-    """Say that weights (S,) are uneven, if their effective share is below ``even``."""
+def _uneven(log_weights: Tensor, least: float) -> list[str]:
+    """Say that weights (S,) are uneven, if their effective share is below ``least``."""
     share = float(1.0 / log_weights.double().exp().square().sum()) / len(log_weights)
-    return [f"ESS/S {share:.2f} is below {even}, so the draws were weighted"] if share < even else []
+    return [f"ESS/S {share:.2f} is below {least}, so the draws were weighted"] if share < least else []
 
 
 def _changed(

@@ -83,7 +83,7 @@ def crossed(y, rows, columns):
         pyro.sample("y", dist.Normal(a + b, 1.0), obs=y)
 
 
-def below(x, y, batch=None):
+def with_children(x, y, batch=None):
     """Coefficients, which the flow takes since data couple them, have priors that depend on latents in their plate."""
     mu = pyro.sample("mu", dist.Normal(real(0.0), 1.0))
     with pyro.plate("column", x.shape[1], dim=-1):
@@ -497,7 +497,7 @@ def test_values_and_gradients_are_exact_where_rows_are_normal():
 def test_priors_in_the_flow_that_depend_on_latents_in_plates_are_integrated(batch):
     y = data(40)
     x = torch.randn(40, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    guide, rows = rows_of(below, x, y, batch)
+    guide, rows = rows_of(with_children, x, y, batch)
     assert guide.local == ["a"]
     z = real([[0.3, 0.5, -0.3, 0.1], [0.7, 1.2, -1.0, 2.0]])
     density, (mu, b) = Marginal(rows, z[0], guide._start, 0), z.split([1, 3], 1)
