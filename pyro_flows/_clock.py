@@ -69,11 +69,11 @@ class Clock:
         if self.watch is not None:
             self.watch(None)
         if self.depth and STATE.pending:
-            self.told()
+            self.deliver_signal()
         if self.over and not self.final:
             raise OutOfTime
 
-    def told(self, name: str | None = None) -> None:
+    def deliver_signal(self, name: str | None = None) -> None:
         """Ask whether a signal was held back; if so, it came in this part, or in the one that is open."""
         if STATE.take() and not self.interrupt(name or self.open):
             raise KeyboardInterrupt(STATE.name)
@@ -146,7 +146,7 @@ class Part:
     @undisturbed
     def __enter__(self) -> None:
         clock = self.clock
-        clock.told(self.name)
+        clock.deliver_signal(self.name)
         clock.open, clock.depth = self.name, clock.depth + 1
         self._counted = counted(self.name)
         self._counted.__enter__()
@@ -169,7 +169,7 @@ class Part:
             return True
         if isinstance(error, KeyboardInterrupt):
             return not self.clock.final and self.clock.interrupt(self.name)
-        self.clock.told(self.name)
+        self.clock.deliver_signal(self.name)
         return False
 
 

@@ -91,7 +91,7 @@ class Planted:
         if float(weights[second > first].sum()) > PRESENT * self.mass:  # so near that some draws are in it
             return True
         z = z[:SEARCHED_DRAWS]
-        return bool(missed_modes(density, [], z, _first(z), _first, seed=self.number, wandering=False).lacks)
+        return bool(missed_modes(density, [], z, _first(z), _first, seed=self.number, wandering=False).missed)
 
     def is_told(self) -> bool:
         """Whether a fit has half of the second mode's mass at least, or is called unreliable."""

@@ -15,7 +15,7 @@ from pyro_flows.calibration.untrained import Fitted, untrained
 from pyro_flows.fitting.attempt import Attempt, Combined, Prepared, Run
 from pyro_flows.fitting.conclude import conclude
 from pyro_flows.fitting.plan import Plan
-from pyro_flows.fitting.rounds import Round, shift_is_noise, unweighed, weighed
+from pyro_flows.fitting.rounds import Round, unweighed, weighed
 from pyro_flows.fitting.run import prepare
 from pyro_flows.flows.flow import Flow
 from pyro_flows.flows.recipe import Recipe, start_at
@@ -30,6 +30,7 @@ from pyro_flows.starts.together import starts_together
 from pyro_flows.training.lockstep import Lockstep
 from pyro_flows.training.loop import STEP_SIZE, Training
 from pyro_flows.training.together import train_together
+from pyro_flows.verdict.acceptance import shift_is_noise
 from pyro_flows.verdict.deciding import LOOKED_AT_DRAWS
 
 TOGETHER, NUMBERS = 128, 2**20  # data sets side by side at most, and numbers that a step of all handles

@@ -12,7 +12,7 @@ from pyro_flows.fitting.laplace_grid import AT_ONCE as SLICED
 from pyro_flows.fitting.laplace_grid import LIGHTER as LIGHTER_SLICES
 from pyro_flows.fitting.methods import AT_ONCE, LIGHTER
 from pyro_flows.fitting.plan import Plan
-from pyro_flows.fitting.rounds import shift_is_noise, weighed
+from pyro_flows.fitting.rounds import weighed
 from pyro_flows.flows.flow import Flow
 from pyro_flows.flows.parts import affine_base_of
 from pyro_flows.flows.recipe import set_df
@@ -24,6 +24,7 @@ from pyro_flows.starts.matching import matched
 from pyro_flows.starts.start import Start
 from pyro_flows.training.loop import Training
 from pyro_flows.verdict import thresholds
+from pyro_flows.verdict.acceptance import shift_is_noise
 from pyro_flows.verdict.deciding import LOOKED_AT_DRAWS
 from pyro_flows.verdict.weighing import Weighing
 
@@ -66,8 +67,8 @@ class _Trial:
         if self.table is None:
             return self._moved()
         if self.table.log_evidence - self.start.elbo > thresholds.EVIDENCE_GAP_VISIBLE:
-            return self._sliced(self.table) or self._moved()
-        return self._moved() or self._sliced(self.table)
+            return self._on_grid(self.table) or self._moved()
+        return self._moved() or self._on_grid(self.table)
 
     def _moved(self) -> Fitted | None:
         """Return the affine flow at the start, moved to weighted moments, if weights correct it."""
@@ -87,7 +88,7 @@ class _Trial:
                     return flow, Training([], weighing.elbo, False, False, CORRECTED, 0, 0)
         return None
 
-    def _sliced(self, table: Table) -> Fitted | None:
+    def _on_grid(self, table: Table) -> Fitted | None:
         """Return the flow of slices, if weights correct it."""
         with seeded(derive(self.plan.seed, "a look at slices"), self.density.device):
             for df in LIGHTER_SLICES:

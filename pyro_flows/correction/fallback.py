@@ -27,7 +27,7 @@ from pyro_flows.results.record import Recorded
 from pyro_flows.results.scoring import LASTING
 from pyro_flows.verdict.chains import McmcDiagnostics, McmcDraws, objections
 from pyro_flows.verdict.deciding import LOOKED_AT_DRAWS
-from pyro_flows.verdict.thresholds import ESS_OF_MCMC, ESS_SHARE_FAR_OFF, R_HAT_CONVERGED
+from pyro_flows.verdict.thresholds import ESS_OF_MCMC, ESS_SHARE_COLLAPSED, R_HAT_CONVERGED
 
 UNTRAINED, ATTEMPT, LAST = 300_000, 600_000, 1_500_000  # gradients: in the place of training, after it, last
 TRAINED = 1_200_000  # gradients that training, the race before and a sampler after it take, where dimensions are many
@@ -65,7 +65,7 @@ def fallback_sampler(
     asked = chains is not None or posterior.verdict.status == "unreliable"
     asked = asked and not any(reason.startswith(LASTING) for reason in posterior.verdict.reasons)
     if asked:
-        clock.told(_stages.SAMPLER)
+        clock.deliver_signal(_stages.SAMPLER)
     if not asked or clock.interrupted is not None or left <= 0.0:
         return posterior
     bar.watch(_stages.SAMPLER)
@@ -98,7 +98,7 @@ def attempt(
         z, log_q = flow.draw(LOOKED_AT_DRAWS)
     ratios = (density(z) - log_q).double()
     weights = torch.softmax(torch.where(torch.isfinite(ratios), ratios, -torch.inf), 0).nan_to_num(nan=0.0)
-    if not float(weights.square().sum()) * len(z) * ESS_SHARE_FAR_OFF < 1.0 or not bool(weights.sum() > 0.0):
+    if not float(weights.square().sum()) * len(z) * ESS_SHARE_COLLAPSED < 1.0 or not bool(weights.sum() > 0.0):
         return None
     latent, most = Latent(flow, density), gradient_budget(density, ATTEMPT)
     found = chains_from(latent, names, z, weights.log(), draws, seed=seed, bar=bar, most=most, independence=1)
@@ -139,7 +139,7 @@ def _gone_on(sampler: Sampler, found: McmcDiagnostics, spent: float, bar: Bar, p
     """
     trained, attempted = (gradient_budget(sampler.latent.density, count) for count in (TRAINED, ATTEMPT))
     most = trained if sampler.latent.dim > FEW else attempted
-    while not sampler.told:
+    while not sampler.resolved:
         more = most - spent
         if objections(found):
             needed = sampler.gradients_needed(found)

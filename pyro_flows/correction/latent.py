@@ -32,7 +32,7 @@ from pyro_flows.transforms.nested import Nested
 from pyro_flows.transforms.sliced import Sliced
 
 WALKED_PARTS = 4
-SLICED_DEAR = 24  # dimensions of slices, from which each point has hundreds of numbers of its own
+SLICED_COSTLY = 24  # dimensions of slices, from which each point has hundreds of numbers of its own
 WRITTEN_DEAR = 30_000  # numbers that a gradient of the model writes
 LEAPS_KEPT = 4
 
@@ -81,12 +81,12 @@ class Latent:
         self.leaps: Cache[object, Runner | None] = Cache(LEAPS_KEPT)  # steps of trajectories
 
     @property
-    def dear(self) -> bool:
+    def costly(self) -> bool:
         """Whether a look costs many times what others do: some flows have a matrix for each point, and some models."""
         if self.density.written > WRITTEN_DEAR:
             return True
         layers = (layer for flow in self.flows for layer in flow.modules())
-        return self.dim > SLICED_DEAR and any(isinstance(layer, (Nested, Sliced)) for layer in layers)
+        return self.dim > SLICED_COSTLY and any(isinstance(layer, (Nested, Sliced)) for layer in layers)
 
     @property
     def walkable(self) -> bool:

@@ -27,7 +27,7 @@ from pyro_flows.results.record import Record, Recorded
 from pyro_flows.results.scoring import score_pool
 from pyro_flows.verdict.chains import McmcDraws
 from pyro_flows.verdict.deciding import POOL, resample
-from pyro_flows.verdict.thresholds import ESS_SHARE_FAR_OFF
+from pyro_flows.verdict.thresholds import ESS_SHARE_COLLAPSED
 from pyro_flows.verdict.weighing import weigh
 
 METHODS = ("auto", "hmc", "imh", "smc")
@@ -126,7 +126,7 @@ def _proposals(posterior: Recorded, method: str) -> int:
         return 4
     if method == "hmc":
         return int(mixed)
-    return int(mixed or posterior.verdict.ess_ratio >= ESS_SHARE_FAR_OFF)
+    return int(mixed or posterior.verdict.ess_ratio >= ESS_SHARE_COLLAPSED)
 
 
 def can_go_on(posterior: Record) -> bool:

@@ -72,7 +72,7 @@ class Sampler:
         self.round = [tuple(of.unbind(0)) for of in state["round"].unbind(0)] if state["round"].shape[1] == 3 else []
         self.found: McmcDiagnostics | None = None  # the figures of the last look in a run
         self.over = True  # no run is under way
-        self.told = False  # whether the last look found enough draws, for all standard deviations too
+        self.resolved = False  # whether the last look found enough draws, for all standard deviations too
         self.judged = None if chains.figures is None else (self._at(), chains.figures)
 
     @classmethod
@@ -152,7 +152,7 @@ class Sampler:
         if len(self.draws) >= max(self.kept, self.numbers["checked"] + self.numbers.get("pause", self.kept // 2)):
             found = self.found = self._looked_at()
             left = max(end - self.latent.density.evaluations, 0.0)
-            if self.told or self.gradients_needed(found) > short_of * left:
+            if self.resolved or self.gradients_needed(found) > short_of * left:
                 return True
             if diverge(found) and self.numbers["halved"] < HALVINGS:
                 self._begin_halved()
@@ -164,13 +164,13 @@ class Sampler:
         """Return all that :meth:`run` changes."""
         z, stats = self.draws.stacked()
         figures = [as_numbers(self.found), self.judged and [self.judged[0], as_numbers(self.judged[1])]]
-        told = {"over": self.over, "told": self.told, "figures": figures, "kernel": self.kernel.stored()}
+        flags = {"over": self.over, "told": self.resolved, "figures": figures, "kernel": self.kernel.stored()}
         tensors = {"points": self.points, "metric": self.metric, "z": z, "stats": stats, "round": self.round}
-        return {**told, **tensors, "numbers": self.numbers, "density": self.latent.density.state()}
+        return {**flags, **tensors, "numbers": self.numbers, "density": self.latent.density.state()}
 
     def _put_back(self, state: dict[str, Any]) -> None:
         found, judged = state["figures"]
-        self.over, self.told, self.found = state["over"], state["told"], found and McmcDiagnostics.of(found)
+        self.over, self.resolved, self.found = state["over"], state["told"], found and McmcDiagnostics.of(found)
         self.judged = judged and (tuple(judged[0]), McmcDiagnostics.of(judged[1]))
         self.points, self.metric, self.kernel = (
             Points(*state["points"]),
@@ -217,16 +217,18 @@ class Sampler:
         """
         self.numbers["checked"] = len(self.draws)
         found = self._figures(self.numbers.get("worst") or slowest(self.judged_by()[0], WATCHED))
-        self.told, lack = False, 0.0
+        self.resolved, error_ratio = False, 0.0
         if not objections(found):
             draws, gradients = self.judged_by()[0], self._gradients(found.sweeps)
-            told, warm_up, lack = resolved_sds(found, draws, gradients)
-            if told:
+            resolved, warm_up, error_ratio = resolved_sds(found, draws, gradients)
+            if resolved:
                 found = self.figures()  # the verdict's own: nothing is to spare
-                self.told = not objections(found) and (lack <= 1.0 or resolved_sds(found, draws, gradients).told)
+                self.resolved = not objections(found) and (
+                    error_ratio <= 1.0 or resolved_sds(found, draws, gradients).resolved
+                )
             if warm_up:
                 self._choose(slice(len(self.draws) // 2, None))
-        self.numbers["pause"] = next_look(found, thin=self.numbers["thin"], kept=self.kept, lack=lack)
+        self.numbers["pause"] = next_look(found, thin=self.numbers["thin"], kept=self.kept, error_ratio=error_ratio)
         return found
 
     def _figures(self, watched: Sequence[int] | None) -> McmcDiagnostics:

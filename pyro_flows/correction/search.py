@@ -53,18 +53,21 @@ class MissedByChains:
     failures: list[str]
     notes: list[str] = field(default_factory=list)
     stages: list[Stage] = field(default_factory=list)
-    twins: list[SignedPermutation] = field(default_factory=list)
+    symmetries: list[SignedPermutation] = field(default_factory=list)
 
 
 def noted(search: Search | None, stage: str = _stages.SEARCH) -> list[Stage]:
     """Return what a fit's history keeps of a search, for a sampler to look at later: places and spreads as lists."""
-    lacks = [] if search is None else [lack for lack in search.lacks if lack.start.name not in NO_PLACE]
-    if not lacks:
+    missed = [] if search is None else [region for region in search.missed if region.start.name not in NO_PLACE]
+    if not missed:
         return []
-    scales = [lack.start.scale for lack in lacks]
+    scales = [region.start.scale for region in missed]
     spreads = [s.norm(dim=1) if s.dim() == 2 and len(s) > WHOLE_UP_TO else s for s in scales]
     sentence = search.sentence if search is not None else ""
-    places = {"places": [lack.start.loc.tolist() for lack in lacks], "spreads": [spread.tolist() for spread in spreads]}
+    places = {
+        "places": [region.start.loc.tolist() for region in missed],
+        "spreads": [spread.tolist() for spread in spreads],
+    }
     return [Stage(stage, details={"sentence": sentence, **places})]
 
 
@@ -96,10 +99,10 @@ def missed_by_chains(
     seed = derive(seed, "modes that chains lack")
     search, regions = Search(), _Regions(density, chains, evidence, seed)
 
-    def left(lacks: list[MissedRegion]) -> list[MissedRegion]:
-        lacks = [lack for lack, covered in zip(lacks, regions.cover(lacks), strict=True) if not covered]
-        places = [lack.place if lack.drawn is None else lack.drawn for lack in lacks]
-        return [] if lacks and joined(torch.stack(places)) else lacks
+    def left(missed: list[MissedRegion]) -> list[MissedRegion]:
+        missed = [region for region, covered in zip(missed, regions.cover(missed), strict=True) if not covered]
+        places = [region.place if region.drawn is None else region.drawn for region in missed]
+        return [] if missed and joined(torch.stack(places)) else missed
 
     thin = Guide(density, score, covered).is_under_covered(z[chosen], log_p[chosen], by=DENSITY_GAP_OF_WALKERS)
     if not searched or float(thin.double().mean()) > MISSED_MASS_SHARE:
@@ -110,13 +113,13 @@ def missed_by_chains(
     all_ = chains.z.flatten(0, 1)
     even = all_, torch.zeros_like(all_[:, 0])
     search = with_truncated_tails(search, density, lambda: even, worth=worth, seed=seed)
-    if search.lacks:
+    if search.missed:
         place = (search.sentence or "").partition(" near ")[2]
-        said = f"{TOO_LITTLE if to_name(search.lacks)[0].beside else MISS} near {place}"
+        said = f"{TOO_LITTLE if to_name(search.missed)[0].beside else MISS} near {place}"
         found.append(said)
         search = replace(search, sentence=said)
-    twins = [lack.twin for lack in search.lacks if lack.twin is not None]
-    return MissedByChains(found, list(search.notes), noted(search, _stages.SEARCH_BY_CHAINS), twins)
+    symmetries = [region.symmetry for region in search.missed if region.symmetry is not None]
+    return MissedByChains(found, list(search.notes), noted(search, _stages.SEARCH_BY_CHAINS), symmetries)
 
 
 class _Found(TypedDict):
@@ -158,12 +161,12 @@ def held_out(chains: McmcDraws) -> Tensor:
     return (number % HELD_OUT == HELD_OUT - 1).to(chains.z.device)
 
 
-def held_by(
-    density: LogDensity, chains: McmcDraws, lacks: Sequence[MissedRegion], evidence: float, *, seed: int
+def visits_all(
+    density: LogDensity, chains: McmcDraws, missed: Sequence[MissedRegion], evidence: float, *, seed: int
 ) -> bool:
     """Whether chains go in and out of all places that a guide lacks; to where draws only wandered they may go too."""
     regions = _Regions(density, chains, evidence, seed)
-    return all(regions.cover([lack for lack in lacks if lack.start.name != BY_WALKERS]))
+    return all(regions.cover([region for region in missed if region.start.name != BY_WALKERS]))
 
 
 def bridge(from_q: Tensor, from_p: Tensor) -> float:
@@ -181,19 +184,19 @@ class _Regions:
         self.density, self.chains, self.evidence = density, chains, evidence
         self.seed = derive(seed, "regions")
 
-    def cover(self, lacks: Sequence[MissedRegion]) -> list[bool]:
+    def cover(self, missed: Sequence[MissedRegion]) -> list[bool]:
         """Whether chains go in and out of places that a search found; what is no single place counts as it is.
 
         A region may be so wide that draws of another mode are inside: some of these have to climb to the place's top.
         """
-        near = [self.inside(lack.start.loc, lack.start.scale) for lack in lacks]
+        near = [self.inside(region.start.loc, region.start.scale) for region in missed]
         went = [
-            lack.start.name not in NO_PLACE and self.visited(lack.start.loc, lack.start.scale, inside)
-            for lack, inside in zip(lacks, near, strict=True)
+            region.start.name not in NO_PLACE and self.visited(region.start.loc, region.start.scale, inside)
+            for region, inside in zip(missed, near, strict=True)
         ]
-        asked = [number for number, lack in enumerate(lacks) if went[number] and not lack.beside]
+        asked = [number for number, region in enumerate(missed) if went[number] and not region.beside]
         if asked:
-            places = torch.stack([lacks[number].place for number in asked])
+            places = torch.stack([missed[number].place for number in asked])
             compared = torch.stack([near[number].flatten() for number in asked])
             apart = are_separated(self.density, places, self.chains.z.flatten(0, 1), compared)
             for number, lies_apart in zip(asked, apart, strict=True):

@@ -42,9 +42,9 @@ def shortfall(draws: Tensor, may_be: Tensor) -> float:
 class Sds(NamedTuple):
     """Whether all sds have reached their Monte Carlo error, and whether to discard the first half as warm-up."""
 
-    told: bool
+    resolved: bool
     warm_up: bool
-    lack: float
+    error_ratio: float
 
 
 def resolved_sds(found: McmcDiagnostics, draws: Tensor, gradients: float) -> Sds:
@@ -55,12 +55,12 @@ def resolved_sds(found: McmcDiagnostics, draws: Tensor, gradients: float) -> Sds
     """
     few = gradients < CHEAP and found.sweeps < EARLY
     may_be = allowed(draws, few=few)
-    lack = shortfall(draws, may_be)
-    if lack <= 1.0:
-        return Sds(True, False, lack)
-    warm_up = shortfall(draws[:, draws.shape[1] // 2 :], may_be) < CLEARLY * lack
+    error_ratio = shortfall(draws, may_be)
+    if error_ratio <= 1.0:
+        return Sds(True, False, error_ratio)
+    warm_up = shortfall(draws[:, draws.shape[1] // 2 :], may_be) < CLEARLY * error_ratio
     waited_for = few or _least(found) < ESS_OF_CHAINS_MOST
-    return Sds(not (waited_for or warm_up), warm_up, lack)
+    return Sds(not (waited_for or warm_up), warm_up, error_ratio)
 
 
 def unresolved(z: Tensor, found: McmcDiagnostics, names: Sequence[str]) -> list[str]:
@@ -81,12 +81,12 @@ def sweeps_needed(found: McmcDiagnostics) -> float:
     return found.sweeps * ESS_OF_CHAINS / max(_least(found), 1.0)
 
 
-def next_look(found: McmcDiagnostics, *, thin: int, kept: int, lack: float = 0.0) -> int:
+def next_look(found: McmcDiagnostics, *, thin: int, kept: int, error_ratio: float = 0.0) -> int:
     """Return after how many more draws to look again, one of ``thin`` sweeps, where ``kept`` are the fewest of all.
 
     ``lack`` says by what factor the errors of sds are too large: their squares fall as one over the sweeps.
     """
-    whole = max(sweeps_needed(found), lack**2 * found.sweeps)
+    whole = max(sweeps_needed(found), error_ratio**2 * found.sweeps)
     needed = math.ceil((whole - found.sweeps) / thin)
     return kept // 2 if needed <= 0 else min(max(needed, kept // SOONEST, 1), kept // 2)
 

@@ -73,29 +73,29 @@ def chains_of_gaussian(
     """
     flow = location_scale(density.dim, base="normal", diagonal=start.scale.dim() == 1).to(start.loc)
     start_at(flow, start.loc, start.scale)
-    twins: list[SignedPermutation] = []
+    symmetries: list[SignedPermutation] = []
     for _ in range(SYMMETRIES):
-        begun = _begun(flow, density, twins)
+        begun = _begun(flow, density, symmetries)
         tried = None if begun is None else _chains(begun, density, names, draws, seed=seed, bar=bar)
         if begun is None or tried is None:
             return None
         chains, missed = tried
         if not (missed.failures or missed.notes):
             return Untrained(flow, begun.sampler if isinstance(begun.sampler, FlowMixture) else None, chains)
-        more = _placed(begun, density, missed.twins)
+        more = _placed(begun, density, missed.symmetries)
         if not more:
             return None
-        twins += more
+        symmetries += more
     return None
 
 
-def _placed(begun: _Begun, density: LogDensity, twins: Sequence[SignedPermutation]) -> list[SignedPermutation]:
+def _placed(begun: _Begun, density: LogDensity, symmetries: Sequence[SignedPermutation]) -> list[SignedPermutation]:
     """Return the images of the distribution that twins of one of its copies stand for, without those that are there."""
     known = begun.images or [identity(density.dim)]
     y = begun.flow.draw(FEW_DRAWS)[0]
     found: list[SignedPermutation] = []
-    for twin in dict.fromkeys(twins):
-        candidates = [product(image, twin) for image in known]
+    for symmetry in dict.fromkeys(symmetries):
+        candidates = [product(image, symmetry) for image in known]
         heights = [density(image_of(y, candidate)).median() for candidate in candidates]
         best = candidates[int(torch.stack(heights).nan_to_num(nan=-torch.inf).argmax())]
         if best not in known and best not in found:
@@ -130,19 +130,21 @@ def _chains(
 
 
 @counted(_stages.SYMMETRIC)
-def _begun(flow: Flow, density: LogDensity, twins: Sequence[SignedPermutation]) -> _Begun | None:
+def _begun(flow: Flow, density: LogDensity, symmetries: Sequence[SignedPermutation]) -> _Begun | None:
     """Copy a flow to all images under exact symmetries, and to its twins.
 
     None if there are many, or if another move leads to a mode that is no twin. A normal distribution is too thin at
     images under moves that are not exact, too, which are no modes as a rule.
     """
     moves: list[SignedPermutation] = []
-    twins = list(twins)
+    symmetries = list(symmetries)
     while True:
         generated = group(moves, MOST_COPIES) if moves else [identity(density.dim)]
         if generated is None:
             return None
-        images = list(dict.fromkeys(product(twin, move) for twin in (generated[0], *twins) for move in generated))
+        images = list(
+            dict.fromkeys(product(symmetry, move) for symmetry in (generated[0], *symmetries) for move in generated)
+        )
         if len(images) > MOST_COPIES:
             return None
         sampler: Flow | FlowMixture = FlowMixture.copied(flow, images) if len(images) > 1 else flow
@@ -153,28 +155,28 @@ def _begun(flow: Flow, density: LogDensity, twins: Sequence[SignedPermutation]) 
             return None
         guide = Guide(density, sampler.log_prob, float(ratios[usable].median()))
         few = z[usable][:MOVED_DRAWS], log_q[usable][:MOVED_DRAWS]
-        lacks = mirrored(guide, *few)
-        more = [lack.move for lack in lacks if lack.move is not None and lack.move not in moves]
-        if not more and len(images) == 1 and lacks:
-            found = _of_inexact_moves(guide, lacks, *few)
+        missed = mirrored(guide, *few)
+        more = [region.move for region in missed if region.move is not None and region.move not in moves]
+        if not more and len(images) == 1 and missed:
+            found = _of_inexact_moves(guide, missed, *few)
             if found is None:
                 return None
-            twins += found
-            if twins:
+            symmetries += found
+            if symmetries:
                 continue
         if not more:
-            return _Begun(flow, sampler, images, bool(moves) and not twins, z, ratios, guide)
+            return _Begun(flow, sampler, images, bool(moves) and not symmetries, z, ratios, guide)
         moves += list(dict.fromkeys(more))
 
 
 def _of_inexact_moves(
-    guide: Guide, lacks: Sequence[MissedRegion], z: Tensor, log_q: Tensor
+    guide: Guide, missed: Sequence[MissedRegion], z: Tensor, log_q: Tensor
 ) -> list[SignedPermutation] | None:  # fmt: skip
     """Return the twins that moves led to which are not exact; None if one led to a mode of another kind."""
-    lacks = with_symmetric_modes(guide, lacks, z, log_q)
-    twins = [twin for twin in dict.fromkeys(lack.twin for lack in lacks) if twin is not None]
-    apart = [] if twins else are_separated(guide.density, torch.stack([lack.place for lack in lacks]), z)
-    return None if any(apart) else twins
+    missed = with_symmetric_modes(guide, missed, z, log_q)
+    symmetries = [symmetry for symmetry in dict.fromkeys(region.symmetry for region in missed) if symmetry is not None]
+    apart = [] if symmetries else are_separated(guide.density, torch.stack([region.place for region in missed]), z)
+    return None if any(apart) else symmetries
 
 
 def _settled(begun: _Begun, chains: McmcDraws) -> Flow | FlowMixture:

@@ -113,7 +113,7 @@ class Attempt:
     prepared: Prepared
     run: Run
     seed: int
-    lack: Start | None = None
+    missed_mode: Start | None = None
     starts: Sequence[Start] = ()
 
     @property
@@ -123,7 +123,7 @@ class Attempt:
     @property
     def from_scratch(self) -> bool:
         """Whether other methods than a flow may answer: the run begins anywhere, and the model stays as it is."""
-        return self.lack is None and not self.plan.train_model
+        return self.missed_mode is None and not self.plan.train_model
 
     @property
     def goes_on(self) -> bool:

@@ -13,14 +13,14 @@ from pyro_flows._ledger import accepted
 from pyro_flows._seeding import derive, seeded
 from pyro_flows.correction.fallback import chains_miss_mode
 from pyro_flows.correction.judging import around, evidence_of
-from pyro_flows.correction.search import held_by
+from pyro_flows.correction.search import visits_all
 from pyro_flows.fitting.agreement import balanced, compare, stage
 from pyro_flows.fitting.attempt import Attempt, Combined, Prepared, Run, Sampler
 from pyro_flows.fitting.guide_space import latent_of
 from pyro_flows.fitting.laplace_grid import with_tails_checked
 from pyro_flows.fitting.multimodal import MultimodalCandidate, multimodal
 from pyro_flows.fitting.plan import Plan
-from pyro_flows.fitting.rounds import too_uneven
+from pyro_flows.fitting.rounds import volume_misfit
 from pyro_flows.fitting.run import begin_only, make_run
 from pyro_flows.flows.flow import Flow
 from pyro_flows.flows.mixture import FlowMixture
@@ -59,8 +59,8 @@ def make_runs(plan: Plan, prepared: Prepared, found: Combined) -> None:
             found.runs.append(Run(number))
         plan.bar.task = "fit" if plan.runs == 1 else f"fit, {name}"
         with clock.part(name, noted=False):
-            lack = _first_lack(plan, prepared, found) if number and not plan.train_model else None
-            make_run(Attempt(plan, prepared, found.runs[-1], plan.seed + number, lack))
+            start = _start_at_missed_mode(plan, prepared, found) if number and not plan.train_model else None
+            make_run(Attempt(plan, prepared, found.runs[-1], plan.seed + number, start))
     plan.bar.task = "fit"
 
 
@@ -97,7 +97,7 @@ def _combine(plan: Plan, prepared: Prepared, found: Combined) -> None:
         _take(found, tried)
     if not clock.over and isinstance(found.plain, Flow):
         with clock.part(_stages.VARIANCE):
-            found.warnings, found.failures = too_uneven(found.plain, density)
+            found.warnings, found.failures = volume_misfit(found.plain, density)
     if len(found.kept) > 1:
         with clock.part(_stages.COMPARING):
             _compare(plan, density, found)
@@ -132,48 +132,50 @@ def _complete(plan: Plan, prepared: Prepared, found: Combined) -> None:
 
     Where a symmetry tells all, its flows are copied; elsewhere a mixture at all modes of a survey, or runs, are added.
     """
-    if _is_held_by_chains(plan, prepared.density, found):
-        if not _miss_another(plan, prepared.density, found):
+    if _chains_visit_all(plan, prepared.density, found):
+        if not _chains_miss_another(plan, prepared.density, found):
             return
         found.best.chains = None
-    lacks = () if found.search is None else found.search.lacks
-    if all(lack.start.name == BY_WALKERS for lack in lacks):
+    missed = () if found.search is None else found.search.missed
+    if all(region.start.name == BY_WALKERS for region in missed):
         return  # the flow is only too thin next to where it lies: a run of its own has nowhere else to begin
     moves: list[SignedPermutation] = []
-    while found.search is not None and found.search.lacks and not plan.clock.over:
-        if any(lack.start.name == TRUNCATED_TAIL for lack in found.search.lacks):
+    while found.search is not None and found.search.missed and not plan.clock.over:
+        if any(region.start.name == TRUNCATED_TAIL for region in found.search.missed):
             return
-        more = [lack.move for lack in found.search.lacks if lack.move is not None and lack.move not in moves]
+        more = [region.move for region in found.search.missed if region.move is not None and region.move not in moves]
         if more and _copied(found, [*moves, *more]):
             accepted("symmetric copies")
             moves += more
         elif found.surveys < SURVEYS and _surveyed(plan, prepared.density, found):
             moves = []
         else:
-            beside = all(lack.beside for lack in found.search.lacks) and plan.refine is not None  # chains can go there
+            beside = (
+                all(region.beside for region in found.search.missed) and plan.refine is not None
+            )  # chains can go there
             most = 0 if found.multimodal is not None else BESIDE if beside else RUNS_ADDED
             if found.added >= most or _too_many([*moves, *more]):
                 return
             accepted("run at a missed mode")
-            _add_run(plan, prepared, found, found.search.lacks[0].start)
+            _add_run(plan, prepared, found, found.search.missed[0].start)
             _copied(found, moves)
         _look(plan, prepared.density, found)
 
 
-def _is_held_by_chains(plan: Plan, density: LogDensity, found: Combined) -> bool:
+def _chains_visit_all(plan: Plan, density: LogDensity, found: Combined) -> bool:
     """Whether a sampler that sufficed has what the flow lacks: its chains are judged for themselves, later."""
     chains, flow = found.best.chains, found.plain
     if chains is None or found.search is None or not isinstance(flow, Flow):
         return False
     with seeded(derive(plan.seed, "places of chains"), density.device):
         evidence = evidence_of(flow, around(chains), chains, density)
-    return held_by(density, chains, found.search.lacks, evidence, seed=plan.seed)
+    return visits_all(density, chains, found.search.missed, evidence, seed=plan.seed)
 
 
-def _miss_another(plan: Plan, density: LogDensity, found: Combined) -> bool:
+def _chains_miss_another(plan: Plan, density: LogDensity, found: Combined) -> bool:
     """Whether chains that go to all places that the flow lacks miss a mode elsewhere."""
     chains, flow, search = found.best.chains, found.plain, found.search
-    if chains is None or search is None or not isinstance(flow, Flow) or all(lack.beside for lack in search.lacks):
+    if chains is None or search is None or not isinstance(flow, Flow) or all(region.beside for region in search.missed):
         return False
     with plan.clock.part(_stages.MISSED_BY_CHAINS):
         return chains_miss_mode(chains, flow, density, coordinate_names(density.structure), seed=plan.seed)
@@ -190,7 +192,7 @@ def _surveyed(plan: Plan, density: LogDensity, found: Combined) -> bool:
     assert found.sampler is not None
     assert found.search is not None
     found.surveys += 1
-    places = torch.stack([lack.place for lack in found.search.lacks])
+    places = torch.stack([region.place for region in found.search.missed])
     seed = derive(plan.seed, f"survey {found.surveys}")
     with plan.clock.part(_stages.SEVERAL):
         with seeded(seed, density.device):
@@ -214,7 +216,7 @@ def _copied(found: Combined, moves: Sequence[SignedPermutation]) -> bool:
     return True
 
 
-def _add_run(plan: Plan, prepared: Prepared, found: Combined, lack: Start) -> None:
+def _add_run(plan: Plan, prepared: Prepared, found: Combined, start: Start) -> None:
     """Train a further run where the sampler lacks a mode; the sampler becomes the mixture of all runs."""
     clock, density = plan.clock, prepared.density
     number = len(found.runs)
@@ -222,7 +224,7 @@ def _add_run(plan: Plan, prepared: Prepared, found: Combined, lack: Start) -> No
     plan.bar.task = f"fit, {_stages.ADDED_RUN}"
     with clock.part(_stages.ADDED_RUN):
         once = replace(plan, escalate=False)  # a mixture may drop it, and chains can mend what is left
-        make_run(Attempt(once, prepared, found.runs[-1], plan.seed + number, lack))
+        make_run(Attempt(once, prepared, found.runs[-1], plan.seed + number, start))
     plan.bar.task = "fit"
     found.plain = found.sampler = found.best.flow(plan, density)
     found.multimodal = None
@@ -235,12 +237,14 @@ def _search(plan: Plan, density: LogDensity, found: Combined, sampler: Sampler) 
     with density.clock.watching():
         z, log_q = sampler.draw(density.affordable(SEARCHED_DRAWS))
     modes = [mode for run in found.runs for mode in run.modes]
-    wandering = not (sampler is found.best.flow(plan, density) and found.best.best is not None and found.best.best.even)
+    wandering = not (
+        sampler is found.best.flow(plan, density) and found.best.best is not None and found.best.best.nearly_uniform
+    )
     space = latent_of(sampler, density) if wandering else None
     return missed_modes(density, modes, z, log_q, sampler.log_prob, seed=plan.seed, wandering=wandering, space=space)
 
 
-def _first_lack(plan: Plan, prepared: Prepared, found: Combined) -> Start | None:
+def _start_at_missed_mode(plan: Plan, prepared: Prepared, found: Combined) -> Start | None:
     """Return a start where the runs so far lack a mode: the next run trains there."""
     outcomes = [run.best for run in found.runs[:-1] if run.best is not None and run.best.weighed]
     if not outcomes:
@@ -249,8 +253,8 @@ def _first_lack(plan: Plan, prepared: Prepared, found: Combined) -> Start | None
     if len(outcomes) > 1:
         names = coordinate_names(prepared.density.structure)
         sampler = FlowMixture.of([outcome.flow for outcome in outcomes], compare(outcomes, names).weights)
-    lacks = _search(plan, prepared.density, found, sampler).lacks
-    return lacks[0].start if lacks else None
+    missed = _search(plan, prepared.density, found, sampler).missed
+    return missed[0].start if missed else None
 
 
 def _compare(plan: Plan, density: LogDensity, found: Combined) -> None:

@@ -258,7 +258,7 @@ def _fitted(plan: Plan, density: LogDensity) -> Posterior:
             if not (clock.over or found.improper):
                 with seeded(derive(plan.seed, "digits"), density.device):
                     prepared.density.check_digits(drawn(found))
-        clock.told(_stages.JUDGING)
+        clock.deliver_signal(_stages.JUDGING)
         clock.judging()
         plan.bar.watch(_stages.JUDGING)
         if clock.interrupted is not None:

@@ -13,7 +13,7 @@ from pyro_flows import _stages
 from pyro_flows._progress import in_nats
 from pyro_flows.fitting.attempt import Attempt
 from pyro_flows.fitting.plan import SHARE_OF_SECONDS
-from pyro_flows.fitting.rounds import acceptable_gap, assess, shift_is_noise, weighed
+from pyro_flows.fitting.rounds import assess, weighed
 from pyro_flows.flows.flow import Flow
 from pyro_flows.flows.recipe import begin_at
 from pyro_flows.model.log_density import LogDensity
@@ -23,6 +23,7 @@ from pyro_flows.starts.start import Start, divergence
 from pyro_flows.training.convergence import Monitor
 from pyro_flows.training.loop import BATCH, STEP_SIZE, Budget, Check, Look, train
 from pyro_flows.training.trainer import Trainer
+from pyro_flows.verdict.acceptance import acceptable_gap, shift_is_noise
 from pyro_flows.verdict.deciding import LOOKED_AT_DRAWS
 from pyro_flows.verdict.thresholds import EVIDENCE_GAP_OF_TRIALS, SHIFT_SEEN, SHIFT_SEEN_IN_TRAINING
 

@@ -39,7 +39,7 @@ def latent_of(flow: Flow | FlowMixture, density: LogDensity) -> Latent | None:
 class GuideSpace:
     """The posterior in the space of a base distribution, of which the guide is the image under a transform."""
 
-    dear = False  # as far as is known
+    costly = False  # as far as is known
 
     def __init__(self, base: Distribution, transform: Transform, density: LogDensity) -> None:
         self.base, self.transform, self.density = base, transform, density

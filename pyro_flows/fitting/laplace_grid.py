@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pyro_flows._seeding import derive, seeded
 from pyro_flows.fitting.flow_training import begin
-from pyro_flows.fitting.multimodal import MultimodalCandidate, is_enough, weighed
+from pyro_flows.fitting.multimodal import MultimodalCandidate, weighed
 from pyro_flows.fitting.plan import SHARE_OF_SECONDS, Plan
 from pyro_flows.fitting.rounds import Round, untrained
 from pyro_flows.flows.flow import Flow
@@ -29,6 +29,7 @@ from pyro_flows.results.dims import coordinate_names
 from pyro_flows.results.stage import Stage
 from pyro_flows.starts.start import Start
 from pyro_flows.training.trainer import Trainer
+from pyro_flows.verdict.acceptance import weights_correct
 from pyro_flows.verdict.deciding import JUDGED_DRAWS, LOOKED_AT_DRAWS
 from pyro_flows.verdict.methods import GRID
 from pyro_flows.verdict.thresholds import ESS_SHARE_PROMISING
@@ -90,7 +91,7 @@ def along(density: LogDensity, slices: Sequence[Marginal], *, seed: int) -> Mult
     share, k_hat, sampler = found
     stage = Stage(STAGE, k_hat=k_hat, ess_ratio=share, details={"along": name, "slices": len(close.places)})
     said = f"given {name}, the other latents are approximately Gaussian, so a grid over {name} was used"
-    return MultimodalCandidate(sampler, said, stage, is_enough(share, k_hat))
+    return MultimodalCandidate(sampler, said, stage, weights_correct(share, k_hat))
 
 
 def _of_grid(density: LogDensity, slices: Marginal) -> tuple[float, float, Flow] | None:
@@ -105,6 +106,6 @@ def _of_grid(density: LogDensity, slices: Marginal) -> tuple[float, float, Flow]
         except ValueError:
             return None
         found = (*weighed(density, sampler), sampler)
-        if is_enough(*found[:2]):
+        if weights_correct(*found[:2]):
             break
     return found

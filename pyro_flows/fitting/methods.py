@@ -21,7 +21,7 @@ from pyro_flows.fitting.gaussian_conditionals import conditionals_at_start
 from pyro_flows.fitting.laplace_grid import grid_at_start, grid_comes_first
 from pyro_flows.fitting.multimodal import multimodal
 from pyro_flows.fitting.plan import SHARE_OF_SECONDS
-from pyro_flows.fitting.rounds import is_far_off, shift_is_noise, untrained, weighed
+from pyro_flows.fitting.rounds import untrained, weighed, weights_collapse
 from pyro_flows.flows.parts import affine_base_of
 from pyro_flows.flows.recipe import set_df
 from pyro_flows.modes.population_monte_carlo import can_be_tempered
@@ -29,9 +29,10 @@ from pyro_flows.results.dims import coordinate_names
 from pyro_flows.results.stage import Stage
 from pyro_flows.starts.coordinates import climbed
 from pyro_flows.starts.prior import prior_draws
+from pyro_flows.verdict.acceptance import shift_is_noise
 from pyro_flows.verdict.deciding import JUDGED_DRAWS, LOOKED_AT_DRAWS
 from pyro_flows.verdict.methods import CONDITIONALS, GAUSSIAN, GRID, MCMC, MIXTURE, TRAINED
-from pyro_flows.verdict.thresholds import ESS_SHARE_FAR_OFF, ESS_SHARE_PROMISING
+from pyro_flows.verdict.thresholds import ESS_SHARE_COLLAPSED, ESS_SHARE_PROMISING
 
 AS_READ, AT_MODES, AT_THE_BEST, AFTER = "as read", "at modes", "at the best start", "after a flow"
 AT_FIRST = 80  # dimensions up to which a few coordinates are held before any others are chosen; above, chains cost less
@@ -136,7 +137,7 @@ def _gaussian(at: Attempt) -> str | None:
     with at.plan.clock.part(_stages.BEST_START, noted=False):
         for lighter in LIGHTER if flow.base == "student_t" else (1.0,):
             begin(set_df(plain, lighter * df), start)
-            if is_far_off(plain, density):
+            if weights_collapse(plain, density):
                 continue
             cheap = density.affordable(JUDGED_DRAWS) > LOOKED_AT_DRAWS  # else the check that decides is as cheap
             if cheap and not shift_is_noise(weighed(plain, density, LOOKED_AT_DRAWS)):
@@ -162,7 +163,7 @@ def _mixture(at: Attempt, *, barrier: float = BARRIER) -> str | None:
             z, hopeless = prior_draws(at.density, SURVEYED_FROM, seed=at.seed), False
         else:
             z, weighing = run.flow(plan, at.density).draw(SURVEYED_FROM)[0], run.best.weighing
-            hopeless = weighing.ess < ESS_SHARE_FAR_OFF * len(weighing.log_weights)
+            hopeless = weighing.ess < ESS_SHARE_COLLAPSED * len(weighing.log_weights)
         run.multimodal = multimodal(at.density, z, seed=at.seed, bar=plan.bar, barrier=barrier, ridges=hopeless)
     if run.multimodal is None:
         return None
@@ -170,16 +171,16 @@ def _mixture(at: Attempt, *, barrier: float = BARRIER) -> str | None:
     return run.multimodal.stage.stage if run.multimodal.enough else None
 
 
-def _glance_is_cheap(at: Attempt) -> bool:
+def _survey_is_cheap(at: Attempt) -> bool:
     density = at.density
     cheap = density.numbers * density.dim <= CHEAP and density.work.operations <= FEW_OPERATIONS
-    return cheap and len(at.run.modes) <= 1 and at.lack is None
+    return cheap and len(at.run.modes) <= 1 and at.missed_mode is None
 
 
 def _may_have_modes(at: Attempt) -> bool:
     """Whether a flow's weights are so poor that it may lack modes, or modes cost little to look for."""
     best = at.run.best
-    if not (at.goes_on and at.lack is None and at.run.multimodal is None) or best is None:
+    if not (at.goes_on and at.missed_mode is None and at.run.multimodal is None) or best is None:
         return False
     poor = best.weighing.ess < ESS_SHARE_PROMISING * len(best.weighing.log_weights)
     return poor or (can_be_tempered(at.density) and not best.only_k_hat_fails)
@@ -221,10 +222,10 @@ def _chains_of_flow(at: Attempt) -> str | None:
 METHODS = (
     Method(GRID, AS_READ, _is_hierarchical, _grid_of_hierarchy),
     Method(CONDITIONALS, AS_READ, lambda at: _is_hierarchical(at) and _few(at), _conditionals),
-    Method(MIXTURE, AT_MODES, lambda at: len(at.run.modes) > 1 and at.lack is None, _mixture),
+    Method(MIXTURE, AT_MODES, lambda at: len(at.run.modes) > 1 and at.missed_mode is None, _mixture),
     Method(GAUSSIAN, AT_THE_BEST, lambda at: not at.plan.train_model, _gaussian),
     Method(GRID, AT_THE_BEST, lambda at: at.from_scratch and not _is_hierarchical(at), _grid_at_best),
-    Method(MIXTURE, AT_THE_BEST, _glance_is_cheap, _mixture),
+    Method(MIXTURE, AT_THE_BEST, _survey_is_cheap, _mixture),
     Method(CONDITIONALS, AT_THE_BEST, _no_hierarchy_of_few, _conditionals),
     Method(MCMC, AT_THE_BEST, _chains_come_first, _chains_of_gaussian),
     Method(CONDITIONALS, AT_THE_BEST, lambda at: at.from_scratch and not _few(at), _conditionals),

@@ -24,16 +24,11 @@ from pyro_flows.modes.separable import is_separable, marginals
 from pyro_flows.modes.survey import ROUNDS, Survey, can_be_surveyed, climbed_from, has_new, survey
 from pyro_flows.modes.units import units_of
 from pyro_flows.results.stage import Stage
+from pyro_flows.verdict.acceptance import weights_correct
 from pyro_flows.verdict.deciding import LOOKED_AT_DRAWS
 from pyro_flows.verdict.methods import INDEPENDENT, MIXTURE, TABULATED
 from pyro_flows.verdict.psis import psis
-from pyro_flows.verdict.thresholds import (
-    ESS_SHARE_FAR_OFF,
-    ESS_SHARE_GOOD,
-    ESS_SHARE_PROMISING,
-    K_HAT_GOOD,
-    K_HAT_MOST,
-)
+from pyro_flows.verdict.thresholds import ESS_SHARE_COLLAPSED, ESS_SHARE_PROMISING
 
 AGAIN = 3  # times that modes are looked for where weights are large
 ROWS = 4096  # points that all parts are looked at together
@@ -72,39 +67,41 @@ def multimodal(
     seed = derive(seed, "several modes")
     found = survey(density, z, seed=seed, rounds=FEW_ROUNDS, climbs=GLANCED, ridges=ridges)
     found = found if places is None else climbed_from(density, found, places)
-    weighty = found.weighty()
-    apart = len(weighty) > 1 and (_falls(density, weighty.modes, barrier) or _are_apart(weighty, seed))
+    likely = found.likely()
+    apart = len(likely) > 1 and (_has_barrier(density, likely.modes, barrier) or _are_apart(likely, seed))
     if not apart and barrier:
         return None
-    separable = is_separable(density, z, seed=seed, modes=weighty.modes)
-    product = _tabulated(density, weighty, z, seed) if separable else None
+    separable = is_separable(density, z, seed=seed, modes=likely.modes)
+    product = _tabulated(density, likely, z, seed) if separable else None
     if product is not None:
         return product
     if not apart:
-        return _brought(density, None, seed, bar)
+        return _by_tempering(density, None, seed, bar)
     found = found if separable else survey(density, z, seed=seed, rounds=ROUNDS, before=found)
     best = _fitted(density, begun(*_start(found)), seed, bar)
     for number in range(AGAIN):
         if best is None:
             break
         before, again = found, derive(seed, f"again {number}")
-        found = _beyond(density, found, best, again)
+        found = _survey_again(density, found, best, again)
         if not has_new(found, before):
             break
         more = _fitted(density, begun(*_start(found)), again, bar)
-        in_vain = more is None or more.worth < best.worth + ESS_SHARE_FAR_OFF
+        in_vain = more is None or more.worth < best.worth + ESS_SHARE_COLLAPSED
         best = more if more is not None and more.worth > min(best.worth, ESS_SHARE_PROMISING) else best
         if in_vain and best.worth < ESS_SHARE_PROMISING:
             break
     tried = None
     if best is not None:
-        count, modes = len(best.parts), len(found.weighty())
+        count, modes = len(best.parts), len(found.likely())
         said = f"the posterior has several modes: a mixture of {count} Student-t distributions was begun at {modes}"
         tried = _mixture(best, f"{said} of them", {"modes": modes, "parts": count, "survey is over": found.over})
-    return tried if tried is not None and (tried.enough or barrier) else _brought(density, tried, seed, bar)
+    return tried if tried is not None and (tried.enough or barrier) else _by_tempering(density, tried, seed, bar)
 
 
-def _brought(density: LogDensity, other: MultimodalCandidate | None, seed: int, bar: Bar) -> MultimodalCandidate | None:
+def _by_tempering(
+    density: LogDensity, other: MultimodalCandidate | None, seed: int, bar: Bar
+) -> MultimodalCandidate | None:
     """Return a mixture that comes from the prior, in few dimensions, if it is better than another one."""
     parts = tempered_mixture(density, seed=seed) if can_be_tempered(density) else None
     best = None if parts is None else _fitted(density, parts, seed, bar)
@@ -115,7 +112,7 @@ def _brought(density: LogDensity, other: MultimodalCandidate | None, seed: int, 
 
 
 @torch.no_grad()
-def _falls(density: LogDensity, modes: Tensor, barrier: float) -> bool:
+def _has_barrier(density: LogDensity, modes: Tensor, barrier: float) -> bool:
     """Whether the density falls by ``barrier`` nats below both ends on a line from the first mode to another."""
     share = torch.linspace(0.0, 1.0, LINE_POINTS, dtype=modes.dtype, device=modes.device)[:, None, None]
     lines = modes[0] + share * (modes[1:] - modes[0])
@@ -137,7 +134,7 @@ def _are_apart(found: Survey, seed: int) -> bool:
     return int((shares > ITS_OWN).sum()) > 1
 
 
-def _beyond(density: LogDensity, found: Survey, best: Generation, seed: int) -> Survey:
+def _survey_again(density: LogDensity, found: Survey, best: Generation, seed: int) -> Survey:
     """Look for modes that a mixture lacks: from draws with large weights, and from where it is thin."""
     heavy = best.weights * len(best.weights) > HEAVY
     chosen = best.weights.masked_fill(~heavy, 0.0).topk(min(HEAVIEST, int(heavy.sum()))).indices
@@ -171,7 +168,7 @@ def _tabulated(density: LogDensity, found: Survey, z: Tensor, seed: int) -> Mult
     alone = "the density was tabulated on a grid"
     said = alone if density.dim == 1 else "the coordinates are independent, so the density of each was tabulated"
     said = f"the posterior has several modes: {said}" if len(found) > 1 else said
-    return MultimodalCandidate(sampler, said, stage, True) if share >= ESS_SHARE_GOOD and k_hat < K_HAT_MOST else None
+    return MultimodalCandidate(sampler, said, stage, True) if weights_correct(share, k_hat) else None
 
 
 def weighed(density: LogDensity, sampler: Flow) -> tuple[float, float]:
@@ -184,14 +181,9 @@ def weighed(density: LogDensity, sampler: Flow) -> tuple[float, float]:
     return float(1.0 / log_weights.exp().square().sum()) / len(z), k_hat
 
 
-def is_enough(share: float, k_hat: float) -> bool:
-    """Say whether weights correct draws of a mixture, so that it is accepted in place of a flow."""
-    return share >= ESS_SHARE_PROMISING and k_hat < K_HAT_GOOD
-
-
 def _start(found: Survey) -> tuple[Tensor, Tensor, Tensor]:
-    weighty = found.weighty()
-    return weighty.modes, weighty.roots, weighty.evidence
+    likely = found.likely()
+    return likely.modes, likely.roots, likely.evidence
 
 
 def _fitted(density: LogDensity, parts: Parts, seed: int, bar: Bar) -> Generation | None:
@@ -202,4 +194,4 @@ def _mixture(best: Generation, said: str, details: dict[str, object]) -> Multimo
     parts = best.parts
     sampler = student_mixture(parts.loc, parts.roots, parts.log_weights.tolist(), df=parts.df)
     stage = Stage(STAGE, k_hat=best.k_hat, ess_ratio=best.share, details=details)
-    return MultimodalCandidate(sampler, said, stage, is_enough(best.share, best.k_hat))
+    return MultimodalCandidate(sampler, said, stage, weights_correct(best.share, best.k_hat))

@@ -14,18 +14,13 @@ from pyro_flows.model.log_density import LogDensity
 from pyro_flows.results.stage import Stage
 from pyro_flows.training.loop import BATCH, STEP_SIZE, Training
 from pyro_flows.training.trainer import Trainer
-from pyro_flows.verdict.deciding import JUDGED_DRAWS, LOOKED_AT_DRAWS, judge
+from pyro_flows.verdict.acceptance import nothing_to_gain, status_of
+from pyro_flows.verdict.deciding import JUDGED_DRAWS, LOOKED_AT_DRAWS
 from pyro_flows.verdict.thresholds import (
+    ESS_SHARE_COLLAPSED,
     ESS_SHARE_EVEN,
-    ESS_SHARE_FAR_OFF,
     ESS_SHARE_GOOD,
-    EVIDENCE_GAP_GOOD,
-    EVIDENCE_GAP_GOOD_A_DIM,
-    EVIDENCE_GAP_SMALL,
-    EVIDENCE_GAP_SMALL_A_DIM,
     K_HAT_GOOD,
-    SHIFT_SEEN,
-    SHIFT_SEEN_ERRORS,
     VAR_LOG_P_RATIO,
     VAR_LOG_P_RATIO_MOST,
 )
@@ -47,10 +42,10 @@ class Round:
     @property
     def enough(self) -> bool:
         """Whether there is nothing left to mend: stricter than the verdict, since more can be tried."""
-        return self.training.converged and passes_strictly(self.weighing)
+        return self.training.converged and nothing_to_gain(self.weighing)
 
     @property
-    def even(self) -> bool:
+    def nearly_uniform(self) -> bool:
         """Whether the weights of its sample are nearly the same at all draws, so that it is nowhere thin next to them.
 
         Draws that wander about come to a place where a flow is thin only by way of places where it is somewhat thin.
@@ -78,27 +73,6 @@ class Round:
         return float(("unreliable", "corrected", "ok").index(status_of(self.weighing))), self.weighing.elbo
 
 
-def acceptable_gap(dim: int) -> float:
-    """Return the gap in nats that leaves nothing to see in means and sds: the same for each dimension."""
-    return max(EVIDENCE_GAP_GOOD, EVIDENCE_GAP_GOOD_A_DIM * dim)
-
-
-def passes_strictly(weighing: Weighing) -> bool:
-    """Say whether weights are so good that nothing more would gain: stricter than the verdict."""
-    gap, ratio = weighing.log_evidence - weighing.elbo, weighing.ess / len(weighing.log_weights)
-    small = max(EVIDENCE_GAP_SMALL, EVIDENCE_GAP_SMALL_A_DIM * len(weighing.mean_shift))
-    slight = ratio > ESS_SHARE_GOOD and gap < small and weighing.k_hat < weighing.threshold
-    fine = status_of(weighing) == "ok"
-    return fine and (weighing.k_hat < K_HAT_GOOD or slight) and gap < acceptable_gap(len(weighing.mean_shift))
-
-
-def shift_is_noise(weighing: Weighing, *, seen: float = SHIFT_SEEN) -> bool:
-    """Say whether nothing is to mend and weighting moves no mean, sd or quantile by what a reader would see."""
-    shift = max(float(weighing.mean_shift.max()), float(weighing.sd_shift.max()), weighing.quantile_shift or 0.0)
-    error = math.sqrt(max(1.0 / weighing.ess - 1.0 / len(weighing.log_weights), 0.0)) if weighing.ess else 0.0
-    return passes_strictly(weighing) and shift < seen + SHIFT_SEEN_ERRORS * error
-
-
 @torch.no_grad()
 def weighed(flow: Flow, density: LogDensity, draws: int) -> Weighing:
     with density.clock.watching():
@@ -106,20 +80,15 @@ def weighed(flow: Flow, density: LogDensity, draws: int) -> Weighing:
     return weigh(z, density(z), log_q, quantiles=True)
 
 
-def status_of(weighing: Weighing) -> str:
-    """Return the verdict on a sample, ``unreliable`` if it is too small."""
-    return judge(weighing, [str(i) for i in range(len(weighing.mean_shift))]).status
-
-
 @torch.no_grad()
-def is_far_off(flow: Flow, density: LogDensity) -> bool:
+def weights_collapse(flow: Flow, density: LogDensity) -> bool:
     """Whether a few draws of a flow tell that its weights would not do: next to none of them has weight."""
     with density.clock.watching():
         z, log_q = flow.draw(GLANCED_DRAWS)
     ratios = (density(z) - log_q).double()
     weights = torch.softmax(torch.where(torch.isfinite(ratios), ratios, -torch.inf), 0)
     return (
-        not float(weights.square().sum()) * GLANCED_DRAWS * ESS_SHARE_FAR_OFF < 1.0
+        not float(weights.square().sum()) * GLANCED_DRAWS * ESS_SHARE_COLLAPSED < 1.0
     )  # NaN where no draw has a density
 
 
@@ -170,7 +139,7 @@ def _stage(name: str, trainer: Trainer, weighing: Weighing, training: Training) 
 
 
 @torch.no_grad()
-def too_uneven(flow: Flow, density: LogDensity) -> tuple[list[str], list[str]]:
+def volume_misfit(flow: Flow, density: LogDensity) -> tuple[list[str], list[str]]:
     """Say so where the posterior's density is more uneven than a volume-preserving flow can be.
 
     Such a flow hands on the base's Var[log q], which the posterior's Var[log p] has to equal. A little more is a

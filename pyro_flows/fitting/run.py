@@ -74,7 +74,7 @@ def make_run(at: Attempt) -> None:
     with seeded(at.seed, at.density.device):
         starts = [*extra, standard(at.density)]
         with clock.part(_stages.STARTS, share=SHARE_OF_SECONDS):
-            starts = portfolio(at.density, seed=at.seed, extra=extra) if at.lack is None else [at.lack]
+            starts = portfolio(at.density, seed=at.seed, extra=extra) if at.missed_mode is None else [at.missed_mode]
         at.starts = starts
         at.run.modes = [start for start in starts if start.evidence is not None]
         if answered(at, AT_MODES):

@@ -81,12 +81,12 @@ def climbed(
                 more, poor = _weighed(guide, curved, 1, units, seed=seed)
                 more = more or _tempered(guide, curved, *worth_measuring(guide, curved, 1, poor, units), seed=seed)
             found += more
-    return [found[number] for number in distinct([lack.place for lack in found], units, by=TOPS_APART)]
+    return [found[number] for number in distinct([region.place for region in found], units, by=TOPS_APART)]
 
 
-def _are_beside(lacks: Sequence[MissedRegion]) -> bool:
+def _are_beside(missed: Sequence[MissedRegion]) -> bool:
     """Whether no mode is lacked by these, so that others may be."""
-    return all(lack.beside for lack in lacks)
+    return all(region.beside for region in missed)
 
 
 def surveyed(guide: Guide, z: Tensor, doubts: list[Start], *, seed: int) -> list[MissedRegion]:
@@ -99,7 +99,7 @@ def surveyed(guide: Guide, z: Tensor, doubts: list[Start], *, seed: int) -> list
         return []
     seed = derive(seed, "a search")
     climbs = SURVEYED if density.dim <= FEW else SURVEYED // 3
-    found = survey(density, z, seed=seed, rounds=ROUNDS, climbs=climbs, known=guide.score).weighty()
+    found = survey(density, z, seed=seed, rounds=ROUNDS, climbs=climbs, known=guide.score).likely()
     if not len(found):
         return []
     thin = guide.is_under_covered(found.modes, density(found.modes).detach())
@@ -116,13 +116,13 @@ def surveyed(guide: Guide, z: Tensor, doubts: list[Start], *, seed: int) -> list
     modes, roots, evidence = found.modes[rows], found.roots[rows], found.evidence[rows]
     paths = normals_at(modes, roots, evidence)
     units = units_of(z)
-    lacks, doubtful = _weighed(guide, paths, own, units, seed=seed, apart=True)
+    missed, doubtful = _weighed(guide, paths, own, units, seed=seed, apart=True)
     elsewhere = [path for path in doubtful if path.elsewhere]
-    if not lacks and elsewhere:
+    if not missed and elsewhere:
         tops = [path for path in elsewhere if bool(thin[rows[path.number]])]  # a wide term may be covered at its top
-        lacks = _tempered(guide, paths, *worth_measuring(guide, paths, own, tops or elsewhere, units), seed=seed)
+        missed = _tempered(guide, paths, *worth_measuring(guide, paths, own, tops or elsewhere, units), seed=seed)
     doubts += [path.start for path in elsewhere][:DOUBTS]
-    return lacks
+    return missed
 
 
 def _is_cheap(density: LogDensity) -> bool:
@@ -165,9 +165,9 @@ def _weighed(
             doubtful.append(UnverifiedMode(number, float(paths.elbo[number]), elsewhere, start, beside))
         else:
             drawn = draws[place][int(log_weights.argmax())]
-            lack = MissedRegion(ends[number] if bool(at_ends[number]) else drawn, start, beside=beside, drawn=drawn)
-            small.append((float(missing_mass.mean()), lack))
-    found = [lack for mass, lack in small if mass > MISSED_MASS_SHARE]
+            region = MissedRegion(ends[number] if bool(at_ends[number]) else drawn, start, beside=beside, drawn=drawn)
+            small.append((float(missing_mass.mean()), region))
+    found = [region for mass, region in small if mass > MISSED_MASS_SHARE]
     if apart and not found and sum(mass for mass, _ in small) > MISSED_MASS_SHARE:
         found = [max(small, key=itemgetter(0))[1]]
     return found, doubtful

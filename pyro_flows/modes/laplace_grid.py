@@ -84,7 +84,7 @@ def all_grids(density: LogDensity, z: Tensor, log_weights: Tensor, *, seed: int)
     if not can_have_grid(density) or len(z) < FEWEST_DRAWS or not is_usable(log_mass):
         return []
     sample = finer(density, z[resample(log_mass, LOOKED_AT, seed=derive(seed, "looked at"))])
-    coordinates = telling(sample)
+    coordinates = predictors_of_spread(sample)
     if not coordinates:
         return []
     with seeded(derive(seed, "slices"), density.device):
@@ -129,7 +129,7 @@ def closer(density: LogDensity, marginal: Marginal, *, seed: int) -> Marginal | 
         return _marginals(marginal.tails, [marginal.coordinate], CLOSE, marginal.stretch)[0]
 
 
-def telling(z: Tensor) -> list[int]:
+def predictors_of_spread(z: Tensor) -> list[int]:
     """Return the coordinates of draws (S, D) that tell most of how far the others are from their middles."""
     away = z.double() - z.double().median(0).values
     away = (away / away.abs().median(0).values.clamp_min(1e-300)).clamp(-1.5 * FARTHEST, 1.5 * FARTHEST)

@@ -31,7 +31,7 @@ class Search:
     ``draws`` are draws (S, D) of the guide that it began at, and their log weights (S,).
     """
 
-    lacks: tuple[MissedRegion, ...] = ()
+    missed: tuple[MissedRegion, ...] = ()
     sentence: str | None = None
     notes: tuple[str, ...] = field(default=())
     passed: bool = False  # all of it was made, and nothing found
@@ -93,7 +93,7 @@ def missed_modes(
     for name, search in searches.items():
         if not found:
             with _ledger.counted(name):
-                found = sift([lack for lack in search() if is_resolved(density, lack.place)])
+                found = sift([region for region in search() if is_resolved(density, region.place)])
             _ledger.found(name, len(found))
     if not found and unresolved and sift(unresolved):
         notes.append(UNWEIGHED)
@@ -108,8 +108,10 @@ def missed_modes(
 
 def sentence_on(density: LogDensity, found: Sequence[MissedRegion], z: Tensor) -> str:
     """Return the sentence on what a guide with draws ``z`` lacks: modes, or mass next to those that it covers."""
-    named = [*{id(lack.start): lack for lack in reversed(to_name(found))}.values()][::-1]  # a place of each region
-    names = sorted({_named(density, lack.place, z) for lack in named})
+    named = [*{id(region.start): region for region in reversed(to_name(found))}.values()][
+        ::-1
+    ]  # a place of each region
+    names = sorted({_named(density, region.place, z) for region in named})
     more = f" and {len(names) - 1} more" if len(names) > 1 else ""
     what = "has too little mass" if named[0].beside else "misses a mode"
     return f"the guide {what} near {names[0]}{more}"
@@ -124,12 +126,12 @@ def mirrored(guide: Guide, z: Tensor, log_q: Tensor) -> list[MissedRegion]:
     for moved, inside, log_p, log_jacobian in images(density, moves(density, z[:SEEDS]), z):
         # The move keeps the volume of the model's own values, so there q's image has the density that q has at z.
         image = log_q - jacobian + log_jacobian
-        lacks = missed_regions_of(moved, log_p, guide.missing_mass(moved, log_p, image), "mirrored")
-        exact = bool(lacks) and bool((are_the_same(log_p, height) & inside).all())
+        missed = missed_regions_of(moved, log_p, guide.missing_mass(moved, log_p, image), "mirrored")
+        exact = bool(missed) and bool((are_the_same(log_p, height) & inside).all())
         if exact:
             move = signed_permutation(z, moved)
-            lacks = [replace(lack, move=move, twin=move) for lack in lacks]
-        found += lacks
+            missed = [replace(region, move=move, symmetry=move) for region in missed]
+        found += missed
     return found
 
 

@@ -37,7 +37,7 @@ class MissedRegion:
     move: SignedPermutation | None = None
     beside: bool = False
     drawn: Tensor | None = None
-    twin: SignedPermutation | None = None
+    symmetry: SignedPermutation | None = None
 
 
 @dataclass(frozen=True)
@@ -72,9 +72,9 @@ def missed_regions_of(moved: Tensor, log_p: Tensor, missing_mass: Tensor, name: 
     return [MissedRegion(moved[int(torch.where(within, log_p, -torch.inf).argmax())], moments(moved[within], name))]
 
 
-def to_name(lacks: Sequence[MissedRegion]) -> list[MissedRegion]:
+def to_name(missed: Sequence[MissedRegion]) -> list[MissedRegion]:
     """Return the modes that are missed, of which words tell first; the other places if none is."""
-    return [lack for lack in lacks if not lack.beside] or list(lacks)
+    return [region for region in missed if not region.beside] or list(missed)
 
 
 def moments(draws: Tensor, name: str) -> Start:

@@ -28,7 +28,7 @@ from pyro_flows.starts.prior import prior_draws
 from pyro_flows.verdict.deciding import resample
 from pyro_flows.verdict.psis import psis
 from pyro_flows.verdict.thresholds import (
-    ESS_SHARE_FAR_OFF,
+    ESS_SHARE_COLLAPSED,
     ESS_SHARE_GOOD,
     K_HAT_GOOD,
 )
@@ -199,13 +199,13 @@ def fitted(
         best = last = _evolved(density, parts)
         in_vain = 0
         for _ in range(ADDITIONS):
-            if best is None or last is None or best.share < ESS_SHARE_FAR_OFF or best.worth >= ESS_SHARE_GOOD:
+            if best is None or last is None or best.share < ESS_SHARE_COLLAPSED or best.worth >= ESS_SHARE_GOOD:
                 break
             if len(last.parts) >= MOST_PARTS:
                 break
             report(f"{len(last.parts)} parts, {last.share:.2f} of the draws effective")
             last = _evolved(density, _joined(last))
-            in_vain = 0 if last is not None and last.worth >= best.worth + ESS_SHARE_FAR_OFF else in_vain + 1
+            in_vain = 0 if last is not None and last.worth >= best.worth + ESS_SHARE_COLLAPSED else in_vain + 1
             best = last if last is not None and last.worth > best.worth else best
             if in_vain == IN_VAIN:
                 break

@@ -66,7 +66,7 @@ class Survey:
     def __len__(self) -> int:
         return len(self.modes)
 
-    def weighty(self) -> Survey:
+    def likely(self) -> Survey:
         """Return the modes that hold a part of the mass worth a thought, the best first."""
         order = self.evidence.argsort(descending=True)
         order = order[self.evidence[order] > self.evidence.max() - WITHIN] if len(order) else order

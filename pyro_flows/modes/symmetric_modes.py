@@ -49,48 +49,48 @@ def symmetric_modes_of(
     others.sort(key=lambda number: -float(heights[number]))
     places = [paths.ends[number] for number in (home, *others)]
     chosen = distinct(places, units, by=TOPS_APART)[1 : 1 + LOOKED_AT]
-    return [lack for number in chosen for lack in _lacks_at(guide, places[0], places[number], z, log_q)]
+    return [region for number in chosen for region in _region_about(guide, places[0], places[number], z, log_q)]
 
 
 @torch.no_grad()
-def with_symmetric_modes(guide: Guide, lacks: Sequence[MissedRegion], z: Tensor, log_q: Tensor) -> list[MissedRegion]:
+def with_symmetric_modes(guide: Guide, missed: Sequence[MissedRegion], z: Tensor, log_q: Tensor) -> list[MissedRegion]:
     """Return regions that any search found, those that are twins of the guide's own mode with what takes it there.
 
     Cost: a climb from each of them and from a few draws, beside that of :func:`symmetric_modes_of`.
     """
-    if all(lack.twin is not None or lack.beside for lack in lacks):
-        return list(lacks)
-    points = torch.cat([z[:CLIMBERS], torch.stack([lack.place for lack in lacks])])
-    own = len(points) - len(lacks)
+    if all(region.symmetry is not None or region.beside for region in missed):
+        return list(missed)
+    points = torch.cat([z[:CLIMBERS], torch.stack([region.place for region in missed])])
+    own = len(points) - len(missed)
     ends = climb(guide.density, points, units_of(z, full=False).expand_as(points))
     mine = ends.heights[:own].where(ends.settled[:own], -torch.inf)
     if not bool(torch.isfinite(mine).any()):
-        return list(lacks)
+        return list(missed)
     home = ends.points[int(mine.argmax())]
     found = []
-    for number, lack in enumerate(lacks):
+    for number, region in enumerate(missed):
         there = own + number
-        looked_at = number < LOOKED_AT and lack.twin is None and not lack.beside and bool(ends.settled[there])
-        twin = _lacks_at(guide, home, ends.points[there], z, log_q) if looked_at else []
-        found.append(replace(lack, twin=twin[0].twin, move=twin[0].move) if twin else lack)
+        looked_at = number < LOOKED_AT and region.symmetry is None and not region.beside and bool(ends.settled[there])
+        symmetry = _region_about(guide, home, ends.points[there], z, log_q) if looked_at else []
+        found.append(replace(region, symmetry=symmetry[0].symmetry, move=symmetry[0].move) if symmetry else region)
     return found
 
 
-def _lacks_at(guide: Guide, home: Tensor, top: Tensor, z: Tensor, log_q: Tensor) -> list[MissedRegion]:
+def _region_about(guide: Guide, home: Tensor, top: Tensor, z: Tensor, log_q: Tensor) -> list[MissedRegion]:
     """Return the region about a top (D,), if it is a twin of the guide's own one that holds a good part of the mass."""
-    twin = _between(guide.density, home, top, units_of(z, full=False))
-    if twin is None:
+    symmetry = _between(guide.density, home, top, units_of(z, full=False))
+    if symmetry is None:
         return []
-    moved = image_of(z, twin)
+    moved = image_of(z, symmetry)
     log_p = guide.density(moved)
-    lacks = missed_regions_of(moved, log_p, guide.missing_mass(moved, log_p, log_q), "mirrored")
+    missed = missed_regions_of(moved, log_p, guide.missing_mass(moved, log_p, log_q), "mirrored")
     back = (
-        bool(lacks)
-        and product(twin, twin) == identity(z.shape[1])
+        bool(missed)
+        and product(symmetry, symmetry) == identity(z.shape[1])
         and bool(are_the_same(log_p, guide.density(z)).all())
     )
-    move = twin if back else None
-    return [replace(lack, place=top, drawn=lack.place, move=move, twin=twin) for lack in lacks]
+    move = symmetry if back else None
+    return [replace(region, place=top, drawn=region.place, move=move, symmetry=symmetry) for region in missed]
 
 
 def _between(density: LogDensity, top: Tensor, other: Tensor, spread: Tensor) -> SignedPermutation | None:
@@ -104,8 +104,8 @@ def _between(density: LogDensity, top: Tensor, other: Tensor, spread: Tensor) ->
     cost.diagonal().mul_(1.0 - 1e-6)  # of coordinates that cannot be told apart, none moves
     order = _assigned(cost)
     signs = [1.0 if int(which[row, column]) == 0 else -1.0 for row, column in enumerate(order)]
-    twin = tuple(order), tuple(signs)
-    return None if twin == identity(len(top)) else twin
+    symmetry = tuple(order), tuple(signs)
+    return None if symmetry == identity(len(top)) else symmetry
 
 
 def _assigned(cost: Tensor) -> list[int]:

@@ -47,10 +47,10 @@ def missed_together(stack: Stack, flows: Sequence[Flow], *, seed: int) -> list[S
     symmetric = any(mirrored(look.guide, *look.few) for look in usable[:MIRRORED])
     found: list[list[MissedRegion]] = [[] for _ in looks]
     for search in (_climbed, _wandered):
-        for look, lacks in zip(usable, search(stack, usable, seed), strict=True):
-            resolved = [lack for lack in lacks if is_resolved(look.guide.density, lack.place)]
+        for look, missed in zip(usable, search(stack, usable, seed), strict=True):
+            resolved = [region for region in missed if is_resolved(look.guide.density, region.place)]
             found[look.number] = found[look.number] or resolved
-    return [_search(look, lacks, symmetric) for look, lacks in zip(looks, found, strict=True)]
+    return [_search(look, missed, symmetric) for look, missed in zip(looks, found, strict=True)]
 
 
 class _Look(NamedTuple):
@@ -90,11 +90,11 @@ def _climbed(stack: Stack, looks: Sequence[_Look], seed: int) -> list[list[Misse
     own = [_part(paths, slice(place * count, (place + 1) * count)) for place in range(len(looks))]
     found, doubts = [], []
     for look, part in zip(looks, own, strict=True):
-        lacks, doubtful = _weighed(look.guide, part, OWN, look.units, seed=derive(seed, f"weighed {look.number}"))
-        found.append(lacks)
-        doubts.append([] if lacks else doubtful)
+        missed, doubtful = _weighed(look.guide, part, OWN, look.units, seed=derive(seed, f"weighed {look.number}"))
+        found.append(missed)
+        doubts.append([] if missed else doubtful)
     more = _tempered(stack, looks, own, doubts, seed)
-    return [lacks or heavy for lacks, heavy in zip(found, more, strict=True)]
+    return [missed or heavy for missed, heavy in zip(found, more, strict=True)]
 
 
 def _tempered(
@@ -158,14 +158,14 @@ def _thin(look: _Look, ends: Tensor, log_p: Tensor) -> list[MissedRegion]:
     return regions_of_walkers(ends, thin, torch.softmax(ratios, 0), there, BY_WALKERS)
 
 
-def _search(look: _Look | None, lacks: Sequence[MissedRegion], symmetric: bool) -> Search:
+def _search(look: _Look | None, missed: Sequence[MissedRegion], symmetric: bool) -> Search:
     """Put what was found into words."""
     paths = EACH * len(OUTWARDS) + PRIOR
     notes = (f"many data sets were fitted side by side, and the search for missed modes had {paths} paths for each",)
     if look is None:
         return Search(notes=notes)
-    if lacks:
-        return Search(tuple(lacks), sentence_on(look.guide.density, lacks, look.few[0]), notes)
+    if missed:
+        return Search(tuple(missed), sentence_on(look.guide.density, missed, look.few[0]), notes)
     if symmetric:
         return Search((), "the model has a symmetry, and modes were missed at another data set", notes)
     return Search(notes=notes, passed=True)

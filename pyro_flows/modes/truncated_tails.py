@@ -37,16 +37,16 @@ def with_truncated_tails(
 
     ``draw`` gives draws z (S, D) and their log weights (S,); they are worth so many independent ones at most.
     """
-    modes = [lack for lack in search.lacks if lack.start.name != BY_WALKERS]
+    modes = [region for region in search.missed if region.start.name != BY_WALKERS]
     if modes or not can_have_grid(density):
         return search
     with torch.no_grad(), seeded(derive(seed, "draws of tails"), density.device):
         z, log_weights = draw()
     usable = torch.isfinite(log_weights) & torch.isfinite(z).all(1)
-    lack = truncated_tail(density, z[usable], log_weights[usable], worth=worth, seed=seed)
-    if lack is None:
+    region = truncated_tail(density, z[usable], log_weights[usable], worth=worth, seed=seed)
+    if region is None:
         return search
-    return replace(search, lacks=(lack,), sentence=sentence_on(density, [lack], z), passed=False)
+    return replace(search, missed=(region,), sentence=sentence_on(density, [region], z), passed=False)
 
 
 def truncated_tail(

@@ -68,7 +68,7 @@ class Space(Protocol):
     """The latent space of a guide, with the posterior as its target; ``dear`` if a look at a point takes long."""
 
     @property
-    def dear(self) -> bool: ...
+    def costly(self) -> bool: ...
     def place(self, z: Tensor) -> tuple[Tensor, Tensor]: ...
     def look(self, x: Tensor, k: Tensor) -> Points: ...
 
@@ -130,7 +130,7 @@ def under_covered_region(
     weights (S,) and log densities (S,).
     """
     log_mass = torch.log_softmax((weights - guide.covered).double(), 0)
-    count = FEWER if space is not None and space.dear else MANY_WALKERS
+    count = FEWER if space is not None and space.costly else MANY_WALKERS
     chosen = z[resample(log_mass, count, seed=derive(seed, "wanderers"))]
     if space is None or not is_usable(log_mass):
         ends, log_p = move_walkers(guide.density, chosen, units_of(z), seed=derive(seed, "wandering"))

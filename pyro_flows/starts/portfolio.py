@@ -90,14 +90,14 @@ def portfolio(density: LogDensity, *, seed: int, extra: Sequence[Start] = (), df
 def _climbed(density: LogDensity, starts: list[Start], points: Tensor, seed: int) -> list[Start]:
     """Return starts with those at modes, by Newton's method from points (K, D) or where paths from there ended."""
     dim = density.dim
-    dear = dim > CHEAP_HESSIAN_UP_TO or density.long or dim * density.written > CHEAP_HESSIAN_WRITES
-    if not dear:
+    costly = dim > CHEAP_HESSIAN_UP_TO or density.long or dim * density.written > CHEAP_HESSIAN_WRITES
+    if not costly:
         with density.clock.part(_stages.MODES, share=0.5):
             starts = starts + laplace(density, points)
     paths, ends = list[Start](), points
     with density.clock.part(_stages.PATHS, share=0.7):
         paths, ends = along_paths(density, points, seed=seed)
-    if dear:
+    if costly:
         with density.clock.part(_stages.MODES):
             starts = starts + laplace(density, ends, most=STEPS_AFTER_PATHS)
     for start in paths:

@@ -18,7 +18,7 @@ from pyro_flows.flows.flow import Flow
 from pyro_flows.model.log_density import DensityState, LogDensity
 from pyro_flows.training.convergence import WINDOW, Monitor
 from pyro_flows.training.trainer import LOOK_EVERY, Trainer, TrainerState
-from pyro_flows.verdict.thresholds import ESS_SHARE_FAR_OFF
+from pyro_flows.verdict.thresholds import ESS_SHARE_COLLAPSED
 
 BATCH = 64
 STEP_SIZE = 1e-2
@@ -257,7 +257,7 @@ class _Run:
         """Look at the weights after a try; return why the training is over, if they say so."""
         assert self.look is not None
         enough, share = self.look.weigh()
-        stalled = self.look.stalls and share < self.share + ESS_SHARE_FAR_OFF
+        stalled = self.look.stalls and share < self.share + ESS_SHARE_COLLAPSED
         self.try_from, self.share = AGAIN * self.done if self.look.stalls else math.inf, share
         return LIGHT if enough else STALLED if stalled else None
 

@@ -18,10 +18,10 @@ import math
 # Weights have a finite variance below 0.5, and a finite mean below 1 (PSIS).
 
 # Averages by weighted draws need a k-hat below this, and below 1 - 1 / log10 S: the verdict, moments of a start, the
-# mass of a region, tabulated densities. Source: PSIS; Yao.
+# mass of a region. Source: PSIS; Yao.
 K_HAT_MOST = 0.7
 
-# Weights have a finite variance below this: they correct results, a mixture is accepted in place of a flow, a round
+# Weights have a finite variance below this: they correct results, a mixture or table is accepted, a round
 # has nothing left to gain, and the flow of a marginal is not fitted further. Source: PSIS (finite variance); measured
 # (record 0033).
 K_HAT_GOOD = 0.5
@@ -49,11 +49,11 @@ ESS_SHARE_PROMISING = 0.5
 # weighted draws, no independent proposals in MCMC, no new part of a mixture; and the density may have no smooth top.
 # What adds less is in vain: a part of a mixture, or training, which ends there where MCMC can take over. Source:
 # chosen.
-ESS_SHARE_FAR_OFF = 0.02
+ESS_SHARE_COLLAPSED = 0.02
 
 # From this on, only the tail of the weights of a round can be in doubt, no part is added to a mixture, the flow of a
-# marginal is not fitted further, tabulated densities are accepted, and many fits try heavier tails. Draws of an
-# amortized flow are used as they are. Source: measured (record 0016).
+# marginal is not fitted further, and many fits try heavier tails. Draws of an amortized flow are used as they are.
+# Source: measured (record 0016).
 ESS_SHARE_GOOD = 0.9
 # Weights are nearly even above this, so that fewer checks and draws suffice, and a start is not matched again. Source:
 # chosen.

@@ -204,7 +204,7 @@ def test_a_mode_that_no_symmetry_leads_to_is_missed_too():
     stack = Stack([pf.LogDensity(peaks, (torch.tensor(y),)) for y in places])
     with seeded(0):
         at_one = modes_together.missed_together(stack, narrow_flows(stack, [[y] for y in places], 0.3), seed=0)
-    assert all(search.lacks and search.failures for search in at_one)
+    assert all(search.missed and search.failures for search in at_one)
 
 
 def test_nothing_is_missed_where_there_is_one_mode():
@@ -217,7 +217,7 @@ def test_nothing_is_missed_where_there_is_one_mode():
             mean, covariance = exact(*args)
             start_at(flow, mean, torch.linalg.cholesky(covariance))
         found = modes_together.missed_together(stack, flows, seed=0)
-    assert all(not search.lacks and not search.failures and search.passed for search in found)
+    assert all(not search.missed and not search.failures and search.passed for search in found)
     assert all("12 paths" in search.notes[0] for search in found)
 
 
@@ -227,7 +227,7 @@ def test_a_guide_that_is_too_narrow_is_found_by_wanderers():
     flows = narrow_flows(stack, [exact(*args)[0].tolist() for args in sets], 0.03)
     with seeded(0):
         found = modes_together.missed_together(stack, flows, seed=0)
-    assert all(search.lacks for search in found)
+    assert all(search.missed for search in found)
 
 
 def test_starts_are_at_each_posterior():

@@ -169,7 +169,7 @@ def test_slices_that_are_not_normal_are_not_taken():
     made = [part for part in zip(stack.densities, starts, tables, strict=True) if part[-1] is not None]
     assert made
     for density, start, table in made:
-        assert _Trial(location_scale(stack.dim), SEEDED, density, start, table)._sliced(table) is None
+        assert _Trial(location_scale(stack.dim), SEEDED, density, start, table)._on_grid(table) is None
 
 
 @pytest.mark.slow
@@ -212,7 +212,7 @@ def test_the_kind_that_is_likely_to_be_enough_comes_first(trial, monkeypatch):
     """The evidence of slices tells how far the start's ELBO is from it."""
     asked: list[str] = []
     monkeypatch.setattr(_Trial, "_moved", lambda self: asked.append("moved"))
-    monkeypatch.setattr(_Trial, "_sliced", lambda self, table: asked.append("sliced"))
+    monkeypatch.setattr(_Trial, "_on_grid", lambda self, table: asked.append("sliced"))
     one = trial(0)
     object.__setattr__(one.start, "elbo", one.table.log_evidence - 0.2)
     assert one.best() is None
@@ -231,14 +231,14 @@ def test_a_glance_suffices_only_where_weights_are_even(stack, tables):
 
 def test_weights_may_correct_slices_and_then_nothing_counts_as_converged(trial):
     one = trial(0)
-    _, converged = one._sliced(one.table)
+    _, converged = one._on_grid(one.table)
     assert (converged.why, converged.converged) == (AT_ONCE, True)
     wider = replace(one.table, roots=0.85 * one.table.roots)
-    _, corrected = one._sliced(wider)
+    _, corrected = one._on_grid(wider)
     assert (corrected.why, corrected.converged) == (CORRECTED_SLICES, False)
 
 
 @pytest.mark.parametrize("factor", [3.0, 0.2])
 def test_slices_of_another_width_are_not_taken(trial, factor):
     one = trial(0)
-    assert one._sliced(replace(one.table, roots=factor * one.table.roots)) is None
+    assert one._on_grid(replace(one.table, roots=factor * one.table.roots)) is None

@@ -150,8 +150,10 @@ def moved(name, *, mixed=False, seed=0, sweeps=4, **options):
 
 def exact_cases():
     """Each target with a flow, and two with a mixture of flows, whose moves take longer: the others are slow."""
-    dear = [pytest.mark.slow if name not in ("banana", "two") else () for name in TARGETS]
-    mixtures = [pytest.param(name, True, id=f"{name}-mixture", marks=m) for name, m in zip(TARGETS, dear, strict=True)]
+    costly = [pytest.mark.slow if name not in ("banana", "two") else () for name in TARGETS]
+    mixtures = [
+        pytest.param(name, True, id=f"{name}-mixture", marks=m) for name, m in zip(TARGETS, costly, strict=True)
+    ]
     return [pytest.param(name, False, id=f"{name}-flow") for name in TARGETS] + mixtures
 
 

@@ -11,10 +11,12 @@ import torch
 import pyro_flows as pf
 from pyro_flows._stages import TRIAL_RUN
 from pyro_flows.fitting import flow_training, methods
-from pyro_flows.fitting import rounds as criteria
+from pyro_flows.fitting import rounds as samples
 from pyro_flows.training.convergence import Monitor
 from pyro_flows.training.loop import COOL_AT_LEAST, COOL_EARLY, COOL_TRIED
+from pyro_flows.verdict.acceptance import shift_is_noise
 from pyro_flows.verdict.methods import MIXTURE
+from pyro_flows.verdict.thresholds import SHIFT_SEEN
 from tests.fitting.test_rounds import real, round_of
 
 Y = torch.tensor([0.3, -1.2, 2.0, 0.4], dtype=torch.float64)
@@ -65,7 +67,7 @@ def test_a_skewed_posterior_needs_some_and_is_right():
 def test_a_training_that_ended_too_early_goes_on(monkeypatch):
     looks = []
 
-    def unsure(weighing, *, seen=criteria.SHIFT_SEEN):
+    def unsure(weighing, *, seen=SHIFT_SEEN):
         looks.append(seen)
         return len(looks) == 3  # two looks at the start, and the first one while training
 
@@ -83,7 +85,7 @@ def test_training_does_not_go_on_for_the_tail_of_even_weights(monkeypatch, refin
     """A look that ends it, and a sample whose k-hat says no, though its weights are all alike: chains are cheaper."""
     looks = []
 
-    def sure_once(weighing, *, seen=criteria.SHIFT_SEEN):
+    def sure_once(weighing, *, seen=SHIFT_SEEN):
         looks.append(seen)
         return len(looks) == 3
 
@@ -149,7 +151,7 @@ INVISIBLE = [
 
 @pytest.mark.parametrize(("changes", "wanted"), INVISIBLE)
 def test_invisible_from_both_sides(changes, wanted):
-    assert criteria.shift_is_noise(round_of(**changes).weighing) is wanted
+    assert shift_is_noise(round_of(**changes).weighing) is wanted
 
 
 EVEN = [({"ess": 985.0}, True), ({"ess": 975.0}, False), ({"ess": 985.0, "k_hat": 0.5}, False),
@@ -158,7 +160,7 @@ EVEN = [({"ess": 985.0}, True), ({"ess": 975.0}, False), ({"ess": 985.0, "k_hat"
 
 @pytest.mark.parametrize(("changes", "wanted"), EVEN)
 def test_even_weights_from_both_sides(changes, wanted):
-    assert round_of(**changes).even is wanted
+    assert round_of(**changes).nearly_uniform is wanted
 
 
 @pytest.mark.slow
@@ -172,7 +174,7 @@ def test_wanderers_are_left_out_only_where_weights_are_even(monkeypatch):
 
     monkeypatch.setattr("pyro_flows.fitting.combine.missed_modes", missed_modes)
     fitted(normal)
-    monkeypatch.setattr(criteria, "ESS_SHARE_EVEN", 1.0)
+    monkeypatch.setattr(samples, "ESS_SHARE_EVEN", 1.0)
     fitted(normal)
     assert asked == [False, True]
 
@@ -235,4 +237,4 @@ def test_a_glance_tells_flows_whose_weights_would_not_do(shift, far):
 
     flow = pf.Flow(pf.transforms.LowerTriangularAffine(2), base="normal").double()
     torch.manual_seed(0)
-    assert criteria.is_far_off(flow, pf.LogDensity(model)) is far
+    assert samples.weights_collapse(flow, pf.LogDensity(model)) is far

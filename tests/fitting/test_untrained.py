@@ -15,7 +15,7 @@ from pyro_flows.correction.fallback import _gone_on
 from pyro_flows.correction.hmc import microcanonical
 from pyro_flows.correction.latent import Latent
 from pyro_flows.correction.sampler import ROUND, Sampler
-from pyro_flows.correction.search import held_by
+from pyro_flows.correction.search import visits_all
 from pyro_flows.correction.untrained import chains_of_gaussian
 from pyro_flows.fitting.flow_training import begin
 from pyro_flows.flows.parts import affine_base_of, location_scale
@@ -282,11 +282,11 @@ def test_chains_hold_what_they_go_in_and_out_of():
     right.z[..., 0] = 3.0 + (z[..., 0] - 3.0 * side)
     loc, scale = torch.zeros(DIM).double(), ONES.clone()
     loc[0], scale[0] = -3.0, 0.5
-    lack = MissedRegion(loc, Start("climbed", loc, scale))
+    region = MissedRegion(loc, Start("climbed", loc, scale))
     evidence = math.log(0.5)  # two normals of sd a half, by half of the mass each
-    assert held_by(density, both, [lack], evidence, seed=0)
-    assert not held_by(density, right, [lack], evidence, seed=0)
-    assert held_by(density, right, [MissedRegion(loc, Start(BY_WALKERS, loc, scale))], evidence, seed=0)
+    assert visits_all(density, both, [region], evidence, seed=0)
+    assert not visits_all(density, right, [region], evidence, seed=0)
+    assert visits_all(density, right, [MissedRegion(loc, Start(BY_WALKERS, loc, scale))], evidence, seed=0)
 
 
 @pytest.mark.parametrize("dim", [3, 250])
@@ -296,11 +296,11 @@ def test_a_look_at_an_untrained_flow_is_one_at_its_affine_map(name, dim):
     recipe = latent_recipe(name, {}, affine="auto", base="student_t", df=15.0)
     flow = recipe.build_for_latents(dim).double()
     start = Start("given", torch.linspace(-1.0, 1.0, dim).double(), torch.linspace(0.5, 2.0, dim).double())
-    twin = affine_base_of(flow)
+    symmetry = affine_base_of(flow)
     found = []
-    for one in (flow, twin):
+    for one in (flow, symmetry):
         begin(set_df(one, 30.0), start)
         torch.manual_seed(0)
         found.append(one.draw(200))
-    assert len(list(twin.modules())) < len(list(flow.modules()))
+    assert len(list(symmetry.modules())) < len(list(flow.modules()))
     torch.testing.assert_close(found[0], found[1], rtol=1e-9, atol=1e-9)

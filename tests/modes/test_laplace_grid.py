@@ -19,7 +19,7 @@ from pyro_flows.correction.search import missed_by_chains
 from pyro_flows.correction.starts import affine_flow
 from pyro_flows.fitting.laplace_grid import along
 from pyro_flows.flows.recipe_json import from_json, not_rebuilt, to_json
-from pyro_flows.modes.laplace_grid import _around_first, all_grids, closer, grids_about, telling
+from pyro_flows.modes.laplace_grid import _around_first, all_grids, closer, grids_about, predictors_of_spread
 from pyro_flows.modes.missed_modes import Search
 from pyro_flows.modes.tables import flow_along
 from pyro_flows.modes.truncated_tails import truncated_tail, with_truncated_tails
@@ -78,7 +78,7 @@ def shortened(density: pf.LogDensity) -> Tensor:
 
 def test_the_marginal_is_exact_far_beyond_the_draws(density):
     z = shortened(density)
-    assert telling(z) == [1]
+    assert predictors_of_spread(z) == [1]
     (marginal,) = all_grids(density, z, torch.zeros(len(z)), seed=0)
     u, below = exact()
     at = torch.tensor([0.05, 0.25, 0.5, 0.75, 0.95, 0.99]).double()
@@ -90,10 +90,10 @@ def test_the_marginal_is_exact_far_beyond_the_draws(density):
 
 def test_a_tail_is_told_only_where_draws_come_short_of_it(density):
     z = shortened(density)
-    lack = truncated_tail(density, z, torch.zeros(len(z)), seed=0)
-    assert float(lack.place[1]) > float(z[:, 1].quantile(0.95))
-    assert lack.place.dtype == lack.start.scale.dtype == density.dtype
-    assert lack.beside
+    region = truncated_tail(density, z, torch.zeros(len(z)), seed=0)
+    assert float(region.place[1]) > float(z[:, 1].quantile(0.95))
+    assert region.place.dtype == region.start.scale.dtype == density.dtype
+    assert region.beside
     whole = draws(6000, seed=2).to(density.dtype)
     assert truncated_tail(density, whole, torch.zeros(len(whole)), seed=0) is None
     few = truncated_tail(density, z, torch.zeros(len(z)), worth=50.0, seed=0)  # so few draws may miss as much by chance
@@ -193,7 +193,7 @@ def test_nothing_is_told_of_a_normal_posterior():
 
     density = pf.LogDensity(normal)
     z = pf.fit(normal, progress=False, refine=False).z
-    assert telling(z) == []
+    assert predictors_of_spread(z) == []
     assert all_grids(density, z, torch.zeros(len(z)), seed=0) == []
     assert grids_about(density, z.mean(0), z, seed=0) == []
 
@@ -315,8 +315,8 @@ def test_a_tail_that_never_ends_is_told_short_too():
     level = 0.9 * torch.rand(4000, generator=generator).double()  # without the upper tenth
     a = torch.tan(math.pi * (level - 0.5))
     b = torch.randn(4000, 3, generator=generator).double() * torch.nn.functional.softplus(a)[:, None]
-    lack = truncated_tail(density, torch.cat([a[:, None], b], 1), torch.zeros(4000), seed=0)
-    assert float(lack.place[0]) > 3.0
+    region = truncated_tail(density, torch.cat([a[:, None], b], 1), torch.zeros(4000), seed=0)
+    assert float(region.place[0]) > 3.0
 
 
 def test_a_table_far_from_zero_keeps_its_digits(density):

@@ -228,16 +228,16 @@ def test_paths_to_the_guides_own_mode_leave_room_for_others(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("both", "dear"),
+    ("both", "costly"),
     [(False, False), *(pytest.param(*given, marks=pytest.mark.slow) for given in [(False, True), (True, False)])],
 )
-def test_an_image_in_hundreds_of_dimensions_that_only_poor_normals_come_to(both, dear, monkeypatch):
+def test_an_image_in_hundreds_of_dimensions_that_only_poor_normals_come_to(both, costly, monkeypatch):
     """A lie: paths from afar came to the other half of the mass with normals that were 36 nats too poor, or more.
 
     Blocks of coordinates with other scales are exchanged, and no sum of terms can be seen: no other search finds it.
     Where Hessians are too dear, the search says that it could not weigh a place.
     """
-    if dear:
+    if costly:
         monkeypatch.setattr(unverified_modes, "CURVED_UP_TO", 0)
     dim = 220
     order = torch.cat([torch.arange(dim // 2, dim), torch.arange(dim // 2)])
@@ -261,7 +261,7 @@ def test_an_image_in_hundreds_of_dimensions_that_only_poor_normals_come_to(both,
     if both:
         z[::2] = z[::2][:, order]
     search = missed_modes(pf.LogDensity(model), [], z, score(z), score)
-    assert bool(search.lacks) == (not both and not dear)
-    assert search.notes == ((unverified_modes.UNWEIGHED,) if dear else ())
-    for lack in search.lacks:
-        assert half.log_prob(lack.place[order]) > half.log_prob(center) - 0.1
+    assert bool(search.missed) == (not both and not costly)
+    assert search.notes == ((unverified_modes.UNWEIGHED,) if costly else ())
+    for region in search.missed:
+        assert half.log_prob(region.place[order]) > half.log_prob(center) - 0.1

@@ -81,7 +81,7 @@ def test_one_mode_is_one():
 
 def test_a_mode_without_mass_is_not_weighty():
     found = met(normals([[0.0], [10.0]], [1.0, 1.0], [1.0 - 1e-9, 1e-9]))
-    assert len(found.weighty()) == 1
+    assert len(found.likely()) == 1
 
 
 def test_what_a_climb_adds_is_new():
@@ -144,7 +144,7 @@ def test_the_search_finds_what_few_paths_do_not():
     torch.manual_seed(0)
     z = guide.sample((500,))
     found = missed_modes(density, [], z, guide.log_prob(z), guide.log_prob)
-    assert found.lacks  # one is enough: a fit then surveys all
+    assert found.missed  # one is enough: a fit then surveys all
     assert "misses a mode" in found.failures[0]
 
 
@@ -200,7 +200,7 @@ def test_no_draw_with_any_density_is_no_population():
 def test_an_empty_survey_has_nothing_weighty():
     nothing = torch.zeros(0, 2)
     none = nothing[:, 0]
-    assert len(Survey(nothing, torch.zeros(0, 2, 2), none, none.long(), none.bool()).weighty()) == 0
+    assert len(Survey(nothing, torch.zeros(0, 2, 2), none, none.long(), none.bool()).likely()) == 0
 
 
 def test_a_guide_that_is_thin_at_the_top_of_its_own_mode_is_compared_all_the_same(monkeypatch):
@@ -216,8 +216,8 @@ def test_a_guide_that_is_thin_at_the_top_of_its_own_mode_is_compared_all_the_sam
 
     monkeypatch.setattr(climbs, "K_HAT_MOST", -math.inf)
     guide = Guide(density, score, math.log(0.5))
-    (lack, *_) = climbs.surveyed(guide, z, [], seed=0)
-    assert float((lack.place - centers[1]).abs().max()) < 4.0
+    (region, *_) = climbs.surveyed(guide, z, [], seed=0)
+    assert float((region.place - centers[1]).abs().max()) < 4.0
 
 
 def test_the_only_mode_is_not_held_against_a_guide_that_is_thin_at_its_top(monkeypatch):
@@ -247,4 +247,4 @@ def test_a_narrow_mode_without_a_sum_is_found_by_many_points(seed):
     z = torch.randn(1000, 3, generator=torch.Generator().manual_seed(seed))
     first = dist.Normal(torch.zeros(3), 1.0).to_event(1)
     found = missed_modes(density, [], z, first.log_prob(z), first.log_prob, seed=seed, wandering=False)
-    assert min(float((lack.place - 3.0).norm()) for lack in found.lacks) < 0.5
+    assert min(float((region.place - 3.0).norm()) for region in found.missed) < 0.5

@@ -86,7 +86,7 @@ def test_any_signed_permutation_between_two_tops_is_found(dim):
     assert len(found) == 1
     assert found[0].move is None, "what is done twice leads elsewhere"
     z = draws_about(center)
-    takes = z[:, list(found[0].twin[0])] * torch.tensor(found[0].twin[1]).double()
+    takes = z[:, list(found[0].symmetry[0])] * torch.tensor(found[0].symmetry[1]).double()
     there = torch.tensor(signs).double() * z[:, order]
     assert float((takes - there).abs().max()) == 0.0
 
@@ -99,8 +99,8 @@ def test_a_twin_may_have_another_mass_and_is_a_symmetry_if_it_has_not(share):
     if share == 0.99:
         assert found == [], "next to nothing is lacked"
         return
-    assert found[0].twin == (tuple(order), (1.0,) * dim)
-    assert found[0].move == (found[0].twin if share == 0.5 else None)
+    assert found[0].symmetry == (tuple(order), (1.0,) * dim)
+    assert found[0].move == (found[0].symmetry if share == 0.5 else None)
 
 
 def test_a_single_draw_tells_of_no_scale_and_ends_in_no_error():

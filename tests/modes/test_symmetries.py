@@ -243,7 +243,7 @@ def check_half(dim):
     found = look(density, one.sample((200,)), one.log_prob)
     assert len(found.failures) == 1
     assert "misses a mode near z[" in found.failures[0]
-    assert bool((found.lacks[0].place < 0).double().mean() > 0.9)
+    assert bool((found.missed[0].place < 0).double().mean() > 0.9)
     assert not found.passed
 
 
@@ -401,7 +401,7 @@ def test_a_mirrored_mode_costs_no_second_run(monkeypatch):
 
 
 def test_a_move_that_leaves_the_support_at_some_draws_is_no_symmetry(monkeypatch):
-    monkeypatch.setattr(modes, "with_symmetric_modes", lambda guide, lacks, *_: lacks)
+    monkeypatch.setattr(modes, "with_symmetric_modes", lambda guide, missed, *_: missed)
     density, one, _ = mirrored(2)
     for kept, known in ((200, True), (150, False)):
 
@@ -412,7 +412,7 @@ def test_a_move_that_leaves_the_support_at_some_draws_is_no_symmetry(monkeypatch
 
         monkeypatch.setattr(modes, "images", half)
         found = look(density, one.sample((200,)), one.log_prob)
-        assert (found.lacks[0].move is not None) == known
+        assert (found.missed[0].move is not None) == known
 
 
 def test_symmetries_that_are_too_many_leave_the_copies_that_there_are(monkeypatch):
@@ -422,10 +422,10 @@ def test_symmetries_that_are_too_many_leave_the_copies_that_there_are(monkeypatc
     searches = [[flip(5, 0)], every, []]
 
     def search(plan, density, found):
-        lacks = tuple(MissedRegion(far, Start("mirrored", far, far), move) for move in searches.pop(0))
-        found.search = Search(lacks)
+        missed = tuple(MissedRegion(far, Start("mirrored", far, far), move) for move in searches.pop(0))
+        found.search = Search(missed)
 
-    def add(plan, prepared, found, lack):
+    def add(plan, prepared, found, region):
         found.sampler, found.added = found.plain, found.added + 1
 
     monkeypatch.setattr(combine, "_look", search)
@@ -448,9 +448,9 @@ def test_no_run_is_added_where_a_flow_is_only_thin(monkeypatch):
     monkeypatch.setattr(combine, "_look", lambda plan, density, found: setattr(found, "search", Search()))
     monkeypatch.setattr(combine, "_add_run", lambda plan, prepared, found, start: added.append(start.name))
     monkeypatch.setattr(combine, "_surveyed", lambda *_: False)
-    for lacks in ([thin], [thin, mode]):
+    for missed in ([thin], [thin, mode]):
         flow = pf.realnvp(2, layers=2)
-        found = combine.Combined(plain=flow, sampler=flow, search=Search(tuple(lacks)))
+        found = combine.Combined(plain=flow, sampler=flow, search=Search(tuple(missed)))
         plan = SimpleNamespace(clock=SimpleNamespace(over=False))
         combine._complete(plan, SimpleNamespace(density=None), found)
     assert len(added) == 1

@@ -107,8 +107,8 @@ def test_many_small_modes_count_together():
 
     found = missed_modes(density, [], z, main(z), main)
     assert found.sentence.startswith("the guide misses a mode near z[")
-    assert float(found.lacks[0].place.norm()) == pytest.approx(8.0, abs=1.0)
-    assert not missed_modes(density, [], z, log_density(z), log_density).lacks
+    assert float(found.missed[0].place.norm()) == pytest.approx(8.0, abs=1.0)
+    assert not missed_modes(density, [], z, log_density(z), log_density).missed
 
 
 def test_of_two_mixtures_the_better_one_is_taken():

@@ -164,7 +164,7 @@ def check_neck():
     missing_mass = missed_modes(density, [], cut[:1000], cut_log_q(cut[:1000]), cut_log_q)
     assert len(missing_mass.failures) == 1
     assert not missing_mass.passed
-    assert float(missing_mass.lacks[0].place[0]) < -0.5
+    assert float(missing_mass.missed[0].place[0]) < -0.5
     right = missed_modes(density, [], whole[:1000], log_q(whole[:1000]), log_q)
     assert right.failures == []
     assert right.passed

@@ -112,7 +112,7 @@ def test_sums_by_hand_are_followed_though_terms_underflow(how):
         pyro.factor("sum", BY_HAND[how](wide.log_prob(x), narrow.log_prob(x)))
 
     density = pf.LogDensity(model)
-    found = survey(density, draws(density), seed=0, rounds=1, climbs=32).weighty()
+    found = survey(density, draws(density), seed=0, rounds=1, climbs=32).likely()
     middles = found.modes.mean(1)
     assert float((middles - 2.0).abs().min()) < 0.01
     assert float(middles.abs().min()) < 0.01

@@ -114,9 +114,9 @@ def test_a_guide_with_too_light_tails_has_too_little_mass():
     z = 1.2 * normal(1000, 4, seed=5)
     guide, weights, log_q = weighted(density, flow, z)
     found = under_covered_region(guide, Latent(flow, density), z, weights, log_q, seed=0)
-    assert {lack.start.name for lack in found} == {BY_WALKERS}
+    assert {region.start.name for region in found} == {BY_WALKERS}
     assert len(found) == PLACES
-    assert all(float(lack.place.abs().max()) > 3.0 for lack in found)
+    assert all(float(region.place.abs().max()) > 3.0 for region in found)
     assert under_covered_region(guide, None, z, weights, log_q, seed=0) == []
 
 
@@ -157,9 +157,9 @@ def test_where_a_look_is_dear_fewer_points_wander(dim, wanderers):
 
 def test_where_a_model_handles_many_numbers_fewer_points_wander(monkeypatch):
     density = flat(student, 3)
-    assert not Latent(standard(3), density).dear
+    assert not Latent(standard(3), density).costly
     monkeypatch.setattr(latent, "WRITTEN_DEAR", density.written - 1)
-    assert Latent(standard(3), density).dear
+    assert Latent(standard(3), density).costly
 
 
 def test_the_way_back_ends_where_no_more_are_out_than_draws_know_of():

@@ -33,7 +33,7 @@ PHRASES = {
     "docs/understand/fit.md": [
         "Above {starts.curvature.FULL_HESSIAN_UP_TO} dimensions they come from L-BFGS",
         "by more than the Monte Carlo error of {fitting.fit.fit(draws)} draws",
-        "If their effective share has not risen by {verdict.thresholds.ESS_SHARE_FAR_OFF}",
+        "If their effective share has not risen by {verdict.thresholds.ESS_SHARE_COLLAPSED}",
         "in up to {modes.laplace_grid.UP_TO} dimensions and for models of few operations",
         "Given up to {modes.conditionals.MOST_HELD|word} coordinates",
         "In up to {fitting.methods.AT_FIRST} dimensions this comes before the parameterization is chosen",

@@ -27,7 +27,7 @@ from pyro_flows.modes import (
 from pyro_flows.results import arviz_groups
 from pyro_flows.starts import matching
 from pyro_flows.training import convergence
-from pyro_flows.verdict import deciding, weighing
+from pyro_flows.verdict import acceptance, deciding, weighing
 from tests.fitting import test_early_stop, test_rounds
 from tests.model import test_charts
 from tests.modes import test_symmetric_modes, test_symmetries, test_tempering
@@ -313,23 +313,23 @@ BUGS = [
     (symmetries, "signed_permutation", "len({*order}) < len(order)", "False", told_from_draws),
     (symmetries, "product", "order[place] for place in places", "order[place] for place in order", groups),
     (symmetries, "product", "flip * signs[place]", "signs[place]", groups),
-    (symmetric_modes, "_lacks_at", "image_of(z, twin)", "z[:, list(twin[0])]", images),
+    (symmetric_modes, "_region_about", "image_of(z, symmetry)", "z[:, list(symmetry[0])]", images),
     (barriers, "are_separated", "- DEEP", "+ 1e9", valley),
     (tempering._Walk, "heat", "(beta - self.beta)", "beta", mass),
     (tempering._Walk, "heat", "(self.log_p - self.log_g)", "self.log_p", mass),
     (tempering._Walk, "move", "torch.rand_like(chance) < chance", "chance == chance", wandering),
     (tempering._Walk, "_force", "self.beta * slope", "-self.beta * slope", neck),
     # rounds
-    (rounds, "passes_strictly", "gap < acceptable_gap(len(weighing.mean_shift))", "True", enough),
+    (acceptance, "nothing_to_gain", "gap < acceptable_gap(len(weighing.mean_shift))", "True", enough),
     (rounds.Round, "enough", "self.training.converged", "True", enough),
-    (rounds, "passes_strictly", "weighing.k_hat < K_HAT_GOOD", "True", enough),
-    (rounds, "passes_strictly", "ratio > ESS_SHARE_GOOD", "True", enough),
-    (rounds, "passes_strictly", "gap < small", "True", enough),
-    (rounds, "acceptable_gap", "max(", "min(", enough),
-    (rounds, "shift_is_noise", "shift < seen", "True", unseen),
-    (rounds, "shift_is_noise", "float(weighing.sd_shift.max())", "0.0", unseen),
-    (rounds, "shift_is_noise", "weighing.quantile_shift or 0.0", "0.0", unseen),
-    (rounds.Round, "even", "ratio > ESS_SHARE_EVEN", "True", evenness),
+    (acceptance, "nothing_to_gain", "weighing.k_hat < K_HAT_GOOD", "True", enough),
+    (acceptance, "nothing_to_gain", "ratio > ESS_SHARE_GOOD", "True", enough),
+    (acceptance, "nothing_to_gain", "gap < small", "True", enough),
+    (acceptance, "acceptable_gap", "max(", "min(", enough),
+    (acceptance, "shift_is_noise", "shift < seen", "True", unseen),
+    (acceptance, "shift_is_noise", "float(weighing.sd_shift.max())", "0.0", unseen),
+    (acceptance, "shift_is_noise", "weighing.quantile_shift or 0.0", "0.0", unseen),
+    (rounds.Round, "nearly_uniform", "ratio > ESS_SHARE_EVEN", "True", evenness),
     (convergence.Monitor, "promises", "self.gaps[-1] <= gap", "True", promising),
     (convergence.Monitor, "promises", "sum(after) - sum(before)", "0.0", promising),
     (matching, "moved", "start.loc + more @ (z - start.loc)", "start.loc", moments),
