@@ -71,8 +71,8 @@ def fit_stack(
 ) -> list[Posterior | None]:
     """Fit K data sets side by side, and judge each by itself as ``fit`` judges its own.
 
-    Where importance weights correct a Student-t distribution at the moments of the posterior, or slices along one
-    coordinate, nothing is trained. The others are trained in lockstep; None for them if these are too few for that.
+    Nothing is trained where importance weights correct a Student-t distribution at the posterior's moments, or a
+    Laplace grid along one coordinate. The others are trained in lockstep; None for them if these are too few for that.
     ``seed`` is that of starts and training; what is drawn to judge by has the plans' own seeds.
     """
     first = plans[0]

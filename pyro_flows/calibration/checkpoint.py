@@ -1,4 +1,4 @@
-"""What simulations have come to so far, in a file: a run that is stopped goes on where it was."""
+"""The simulations so far in a file: a run that was stopped continues from there."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What ``fit_many`` has come to so far, in a folder: finished posteriors, and checkpoints of fits under way."""
+"""The results so far of ``fit_many`` in a folder: finished posteriors, and checkpoints of running fits."""
 
 from __future__ import annotations
 

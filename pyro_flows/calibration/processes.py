@@ -1,4 +1,4 @@
-"""Fits one by one: in this process, or in those of joblib, and the model given back to what comes from there."""
+"""Fits one by one, in this process or in processes of joblib."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Flows that nobody has to train: a Student-t distribution at the posterior's moments, or slices along a coordinate."""
+"""Fits without training, for many data sets: a Student-t distribution at the posterior's moments, or a Laplace grid."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def untrained(
 
 @dataclass(frozen=True)
 class _Trial:
-    """One data set: its start and slices, if there are any, and the untrained flow of all data sets."""
+    """One data set: its start and grid, if there are any, and the untrained flow of all data sets."""
 
     flow: Flow
     plan: Plan
@@ -89,7 +89,7 @@ class _Trial:
         return None
 
     def _on_grid(self, table: Table) -> Fitted | None:
-        """Return the flow of slices, if weights correct it."""
+        """Return the flow of the grid, if weights correct it."""
         with seeded(derive(self.plan.seed, "a look at slices"), self.density.device):
             for df in LIGHTER_SLICES:
                 try:

@@ -1,1 +1,1 @@
-"""The last rung: samplers that finish the work of a flow, in the flow's own latent space."""
+"""Markov chains in the latent space of a flow: refinement, and the fallback of a fit."""

@@ -1,4 +1,4 @@
-r"""The kernel of many chains, learned from all of them: step size, trajectory length, a scale for each coordinate.
+r"""Adaptation of the kernel that all chains share: step size, trajectory length and a scale for each coordinate.
 
 The step size follows the mean acceptance by dual averaging. The trajectory length :math:`\tau` ascends the change of
 the squared distance from the center that a trajectory brings about (ChEES),

@@ -1,4 +1,4 @@
-"""The figures of chains: convergence, effective draws, energy, and whether chains from different modes agree."""
+"""Diagnostics of chains: convergence, effective draws, energy, and whether chains from different modes agree."""
 
 from __future__ import annotations
 

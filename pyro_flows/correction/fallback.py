@@ -1,4 +1,4 @@
-"""MCMC as the fallback of a fit: after a round of training that did not suffice, and at the end."""
+"""MCMC as the fallback of a fit: after a round of training that is not accepted, and at the end."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ from pyro_flows.verdict.thresholds import ESS_OF_MCMC, ESS_SHARE_COLLAPSED, R_HA
 UNTRAINED, ATTEMPT, LAST = 300_000, 600_000, 1_500_000  # gradients: in the place of training, after it, last
 TRAINED = 1_200_000  # gradients that training, the race before and a sampler after it take, where dimensions are many
 FEW = 50  # dimensions; with more, training takes several times as long
-# Numbers that a dear gradient writes together with a step of chains, which has the second; and how many times as many
-# cheaper gradients there may be at most: 600,000 dear ones take 20 seconds, a round of training 20 to 50.
+# Numbers that a costly gradient and a step of chains, which has the second, write together; and how many times as many
+# cheaper gradients there may be at most: 600,000 costly ones take 20 seconds, a round of training 20 to 50.
 DEAR, BESIDE, CHEAPEST = 80_000, 6000, 4.0
 SHORT_OF = 4.0  # times the gradients that are left; chains that sufficed never needed half of them
 LONGER_THAN_THOUGHT = 1.5  # times the gradients that draws would take at their pace so far
@@ -117,7 +117,7 @@ def chains_miss_mode(chains: McmcDraws, flow: Flow, density: LogDensity, names: 
 
 
 def gradient_budget(density: LogDensity, gradients: float) -> float:
-    """Return how many gradients take as long as so many dear ones: training costs the same, whatever they cost.
+    """Return how many gradients take as long as so many costly ones: training costs the same, whatever they cost.
 
     They are told by the numbers that they write, not by a clock, so that one seed gives one answer.
     """

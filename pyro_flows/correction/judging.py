@@ -1,4 +1,4 @@
-"""What a refinement came to, judged, and put into a new posterior."""
+"""The verdict on refined draws, and the new posterior that holds them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The draws of chains under way that are kept, with the numbers of their sweeps."""
+"""The draws that running chains keep, with the numbers of their sweeps."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``posterior.refine()``: chains that begin at a flow's draws finish the work."""
+"""``posterior.refine()``: Markov chains that begin at a flow's draws."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Many short chains as one batch: warm-up, draws, and when to stop. All of it can be cut short and gone on with.
+"""The sampler: many short chains as one batch, with warm-up and stopping rule; runs can be stopped and continued.
 
 A sweep is an independent proposal or none, a change of part where there are several, and one microcanonical move (a
 Hamiltonian one in one dimension). Warm-up goes in rounds, each with the kernel adapted across chains, until superchains

@@ -1,4 +1,4 @@
-"""Modes that chains lack: the search that a guide's draws go through, made once more with those of the chains."""
+"""The search for modes that chains miss: the same search as for a guide, repeated with draws of the chains."""
 
 from __future__ import annotations
 

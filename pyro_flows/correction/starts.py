@@ -1,4 +1,4 @@
-"""Where chains begin: draws of the guide and places that it may lack; a flow to move in where the guide is none."""
+"""Where chains begin: at draws of the guide and at regions that it may miss."""
 
 from __future__ import annotations
 

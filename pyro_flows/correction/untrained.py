@@ -1,4 +1,4 @@
-"""A sampler in the space of a normal distribution, or of its copies, in the place of a flow."""
+"""MCMC instead of training: chains in the space of a normal distribution, or of its images under symmetries."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a fit has come to so far: the coordinates, a run, all runs, and what an attempt of a method is given."""
+"""The state of a fit: coordinates, one run, all runs together, and what each method is given."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The third stage of a fit: runs become one sampler, a flow or a mixture of flows, that lacks no mode."""
+"""The third stage of a fit: runs are combined into one sampler, and missed modes are searched for."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A flow: which start and which step size, and a round of training."""
+"""Training of a flow in a fit: the choice of start and learning rate, and one round of training."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""A few coordinates held, all others normal given these, in the place of a flow: before coordinates are chosen.
+"""The method of Gaussian conditionals: all other latents are normal, given a few hyperparameters.
 
-Scales of a hierarchy, of a random walk, of errors of measurement: the posterior then has a neck for each of them, and
-thousands of coordinates in it are integrated out exactly. What is left is a density of a few coordinates. See
+Examples are scales of a hierarchy, of a random walk or of errors of measurement, each with a funnel. All other
+latents, up to thousands, are integrated out exactly. A density of a few coordinates is left. See
 ``modes/conditionals.py`` and ``modes/hyperparameter_marginal.py``.
 """
 

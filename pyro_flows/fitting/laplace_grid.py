@@ -1,8 +1,8 @@
-"""Slices along a coordinate in the place of a flow: where all others are about normal, given that one.
+"""The method of the conditional Laplace grid: given one latent, all others are approximately normal.
 
-A scale of few groups, the noise of a regression: where the flow is one of slices, nothing has to be trained. They are
-tried before coordinates of hierarchical sites are chosen, since as a rule they are the same in all, and at the best
-start, before any training. See ``modes/laplace_grid.py``.
+Examples are the scale of a few groups and the noise of a regression. The flow of the grid needs no training. The grid
+is tried before coordinates of hierarchical sites are chosen, since it hardly depends on them, and at the best start,
+before any training. See ``modes/laplace_grid.py``.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ from pyro_flows.verdict.thresholds import ESS_SHARE_PROMISING
 STAGE = GRID
 SEED = "slices along a coordinate"  # its digits, on which draws depend
 AT_ONCE = "converged: draws from the conditional Laplace grid pass the checks"
-WRITTEN, OPERATIONS = 30_000, 500  # numbers of an evaluation, and its operations, up to which slices come first
+WRITTEN, OPERATIONS = 30_000, 500  # numbers of an evaluation, and its operations, up to which grids come first
 LIGHTER = 120.0, 30.0  # degrees of freedom of the base, in turn
 
 
 def grid_at_start(plan: Plan, density: LogDensity, start: Start, *, seed: int) -> tuple[Round, Trainer] | None:
-    """Try slices about the best start, before any training; None if their draws are not good enough."""
+    """Try a grid about the best start, before any training; None if it is not accepted."""
     with plan.clock.part(STAGE, share=SHARE_OF_SECONDS), torch.no_grad():
         if not grid_comes_first(plan, density):
             return None
@@ -58,12 +58,12 @@ def grid_at_start(plan: Plan, density: LogDensity, start: Start, *, seed: int) -
 
 
 def grid_comes_first(plan: Plan, density: LogDensity) -> bool:
-    """Whether slices are tried before any training: they are cheap, and nobody has asked for a flow by name."""
+    """Whether grids are tried before any training: they are cheap, and the caller has named no flow."""
     return plan.open and can_have_grid(density) and density.written <= WRITTEN and density.work.operations <= OPERATIONS
 
 
 def with_tails_checked(search: Search, density: LogDensity, sampler: Flow | FlowMixture, *, seed: int) -> Search:
-    """Go on with a search that has found no mode: look for a tail that draws of a sampler come short of.
+    """Complete a search that has found no mode: look for a marginal tail that draws of a sampler truncate.
 
     The draws of the search serve again where no more can be afforded.
     """
@@ -78,10 +78,10 @@ def _weighted(density: LogDensity, sampler: Flow | FlowMixture, count: int) -> t
 
 
 @torch.no_grad()
-def along(density: LogDensity, slices: Sequence[Marginal], *, seed: int) -> MultimodalCandidate | None:
-    """Return the best flow of slices along a coordinate; None where there is none that is worth closer ones."""
+def along(density: LogDensity, grids: Sequence[Marginal], *, seed: int) -> MultimodalCandidate | None:
+    """Return the flow of the best grid, made finer; None if no grid is promising."""
     with seeded(derive(seed, SEED), density.device):
-        tried = [(found[0], one) for one in slices if (found := _of_grid(density, one)) is not None]
+        tried = [(found[0], one) for one in grids if (found := _of_grid(density, one)) is not None]
         share, best = max(tried, key=itemgetter(0), default=(0.0, None))
         close = closer(density, best, seed=seed) if best is not None and share >= ESS_SHARE_PROMISING else None
         found = None if close is None else _of_grid(density, close)
@@ -94,15 +94,15 @@ def along(density: LogDensity, slices: Sequence[Marginal], *, seed: int) -> Mult
     return MultimodalCandidate(sampler, said, stage, weights_correct(share, k_hat))
 
 
-def _of_grid(density: LogDensity, slices: Marginal) -> tuple[float, float, Flow] | None:
-    """Return the effective share of draws of the flow of slices, k-hat, and the flow; None if there is no table.
+def _of_grid(density: LogDensity, grid: Marginal) -> tuple[float, float, Flow] | None:
+    """Return the ESS share of draws of the flow of a grid, their k-hat, and the flow; None if there is no table.
 
-    The base is as light as its weights bear.
+    The base has the lightest tails that are accepted.
     """
     found: tuple[float, float, Flow] | None = None
     for df in LIGHTER:
         try:
-            sampler = flow_along(slices, df=df).to(density.device, density.dtype)
+            sampler = flow_along(grid, df=df).to(density.device, density.dtype)
         except ValueError:
             return None
         found = (*weighed(density, sampler), sampler)

@@ -1,4 +1,4 @@
-"""Markov chains from elsewhere, Pyro's MCMC first of all, as a judged posterior."""
+"""Draws of another sampler, such as Pyro's MCMC, as a posterior with a verdict."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""A sampler for a posterior of several modes, or of edges, without training.
+"""The methods for several modes: a mixture of Student-t distributions, and tables of independent coordinates.
 
-Independent coordinates are tabulated one by one, whatever the number of modes. Other posteriors get a mixture of
-Student-t distributions that is begun at all modes of a survey; in few dimensions, where that does not do, one that is
-brought there from the prior.
+Independent coordinates are tabulated one by one, whatever the number of modes. For other posteriors, a mixture of
+Student-t distributions begins at all modes of a survey. If it is not accepted, in few dimensions, another one is
+tempered from the prior.
 """
 
 from __future__ import annotations

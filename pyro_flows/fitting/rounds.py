@@ -1,4 +1,4 @@
-"""A round of training, or what is taken in its place: a new sample of the flow, and whether it is good enough."""
+"""A trained or untrained flow with a new sample of it, weighed by importance sampling."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Modes that a guide lacks: exact moves, paths, tempering, draws that wander."""
+"""The search for modes that a guide misses: exact moves, paths, tempering, walkers."""

@@ -1,4 +1,4 @@
-"""Density barriers between the modes next to places and those next to draws."""
+"""Density barriers between candidate modes and draws."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a guide lacks at the ends of paths that climb from many points."""
+"""Missed regions at the ends of paths that climb from many points."""
 
 from __future__ import annotations
 

@@ -1,15 +1,15 @@
 r"""A grid of conditional Laplace approximations along one coordinate: its marginal, and a flow.
 
-With coordinate k held at c, the density over all others is about a normal one at its top. Draws of that normal
-distribution give the mass of the slice without bias,
+With coordinate k fixed at c, the density of all others is approximately normal at its mode. Draws of this normal
+distribution estimate its mass without bias,
 
 .. math:: f(c) = \int p(z)\,dz_{-k} = E_g\Big[\frac{p(z)}{g(z)}\Big], \qquad g = N(m(c), H_{-k}(c)^{-1}),
 
-and slices at a few places give the marginal of coordinate k, up to a constant, far beyond all draws. Coordinates whose
-values tell of the spread of others are looked at. Slices count only if their masses are known. Each has one top: where
-others have as much mass whatever c is, the marginal is right, and the slices lack them.
+and the masses at a few values of c give the marginal of coordinate k, up to a constant, far beyond all draws. Grids are
+made along coordinates that predict the spread of others. A value of c counts only if its mass is known. One mode is used
+at each c. If further modes have the same share of the mass at each c, the marginal is right without them.
 
-The slices are a flow too, which has the tail: see ``tables.py``.
+The grid is a flow too, whose tail reaches as far: see ``tables.py``.
 
 Reference: Rue, Martino and Chopin 2009, "Approximate Bayesian inference for latent Gaussian models by using integrated
 nested Laplace approximations" (JRSS B 71, doi:10.1111/j.1467-9868.2008.00700.x).
@@ -41,19 +41,19 @@ MOST = 4  # coordinates
 LOOKED_AT = 2000  # draws, for which coordinates and where
 TELLING = 0.02  # sum of squared correlations with the distances of others from their middles
 NOISE = 5.0  # standard errors of a correlation that is one
-MOST_ALONE, MOST_BENT = 16, 2  # sites of one coordinate that are looked at before any draw; and that get slices
+MOST_ALONE, MOST_BENT = 16, 2  # sites of one coordinate that are looked at before any draw; and that get a grid
 BENT = 0.05  # change of log curvatures over two spreads
-DRAWN, KNOWN = 128, 0.15  # draws of a slice, and the relative standard error of its mass
-UNSURE, AGAIN = 0.1, 2048  # error of a slice that gets so many draws in the place of those
-GAP = 2  # slices in a row whose mass need not be known, between others
+DRAWN, KNOWN = 128, 0.15  # draws at a grid point, and the relative standard error of its mass
+UNSURE, AGAIN = 0.1, 2048  # error at a grid point that gets so many draws in the place of those
+GAP = 2  # grid points in a row whose mass need not be known, between others
 WIDER, TIMES = 5.0, 4  # by which steps are stretched, and how often, where the marginal has not fallen off at the last
 FEWEST_DRAWS = 500  # that tell where to look
-FEWEST, DEEP = 8, 60.0  # slices; nats below the highest one, beyond which there is nothing
+FEWEST, DEEP = 8, 60.0  # grid points; nats below the highest one, beyond which there is nothing
 
 
 @dataclass(frozen=True)
 class Marginal(Table):
-    """A table of slices along a coordinate, and what they were made of.
+    """A table of grid points along a coordinate, and what they were made of.
 
     Steps ``stretch`` times as long as usual were added, and ``reached`` says at which ends the last one is known.
     """
@@ -75,10 +75,10 @@ def can_have_grid(density: LogDensity) -> bool:
 
 @torch.no_grad()
 def all_grids(density: LogDensity, z: Tensor, log_weights: Tensor, *, seed: int) -> list[Marginal]:
-    """Return slices along the coordinates of weighted draws z (S, D) that tell of the spread of others.
+    """Return grids along the coordinates of weighted draws z (S, D) that predict the spread of others.
 
     Cost: for each of up to four coordinates, 58 paths of up to 60 gradients, 29 Hessians or a few more, 4000 densities;
-    up to ten times that where a marginal has not fallen off, and 2048 densities for a noisy slice.
+    up to ten times that where a marginal has not fallen off, and 2048 densities for a noisy grid point.
     """
     log_mass = torch.log_softmax(log_weights.double(), 0)
     if not can_have_grid(density) or len(z) < FEWEST_DRAWS or not is_usable(log_mass):
@@ -94,9 +94,9 @@ def all_grids(density: LogDensity, z: Tensor, log_weights: Tensor, *, seed: int)
 
 @torch.no_grad()
 def grids_about(density: LogDensity, loc: Tensor, z: Tensor, *, seed: int) -> list[Marginal]:
-    """Return slices along the sites of one coordinate that tell of the spread of others, about a place loc (D,).
+    """Return grids along the scalar sites that predict the spread of others, about a point loc (D,).
 
-    Draws z (S, D) tell the units: those of a normal distribution at loc, which know nothing of spreads that change.
+    Draws z (S, D) of a normal distribution at loc give the units.
 
     Cost: that of :func:`all_grids` for two coordinates, and 32 Hessians at most.
     """
@@ -124,13 +124,13 @@ def _bending(density: LogDensity, loc: Tensor, spread: Tensor) -> list[int]:
 
 @torch.no_grad()
 def closer(density: LogDensity, marginal: Marginal, *, seed: int) -> Marginal | None:
-    """Return slices that are closer to each other, as a flow needs them."""
+    """Return a finer grid, as a flow needs it."""
     with seeded(derive(seed, "close slices"), density.device):
         return _marginals(marginal.tails, [marginal.coordinate], CLOSE, marginal.stretch)[0]
 
 
 def predictors_of_spread(z: Tensor) -> list[int]:
-    """Return the coordinates of draws (S, D) that tell most of how far the others are from their middles."""
+    """Return the coordinates of draws (S, D) that best predict how far the others are from their medians."""
     away = z.double() - z.double().median(0).values
     away = (away / away.abs().median(0).values.clamp_min(1e-300)).clamp(-1.5 * FARTHEST, 1.5 * FARTHEST)
     signed, size = ((part - part.mean(0)) / part.std(0).clamp_min(1e-300) for part in (away, away.abs()))
@@ -141,7 +141,7 @@ def predictors_of_spread(z: Tensor) -> list[int]:
 
 
 def marginals(tails: Tails, coordinates: list[int]) -> list[Marginal | None]:
-    """Return slices along some coordinates; None where too few next to each other have a known mass.
+    """Return grids along some coordinates; None where too few neighbors have a known mass.
 
     Where a marginal has not fallen off at the last step, spreads may be those of draws that know nothing of its width:
     longer steps are added. Where these do not come to its end either, it has a heavy tail, and they are left out.
@@ -207,7 +207,7 @@ def _up_to_a_gap(side: list[int], known: list[bool], near: list[bool]) -> list[i
 
 
 def _weighed(tails: Tails, tops: Tops) -> tuple[Tensor, Tensor]:
-    """Return log masses (K,) of slices by draws of the normal distributions at their tops, and relative errors."""
+    """Return log masses (K,) of grid points by draws of the normal distributions at their tops, and relative errors."""
     count = len(tops.roots)
     log_masses = torch.full((count,), torch.nan, dtype=torch.float64, device=tops.roots.device)
     errors = torch.full_like(log_masses, math.inf)
@@ -225,7 +225,7 @@ def _weighed(tails: Tails, tops: Tops) -> tuple[Tensor, Tensor]:
 
 
 def _drawn(tails: Tails, points: Tensor, roots: Tensor, held: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Return log masses (K,) of slices by some draws at each top (K, D), and relative errors, infinite if unknown."""
+    """Return log masses (K,) of grid points by draws at each mode (K, D), and relative errors, infinite if unknown."""
     dim = points.shape[1]
     noise = torch.randn(len(points), count // 2, dim, dtype=torch.float64, device=roots.device)
     noise = torch.cat([noise, -noise], 1)

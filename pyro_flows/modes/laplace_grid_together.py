@@ -1,7 +1,8 @@
-"""Slices of many posteriors at once, one table for each: tops by Newton's method, masses by normal distributions.
+"""Grids of conditional Laplace approximations for many posteriors at once.
 
-``laplace_grid.py`` climbs to the tops of one posterior from far away, and weighs draws there. Here each top is next to
-a start that is known, and what is not normal about a slice shows in the weights of the flow's draws.
+``laplace_grid.py`` finds the conditional modes of one posterior from far away, and weighs draws there. Here each mode
+is next to a known start, and Newton's method finds it. Masses are those of normal distributions. What is not normal
+shows in the weights of the flow's draws.
 """
 
 from __future__ import annotations
@@ -70,7 +71,7 @@ def bent(stack: Stack, starts: Sequence[Start]) -> Bent | None:
 
 @torch.no_grad()
 def grids_together(stack: Stack, starts: Sequence[Start], bent: Bent) -> list[Table | None]:
-    """Return slices of each posterior about its start; None where it is not bent, or few are known.
+    """Return the grid of each posterior about its start; None where it is not bent, or few are known.
 
     Paths begin where the others are on average, given the coordinate, under the start's normal distribution. Where the
     others are normal, one step comes to the top.
@@ -119,7 +120,7 @@ def _slopes(stack: Stack, points: Tensor, held: Tensor) -> tuple[Tensor, Tensor]
 
 
 def _table(coordinate: int, tops: Tensor, masses: Tensor, roots: Tensor, known: Tensor) -> Table | None:
-    """Return the table of the slices about the middle one, up to the first that are not known or have no mass."""
+    """Return the table of the grid about the middle one, up to the first that are not known or have no mass."""
     usable = known & (masses > masses[known].max() - DEEP) if bool(known.any()) else known
     middle, flags = len(SIDE), usable.tolist()
     if not flags[middle]:

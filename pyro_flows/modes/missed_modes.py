@@ -1,4 +1,4 @@
-"""Modes that a guide lacks: what no draw of it can show."""
+"""The search for missed modes: regions with posterior mass, but without draws of the guide."""
 
 from __future__ import annotations
 

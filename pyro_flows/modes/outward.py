@@ -1,4 +1,4 @@
-r"""Log marginal densities along directions, from a middle outward, as far as numbers are exact.
+r"""Log marginal densities along directions, from the middle outward, as far as numbers are exact.
 
 Along a direction u, with :math:`z = m + c\,u + B v` (B orthonormal and across u), the mass at c is that of Laplace's
 method,

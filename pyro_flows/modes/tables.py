@@ -1,4 +1,4 @@
-"""A marginal by slices of a posterior, as a table; and the flow of the slices."""
+"""A marginal density as a table, from a grid of conditional Laplace approximations; and the flow of the grid."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Table:
 
     @property
     def log_evidence(self) -> float:
-        """Log of the integral of the density, nats: masses are those of slices over (2 pi)^((D - 1) / 2)."""
+        """Log of the integral of the density, nats: masses are those of grid points over (2 pi)^((D - 1) / 2)."""
         highest = self.log_masses.max()
         within = torch.trapezoid((self.log_masses - highest).exp(), self.places).log() + highest
         return float(within) + 0.5 * (self.tops.shape[1] - 1) * math.log(2.0 * math.pi)
@@ -64,7 +64,7 @@ class Table:
 
 
 def roots_of(table: Table) -> Tensor:
-    """Return lower triangular roots (N, D, D) of covariances of slices, a one at their coordinate."""
+    """Return lower triangular roots (N, D, D) of covariances of grid points, a one at their coordinate."""
     unit = torch.eye(table.tops.shape[1]).to(table.roots)
     inner = torch.linalg.solve_triangular(table.roots, unit, upper=False)
     return torch.linalg.cholesky_ex(inner.mT @ inner)[0]
@@ -72,13 +72,13 @@ def roots_of(table: Table) -> Tensor:
 
 @torch.no_grad()
 def flow_along(table: Table, *, df: float = 30.0) -> Flow:
-    """Return the flow of the slices, with a base of so many degrees of freedom.
+    """Return the flow of the grid, with a base of so many degrees of freedom.
 
     Raises:
         ValueError: for a marginal that is too narrow for a table, or goes on beyond it: no draw would ever come there,
             and no weight would tell.
     """
     if not table.beyond() < OUTSIDE:
-        raise ValueError("slices: expected a density that has fallen off at both ends.")
+        raise ValueError("grid: expected a density that has fallen off at both ends.")
     places, height = table.density()
     return of_grid(table.coordinate, (places, height), table.places, table.tops, roots_of(table), df=df)

@@ -1,4 +1,4 @@
-"""The search for missed modes of many data sets at once: fewer paths and wanderers for each, all side by side."""
+"""The search for missed modes of many data sets at once, with fewer paths and walkers for each."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tops of a density over all coordinates but one, which is held at places far from the middle of draws; Hessians."""
+"""Conditional modes: maxima over all coordinates but one, which is fixed; and the Hessians there."""
 
 from __future__ import annotations
 

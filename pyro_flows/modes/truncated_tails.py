@@ -62,7 +62,7 @@ def truncated_tail(
         if not amount > limit:
             break
         values = z[:, worst.coordinate].double()
-        again = closer(density, worst, seed=seed)  # with other draws: slices are known to a few per cent each
+        again = closer(density, worst, seed=seed)  # with other draws: grid points are known to a few per cent each
         if again is not None and _truncated_by(again, values, mass) > limit:
             return _place(again, values, mass)
     return None
@@ -74,7 +74,7 @@ def _quantiles(values: Tensor, mass: Tensor, levels: Sequence[float]) -> Tensor:
 
 
 def _truncated_by(marginal: Marginal, values: Tensor, mass: Tensor) -> float:
-    """Return by how much weighted draws (S,) come short of a tail; -inf if slices disagree about the middle."""
+    """Return by how much weighted draws (S,) come short of a tail; -inf if grid points disagree about the middle."""
     inner = [TAIL_SHARE + (1.0 - 2.0 * TAIL_SHARE) * part for part in QUARTERS]
     found = _quantiles(values, mass, [TAIL_SHARE, *inner, 1.0 - TAIL_SHARE])
     if not marginal.places[0] < found[0] < found[-1] < marginal.places[-1]:
@@ -88,7 +88,7 @@ def _truncated_by(marginal: Marginal, values: Tensor, mass: Tensor) -> float:
 
 
 def _place(marginal: Marginal, values: Tensor, mass: Tensor) -> MissedRegion:
-    """Return the top of the slice next to the middle of the mass beyond the tail that is short."""
+    """Return the mode at the grid point next to the middle of the mass beyond the tail that is short."""
     low, high = _quantiles(values, mass, (TAIL_SHARE, 1.0 - TAIL_SHARE))
     below = marginal.below(torch.stack([low, high, *marginal.places]))
     target = 0.5 * below[0] if below[0] > 1.0 - below[1] else 0.5 * (1.0 + below[1])

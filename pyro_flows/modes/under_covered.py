@@ -37,7 +37,7 @@ from pyro_flows.verdict.thresholds import (
 
 DECADES = 1.5  # by which leaps differ: the way in is narrow
 HIGH = 5.0  # nats of excess, up to which points are drawn outwards
-MANY_WALKERS, FEWER = 256, 64  # the less where a look at one is dear
+MANY_WALKERS, FEWER = 256, 64  # the less where a look at one is costly
 BY_WALKERS = "wandered"
 FIRST, OUT, BACK = 16, 48, 64  # moves: to see whether there is any way out, farther out, and under the density itself
 LOOKS = 8  # at the way back
@@ -65,7 +65,7 @@ class Points(NamedTuple):
 
 
 class Space(Protocol):
-    """The latent space of a guide, with the posterior as its target; ``dear`` if a look at a point takes long."""
+    """The latent space of a guide, with the posterior as its target; ``costly`` if a look at a point takes long."""
 
     @property
     def costly(self) -> bool: ...

@@ -1,4 +1,4 @@
-r"""A start moved to the moments that the importance weights of its own draws tell, without a gradient."""
+r"""A start moved to the weighted moments of its own draws, without gradients."""
 
 from __future__ import annotations
 

@@ -44,7 +44,7 @@ def portfolio(density: LogDensity, *, seed: int, extra: Sequence[Start] = (), df
 
     Newton's method stays beside L-BFGS up to 200 dimensions: its modes are exact and come with the evidence by which
     missed modes are found. Above 50, for long models, and where a gradient handles many numbers, it begins where the
-    paths ended, since a Hessian is dear there, and goes on for ten steps at most. Above 200 the paths have to do.
+    paths ended, since a Hessian is costly there, and goes on for ten steps at most. Above 200 the paths have to do.
 
     Raises:
         ValueError: if the log density is infinite or NaN at every starting point; the sites at fault are named.

@@ -36,7 +36,7 @@ def starts_together(stack: Stack, *, seed: int, df: float) -> list[Start]:
     best Gaussian along each path and the Laplace approximation at its end.
 
     Raises:
-        NotStackable: above 200 dimensions, where Hessians are too dear.
+        NotStackable: above 200 dimensions, where Hessians cost too much.
     """
     if stack.dim > FULL_HESSIAN_UP_TO:
         raise NotStackable(f"more than {FULL_HESSIAN_UP_TO} dimensions")

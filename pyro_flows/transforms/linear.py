@@ -222,7 +222,7 @@ class LowerTriangularAffine(Bijection):
         return shift, self.scale_tril @ matrix, ladj
 
     def _maps(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, list[Tensor], Tensor]:
-        """Return the shift, the matrix L A or both of them, and the log determinant: L A is dear for few points."""
+        """Return the shift, the matrix L A or both of them, and the log determinant: L A is costly for few points."""
         if self.settled:
             _checks.event("LowerTriangularAffine", x, self.dim)
             return self.loc, [self.scale_tril], self.scale_tril.diagonal().log().sum()

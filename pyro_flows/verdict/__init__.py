@@ -1,1 +1,1 @@
-"""Numbers in, a judgement out: weights, k-hat, and what they say of a fit."""
+"""The verdict: weights, k-hat, diagnostics of chains, and all thresholds."""

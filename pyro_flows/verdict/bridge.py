@@ -1,4 +1,4 @@
-"""Meng and Wong's optimal bridge between two densities, of which draws are at hand."""
+"""Meng and Wong's optimal bridge estimator, from draws of both densities."""
 
 from __future__ import annotations
 

@@ -235,7 +235,7 @@ def test_an_image_in_hundreds_of_dimensions_that_only_poor_normals_come_to(both,
     """A lie: paths from afar came to the other half of the mass with normals that were 36 nats too poor, or more.
 
     Blocks of coordinates with other scales are exchanged, and no sum of terms can be seen: no other search finds it.
-    Where Hessians are too dear, the search says that it could not weigh a place.
+    Where Hessians cost too much, the search says that it could not weigh a place.
     """
     if costly:
         monkeypatch.setattr(unverified_modes, "CURVED_UP_TO", 0)
