@@ -6,8 +6,8 @@ distribution estimate its mass without bias,
 .. math:: f(c) = \int p(z)\,dz_{-k} = E_g\Big[\frac{p(z)}{g(z)}\Big], \qquad g = N(m(c), H_{-k}(c)^{-1}),
 
 and the masses at a few values of c give the marginal of coordinate k, up to a constant, far beyond all draws. Grids are
-made along coordinates that predict the spread of others. A value of c counts only if its mass is known. One mode is used
-at each c. If further modes have the same share of the mass at each c, the marginal is right without them.
+made along coordinates that predict the spread of others. A value of c counts only if its mass is known. One mode is
+used at each c. If further modes have the same share of the mass at each c, the marginal is right without them.
 
 The grid is a flow too, whose tail reaches as far: see ``tables.py``.
 
