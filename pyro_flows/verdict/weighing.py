@@ -137,10 +137,21 @@ def sd_of(quantiles: Tensor) -> Tensor:
 
 
 def weighted_quantiles(rows: Tensor, places: Tensor, weights: Tensor, levels: Tensor) -> Tensor:
-    """Return quantiles (L, D) of rows (D, S) with normalized weights (S,), by their order."""
+    """Return quantiles (L, D) of rows (D, S) with normalized weights (S,), by their order, linear between neighbors.
+
+    A value stands at the middle of its weight, the first one at 0 and the last one at 1. So equal weights give
+    :func:`quantiles`: a difference is one of weights, and not of two definitions.
+    """
+    ordered = weights[places]
+    middles = ordered.cumsum(1) - 0.5 * ordered
+    middles = (middles - middles[:, :1]) / (middles[:, -1:] - middles[:, :1])
     wanted = levels.expand(len(rows), -1).contiguous()
-    index = torch.searchsorted(weights[places].cumsum(1), wanted).clamp_max(rows.shape[1] - 1)
-    return rows.gather(1, places.gather(1, index)).mT
+    above = torch.searchsorted(middles, wanted).clamp(1, rows.shape[1] - 1)
+    (start, low), (end, high) = (
+        (middles.gather(1, at), rows.gather(1, places.gather(1, at))) for at in (above - 1, above)
+    )
+    share = ((wanted - start) / (end - start).clamp_min(torch.finfo(weights.dtype).tiny)).clamp(0.0, 1.0)
+    return torch.lerp(low, high, share.to(rows)).mT
 
 
 def in_order(rows: Tensor) -> Tensor:

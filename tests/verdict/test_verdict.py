@@ -208,7 +208,7 @@ def test_few_draws_say_nothing_about_tails():
 
 
 def check_quantile_shifts():
-    """Against numpy's weighted quantiles."""
+    """Against numpy's interpolation between the middles of weights, and its quantiles where weights are equal."""
     points = columns("cauchy")[:4000, :3]
     weights = torch.softmax(torch.tanh(points[:, 0]) + 0.3 * normal(4000, seed=6), 0)
     moved, narrowed = module._quantile_shifts(points, weights)
@@ -216,11 +216,15 @@ def check_quantile_shifts():
     for column in range(3):
         x = points[:, column].numpy()
         raw = np.quantile(x, levels)
-        weighted = np.quantile(x, levels, weights=weights.numpy(), method="inverted_cdf")
+        order = np.argsort(x)
+        middles = np.cumsum(weights.numpy()[order]) - 0.5 * weights.numpy()[order]
+        weighted = np.interp(levels, (middles - middles[0]) / (middles[-1] - middles[0]), x[order])
         scale = (weighted[3] - weighted[1]) / 1.349
         assert float(moved[column]) == pytest.approx(np.abs(raw - weighted)[1:4].max() / scale, rel=1e-6)
         ratios = [math.log((raw[j] - raw[i]) / (weighted[j] - weighted[i])) for i, j in ((0, 4), (1, 3))]
         assert float(narrowed[column]) == pytest.approx(max(ratios, key=abs), rel=1e-6)
+    for none in module._quantile_shifts(points[:400], torch.full((400,), 1.0 / 400, dtype=torch.float64)):
+        assert float(none.abs().max()) < 1e-9
 
 
 def test_quantile_shifts():
