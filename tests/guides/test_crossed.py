@@ -246,7 +246,7 @@ def test_draws_of_binary_ratings_estimate_their_density():
 
 
 def test_draws_without_a_density_are_not_picked_and_a_point_without_any_is_named(monkeypatch):
-    y, student, lecturer = torch.tensor([0.0, 1.0, 1.0, 0.0]).double(), torch.tensor([0, 1, 2, 3]), torch.tensor([0, 1, 2, 0])
+    y, (student, lecturer) = torch.tensor([0.0, 1.0, 1.0, 0.0]).double(), torch.tensor([[0, 1, 2, 3], [0, 1, 2, 0]])
     likelihood, prior = LIKELIHOODS["Bernoulli"], lambda loc: dist.Normal(loc, 0.5)
     system = system_of(of_other_shapes, y, student, lecturer, likelihood, prior, None, local=["a", "b"])
     density, z = CrossedMarginal(system, 0), real([0.3], [-0.5])
