@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, cast
 
@@ -471,14 +471,23 @@ def read_elsewhere(first: Conditional) -> list[Local]:
     """
     nodes, found = messages(first.at.trace), []
     for site in first.sites:
-        noisy = torch.zeros(())
-        for name, part in first.at.densities().items():
-            if any(f.full_size != f.size and f.name not in site.plates for f in vectorized(nodes[name])):
-                noisy = noisy + part.sum()
-        if noisy.requires_grad:
-            (slope,) = torch.autograd.grad(noisy, site.value, retain_graph=True, allow_unused=True)
-            found += [site] if slope is not None and bool((slope != 0.0).any()) else []
+        frames = {name: vectorized(nodes[name]) for name in first.at.densities()}
+        noisy = {name for name, own in frames.items() if any(is_part(f) and f.name not in site.plates for f in own)}
+        found += [site] if _read_by(first, site, noisy) else []
     return found
+
+
+def parents(first: Conditional) -> list[Local]:
+    """Return the sites on which priors of latents of the flow depend."""
+    children = first.at.placed.keys() - first.at.without_local_parents
+    return [site for site in first.sites if _read_by(first, site, children)]
+
+
+def _read_by(first: Conditional, site: Local, names: Collection[str]) -> bool:
+    """Whether the log densities of sites of these names depend on a site."""
+    parts = [part.sum() for name, part in first.at.densities().items() if name in names and part.requires_grad]
+    slopes = torch.autograd.grad(parts, site.value, retain_graph=True, allow_unused=True) if parts else (None,)
+    return slopes[0] is not None and bool((slopes[0] != 0.0).any())
 
 
 def rows_in(subsample: Site) -> tuple[int, int]:

@@ -44,7 +44,7 @@ from torch.nn.functional import pad
 from pyro_flows._clock import unbounded
 from pyro_flows._seeding import derive, seeded
 from pyro_flows.guides.conditional import Conditional, Rows, at_values, beginning, of_prior, vectorized
-from pyro_flows.guides.marginal import ALL, MOST_DRAWS, Errors, WorstRow, parts_of
+from pyro_flows.guides.marginal import ALL, MOST_DRAWS, Errors, WorstRow, parts_of, without_lost
 from pyro_flows.model.batching import batch, quiet
 from pyro_flows.model.sites import Site, messages
 from pyro_flows.verdict.thresholds import ROW_ERROR_MOST, ROW_MODE_SHARE, ROW_MODES_APART
@@ -648,7 +648,7 @@ class CrossedMarginal:
         """Return the logarithms of the weights (S, K) of draws."""
         every = [part.split(4 * self.system.at_once) for part in (z.repeat_interleave(self.count, 0), u.flatten(0, 1))]
         heights = [self.system.heights(point, base, self.clock.look) for point, base in zip(*every, strict=True)]
-        return torch.cat(heights).reshape(log_q.shape) - log_q
+        return without_lost(torch.cat(heights).reshape(log_q.shape) - log_q, 1)
 
     def _noise(self, row: Tensor, seed: int) -> Tensor:
         """Return noise for the pairs of a point, which hangs on nothing but the point and the seed."""
@@ -737,8 +737,15 @@ class CrossedMarginal:
         for piece in z.split(self.system.at_once):
             u, log_q = self._drawn(piece, seed if self.system.quadratic else 0)
             if self.count > 1:
+                weights = torch.softmax(self._log_weights(piece, u, log_q), 1)
+                if bool(torch.isnan(weights).any()):
+                    raise ValueError(
+                        "local_samples: expected a finite log density at all draws of the latents outside of plates, "
+                        f"got none at {int(torch.isnan(weights).any(1).sum())} of {len(piece)} of them. Use draws of a "
+                        "fit that is not `unreliable`."
+                    )
                 with seeded(derive(self.seed + seed, "picked"), z.device):
-                    picked = torch.multinomial(torch.softmax(self._log_weights(piece, u, log_q), 1), 1)
+                    picked = torch.multinomial(weights, 1)
                 u = u.gather(1, picked[:, :, None].expand(-1, -1, self.system.size))
             with quiet():
                 placed = batch(constrained)(piece, self.system.split(u[:, 0]))

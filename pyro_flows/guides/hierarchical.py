@@ -83,7 +83,7 @@ class AutoHierarchicalFlow(AutoMessenger):  # type: ignore[metaclass]
         flow: of the latents outside of plates, see :class:`AutoFlow`.
         joint: sites in plates whose latents the flow takes too. Sites whose rows depend on each other given all else,
             such as increments of a random walk or weights of a regression, are found, and are taken too, up to 200
-            coordinates.
+            coordinates. So are sites on which priors of these depend, such as a scale of each weight.
         init: ``"auto"``: the flow starts at a mode of its latents, those in plates integrated out by importance
             sampling, and at the curvature there. Up to 256 minibatches are read. Without latents in plates, or without
             a mode, it starts as :class:`AutoFlow` does. ``"prior"``: at the prior's median.
@@ -232,7 +232,11 @@ class AutoHierarchicalFlow(AutoMessenger):  # type: ignore[metaclass]
         self.top = top
 
     def _to_join(self, rows: Rows, first: Conditional) -> str | None:
-        """Return a site that the flow has to take: its rows, or what is read of them, do not stand for themselves."""
+        """Return a site that the flow has to take: its rows, or what is read of them, do not stand for themselves.
+
+        Last come the parents of latents that the flow has. Given a child, such as a coefficient near zero, a scale has
+        a long flat tail, which no normal approximation has; without it, what ties the two would be lost.
+        """
         own, pairs, why = conditional.coupled(first), conditional.crossed(first), ""
         joined = [*own, *conditional.read_elsewhere(first)]
         walks = bool(own) and all(self._fits(site) for site in own)  # which the flow takes
@@ -258,7 +262,7 @@ class AutoHierarchicalFlow(AutoMessenger):  # type: ignore[metaclass]
             names = " and ".join(repr(site.name) for site in pair)
             self.reason = f"{names} are in crossed plates: taken as independent given the flow's latents.{why}"
             fallback(self.reason)
-        return None
+        return next((site.name for site in conditional.parents(first) if self._fits(site)), None)
 
     def _solved(self, rows: Rows, z: Tensor) -> Crossed:
         """Return the system that couples all latents in plates."""

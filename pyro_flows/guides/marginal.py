@@ -92,6 +92,12 @@ class Errors(NamedTuple):
     level: float
 
 
+def without_lost(log_weights: Tensor, dim: int) -> Tensor:
+    """Let draws far out, where values over- or underflow, have the weight zero, unless all draws do."""
+    lost = torch.isnan(log_weights) | torch.isposinf(log_weights)
+    return torch.where(lost & ~lost.all(dim, keepdim=True), -torch.inf, log_weights)
+
+
 @dataclass
 class _Terms:
     """What a part of the data says at points: sums (S,), and densities of the draws of rows (K, S, rows), by plate."""
@@ -103,12 +109,9 @@ class _Terms:
     dead: Mapping[str, Tensor] = field(default_factory=dict)  # draws whose weight is known to be negligible
 
     def weights(self, plate: str) -> Tensor:
-        """Return the log weights of the draws; far out, where values over- or underflow, a density counts as zero."""
-        found = (self.log_p[plate] - self.log_q[plate]).double()
-        lost = torch.isnan(found) | torch.isposinf(found)
-        missing = lost & ~lost.all(0)
-        missing = missing | self.dead[plate] if plate in self.dead else missing
-        return torch.where(missing, -torch.inf, found)
+        """Return the log weights of the draws; see :func:`without_lost`."""
+        found = without_lost((self.log_p[plate] - self.log_q[plate]).double(), 0)
+        return torch.where(self.dead[plate], -torch.inf, found) if plate in self.dead else found
 
     def likelihoods(self, plate: str) -> Tensor:
         """Return the log likelihoods of the rows (S, rows): of the mean of both nets, free of bias to second order.

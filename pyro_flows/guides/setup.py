@@ -104,7 +104,7 @@ class LatentGuide(AutoContinuous):
             give_gains(built)
         self.flow = built.to(like)
         start = None
-        if self._init == AUTO and self.affine is not None:
+        if self._init == AUTO and self.affine is not None and self.master is None:  # else data may be hidden
             start = best_start(self.model, args, kwargs, among=structure.latents, noncentered=self._noncentered)
         if start is None:
             loc = self._init_loc().to(like)

@@ -245,6 +245,22 @@ def test_draws_of_binary_ratings_estimate_their_density():
     assert float(value) == float(shared(z[:1]))
 
 
+def test_draws_without_a_density_are_not_picked_and_a_point_without_any_is_named(monkeypatch):
+    y, (student, lecturer) = torch.tensor([0.0, 1.0, 1.0, 0.0]).double(), torch.tensor([[0, 1, 2, 3], [0, 1, 2, 0]])
+    likelihood, prior = LIKELIHOODS["Bernoulli"], lambda loc: dist.Normal(loc, 0.5)
+    system = system_of(of_other_shapes, y, student, lecturer, likelihood, prior, None, local=["a", "b"])
+    density, z = CrossedMarginal(system, 0), real([0.3], [-0.5])
+    u, log_q = density._drawn(z, 0)
+    u[:, 1:] = torch.nan
+    monkeypatch.setattr(density, "_drawn", lambda *_: (u, log_q))
+    assert torch.allclose(density(z), system.heights(z, u[:, 0]) - log_q[:, 0] - math.log(density.count))
+    drawn = density.local_draws(z, ["a"], torch.arange(1), 0)["a"]
+    assert torch.allclose(drawn, system.split(u[:, 0])["a"])
+    u[1] = torch.nan
+    with pytest.raises(ValueError, match=r"local_samples: expected a finite log density .* got none at 1 of 2"):
+        density.local_draws(z, ["a"], torch.arange(1), 0)
+
+
 def test_an_expansion_is_exact_where_it_was_made_and_close_near_it():
     args = simulated(40, (6, 5))
     system = system_of(ratings, *args, 16)

@@ -105,8 +105,12 @@ def gaussian_start(prior, seed):
 def flow_start(make):
     def start(prior, seed):
         pyro.set_rng_seed(seed)
-        flow = make(poutine.block(model_of(prior), expose=["mu", "tau"])).initialize(cells()).flow
-        return lockstep.Map(flow), flow.df
+        model = model_of(prior)
+        guide = AutoGuideList(model)
+        guide.append(make(poutine.block(model, expose=["mu", "tau"])))
+        guide.append(AutoNormal(poutine.block(model, expose=["z"])))
+        guide(cells())
+        return lockstep.Map(guide[0].flow), guide[0].flow.df
 
     return start
 
@@ -185,6 +189,13 @@ def test_parts_by_single_draws_are_as_good_as_a_gaussian(kind, affine):
     error = ((found.var(1) + gaussian.var(1)) / 10.0).sqrt()
     assert (found.mean(1) > gaussian.mean(1) - 2.0 * error).all()
     assert (found.amin(1) > gaussian.amin(1) - 0.5).all()
+
+
+def test_a_part_starts_at_the_prior_median_with_unit_scale():
+    """It sees no data: from the prior's scale, 10, a step of its location is a third of the posterior's sd."""
+    start, _ = flow_start(MAKERS["realnvp"])("half-normal", 0)
+    affine = next(layer for layer in start.modules() if isinstance(layer, pf.transforms.LowerTriangularAffine))
+    assert torch.equal(affine.scale_tril, torch.eye(2))
 
 
 # what small steps change and what they do not ------------------------------------------------------------------------

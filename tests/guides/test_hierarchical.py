@@ -11,6 +11,7 @@ from pyro import poutine
 from pyro.infer import SVI, Trace_ELBO
 
 import pyro_flows as pf
+from pyro_flows.guides import hierarchical
 from pyro_flows.guides.conditional import Rows, beginning
 from pyro_flows.guides.crossed import CrossedMarginal
 from pyro_flows.guides.marginal import Marginal
@@ -87,8 +88,8 @@ def with_children(x, y, batch=None):
     """Coefficients, which the flow takes since data couple them, have priors that depend on latents in their plate."""
     mu = pyro.sample("mu", dist.Normal(real(0.0), 1.0))
     with pyro.plate("column", x.shape[1], dim=-1):
-        a = pyro.sample("a", dist.Normal(mu, 1.0))
-        b = pyro.sample("b", dist.Normal(a, 0.5))
+        a = pyro.sample("a", dist.Normal(mu.unsqueeze(-1) + real([0.0, 0.0]), 1.0).to_event(1))
+        b = pyro.sample("b", dist.Normal(a.mean(-1), 0.5))
     with pyro.plate("row", len(y), subsample_size=batch, dim=-1) as index:
         pyro.sample("y", dist.Normal((b.unsqueeze(-2) @ x[index].mT).squeeze(-2), 1.0), obs=y[index])
 
@@ -494,17 +495,27 @@ def test_values_and_gradients_are_exact_where_rows_are_normal():
 
 
 @pytest.mark.parametrize("batch", [None, 10])
-def test_priors_in_the_flow_that_depend_on_latents_in_plates_are_integrated(batch):
+def test_priors_in_the_flow_that_depend_on_latents_in_plates_are_integrated(batch, monkeypatch):
+    monkeypatch.setattr(hierarchical, "JOINT_UP_TO", 3)  # the coefficients, and not what they depend on
     y = data(40)
     x = torch.randn(40, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     guide, rows = rows_of(with_children, x, y, batch)
     assert guide.local == ["a"]
     z = real([[0.3, 0.5, -0.3, 0.1], [0.7, 1.2, -1.0, 2.0]])
     density, (mu, b) = Marginal(rows, z[0], guide._start, 0), z.split([1, 3], 1)
-    expected = dist.Normal(mu, 1.25**0.5).log_prob(b).sum(1) + dist.Normal(0.0, 1.0).log_prob(mu[:, 0])
+    expected = dist.Normal(mu, 0.75**0.5).log_prob(b).sum(1) + dist.Normal(0.0, 1.0).log_prob(mu[:, 0])
     assert torch.allclose(density(z), expected + dist.Normal(b @ x.mT, 1.0).log_prob(y).sum(1), atol=1e-6)
     drawn = density.local_draws(z[1:].expand(2000, 4), ["a"], torch.arange(3), seed=0)["a"]
-    assert torch.allclose(drawn.mean(0), mu[1] + 0.8 * (b[1] - mu[1]), atol=0.05)
+    assert torch.allclose(drawn.mean((0, 2)), mu[1] + (b[1] - mu[1]) / 1.5, atol=0.05)
+
+
+@pytest.mark.parametrize("batch", [None, 10])
+def test_the_flow_takes_latents_in_plates_on_which_priors_of_its_own_depend(batch):
+    """Else draws of coefficients and those of their scales would be independent."""
+    y = data(40)
+    x = torch.randn(40, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    guide, _ = rows_of(with_children, x, y, batch)
+    assert guide.local == []
 
 
 @pytest.mark.parametrize("batch", [None, 3])
