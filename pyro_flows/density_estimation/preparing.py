@@ -17,7 +17,7 @@ from pyro_flows.density_estimation import files
 from pyro_flows.density_estimation.ascent import score
 from pyro_flows.density_estimation.mixtures import choose
 from pyro_flows.density_estimation.points import CHUNK, Batch, Rows, Source, Stream, points_for, rows
-from pyro_flows.density_estimation.standardizing import is_fresh, preprocess, scale_of
+from pyro_flows.density_estimation.standardizing import is_fresh, preprocess, scale_of, warn_dependent
 from pyro_flows.flows.flow import Flow
 from pyro_flows.flows.recipe import AUTO, BUILDERS, ending, with_mixture, with_preprocess
 from pyro_flows.flows.vectors import realnvp, spline
@@ -109,6 +109,8 @@ def with_scale(flow: Flow, train: Source, kind: str | None) -> tuple[Flow, str |
             return flow, None
         kind = "whiten" if own is not None and own.full else "standardize"
     batches = held(train, MEASURED_POINTS)
+    if not images and train.levels is None:
+        warn_dependent(batches)
     fresh = is_fresh(flow)
     scaled = _scale_context(flow, batches, fresh)
     layer: Preprocess = preprocess(kind, scaled, pooled=images)

@@ -16,8 +16,8 @@ from pyro_flows.flows.flow import Flow
 from pyro_flows.transforms.fixed import Preprocess
 
 KINDS = ("standardize", "whiten")
-DEPENDENT = 1e-10  # an eigenvalue of correlations below this share of the largest is rounding error
-CONSTANT = 1e-12  # a variance below this share of the squared mean is rounding error
+DEPENDENT = 1e-10  # a share of a variance, of an eigenvalue of correlations too, below this one is rounding error
+CONSTANT = 1e-12  # a variance below this share of the mean square is rounding error
 
 
 def preprocess(kind: str, batches: Iterable[Batch], *, pooled: bool = False, shrink: bool = True) -> Preprocess:
@@ -34,7 +34,8 @@ def preprocess(kind: str, batches: Iterable[Batch], *, pooled: bool = False, shr
         shrink: whether correlations are shrunk.
 
     Warns:
-        UserWarning: if a coordinate is constant; its scale is then that of the narrowest other one.
+        UserWarning: if a coordinate is constant, given the context if there is one. Its scale is then that of the
+            narrowest other one.
 
     Reference: Ledoit and Wolf 2004, *A well-conditioned estimator for large-dimensional covariance matrices*.
     """
@@ -42,20 +43,44 @@ def preprocess(kind: str, batches: Iterable[Batch], *, pooled: bool = False, shr
     seen = list(batches)
     shape, first = seen[0][0].shape[1:], seen[0][0]
     y = torch.cat([batch.flatten(1) for batch, _ in seen]).double()
-    mean = y.mean(0)
+    mean, size = y.mean(0), y.square().mean(0)
     y = y - mean
-    slope = None
+    slope, given = None, ""
     if seen[0][1] is not None:
         context = torch.cat([batch for _, batch in seen if batch is not None]).double()
+        given = " given the context"
         slope, y = _regress(context, y)
         mean = mean - context.mean(0) @ slope
-    scale = _scales(y, mean)
+    scale = _scales(y, size, given)
     if pooled:
         scale = scale.square().mean().sqrt().expand(scale.shape)
     factor = scale.reshape(shape)
     if kind == "whiten":
         factor = scale[:, None] * _root(y / scale, shrink)
     return Preprocess(mean.reshape(shape).to(first), factor.to(first), None if slope is None else slope.to(first))
+
+
+def warn_dependent(batches: Iterable[Batch]) -> None:
+    """Warn if coordinates fulfil a linear equation, with the context if there is one; name them.
+
+    In units of their sizes, it is a direction with as little variance as a constant coordinate has. Few points have
+    such by chance.
+    """
+    parts = [part for part in zip(*batches, strict=True) if part[0] is not None]
+    points = torch.cat([torch.cat(part) for part in parts], 1).double()
+    if len(points) - 1 <= points.shape[1]:
+        return
+    u = (points - points.mean(0)) / points.square().mean(0).sqrt().clamp_min(torch.finfo(torch.float32).tiny)
+    values, vectors = torch.linalg.eigh(u.mT @ u / len(u))
+    share = vectors[:, values <= CONSTANT].square().sum(1) * u.square().mean(0)
+    if found := (share[: parts[0][0].shape[1]] > DEPENDENT).nonzero().flatten().tolist():
+        warnings.warn(
+            f"data: coordinates {', '.join(map(str, found))} fulfil a linear equation"
+            f"{' with the context' if len(parts) > 1 else ''}, such as a sum or a copy, so that the density has no "
+            "upper bound. Drop one of them, or pass levels= if the values are quantized.",
+            UserWarning,
+            stacklevel=outside(),
+        )
 
 
 def scale_of(contexts: Tensor) -> Tensor:
@@ -101,14 +126,18 @@ def _regress(context: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     return slope, y - centered @ slope
 
 
-def _scales(y: Tensor, mean: Tensor) -> Tensor:
+def _scales(y: Tensor, size: Tensor, given: str) -> Tensor:
+    """Return standard deviations of centered points.
+
+    ``size`` is the mean square before centering: rounding errors are a share of it.
+    """
     variance = y.square().mean(0)
-    constant = variance <= CONSTANT * mean.square() + torch.finfo(torch.float32).tiny ** 2
+    constant = variance <= CONSTANT * size + torch.finfo(torch.float32).tiny ** 2
     if bool(constant.any()):
         where = constant.nonzero().flatten().tolist()
         warnings.warn(
-            f"data: coordinate {where[0]} is constant ({len(where)} of {len(constant)} are), so that its density has "
-            "no upper bound. Drop it, or pass levels= if the values are quantized.",
+            f"data: coordinate {where[0]} is constant{given} ({len(where)} of {len(constant)} are), so that its "
+            "density has no upper bound. Drop it, or pass levels= if the values are quantized.",
             UserWarning,
             stacklevel=outside(),
         )
