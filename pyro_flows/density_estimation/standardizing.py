@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import warnings
 from collections.abc import Iterable
 
@@ -88,6 +89,29 @@ def scale_of(contexts: Tensor) -> Tensor:
     found = torch.stack([contexts.mean(0), contexts.std(0, correction=int(len(contexts) > 1))])
     still = ((contexts == 0) | (contexts == 1)).all(0) | (found[1] <= 1e-6 * found[0].abs() + 1e-30)
     return torch.where(still, torch.tensor([[0.0], [1.0]]).to(found), found)
+
+
+def knots_of(contexts: Tensor) -> Tensor:
+    r"""Return knots (2, C, K), places and values, of the map of contexts (N, C) to their normal scores.
+
+    Values :math:`v_k` are equally far from each other, and their places are the quantiles of :math:`\Phi(v_k)`. Places
+    that coincide share the mean of their values. K is the root of N, so that a piece holds about as many points as
+    there are pieces. Far values become values of a few units, and most points are spread, whatever the tails are.
+    Columns of zeros and ones stay as they are.
+
+    Reference: van der Waerden 1952, *Order tests for the two-sample problem and their power* (normal scores).
+    """
+    count, c = len(contexts), contexts.double()
+    far = -torch.special.ndtri(torch.tensor(0.5 / count, dtype=torch.float64))
+    values = torch.linspace(-1.0, 1.0, max(round(math.sqrt(count)), 2), dtype=torch.float64).to(c.device) * far.to(c)
+    at = torch.special.ndtr(values) * (count - 1)
+    ordered, low = c.sort(0).values, at.floor().long()
+    places = torch.lerp(ordered[low], ordered[(low + 1).clamp_max(count - 1)], (at - low)[:, None]).mT.contiguous()
+    same = (places[:, :, None] == places[:, None, :]).to(c)
+    found = torch.stack([places, same @ values / same.sum(-1)])
+    unit = ((contexts == 0) | (contexts == 1)).all(0)
+    found[:, unit] = torch.linspace(0.0, 1.0, len(values)).to(found)
+    return found.to(contexts)
 
 
 @torch.no_grad()
