@@ -95,15 +95,17 @@ def knots_of(contexts: Tensor) -> Tensor:
     r"""Return knots (2, C, K), places and values, of the map of contexts (N, C) to their normal scores.
 
     Values :math:`v_k` are equally far from each other, and their places are the quantiles of :math:`\Phi(v_k)`. Places
-    that coincide share the mean of their values. K is the root of N, so that a piece holds about as many points as
-    there are pieces. Far values become values of a few units, and most points are spread, whatever the tails are.
-    Columns of zeros and ones stay as they are.
+    that coincide share the mean of their values. K is :math:`2 N^{1/3}`, as of a histogram's bins by the Rice rule. Far
+    values become values of a few units, and most points are spread, whatever the tails are. Columns of zeros and ones
+    stay as they are.
 
     Reference: van der Waerden 1952, *Order tests for the two-sample problem and their power* (normal scores).
     """
     count, c = len(contexts), contexts.double()
     far = -torch.special.ndtri(torch.tensor(0.5 / count, dtype=torch.float64))
-    values = torch.linspace(-1.0, 1.0, max(round(math.sqrt(count)), 2), dtype=torch.float64).to(c.device) * far.to(c)
+    values = torch.linspace(-1.0, 1.0, math.ceil(2.0 * count ** (1.0 / 3.0)), dtype=torch.float64).to(
+        c.device
+    ) * far.to(c)
     at = torch.special.ndtr(values) * (count - 1)
     ordered, low = c.sort(0).values, at.floor().long()
     places = torch.lerp(ordered[low], ordered[(low + 1).clamp_max(count - 1)], (at - low)[:, None]).mT.contiguous()

@@ -60,8 +60,8 @@ def standardized(context: Tensor, scale: Tensor | None) -> Tensor:
 def scores(context: Tensor, knots: Tensor) -> Tensor:
     """Map a context (..., C) along lines between knots (2, C, K): places and values. Beyond the ends it is constant."""
     places, values = knots
-    c = context.movedim(-1, 0).reshape(len(places), -1).contiguous()
-    above = torch.searchsorted(places, c, right=True).clamp(1, places.shape[1] - 1)
+    c = context.movedim(-1, 0).reshape(len(places), -1)
+    above = (c[:, :, None] >= places[:, None, :]).sum(-1).clamp(1, places.shape[1] - 1)
     low, high = (places.gather(1, at) for at in (above - 1, above))
     share = ((c - low) / torch.where(high > low, high - low, 1.0)).clamp(0.0, 1.0)
     found = torch.lerp(values.gather(1, above - 1), values.gather(1, above), share)

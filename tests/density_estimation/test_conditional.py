@@ -54,9 +54,9 @@ def test_the_default_has_two_modes(fitted):
 
 
 def test_a_few_contexts_far_out_do_no_harm():
-    (y, x), (y_test, x_test) = bimodal(1000, seed=0), bimodal(4000, seed=1)
-    far = torch.where(torch.arange(1000)[:, None] % 100 == 0, 1000.0, 1.0)
-    found = pf.fit_density(y, context=far * x, max_epochs=20, learning_rate=0.01, progress=False)
+    (y, x), (y_test, x_test) = bimodal(600, seed=0), bimodal(4000, seed=1)
+    far = torch.where(torch.arange(600)[:, None] % 100 == 0, 1000.0, 1.0)
+    found = pf.fit_density(y, context=far * x, max_epochs=16, learning_rate=0.01, progress=False)
     assert float(found.log_prob(y_test, x_test).mean()) > float(truth(y_test, x_test)) - 0.15
 
 
@@ -64,12 +64,12 @@ def test_normal_scores_of_a_context():
     z = torch.randn(5000, 1, generator=torch.Generator().manual_seed(0))
     x = torch.cat([z, torch.exp(3.0 * z), (z > 1.0).float(), 3.0 * torch.ones_like(z), z.clamp_min(0.0)], 1)
     knots = knots_of(x)
-    assert knots.shape == (2, 5, 71)
+    assert knots.shape == (2, 5, 35)
     found = scores(x, knots)
     inner = (z.abs() < 2.5)[:, 0]
     assert (found[inner, :2] - z[inner]).abs().max() < 0.1
     assert torch.equal(found[:, 2], x[:, 2])
-    assert not found[:, 3].any()
+    assert found[:, 3].abs().max() < 1e-12
     assert found[(z < 0.0)[:, 0], 4].unique().numel() == 1
     assert torch.equal(found[:, 4].argsort(stable=True), x[:, 4].argsort(stable=True))
     assert torch.equal(scores(1e9 * torch.ones(2, 3, 5), knots)[0, 0], scores(x.amax(0), knots))
