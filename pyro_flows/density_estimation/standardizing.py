@@ -18,6 +18,9 @@ from pyro_flows.transforms.fixed import Preprocess
 
 KINDS = ("standardize", "whiten")
 DEPENDENT = 1e-10  # a share of a variance, of an eigenvalue of correlations too, below this one is rounding error
+FAR = 10.0  # robust standard deviations, beyond which values are in a heavy tail,
+FAR_SHARE = 1e-3  # if this share of them is there
+NORMAL = 1.4826  # the standard deviation of a normal distribution over its median absolute deviation
 CONSTANT = 1e-12  # a variance below this share of the mean square is rounding error
 
 
@@ -91,29 +94,41 @@ def scale_of(contexts: Tensor) -> Tensor:
     return torch.where(still, torch.tensor([[0.0], [1.0]]).to(found), found)
 
 
-def knots_of(contexts: Tensor) -> Tensor:
-    r"""Return knots (2, C, K), places and values, of the map of contexts (N, C) to their normal scores.
+def tails(values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return median, robust standard deviation, and share of values more than ten of these away, of columns (N, C)."""
+    loc = values.median(0).values
+    away = (values - loc).abs()
+    scale, mean = NORMAL * away.median(0).values, away.mean(0)
+    scale = torch.where(scale > 0.0, scale, torch.where(mean > 0.0, mean, 1.0))  # most counts may be equal
+    return loc, scale, (away > FAR * scale).double().mean(0)
 
-    Values :math:`v_k` are equally far from each other, and their places are the quantiles of :math:`\Phi(v_k)`. Places
-    that coincide share the mean of their values. K is :math:`2 N^{1/3}`, as of a histogram's bins by the Rice rule. Far
-    values become values of a few units, and most points are spread, whatever the tails are. Columns of zeros and ones
-    stay as they are.
+
+def knots_of(contexts: Tensor) -> Tensor:
+    r"""Return knots (2, C, K), places and values, of the map of contexts (N, C) to what networks see.
+
+    Of a column with a heavy tail, these are normal scores. Values :math:`v_k` are equally far from each other, and
+    their places are the quantiles of :math:`\Phi(v_k)`. Places that coincide share the mean of their values. The first
+    two share one, and so do the last two, so that nothing grows beyond them. K is :math:`2 N^{1/3}`, as of a
+    histogram's bins by the Rice rule. So far values become values of a few units, and most points are spread. Of other
+    columns, the map is a line: less the median, over the robust standard deviation, which a few outliers do not move.
+    Columns of zeros and ones stay as they are.
 
     Reference: van der Waerden 1952, *Order tests for the two-sample problem and their power* (normal scores).
     """
     count, c = len(contexts), contexts.double()
-    far = -torch.special.ndtri(torch.tensor(0.5 / count, dtype=torch.float64))
-    values = torch.linspace(-1.0, 1.0, math.ceil(2.0 * count ** (1.0 / 3.0)), dtype=torch.float64).to(
-        c.device
-    ) * far.to(c)
+    loc, scale, far = tails(c)
+    unit = ((contexts == 0) | (contexts == 1)).all(0)
+    loc, scale, heavy = torch.where(unit, 0.0, loc), torch.where(unit, 1.0, scale), (far > FAR_SHARE) & ~unit
+    most = -torch.special.ndtri(torch.tensor(0.5 / max(count, 2), dtype=torch.float64))
+    values = torch.linspace(-1.0, 1.0, math.ceil(2.0 * count ** (1.0 / 3.0))).to(c) * most.to(c)
     at = torch.special.ndtr(values) * (count - 1)
     ordered, low = c.sort(0).values, at.floor().long()
-    places = torch.lerp(ordered[low], ordered[(low + 1).clamp_max(count - 1)], (at - low)[:, None]).mT.contiguous()
-    same = (places[:, :, None] == places[:, None, :]).to(c)
-    found = torch.stack([places, same @ values / same.sum(-1)])
-    unit = ((contexts == 0) | (contexts == 1)).all(0)
-    found[:, unit] = torch.linspace(0.0, 1.0, len(values)).to(found)
-    return found.to(contexts)
+    quantiles = torch.lerp(ordered[low], ordered[(low + 1).clamp_max(count - 1)], (at - low)[:, None]).mT
+    same = (quantiles[:, :, None] == quantiles[:, None, :]).to(c)
+    inner = values.clamp(values[1], values[-2])
+    line = torch.stack([loc[:, None] + scale[:, None] * values, values.expand(len(loc), -1)])
+    bent = torch.stack([quantiles, same @ inner / same.sum(-1)])
+    return torch.where(heavy[:, None], bent, line).to(contexts)
 
 
 @torch.no_grad()

@@ -11,14 +11,14 @@ from torch.distributions import constraints
 
 from pyro_flows import _checks
 from pyro_flows.transforms.base import Bijection
-from pyro_flows.transforms.networks import State, adopt_context_scale, scores, standardized
+from pyro_flows.transforms.networks import State, adopt_context_scale, along, standardized
 
 
 class Seen(NamedTuple):
     """What layers see of a context."""
 
     linear: Tensor | None
-    scores: Tensor | None
+    bent: Tensor | None
 
 
 @_checks.constructor
@@ -28,7 +28,7 @@ class Compose(Bijection):
     Layers with ``context_dim > 0`` must agree on it; all of them see the same context. The inverse costs the inverse
     of each layer. The buffer ``context_scale``, (2, context_dim) or None, holds a location and a scale of the context:
     if it is there, layers see the standardized context. If ``context_knots``, (2, context_dim, K), is there, layers
-    whose effect of it is not linear see its normal scores in place of that.
+    whose effect of it is not linear see it along lines through these knots in place of that.
 
     Args:
         layers: the bijections, first applied first.
@@ -103,12 +103,12 @@ class Compose(Bijection):
         if context is None:
             return Seen(None, None)
         linear = standardized(context, self.context_scale)
-        return Seen(linear, linear if self.context_knots is None else scores(context, self.context_knots))
+        return Seen(linear, linear if self.context_knots is None else along(context, self.context_knots))
 
     def _context(self, layer: Bijection, seen: Seen) -> Tensor | None:
         if not layer.context_dim:
             return None
-        return seen.linear if layer.linear_in_context else seen.scores
+        return seen.linear if layer.linear_in_context else seen.bent
 
     def forward_and_ladj(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         seen = self._seen(context)

@@ -57,13 +57,13 @@ def standardized(context: Tensor, scale: Tensor | None) -> Tensor:
     return context if scale is None else (context - scale[0]) / scale[1]
 
 
-def scores(context: Tensor, knots: Tensor) -> Tensor:
-    """Map a context (..., C) along lines between knots (2, C, K): places and values. Beyond the ends it is constant."""
+def along(context: Tensor, knots: Tensor) -> Tensor:
+    """Map a context (..., C) along lines through knots (2, C, K), places and values; one place has one value."""
     places, values = knots
     c = context.movedim(-1, 0).reshape(len(places), -1)
     above = (c[:, :, None] >= places[:, None, :]).sum(-1).clamp(1, places.shape[1] - 1)
     low, high = (places.gather(1, at) for at in (above - 1, above))
-    share = ((c - low) / torch.where(high > low, high - low, 1.0)).clamp(0.0, 1.0)
+    share = (c - low) / torch.where(high > low, high - low, 1.0)
     found = torch.lerp(values.gather(1, above - 1), values.gather(1, above), share)
     return found.reshape(len(places), *context.shape[:-1]).movedim(0, -1)
 
