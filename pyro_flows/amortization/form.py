@@ -15,9 +15,11 @@ from torch.utils._pytree import tree_flatten
 
 from pyro_flows.calibration.cases import Case
 from pyro_flows.calibration.wiring import Wiring
-from pyro_flows.density_estimation.standardizing import FAR_SHARE, tails
+from pyro_flows.density_estimation.standardizing import tails
 from pyro_flows.model.arguments import usable
 from pyro_flows.model.sites import Keywords, Model
+
+FAR_SHARE = 1e-3  # of the simulated values of a site; if as many are far away, its data count as heavy-tailed
 
 
 def bound(model: Model, args: tuple[object, ...], kwargs: Keywords) -> Case:

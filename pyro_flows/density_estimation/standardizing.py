@@ -18,8 +18,7 @@ from pyro_flows.transforms.fixed import Preprocess
 
 KINDS = ("standardize", "whiten")
 DEPENDENT = 1e-10  # a share of a variance, of an eigenvalue of correlations too, below this one is rounding error
-FAR = 10.0  # robust standard deviations, beyond which values are in a heavy tail,
-FAR_SHARE = 1e-3  # if this share of them is there
+FAR = 10.0  # robust standard deviations, beyond which values are far away
 NORMAL = 1.4826  # the standard deviation of a normal distribution over its median absolute deviation
 CONSTANT = 1e-12  # a variance below this share of the mean square is rounding error
 
@@ -88,10 +87,13 @@ def warn_dependent(batches: Iterable[Batch]) -> None:
 
 
 def scale_of(contexts: Tensor) -> Tensor:
-    """Return a location and a scale (2, C) of contexts (N, C); columns of zeros and ones stay as they are."""
-    found = torch.stack([contexts.mean(0), contexts.std(0, correction=int(len(contexts) > 1))])
-    still = ((contexts == 0) | (contexts == 1)).all(0) | (found[1] <= 1e-6 * found[0].abs() + 1e-30)
-    return torch.where(still, torch.tensor([[0.0], [1.0]]).to(found), found)
+    """Return a location and a scale (2, C) of contexts (N, C): medians and robust standard deviations.
+
+    Columns of zeros and ones stay as they are.
+    """
+    loc, scale, _ = tails(contexts)
+    still = ((contexts == 0) | (contexts == 1)).all(0)
+    return torch.stack([torch.where(still, 0.0, loc), torch.where(still, 1.0, scale)])
 
 
 def tails(values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -103,31 +105,30 @@ def tails(values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return loc, scale, (away > FAR * scale).double().mean(0)
 
 
-def knots_of(contexts: Tensor) -> Tensor:
-    r"""Return knots (2, C, K), places and values, of the map of contexts (N, C) to what networks see.
+def knots_of(contexts: Tensor) -> Tensor | None:
+    r"""Return knots (2, C, K), places and values, of the map of contexts (N, C) to what networks see; None if linear.
 
-    Of a column with a heavy tail, these are normal scores. Values :math:`v_k` are equally far from each other, and
+    Columns with values that are far away become normal scores. Values :math:`v_k` are equally far from each other, and
     their places are the quantiles of :math:`\Phi(v_k)`. Places that coincide share the mean of their values. The first
     two share one, and so do the last two, so that nothing grows beyond them. K is :math:`2 N^{1/3}`, as of a
-    histogram's bins by the Rice rule. So far values become values of a few units, and most points are spread. Of other
-    columns, the map is a line: less the median, over the robust standard deviation, which a few outliers do not move.
-    Columns of zeros and ones stay as they are.
+    histogram's bins by the Rice rule. So far values become values of a few units, and the others stay apart. Other
+    columns are mapped by the line of :func:`scale_of`.
 
     Reference: van der Waerden 1952, *Order tests for the two-sample problem and their power* (normal scores).
     """
     count, c = len(contexts), contexts.double()
-    loc, scale, far = tails(c)
-    unit = ((contexts == 0) | (contexts == 1)).all(0)
-    loc, scale, heavy = torch.where(unit, 0.0, loc), torch.where(unit, 1.0, scale), (far > FAR_SHARE) & ~unit
-    most = -torch.special.ndtri(torch.tensor(0.5 / max(count, 2), dtype=torch.float64))
+    heavy = (tails(c)[2] > 0.0) & ~((c == 0) | (c == 1)).all(0)
+    if not bool(heavy.any()):
+        return None
+    most = -torch.special.ndtri(torch.tensor(0.5 / count, dtype=torch.float64))
     values = torch.linspace(-1.0, 1.0, math.ceil(2.0 * count ** (1.0 / 3.0))).to(c) * most.to(c)
     at = torch.special.ndtr(values) * (count - 1)
     ordered, low = c.sort(0).values, at.floor().long()
     quantiles = torch.lerp(ordered[low], ordered[(low + 1).clamp_max(count - 1)], (at - low)[:, None]).mT
     same = (quantiles[:, :, None] == quantiles[:, None, :]).to(c)
-    inner = values.clamp(values[1], values[-2])
-    line = torch.stack([loc[:, None] + scale[:, None] * values, values.expand(len(loc), -1)])
-    bent = torch.stack([quantiles, same @ inner / same.sum(-1)])
+    bent = torch.stack([quantiles, same @ values.clamp(values[1], values[-2]) / same.sum(-1)])
+    loc, scale = scale_of(c)[..., None]
+    line = torch.stack([loc + scale * values, values.expand(len(loc), -1)])
     return torch.where(heavy[:, None], bent, line).to(contexts)
 
 

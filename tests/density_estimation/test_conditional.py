@@ -60,7 +60,7 @@ def test_a_few_contexts_far_out_do_no_harm():
     assert float(found.log_prob(y_test, x_test).mean()) > float(truth(y_test, x_test)) - 0.15
 
 
-def test_networks_see_normal_scores_of_heavy_tails_and_lines_of_others():
+def test_networks_see_normal_scores_of_columns_with_far_values_and_units_of_others():
     z = torch.randn(5000, 1, generator=torch.Generator().manual_seed(0))
     x = torch.cat([z, torch.exp(3.0 * z), (z > 2.9).float(), 3.0 * torch.ones_like(z), z.clamp_min(2.0)], 1)
     knots = knots_of(x)
@@ -77,7 +77,11 @@ def test_networks_see_normal_scores_of_heavy_tails_and_lines_of_others():
     far = along(torch.tensor([[-1e9, 1e9], [1e9, 1e9]]), knots[:, :2])
     assert far[0, 0] < -1e8
     assert torch.equal(far[:, 1], found[:, 1].amax().expand(2))
-    assert torch.isfinite(along(x[:1], knots_of(x[:1]))).all()
+    assert knots_of(x[:, :1]) is None
+    assert knots_of(x[:1]) is None
+    one = torch.cat([torch.full((1, 1), 1e6), z])
+    assert along(one, knots_of(one)).abs().max() < 4.0
+    assert (along(one, knots_of(one))[1:][inner] - z[inner]).abs().max() < 0.1
 
 
 def test_the_unit_of_a_context_does_not_matter():

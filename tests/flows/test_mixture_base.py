@@ -107,10 +107,11 @@ def test_the_scale_of_a_context_goes_with_the_state():
     for wrong in (torch.ones(2, 3), torch.zeros(2, 2)):
         with pytest.raises(ValueError, match="positive scales"):
             again.load_state_dict({**flow.state_dict(), "bijection.context_scale": wrong})
-    flow.bijection.context_knots = flow.mixture.context_knots = knots_of(context)
+    far = 1e3 * normal(50, 2, seed=7, dtype=torch.float32).pow(9)
+    flow.bijection.context_knots = flow.mixture.context_knots = knots_of(far)
     again.load_state_dict(flow.state_dict())
     assert torch.equal(again.log_prob(y, context), flow.log_prob(y, context))
-    moved = knots_of(context + 1.0)
+    moved = knots_of(far + 1.0)
     again.load_state_dict({**flow.state_dict(), "bijection.context_knots": moved, "mixture.context_knots": moved})
     assert not torch.allclose(again.log_prob(y, context), flow.log_prob(y, context))
     for wrong in (torch.ones(2, 3, 4), torch.arange(8.0).flip(0).reshape(2, 2, 2)):
