@@ -87,13 +87,10 @@ def warn_dependent(batches: Iterable[Batch]) -> None:
 
 
 def scale_of(contexts: Tensor) -> Tensor:
-    """Return a location and a scale (2, C) of contexts (N, C): medians and robust standard deviations.
-
-    Columns of zeros and ones stay as they are.
-    """
-    loc, scale, _ = tails(contexts)
-    still = ((contexts == 0) | (contexts == 1)).all(0)
-    return torch.stack([torch.where(still, 0.0, loc), torch.where(still, 1.0, scale)])
+    """Return a location and a scale (2, C) of contexts (N, C); columns of zeros and ones stay as they are."""
+    found = torch.stack([contexts.mean(0), contexts.std(0, correction=int(len(contexts) > 1))])
+    still = ((contexts == 0) | (contexts == 1)).all(0) | (found[1] <= 1e-6 * found[0].abs() + 1e-30)
+    return torch.where(still, torch.tensor([[0.0], [1.0]]).to(found), found)
 
 
 def tails(values: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -27,7 +27,7 @@ class Compose(Bijection):
 
     Layers with ``context_dim > 0`` must agree on it; all of them see the same context. The inverse costs the inverse
     of each layer. The buffer ``context_scale``, (2, context_dim) or None, holds a location and a scale of the context:
-    if it is there, layers see the context in these units. If ``context_knots``, (2, context_dim, K), is there, layers
+    if it is there, layers see the standardized context. If ``context_knots``, (2, context_dim, K), is there, layers
     whose effect of it is not linear see it along lines through these knots in place of that.
 
     Args:
