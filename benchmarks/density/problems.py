@@ -184,14 +184,14 @@ IMAGES: dict[str, Any] = {"batch": 64, "levels": 256, "base": "normal", "kinds":
 CLUSTERED: dict[str, Any] = {"kinds": (AUTO, "spline")}
 TABLES = {
     "letter": Problem(table(lambda: mlbench("LetterRecognition"), quantized=True), 60.0, levels=16, **CLUSTERED),
-    "sonar": Problem(table(lambda: mlbench("Sonar")), 10.0, **CLUSTERED),
-    "ionosphere": Problem(table(lambda: mlbench("Ionosphere")), 10.0, **CLUSTERED),
-    "breast cancer": Problem(table(breast_cancer), 10.0, **CLUSTERED),
-    "satellite": Problem(table(lambda: mlbench("Satellite")), 30.0, **CLUSTERED),
-    "vehicle": Problem(table(lambda: mlbench("Vehicle")), 10.0, **CLUSTERED),
-    "vowel": Problem(table(lambda: mlbench("Vowel")), 10.0, **CLUSTERED),
-    "shuttle": Problem(table(lambda: mlbench("Shuttle")), 30.0, **CLUSTERED),
-    "diamonds": Problem(table(diamonds), 30.0, **CLUSTERED),
+    "sonar": Problem(table(lambda: mlbench("Sonar")), 20.0, **CLUSTERED),
+    "ionosphere": Problem(table(lambda: mlbench("Ionosphere")), 20.0, **CLUSTERED),
+    "breast cancer": Problem(table(breast_cancer), 20.0, **CLUSTERED),
+    "satellite": Problem(table(lambda: mlbench("Satellite")), 20.0, **CLUSTERED),
+    "vehicle": Problem(table(lambda: mlbench("Vehicle")), 20.0, **CLUSTERED),
+    "vowel": Problem(table(lambda: mlbench("Vowel")), 20.0, **CLUSTERED),
+    "shuttle": Problem(table(lambda: mlbench("Shuttle")), 20.0, **CLUSTERED),
+    "diamonds": Problem(table(diamonds), 20.0, **CLUSTERED),
 }
 PROBLEMS = {
     **{name: toy(name) for name in datasets.ENTROPY},

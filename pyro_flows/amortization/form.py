@@ -15,12 +15,11 @@ from torch.utils._pytree import tree_flatten
 
 from pyro_flows.calibration.cases import Case
 from pyro_flows.calibration.wiring import Wiring
+from pyro_flows.density_estimation.standardizing import tails
 from pyro_flows.model.arguments import usable
 from pyro_flows.model.sites import Keywords, Model
 
-FAR = 10.0  # robust standard deviations, beyond which the data of a site count as heavy-tailed,
-FAR_SHARE = 1e-3  # if this share of the simulated values is there
-NORMAL = 1.4826  # the standard deviation of a normal distribution over its median absolute deviation
+FAR_SHARE = 1e-3  # of the simulated values of a site; if as many are far away, its data count as heavy-tailed
 
 
 def bound(model: Model, args: tuple[object, ...], kwargs: Keywords) -> Case:
@@ -159,12 +158,8 @@ class Scale(torch.nn.Module):
 
 def _measured(part: Tensor, exchangeable: int) -> tuple[Tensor, Tensor, Tensor]:
     """Return place, scale and whether the tails are heavy, for each column (N, m) of a site."""
-    pooled = part.reshape(len(part) * exchangeable, -1)
-    loc = pooled.median(0).values
-    away = (pooled - loc).abs()
-    scale, mean = NORMAL * away.median(0).values, away.mean(0)
-    scale = torch.where(scale > 0.0, scale, torch.where(mean > 0.0, mean, 1.0))  # most counts may be equal
-    heavy = ((away > FAR * scale).double().mean() > FAR_SHARE).expand(part.shape[1])
+    loc, scale, far = tails(part.reshape(len(part) * exchangeable, -1))
+    heavy = (far.mean() > FAR_SHARE).expand(part.shape[1])
     return loc.repeat(exchangeable), scale.repeat(exchangeable), heavy
 
 

@@ -30,7 +30,8 @@ class DensityEstimator:
         weight_decay: of AdamW.
         max_epochs: passes through the rows at most.
         max_seconds: seconds at most.
-        random_state: seed, a number.
+        random_state: a seed; or a ``numpy.random.RandomState`` that one is drawn from at each fit and each ``sample``;
+            or ``None``, for numpy's global one.
 
     Attributes:
         fit_: the :class:`DensityFit`.
@@ -38,7 +39,7 @@ class DensityEstimator:
         feature_names_in_: their names, if X had any.
 
     Raises:
-        ValueError: by ``fit``, for what :func:`fit_density` refuses.
+        ValueError: by ``fit``, for what :func:`fit_density` refuses, and for another ``random_state``.
         TypeError: for sparse matrices.
 
     Cost: that of :func:`fit_density`. Shapes: X is (N, columns), y is (N,) or (N, D); log densities (N,) are in nats.
@@ -61,7 +62,7 @@ class DensityEstimator:
         weight_decay: float | None = None,
         max_epochs: int | None = None,
         max_seconds: float | None = None,
-        random_state: int | None = 0,
+        random_state: int | np.random.RandomState | None = 0,
     ) -> None:
         self.flow = flow
         self.conditional = conditional
@@ -124,7 +125,7 @@ class DensityEstimator:
             )
         self.n_features_in_ = rows.shape[1]
         options: dict[str, Any] = {**self.get_params(), "progress": False}
-        flow, options["seed"] = options.pop("flow"), options.pop("random_state") or 0
+        flow, options["seed"] = options.pop("flow"), _seed(options.pop("random_state"))
         if not options.pop("conditional"):
             self.fit_: DensityFit = fit_density(flow, rows, **options)
         elif y is None:
@@ -150,13 +151,17 @@ class DensityEstimator:
         """Return the mean log density, in nats. (``KernelDensity.score`` is the sum.)"""
         return float(self.score_samples(X, y).mean())
 
-    def sample(self, n_samples: int = 1, X: object = None, random_state: int | None = None) -> np.ndarray:
+    def sample(
+        self, n_samples: int = 1, X: object = None, random_state: int | np.random.RandomState | None = None
+    ) -> np.ndarray:
         """Draw rows (n_samples, columns); of a conditional density, an output for each row of X, (N, D).
+
+        Without a ``random_state``, that of the constructor is taken.
 
         Raises:
             ValueError: for a conditional density without rows, or other columns than those of the fit.
         """
-        seed = self.random_state or 0 if random_state is None else random_state
+        seed = _seed(self.random_state if random_state is None else random_state)
         if not self.conditional:
             self._check_fitted()
             return _numpy(self.fit_.sample(n_samples, seed=seed))
@@ -205,6 +210,20 @@ class DensityEstimator:
         except ImportError:
             raise AttributeError(message) from None
         raise NotFittedError(message)
+
+
+def _seed(random_state: object) -> int:
+    """Return a seed, as ``sklearn.utils.check_random_state`` reads what it is given."""
+    if random_state is None:
+        return int(np.random.randint(2**31))  # noqa: NPY002 (the convention)
+    if isinstance(random_state, np.random.RandomState):
+        return int(random_state.randint(2**31))
+    if isinstance(random_state, (int, np.integer)) and not isinstance(random_state, bool):
+        return int(random_state)
+    raise ValueError(
+        "random_state: expected a whole number, a numpy.random.RandomState or None, got a "
+        f"{type(random_state).__name__}. Of a Generator, pass int(generator.integers(2**31))."
+    )
 
 
 def _numpy(values: Tensor) -> np.ndarray:

@@ -17,12 +17,13 @@ from pyro_flows.density_estimation import files
 from pyro_flows.density_estimation.ascent import score
 from pyro_flows.density_estimation.mixtures import choose
 from pyro_flows.density_estimation.points import CHUNK, Batch, Rows, Source, Stream, points_for, rows
-from pyro_flows.density_estimation.standardizing import is_fresh, preprocess, scale_of
+from pyro_flows.density_estimation.standardizing import is_fresh, knots_of, preprocess, scale_of, warn_dependent
 from pyro_flows.flows.flow import Flow
 from pyro_flows.flows.recipe import AUTO, BUILDERS, ending, with_mixture, with_preprocess
 from pyro_flows.flows.vectors import realnvp, spline
 from pyro_flows.transforms import Compose, Logit
 from pyro_flows.transforms.fixed import Preprocess
+from pyro_flows.transforms.networks import standardized
 
 CHECKED_POINTS = 5_000  # held-out points that the checks during training use
 MEASURED_POINTS = 50_000  # from which scales and correlations are taken
@@ -109,6 +110,8 @@ def with_scale(flow: Flow, train: Source, kind: str | None) -> tuple[Flow, str |
             return flow, None
         kind = "whiten" if own is not None and own.full else "standardize"
     batches = held(train, MEASURED_POINTS)
+    if not images and train.levels is None:
+        warn_dependent(batches)
     fresh = is_fresh(flow)
     scaled = _scale_context(flow, batches, fresh)
     layer: Preprocess = preprocess(kind, scaled, pooled=images)
@@ -120,12 +123,13 @@ def with_scale(flow: Flow, train: Source, kind: str | None) -> tuple[Flow, str |
 
 
 def _scale_context(flow: Flow, batches: Sequence[Batch], fresh: bool) -> Sequence[Batch]:
-    """Let a new flow of a builder standardize its context, and return the batches with the context that layers see."""
+    """Let a new flow of a builder standardize its context, and return the batches with the context on its scale."""
     if not flow.context_dim or not isinstance(flow.bijection, Compose):
         return batches
     if fresh and flow.recipe is not None and flow.recipe.named:
-        flow.bijection.context_scale = scale_of(torch.cat([c for _, c in batches if c is not None]))
-    return [(y, flow.bijection._standardized(c)) for y, c in batches]
+        contexts = torch.cat([c for _, c in batches if c is not None])
+        flow.bijection.context_scale, flow.bijection.context_knots = scale_of(contexts), knots_of(contexts)
+    return [(y, None if c is None else standardized(c, flow.bijection.context_scale)) for y, c in batches]
 
 
 @torch.no_grad()
@@ -152,7 +156,7 @@ def begin_mixture(flow: Flow, train: Source, held_out: Source | None, over: Call
     assert found.mixture is not None
     found.mixture.assign(*parts)
     if isinstance(bijection, Compose):
-        found.mixture.context_scale = bijection.context_scale
+        found.mixture.context_scale, found.mixture.context_knots = bijection.context_scale, bijection.context_knots
     return found
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import warnings
 from collections.abc import Iterable
 
@@ -16,8 +17,10 @@ from pyro_flows.flows.flow import Flow
 from pyro_flows.transforms.fixed import Preprocess
 
 KINDS = ("standardize", "whiten")
-DEPENDENT = 1e-10  # an eigenvalue of correlations below this share of the largest is rounding error
-CONSTANT = 1e-12  # a variance below this share of the squared mean is rounding error
+DEPENDENT = 1e-10  # a share of a variance, of an eigenvalue of correlations too, below this one is rounding error
+FAR = 10.0  # robust standard deviations, beyond which values are far away
+NORMAL = 1.4826  # the standard deviation of a normal distribution over its median absolute deviation
+CONSTANT = 1e-12  # a variance below this share of the mean square is rounding error
 
 
 def preprocess(kind: str, batches: Iterable[Batch], *, pooled: bool = False, shrink: bool = True) -> Preprocess:
@@ -34,7 +37,8 @@ def preprocess(kind: str, batches: Iterable[Batch], *, pooled: bool = False, shr
         shrink: whether correlations are shrunk.
 
     Warns:
-        UserWarning: if a coordinate is constant; its scale is then that of the narrowest other one.
+        UserWarning: if a coordinate is constant, given the context if there is one. Its scale is then that of the
+            narrowest other one.
 
     Reference: Ledoit and Wolf 2004, *A well-conditioned estimator for large-dimensional covariance matrices*.
     """
@@ -42,14 +46,15 @@ def preprocess(kind: str, batches: Iterable[Batch], *, pooled: bool = False, shr
     seen = list(batches)
     shape, first = seen[0][0].shape[1:], seen[0][0]
     y = torch.cat([batch.flatten(1) for batch, _ in seen]).double()
-    mean = y.mean(0)
+    mean, size = y.mean(0), y.square().mean(0)
     y = y - mean
-    slope = None
+    slope, given = None, ""
     if seen[0][1] is not None:
         context = torch.cat([batch for _, batch in seen if batch is not None]).double()
+        given = " given the context"
         slope, y = _regress(context, y)
         mean = mean - context.mean(0) @ slope
-    scale = _scales(y, mean)
+    scale = _scales(y, size, given)
     if pooled:
         scale = scale.square().mean().sqrt().expand(scale.shape)
     factor = scale.reshape(shape)
@@ -58,11 +63,70 @@ def preprocess(kind: str, batches: Iterable[Batch], *, pooled: bool = False, shr
     return Preprocess(mean.reshape(shape).to(first), factor.to(first), None if slope is None else slope.to(first))
 
 
+def warn_dependent(batches: Iterable[Batch]) -> None:
+    """Warn if coordinates fulfil a linear equation, with the context if there is one; name them.
+
+    In units of their sizes, it is a direction with as little variance as a constant coordinate has. Few points have
+    such by chance.
+    """
+    parts = [part for part in zip(*batches, strict=True) if part[0] is not None]
+    points = torch.cat([torch.cat(part) for part in parts], 1).double()
+    if len(points) - 1 <= points.shape[1]:
+        return
+    u = (points - points.mean(0)) / points.square().mean(0).sqrt().clamp_min(torch.finfo(torch.float32).tiny)
+    values, vectors = torch.linalg.eigh(u.mT @ u / len(u))
+    share = vectors[:, values <= CONSTANT].square().sum(1) * u.square().mean(0)
+    if found := (share[: parts[0][0].shape[1]] > DEPENDENT).nonzero().flatten().tolist():
+        warnings.warn(
+            f"data: coordinates {', '.join(map(str, found))} fulfil a linear equation"
+            f"{' with the context' if len(parts) > 1 else ''}, such as a sum or a copy, so that the density has no "
+            "upper bound. Drop one of them, or pass levels= if the values are quantized.",
+            UserWarning,
+            stacklevel=outside(),
+        )
+
+
 def scale_of(contexts: Tensor) -> Tensor:
     """Return a location and a scale (2, C) of contexts (N, C); columns of zeros and ones stay as they are."""
     found = torch.stack([contexts.mean(0), contexts.std(0, correction=int(len(contexts) > 1))])
     still = ((contexts == 0) | (contexts == 1)).all(0) | (found[1] <= 1e-6 * found[0].abs() + 1e-30)
     return torch.where(still, torch.tensor([[0.0], [1.0]]).to(found), found)
+
+
+def tails(values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return median, robust standard deviation, and share of values more than ten of these away, of columns (N, C)."""
+    loc = values.median(0).values
+    away = (values - loc).abs()
+    scale, mean = NORMAL * away.median(0).values, away.mean(0)
+    scale = torch.where(scale > 0.0, scale, torch.where(mean > 0.0, mean, 1.0))  # most counts may be equal
+    return loc, scale, (away > FAR * scale).double().mean(0)
+
+
+def knots_of(contexts: Tensor) -> Tensor | None:
+    r"""Return knots (2, C, K), places and values, of the map of contexts (N, C) to what networks see; None if linear.
+
+    Columns with values that are far away become normal scores. Values :math:`v_k` are equally far from each other, and
+    their places are the quantiles of :math:`\Phi(v_k)`. Places that coincide share the mean of their values. The first
+    two share one, and so do the last two, so that nothing grows beyond them. K is :math:`2 N^{1/3}`, as of a
+    histogram's bins by the Rice rule. So far values become values of a few units, and the others stay apart. Other
+    columns are mapped by the line of :func:`scale_of`.
+
+    Reference: van der Waerden 1952, *Order tests for the two-sample problem and their power* (normal scores).
+    """
+    count, c = len(contexts), contexts.double()
+    heavy = (tails(c)[2] > 0.0) & ~((c == 0) | (c == 1)).all(0)
+    if not bool(heavy.any()):
+        return None
+    most = -torch.special.ndtri(torch.tensor(0.5 / count, dtype=torch.float64))
+    values = torch.linspace(-1.0, 1.0, math.ceil(2.0 * count ** (1.0 / 3.0))).to(c) * most.to(c)
+    at = torch.special.ndtr(values) * (count - 1)
+    ordered, low = c.sort(0).values, at.floor().long()
+    quantiles = torch.lerp(ordered[low], ordered[(low + 1).clamp_max(count - 1)], (at - low)[:, None]).mT
+    same = (quantiles[:, :, None] == quantiles[:, None, :]).to(c)
+    bent = torch.stack([quantiles, same @ values.clamp(values[1], values[-2]) / same.sum(-1)])
+    loc, scale = scale_of(c)[..., None]
+    line = torch.stack([loc + scale * values, values.expand(len(loc), -1)])
+    return torch.where(heavy[:, None], bent, line).to(contexts)
 
 
 @torch.no_grad()
@@ -101,14 +165,18 @@ def _regress(context: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     return slope, y - centered @ slope
 
 
-def _scales(y: Tensor, mean: Tensor) -> Tensor:
+def _scales(y: Tensor, size: Tensor, given: str) -> Tensor:
+    """Return standard deviations of centered points.
+
+    ``size`` is the mean square before centering: rounding errors are a share of it.
+    """
     variance = y.square().mean(0)
-    constant = variance <= CONSTANT * mean.square() + torch.finfo(torch.float32).tiny ** 2
+    constant = variance <= CONSTANT * size + torch.finfo(torch.float32).tiny ** 2
     if bool(constant.any()):
         where = constant.nonzero().flatten().tolist()
         warnings.warn(
-            f"data: coordinate {where[0]} is constant ({len(where)} of {len(constant)} are), so that its density has "
-            "no upper bound. Drop it, or pass levels= if the values are quantized.",
+            f"data: coordinate {where[0]} is constant{given} ({len(where)} of {len(constant)} are), so that its "
+            "density has no upper bound. Drop it, or pass levels= if the values are quantized.",
             UserWarning,
             stacklevel=outside(),
         )

@@ -13,7 +13,7 @@ from torch.distributions import constraints
 
 from pyro_flows import _checks
 from pyro_flows.transforms.conditioners import bounded, conditioner
-from pyro_flows.transforms.networks import State, adopt_context_scale
+from pyro_flows.transforms.networks import State, adopt_context_scale, along, standardized
 
 LOG_BOUND = 5.0  # of what a context multiplies scales and degrees of freedom by, as a logarithm
 DF_LEAST = 1.0  # degrees of freedom are above it, so that there is a mean
@@ -42,6 +42,7 @@ class MixtureBase(nn.Module):
     """
 
     context_scale: Tensor | None
+    context_knots: Tensor | None
 
     def __init__(self, dim: int, components: int, *, context_dim: int = 0, hidden: Sequence[int] = (64, 64)) -> None:
         super().__init__()
@@ -57,6 +58,7 @@ class MixtureBase(nn.Module):
         out = sum(self._sizes)
         self.conditioner = conditioner(0, context_dim, out, hidden=hidden) if context_dim else None
         self.register_buffer("context_scale", None)
+        self.register_buffer("context_knots", None)
 
     def _load_from_state_dict(self, state_dict: State, prefix: str, *args: object, **kwargs: object) -> None:
         adopt_context_scale(self, state_dict, prefix)
@@ -79,8 +81,9 @@ class MixtureBase(nn.Module):
         factor = self.below.tril(-1) + torch.diag_embed(self.log_diagonal.exp())
         if self.conditioner is None:
             return MixtureOfStudents(Parts(self.logits.log_softmax(-1), self.loc, factor, DF_LEAST + self.log_df.exp()))
-        if context is not None and self.context_scale is not None:
-            context = (context - self.context_scale[0]) / self.context_scale[1]
+        assert context is not None
+        knots = self.context_knots
+        context = standardized(context, self.context_scale) if knots is None else along(context, knots)
         logits, shift, log_scale, log_df = self.conditioner(None, context).split(self._sizes, -1)
         shift, log_scale = (part.unflatten(-1, (self.components, self.dim)) for part in (shift, log_scale))
         df = DF_LEAST + torch.exp(self.log_df + bounded(log_df, LOG_BOUND))

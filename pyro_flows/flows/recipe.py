@@ -307,9 +307,10 @@ def _ending_replaced(bijection: Bijection, layer: Preprocess) -> Bijection:
 
 
 def _composed(before: Bijection, layers: list[Bijection]) -> Compose:
-    """Compose layers, with the scale of the context that they had."""
+    """Compose layers, with the scale and the knots of the context that they had."""
     found = Compose(layers)
-    found.context_scale = before.context_scale if isinstance(before, Compose) else None
+    if isinstance(before, Compose):
+        found.context_scale, found.context_knots = before.context_scale, before.context_knots
     return found
 
 

@@ -43,6 +43,7 @@ class Bijection(TransformModule, ConditionalTransform):
     bijective = True
     event_dim: int = 1
     context_dim: int = 0
+    linear_in_context: bool = False  # whether a context only adds a linear function of it
 
     def forward_and_ladj(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Return ``y`` and ``log|dy/dx|``."""

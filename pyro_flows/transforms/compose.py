@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import cast
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +11,14 @@ from torch.distributions import constraints
 
 from pyro_flows import _checks
 from pyro_flows.transforms.base import Bijection
-from pyro_flows.transforms.networks import State, adopt_context_scale
+from pyro_flows.transforms.networks import State, adopt_context_scale, along, standardized
+
+
+class Seen(NamedTuple):
+    """What layers see of a context."""
+
+    linear: Tensor | None
+    bent: Tensor | None
 
 
 @_checks.constructor
@@ -20,7 +27,8 @@ class Compose(Bijection):
 
     Layers with ``context_dim > 0`` must agree on it; all of them see the same context. The inverse costs the inverse
     of each layer. The buffer ``context_scale``, (2, context_dim) or None, holds a location and a scale of the context:
-    if it is there, layers see the standardized context.
+    if it is there, layers see the standardized context. If ``context_knots``, (2, context_dim, K), is there, layers
+    whose effect of it is not linear see it along lines through these knots in place of that.
 
     Args:
         layers: the bijections, first applied first.
@@ -35,10 +43,12 @@ class Compose(Bijection):
     """
 
     context_scale: Tensor | None
+    context_knots: Tensor | None
 
     def __init__(self, layers: Iterable[Bijection]) -> None:
         super().__init__()
         self.register_buffer("context_scale", None)
+        self.register_buffer("context_knots", None)
         stack = list(layers)
         if not stack:
             raise ValueError("layers: expected at least one Bijection, got none.")
@@ -87,50 +97,53 @@ class Compose(Bijection):
         adopt_context_scale(self, state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
-    def _standardized(self, context: Tensor | None) -> Tensor | None:
-        """Check the context, and return it on its own scale."""
+    def _seen(self, context: Tensor | None) -> Seen:
+        """Check the context, and return what layers see of it."""
         _checks.context("Compose", context, self.context_dim)
-        if context is None or self.context_scale is None:
-            return context
-        return (context - self.context_scale[0]) / self.context_scale[1]
+        if context is None:
+            return Seen(None, None)
+        linear = standardized(context, self.context_scale)
+        return Seen(linear, linear if self.context_knots is None else along(context, self.context_knots))
 
-    def _context(self, layer: Bijection, context: Tensor | None) -> Tensor | None:
-        return context if layer.context_dim else None
+    def _context(self, layer: Bijection, seen: Seen) -> Tensor | None:
+        if not layer.context_dim:
+            return None
+        return seen.linear if layer.linear_in_context else seen.bent
 
     def forward_and_ladj(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        context = self._standardized(context)
+        seen = self._seen(context)
         first, *others = self.layers
-        x, total = first.forward_and_ladj(x, self._context(first, context))
+        x, total = first.forward_and_ladj(x, self._context(first, seen))
         for layer in others:
-            x, ladj = layer.forward_and_ladj(x, self._context(layer, context))
+            x, ladj = layer.forward_and_ladj(x, self._context(layer, seen))
             total = total + ladj
         return x, total
 
     def inverse_and_ladj(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        context = self._standardized(context)
+        seen = self._seen(context)
         first, *others = reversed(self.layers)
-        y, total = first.inverse_and_ladj(y, self._context(first, context))
+        y, total = first.inverse_and_ladj(y, self._context(first, seen))
         for layer in others:
-            y, ladj = layer.inverse_and_ladj(y, self._context(layer, context))
+            y, ladj = layer.inverse_and_ladj(y, self._context(layer, seen))
             total = total + ladj
         return y, total
 
     def forward_and_score(
         self, x: Tensor, score: Tensor, context: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        context = self._standardized(context)
+        seen = self._seen(context)
         first, *others = self.layers
-        x, total, score = first.forward_and_score(x, score, self._context(first, context))
+        x, total, score = first.forward_and_score(x, score, self._context(first, seen))
         for layer in others:
-            x, ladj, score = layer.forward_and_score(x, score, self._context(layer, context))
+            x, ladj, score = layer.forward_and_score(x, score, self._context(layer, seen))
             total = total + ladj
         return x, total, score
 
     @torch.no_grad()
     def start_from(self, y: Tensor, context: Tensor | None = None) -> Tensor:
-        context = self._standardized(context)
+        seen = self._seen(context)
         for layer in reversed(self.layers):
-            y = layer.start_from(y, self._context(layer, context))
+            y = layer.start_from(y, self._context(layer, seen))
         return y
 
 

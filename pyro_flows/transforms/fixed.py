@@ -33,6 +33,7 @@ class Preprocess(Bijection):
     (tensor([3., 6.]), tensor(2.0794))
     """
 
+    linear_in_context = True
     loc: Tensor
     scale: Tensor
     inverse_scale: Tensor

@@ -34,15 +34,38 @@ def adopt_buffer(module: nn.Module, name: str, state_dict: State, prefix: str) -
 
 
 def adopt_context_scale(module: nn.Module, state_dict: State, prefix: str) -> None:
-    """Let a module take over the location and scale of a context from the state to be loaded, or have none.
+    """Let a module take over the location, scale and knots of a context from the state to be loaded, or have none.
 
     Raises:
-        ValueError: for another shape than (2, context_dim), or scales that are not positive.
+        ValueError: for other shapes than (2, context_dim) and (2, context_dim, K), scales that are not positive, or
+            knots that fall.
     """
-    adopt_buffer(module, "context_scale", state_dict, prefix)
+    for name in ("context_scale", "context_knots"):
+        adopt_buffer(module, name, state_dict, prefix)
+    knots = module.context_knots
+    if isinstance(knots, Tensor) and not (
+        knots.dim() == 3 and knots.shape[:2] == (2, module.context_dim) and bool((knots.diff() >= 0.0).all())
+    ):
+        raise ValueError(f"context_knots: expected shape (2, {module.context_dim}, K) and numbers that do not fall.")
     found = module.context_scale
     if isinstance(found, Tensor) and (found.shape != (2, module.context_dim) or not bool((found[1] > 0.0).all())):
         raise ValueError(f"context_scale: expected shape (2, {module.context_dim}) and positive scales.")
+
+
+def standardized(context: Tensor, scale: Tensor | None) -> Tensor:
+    """Return a context (..., C) less its location, over its scale (2, C), if there is one."""
+    return context if scale is None else (context - scale[0]) / scale[1]
+
+
+def along(context: Tensor, knots: Tensor) -> Tensor:
+    """Map a context (..., C) along lines through knots (2, C, K), places and values; one place has one value."""
+    places, values = knots
+    c = context.movedim(-1, 0).reshape(len(places), -1)
+    above = (c[:, :, None] >= places[:, None, :]).sum(-1).clamp(1, places.shape[1] - 1)
+    low, high = (places.gather(1, at) for at in (above - 1, above))
+    share = (c - low) / torch.where(high > low, high - low, 1.0)
+    found = torch.lerp(values.gather(1, above - 1), values.gather(1, above), share)
+    return found.reshape(len(places), *context.shape[:-1]).movedim(0, -1)
 
 
 class Paced(nn.Module):

@@ -8,7 +8,9 @@ import torch
 
 import pyro_flows as pf
 from pyro_flows.density_estimation.encoding import Encoding
+from pyro_flows.density_estimation.standardizing import knots_of
 from pyro_flows.density_estimation.training import KEPT
+from pyro_flows.transforms.networks import along
 
 LINEAR_GAUSSIAN = 0.3  # nats that a default has to be better by than a regression with normal noise
 
@@ -49,6 +51,36 @@ def test_the_default_has_two_modes(fitted):
     assert found > float(truth(y_test, x_test)) - 0.12
     assert found == pytest.approx(fitted.nats(y_test, x_test), abs=1e-4)
     assert torch.equal(fitted.log_prob(y_test[:, 0], x_test[:, 0]), fitted.log_prob(y_test, x_test))
+
+
+def test_a_few_contexts_far_out_do_no_harm():
+    (y, x), (y_test, x_test) = bimodal(600, seed=0), bimodal(4000, seed=1)
+    far = torch.where(torch.arange(600)[:, None] % 100 == 0, 1000.0, 1.0)
+    found = pf.fit_density(y, context=far * x, max_epochs=16, learning_rate=0.01, progress=False)
+    assert float(found.log_prob(y_test, x_test).mean()) > float(truth(y_test, x_test)) - 0.15
+
+
+def test_networks_see_normal_scores_of_columns_with_far_values():
+    z = torch.randn(5000, 1, generator=torch.Generator().manual_seed(0))
+    x = torch.cat([z, torch.exp(3.0 * z), (z > 2.9).float(), 3.0 * torch.ones_like(z), z.clamp_min(2.0)], 1)
+    knots = knots_of(x)
+    assert knots.shape == (2, 5, 35)
+    found = along(x, knots)
+    inner = (z.abs() < 2.5)[:, 0]
+    assert (found[inner, :2] - z[inner]).abs().max() < 0.1
+    assert torch.allclose(found[:, 2:4], x[:, 2:4], atol=1e-6)
+    assert found[(z < 2.0)[:, 0], 4].unique().numel() == 1
+    assert found[:, 4].abs().max() < 4.0
+    order = x[:, 4].argsort(stable=True)
+    assert not (found[order, 4].diff() < 0.0).any()
+    far = along(torch.tensor([[-1e9, 1e9], [1e9, 1e9]]), knots[:, :2])
+    assert far[0, 0] < -1e8
+    assert torch.equal(far[:, 1], found[:, 1].amax().expand(2))
+    assert knots_of(x[:, :1]) is None
+    assert knots_of(x[:1]) is None
+    one = torch.cat([torch.full((1, 1), 1e6), z])
+    assert along(one, knots_of(one)).abs().max() < 4.0
+    assert (along(one, knots_of(one))[1:][inner] - z[inner]).abs().max() < 0.1
 
 
 def test_the_unit_of_a_context_does_not_matter():

@@ -14,6 +14,7 @@ from pyro_flows.density_estimation import fit_density, training
 from pyro_flows.density_estimation.ascent import RACED, Ascent, State, _about_best, rouse
 from pyro_flows.density_estimation.files import FILES
 from pyro_flows.density_estimation.points import points_for
+from pyro_flows.density_estimation.standardizing import preprocess, warn_dependent
 
 QUICK = {"progress": False, "max_epochs": 4}
 
@@ -532,6 +533,32 @@ def test_constant_columns_are_named():
     with pytest.warns(UserWarning, match=r"coordinate 1 is constant \(1 of 3"):
         fit = pf.fit_density("nice", y, **QUICK)
     assert fit.losses.isfinite().all()
+
+
+def test_columns_of_a_linear_equation_are_named():
+    y = torch.randn(300, 5) * torch.tensor([1.0, 0.1, 30.0, 1.0, 1.0]) + 100.0
+    y[:, 3] = y[:, 1] + y[:, 2]
+    with pytest.warns(UserWarning, match=r"coordinates 1, 2, 3 fulfil a linear equation, such"):
+        pf.fit_density("nice", y, **QUICK)
+    x = torch.randn(300, 2)
+    y = x[:, :1] + torch.randn(300, 2)
+    y[:, 1] = y[:, 0] - 2.0 * x[:, 1]
+    with pytest.warns(UserWarning, match=r"coordinates 0, 1 fulfil a linear equation with the context"):
+        pf.fit_density("nice", y, context=x, **QUICK)
+    y = x + 2.0
+    with pytest.warns(UserWarning, match=r"coordinate 0 is constant given the context \(2 of 2"):
+        preprocess("standardize", [(y, x)])
+
+
+def test_columns_that_nearly_fulfil_a_linear_equation_or_are_few_or_quantized_are_no_matter(recwarn):
+    y = torch.randn(300, 3)
+    y[:, 2] = y[:, 0] + 1e-4 * y[:, 2]
+    warn_dependent([(y, None)])
+    warn_dependent([(torch.randn(4, 3), None)])
+    warn_dependent([(y[:, :2], torch.nn.functional.one_hot(torch.arange(300) % 3).float())])
+    shares = torch.randint(3, (300, 1))
+    pf.fit_density("nice", torch.cat([shares, 2 - shares], 1), levels=3, **QUICK)
+    assert not [str(one.message) for one in recwarn if "equation" in str(one.message)]
 
 
 @pytest.mark.parametrize(

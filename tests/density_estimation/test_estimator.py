@@ -44,6 +44,24 @@ def test_parameters():
         made.set_params(epochs=1)
 
 
+def test_seeds_are_drawn_as_in_scikit_learn(monkeypatch):
+    X, _ = pairs(40)
+    drawn = int(np.random.RandomState(3).randint(2**31))
+    by_state, by_seed = (
+        pf.DensityEstimator(random_state=state, **FAST).fit(X) for state in (np.random.RandomState(3), drawn)
+    )
+    assert np.array_equal(by_state.score_samples(X), by_seed.score_samples(X))
+    assert not np.array_equal(by_state.sample(4), by_state.sample(4))
+    assert np.array_equal(by_seed.sample(4), by_seed.sample(4))
+    assert np.array_equal(by_seed.sample(4, random_state=np.random.RandomState(3)), by_seed.sample(4))
+    monkeypatch.setattr(np.random, "randint", np.random.RandomState(3).randint)
+    assert np.array_equal(
+        by_seed.set_params(random_state=None).sample(4), by_state.set_params(random_state=drawn).sample(4)
+    )
+    with pytest.raises(ValueError, match=r"random_state: expected .* got a Generator"):
+        by_seed.sample(4, random_state=np.random.default_rng(0))
+
+
 def test_contexts_may_be_missing_or_categories():
     pandas = pytest.importorskip("pandas")
     X, y = pairs()

@@ -7,6 +7,7 @@ import torch
 from scipy.stats import multivariate_t
 
 import pyro_flows as pf
+from pyro_flows.density_estimation.standardizing import knots_of
 from pyro_flows.flows.mixture_base import MixtureBase
 from pyro_flows.flows.recipe import with_mixture
 from pyro_flows.flows.recipe_json import from_json, not_rebuilt, to_json
@@ -106,3 +107,13 @@ def test_the_scale_of_a_context_goes_with_the_state():
     for wrong in (torch.ones(2, 3), torch.zeros(2, 2)):
         with pytest.raises(ValueError, match="positive scales"):
             again.load_state_dict({**flow.state_dict(), "bijection.context_scale": wrong})
+    far = 1e3 * normal(50, 2, seed=7, dtype=torch.float32).pow(9)
+    flow.bijection.context_knots = flow.mixture.context_knots = knots_of(far)
+    again.load_state_dict(flow.state_dict())
+    assert torch.equal(again.log_prob(y, context), flow.log_prob(y, context))
+    moved = knots_of(far + 1.0)
+    again.load_state_dict({**flow.state_dict(), "bijection.context_knots": moved, "mixture.context_knots": moved})
+    assert not torch.allclose(again.log_prob(y, context), flow.log_prob(y, context))
+    for wrong in (torch.ones(2, 3, 4), torch.arange(8.0).flip(0).reshape(2, 2, 2)):
+        with pytest.raises(ValueError, match="numbers that do not fall"):
+            again.load_state_dict({**flow.state_dict(), "bijection.context_knots": wrong})
