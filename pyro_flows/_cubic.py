@@ -51,7 +51,7 @@ def between(at: Tensor, places: Tensor, values: Tensor, slopes: Tensor) -> Tenso
     [0.0, 0.5]
     """
     at = torch.minimum(torch.maximum(at, places[0]), places[-1])
-    number = torch.searchsorted(places, at.detach().contiguous(), right=True).clamp(1, len(places) - 1)
+    number = torch.searchsorted(places.contiguous(), at.detach().contiguous(), right=True).clamp(1, len(places) - 1)
     width = (places[number] - places[number - 1])[..., None]
     t = (at - places[number - 1])[..., None] / width
     start, end = values[number - 1], values[number]

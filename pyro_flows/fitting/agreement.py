@@ -11,6 +11,7 @@ import torch
 from pyro_flows._mixing import r_hat
 from pyro_flows.fitting.rounds import Round
 from pyro_flows.flows.flow import Flow
+from pyro_flows.model.batching import quiet
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.results.stage import Stage
 from pyro_flows.verdict.deciding import LOOKED_AT_DRAWS
@@ -75,7 +76,8 @@ def balanced(flows: Sequence[Flow], density: LogDensity, weights: Sequence[float
     (arXiv 0710.4242).
     """
     z = torch.cat([flow().sample((BALANCED_DRAWS,)) for flow in flows])
-    log_q = torch.stack([flow.log_prob(z) for flow in flows]).double().nan_to_num(nan=-torch.inf)
+    with quiet():  # draws that overflow have no density
+        log_q = torch.stack([flow.log_prob(z) for flow in flows]).double().nan_to_num(nan=-torch.inf)
     ratios = density(z).double() - (torch.logsumexp(log_q, 0) - math.log(len(flows)))
     ratios = torch.where(torch.isfinite(ratios), ratios, -torch.inf)
     found = torch.tensor(weights, dtype=torch.float64, device=z.device)

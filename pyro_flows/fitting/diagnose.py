@@ -38,11 +38,9 @@ from pyro_flows.modes.under_covered import Space
 from pyro_flows.posterior.draws import from_draws
 from pyro_flows.posterior.posterior import Posterior
 from pyro_flows.verdict.deciding import SEARCHED_DRAWS, Draw
-from pyro_flows.verdict.thresholds import ESS_SHARE_LEAST
 from pyro_flows.verdict.weighing import weigh
 
 HIDDEN = "no search for missed modes was made, since auxiliary sites hide the guide's density at given points"
-THIN = "no search for missed modes was made, since a first sample had poor weights"
 
 
 @_checks.options
@@ -161,16 +159,13 @@ def _judged(
 
 
 def _searched(density: LogDensity, draw: Draw, score: Score | None, space: Space | None, seed: int) -> Search:
-    """Search for modes that a guide lacks, if its weights say nothing against it: else it is thin in many places."""
+    """Search for modes that a guide lacks, whatever a first sample says: a larger one is judged."""
     if score is None:
         return Search(notes=(HIDDEN,))
     with seeded(derive(seed, "a search"), density.device):
         z, log_q = draw(SEARCHED_DRAWS)
-        weighing = weigh(z, density(z), log_q)
-        if not weighing.k_hat < weighing.threshold or weighing.ess < ESS_SHARE_LEAST * len(z):
-            return Search(notes=(THIN,))
         search = missed_modes(density, [], z, log_q, score, seed=seed, space=space)
-        return with_truncated_tails(search, density, lambda: (z, weighing.log_weights), seed=seed)
+        return with_truncated_tails(search, density, lambda: (z, weigh(z, density(z), log_q).log_weights), seed=seed)
 
 
 # continuous autoguides ------------------------------------------------------------------------------------------------

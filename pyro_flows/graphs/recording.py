@@ -59,14 +59,15 @@ class _ChangesConstants(RuntimeError):
 
 @counted(_stages.TRACING)
 @uncollected()
-def record(function: Callable[..., object], *inputs: Tensor) -> fx.GraphModule:
+def record(function: Callable[..., object], *inputs: Tensor, joint: bool = False) -> fx.GraphModule:
     """Record the tensor operations of ``function`` at ``inputs``, without those that repeat others or only constants.
 
     Tensors that are no inputs are constants. What depends on them alone is computed here and now, and may be taken out
     as a number (``float``, ``.item()``, ``if``); parameters are no constants, but stay what they are at each run.
     Random numbers are drawn anew at each run, but those from a ``torch.Generator`` that the function has are constants.
     Where that can be done, operations that change a tensor in place become ones that return a new tensor. Cost: a run,
-    or two, and about 100 microseconds for each operation, twice as much if tensors are changed in place.
+    or two, and about 100 microseconds for each operation, twice as much if tensors are changed in place. A ``joint``
+    graph is left for :func:`partition`: no operations of one pass are done at once with those of the other.
 
     Raises:
         DependsOnValues: if a number is taken out of a tensor that depends on the inputs.
@@ -84,7 +85,10 @@ def record(function: Callable[..., object], *inputs: Tensor) -> fx.GraphModule:
         tidy(recorded.graph)
     sweep(recorded.graph)
     module = graph_module(recorded, recorded.graph)  # with those constants only that are used
-    return ordered(vectorize(narrow(module, inputs))) if pure else module
+    if not pure:
+        return module
+    module = narrow(module, inputs)
+    return module if joint else ordered(vectorize(module))
 
 
 class _Unsupported(RuntimeError):

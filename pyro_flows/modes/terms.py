@@ -75,7 +75,8 @@ class Terms:
             return torch.stack([differences(self, point, own)[:, :-1] for point in points])
 
     def _value(self, point: Tensor) -> Tensor:
-        branch = self.branches.index_select(0, point[-1:].detach().round().long())[0]
+        number = point[-1:].detach().nan_to_num(nan=0.0).clamp(0, len(self.branches) - 1)  # a lost climb has none
+        branch = self.branches.index_select(0, number.round().long())[0]
         with Taking(branch, self._sums):
             return self.density.single(point[:-1])
 

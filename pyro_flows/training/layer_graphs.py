@@ -111,5 +111,6 @@ def _joint(layer: Bijection) -> Callable[..., tuple[Tensor, ...]]:
 
 def _record(layer: Bijection, x: Tensor) -> Body:
     state, score = [part.detach() for part in state_of(layer)], nearby(x)
-    graph = record(_joint(layer), *state, x, score, score.clone())  # tensors that are one would be one input
+    # tensors that are one would be one input
+    graph = record(_joint(layer), *state, x, score, score.clone(), joint=True)
     return Body(*partition(graph, 3))

@@ -27,7 +27,6 @@ def changed_values(values: Mapping[str, Tensor], log_weights: Tensor, draws: int
     guide. ``log_weights`` (S,) are normalized.
     """
     weights = log_weights.double().exp()
-    effective = float(1.0 / weights.square().sum())
     chosen = resample(log_weights.double(), len(weights), seed=0)
     worst, said = 0.0, list[str]()
     for name, value in values.items():
@@ -39,7 +38,7 @@ def changed_values(values: Mapping[str, Tensor], log_weights: Tensor, draws: int
             among = columns.nonzero()[:, 0]
             if not len(among):
                 continue
-            beyond, about = compared(flat[:, among], weights, effective)
+            beyond, about = compared(flat[:, among], weights)
             excess = torch.where(torch.isfinite(beyond), beyond - SHIFT_MOST, -torch.inf)
             place = int(excess.argmax())
             if float(excess[place]) > worst:
@@ -50,15 +49,16 @@ def changed_values(values: Mapping[str, Tensor], log_weights: Tensor, draws: int
     return said
 
 
-def _moments(values: Tensor, weights: Tensor, effective: float) -> Compared:
-    weight = weights[:, None]
+def _moments(values: Tensor, weights: Tensor) -> Compared:
+    """Compare means and sds; their errors are those of differences, since raw and weighted draws are the same ones."""
+    weight, even = weights[:, None], 1.0 / len(values)
     mean, middle = (weight * values).sum(0), values.mean(0)
-    variance = (weight * (values - mean).square()).sum(0)
-    raw = (values - middle).square().mean(0)
-    kurtosis = (weight * (values - mean).pow(4)).sum(0) / variance.square()
-    chance = 1.0 / effective + 1.0 / len(values)  # of the weighted draws, and of draws that are right
-    error = (0.25 * (kurtosis - 1.0).clamp_min(0.0) * chance).sqrt()
+    apart, raw_apart = (values - mean).square(), (values - middle).square()
+    variance, raw = (weight * apart).sum(0), raw_apart.mean(0)
     ratio, shift = 0.5 * (raw / variance).log(), (middle - mean).abs() / variance.sqrt()
+    in_shift = (weight * (values - mean) - even * (values - middle)) / variance.sqrt()
+    in_ratio = 0.5 * (weight * (apart / variance - 1.0) - even * (raw_apart / raw - 1.0))
+    shift_error, ratio_error = (SHIFT_ERRORS * part.square().sum(0).sqrt() for part in (in_shift, in_ratio))
 
     def said(place: int) -> tuple[str, str]:
         by, log_factor = float(shift[place]), float(ratio[place])
@@ -68,10 +68,11 @@ def _moments(values: Tensor, weights: Tensor, effective: float) -> Compared:
             else ("sd", f"by a factor {in_words(math.exp(-log_factor))}")
         )
 
-    return torch.maximum(shift - SHIFT_ERRORS * math.sqrt(chance), ratio.abs() - SHIFT_ERRORS * error), said
+    return torch.maximum(shift - shift_error, ratio.abs() - ratio_error), said
 
 
-def _quantiles(values: Tensor, weights: Tensor, effective: float, draws: int) -> Compared:
+def _quantiles(values: Tensor, weights: Tensor, draws: int) -> Compared:
+    effective = float(1.0 / weights.square().sum())
     levels = torch.tensor(LEVELS, dtype=values.dtype, device=values.device)
     errors = SHIFT_ERRORS * (levels * (1.0 - levels) * (1.0 / effective + 1.0 / draws)).sqrt()
     rows = values.mT.contiguous()

@@ -8,7 +8,9 @@ import pytest
 import torch
 
 import pyro_flows as pf
-from pyro_flows.fitting.agreement import disagreements
+from pyro_flows.fitting.agreement import balanced, disagreements
+from pyro_flows.flows.flow import Flow
+from pyro_flows.transforms.linear import Rescale
 from pyro_flows.verdict.thresholds import R_HAT_CONVERGED
 
 
@@ -29,6 +31,21 @@ def test_runs_that_disagree_in_few(count, end):
     assert len(found) == min(count, 3)
     assert not found or found[-1].endswith(end)
     assert all("more" not in reason for reason in found[:3]) or count > 3
+
+
+def test_draws_of_a_run_that_are_no_numbers_count_for_nothing():
+    """Where Pyro's validation is on, they raised an error in the middle of a fit."""
+
+    def model():
+        pyro.sample("x", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+
+    torch.manual_seed(0)
+    good, wild = pf.realnvp(2), Flow(Rescale(2))
+    with torch.no_grad():
+        next(wild.parameters()).fill_(math.nan)
+    assert not torch.isfinite(wild().sample((500,))).any()
+    with pyro.validation_enabled(True):
+        assert balanced([good, wild], pf.LogDensity(model), [0.5, 0.5])[0] > 0.9
 
 
 @pytest.mark.slow

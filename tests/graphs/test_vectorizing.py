@@ -9,8 +9,10 @@ import pytest
 import torch
 from torch import fx
 
+from pyro_flows.graphs.partitioning import partition
 from pyro_flows.graphs.recording import record
 from pyro_flows.graphs.rounding import agree
+from pyro_flows.graphs.sums import FEWEST
 from pyro_flows.model.gradients import values_and_grads
 from tests.invariants import close
 
@@ -129,3 +131,19 @@ def test_rounding_of_small_numbers_beside_huge_ones_is_no_other_value():
     assert not agree([rows], [rows * (1.0 + 1e4 * rounding)])
     assert not agree([rows], [rows * (1.0 + rounding.flip(0))])  # the other row has no huge number
     assert not agree([rows[:, 0]], [(rows * (1.0 + rounding))[:, 0]])  # numbers of points are no rows
+
+
+def test_operations_of_two_passes_are_not_done_at_once():
+    """A layer with operations alike in both passes could not be partitioned, and was trained by autograd."""
+    rows = FEWEST
+
+    def passes(x, pull):
+        value, slope = ([row.exp().sin() for row in part.unbind()] for part in (x, pull))
+        return torch.stack(value), torch.stack(slope)
+
+    x, pull = torch.randn(rows, 3), torch.randn(rows, 3)
+    forward, backward = partition(record(passes, x, pull, joint=True), 1)
+    for part in (forward, backward):
+        assert sum(node.target is torch.ops.aten.exp.default for node in part.graph.nodes) == 1
+    torch.testing.assert_close(forward(x)[0], x.exp().sin())
+    torch.testing.assert_close(backward(x, pull)[0], pull.exp().sin())

@@ -153,3 +153,16 @@ def test_models_that_run_draw_by_draw_are_looked_at():
     with pytest.raises(LostDigits):
         density.check_digits(normal(50, 1, seed=7).float())
     close(density.in_double()(torch.ones(1, 1)), (3e8 + gauss(1.0, 0.0, 1.0))[None], 1e-15)
+
+
+def test_digits_count_where_the_density_is_low_too():
+    """A fifth of the mass lies within 6e-8 of one: an sd was 30 % too large, and `ok`."""
+
+    def near_one():
+        pyro.sample("p", dist.Beta(1.0, 0.1))
+
+    density = pf.LogDensity(near_one)
+    inside, close_to_one = torch.linspace(0.0, 5.0, 56)[:, None], torch.linspace(14.0, 16.0, 8)[:, None]
+    density.check_digits(inside)
+    with pytest.raises(LostDigits):
+        density.check_digits(torch.cat([inside, close_to_one]))

@@ -255,3 +255,14 @@ def test_scales_at_one_place_are_not_several_modes():
 
     density = pf.LogDensity(model)
     assert multimodal(density, draws(density), seed=0, bar=Bar("", False), barrier=3.0) is None
+
+
+@pytest.mark.parametrize("lost", [math.nan, math.inf, -math.inf])
+def test_a_climb_that_is_lost_ends_no_fit(lost):
+    def model():
+        x = pyro.sample("x", dist.Normal(0.0, 3.0))
+        pyro.factor("two", torch.logaddexp(-((x - 1.0) ** 2), -((x + 1.0) ** 2)))
+
+    terms = Terms(pf.LogDensity(model), torch.zeros(1, 1))
+    values, _ = terms.value_and_grad(torch.tensor([[1.0, 0.0], [lost, lost]]))
+    assert torch.isfinite(values).tolist() == [True, False]

@@ -63,6 +63,14 @@ def test_a_long_tail_of_the_draws_to_use_is_held_to_all_draws():
     assert said.startswith("importance weighting changes the 95 % quantile of the values of tau by ")
 
 
+def test_a_small_change_of_an_sd_that_weights_tell_exactly_shows():
+    """Draws and weighted draws are the same ones: taken as independent, an sd 15 % too large passed for chance."""
+    u = 0.434 + 0.64 * normal(S // 2, seed=10)  # for a generalized inverse Gaussian exp(u)
+    weights = torch.log_softmax(u - u.exp() - (-u).exp() + 0.5 * ((u - 0.434) / 0.64) ** 2, 0)
+    (said,) = changed_values({"x": u.exp()}, weights)
+    assert said.startswith("importance weighting changes the sd of the values of x by a factor 0.8")
+
+
 def test_the_worst_of_several_is_named():
     a, b = normal(S, seed=6), normal(S, seed=7)
     weights = torch.log_softmax(0.2 * a + 0.5 * b, 0)
