@@ -20,7 +20,7 @@ from pyro_flows._turns import alone
 from pyro_flows.amortization import files
 from pyro_flows.amortization.building import simulate, stacked
 from pyro_flows.amortization.form import Form, Scale, bound, log_mean
-from pyro_flows.amortization.networks import Conditional, match
+from pyro_flows.amortization.networks import Conditional
 from pyro_flows.calibration.cases import Case
 from pyro_flows.flows.flow import Flow
 from pyro_flows.guides.autoflow import AutoFlow
@@ -29,13 +29,12 @@ from pyro_flows.model.sites import Keywords
 from pyro_flows.model.stack import NotStackable, Stack
 from pyro_flows.posterior.draws import from_draws
 from pyro_flows.posterior.posterior import Posterior
-from pyro_flows.verdict.thresholds import ESS_SHARE_EVEN, ESS_SHARE_GOOD, ESS_SHARE_LEAST, PREDICTIVE_TAIL
-from pyro_flows.verdict.weighing import weigh
+from pyro_flows.verdict.thresholds import ESS_SHARE_GOOD, PREDICTIVE_TAIL
 
 TOGETHER = 2**19  # numbers of data and draws that are handled at once
 FEW = 64  # simulations that a loaded model is read with
 TRIED = 32  # draws of the flow that estimate the density of a simulated data set,
-PILOT = 512  # and of one in hand: these also tell how to move the flow
+PILOT = 512  # and of one in hand
 CHECKED = 1  # draws of each data set that are run with Pyro's checks: these are a matter of the model
 UNSEARCHED = "no search for missed modes was made, since the flow learned from draws of parameters and data together"
 OUTSIDE = "the data are outside of what the prior predicts"
@@ -289,16 +288,10 @@ class Amortized:
 
     @torch.no_grad()
     def _flow(self, features: Tensor, density: LogDensity) -> tuple[Flow, tuple[str, ...]]:
-        """Return the flow of a data set with features (1, n), and what speaks against the data.
-
-        Where the weights of some draws are uneven, and tell moments, the flow is moved to these.
-        """
+        """Return the flow of a data set with features (1, n), and what speaks against the data."""
         flow = self._parts.conditional.given(features[0], density.dtype)
         z, log_q = flow.draw(PILOT)
-        weighing = weigh(z, density(z), log_q)
-        if ESS_SHARE_LEAST * PILOT <= weighing.ess < ESS_SHARE_EVEN * PILOT:
-            match(flow, z, weighing)
-        return flow, self._outside(features, weighing.log_evidence)
+        return flow, self._outside(features, float(log_mean((density(z) - log_q).double())))
 
     def _outside(self, features: Tensor, log_evidence: float) -> tuple[str, ...]:
         """Say in which way features (1, n) of a data set are outside of what the prior predicts."""
