@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from pyro_flows._bundles import Entries
 from pyro_flows._seeding import seeded
 from pyro_flows.flows.flow import Flow
-from pyro_flows.flows.recipe import Recipe
+from pyro_flows.flows.recipe import Recipe, set_df
 from pyro_flows.transforms import Bijection, Compose, DiagonalAffine, LowerTriangularAffine, SinhArcsinh
 from pyro_flows.transforms.fixed import Preprocess
 from pyro_flows.transforms.networks import Free, Network
@@ -24,7 +24,8 @@ WIDTH = 64  # numbers that an encoder makes of a data set
 HIDDEN = 128  # units of a hidden layer of an encoder
 TRIANGULAR_UP_TO = 50  # dimensions in which the affine map of the data is triangular; diagonal above
 FLOW: Entries = {"hidden": (64, 64), "activation": "relu", "network": "robust"}
-BASE: Entries = {"base": "student_t", "df": 7.0}  # draws that are weighed need tails
+BASE: Entries = {"base": "student_t", "df": 7.0}  # of the training
+DF = 4.0  # of the draws: maximum likelihood gives tails as light as those of the posterior, and weights need heavier ones
 
 
 def perceptron(entries: int, out: int = WIDTH) -> nn.Sequential:
@@ -112,8 +113,9 @@ class Conditional:
         self._plain: Flow | None = None
 
     def trained(self, flow: Flow) -> None:
-        """Take the trained flow, which ends in the map to the scale of the latents."""
-        self.flow, self._plain = flow.eval().requires_grad_(False), None
+        """Take the trained flow, which ends in the map to the scale of the latents, and give its base heavier tails."""
+        self.flow, self._plain = set_df(flow.eval().requires_grad_(False), DF), None
+        self.recipe = self.recipe.with_df(DF)
 
     @torch.no_grad()
     def given(self, features: Tensor, dtype: torch.dtype) -> Flow:
