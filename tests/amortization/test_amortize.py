@@ -66,7 +66,7 @@ def test_an_answer_is_an_ordinary_posterior(amortized, tmp_path):
 
 def test_an_answer_draws_from_the_flow_as_it_was_trained(amortized, data_sets):
     parts = amortized._parts
-    for y, features in zip(data_sets, parts.features({"y": data_sets}).float(), strict=True):
+    for y, features in zip(data_sets[:4], parts.features({"y": data_sets[:4]}).float(), strict=True):
         posterior = amortized.posterior(X, y, draws=100)
         z, log_q = posterior.z, posterior.log_q
         assert torch.allclose(log_q, parts.conditional.flow.log_prob(z, features.expand(len(z), -1)), atol=1e-3)
