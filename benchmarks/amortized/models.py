@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import pyro
@@ -10,6 +11,7 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
+from benchmarks.amortized import quadrature
 from benchmarks.calibration.models import EFFECTS, ERRORS, schools
 
 ROWS, COLUMNS, GROUPS = 40, 3, 5
@@ -17,12 +19,12 @@ A, B = 3.0, 3.0  # tau ~ Gamma(A, B), b ~ N(0, 1 / tau)
 
 
 class Task(NamedTuple):
-    """A model, its arguments with some data ``y``, which of these is ``y``, and the exact answer if there is one."""
+    """A model, its arguments with some data ``y``, which of these is ``y``, and the exact answer."""
 
     model: Callable[..., Any]
     args: tuple[Tensor, ...]
     place: int
-    exact: Callable[[Tensor], tuple[Tensor, Tensor]] | None
+    exact: Callable[[Tensor], tuple[Tensor, Tensor]]
 
     def with_data(self, y: Tensor) -> tuple[Tensor, ...]:
         """Return the arguments with other data."""
@@ -70,8 +72,8 @@ def counts(x: Tensor, group: Tensor, y: Tensor) -> None:
 
 TASKS = {
     "conjugate regression": Task(conjugate, (X, torch.zeros(ROWS)), 1, exact),
-    "eight schools": Task(schools, (EFFECTS, ERRORS), 0, None),
-    "counts in groups": Task(counts, (X[:, 0], GROUP, torch.zeros(ROWS)), 2, None),
+    "eight schools": Task(schools, (EFFECTS, ERRORS), 0, partial(quadrature.schools, sigma=ERRORS)),
+    "counts in groups": Task(counts, (X[:, 0], GROUP, torch.zeros(ROWS)), 2, quadrature.Counts(X[:, 0], GROUP)),
 }
 POSITIVE = ("tau", "s")
 

@@ -51,7 +51,7 @@ def _text(rows: Sequence[records.Row]) -> str:
     agree, compared = (sum(int(row[name]) for row in rows) for name in ("agree_with_fit", "compared_with_fit"))
     return (
         "Each row is one flow, trained once, and new data sets from the model. Right is an answer whose means are "
-        "within 0.1 standard deviations of the reference, and whose standard deviations are within 10 %. Seconds are "
+        "within 0.1 standard deviations of the exact ones, and whose standard deviations are within 10 %. Seconds are "
         "processor time of one thread. Changed data sets have all values, one, or every other one a thousand robust "
         "standard deviations away, which the prior does not predict. "
         f"Compared with `pf.fit` too: {compared}, of which {agree} agree in this sense."

@@ -20,7 +20,7 @@ from pyro_flows._turns import alone
 from pyro_flows.amortization import files
 from pyro_flows.amortization.building import simulate, stacked
 from pyro_flows.amortization.form import Form, Scale, bound, log_mean
-from pyro_flows.amortization.networks import Conditional, match
+from pyro_flows.amortization.networks import Conditional
 from pyro_flows.calibration.cases import Case
 from pyro_flows.flows.flow import Flow
 from pyro_flows.guides.autoflow import AutoFlow
@@ -29,13 +29,14 @@ from pyro_flows.model.sites import Keywords
 from pyro_flows.model.stack import NotStackable, Stack
 from pyro_flows.posterior.draws import from_draws
 from pyro_flows.posterior.posterior import Posterior
-from pyro_flows.verdict.thresholds import ESS_SHARE_EVEN, ESS_SHARE_GOOD, ESS_SHARE_LEAST, PREDICTIVE_TAIL
-from pyro_flows.verdict.weighing import weigh
+from pyro_flows.verdict.deciding import POOL
+from pyro_flows.verdict.thresholds import ESS_SHARE_EVEN, ESS_SHARE_PROMISING, PREDICTIVE_TAIL
+from pyro_flows.verdict.weighing import Weighing, weigh
 
 TOGETHER = 2**19  # numbers of data and draws that are handled at once
 FEW = 64  # simulations that a loaded model is read with
 TRIED = 32  # draws of the flow that estimate the density of a simulated data set,
-PILOT = 512  # and of one in hand: these also tell how to move the flow
+PILOT = 512  # and of one in hand: these also tell how many draws are needed
 CHECKED = 1  # draws of each data set that are run with Pyro's checks: these are a matter of the model
 UNSEARCHED = "no search for missed modes was made, since the flow learned from draws of parameters and data together"
 OUTSIDE = "the data are outside of what the prior predicts"
@@ -107,7 +108,8 @@ class Amortized:
         validation: mean log density of held-out parameters given their data, nats.
         settings: what :func:`amortize` was told, and how the training ended.
 
-    Cost of an answer: one pass of the encoder, and ``draws`` evaluations of flow and model.
+    Cost of an answer: one pass of the encoder, and ``draws`` evaluations of flow and model; twice as many where draws
+    are resampled, and four times as many of both where weights are uneven.
 
     >>> import torch, pyro, pyro.distributions as dist, pyro_flows as pf
     >>> def model(y):
@@ -142,16 +144,17 @@ class Amortized:
     ) -> Posterior:
         r"""Return the judged posterior of a data set.
 
-        Draws of :math:`q(\theta \mid y)` are weighted by :math:`p(\theta, y) / q(\theta \mid y)`. They are used as they
-        are, resampled by these weights, or called unreliable, by the rules of :func:`diagnose`. They are resampled
-        wherever ESS/S is below 0.9, too, since here it costs nothing. Missed modes are not searched for, and the
-        verdict notes this. Data that are outside of what the prior predicts are named in the
-        verdict, which is then never ``ok``.
+        Draws of :math:`q(\theta \mid y)` are weighted by :math:`p(\theta, y) / q(\theta \mid y)`. The base of q has
+        heavier tails than in the training, so that tails of the posterior are drawn. Draws are used as they are,
+        resampled by these weights, or called unreliable, by the rules of :func:`diagnose`. They are resampled wherever
+        ESS/S is below 0.98, too. Where it is below 0.5, four times as many are weighed. Missed modes are not searched
+        for, and the verdict notes this. Data that are outside of what the prior predicts are named in the verdict,
+        which is then never ``ok``.
 
         Args:
             args: the arguments of the model, as :func:`amortize` was given them, with other data.
             model_kwargs: its keyword arguments.
-            draws: how many, 100 at least; all of them are weighed.
+            draws: how many, 100 at least.
             seed: of the draws.
             escalate: let Markov chains go on from the draws (:meth:`Posterior.refine`) where the verdict is unreliable.
 
@@ -164,7 +167,7 @@ class Amortized:
         case, features = self._read(args, model_kwargs)
         with alone(), few_threads(self._parts.lead.numbers), seeded(derive(seed, "amortized"), self._parts.lead.device):
             density = self._density(case)
-            flow, doubts = self._flow(features, density)
+            flow, weighing = self._flow(features, density)
             found = from_draws(
                 density,
                 flow.draw,
@@ -173,11 +176,11 @@ class Amortized:
                 guide=AutoFlow.of(flow, density.structure, self.model, density.args, density.kwargs),
                 losses=self.losses,
                 settings={"amortized": self.settings},
-                doubts=doubts,
+                doubts=self._outside(features, weighing.log_evidence),
                 notes=(UNSEARCHED,),
                 checked=CHECKED,
-                times=1,
-                least=ESS_SHARE_GOOD,
+                times=1 if weighing.ess >= ESS_SHARE_PROMISING * PILOT else POOL,
+                least=ESS_SHARE_EVEN,
             )
         if escalate and found.verdict.status == "unreliable":
             found = found.refine(progress=False)
@@ -232,7 +235,7 @@ class Amortized:
         """
         case, features = self._read(args, model_kwargs)
         with alone(), seeded(derive(seed, "outside"), self._parts.lead.device):
-            return self._flow(features, self._density(case))[1]
+            return self._outside(features, self._flow(features, self._density(case))[1].log_evidence)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a directory of tensors and JSON; neither the model nor its data, nor an encoder of your own.
@@ -288,17 +291,11 @@ class Amortized:
         return density
 
     @torch.no_grad()
-    def _flow(self, features: Tensor, density: LogDensity) -> tuple[Flow, tuple[str, ...]]:
-        """Return the flow of a data set with features (1, n), and what speaks against the data.
-
-        Where the weights of some draws are uneven, and tell moments, the flow is moved to these.
-        """
+    def _flow(self, features: Tensor, density: LogDensity) -> tuple[Flow, Weighing]:
+        """Return the flow of a data set with features (1, n), and how a few of its draws are weighed."""
         flow = self._parts.conditional.given(features[0], density.dtype)
         z, log_q = flow.draw(PILOT)
-        weighing = weigh(z, density(z), log_q)
-        if ESS_SHARE_LEAST * PILOT <= weighing.ess < ESS_SHARE_EVEN * PILOT:
-            match(flow, z, weighing)
-        return flow, self._outside(features, weighing.log_evidence)
+        return flow, weigh(z, density(z), log_q)
 
     def _outside(self, features: Tensor, log_evidence: float) -> tuple[str, ...]:
         """Say in which way features (1, n) of a data set are outside of what the prior predicts."""

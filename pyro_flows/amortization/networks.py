@@ -13,20 +13,19 @@ from torch import Tensor, nn
 from pyro_flows._bundles import Entries
 from pyro_flows._seeding import seeded
 from pyro_flows.flows.flow import Flow
-from pyro_flows.flows.recipe import Recipe
+from pyro_flows.flows.recipe import Recipe, set_df
 from pyro_flows.transforms import Bijection, Compose, DiagonalAffine, LowerTriangularAffine, SinhArcsinh
 from pyro_flows.transforms.fixed import Preprocess
 from pyro_flows.transforms.networks import Free, Network
-from pyro_flows.verdict.weighing import Weighing
 
 Module = TypeVar("Module", bound=nn.Module)
 
 WIDTH = 64  # numbers that an encoder makes of a data set
 HIDDEN = 128  # units of a hidden layer of an encoder
-DRAWS_A_DIM = 10  # with weight, from which on correlations are matched too
 TRIANGULAR_UP_TO = 50  # dimensions in which the affine map of the data is triangular; diagonal above
 FLOW: Entries = {"hidden": (64, 64), "activation": "relu", "network": "robust"}
-BASE: Entries = {"base": "student_t", "df": 7.0}  # draws that are weighed need tails
+BASE: Entries = {"base": "student_t", "df": 7.0}  # of the training
+DF = 5.0  # of the draws: those of the training fit the bulk, and weights need tails that are a little heavier
 
 
 def perceptron(entries: int, out: int = WIDTH) -> nn.Sequential:
@@ -114,8 +113,9 @@ class Conditional:
         self._plain: Flow | None = None
 
     def trained(self, flow: Flow) -> None:
-        """Take the trained flow, which ends in the map to the scale of the latents."""
-        self.flow, self._plain = flow.eval().requires_grad_(False), None
+        """Take the trained flow, which ends in the map to the scale of the latents, and give its base heavier tails."""
+        self.flow, self._plain = set_df(flow.eval().requires_grad_(False), DF), None
+        self.recipe = self.recipe.with_df(DF)
 
     @torch.no_grad()
     def given(self, features: Tensor, dtype: torch.dtype) -> Flow:
@@ -165,30 +165,6 @@ def _fold(conditional: Free | Network, plain: Free | Network, context: Tensor) -
 def place(last: Preprocess, loc: Tensor, scale: Tensor) -> None:
     """Give the last map of a flow another place (D,) and matrix (D, D)."""
     last.load_state_dict(Preprocess(loc, scale).state_dict())
-
-
-@torch.no_grad()
-def match(flow: Flow, z: Tensor, weighing: Weighing) -> None:
-    r"""Let the draws z (S, D) of a flow have the moments that their weights give them, by an affine map.
-
-    .. math:: z' = \bar z_w + L_w L^{-1} (z - \bar z)
-
-    L and L_w are roots of the covariances without and with weights; of variances alone, if few draws have weight.
-
-    Reference: Paananen, Piironen, Bürkner and Vehtari 2021 (arXiv 1906.08850).
-    """
-    last, weights = _layers(flow.bijection)[-1], weighing.log_weights.exp()[:, None].to(z)
-    mean, weighted = z.mean(0), (weights * z).sum(0)
-    raw, own = z - mean, z - weighted
-    before, after = raw.T @ raw / len(z), (weights * own).T @ own
-    if weighing.ess < DRAWS_A_DIM * z.shape[1]:
-        before, after = before.diagonal().diag(), after.diagonal().diag()
-    root, fault = torch.linalg.cholesky_ex(after)
-    own_root, own_fault = torch.linalg.cholesky_ex(before)
-    move = torch.linalg.solve_triangular(own_root, root, upper=False, left=False)
-    if int(fault) or int(own_fault) or not bool(torch.isfinite(move).all()):
-        return
-    place(last, weighted + move @ (last.loc - mean), move @ last.scale)
 
 
 def _layers(module: Any) -> list[Any]:

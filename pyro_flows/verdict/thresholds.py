@@ -42,7 +42,7 @@ ESS_SHARE_LEAST = 0.1
 
 # From this on, a candidate is worth going on with: a mixture, a grid, a batch of training. A flow with less may lie
 # between several modes. With k-hat below K_HAT_GOOD, weights are good whatever doubts a fit left, and in many fits.
-# Source: chosen.
+# Amortized posterior: below it, four times as many draws are weighed. Source: chosen.
 ESS_SHARE_PROMISING = 0.5
 
 # Below this, too few draws say where the mass is: no weighing of a start by thousands of draws, no chains from
@@ -52,11 +52,10 @@ ESS_SHARE_PROMISING = 0.5
 ESS_SHARE_COLLAPSED = 0.02
 
 # From this on, only the tail of the weights of a round can be in doubt, no part is added to a mixture, the flow of a
-# marginal is not fitted further, and many fits try heavier tails. Draws of an amortized flow are used as they are.
-# Source: measured (record 0016).
+# marginal is not fitted further, and many fits try heavier tails. Source: measured (record 0016).
 ESS_SHARE_GOOD = 0.9
-# Weights are nearly even above this, so that fewer checks and draws suffice, and a start is not matched again. Source:
-# chosen.
+# Weights are nearly even above this, so that fewer checks and draws suffice, and a start is not matched again. Draws of
+# an amortized flow are used as they are. Source: chosen.
 ESS_SHARE_EVEN = 0.98
 
 # ---- effective draws -------------------------------------------------------------------------------------------------

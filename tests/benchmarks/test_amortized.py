@@ -10,6 +10,7 @@ import torch
 from benchmarks import records, tables
 from benchmarks.amortized import running
 from benchmarks.amortized.models import TASKS, exact, values
+from benchmarks.amortized.quadrature import Counts, schools
 from benchmarks.amortized.tables import section
 
 FILES = [name for name in inspect.signature(tables.write_tables).parameters if name.endswith("_csv")]
@@ -72,6 +73,26 @@ def test_the_exact_answer_is_that_of_the_model():
     assert running.is_right(found, (mean, sd))
     assert not running.is_right((found[0] + 0.2 * sd, found[1]), (mean, sd))
     assert not running.is_right((found[0], 1.2 * found[1]), (mean, sd))
+
+
+def by_prior_draws(log_likelihood, values):
+    return running.moments(values, torch.softmax(log_likelihood, 0))
+
+
+def test_sums_over_grids_are_the_moments_of_weighted_draws_of_the_prior():
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(200_000, 12, generator=generator, dtype=torch.float64)
+    y, sigma = torch.tensor([12.0, -4.0, 3.0]), torch.tensor([9.0, 7.0, 11.0])
+    tau, mu, eta = 5.0 * (noise[:, 0] / noise[:, 1]).abs(), 5.0 * noise[:, 2], noise[:, 3:6]
+    log_p = -0.5 * ((y - mu[:, None] - tau[:, None] * eta) / sigma).square().sum(1)
+    found = by_prior_draws(log_p, torch.column_stack([tau.log(), eta, mu]))
+    assert running.is_right(found, schools(y, sigma))
+    x, group, y = torch.tensor([-1.0, 0.5, 1.0, -0.3]), torch.tensor([0, 0, 1, 1]), torch.tensor([1.0, 3.0, 7.0, 4.0])
+    a, slope, s = 1.0 + 0.7 * noise[:, 6], 0.5 * noise[:, 7], 0.7 * noise[:, 8].abs()
+    b = s[:, None] * noise[:, 9:11]
+    rate = a[:, None] + b[:, group] + slope[:, None] * x
+    found = by_prior_draws((y * rate - rate.exp()).sum(1), torch.column_stack([s.log(), a, b, slope]))
+    assert running.is_right(found, Counts(x, group)(y))
 
 
 def test_changed_data_stay_counts():
