@@ -8,11 +8,14 @@ from torch import Tensor
 PIECE = 2**17  # numbers in the largest intermediate result of a piece: 1 MiB in float64
 ROWS_AT_LEAST, ROWS_AT_MOST = 16, 1024
 LARGEST = 2**20  # numbers for which the least rows are still taken: memory above is mapped anew by each operation
+MOST_MAPPED, SHARING = 2**23, 4  # numbers, if one point takes so many that it is mapped anyway; rows that then share data
 
 
 def rows_for(numbers: int, budget: int = PIECE) -> int:
     """Return how many points to take at once where each takes ``numbers``: a power of two."""
     rows, most = (max(1, count // max(numbers, 1)) for count in (budget, LARGEST))
+    if most == 1:
+        most = max(1, min(SHARING, MOST_MAPPED // max(numbers, 1)))
     return min(max(1 << (rows.bit_length() - 1), min(1 << (most.bit_length() - 1), ROWS_AT_LEAST)), ROWS_AT_MOST)
 
 
