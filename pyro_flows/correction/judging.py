@@ -219,7 +219,8 @@ def _verdict(
     if improper := tuple(failure for failure in failures if failure.startswith(IMPROPER)):
         return replace(old, status="unreliable", k_hat=math.nan, reasons=improper, notes=(), chains=found)
     if failures:
-        return replace(old, status="unreliable", reasons=(*failures, *reasons), notes=tuple(notes), chains=found)
+        others = [reason for reason in reasons if reason not in failures]
+        return replace(old, status="unreliable", reasons=(*failures, *others), notes=tuple(notes), chains=found)
     if not against:
         first, *others = reasons or (why,)
         first = f"{METHODS[old.guide_method].owner}{REPLACED}{first}"

@@ -21,15 +21,19 @@ from pyro_flows._ledger import booked
 from pyro_flows._turns import turn
 from pyro_flows.graphs import Recorder, RecorderState
 from pyro_flows.model.batching import quiet, where_possible
+from pyro_flows.model.digits import COMPARED_ONE_BY_ONE
 from pyro_flows.model.faults import Faults, Undefined, passing_over
 from pyro_flows.model.gradients import values_and_grads
 from pyro_flows.model.runs import Runs
 from pyro_flows.model.site_values import SiteValues
 from pyro_flows.model.sites import Noncentered, Structure
+from pyro_flows.verdict.thresholds import MISSED_MASS_ERRORS, MISSED_MASS_OF_TAILS
 
 LARGER = 4  # times the numbers of data and coordinates, that a few results may have
 WRITTEN_FOR_A_CHECK, DRAWS_AT_LEAST = 2e9, 400  # numbers that a check may write, a second or so; and its draws
 PORTION = 16  # pieces of a recorded graph between two looks at the clock
+SENT_BACK = 1024  # draws whose values are turned into coordinates again
+ON_BOUNDS = "rounding puts"  # begins a reason
 
 
 class DensityState(TypedDict):
@@ -119,6 +123,32 @@ class LogDensity(SiteValues):
     def affordable(self, draws: int) -> int:
         """Return how many of so many draws a check may evaluate: fewer where evaluations write many numbers."""
         return min(draws, max(DRAWS_AT_LEAST, int(WRITTEN_FOR_A_CHECK / max(self.written, 1))))
+
+    def lost_digits(self, z: Tensor, *, most: int = COMPARED_ONE_BY_ONE) -> tuple[list[str], list[str]]:
+        """Say what rounding does at draws ``z`` (S, D), to densities and next to bounds; see :class:`Digits`."""
+        lost, notes = super().lost_digits(z, most=most)
+        return [*self._on_bounds(z), *lost], notes
+
+    @torch.no_grad()
+    def _on_bounds(self, z: Tensor) -> list[str]:
+        """Say which site rounding puts onto a bound in too large a share of the draws z (S, D).
+
+        A sigmoid has no values between 1 - eps and 1, and torch cuts it there. Mass that is nearer to 1 is lost, and
+        draws at the cut, which do not come back from their values, are all that tells of it.
+        """
+        far = z[(z.abs() > -math.log(torch.finfo(z.dtype).eps) - 1.0).any(1)]
+        if len(far) <= MISSED_MASS_OF_TAILS * len(z):
+            return []
+        some = far[:SENT_BACK]
+        with quiet():
+            lost = ~torch.isclose(self.unconstrain(self.constrain(some)).to(some), some, rtol=1e-3, atol=1e-3)
+        share = float(lost.any(1).double().mean()) * len(far) / len(z)
+        if share - MISSED_MASS_ERRORS * math.sqrt(share / len(z)) <= MISSED_MASS_OF_TAILS:
+            return []
+        worst = int(lost.sum(0).argmax())
+        name = next(one.name for one in self.structure.latents if one.offset <= worst < one.offset + one.size)
+        most = f"{MISSED_MASS_OF_TAILS:.0%}"
+        return [f"{ON_BOUNDS} {name} onto a bound in more than {most} of the draws, so mass next to the bound is lost"]
 
     def take(self, values: Recorder, gradients: Recorder) -> None:
         """Evaluate by these recorders from now on: those that densities of one model with many data sets share."""

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pyro_flows._seeding import seeded
 from pyro_flows.model.faults import Undefined
-from pyro_flows.model.log_density import LogDensity
+from pyro_flows.model.log_density import ON_BOUNDS, LogDensity
 from pyro_flows.model.sites import messages
 from pyro_flows.model.supports import family
 from pyro_flows.verdict.deciding import CHECKED, POOL, Draw
@@ -22,7 +22,7 @@ from pyro_flows.verdict.weighing import weigh
 COPIES = 3  # of the pool that exist at once, and as many numbers beside it for each draw
 JUDGING = "computing importance weights"
 INFINITE, BEYOND = "the log density is +inf at", "the posterior lies far in the tail of"  # each begins a reason
-LASTING = (INFINITE, BEYOND)  # that no sampler takes away
+LASTING = (INFINITE, BEYOND, ON_BOUNDS)  # that no sampler takes away
 LEAST = 8  # draws, whatever the clock says
 SCORING = 0.7  # of the time left: the rest is for checks and for the constrained values
 SHORT = 0.05  # of the time left, for which a piece may be taken twice as large

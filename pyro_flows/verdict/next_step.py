@@ -9,6 +9,7 @@ from pyro_flows.verdict.methods import AMORTIZED, GUIDE, MCMC
 
 # A cause is known by the words of its reason, since a saved verdict holds its reasons as text.
 DIGITS = (("rounding changes",), "give data and parameters in double precision")
+BOUNDS = (("rounding puts",), "write the model with a parameter that has no such bound, or with less mass next to it")
 INVALID = (("the model is invalid", "no finite log density"), "check the data and the priors")
 IMPROPER = "the posterior is improper: along "
 # the reason itself says for which site; the first is in files of earlier versions
@@ -19,6 +20,7 @@ OF_CHAINS = (
     (("the trajectories diverged",), "write the model with other parameters, such as non-centered ones"),
 )
 OF_FITS = (
+    BOUNDS,
     DIGITS,
     TIME,  # before what a fit that had no time to look about may have met
     (("interrupted",), "call fit again and let it finish"),
@@ -31,6 +33,7 @@ OF_FITS = (
 OF_WEIGHTS = "call refine(), or fit with more layers"
 
 OF_GUIDES = (
+    BOUNDS,
     DIGITS,
     TIME,
     INVALID,
@@ -40,6 +43,7 @@ OF_GUIDES = (
 OF_TRAINING = "train the guide longer, or call refine()"
 
 OF_AMORTIZED = (
+    BOUNDS,
     DIGITS,
     INVALID,
     (("outside of what the prior predicts",), "check data and priors; for these data, call refine() or fit()"),
@@ -48,6 +52,7 @@ OF_AMORTIZED = (
 OF_LEARNING = "call refine() or fit() for these data, or amortize with more simulations"
 
 OF_MCMC = (
+    BOUNDS,
     (("rounding changes",), "sample with data and parameters in double precision"),
     (("no finite log density",), "check the data and the priors"),
     (("chain does not agree with itself",), "run four chains, and longer ones"),

@@ -166,3 +166,17 @@ def test_digits_count_where_the_density_is_low_too():
     density.check_digits(inside)
     with pytest.raises(LostDigits):
         density.check_digits(torch.cat([inside, close_to_one]))
+
+
+@pytest.mark.parametrize(("a", "lost"), [(0.03, True), (0.1, False), (0.5, False)])
+def test_mass_that_no_value_below_one_tells_of_is_named(a, lost):
+    """A sixth of Beta(.03, .03) lies within 1e-16 of one, and .2 sds of the mean were lost, `corrected`."""
+    a = torch.tensor(a, dtype=torch.float64)
+    density = pf.LogDensity(lambda: pyro.sample("p", dist.Beta(a, a)))
+    grid = torch.linspace(-300.0, 300.0, 600_001, dtype=torch.float64)[:, None]
+    height = density(grid)
+    draws = torch.multinomial(
+        torch.softmax(height, 0), 16_000, replacement=True, generator=torch.Generator().manual_seed(0)
+    )
+    said = density.lost_digits(grid[draws])[0]
+    assert [words[:22] for words in said] == ["rounding puts p onto a"] * lost
