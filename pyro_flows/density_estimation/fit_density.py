@@ -141,7 +141,7 @@ def fit_density(
     >>> given = pf.fit_density(x**2 + 0.1 * torch.randn(300, 1), context=x, max_epochs=3, progress=False)
     >>> given.quantiles([0.1, 0.5, 0.9], x[:4]).shape
     torch.Size([4, 3, 1])
-    >>> points = torch.randn(500, 1) * torch.tensor([1.0, 10.0]) + 5.0
+    >>> points = torch.randn(500, 2) * torch.tensor([1.0, 10.0]) + 5.0
     >>> fit = pf.fit_density("realnvp", points, max_epochs=3, progress=False)
     >>> fit.sample(4).shape, fit.log_prob(points).shape
     (torch.Size([4, 2]), torch.Size([500]))

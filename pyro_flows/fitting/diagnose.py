@@ -38,9 +38,11 @@ from pyro_flows.modes.under_covered import Space
 from pyro_flows.posterior.draws import from_draws
 from pyro_flows.posterior.posterior import Posterior
 from pyro_flows.verdict.deciding import SEARCHED_DRAWS, Draw
+from pyro_flows.verdict.thresholds import ESS_SHARE_LEAST
 from pyro_flows.verdict.weighing import weigh
 
 HIDDEN = "no search for missed modes was made, since auxiliary sites hide the guide's density at given points"
+THIN = "no search for missed modes was made, since a first sample had poor weights"
 
 
 @_checks.options
@@ -149,23 +151,37 @@ def _judged(
                 draw, score = from_traces(guide, density, args, kwargs, random_sites(trace))
             with torch.no_grad(), seeded(derive(seed, "digits"), density.device):
                 density.check_digits(draw(COMPARED)[0])
-            bar.watch(_stages.MISSED)
-            search = _searched(density, draw, score, space, seed)
-            bar.watch(_stages.JUDGING)
-            return from_draws(
-                density, draw, draws=draws, seed=seed, guide=guide, failures=search.failures, notes=search.notes,
-                history=noted(search), settings={"diagnosed": True}, losses=torch.zeros(0),
-            )  # fmt: skip
+
+            def judged(*, thin: bool) -> Posterior:
+                bar.watch(_stages.MISSED)
+                search = _searched(density, draw, score, space, seed, thin=thin)
+                bar.watch(_stages.JUDGING)
+                return from_draws(
+                    density, draw, draws=draws, seed=seed, guide=guide, failures=search.failures, notes=search.notes,
+                    history=noted(search), settings={"diagnosed": True}, losses=torch.zeros(0),
+                )  # fmt: skip
+
+            found = judged(thin=False)
+            unsearched = THIN in found.verdict.notes and found.verdict.status != "unreliable"
+            return judged(thin=True) if unsearched else found  # the larger sample has good weights
 
 
-def _searched(density: LogDensity, draw: Draw, score: Score | None, space: Space | None, seed: int) -> Search:
-    """Search for modes that a guide lacks, whatever a first sample says: a larger one is judged."""
+def _searched(
+    density: LogDensity, draw: Draw, score: Score | None, space: Space | None, seed: int, *, thin: bool
+) -> Search:
+    """Search for modes that a guide misses; unless ``thin``, only if a first sample has good weights.
+
+    A guide with poor weights has too little mass in many places, none of which is a mode.
+    """
     if score is None:
         return Search(notes=(HIDDEN,))
     with seeded(derive(seed, "a search"), density.device):
         z, log_q = draw(SEARCHED_DRAWS)
+        weighing = weigh(z, density(z), log_q)
+        if not (thin or (weighing.k_hat < weighing.threshold and weighing.ess >= ESS_SHARE_LEAST * len(z))):
+            return Search(notes=(THIN,))
         search = missed_modes(density, [], z, log_q, score, seed=seed, space=space)
-        return with_truncated_tails(search, density, lambda: (z, weigh(z, density(z), log_q).log_weights), seed=seed)
+        return with_truncated_tails(search, density, lambda: (z, weighing.log_weights), seed=seed)
 
 
 # continuous autoguides ------------------------------------------------------------------------------------------------

@@ -48,7 +48,7 @@ def has_enough(sampler, figures, all_=None):
     """Whether a sampler takes its draws for enough, with figures like these of those watched, and of ``all_``."""
     sampler._figures, sampler.judged = lambda watched: all_ if watched is None and all_ else figures, None
     sampler._looked_at()
-    return sampler.told
+    return sampler.resolved
 
 
 @pytest.mark.parametrize(("df", "kurtosis"), [(None, 3.0), (10, 4.0)])
@@ -123,7 +123,7 @@ def test_a_half_that_is_clearly_better_stays_alone_where_nothing_is_waited_for(m
 
 
 @pytest.mark.parametrize(
-    ("error", "kurtosis", "gradients", "sweeps", "told"),
+    ("error", "kurtosis", "gradients", "sweeps", "resolved"),
     [
         (0.019, 4.1, 99_999, 255, True),
         (0.021, 4.1, 99_999, 255, False),
@@ -134,10 +134,10 @@ def test_a_half_that_is_clearly_better_stays_alone_where_nothing_is_waited_for(m
         (0.041, 3.9, 99_999, 255, False),
     ],
 )
-def test_cheap_draws_have_to_tell_sds_of_heavy_tails_better(monkeypatch, error, kurtosis, gradients, sweeps, told):
+def test_cheap_draws_have_to_tell_sds_of_heavy_tails_better(monkeypatch, error, kurtosis, gradients, sweeps, resolved):
     monkeypatch.setattr(_mixing, "sd_errors", lambda draws: torch.tensor([0.001, error]).double())
     monkeypatch.setattr(_mixing, "kurtoses", lambda draws: torch.tensor([3.0, kurtosis]).double())
-    assert stopping.resolved_sds(replace(GOOD, sweeps=sweeps), normals(), gradients)[:2] == (told, False)
+    assert stopping.resolved_sds(replace(GOOD, sweeps=sweeps), normals(), gradients)[:2] == (resolved, False)
 
 
 def test_a_half_does_not_go_for_lighter_tails(monkeypatch):

@@ -427,9 +427,12 @@ def test_where_a_guide_hides_its_density_the_verdict_says_that_nothing_was_searc
     assert any("no search for missed modes was made" in note for note in verdict.notes)
 
 
-def test_a_guide_with_poor_weights_is_searched_too():
+def test_a_guide_is_searched_unless_the_larger_sample_has_poor_weights_too(monkeypatch):
     """A first sample was too poor to be searched from, and a larger one that passed was `ok`, with a note."""
-    verdict = pf.diagnose(two_sided, lambda: one_side(1.0, spread=0.25), draws=1000).verdict
-    assert any("is below" in reason for reason in verdict.reasons)
-    assert any(reason.startswith("the guide ") for reason in verdict.reasons)
+    monkeypatch.setattr("pyro_flows.fitting.diagnose.ESS_SHARE_LEAST", 1.1)  # no first sample is good enough
+    verdict = pf.diagnose(two_sided, lambda: one_side(1.0), draws=1000).verdict
+    assert [reason.split(" near")[0] for reason in verdict.reasons] == ["the guide misses a mode"]
     assert not any("no search" in note for note in verdict.notes)
+    verdict = pf.diagnose(two_sided, lambda: one_side(1.0, spread=0.25), draws=1000).verdict
+    assert verdict.status == "unreliable"
+    assert any("no search for missed modes was made" in note for note in verdict.notes)

@@ -133,14 +133,14 @@ def space(dim, written=80_000):
 class Paced:
     """Chains that have what they are told at the end of each run, at 2,000 gradients a sweep."""
 
-    told, others, latent = False, 1.0, space(100)
+    resolved, others, latent = False, 1.0, space(100)
 
     def __init__(self, least):
         self.least, self.asked = iter(least), []
 
     def run(self, sweeps, report, *, gradients, patient):
         self.asked.append(gradients)
-        ess, nested, diverged, self.told = next(self.least)
+        ess, nested, diverged, self.resolved = next(self.least)
         self.found = McmcDiagnostics(
             chains=64, draws=64, sweeps=100, r_hat=1.0, nested_r_hat=nested, ess_bulk=2.0 * ess, ess_tail=ess,
             where="z", divergences=diverged, energy_error=0.0, acceptance=0.8, independence=math.nan,
