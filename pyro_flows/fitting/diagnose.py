@@ -156,10 +156,12 @@ def _judged(
                 bar.watch(_stages.MISSED)
                 search = _searched(density, draw, score, space, seed, thin=thin)
                 bar.watch(_stages.JUDGING)
-                return from_draws(
-                    density, draw, draws=draws, seed=seed, guide=guide, failures=search.failures, notes=search.notes,
-                    history=noted(search), settings={"diagnosed": True}, losses=torch.zeros(0),
-                )  # fmt: skip
+                with seeded(seed, density.device):  # both times the same draws
+                    return from_draws(
+                        density, draw, draws=draws, seed=seed, guide=guide, failures=search.failures,
+                        notes=search.notes, history=noted(search), settings={"diagnosed": True},
+                        losses=torch.zeros(0),
+                    )  # fmt: skip
 
             found = judged(thin=False)
             unsearched = THIN in found.verdict.notes and found.verdict.status != "unreliable"
