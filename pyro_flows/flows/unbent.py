@@ -12,7 +12,7 @@ from pyro_flows._warnings import outside
 from pyro_flows.flows.flow import Flow
 
 LINES = 32  # along which second differences are taken
-SPREAD = 0.5  # of the random parameters
+SPREADS = 0.5, 0.05  # of random parameters: with large ones, points may lie outside of the interval of a spline
 ROUNDING = 1e-6  # of a second difference, relative to the first one
 UP_TO = 100  # dimensions in which flows are looked at
 SHAPES = {"normal": "normal", "logistic": "logistic", "student_t": "Student t", "uniform": "uniform"}
@@ -30,16 +30,21 @@ def unbent(flow: Flow) -> list[int]:
     """
     if len(flow.event_shape) != 1 or flow.dim > UP_TO or flow.mixture is not None:
         return []
+    straight = torch.stack([_straight(flow, spread) for spread in SPREADS]).all(0)
+    return straight.nonzero().flatten().tolist()
+
+
+def _straight(flow: Flow, spread: float) -> torch.Tensor:
+    """Say of each coordinate whether it is straight along all lines, with random parameters of a spread."""
     made = copy.deepcopy(flow.bijection).cpu().double().eval()
     with seeded(0):
         for parameter in made.parameters():
-            parameter.normal_(0.0, SPREAD)
+            parameter.normal_(0.0, spread)
         start, way = torch.randn(2, LINES, flow.dim, dtype=torch.float64)
         context = torch.randn(LINES, flow.context_dim, dtype=torch.float64) if flow.context_dim else None
     y = torch.stack([made.forward_and_ladj(start + step * way, context)[0] for step in (0.0, 1.0, 2.0)])
     bend, size = y.diff(n=2, dim=0)[0].abs(), y.diff(dim=0).abs().amax(0)
-    straight = (bend <= ROUNDING * size.clamp_min(1e-9)).all(0)  # NaN, where random parameters are too large, is not
-    return straight.nonzero().flatten().tolist()
+    return (bend <= ROUNDING * size.clamp_min(1e-9)).all(0)  # NaN, where random parameters are too large, is not
 
 
 def warn_unbent(flow: Flow, name: str) -> None:

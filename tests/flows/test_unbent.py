@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import pyro_flows as pf
+from pyro_flows.amortization.networks import BASE, FLOW, WIDTH, Conditional, perceptron
 from pyro_flows.flows.recipe import BUILDERS, VECTOR_BUILDERS, Recipe
 from pyro_flows.flows.unbent import unbent
 
@@ -44,3 +45,9 @@ def test_others_and_guides_say_nothing():
         pf.planar(1)
         pf.realnvp(2, layers=2)
         Recipe("realnvp", around=(("affine", "tril"),)).build(1)  # tails bend it
+
+
+def test_an_encoder_of_the_context_makes_no_coordinate_straight():
+    """With large random parameters its context is so large that points lie outside of the splines' interval."""
+    inner = pf.spline(2, layers=4, context_dim=WIDTH, **FLOW, **BASE)
+    assert unbent(Conditional(inner, perceptron(12), 12).flow) == []
