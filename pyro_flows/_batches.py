@@ -8,10 +8,8 @@ from torch import Tensor
 PIECE = 2**17  # numbers in the largest intermediate result of a piece: 1 MiB in float64
 ROWS_AT_LEAST, ROWS_AT_MOST = 16, 1024
 LARGEST = 2**20  # numbers for which the least rows are still taken: memory above is mapped anew by each operation
-MOST_MAPPED, SHARING = (
-    2**23,
-    4,
-)  # numbers, if one point takes so many that it is mapped anyway; rows that then share data
+SHARING = 4  # rows that share the data of a model, if memory is mapped anew even for one row,
+MOST_MAPPED = 2**23  # and numbers of all of them, at most
 
 
 def rows_for(numbers: int, budget: int = PIECE) -> int:

@@ -164,6 +164,7 @@ class Sampler:
         """Return all that :meth:`run` changes."""
         z, stats = self.draws.stacked()
         figures = [as_numbers(self.found), self.judged and [self.judged[0], as_numbers(self.judged[1])]]
+        # "told" is the key of earlier files
         flags = {"over": self.over, "told": self.resolved, "figures": figures, "kernel": self.kernel.stored()}
         tensors = {"points": self.points, "metric": self.metric, "z": z, "stats": stats, "round": self.round}
         return {**flags, **tensors, "numbers": self.numbers, "density": self.latent.density.state()}

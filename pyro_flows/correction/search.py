@@ -47,7 +47,7 @@ INSIDE = 3.0  # standard deviations of a chi-square: draws of a normal distribut
 class MissedByChains:
     """What chains lack, in words, what was not looked at, and the places, for chains that come later.
 
-    ``twins`` take the mode that chains are in to some of them.
+    ``symmetries`` take the mode that chains are in to some of them.
     """
 
     failures: list[str]

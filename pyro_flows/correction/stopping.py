@@ -84,7 +84,7 @@ def sweeps_needed(found: McmcDiagnostics) -> float:
 def next_look(found: McmcDiagnostics, *, thin: int, kept: int, error_ratio: float = 0.0) -> int:
     """Return after how many more draws to look again, one of ``thin`` sweeps, where ``kept`` are the fewest of all.
 
-    ``lack`` says by what factor the errors of sds are too large: their squares fall as one over the sweeps.
+    ``error_ratio`` says by what factor the errors of sds are too large: their squares fall as one over the sweeps.
     """
     whole = max(sweeps_needed(found), error_ratio**2 * found.sweeps)
     needed = math.ceil((whole - found.sweeps) / thin)

@@ -35,8 +35,8 @@ from pyro_flows.starts.start import Start
 from pyro_flows.verdict.chains import McmcDraws
 from pyro_flows.verdict.deciding import LOOKED_AT_DRAWS
 
-SYMMETRIES = 3  # times that chains begin, of which each search may find further twins
-FEW_DRAWS = 50  # by which the copy is told that a twin belongs to
+SYMMETRIES = 3  # times that chains begin, of which each search may find further images
+FEW_DRAWS = 50  # that tell to which copy an image belongs
 MOST_COPIES = 16  # of the normal distribution: each point is scored by all of them
 
 
@@ -68,7 +68,7 @@ def chains_of_gaussian(
 
     Where the posterior has exact symmetries, the space is that of copies of the distribution at all images, and chains
     change between them freely. Chains that have converged go through the search for modes that they lack at once. Where
-    it finds twins of what they hold, there are copies at these too, and chains begin once more; for any other mode a
+    it finds images of what they hold, there are copies at these too, and chains begin once more; for any other mode a
     flow has to be trained, unless chains that begin there come to the same distribution within a hundred sweeps.
     """
     flow = location_scale(density.dim, base="normal", diagonal=start.scale.dim() == 1).to(start.loc)
@@ -90,7 +90,7 @@ def chains_of_gaussian(
 
 
 def _placed(begun: _Begun, density: LogDensity, symmetries: Sequence[SignedPermutation]) -> list[SignedPermutation]:
-    """Return the images of the distribution that twins of one of its copies stand for, without those that are there."""
+    """Return the images of the distribution under symmetries of one of its copies, without those that are there."""
     known = begun.images or [identity(density.dim)]
     y = begun.flow.draw(FEW_DRAWS)[0]
     found: list[SignedPermutation] = []
@@ -131,9 +131,9 @@ def _chains(
 
 @counted(_stages.SYMMETRIC)
 def _begun(flow: Flow, density: LogDensity, symmetries: Sequence[SignedPermutation]) -> _Begun | None:
-    """Copy a flow to all images under exact symmetries, and to its twins.
+    """Copy a flow to all images under exact symmetries, and to those under ``symmetries``.
 
-    None if there are many, or if another move leads to a mode that is no twin. A normal distribution is too thin at
+    None if there are many, or if another move leads to a mode that is no image. A normal distribution is too thin at
     images under moves that are not exact, too, which are no modes as a rule.
     """
     moves: list[SignedPermutation] = []
@@ -172,7 +172,7 @@ def _begun(flow: Flow, density: LogDensity, symmetries: Sequence[SignedPermutati
 def _of_inexact_moves(
     guide: Guide, missed: Sequence[MissedRegion], z: Tensor, log_q: Tensor
 ) -> list[SignedPermutation] | None:  # fmt: skip
-    """Return the twins that moves led to which are not exact; None if one led to a mode of another kind."""
+    """Return inexact symmetries of the modes that moves led to; None if one led to a mode of another kind."""
     missed = with_symmetric_modes(guide, missed, z, log_q)
     symmetries = [symmetry for symmetry in dict.fromkeys(region.symmetry for region in missed) if symmetry is not None]
     apart = [] if symmetries else are_separated(guide.density, torch.stack([region.place for region in missed]), z)

@@ -106,7 +106,8 @@ class Run:
 class Attempt:
     """What an attempt of a method is given: all that it finds is in ``run`` at once, so that Ctrl-C loses nothing.
 
-    ``lack`` is where the runs before lack a mode, if they do: this run begins there. ``starts`` are the best first.
+    ``missed_mode`` is where the runs before missed a mode, if they did: this run begins there. ``starts`` are the best
+    first.
     """
 
     plan: Plan

@@ -77,8 +77,8 @@ def diagnose(
     Returns:
         A :class:`Posterior`; read its ``verdict`` first.
 
-    Cost: four times ``draws`` evaluations of model and guide, and a search for missed modes: a second or two for small
-    models.
+    Cost: four times ``draws`` evaluations of model and guide, twice that if only a first sample has poor weights, and a
+    search for missed modes: a second or two for small models.
 
     Source of k-hat: Vehtari et al. 2024 (arXiv 1507.02646).
 
@@ -152,9 +152,9 @@ def _judged(
             with torch.no_grad(), seeded(derive(seed, "digits"), density.device):
                 density.check_digits(draw(COMPARED)[0])
 
-            def judged(*, thin: bool) -> Posterior:
+            def after_search(*, always: bool) -> Posterior:
                 bar.watch(_stages.MISSED)
-                search = _searched(density, draw, score, space, seed, thin=thin)
+                search = _searched(density, draw, score, space, seed, always=always)
                 bar.watch(_stages.JUDGING)
                 with seeded(seed, density.device):  # both times the same draws
                     return from_draws(
@@ -163,15 +163,15 @@ def _judged(
                         losses=torch.zeros(0),
                     )  # fmt: skip
 
-            found = judged(thin=False)
+            found = after_search(always=False)
             unsearched = THIN in found.verdict.notes and found.verdict.status != "unreliable"
-            return judged(thin=True) if unsearched else found  # the larger sample has good weights
+            return after_search(always=True) if unsearched else found  # the larger sample has good weights
 
 
 def _searched(
-    density: LogDensity, draw: Draw, score: Score | None, space: Space | None, seed: int, *, thin: bool
+    density: LogDensity, draw: Draw, score: Score | None, space: Space | None, seed: int, *, always: bool
 ) -> Search:
-    """Search for modes that a guide misses; unless ``thin``, only if a first sample has good weights.
+    """Search for modes that a guide misses; unless ``always``, only if a first sample has good weights.
 
     A guide with poor weights has too little mass in many places, none of which is a mode.
     """
@@ -180,7 +180,7 @@ def _searched(
     with seeded(derive(seed, "a search"), density.device):
         z, log_q = draw(SEARCHED_DRAWS)
         weighing = weigh(z, density(z), log_q)
-        if not (thin or (weighing.k_hat < weighing.threshold and weighing.ess >= ESS_SHARE_LEAST * len(z))):
+        if not (always or (weighing.k_hat < weighing.threshold and weighing.ess >= ESS_SHARE_LEAST * len(z))):
             return Search(notes=(THIN,))
         search = missed_modes(density, [], z, log_q, score, seed=seed, space=space)
         return with_truncated_tails(search, density, lambda: (z, weighing.log_weights), seed=seed)

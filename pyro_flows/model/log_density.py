@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, fx
 
 from pyro_flows._clock import Clock
+from pyro_flows._fallbacks import Tried
 from pyro_flows._journal import evaluated
 from pyro_flows._ledger import booked
 from pyro_flows._turns import turn
@@ -32,7 +33,7 @@ from pyro_flows.verdict.thresholds import MISSED_MASS_ERRORS, MISSED_MASS_OF_TAI
 LARGER = 4  # times the numbers of data and coordinates, that a few results may have
 WRITTEN_FOR_A_CHECK, DRAWS_AT_LEAST = 2e9, 400  # numbers that a check may write, a second or so; and its draws
 PORTION = 16  # pieces of a recorded graph between two looks at the clock
-SENT_BACK = 1024  # draws whose values are turned into coordinates again
+SENT_BACK, SENT_BACK_ONE_BY_ONE = 1024, 64  # draws whose values are turned into coordinates again
 ON_BOUNDS = "rounding puts"  # begins a reason
 
 
@@ -133,22 +134,26 @@ class LogDensity(SiteValues):
     def _on_bounds(self, z: Tensor) -> list[str]:
         """Say which site rounding puts onto a bound in too large a share of the draws z (S, D).
 
-        A sigmoid has no values between 1 - eps and 1, and torch cuts it there. Mass that is nearer to 1 is lost, and
-        draws at the cut, which do not come back from their values, are all that tells of it.
+        A sigmoid has no values between 1 - eps and 1, and torch cuts it there, so mass that is nearer to 1 is lost. A
+        draw at the cut does not return to the same coordinate. The share of such draws tells of the lost mass.
         """
-        far = z[(z.abs() > -math.log(torch.finfo(z.dtype).eps) - 1.0).any(1)]
+        limit = -math.log(torch.finfo(z.dtype).eps) - 1.0
+        far = z[(z.abs() > limit).any(1)]
         if len(far) <= MISSED_MASS_OF_TAILS * len(z):
             return []
-        some = far[:SENT_BACK]
-        with quiet():
-            lost = ~torch.isclose(self.unconstrain(self.constrain(some)).to(some), some, rtol=1e-3, atol=1e-3)
+        some = far[: SENT_BACK if self.batched else SENT_BACK_ONE_BY_ONE]
+        with quiet(), Tried() as tried:
+            back = self.unconstrain(self.constrain(some)).to(some)
+        if tried.error is not None:  # in the model's own code
+            return []
+        lost = ~(torch.isclose(back, some, rtol=1e-3, atol=1e-3) | back.isnan()) & (some.abs() > limit)
         share = float(lost.any(1).double().mean()) * len(far) / len(z)
         if share - MISSED_MASS_ERRORS * math.sqrt(share / len(z)) <= MISSED_MASS_OF_TAILS:
             return []
         worst = int(lost.sum(0).argmax())
         name = next(one.name for one in self.structure.latents if one.offset <= worst < one.offset + one.size)
-        most = f"{MISSED_MASS_OF_TAILS:.0%}"
-        return [f"{ON_BOUNDS} {name} onto a bound in more than {most} of the draws, so mass next to the bound is lost"]
+        shown = f"{MISSED_MASS_OF_TAILS:.0%}"
+        return [f"{ON_BOUNDS} {name} onto a bound in more than {shown} of the draws, so mass next to the bound is lost"]
 
     def take(self, values: Recorder, gradients: Recorder) -> None:
         """Evaluate by these recorders from now on: those that densities of one model with many data sets share."""

@@ -27,9 +27,9 @@ class MissedRegion:
     """A place that the guide lacks, and a normal distribution there: where another run may start.
 
     ``move`` takes coordinates of the guide's draws there and leaves the density as it is, if there is such a move;
-    ``twin`` takes the guide's own mode there, as far as a change of its mass. ``beside`` says that the guide covers the
-    mode, and has too little mass next to it, such as in a tail. ``drawn`` is a point with a good part of the mass that
-    is lacked, if the place is a top, which may lie far from all of it.
+    ``symmetry`` takes the guide's own mode there, as far as a change of its mass. ``beside`` says that the guide covers
+    the mode, and has too little mass next to it, such as in a tail. ``drawn`` is a point with a good part of the missing
+    mass, if the place is a mode, which may lie far from all of it.
     """
 
     place: Tensor

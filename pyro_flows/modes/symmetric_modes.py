@@ -32,7 +32,7 @@ FAR_OFF = 20.0  # nats below a top, at which densities count as one, and an imag
 def symmetric_modes_of(
     guide: Guide, paths: Paths, own: int, z: Tensor, log_q: Tensor, units: Tensor
 ) -> list[MissedRegion]:
-    """Return the regions about twins of the guide's own top that hold a good part of the mass and no draws.
+    """Return the regions about images of the guide's own mode that hold a good part of the mass and no draws.
 
     The first ``own`` paths began at draws of the guide; ``z`` (S, D) are such, ``log_q`` (S,) their log densities. The
     mass of an image is that of :func:`~pyro_flows.modes.missed_modes.mirrored`, exact even where the density there is
@@ -54,7 +54,7 @@ def symmetric_modes_of(
 
 @torch.no_grad()
 def with_symmetric_modes(guide: Guide, missed: Sequence[MissedRegion], z: Tensor, log_q: Tensor) -> list[MissedRegion]:
-    """Return regions that any search found, those that are twins of the guide's own mode with what takes it there.
+    """Return regions that any search found, those that are images of the guide's own mode with what takes it there.
 
     Cost: a climb from each of them and from a few draws, beside that of :func:`symmetric_modes_of`.
     """
@@ -71,13 +71,13 @@ def with_symmetric_modes(guide: Guide, missed: Sequence[MissedRegion], z: Tensor
     for number, region in enumerate(missed):
         there = own + number
         looked_at = number < LOOKED_AT and region.symmetry is None and not region.beside and bool(ends.settled[there])
-        symmetry = _region_about(guide, home, ends.points[there], z, log_q) if looked_at else []
-        found.append(replace(region, symmetry=symmetry[0].symmetry, move=symmetry[0].move) if symmetry else region)
+        images = _region_about(guide, home, ends.points[there], z, log_q) if looked_at else []
+        found.append(replace(region, symmetry=images[0].symmetry, move=images[0].move) if images else region)
     return found
 
 
 def _region_about(guide: Guide, home: Tensor, top: Tensor, z: Tensor, log_q: Tensor) -> list[MissedRegion]:
-    """Return the region about a top (D,), if it is a twin of the guide's own one that holds a good part of the mass."""
+    """Return the region about a mode (D,), if it is an image of the guide's own one with a good part of the mass."""
     symmetry = _between(guide.density, home, top, units_of(z, full=False))
     if symmetry is None:
         return []

@@ -9,7 +9,7 @@ from pyro_flows.verdict.methods import AMORTIZED, GUIDE, MCMC
 
 # A cause is known by the words of its reason, since a saved verdict holds its reasons as text.
 DIGITS = (("rounding changes",), "give data and parameters in double precision")
-BOUNDS = (("rounding puts",), "write the model with a parameter that has no such bound, or with less mass next to it")
+BOUNDS = (("rounding puts",), "choose a prior with less mass next to the bound, or model the logit")
 INVALID = (("the model is invalid", "no finite log density"), "check the data and the priors")
 IMPROPER = "the posterior is improper: along "
 # the reason itself says for which site; the first is in files of earlier versions
@@ -52,7 +52,6 @@ OF_AMORTIZED = (
 OF_LEARNING = "call refine() or fit() for these data, or amortize with more simulations"
 
 OF_MCMC = (
-    BOUNDS,
     (("rounding changes",), "sample with data and parameters in double precision"),
     (("no finite log density",), "check the data and the priors"),
     (("chain does not agree with itself",), "run four chains, and longer ones"),

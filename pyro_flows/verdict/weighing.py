@@ -140,13 +140,16 @@ def weighted_quantiles(rows: Tensor, places: Tensor, weights: Tensor, levels: Te
     """Return quantiles (L, D) of rows (D, S) with normalized weights (S,), by their order, linear between neighbors.
 
     A value stands at the middle of its weight, the first one at 0 and the last one at 1. So equal weights give
-    :func:`quantiles`: a difference is one of weights, and not of two definitions.
+    :func:`quantiles`: a difference is one of weights, and not of two definitions. Values of weight 0 do not count.
     """
+    places = places[weights[places] > 0.0].reshape(len(rows), -1)
+    if places.shape[1] == 1:
+        return rows.gather(1, places).expand(-1, levels.shape[-1]).mT
     ordered = weights[places]
     middles = ordered.cumsum(1) - 0.5 * ordered
     middles = (middles - middles[:, :1]) / (middles[:, -1:] - middles[:, :1])
     wanted = levels.expand(len(rows), -1).contiguous()
-    above = torch.searchsorted(middles, wanted).clamp(1, rows.shape[1] - 1)
+    above = torch.searchsorted(middles, wanted).clamp(1, places.shape[1] - 1)
     (start, low), (end, high) = (
         (middles.gather(1, at), rows.gather(1, places.gather(1, at))) for at in (above - 1, above)
     )

@@ -296,11 +296,11 @@ def test_a_look_at_an_untrained_flow_is_one_at_its_affine_map(name, dim):
     recipe = latent_recipe(name, {}, affine="auto", base="student_t", df=15.0)
     flow = recipe.build_for_latents(dim).double()
     start = Start("given", torch.linspace(-1.0, 1.0, dim).double(), torch.linspace(0.5, 2.0, dim).double())
-    symmetry = affine_base_of(flow)
+    affine = affine_base_of(flow)
     found = []
-    for one in (flow, symmetry):
+    for one in (flow, affine):
         begin(set_df(one, 30.0), start)
         torch.manual_seed(0)
         found.append(one.draw(200))
-    assert len(list(symmetry.modules())) < len(list(flow.modules()))
+    assert len(list(affine.modules())) < len(list(flow.modules()))
     torch.testing.assert_close(found[0], found[1], rtol=1e-9, atol=1e-9)

@@ -118,13 +118,13 @@ def test_a_thread_that_uses_pyro_beside_a_fit_is_named():
     thread = threading.Thread(target=beside)
     thread.start()
 
-    def predictors_of_spread(y):
+    def signalling(y):
         begun.set()
         slow(y)
 
     def fits():
         for _ in range(3):
-            pf.fit(predictors_of_spread, Y, max_seconds=20.0, progress=False)
+            pf.fit(signalling, Y, max_seconds=20.0, progress=False)
 
     try:
         with pytest.raises(RuntimeError, match=r"Pyro: two threads use it at once.*in processes of their own"):

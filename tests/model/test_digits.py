@@ -180,3 +180,16 @@ def test_mass_that_no_value_below_one_tells_of_is_named(a, lost):
     )
     said = density.lost_digits(grid[draws])[0]
     assert [words[:22] for words in said] == ["rounding puts p onto a"] * lost
+
+
+def test_digits_that_a_sum_loses_are_no_bound():
+    """In single precision, 1e5 + a is known to .01."""
+
+    def far_away():
+        mu = pyro.sample("mu", dist.Normal(1e5, 1.0))
+        pyro.sample("a", dist.Normal(mu, 1.0))
+
+    density = pf.LogDensity(far_away, noncentered=("a",))
+    z = normal(1000, 2, seed=8).float() + torch.tensor([1e5, 0.0])
+    assert density.structure.noncentered
+    assert not density._on_bounds(z)

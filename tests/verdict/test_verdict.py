@@ -231,6 +231,20 @@ def test_quantile_shifts():
     check_quantile_shifts()
 
 
+@pytest.mark.parametrize(
+    ("values", "weights", "median"),
+    [
+        ([0.0, 1.0, 5.0, 9.0], [0.5, 0.0, 0.0, 0.5], 4.5),
+        ([0.0, 1.0, math.inf], [0.5, 0.5, 0.0], 0.5),
+        ([3.0], [1.0], 3.0),
+    ],
+)
+def test_values_without_weight_leave_quantiles_as_they_are(values, weights, median):
+    rows = torch.tensor([values], dtype=torch.float64)
+    weights, level = torch.tensor(weights, dtype=torch.float64), torch.tensor([0.5], dtype=torch.float64)
+    assert float(module.weighted_quantiles(rows, rows.argsort(1), weights, level)) == median
+
+
 def test_columns_with_heavy_tails_are_judged_by_quantiles():
     """The weights are equal, but for noise: means of a Cauchy distribution would differ by many sds or none."""
     z = torch.stack([columns("cauchy")[:, 0], columns("normal")[:, 0]], 1)
