@@ -28,8 +28,8 @@ class MissedRegion:
 
     ``move`` takes coordinates of the guide's draws there and leaves the density as it is, if there is such a move;
     ``symmetry`` takes the guide's own mode there, as far as a change of its mass. ``beside`` says that the guide covers
-    the mode, and has too little mass next to it, such as in a tail. ``drawn`` is a point with a good part of the missing
-    mass, if the place is a mode, which may lie far from all of it.
+    the mode, and has too little mass next to it, such as in a tail. ``drawn`` is a point with a good part of the
+    missing mass, if the place is a mode, which may lie far from all of it.
     """
 
     place: Tensor
