@@ -18,8 +18,8 @@ from pyro_flows.transforms.fixed import Preprocess
 
 KINDS = ("standardize", "whiten")
 DEPENDENT = 1e-10  # a share of a variance, of an eigenvalue of correlations too, below this one is rounding error
-FAR = 10.0  # robust standard deviations, beyond which values are far away
-NORMAL = 1.4826  # the standard deviation of a normal distribution over its median absolute deviation
+FAR_SDS = 10.0  # robust standard deviations, beyond which values are far away
+SD_OVER_MAD = 1.4826  # the standard deviation of a normal distribution over its median absolute deviation
 CONSTANT = 1e-12  # a variance below this share of the mean square is rounding error
 
 
@@ -97,9 +97,9 @@ def tails(values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return median, robust standard deviation, and share of values more than ten of these away, of columns (N, C)."""
     loc = values.median(0).values
     away = (values - loc).abs()
-    scale, mean = NORMAL * away.median(0).values, away.mean(0)
+    scale, mean = SD_OVER_MAD * away.median(0).values, away.mean(0)
     scale = torch.where(scale > 0.0, scale, torch.where(mean > 0.0, mean, 1.0))  # most counts may be equal
-    return loc, scale, (away > FAR * scale).double().mean(0)
+    return loc, scale, (away > FAR_SDS * scale).double().mean(0)
 
 
 def knots_of(contexts: Tensor) -> Tensor | None:

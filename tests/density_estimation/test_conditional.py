@@ -10,7 +10,7 @@ import pyro_flows as pf
 from pyro_flows.density_estimation.encoding import Encoding
 from pyro_flows.density_estimation.standardizing import knots_of
 from pyro_flows.density_estimation.training import KEPT
-from pyro_flows.transforms.networks import along
+from pyro_flows.transforms.networks import interpolated
 
 LINEAR_GAUSSIAN = 0.3  # nats that a default has to be better by than a regression with normal noise
 
@@ -65,7 +65,7 @@ def test_networks_see_normal_scores_of_columns_with_far_values():
     x = torch.cat([z, torch.exp(3.0 * z), (z > 2.9).float(), 3.0 * torch.ones_like(z), z.clamp_min(2.0)], 1)
     knots = knots_of(x)
     assert knots.shape == (2, 5, 35)
-    found = along(x, knots)
+    found = interpolated(x, knots)
     inner = (z.abs() < 2.5)[:, 0]
     assert (found[inner, :2] - z[inner]).abs().max() < 0.1
     assert torch.allclose(found[:, 2:4], x[:, 2:4], atol=1e-6)
@@ -73,14 +73,14 @@ def test_networks_see_normal_scores_of_columns_with_far_values():
     assert found[:, 4].abs().max() < 4.0
     order = x[:, 4].argsort(stable=True)
     assert not (found[order, 4].diff() < 0.0).any()
-    far = along(torch.tensor([[-1e9, 1e9], [1e9, 1e9]]), knots[:, :2])
+    far = interpolated(torch.tensor([[-1e9, 1e9], [1e9, 1e9]]), knots[:, :2])
     assert far[0, 0] < -1e8
     assert torch.equal(far[:, 1], found[:, 1].amax().expand(2))
     assert knots_of(x[:, :1]) is None
     assert knots_of(x[:1]) is None
     one = torch.cat([torch.full((1, 1), 1e6), z])
-    assert along(one, knots_of(one)).abs().max() < 4.0
-    assert (along(one, knots_of(one))[1:][inner] - z[inner]).abs().max() < 0.1
+    assert interpolated(one, knots_of(one)).abs().max() < 4.0
+    assert (interpolated(one, knots_of(one))[1:][inner] - z[inner]).abs().max() < 0.1
 
 
 def test_the_unit_of_a_context_does_not_matter():
