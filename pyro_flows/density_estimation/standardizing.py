@@ -107,9 +107,9 @@ def knots_of(contexts: Tensor) -> Tensor | None:
 
     Columns with values that are far away become normal scores. Values :math:`v_k` are equally far from each other, and
     their places are the quantiles of :math:`\Phi(v_k)`. Places that coincide share the mean of their values. The first
-    two share one, and so do the last two, so that nothing grows beyond them. K is :math:`2 N^{1/3}`, as of a
-    histogram's bins by the Rice rule. So far values become values of a few units, and the others stay apart. Other
-    columns are mapped by the line of :func:`scale_of`.
+    two knots are one, and so are the last two, so that values are constant beyond them. K - 2 is
+    :math:`2 N^{1/3}`, as of a histogram's bins by the Rice rule. So far values become values of a few units, and the
+    others stay apart. Other columns are mapped by the line of :func:`scale_of`.
 
     Reference: van der Waerden 1952, *Order tests for the two-sample problem and their power* (normal scores).
     """
@@ -118,12 +118,14 @@ def knots_of(contexts: Tensor) -> Tensor | None:
     if not bool(heavy.any()):
         return None
     most = -torch.special.ndtri(torch.tensor(0.5 / count, dtype=torch.float64))
-    values = torch.linspace(-1.0, 1.0, math.ceil(2.0 * count ** (1.0 / 3.0))).to(c) * most.to(c)
-    at = torch.special.ndtr(values) * (count - 1)
+    values = torch.linspace(-1.0, 1.0, math.ceil(2.0 * count ** (1.0 / 3.0)) + 2).to(c)
+    values = values * (most.to(c) / values[-2])
+    scores = values.clamp(values[1], values[-2])
+    at = torch.special.ndtr(scores) * (count - 1)
     ordered, low = c.sort(0).values, at.floor().long()
     quantiles = torch.lerp(ordered[low], ordered[(low + 1).clamp_max(count - 1)], (at - low)[:, None]).mT
     same = (quantiles[:, :, None] == quantiles[:, None, :]).to(c)
-    bent = torch.stack([quantiles, same @ values.clamp(values[1], values[-2]) / same.sum(-1)])
+    bent = torch.stack([quantiles, same @ scores / same.sum(-1)])
     loc, scale = scale_of(c)[..., None]
     line = torch.stack([loc + scale * values, values.expand(len(loc), -1)])
     return torch.where(heavy[:, None], bent, line).to(contexts)
