@@ -20,6 +20,7 @@ KINDS = ("standardize", "whiten")
 DEPENDENT = 1e-10  # a share of a variance, of an eigenvalue of correlations too, below this one is rounding error
 FAR_SDS = 10.0  # robust standard deviations, beyond which values are far away
 SD_OVER_MAD = 1.4826  # the standard deviation of a normal distribution over its median absolute deviation
+NAMED = 10  # coordinates that a warning names at most
 CONSTANT = 1e-12  # a variance below this share of the mean square is rounding error
 
 
@@ -64,23 +65,37 @@ def preprocess(kind: str, batches: Iterable[Batch], *, pooled: bool = False, shr
 
 
 def warn_dependent(batches: Iterable[Batch]) -> None:
-    """Warn if coordinates fulfil a linear equation, with the context if there is one; name them.
+    """Warn if coordinates that vary fulfil linear equations, with the context if there is one; name them.
 
-    In units of their sizes, it is a direction with as little variance as a constant coordinate has. Few points have
-    such by chance.
+    In units of sizes, what a regression on the context leaves then has directions with as little variance as constant
+    coordinates have. Few points have such by chance. Rows far away count less: each gets a weight, which leaves
+    equations as they are. Constant coordinates get a warning of :func:`preprocess`.
     """
-    parts = [part for part in zip(*batches, strict=True) if part[0] is not None]
-    points = torch.cat([torch.cat(part) for part in parts], 1).double()
-    if len(points) - 1 <= points.shape[1]:
+    y, context = (torch.cat(part).double() if part[0] is not None else None for part in zip(*batches, strict=True))
+    assert y is not None
+    rest = y - y.mean(0)
+    varies = ~_constant(rest if context is None else _regress(context, rest)[1], y.square().mean(0))
+    where = varies.nonzero().flatten()
+    points = y[:, where] if context is None else torch.cat([y[:, where], context], 1)
+    if len(points) - 1 <= points.shape[1] or not len(where):
         return
-    u = (points - points.mean(0)) / points.square().mean(0).sqrt().clamp_min(torch.finfo(torch.float32).tiny)
+    loc, scale, _ = tails(points)
+    weight = (FAR_SDS / ((points - loc).abs() / scale).amax(1, keepdim=True)).clamp_max(1.0)
+    u = weight * (points - (weight.square() * points).sum(0) / weight.square().sum())
+    u = u / (weight * points).square().mean(0).sqrt().clamp_min(torch.finfo(torch.float32).tiny)
+    u, given = u[:, : len(where)], u[:, len(where) :]
+    u = u - given @ (torch.linalg.pinv(given.mT @ given, rtol=DEPENDENT, hermitian=True) @ (given.mT @ u))
     values, vectors = torch.linalg.eigh(u.mT @ u / len(u))
-    share = vectors[:, values <= CONSTANT].square().sum(1) * u.square().mean(0)
-    if found := (share[: parts[0][0].shape[1]] > DEPENDENT).nonzero().flatten().tolist():
+    least = vectors[:, values <= CONSTANT]
+    if found := where[least.square().sum(1) * u.square().mean(0) > DEPENDENT].tolist():
+        named = ", ".join(map(str, found[:NAMED])) + (f" and {len(found) - NAMED} more" if len(found) > NAMED else "")
+        many = least.shape[1]
+        equations = "a linear equation" if many == 1 else f"{many} linear equations"
+        drop = "one of them" if many == 1 else f"{many} of them, one for each equation"
         warnings.warn(
-            f"data: coordinates {', '.join(map(str, found))} fulfil a linear equation"
-            f"{' with the context' if len(parts) > 1 else ''}, such as a sum or a copy, so that the density has no "
-            "upper bound. Drop one of them, or pass levels= if the values are quantized.",
+            f"data: coordinates {named} fulfil {equations}{'' if context is None else ' with the context'}, such as a "
+            f"sum or a copy, so that the density has no upper bound. Drop {drop}, or pass levels= if the values are "
+            "quantized.",
             UserWarning,
             stacklevel=outside(),
         )
@@ -167,13 +182,17 @@ def _regress(context: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     return slope, y - centered @ slope
 
 
-def _scales(y: Tensor, size: Tensor, given: str) -> Tensor:
-    """Return standard deviations of centered points.
+def _constant(y: Tensor, size: Tensor) -> Tensor:
+    """Say which coordinates of centered points are constant up to rounding errors.
 
-    ``size`` is the mean square before centering: rounding errors are a share of it.
+    These are a share of ``size``, the mean square before centering.
     """
-    variance = y.square().mean(0)
-    constant = variance <= CONSTANT * size + torch.finfo(torch.float32).tiny ** 2
+    return y.square().mean(0) <= CONSTANT * size + torch.finfo(torch.float32).tiny ** 2
+
+
+def _scales(y: Tensor, size: Tensor, given: str) -> Tensor:
+    """Return standard deviations of centered points whose mean square was ``size`` before centering."""
+    variance, constant = y.square().mean(0), _constant(y, size)
     if bool(constant.any()):
         where = constant.nonzero().flatten().tolist()
         warnings.warn(
