@@ -18,8 +18,9 @@ from pyro_flows.transforms.fixed import Preprocess
 
 KINDS = ("standardize", "whiten")
 DEPENDENT = 1e-10  # a share of a variance, of an eigenvalue of correlations too, below this one is rounding error
-FAR = 10.0  # robust standard deviations, beyond which values are far away
-NORMAL = 1.4826  # the standard deviation of a normal distribution over its median absolute deviation
+FAR_SDS = 10.0  # robust standard deviations, beyond which values are far away
+SD_OVER_MAD = 1.4826  # the standard deviation of a normal distribution over its median absolute deviation
+NAMED = 10  # coordinates that a warning names at most
 CONSTANT = 1e-12  # a variance below this share of the mean square is rounding error
 
 
@@ -64,23 +65,37 @@ def preprocess(kind: str, batches: Iterable[Batch], *, pooled: bool = False, shr
 
 
 def warn_dependent(batches: Iterable[Batch]) -> None:
-    """Warn if coordinates fulfil a linear equation, with the context if there is one; name them.
+    """Warn if coordinates that vary fulfil linear equations, with the context if there is one; name them.
 
-    In units of their sizes, it is a direction with as little variance as a constant coordinate has. Few points have
-    such by chance.
+    In units of sizes, what a regression on the context leaves then has directions with as little variance as constant
+    coordinates have. Few points have such by chance. Rows far away count less: each gets a weight, which leaves
+    equations as they are. Constant coordinates get a warning of :func:`preprocess`.
     """
-    parts = [part for part in zip(*batches, strict=True) if part[0] is not None]
-    points = torch.cat([torch.cat(part) for part in parts], 1).double()
-    if len(points) - 1 <= points.shape[1]:
+    y, context = (torch.cat(part).double() if part[0] is not None else None for part in zip(*batches, strict=True))
+    assert y is not None
+    rest = y - y.mean(0)
+    varies = ~_constant(rest if context is None else _regress(context, rest)[1], y.square().mean(0))
+    where = varies.nonzero().flatten()
+    points = y[:, where] if context is None else torch.cat([y[:, where], context], 1)
+    if len(points) - 1 <= points.shape[1] or not len(where):
         return
-    u = (points - points.mean(0)) / points.square().mean(0).sqrt().clamp_min(torch.finfo(torch.float32).tiny)
+    loc, scale, _ = tails(points)
+    weight = (FAR_SDS / ((points - loc).abs() / scale).amax(1, keepdim=True)).clamp_max(1.0)
+    u = weight * (points - (weight.square() * points).sum(0) / weight.square().sum())
+    u = u / (weight * points).square().mean(0).sqrt().clamp_min(torch.finfo(torch.float32).tiny)
+    u, given = u[:, : len(where)], u[:, len(where) :]
+    u = u - given @ (torch.linalg.pinv(given.mT @ given, rtol=DEPENDENT, hermitian=True) @ (given.mT @ u))
     values, vectors = torch.linalg.eigh(u.mT @ u / len(u))
-    share = vectors[:, values <= CONSTANT].square().sum(1) * u.square().mean(0)
-    if found := (share[: parts[0][0].shape[1]] > DEPENDENT).nonzero().flatten().tolist():
+    least = vectors[:, values <= CONSTANT]
+    if found := where[least.square().sum(1) * u.square().mean(0) > DEPENDENT].tolist():
+        named = ", ".join(map(str, found[:NAMED])) + (f" and {len(found) - NAMED} more" if len(found) > NAMED else "")
+        many = least.shape[1]
+        equations = "a linear equation" if many == 1 else f"{many} linear equations"
+        drop = "one of them" if many == 1 else f"{many} of them, one for each equation"
         warnings.warn(
-            f"data: coordinates {', '.join(map(str, found))} fulfil a linear equation"
-            f"{' with the context' if len(parts) > 1 else ''}, such as a sum or a copy, so that the density has no "
-            "upper bound. Drop one of them, or pass levels= if the values are quantized.",
+            f"data: coordinates {named} fulfil {equations}{'' if context is None else ' with the context'}, such as a "
+            f"sum or a copy, so that the density has no upper bound. Drop {drop}, or pass levels= if the values are "
+            "quantized.",
             UserWarning,
             stacklevel=outside(),
         )
@@ -97,9 +112,9 @@ def tails(values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return median, robust standard deviation, and share of values more than ten of these away, of columns (N, C)."""
     loc = values.median(0).values
     away = (values - loc).abs()
-    scale, mean = NORMAL * away.median(0).values, away.mean(0)
+    scale, mean = SD_OVER_MAD * away.median(0).values, away.mean(0)
     scale = torch.where(scale > 0.0, scale, torch.where(mean > 0.0, mean, 1.0))  # most counts may be equal
-    return loc, scale, (away > FAR * scale).double().mean(0)
+    return loc, scale, (away > FAR_SDS * scale).double().mean(0)
 
 
 def knots_of(contexts: Tensor) -> Tensor | None:
@@ -107,9 +122,9 @@ def knots_of(contexts: Tensor) -> Tensor | None:
 
     Columns with values that are far away become normal scores. Values :math:`v_k` are equally far from each other, and
     their places are the quantiles of :math:`\Phi(v_k)`. Places that coincide share the mean of their values. The first
-    two share one, and so do the last two, so that nothing grows beyond them. K is :math:`2 N^{1/3}`, as of a
-    histogram's bins by the Rice rule. So far values become values of a few units, and the others stay apart. Other
-    columns are mapped by the line of :func:`scale_of`.
+    two knots are one, and so are the last two, so that values are constant beyond them. K - 2 is
+    :math:`2 N^{1/3}`, as of a histogram's bins by the Rice rule. So far values become values of a few units, and the
+    others stay apart. Other columns are mapped by the line of :func:`scale_of`.
 
     Reference: van der Waerden 1952, *Order tests for the two-sample problem and their power* (normal scores).
     """
@@ -118,12 +133,14 @@ def knots_of(contexts: Tensor) -> Tensor | None:
     if not bool(heavy.any()):
         return None
     most = -torch.special.ndtri(torch.tensor(0.5 / count, dtype=torch.float64))
-    values = torch.linspace(-1.0, 1.0, math.ceil(2.0 * count ** (1.0 / 3.0))).to(c) * most.to(c)
-    at = torch.special.ndtr(values) * (count - 1)
+    values = torch.linspace(-1.0, 1.0, math.ceil(2.0 * count ** (1.0 / 3.0)) + 2).to(c)
+    values = values * (most.to(c) / values[-2])
+    scores = values.clamp(values[1], values[-2])
+    at = torch.special.ndtr(scores) * (count - 1)
     ordered, low = c.sort(0).values, at.floor().long()
     quantiles = torch.lerp(ordered[low], ordered[(low + 1).clamp_max(count - 1)], (at - low)[:, None]).mT
     same = (quantiles[:, :, None] == quantiles[:, None, :]).to(c)
-    bent = torch.stack([quantiles, same @ values.clamp(values[1], values[-2]) / same.sum(-1)])
+    bent = torch.stack([quantiles, same @ scores / same.sum(-1)])
     loc, scale = scale_of(c)[..., None]
     line = torch.stack([loc + scale * values, values.expand(len(loc), -1)])
     return torch.where(heavy[:, None], bent, line).to(contexts)
@@ -165,13 +182,17 @@ def _regress(context: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     return slope, y - centered @ slope
 
 
-def _scales(y: Tensor, size: Tensor, given: str) -> Tensor:
-    """Return standard deviations of centered points.
+def _constant(y: Tensor, size: Tensor) -> Tensor:
+    """Say which coordinates of centered points are constant up to rounding errors.
 
-    ``size`` is the mean square before centering: rounding errors are a share of it.
+    These are a share of ``size``, the mean square before centering.
     """
-    variance = y.square().mean(0)
-    constant = variance <= CONSTANT * size + torch.finfo(torch.float32).tiny ** 2
+    return y.square().mean(0) <= CONSTANT * size + torch.finfo(torch.float32).tiny ** 2
+
+
+def _scales(y: Tensor, size: Tensor, given: str) -> Tensor:
+    """Return standard deviations of centered points whose mean square was ``size`` before centering."""
+    variance, constant = y.square().mean(0), _constant(y, size)
     if bool(constant.any()):
         where = constant.nonzero().flatten().tolist()
         warnings.warn(

@@ -13,7 +13,7 @@ from torch.distributions import constraints
 
 from pyro_flows import _checks
 from pyro_flows.transforms.conditioners import bounded, conditioner
-from pyro_flows.transforms.networks import State, adopt_context_scale, along, standardized
+from pyro_flows.transforms.networks import State, adopt_context_scale, seen_of
 
 LOG_BOUND = 5.0  # of what a context multiplies scales and degrees of freedom by, as a logarithm
 DF_LEAST = 1.0  # degrees of freedom are above it, so that there is a mean
@@ -81,10 +81,8 @@ class MixtureBase(nn.Module):
         factor = self.below.tril(-1) + torch.diag_embed(self.log_diagonal.exp())
         if self.conditioner is None:
             return MixtureOfStudents(Parts(self.logits.log_softmax(-1), self.loc, factor, DF_LEAST + self.log_df.exp()))
-        assert context is not None
-        knots = self.context_knots
-        context = standardized(context, self.context_scale) if knots is None else along(context, knots)
-        logits, shift, log_scale, log_df = self.conditioner(None, context).split(self._sizes, -1)
+        seen = seen_of(context, self.context_scale, self.context_knots)
+        logits, shift, log_scale, log_df = self.conditioner(None, seen.bent).split(self._sizes, -1)
         shift, log_scale = (part.unflatten(-1, (self.components, self.dim)) for part in (shift, log_scale))
         df = DF_LEAST + torch.exp(self.log_df + bounded(log_df, LOG_BOUND))
         log_weights = (self.logits + logits).log_softmax(-1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -11,14 +11,7 @@ from torch.distributions import constraints
 
 from pyro_flows import _checks
 from pyro_flows.transforms.base import Bijection
-from pyro_flows.transforms.networks import State, adopt_context_scale, along, standardized
-
-
-class Seen(NamedTuple):
-    """What layers see of a context."""
-
-    linear: Tensor | None
-    bent: Tensor | None
+from pyro_flows.transforms.networks import Seen, State, adopt_context_scale, seen_of
 
 
 @_checks.constructor
@@ -100,10 +93,7 @@ class Compose(Bijection):
     def _seen(self, context: Tensor | None) -> Seen:
         """Check the context, and return what layers see of it."""
         _checks.context("Compose", context, self.context_dim)
-        if context is None:
-            return Seen(None, None)
-        linear = standardized(context, self.context_scale)
-        return Seen(linear, linear if self.context_knots is None else along(context, self.context_knots))
+        return seen_of(context, self.context_scale, self.context_knots)
 
     def _context(self, layer: Bijection, seen: Seen) -> Tensor | None:
         if not layer.context_dim:

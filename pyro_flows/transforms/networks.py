@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -57,7 +58,7 @@ def standardized(context: Tensor, scale: Tensor | None) -> Tensor:
     return context if scale is None else (context - scale[0]) / scale[1]
 
 
-def along(context: Tensor, knots: Tensor) -> Tensor:
+def interpolated(context: Tensor, knots: Tensor) -> Tensor:
     """Map a context (..., C) along lines through knots (2, C, K), places and values; one place has one value."""
     places, values = knots
     c = context.movedim(-1, 0).reshape(len(places), -1)
@@ -66,6 +67,21 @@ def along(context: Tensor, knots: Tensor) -> Tensor:
     share = (c - low) / torch.where(high > low, high - low, 1.0)
     found = torch.lerp(values.gather(1, above - 1), values.gather(1, above), share)
     return found.reshape(len(places), *context.shape[:-1]).movedim(0, -1)
+
+
+class Seen(NamedTuple):
+    """What a flow sees of a context: layers whose effect is linear, and networks."""
+
+    linear: Tensor | None
+    bent: Tensor | None
+
+
+def seen_of(context: Tensor | None, scale: Tensor | None, knots: Tensor | None) -> Seen:
+    """Return the standardized context, and the one mapped through knots; without knots, both are the former."""
+    if context is None:
+        return Seen(None, None)
+    linear = standardized(context, scale)
+    return Seen(linear, linear if knots is None else interpolated(context, knots))
 
 
 class Paced(nn.Module):

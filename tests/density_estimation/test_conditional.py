@@ -10,7 +10,7 @@ import pyro_flows as pf
 from pyro_flows.density_estimation.encoding import Encoding
 from pyro_flows.density_estimation.standardizing import knots_of
 from pyro_flows.density_estimation.training import KEPT
-from pyro_flows.transforms.networks import along
+from pyro_flows.transforms.networks import interpolated
 
 LINEAR_GAUSSIAN = 0.3  # nats that a default has to be better by than a regression with normal noise
 
@@ -64,8 +64,8 @@ def test_networks_see_normal_scores_of_columns_with_far_values():
     z = torch.randn(5000, 1, generator=torch.Generator().manual_seed(0))
     x = torch.cat([z, torch.exp(3.0 * z), (z > 2.9).float(), 3.0 * torch.ones_like(z), z.clamp_min(2.0)], 1)
     knots = knots_of(x)
-    assert knots.shape == (2, 5, 35)
-    found = along(x, knots)
+    assert knots.shape == (2, 5, 37)
+    found = interpolated(x, knots)
     inner = (z.abs() < 2.5)[:, 0]
     assert (found[inner, :2] - z[inner]).abs().max() < 0.1
     assert torch.allclose(found[:, 2:4], x[:, 2:4], atol=1e-6)
@@ -73,14 +73,26 @@ def test_networks_see_normal_scores_of_columns_with_far_values():
     assert found[:, 4].abs().max() < 4.0
     order = x[:, 4].argsort(stable=True)
     assert not (found[order, 4].diff() < 0.0).any()
-    far = along(torch.tensor([[-1e9, 1e9], [1e9, 1e9]]), knots[:, :2])
+    far = interpolated(torch.tensor([[-1e9, 1e9], [1e9, 1e9]]), knots[:, :2])
     assert far[0, 0] < -1e8
     assert torch.equal(far[:, 1], found[:, 1].amax().expand(2))
     assert knots_of(x[:, :1]) is None
     assert knots_of(x[:1]) is None
     one = torch.cat([torch.full((1, 1), 1e6), z])
-    assert along(one, knots_of(one)).abs().max() < 4.0
-    assert (along(one, knots_of(one))[1:][inner] - z[inner]).abs().max() < 0.1
+    assert interpolated(one, knots_of(one)).abs().max() < 4.0
+    assert (interpolated(one, knots_of(one))[1:][inner] - z[inner]).abs().max() < 0.1
+
+
+@pytest.mark.parametrize("many", [0, 1, 2, 40])
+def test_normal_scores_of_counts_are_constant_beyond_the_data(many):
+    x = torch.zeros(1000, 1)
+    x[:many] = torch.arange(1.0, many + 1.0)[:, None]
+    x[many] = 1000.0
+    found = interpolated(torch.cat([x.sort(0).values, torch.tensor([[1e6], [-1e6]])]), knots_of(x))[:, 0]
+    assert found.abs().max() < 4.0
+    assert found[-3] == found[-2]
+    assert found[-1] == found[0] < found[-3]
+    assert not (found[:-1].diff() < 0.0).any()
 
 
 def test_the_unit_of_a_context_does_not_matter():

@@ -14,7 +14,7 @@ from pyro_flows.density_estimation import fit_density, training
 from pyro_flows.density_estimation.ascent import RACED, Ascent, State, _about_best, rouse
 from pyro_flows.density_estimation.files import FILES
 from pyro_flows.density_estimation.points import points_for
-from pyro_flows.density_estimation.standardizing import preprocess, warn_dependent
+from pyro_flows.density_estimation.standardizing import warn_dependent
 
 QUICK = {"progress": False, "max_epochs": 4}
 
@@ -545,9 +545,31 @@ def test_columns_of_a_linear_equation_are_named():
     y[:, 1] = y[:, 0] - 2.0 * x[:, 1]
     with pytest.warns(UserWarning, match=r"coordinates 0, 1 fulfil a linear equation with the context"):
         pf.fit_density("nice", y, context=x, **QUICK)
-    y = x + 2.0
-    with pytest.warns(UserWarning, match=r"coordinate 0 is constant given the context \(2 of 2"):
-        preprocess("standardize", [(y, x)])
+    y = torch.cat([x + 2.0, torch.randn(300, 1)], 1)
+    with pytest.warns(UserWarning, match="data: coord") as said:
+        pf.fit_density("nice", y, context=x, **QUICK)
+    assert [str(one.message)[:60] for one in said if "data: coord" in str(one.message)] == [
+        "data: coordinate 0 is constant given the context (2 of 3 are"
+    ]
+
+
+def test_all_linear_equations_are_counted_and_ten_coordinates_named():
+    y = torch.randn(300, 6)
+    y[:, 2], y[:, 4] = y[:, 0] + y[:, 1], 3.0 * y[:, 3]
+    with pytest.warns(
+        UserWarning, match=r"coordinates 0, 1, 2, 3, 4 fulfil 2 linear equations, .* Drop 2 of them, one for"
+    ):
+        warn_dependent([(y, None)])
+    y = torch.randn(300, 13)
+    y[:, 12] = y[:, :12].sum(1)
+    with pytest.warns(UserWarning, match=r"7, 8, 9 and 3 more fulfil a linear equation, .* Drop one of them, or"):
+        warn_dependent([(y, None)])
+    y = torch.cat([torch.randn(300, 1) + 1e5, y], 1)
+    with pytest.warns(UserWarning, match=r"coordinates 1, 2, 3, 4, 5, 6, 7, 8, 9, 10 and 3 more fulfil a linear"):
+        warn_dependent([(y, None)])
+    y[0, 1:] *= 1e5
+    with pytest.warns(UserWarning, match=r"coordinates 1, 2, 3, 4, 5, 6, 7, 8, 9, 10 and 3 more fulfil a linear"):
+        warn_dependent([(y, None)])
 
 
 def test_columns_that_nearly_fulfil_a_linear_equation_or_are_few_or_quantized_are_no_matter(recwarn):
@@ -556,6 +578,11 @@ def test_columns_that_nearly_fulfil_a_linear_equation_or_are_few_or_quantized_ar
     warn_dependent([(y, None)])
     warn_dependent([(torch.randn(4, 3), None)])
     warn_dependent([(y[:, :2], torch.nn.functional.one_hot(torch.arange(300) % 3).float())])
+    far = torch.randn(300, 3)
+    far[7, :2] = 1e8
+    warn_dependent([(far, None)])
+    warn_dependent([(far[:, 1:], far[:, :1])])
+    warn_dependent([(1e8 * torch.randn(300, 3) / torch.randn(300, 3).pow(5), None)])
     shares = torch.randint(3, (300, 1))
     pf.fit_density("nice", torch.cat([shares, 2 - shares], 1), levels=3, **QUICK)
     assert not [str(one.message) for one in recwarn if "equation" in str(one.message)]
