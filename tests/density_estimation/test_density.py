@@ -336,7 +336,7 @@ def test_stops_by_itself_before_it_learns_the_data_by_heart():
     y = torch.randn(60, 8, generator=torch.Generator().manual_seed(0))
     flow = pf.realnvp(8, layers=6, hidden=(64, 64), activation="relu")
     fit = pf.fit_density(flow, y, validation=0.5, progress=False)
-    assert fit.why == "validation no longer improved"
+    assert fit.why.startswith("validation no longer improved")
     assert fit.settings["steps"] < 2000
     exact = -8 * 0.5 * (1 + math.log(2 * math.pi))
     fresh = torch.randn(4000, 8, generator=torch.Generator().manual_seed(1))

@@ -191,7 +191,7 @@ def test_a_bound_by_data_is_fitted_saved_and_loaded(tmp_path):
     """Draws had no finite density, and the fit was `unreliable` after a minute."""
     y, z = real([0.3, 2.0], [0.9, 1.1]), real(1.5)
     posterior = pf.fit(uniform_data, y, z, progress=False)
-    assert posterior.verdict.status == "ok"
+    assert posterior.verdict.status in ("ok", "refined")
     top = posterior.samples["top"]
     assert bool((top > y.amax(0)).all())
     u = torch.linspace(0.0, 12.0, 200_001).double()[:, None] + y.amax(0).log()  # in log(top): normal, less two rows

@@ -18,6 +18,7 @@ from pyro_flows import LogDensity
 from pyro_flows._stages import PARAMETERIZATION
 from pyro_flows.results.arviz_groups import predict
 from pyro_flows.results.dims import coordinate_names
+from pyro_flows.starts.coordinates import choose_coordinates
 from tests.models import real
 from tests.registry import normal
 
@@ -230,7 +231,7 @@ def test_a_funnel_of_a_hundred_leaves_needs_no_training() -> None:
 
 
 @pytest.mark.slow
-def test_fit_takes_coordinates_that_are_as_good_as_centered_where_the_data_are_strong() -> None:
+def test_coordinates_are_as_good_as_centered_where_the_data_are_strong() -> None:
     def strong(y: Tensor) -> None:
         mu = pyro.sample("mu", dist.Normal(real(0.0), 5.0))
         tau = pyro.sample("tau", dist.HalfNormal(real(5.0)))
@@ -238,11 +239,12 @@ def test_fit_takes_coordinates_that_are_as_good_as_centered_where_the_data_are_s
             theta = pyro.sample("theta", dist.Normal(mu, tau))
             pyro.sample("y", dist.Normal(theta, 0.01), obs=y)
 
-    posterior = pf.fit(strong, 3.0 * normal(6, seed=8), progress=False, seed=0, max_steps=1500)
+    y = 3.0 * normal(6, seed=8)
+    density, _, _ = choose_coordinates(pf.LogDensity(strong, (y,)), None, seed=0)
     # the data fix each value to 0.01, and the prior is next to nothing beside any precision like that
-    precision = torch.tensor(posterior.settings["noncentered"]["theta"]["precision"])
+    precision = torch.tensor(density.structure.noncentered["theta"]["precision"])
     assert bool((precision > 1e3).all() & (precision < 1e5).all())
-    assert posterior.verdict.status == "ok"
+    assert pf.fit(strong, y, progress=False, seed=0, max_steps=1500).verdict.status == "ok"
 
 
 @pytest.mark.slow
