@@ -37,6 +37,7 @@ from pyro_flows.verdict.thresholds import (
 )
 from pyro_flows.verdict.verdict import Verdict
 
+UNSEARCHED = "no search for missed modes was made"  # begins a note
 STAGE = "refinement"
 TRIED = "the chains have not converged: "
 DISAGREE = "the chains and the weighted draws of the guide disagree"
@@ -71,12 +72,14 @@ def concluded(posterior: Recorded, work: Work, seed: int, clock: Clock) -> Recor
         against = [f"they have fewer than {LEAST_DRAWS} draws each"]
     if not against and found is not None and chains is not None:
         against = unresolved(chains.z, found, posterior.coordinates)
-    missed = MissedByChains([])
+    missed, old = MissedByChains([]), posterior.verdict
     if not against and chains is not None:
         with clock.part(_stages.MISSED_BY_CHAINS):
             missed = _checked(posterior, chains, seed, work)
+        if not posterior._need_model().by_rows:  # there was a search now
+            old = replace(old, notes=tuple(note for note in old.notes if not note.startswith(UNSEARCHED)))
     against += clock.reasons()
-    verdict = _verdict(posterior.verdict, found, against, missed.failures, missed.notes, work.why)
+    verdict = _verdict(old, found, against, missed.failures, missed.notes, work.why)
     stages = [stage.as_dict() for stage in missed.stages]
     history = (*posterior.history, *stages, _stage(work, found, verdict).as_dict())
     if posterior._of_mcmc and verdict.status != "refined":  # the draws to use stay the other sampler's

@@ -81,7 +81,9 @@ def test_each_method_comes_to_the_same(method, narrow):
     assert found.verdict.status == "refined", found.verdict
     check_schools(found)
     assert found.history[-1]["details"]["method"] == method
-    assert math.isnan(found.verdict.chains.independence) == (method == "hmc")
+    assert math.isnan(found.verdict.chains.independence) == (method != "imh")
+    assert any("no search" in note for note in narrow.verdict.notes)
+    assert not any("no search" in note for note in found.verdict.notes), "chains are searched"
 
 
 def test_annealing_gives_the_evidence(narrow):
