@@ -30,6 +30,7 @@ from pyro_flows.model.stack import NotStackable, Stack
 from pyro_flows.posterior.draws import from_draws
 from pyro_flows.posterior.posterior import Posterior
 from pyro_flows.verdict.deciding import POOL
+from pyro_flows.verdict.mcmc import UNSEARCHED
 from pyro_flows.verdict.thresholds import ESS_SHARE_EVEN, ESS_SHARE_PROMISING, PREDICTIVE_TAIL
 from pyro_flows.verdict.weighing import Weighing, weigh
 
@@ -38,7 +39,7 @@ FEW = 64  # simulations that a loaded model is read with
 TRIED = 32  # draws of the flow that estimate the density of a simulated data set,
 PILOT = 512  # and of one in hand: these also tell how many draws are needed
 CHECKED = 1  # draws of each data set that are run with Pyro's checks: these are a matter of the model
-UNSEARCHED = "no search for missed modes was made, since the flow learned from draws of parameters and data together"
+LEARNED = f"{UNSEARCHED}, since the flow learned from draws of parameters and data together"
 OUTSIDE = "the data are outside of what the prior predicts"
 
 
@@ -177,7 +178,7 @@ class Amortized:
                 losses=self.losses,
                 settings={"amortized": self.settings},
                 doubts=self._outside(features, weighing.log_evidence),
-                notes=(UNSEARCHED,),
+                notes=(LEARNED,),
                 checked=CHECKED,
                 times=1 if weighing.ess >= ESS_SHARE_PROMISING * PILOT else POOL,
                 least=ESS_SHARE_EVEN,

@@ -26,6 +26,7 @@ from pyro_flows.results.scoring import LASTING
 from pyro_flows.results.stage import Stage
 from pyro_flows.verdict.chains import McmcDiagnostics, McmcDraws, as_numbers, objections
 from pyro_flows.verdict.deciding import CHECKED
+from pyro_flows.verdict.mcmc import UNSEARCHED
 from pyro_flows.verdict.methods import METHODS
 from pyro_flows.verdict.next_step import IMPROPER
 from pyro_flows.verdict.thresholds import (
@@ -37,7 +38,6 @@ from pyro_flows.verdict.thresholds import (
 )
 from pyro_flows.verdict.verdict import Verdict
 
-UNSEARCHED = "no search for missed modes was made"  # begins a note
 STAGE = "refinement"
 TRIED = "the chains have not converged: "
 DISAGREE = "the chains and the weighted draws of the guide disagree"

@@ -14,6 +14,7 @@ from pyro_flows.model.log_density import LogDensity
 from pyro_flows.posterior.draws import from_draws
 from pyro_flows.posterior.posterior import Posterior
 from pyro_flows.training.loop import STOPPED
+from pyro_flows.verdict.mcmc import UNSEARCHED
 
 
 def conclude(plan: Plan, density: LogDensity, found: Combined) -> Posterior:
@@ -40,7 +41,7 @@ def conclude(plan: Plan, density: LogDensity, found: Combined) -> Posterior:
         settings={**_asked(plan), **_chosen(best, sampler, density), "seconds": plan.clock.elapsed},
         warnings=[*notes, *found.warnings, *_differ(found, plan.runs)],
         failures=[*found.improper, *([] if search is None else search.failures), *found.failures, *cut_short],
-        notes=["no search for missed modes was made"] if search is None else search.notes,
+        notes=[UNSEARCHED] if search is None else search.notes,
         doubts=[] if moving or found.multimodal is not None else _in_vain(found),
     )
 

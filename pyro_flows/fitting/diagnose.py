@@ -38,11 +38,12 @@ from pyro_flows.modes.under_covered import Space
 from pyro_flows.posterior.draws import from_draws
 from pyro_flows.posterior.posterior import Posterior
 from pyro_flows.verdict.deciding import SEARCHED_DRAWS, Draw
+from pyro_flows.verdict.mcmc import UNSEARCHED
 from pyro_flows.verdict.thresholds import ESS_SHARE_LEAST
 from pyro_flows.verdict.weighing import weigh
 
-HIDDEN = "no search for missed modes was made, since auxiliary sites hide the guide's density at given points"
-THIN = "no search for missed modes was made, since a first sample had poor weights"
+HIDDEN = f"{UNSEARCHED}, since auxiliary sites hide the guide's density at given points"
+THIN = f"{UNSEARCHED}, since a first sample had poor weights"
 
 
 @_checks.options

@@ -42,6 +42,7 @@ from pyro_flows.results.stage import Stage
 from pyro_flows.starts.matching import moved, tells_moments
 from pyro_flows.starts.start import Start
 from pyro_flows.verdict.deciding import POOL, Draw
+from pyro_flows.verdict.mcmc import UNSEARCHED
 from pyro_flows.verdict.thresholds import (
     ESS_SHARE_LEAST,
     ESS_SHARE_PROMISING,
@@ -61,7 +62,6 @@ ROUND = 500  # steps of the first round; each next one has twice as many
 RATE, LAST_RATE = 5e-3, 0.02  # of Adam, and the part of it at the end of a round
 NAMED = 5  # rows
 PRIOR_DRAWS, CLIMBS = 256, 3  # of which the best are climbed from
-NOT_SOUGHT = "no search for missed modes was made"
 
 
 def diagnose_hierarchical(
@@ -206,7 +206,7 @@ class _Checks:
 
 def _checked(guide: AutoHierarchicalFlow, density: MarginalDensity, seed: int, clock: Clock) -> _Checks:
     """Look at the rows, and for second modes; what the clock cuts speaks against the draws."""
-    found, checked, sought = _Checks(), False, NOT_SOUGHT
+    found, checked, sought = _Checks(), False, UNSEARCHED
     z, _ = _global_draw(guide)(LOOKED_AT)
     with clock.part(_stages.ROWS):
         _check_rows(found, guide, density, z)
@@ -268,7 +268,7 @@ def _searches(density: MarginalDensity) -> tuple[int, int]:
 
 def _sought(density: MarginalDensity) -> str:
     draws, climbs = _searches(density)
-    return f"{NOT_SOUGHT}, but for climbs from {climbs} of {draws} draws of the prior"
+    return f"{UNSEARCHED}, but for climbs from {climbs} of {draws} draws of the prior"
 
 
 def _second_mode(density: MarginalDensity, z: Tensor, seed: int) -> list[str]:

@@ -14,6 +14,7 @@ from pyro_flows.verdict.methods import MCMC
 from pyro_flows.verdict.thresholds import DIVERGENT_SHARE_OF_MCMC, ESS_OF_MCMC, R_HAT_CONVERGED
 from pyro_flows.verdict.verdict import Verdict
 
+UNSEARCHED = "no search for missed modes was made"  # begins a note
 OF_WEIGHTS = ("k_hat", "k_threshold", "ess_ratio", "mean_shift", "sd_shift")  # of which chains have none
 
 
@@ -26,7 +27,7 @@ def judge_mcmc(draws: Tensor, log_p: Tensor, names: Sequence[str], diverging: Te
     diverged = 0 if diverging is None else int(diverging.sum())
     broken = int((~torch.isfinite(log_p)).sum())
     apart = "the chains do not agree" if len(draws) > 1 else "the chain does not agree with itself"
-    reasons, notes = [], ["no search for missed modes was made"]
+    reasons, notes = [], [UNSEARCHED]
     if not float(r_hat[worst]) < R_HAT_CONVERGED:
         reasons.append(f"R-hat {r_hat[worst]:.3f} of {names[worst]} is not below {R_HAT_CONVERGED}: {apart}")
     for kind, sizes in ess.items():

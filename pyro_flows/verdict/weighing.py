@@ -142,7 +142,8 @@ def weighted_quantiles(rows: Tensor, places: Tensor, weights: Tensor, levels: Te
     A value stands at the middle of its weight, the first one at 0 and the last one at 1. So equal weights give
     :func:`quantiles`: a difference is one of weights, and not of two definitions. Values of weight 0 do not count.
     """
-    places = places[weights[places] > 0.0].reshape(len(rows), -1)
+    if not bool((weights > 0.0).all()):
+        places = places[weights[places] > 0.0].reshape(len(rows), -1)
     if places.shape[1] == 1:
         return rows.gather(1, places).expand(-1, levels.shape[-1]).mT
     ordered = weights[places]
