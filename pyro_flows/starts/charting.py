@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -14,20 +15,13 @@ from pyro_flows.model.log_density import LogDensity
 from pyro_flows.model.sites import Latent, messages
 from pyro_flows.starts.curvature import FULL_HESSIAN_UP_TO
 from pyro_flows.starts.pathfinder import pathfinder
-from pyro_flows.starts.prior import possible_points, prior_draws, spread_of
-from pyro_flows.starts.start import Start
+from pyro_flows.starts.prior import path_starts, possible_points, prior_draws, spread_of
+from pyro_flows.starts.start import CARRIED, Start
 
 TURN = 2.0 * math.pi
-LOOKED_FROM = 3  # draws from which every coordinate is turned once
 PRIOR_DRAWS = 100
 FAR = (3e2, 1e3, 3e3)  # spreads of the prior: far enough for a tail to show its power
 HEAVY = 9.0  # powers of the density up to which a tail counts as heavy: eight degrees of freedom
-PATHS = 4
-TURN_POINTS = 64  # of a turn, where its lowest density is looked for
-STARTED_FROM = 512  # draws by which a start is carried over
-WALLED_FROM = 8  # points from which walls are looked for
-OUT = 24  # steps outwards, each of twice the length, from a hundredth of a spread on
-HALVINGS = 60
 DEEP = 50.0  # nats below a point, at which a wall no longer matters
 
 
@@ -44,47 +38,52 @@ def choose_charts(density: LogDensity, start: Start | None, *, seed: int) -> tup
     low, high = _walls(density, draws)
     walled = torch.isfinite(low) | torch.isfinite(high)
     if bool(walled.any()):
-        density, start = _walled(density, start, low, high, seed=seed)
+        charts: dict[str, dict[str, object]] = {}
+        for latent in density.structure.latents:
+            part = slice(latent.offset, latent.offset + latent.size)
+            if bool(walled[part].any()):
+                walls = Walls(*(torch.as_tensor(_full(latent, side[part], math.inf)) for side in (low, high)))
+                charts[latent.name] = write_chart(walls)
+        density, start = _charted(density, start, charts, seed=seed)
         draws = prior_draws(density, PRIOR_DRAWS, seed=derive(seed, "charts"))
-    angles, heavy = _angles(density, draws[:LOOKED_FROM]) & ~walled, _heavy(density, draws) & ~walled
+    angles, heavy = _angles(density, draws[:3]) & ~walled, _heavy(density, draws) & ~walled
     heavy &= ~angles
     if not bool((angles | heavy).any()):
         return density, start, _names(density)
-    units = spread_of(draws)
-    points = torch.cat([draws.median(0).values[None], draws[: PATHS - 1]])
-    paths = pathfinder(density, points, units.expand(PATHS, -1), seed=seed)
+    points = path_starts(draws)
+    paths = pathfinder(density, points, spread_of(draws).expand(len(points), -1), seed=seed)
     best = int(paths.elbo.nan_to_num(nan=-torch.inf).argmax())
     loc, scale = _turned(density, paths.best.loc[best], angles), paths.best.scale()[best]
-    options = density.structure.noncentered
+    charts = {}
     for latent in density.structure.latents:
         part = slice(latent.offset, latent.offset + latent.size)
-        chart = _options(latent, angles[part], heavy[part], loc[part], scale[part])
-        if chart:
-            kept = options.get(latent.name, {})
-            options[latent.name] = {**({"noncentered": True} if kept is None else kept), **chart}
-    found = density.elsewhere(options)
-    found.evaluations += density.evaluations
-    return found, _carried(density, found, start, seed=seed), _names(found)
+        charts[latent.name] = _options(latent, angles[part], heavy[part], loc[part], scale[part])
+    density, start = _charted(density, start, charts, seed=seed)
+    return density, start, _names(density)
 
 
 def _names(density: LogDensity) -> list[str]:
     return [latent.name for latent in density.structure.latents if latent.chart is not None]
 
 
-def _walled(
-    density: LogDensity, start: Start | None, low: Tensor, high: Tensor, *, seed: int
+@torch.no_grad()
+def _charted(
+    density: LogDensity, start: Start | None, charts: Mapping[str, Mapping[str, object]], *, seed: int
 ) -> tuple[LogDensity, Start | None]:
-    """Return density and start in charts with walls below and above coordinates (D,), infinite where there is none."""
+    """Return the density with charts of some sites, and the start in its coordinates."""
     options = density.structure.noncentered
-    for latent in density.structure.latents:
-        part = slice(latent.offset, latent.offset + latent.size)
-        if bool((torch.isfinite(low[part]) | torch.isfinite(high[part])).any()):
-            kept = options.get(latent.name, {})
-            walls = Walls(*(torch.as_tensor(_full(latent, side[part], math.inf)) for side in (low, high)))
-            options[latent.name] = {**({"noncentered": True} if kept is None else kept), **write_chart(walls)}
+    for name, chart in charts.items():
+        if chart:
+            kept = options.get(name, {})
+            options[name] = {**({"noncentered": True} if kept is None else kept), **chart}
     found = density.elsewhere(options)
     found.evaluations += density.evaluations
-    return found, _carried(density, found, start, seed=seed)
+    if start is None:
+        return found, None
+    with seeded(derive(seed, "carried over"), density.device):
+        noise = torch.randn(CARRIED, density.dim, dtype=density.dtype, device=density.device)
+    z = torch.nan_to_num(found.unconstrain(density.constrain(start.map(noise))))
+    return found, Start(start.name, z.median(0).values, spread_of(z))
 
 
 def _options(latent: Latent, angles: Tensor, heavy: Tensor, loc: Tensor, scale: Tensor) -> dict[str, object]:
@@ -138,7 +137,7 @@ def _walls(density: LogDensity, draws: Tensor) -> tuple[Tensor, Tensor]:
     none = torch.full_like(draws[0], torch.inf)
     if density.dim > FULL_HESSIAN_UP_TO or not bool((density(draws) == -torch.inf).any()):
         return -none, none
-    points = possible_points(density, draws)[:WALLED_FROM]
+    points = possible_points(density, draws)
     if not len(points):
         return -none, none
     least = density(points)[:, None] - DEEP
@@ -155,7 +154,7 @@ def _wall(density: LogDensity, points: Tensor, sign: float, least: Tensor) -> Te
         return density((points[:, None] + sign * steps[..., None] * lines).flatten(0, 1)).unflatten(0, (count, dim))
 
     inside, outside = torch.zeros_like(points), torch.full_like(points, torch.inf)
-    for number in range(OUT):
+    for number in range(24):  # from a hundredth of a spread on, twice as far each time
         step = torch.full_like(points, 0.01 * 2.0**number)
         impossible = heights(step) == -torch.inf
         open_ = torch.isinf(outside)
@@ -163,7 +162,7 @@ def _wall(density: LogDensity, points: Tensor, sign: float, least: Tensor) -> Te
         outside = torch.where(open_ & impossible, step, outside)
     found = torch.isfinite(outside)
     outside = torch.where(found, outside, 1.0)
-    for _ in range(HALVINGS):
+    for _ in range(60):  # bisection
         middle = 0.5 * (inside + outside)
         impossible = heights(middle) == -torch.inf
         inside, outside = torch.where(impossible, inside, middle), torch.where(impossible, middle, outside)
@@ -184,7 +183,7 @@ def _turned(density: LogDensity, loc: Tensor, angles: Tensor) -> Tensor:
     """
     if not bool(angles.any()):
         return loc
-    turns = torch.arange(TURN_POINTS, dtype=loc.dtype, device=loc.device) * (TURN / TURN_POINTS)
+    turns = torch.arange(64, dtype=loc.dtype, device=loc.device) * (TURN / 64)
     directions = torch.eye(density.dim, dtype=loc.dtype, device=loc.device)[angles]
     points = loc + turns[:, None, None] * directions
     heights = density(points.flatten(0, 1)).unflatten(0, points.shape[:2]).nan_to_num(nan=-torch.inf)
@@ -214,14 +213,3 @@ def _heavy(density: LogDensity, draws: Tensor) -> Tensor:
     # a power is the same at all distances; an exponential or a normal tail has ever larger ones
     steady = (powers > 1.0) & (powers < HEAVY) & ((powers - powers.mean(1, keepdim=True)).abs() < 0.1 * powers.abs())
     return steady.all(1).any(0)
-
-
-@torch.no_grad()
-def _carried(density: LogDensity, found: LogDensity, start: Start | None, *, seed: int) -> Start | None:
-    """Return a start in the coordinates of another density of the same model."""
-    if start is None:
-        return None
-    with seeded(derive(seed, "carried over"), density.device):
-        noise = torch.randn(STARTED_FROM, density.dim, dtype=density.dtype, device=density.device)
-    z = torch.nan_to_num(found.unconstrain(density.constrain(start.map(noise))))
-    return Start(start.name, z.median(0).values, spread_of(z))

@@ -21,16 +21,10 @@ from pyro_flows.starts.gaussians import (
     stretch,
 )
 
-HISTORY, LARGE, LARGE_HISTORY = 12, 200, 6  # steps that L-BFGS knows of, up to so many dimensions, and beyond
 TICKS, FEW_TICKS = 100, 60  # of a path, and of one of many
-RISE = 1e-4  # of what the slope promises
 SHRINK = (0.1, 0.5)
-GROW = 2.0  # where the density does not curve down
-SMALLEST_STEP = 1e-10
 SETTLED = 1e-8  # nats still to gain
 STALLED = 1e-3  # nats that a path has to rise by between two looks at whether it does
-CLOSED = 0.2  # of what it lacks of a known density, once it has had its ticks
-CURVED = 1e-10
 WRITTEN, LEAST_TOGETHER = 2**22, 16  # numbers that are written for paths that are looked at together; paths, at least
 
 
@@ -86,7 +80,7 @@ class Climb:
         finite = torch.isfinite(self.height) & torch.isfinite(gradient).all(-1)
         self.gradient = choose(finite, gradient, 0.0)
         self.alpha = torch.ones_like(points)
-        history = HISTORY if density.dim <= LARGE else LARGE_HISTORY
+        history = 12 if density.dim <= 200 else 6  # steps
         self.steps = points.new_zeros(len(points), history, density.dim)
         self.changes = torch.zeros_like(self.steps)
         if drawn:
@@ -116,13 +110,13 @@ class Climb:
         height, gradient = self._look_at_open(points, over)
         promised, gain = (self.gradient * step).sum(-1), height - before
         finite = torch.isfinite(height) & torch.isfinite(gradient).all(-1)
-        moved = finite & (gain >= RISE * promised - self._rounding()) & ~over
+        moved = finite & (gain >= 1e-4 * promised - self._rounding()) & ~over
         curved = self._remember(step, self.gradient - gradient, moved)
         self.points[rows] = choose(moved, points, self.points[rows])
         self.height[rows] = choose(moved, height, before)
         self.gradient = choose(moved, gradient, self.gradient)
         shrink = torch.where(finite, (0.5 * promised / (promised - gain)).clamp(*SHRINK), SHRINK[0])
-        self.length = self.length * torch.where(moved, GROW, shrink)
+        self.length = self.length * torch.where(moved, 2.0, shrink)
         self._turn(moved, curved, over)
         taken = torch.zeros_like(self.over)
         taken[rows] = moved
@@ -146,12 +140,12 @@ class Climb:
         return float(heights[torch.isfinite(heights)].amax()) if bool(torch.isfinite(heights).any()) else -math.inf
 
     def end_stalled(self, known: float | None = None) -> None:
-        """End paths that have hardly risen since the last call, by what they still lack of a ``known`` density, if any.
+        """End paths that have hardly risen since the last call.
 
-        Those that are not below it end too.
+        Where a density is ``known``, they have to rise by a fifth of what they lack of it; those that reach it end too.
         """
         rose = self.height - self.before
-        least = STALLED if known is None else (CLOSED * (known - self.before)).clamp_min(STALLED)
+        least = STALLED if known is None else (0.2 * (known - self.before)).clamp_min(STALLED)
         self.over = self.over | ~(rose > least)
         if known is not None:
             self.over = self.over | (self.height >= known)
@@ -195,7 +189,7 @@ class Climb:
     def _remember(self, step: Tensor, change: Tensor, moved: Tensor) -> Tensor:
         """Add steps that were taken to the history, where the density curves down along them; return where (N,)."""
         curvature = (step * change).sum(-1)
-        curved = moved & (curvature > CURVED * step.norm(dim=-1) * change.norm(dim=-1))
+        curved = moved & (curvature > 1e-10 * step.norm(dim=-1) * change.norm(dim=-1))
         root = torch.where(curved, curvature, 1.0).sqrt()[:, None]
         step, change = step / root, change / root
         alpha = self.alpha[self.under_way]
@@ -206,7 +200,7 @@ class Climb:
 
     def _turn(self, moved: Tensor, curved: Tensor, over: Tensor) -> None:
         """Choose new directions where a step was taken; forget the history where none could be."""
-        lost = ~moved & ~over & (self.length < SMALLEST_STEP)
+        lost = ~moved & ~over & (self.length < 1e-10)
         if bool(lost.any()):
             over = over | (lost & (self.steps == 0.0).all(-1).all(-1))
             self.alpha[self.under_way[lost]] = 1.0

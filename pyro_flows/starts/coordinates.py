@@ -29,18 +29,15 @@ from pyro_flows.model.sites import Latent, Noncentered
 from pyro_flows.starts.curvature import FULL_HESSIAN_UP_TO, lower_triangular, scales
 from pyro_flows.starts.pathfinder import Paths, pathfinder
 from pyro_flows.starts.portfolio import PRIOR_DRAWS
-from pyro_flows.starts.prior import possible_points, prior_draws, spread_of
-from pyro_flows.starts.start import Start
+from pyro_flows.starts.prior import path_starts, possible_points, prior_draws, spread_of
+from pyro_flows.starts.start import CARRIED, Start
 
-PATHS = 4
 STEPS = 400
 BATCH = 32  # pairs of opposite noise
 LEARNING_RATE = 0.05
-STARTED_FROM = 512  # draws of a path's normal
 JUDGED = 2000  # draws by which ELBOs are compared
 BEHIND = 20.0  # nats between the best paths of both sides, beyond which the worse one is not learned from
 NOTHING = 0.05  # a precision of the data over that of the posterior: below, the data say nothing
-LOUDEST = 100.0  # a draw's contribution to the gradient, over the median one's
 
 
 @dataclass(frozen=True)
@@ -124,7 +121,7 @@ def climbed(density: LogDensity, noncentered: bool, *, seed: int) -> Climbed:
     seed = derive(seed, f"coordinates {int(noncentered)}")
     candidate = density.elsewhere(True) if noncentered else density
     draws = prior_draws(candidate, PRIOR_DRAWS, seed=seed)
-    points, units = torch.cat([draws.median(0).values[None], draws[: PATHS - 1]]), spread_of(draws)
+    points, units = path_starts(draws), spread_of(draws)
     found = _climbed(candidate, points, units, seed)
     if candidate.batched and not math.isfinite(found.elbo):
         points = possible_points(candidate, draws)
@@ -147,7 +144,7 @@ def _side(family: _Family, side: Climbed, *, learned_from: bool) -> _Side:
     if not math.isfinite(side.elbo) or not candidate.batched:
         return _Side(side.elbo)
     with seeded(seed, candidate.device):
-        noise = torch.randn(STARTED_FROM, candidate.dim, dtype=candidate.dtype, device=candidate.device)
+        noise = torch.randn(CARRIED, candidate.dim, dtype=candidate.dtype, device=candidate.device)
     found = paths.best.map(noise)[0][best]
     plain = [_diagonal(candidate, paths.best.loc[best], found.std(0), seed=seed)]
     if candidate.dim <= FULL_HESSIAN_UP_TO:
@@ -269,7 +266,8 @@ class _Ascent:
         usable = torch.isfinite(path).all(1, keepdim=True) & torch.isfinite(pull).all(1, keepdim=True)
         both = torch.where(usable, torch.cat([path, pull], 1) * self.units, 0.0)
         sizes = both.norm(dim=1, keepdim=True)
-        both = both * (LOUDEST * sizes.median() / sizes.clamp_min(torch.finfo(sizes.dtype).tiny)).clamp(max=1.0)
+        # no draw contributes more than a hundred times as much as the median one
+        both = both * (100.0 * sizes.median() / sizes.clamp_min(torch.finfo(sizes.dtype).tiny)).clamp(max=1.0)
         stretch = both[:, : self.dim] * (scale / self.units[: self.dim]) * noise
         gradient = torch.cat([both.mean(0), stretch.mean(0)])
         self.first, self.second = self.first.lerp(gradient, 0.1), self.second.lerp(gradient.square(), 0.01)

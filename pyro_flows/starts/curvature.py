@@ -17,9 +17,7 @@ from pyro_flows.model.log_density import LogDensity
 from pyro_flows.model.stack import Stack
 
 FULL_HESSIAN_UP_TO = 200
-ROWS_AT_ONCE = 64
-POINTS_AT_ONCE = 64
-FINE = 0.1  # of the scale of a coordinate, that a step of differences may be
+AT_ONCE = 64  # rows of a Hessian, or points
 
 
 class Differentiable(Protocol):
@@ -94,7 +92,7 @@ def second_derivatives(density: LogDensity | Stack, points: Tensor, *, exact: bo
         return density.hessians(points)
     if (density.long and density.dtype == torch.float64) or (_has_digits(density) and not exact):
         coordinates = torch.arange(density.dim, device=points.device)
-        found = torch.cat([_rows(density, part, coordinates) for part in points.split(POINTS_AT_ONCE)])
+        found = torch.cat([_rows(density, part, coordinates) for part in points.split(AT_ONCE)])
         return _where_coarse(points, found.diagonal(dim1=-2, dim2=-1), found, partial(_by_autograd, density))
     return _by_autograd(density, points)
 
@@ -117,7 +115,7 @@ def _diagonals(density: LogDensity, points: Tensor) -> Tensor:
     """Diagonals (K, D) of the Hessians, a chunk of rows at a time: in the same way."""
 
     def automatic(some: Tensor) -> Tensor:
-        found = _automatic(density, some, partial(hessian_diagonals, chunk=ROWS_AT_ONCE))
+        found = _automatic(density, some, partial(hessian_diagonals, chunk=AT_ONCE))
         return _diagonals_by_differences(density, some) if found is None else found
 
     if not _has_digits(density):
@@ -127,7 +125,7 @@ def _diagonals(density: LogDensity, points: Tensor) -> Tensor:
 
 
 def _diagonals_by_differences(density: LogDensity, points: Tensor) -> Tensor:
-    parts = torch.arange(density.dim, device=points.device).split(ROWS_AT_ONCE)
+    parts = torch.arange(density.dim, device=points.device).split(AT_ONCE)
     rows = [[differences(density, point, part).gather(1, part[:, None])[:, 0] for part in parts] for point in points]
     return torch.stack([torch.cat(row) for row in rows])
 
@@ -135,8 +133,8 @@ def _diagonals_by_differences(density: LogDensity, points: Tensor) -> Tensor:
 def _where_coarse(
     points: Tensor, diagonals: Tensor, found: Tensor, otherwise: Callable[[Tensor], Tensor]
 ) -> Tensor:  # fmt: skip
-    """Replace what was found (K, ...) where steps of differences are not short against the scales that they tell."""
-    fine = (_steps(points) <= FINE * _units(diagonals)).all(-1) & torch.isfinite(found).flatten(1).all(-1)
+    """Replace what was found (K, ...) where steps of differences are not a tenth of the scales that they tell."""
+    fine = (_steps(points) <= 0.1 * _units(diagonals)).all(-1) & torch.isfinite(found).flatten(1).all(-1)
     coarse = (~fine).nonzero()[:, 0]
     return found.index_copy(0, coarse, otherwise(points[coarse])) if len(coarse) else found
 

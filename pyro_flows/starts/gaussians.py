@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -30,6 +31,15 @@ class Gaussians(NamedTuple):
     root: Tensor
     basis: Tensor
     factor: Tensor
+
+    @classmethod
+    def of(cls, loc: Tensor, units: Tensor) -> Gaussians:
+        """Return the images of noise under scales that are lower triangular (K, D, D) or a diagonal (K, D)."""
+        none = torch.zeros_like(loc[..., None])
+        return cls(loc, units, torch.ones_like(loc), none, torch.ones_like(none[:, :1]))
+
+    def some(self, rows: Tensor | slice | Sequence[int]) -> Gaussians:
+        return Gaussians(*(part[rows] for part in self))
 
     def map(self, noise: Tensor) -> tuple[Tensor, Tensor]:
         """Return the images (K, S, D) of noise (S, D) or (K, S, D), and their log densities (K, S)."""

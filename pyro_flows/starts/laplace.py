@@ -14,8 +14,6 @@ from pyro_flows.starts.start import Start
 MODES = 4
 MODES_WITHIN = 20.0  # nats of Laplace evidence below the best
 NEWTON_STEPS = 60
-NEWTON_HALVINGS = 12
-NEWTON_TOLERANCE = 1e-6
 
 
 def laplace(density: LogDensity, points: Tensor, *, most: int = NEWTON_STEPS) -> list[Start]:
@@ -44,15 +42,9 @@ def laplace(density: LogDensity, points: Tensor, *, most: int = NEWTON_STEPS) ->
     starts = []
     for rank, index in enumerate(kept):
         suffix = f" {rank + 1}" if rank else ""
-        starts += [
-            Start(
-                f"laplace{suffix}",
-                modes[index],
-                lower_triangular(roots[index]),
-                evidence=float(evidence[index]) + gauss,
-            ),
-            Start(f"laplace diagonal{suffix}", modes[index], units[index]),
-        ]
+        mode, root = modes[index], lower_triangular(roots[index])
+        starts.append(Start(f"laplace{suffix}", mode, root, evidence=float(evidence[index]) + gauss))
+        starts.append(Start(f"laplace diagonal{suffix}", mode, units[index]))
     return starts
 
 
@@ -62,7 +54,7 @@ def newton(density: LogDensity, points: Tensor, most: int = NEWTON_STEPS) -> Ten
     Affine-invariant near a mode, so that scales of 1e-6 and 1e6 side by side do no harm (L-BFGS does not converge there
     in raw coordinates); an ascent direction everywhere. Cost: for at most so many steps, a Hessian at each point.
     """
-    halvings = 0.5 ** torch.arange(NEWTON_HALVINGS, dtype=density.dtype, device=density.device)
+    halvings = 0.5 ** torch.arange(12, dtype=density.dtype, device=density.device)
     points = points.clone()
     heights, gradients = density.value_and_grad(points)
     open_ = torch.arange(len(points), device=points.device)
@@ -75,7 +67,7 @@ def newton(density: LogDensity, points: Tensor, most: int = NEWTON_STEPS) -> Ten
         best, index = torch.nan_to_num(found, nan=-torch.inf, posinf=-torch.inf).max(1)
         rises = best > heights[open_]
         points[open_[rises]] = tries[rises, index[rises]]
-        open_ = open_[rises & ((steps * gradients[open_]).sum(-1) > NEWTON_TOLERANCE)]
+        open_ = open_[rises & ((steps * gradients[open_]).sum(-1) > 1e-6)]  # nats that are left to gain
         if not len(open_):
             break
         heights[open_], gradients[open_] = density.value_and_grad(points[open_])

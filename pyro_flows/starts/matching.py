@@ -17,7 +17,6 @@ from pyro_flows.verdict.thresholds import ESS_SHARE_EVEN, ESS_SHARE_LEAST, K_HAT
 from pyro_flows.verdict.weighing import Weighing, weigh
 
 NAME = "matched moments"
-ROUNDS = 2
 COVARIANCE_ERROR = 0.02  # nats that the noise of a full covariance may cost
 
 
@@ -43,7 +42,7 @@ def matched(density: LogDensity, start: Start, df: float, *, seed: int, draws: i
     Reference: Cappé, Douc, Guillin, Marin and Robert 2008, "Adaptive importance sampling in general mixture classes"
     (arXiv 0710.4242), with one component.
     """
-    for number in range(ROUNDS):
+    for number in range(2):
         count = density.affordable(draws if number else LOOKED_AT_DRAWS)
         with density.clock.watching():
             noise, log_noise = _noise(density, df, count, seed=derive(seed, f"matching {number}"))

@@ -28,11 +28,9 @@ from pyro_flows.starts.gaussians import Gaussians
 from pyro_flows.verdict.psis import psis
 
 MORE_TICKS = 300  # of those that are still low
-SCORED_TOGETHER = 10
 DRAWS = 10
 STALLED_TICKS = 25  # after which paths end that have hardly risen since
 POOLED = 100
-POOLED_WITHIN = 10.0  # nats
 
 
 @dataclass(frozen=True)
@@ -78,7 +76,7 @@ def pathfinder(density: LogDensity | Stack, points: Tensor, units: Tensor, *, se
         if tick % STALLED_TICKS == 0:
             climb.end_stalled(climb.known(drawn) if tick >= TICKS else None)
         done = tick == TICKS + MORE_TICKS or bool(climb.over.all())
-        if done or len(found) == SCORED_TOGETHER:
+        if done or len(found) == 10:  # scored together
             best, elbo = _best(density, noise, found, best, elbo)
             found = []
         if done:
@@ -99,7 +97,7 @@ def _best(
         better = score > elbo[met.paths]
         chosen = met.paths[better]
         elbo = elbo.index_copy(0, chosen, score[better])
-        best = best.with_rows(chosen, Gaussians(*(part[better] for part in met.gaussians)))
+        best = best.with_rows(chosen, met.gaussians.some(better))
     return best, elbo
 
 
@@ -146,9 +144,9 @@ def pool(density: LogDensity, gaussians: Gaussians, *, seed: int) -> Pool:
     with torch.no_grad():
         log_p = density(z.flatten(0, 1)).unflatten(0, shape[:2])
     elbo = cut_elbo(log_p - log_q)
-    kept = elbo >= elbo.max() - POOLED_WITHIN
+    kept = elbo >= elbo.max() - 10.0
     z, log_p = z[kept].flatten(0, 1), log_p[kept].flatten()
-    mixture = torch.logsumexp(Gaussians(*(part[kept] for part in gaussians)).log_prob(z), 0)
+    mixture = torch.logsumexp(gaussians.some(kept).log_prob(z), 0)
     log_weights, k_hat = psis(torch.nan_to_num(log_p - mixture, nan=-torch.inf, posinf=-torch.inf))
     weights = log_weights.exp().to(z.dtype)
     mean = weights @ z

@@ -16,18 +16,15 @@ from pyro_flows.model.log_density import LogDensity
 from pyro_flows.starts.curvature import FULL_HESSIAN_UP_TO, inverse_roots, lower_triangular, scales
 from pyro_flows.starts.laplace import laplace
 from pyro_flows.starts.pathfinder import pathfinder, pool
-from pyro_flows.starts.prior import SEARCHES, possible_points, prior_draws, spread_of, without_noise
+from pyro_flows.starts.prior import PATHS, SEARCHES, possible_points, prior_draws, spread_of, without_noise
 from pyro_flows.starts.start import Start, divergence, standard
 from pyro_flows.verdict.thresholds import K_HAT_MOST
 
 PRIOR_DRAWS = 200
 SEARCHES_UNBATCHED = 3
 PATH_EVALUATIONS = 100  # of one path, with those of the Gaussians along it
-PATHS_IF_LARGE = 4
-LEGS = 2
-SAME = 0.1  # nats
 SAME_END = 0.1  # sds between ends of paths that are one place
-CHEAP_HESSIAN_UP_TO, STEPS_AFTER_PATHS = 50, 10
+STEPS_AFTER_PATHS = 10  # of Newton's method
 CHEAP_HESSIAN_WRITES = 1e6  # numbers for each point, at most
 SCORE_DRAWS = 256
 TRIM = 0.05
@@ -90,7 +87,7 @@ def portfolio(density: LogDensity, *, seed: int, extra: Sequence[Start] = (), df
 def _climbed(density: LogDensity, starts: list[Start], points: Tensor, seed: int) -> list[Start]:
     """Return starts with those at modes, by Newton's method from points (K, D) or where paths from there ended."""
     dim = density.dim
-    costly = dim > CHEAP_HESSIAN_UP_TO or density.long or dim * density.written > CHEAP_HESSIAN_WRITES
+    costly = dim > 50 or density.long or dim * density.written > CHEAP_HESSIAN_WRITES
     if not costly:
         with density.clock.part(_stages.MODES, share=0.5):
             starts = starts + laplace(density, points)
@@ -101,7 +98,7 @@ def _climbed(density: LogDensity, starts: list[Start], points: Tensor, seed: int
         with density.clock.part(_stages.MODES):
             starts = starts + laplace(density, ends, most=STEPS_AFTER_PATHS)
     for start in paths:
-        if not any(divergence(start, other) < SAME for other in starts):
+        if not any(divergence(start, other) < 0.1 for other in starts):
             starts = [*starts, start]
     return starts
 
@@ -126,7 +123,7 @@ def along_paths(density: LogDensity, points: Tensor, *, seed: int) -> tuple[list
     curvature and scales are diagonal; there paths go two legs, and the highest end gives a Laplace start.
     """
     if density.dim > FULL_HESSIAN_UP_TO:
-        return _along_diagonal_paths(density, points[:PATHS_IF_LARGE], seed=seed)
+        return _along_diagonal_paths(density, points[:PATHS], seed=seed)
     roots, units = inverse_roots(density, points)
     frames = lower_triangular(roots)
     frames[1::2] = torch.diag_embed(units[1::2])
@@ -156,7 +153,7 @@ def _apart(density: LogDensity, ends: Tensor, sds: Tensor) -> Tensor:
 
 def _along_diagonal_paths(density: LogDensity, points: Tensor, *, seed: int) -> tuple[list[Start], Tensor]:
     legs = []
-    for _ in range(LEGS):
+    for _ in range(2):
         legs.append(pathfinder(density, points, scales(density, points), seed=seed))
         points = legs[-1].ends
     found = max(legs, key=lambda leg: float(leg.elbo.max()))

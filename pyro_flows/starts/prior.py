@@ -13,11 +13,15 @@ from pyro_flows.model.log_density import LogDensity
 from pyro_flows.model.sites import messages
 from pyro_flows.model.start import FromPrior
 
-SEARCHES = 8
-TRIED_VALUES, FARTHER, PASSES = 40, 4.0, 3
+SEARCHES, PATHS = 8, 4  # draws of the prior from which modes are looked for; points from which normals are
+TRIED_VALUES = 40
 TRIES = 16
-ULPS = 8.0  # units in the last place of a coordinate, by which it is moved at most
 NOISE = 0.5  # nats
+
+
+def path_starts(draws: Tensor) -> Tensor:
+    """Return the points (4, D) at which paths begin: the median of draws of the prior (S, D), and the first of them."""
+    return torch.cat([draws.median(0).values[None], draws[: PATHS - 1]])
 
 
 @torch.no_grad()
@@ -31,11 +35,11 @@ def possible_points(density: LogDensity, draws: Tensor) -> Tensor:
     finite = torch.isfinite(density(draws))
     if bool(finite.any()):
         return draws[finite][:SEARCHES]
-    middle = draws.median(0).values
-    values = torch.cat([draws[:TRIED_VALUES], middle + FARTHER * (draws[:TRIED_VALUES] - middle)])
+    middle, few = draws.median(0).values, draws[:TRIED_VALUES]
+    values = torch.cat([few, middle + 4.0 * (few - middle)])
     faults = _impossible_terms(density, draws)
     best, fewest = draws[int(faults.argmin())].clone(), int(faults.min())
-    for _ in range(PASSES if density.batched else 1):
+    for _ in range(3 if density.batched else 1):
         before = fewest
         for coordinate in range(density.dim):
             tried = best.repeat(len(values), 1)
@@ -86,7 +90,7 @@ def prior_draws(density: LogDensity, draws: int, *, seed: int) -> Tensor:
 
 @torch.no_grad()
 def without_noise(density: LogDensity, points: Tensor) -> Tensor:
-    """Say at which points (K, D) moves in the last digits of the coordinates leave the log density as it is (K,).
+    """Say at which points (K, D) moves by up to eight units in the last place leave the log density as it is (K,).
 
     At large concentrations, a Beta density is a difference of numbers of which no digit is left: a climb ends at a peak
     of thousands of nats that is none. Next to a scale below the rounding of what it scales, density and digits are lost
@@ -98,6 +102,6 @@ def without_noise(density: LogDensity, points: Tensor) -> Tensor:
         return torch.ones(len(points), dtype=torch.bool, device=points.device)
     with seeded(0, points.device):
         moves = 2.0 * torch.rand(TRIES, *points.shape, dtype=points.dtype, device=points.device) - 1.0
-    moved = points * (1.0 + ULPS * torch.finfo(points.dtype).eps * moves)
+    moved = points * (1.0 + 8.0 * torch.finfo(points.dtype).eps * moves)
     values = density(torch.cat([points[None], moved]).flatten(0, 1)).view(1 + TRIES, -1).double()
     return (values - values[0]).abs().amax(0) <= NOISE  # no number is, where there is none

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from pyro_flows.model.log_density import LogDensity
 
+CARRIED = 512  # draws of a normal distribution by which it is carried over to other coordinates
+
 
 @dataclass(frozen=True)
 class Start:

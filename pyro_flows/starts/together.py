@@ -12,12 +12,9 @@ from pyro_flows._seeding import derive, seeded
 from pyro_flows.model.stack import NotStackable, Stack
 from pyro_flows.starts.curvature import FULL_HESSIAN_UP_TO, inverse_roots, lower_triangular
 from pyro_flows.starts.pathfinder import pathfinder
-from pyro_flows.starts.portfolio import PRIOR_DRAWS, TRIM
-from pyro_flows.starts.prior import prior_draws
+from pyro_flows.starts.portfolio import PRIOR_DRAWS, SCORE_DRAWS, TRIM
+from pyro_flows.starts.prior import path_starts, prior_draws
 from pyro_flows.starts.start import Start
-
-PATHS = 4  # for each data set
-SCORE_DRAWS = 128
 
 
 @dataclass(frozen=True)
@@ -41,12 +38,12 @@ def starts_together(stack: Stack, *, seed: int, df: float) -> list[Start]:
     if stack.dim > FULL_HESSIAN_UP_TO:
         raise NotStackable(f"more than {FULL_HESSIAN_UP_TO} dimensions")
     draws = prior_draws(stack.densities[0], PRIOR_DRAWS, seed=derive(seed, "starts"))
-    points = torch.cat([draws.median(0).values[None], draws[: PATHS - 1]]).repeat(len(stack), 1)
+    points = path_starts(draws).repeat(len(stack), 1)
     found = _candidates(stack, points, seed=seed)
     with seeded(derive(seed, "scores of starts"), stack.device):
         one = torch.ones(stack.dim, dtype=stack.dtype, device=stack.device)
         base = dist.StudentT(df * one, 0.0, 1.0).to_event(1)
-        noise = base.sample((SCORE_DRAWS,))
+        noise = base.sample((SCORE_DRAWS // 2,))
     elbos = _scores(stack, found, noise, base.log_prob(noise))
     best = elbos.nan_to_num(nan=-torch.inf).argmax(1)
     return [
