@@ -16,10 +16,10 @@ from pyro_flows._seeding import derive, seeded
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.modes.barriers import are_separated
 from pyro_flows.modes.missed_modes import Search, missed_modes
-from pyro_flows.modes.missed_regions import TRUNCATED_TAIL, Guide, MissedRegion, to_name
+from pyro_flows.modes.missed_regions import BY_WALKERS, TRUNCATED_TAIL, Guide, MissedRegion, to_name
 from pyro_flows.modes.symmetries import SignedPermutation
 from pyro_flows.modes.truncated_tails import with_truncated_tails
-from pyro_flows.modes.under_covered import BY_WALKERS, Space
+from pyro_flows.modes.under_covered import Space
 from pyro_flows.modes.units import in_units
 from pyro_flows.results.stage import Stage
 from pyro_flows.verdict.bridge import bridge_value

@@ -26,10 +26,9 @@ from pyro_flows.flows.flow import Flow
 from pyro_flows.flows.mixture import FlowMixture
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.modes.missed_modes import Search, missed_modes
-from pyro_flows.modes.missed_regions import TRUNCATED_TAIL
+from pyro_flows.modes.missed_regions import BY_WALKERS, TRUNCATED_TAIL
 from pyro_flows.modes.propriety import improper_tails
 from pyro_flows.modes.symmetries import SignedPermutation, group
-from pyro_flows.modes.under_covered import BY_WALKERS
 from pyro_flows.results.dims import coordinate_names
 from pyro_flows.starts.start import Start
 from pyro_flows.verdict.deciding import SEARCHED_DRAWS

@@ -7,10 +7,9 @@ from torch import Tensor
 
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.modes.units import units_of
-from pyro_flows.starts.climb import climb
+from pyro_flows.starts.climb import TICKS, climb
 
-CLIMBERS, TICKS = 64, 200
-BETWEEN = 24  # points of a line
+CLIMBERS = 64
 DEEP = 2.0  # nats below the lower of two tops
 
 
@@ -28,17 +27,17 @@ def are_separated(density: LogDensity, places: Tensor, z: Tensor, near: Tensor |
     chosen = _some_of(torch.ones(len(places), len(z), dtype=torch.bool, device=z.device) if near is None else near)
     used = chosen.any(0)
     points = torch.cat([places, z[used]])
-    ends = climb(density, points, units_of(z, full=False).expand_as(points), ticks=TICKS)
+    ends = climb(density, points, units_of(z, full=False).expand_as(points), ticks=2 * TICKS)
     count = len(places)
     tops, settled, heights = ends.points[count:], ends.settled[count:], ends.heights[count:]
-    share = torch.linspace(0.0, 1.0, BETWEEN + 2, dtype=tops.dtype, device=tops.device)[1:-1, None, None]
+    share = torch.linspace(0.0, 1.0, 26, dtype=tops.dtype, device=tops.device)[1:-1, None, None]  # points of a line
     answers = []
     for number, compared in enumerate(chosen[:, used] & settled):
         if not bool(ends.settled[number]) or not bool(compared.any()):
             answers.append(False)
             continue
         lines = ends.points[number] + share * (tops[compared] - ends.points[number])
-        lowest = density(lines.flatten(0, 1)).nan_to_num(nan=-torch.inf).reshape(BETWEEN, -1).amin(0)
+        lowest = density(lines.flatten(0, 1)).nan_to_num(nan=-torch.inf).reshape(len(share), -1).amin(0)
         least = torch.minimum(heights[compared], ends.heights[number])
         answers.append(bool((lowest < least - DEEP).all()))
     return answers

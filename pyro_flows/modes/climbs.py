@@ -27,7 +27,6 @@ from pyro_flows.modes.unverified_modes import (
     worth_measuring,
 )
 from pyro_flows.starts.curvature import lower_triangular
-from pyro_flows.starts.gaussians import Gaussians
 from pyro_flows.starts.pathfinder import Paths, pathfinder
 from pyro_flows.starts.portfolio import SAME_END, SEARCHES_UNBATCHED
 from pyro_flows.starts.prior import prior_draws
@@ -38,13 +37,8 @@ from pyro_flows.verdict.thresholds import K_HAT_MOST, MISSED_MASS_SHARE
 INFLATED = (3.0, 10.0, 30.0)
 SCREENED, SCREENED_AT = 1000, (1.5, 2.5, 4.0, 8.0)  # draws, and factors by which they are moved outwards
 CLIMBERS = 6  # for each factor, and from the guide's own draws
-PRIOR_CLIMBERS, FEW_CLIMBERS = 24, 12  # paths from draws of the prior; fewer, where a density has many terms
-CAREFUL = 0.01  # of the units, for a second path from each of those: long first steps leap over modes
-MANY_TERMS = 2000
+PRIOR_CLIMBERS = 24  # paths from draws of the prior; half of them, where a density has many terms
 WEIGHED, WEIGHED_UNBATCHED = 400, 50  # draws from the normal at the end of a path; at least
-TWINS = 2  # paths to one place that are weighed
-ROUNDS, SURVEYED, FEW = 2, 96, 30  # of a survey; climbs, up to so many dimensions, and a third of them beyond
-DOUBTS = 12  # places that paths go on from
 
 
 def climbed(
@@ -63,7 +57,7 @@ def climbed(
     again = far[-PRIOR_CLIMBERS:] if _is_cheap(density) else far[:0]
     points = torch.cat([own, far, again])
     shares = torch.ones(len(points), *[1] * units.dim()).to(units)
-    shares[len(own) + len(far) :] = CAREFUL
+    shares[len(own) + len(far) :] = 0.01  # a second path from each: long first steps leap over modes
     longer = len(own) if _is_cheap(density) else 0
     paths = pathfinder(density, points, shares * units, seed=derive(seed, "modes"), own=longer)
     drawn = z[:MOVED_DRAWS], log_q[:MOVED_DRAWS], units
@@ -98,8 +92,8 @@ def surveyed(guide: Guide, z: Tensor, doubts: list[Start], *, seed: int) -> list
     if not can_be_surveyed(density):
         return []
     seed = derive(seed, "a search")
-    climbs = SURVEYED if density.dim <= FEW else SURVEYED // 3
-    found = survey(density, z, seed=seed, rounds=ROUNDS, climbs=climbs, known=guide.score).likely()
+    climbs = 96 if density.dim <= 30 else 32
+    found = survey(density, z, seed=seed, rounds=2, climbs=climbs, known=guide.score).likely()
     if not len(found):
         return []
     thin = guide.is_under_covered(found.modes, density(found.modes).detach())
@@ -121,13 +115,13 @@ def surveyed(guide: Guide, z: Tensor, doubts: list[Start], *, seed: int) -> list
     if not missed and elsewhere:
         tops = [path for path in elsewhere if bool(thin[rows[path.number]])]  # a wide term may be covered at its top
         missed = _tempered(guide, paths, *worth_measuring(guide, paths, own, tops or elsewhere, units), seed=seed)
-    doubts += [path.start for path in elsewhere][:DOUBTS]
+    doubts += [path.start for path in elsewhere[:12]]
     return missed
 
 
 def _is_cheap(density: LogDensity) -> bool:
     """Whether more paths cost next to nothing."""
-    return density.batched and density.numbers <= MANY_TERMS
+    return density.batched and density.numbers <= 2000
 
 
 def _weighed(
@@ -140,7 +134,7 @@ def _weighed(
     """
     density, ends = guide.density, paths.ends
     chosen = own + torch.tensor(_ends(paths, own, units), dtype=torch.long, device=ends.device)
-    best = Gaussians(*(part[chosen] for part in paths.best))
+    best = paths.best.some(chosen)
     with seeded(derive(seed, "weighing"), density.device), torch.no_grad():
         each = density.affordable(WEIGHED * len(chosen)) // max(len(chosen), 1)
         count = max(each, WEIGHED_UNBATCHED) if density.batched else WEIGHED_UNBATCHED
@@ -182,7 +176,7 @@ def _ends(paths: Paths, own: int, units: Tensor) -> list[int]:
     away = in_units(paths.ends[own:][order], units)
     same = torch.cdist(away, away) < SAME_END
     earlier = same.tril(-1).sum(1)
-    return order[earlier < TWINS].tolist()
+    return order[earlier < 2].tolist()
 
 
 def _is_top(end: Tensor, own: Tensor, units: Tensor) -> bool:
@@ -204,7 +198,7 @@ def _tempered(
     """
     if not worth:
         return []
-    walk = temper(guide.density, Gaussians(*(part[chosen] for part in paths.best)), seed=derive(seed, "tempering"))
+    walk = temper(guide.density, paths.best.some(chosen), seed=derive(seed, "tempering"))
     return modes_with_mass(guide, paths.ends, worth, walk)
 
 
@@ -222,7 +216,7 @@ def _dispersed(guide: Guide, modes: Sequence[Start], z: Tensor, *, seed: int) ->
         changed = z[-1:].clone()
         changed[:, latent.offset : latent.offset + latent.size] *= -1.0
         flipped.append(changed)
-    count = PRIOR_CLIMBERS if _is_cheap(density) else FEW_CLIMBERS
+    count = PRIOR_CLIMBERS if _is_cheap(density) else PRIOR_CLIMBERS // 2
     prior = prior_draws(density, count, seed=derive(seed, "modes from the prior"))
     terms = prior[:0] if can_be_surveyed(density) else places_of_terms(density, prior)
     terms = terms[distinct([*terms], units_of(z), by=1.0)[:count]]

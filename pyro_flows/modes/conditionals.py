@@ -18,6 +18,7 @@ from __future__ import annotations
 import itertools
 import math
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,29 +28,24 @@ from pyro_flows.flows.flow import Flow
 from pyro_flows.flows.gaussian_conditionals import nested
 from pyro_flows.flows.gaussian_conditionals import nested_of as map_of
 from pyro_flows.model.log_density import LogDensity
+from pyro_flows.modes.tops import hessians
 from pyro_flows.starts.curvature import FULL_HESSIAN_UP_TO, second_derivatives
 from pyro_flows.transforms.nested import Terms
 
 MOST_HELD = 6
-MOST_NUMBERS = 3e7  # that are written for one Hessian
-MOVES = 3  # at random, from each point
-MOVED = 0.5  # spreads
 SAME = {torch.float64: 1e-7, torch.float32: 3e-3}  # change of an entry of a Hessian of units, that is none
 RATES = (-2.0, -1.0, -0.5, 0.5, 1.0, 2.0)  # of exponentials: powers of a scale, a variance or a precision
 MOST_RATES = 3
 POLYNOMIAL = 4  # degree, at most
 ALONG, REACH = 13, 2.0  # points along a coordinate, and spreads to either side
-ASIDE = 0.3  # spreads by which the other coordinates are away from the middle
 EXACT = {torch.float64: 1e-6, torch.float32: 1e-3}  # relative error of an entry
 NEGLIGIBLE = {torch.float64: 1e-8, torch.float32: 1e-5}  # share of an entry that a function contributes
 MOST_TERMS = 160
-AT_ONCE = 2e7  # numbers of Hessians that are worked on together
-ROWS = 256
 
 
 def can_have_conditionals(density: LogDensity) -> bool:
-    """Whether a hundred Hessians can be had."""
-    cheap = density.dim * density.written <= MOST_NUMBERS
+    """Whether a hundred Hessians can be had: one may write thirty million numbers."""
+    cheap = density.dim * density.written <= 3e7
     return density.batched and 2 < density.dim <= FULL_HESSIAN_UP_TO and density.dtype in SAME and cheap
 
 
@@ -86,11 +82,11 @@ def hyperparameters_of(density: LogDensity, points: Tensor) -> list[int]:
 def _change(density: LogDensity, points: Tensor, before: Tensor, units: Tensor, held: list[int]) -> Tensor:
     """Return the largest change (D, D) of entries of Hessians in units, with others than those held moved at random.
 
-    It is infinite where a Hessian is not finite.
+    Each point is moved three times, by half a unit. The change is infinite where a Hessian is not finite.
     """
-    noise = torch.randn(MOVES, *points.shape, dtype=torch.float64, device=points.device)
+    noise = torch.randn(3, *points.shape, dtype=torch.float64, device=points.device)
     noise[..., held] = 0.0
-    moved = points + (MOVED * noise / units.clamp_min(1e-3)).to(points)
+    moved = points + (0.5 * noise / units.clamp_min(1e-3)).to(points)
     after = -second_derivatives(density, moved.flatten(0, 1), exact=True).double().unflatten(0, moved.shape[:2])
     change = (after - before).abs() / (units[:, :, None] * units[:, None, :])
     change = change.nan_to_num(nan=torch.inf).amax((0, 1))
@@ -99,8 +95,12 @@ def _change(density: LogDensity, points: Tensor, before: Tensor, units: Tensor, 
     return change
 
 
-Function = tuple[float, float, float]  # rate, power and share, see Terms
-NOTHING: Function = (0.0, 0.0, 0.0)
+class Function(NamedTuple):
+    """A function of one held coordinate, the constant by default: see :class:`~pyro_flows.transforms.nested.Terms`."""
+
+    rate: float = 0.0
+    power: float = 0.0
+    share: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,7 @@ class Conditional:
     @torch.no_grad()
     def marginal(self, theta: Tensor) -> Tensor:
         """Return the log density (N,) of held coordinates (N, k), -inf where the others have no normal distribution."""
-        return torch.cat([self._marginal(part) for part in theta.split(ROWS)])
+        return torch.cat([self._marginal(part) for part in theta.split(256)])
 
     def _marginal(self, theta: Tensor) -> Tensor:
         found, size = self.terms.at(theta) @ self.coefficients, len(self.order)
@@ -171,9 +171,7 @@ def _numbers(density: LogDensity, held: list[int], order: Tensor, theta: Tensor)
     z = theta.new_zeros(len(theta), density.dim)
     z[:, held] = theta
     z = z.to(density.dtype)
-    many = int(max(1, AT_ONCE // (density.dim * max(density.dim, density.numbers))))
-    hessians = torch.cat([-second_derivatives(density, part, exact=True).double() for part in z.split(many)])
-    return hessians[:, order[:, None], order], density.value_and_grad(z)[1].double()[:, order]
+    return hessians(density, z, exact=True)[:, order[:, None], order], density.value_and_grad(z)[1].double()[:, order]
 
 
 @torch.no_grad()
@@ -186,7 +184,7 @@ def conditional(density: LogDensity, held: list[int], center: Tensor, spread: Te
     plain = torch.tensor([number for number in range(density.dim) if number not in held], device=center.device)
     sets = list[list[Function]]()
     for number in range(len(held)):
-        theta = center + ASIDE * spread * torch.randn_like(center)
+        theta = center + 0.3 * spread * torch.randn_like(center)  # others are not in the middle
         theta = theta.repeat(ALONG, 1)
         theta[:, number] = center[number] + spread[number] * torch.linspace(-REACH, REACH, ALONG).to(center)
         values = torch.cat([part.flatten(1) for part in _numbers(density, held, plain, theta)], 1)
@@ -208,15 +206,15 @@ def _functions(
         return None
     size = values.abs().amax(0)
     values = values[:, size > 1e-10 * size.max()] / size[size > 1e-10 * size.max()]
-    sets: list[list[Function]] = [[(rate, 0.0, 0.0) for rate in some] for count in range(MOST_RATES + 1)
-                                  for some in itertools.combinations(RATES, count)]  # fmt: skip
-    sets += [[(0.0, float(power), 0.0) for power in range(1, last + 1)] for last in range(1, POLYNOMIAL + 1)]
-    sets += [[(0.0, 0.0, float(share)) for share in range(1, last + 1)] for last in range(1, POLYNOMIAL + 1)]
+    rates = (some for count in range(MOST_RATES + 1) for some in itertools.combinations(RATES, count))
+    sets = [[Function(rate=rate) for rate in some] for some in rates]
+    powers = [[float(power) for power in range(1, last + 1)] for last in range(1, POLYNOMIAL + 1)]
+    sets += [[Function(power=power) for power in some] for some in powers]
+    sets += [[Function(share=power) for power in some] for some in powers]
     for some in sorted(sets, key=len):
-        chosen = [NOTHING, *some]
-        terms = _terms(
-            [tuple(one if j == number else NOTHING for j in range(len(center))) for one in chosen], center, spread
-        )
+        chosen = [Function(), *some]
+        products = [tuple(one if j == number else Function() for j in range(len(center))) for one in chosen]
+        terms = _terms(products, center, spread)
         basis = torch.linalg.qr(terms.at(theta))[0]
         if float((values - basis @ (basis.mT @ values)).abs().max()) < exact:
             return chosen

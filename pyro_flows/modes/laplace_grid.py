@@ -26,6 +26,7 @@ from torch import Tensor
 
 from pyro_flows._seeding import derive, seeded
 from pyro_flows.model.log_density import LogDensity
+from pyro_flows.model.sites import Structure
 from pyro_flows.modes.propriety import finer
 from pyro_flows.modes.tables import OUTSIDE, Table
 from pyro_flows.modes.tops import FARTHEST, Tails, Tops
@@ -40,13 +41,11 @@ UP_TO = 50  # dimensions
 MOST = 4  # coordinates
 LOOKED_AT = 2000  # draws, for which coordinates and where
 TELLING = 0.02  # sum of squared correlations with the distances of others from their middles
-NOISE = 5.0  # standard errors of a correlation that is one
 MOST_ALONE, MOST_BENT = 16, 2  # sites of one coordinate that are looked at before any draw; and that get a grid
 BENT = 0.05  # change of log curvatures over two spreads
 DRAWN, KNOWN = 128, 0.15  # draws at a grid point, and the relative standard error of its mass
 UNSURE, AGAIN = 0.1, 2048  # error at a grid point that gets so many draws in the place of those
-GAP = 2  # grid points in a row whose mass need not be known, between others
-WIDER, TIMES = 5.0, 4  # by which steps are stretched, and how often, where the marginal has not fallen off at the last
+WIDER = 5.0  # by which steps are stretched, up to four times, where the marginal has not fallen off at the last
 FEWEST_DRAWS = 500  # that tell where to look
 FEWEST, DEEP = 8, 60.0  # grid points; nats below the highest one, beyond which there is nothing
 
@@ -108,18 +107,29 @@ def grids_about(density: LogDensity, loc: Tensor, z: Tensor, *, seed: int) -> li
 
 def _bending(density: LogDensity, loc: Tensor, spread: Tensor) -> list[int]:
     """Return the sites of one coordinate along which curvatures change most: of the others in the mean, and its own."""
-    alone = [latent.offset for latent in density.structure.latents if latent.size == 1][:MOST_ALONE]
+    alone = sites_of_one(density.structure)
     if not alone:
         return []
-    rows = torch.arange(len(alone), device=loc.device)
-    away = torch.zeros(len(alone), len(loc), dtype=loc.dtype, device=loc.device)
-    away[rows, alone] = spread[alone]
-    curvatures = -second_derivatives(density, torch.cat([loc + away, loc - away])).diagonal(dim1=1, dim2=2)
-    above, below = curvatures.double().chunk(2)
-    change = (above / below).log().abs().nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
-    own = change[rows, alone]
-    strength, order = (own + (change.sum(1) - own) / (len(loc) - 1)).topk(min(MOST_BENT, len(alone)))
+    away = spread.diag()[alone]
+    curvatures = second_derivatives(density, torch.cat([loc + away, loc - away]))
+    strength, order = bending(curvatures.unflatten(0, (2, -1)), alone).topk(min(MOST_BENT, len(alone)))
     return [alone[number] for number in order[strength > BENT].tolist()]
+
+
+def sites_of_one(structure: Structure) -> list[int]:
+    """Return the coordinates of the first sites that have one each."""
+    return [latent.offset for latent in structure.latents if latent.size == 1][:MOST_ALONE]
+
+
+def bending(hessians: Tensor, alone: list[int]) -> Tensor:
+    """Return the change of log curvatures along each of A coordinates: of its own one, and of the others in the mean.
+
+    Hessians (..., 2, A, D, D) are those at two spreads from each other along each coordinate.
+    """
+    above, below = (-hessians.diagonal(dim1=-2, dim2=-1)).double().unbind(-3)
+    change = (above / below).log().abs().nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
+    own = change[..., torch.arange(len(alone)), alone]
+    return own + (change.sum(-1) - own) / (change.shape[-1] - 1)
 
 
 @torch.no_grad()
@@ -135,7 +145,7 @@ def predictors_of_spread(z: Tensor) -> list[int]:
     away = (away / away.abs().median(0).values.clamp_min(1e-300)).clamp(-1.5 * FARTHEST, 1.5 * FARTHEST)
     signed, size = ((part - part.mean(0)) / part.std(0).clamp_min(1e-300) for part in (away, away.abs()))
     correlation = (signed.mT @ size / len(z)).fill_diagonal_(0.0)
-    correlation = torch.where(correlation.abs() > NOISE / math.sqrt(len(z)), correlation, 0.0)
+    correlation = torch.where(correlation.abs() > 5.0 / math.sqrt(len(z)), correlation, 0.0)  # standard errors
     strength, order = correlation.square().sum(1).topk(min(MOST, z.shape[1]))
     return order[strength > TELLING].tolist()
 
@@ -149,7 +159,7 @@ def marginals(tails: Tails, coordinates: list[int]) -> list[Marginal | None]:
     found = _marginals(tails, coordinates, STEPS)
     for number, coordinate in enumerate(coordinates):
         one = found[number]
-        for _ in range(TIMES):
+        for _ in range(4):
             if one is None or not one.goes_on():
                 break
             one = _marginals(tails, [coordinate], STEPS, WIDER * one.stretch)[0]
@@ -161,7 +171,7 @@ def _marginals(
     tails: Tails, coordinates: list[int], steps: Sequence[float], stretch: float = 1.0
 ) -> list[Marginal | None]:  # fmt: skip
     longer = [stretch * step for step in steps if stretch * step > steps[-1]]
-    tops = tails.tops(coordinates, [*steps, *longer], recorded=True)
+    tops = tails.tops(coordinates, [*steps, *longer])
     log_masses, errors = _weighed(tails, tops)
     masses = log_masses.view(len(coordinates), -1)
     near = masses > masses.nan_to_num(nan=-torch.inf).amax(1, keepdim=True) - DEEP
@@ -171,7 +181,7 @@ def _marginals(
     for number, coordinate in enumerate(coordinates):
         rows = torch.arange(known.shape[1], device=known.device) + number * known.shape[1]
         places = tops.points[rows, coordinate].double()
-        order = _around_first(places, known[number], near[number])
+        order = around(0, places, known[number], near[number], gap=2)
         rows = rows[order]
         reached = 2 * last in order.tolist(), last in order.tolist()
         at = places[order], log_masses[rows], tops.points[rows, :-1], tops.roots[rows]
@@ -179,28 +189,29 @@ def _marginals(
     return found
 
 
-def _around_first(places: Tensor, known: Tensor, near: Tensor) -> Tensor:
-    """Return the numbers of places in order, those that are known, without a wide gap from the first one on.
+def around(middle: int, places: Tensor, known: Tensor, near: Tensor, *, gap: int) -> Tensor:
+    """Return the numbers of the places (N,) that are known, in order, from the middle one to the first wide gap.
 
-    A place that is known to have next to no mass is the end, and nothing beyond it counts.
+    A gap is wide if more than ``gap`` places in a row are not known. A place that is known to have next to no mass is
+    the end too: it is not ``near`` the highest one.
     """
-    if not bool(known[0] & near[0]):
+    if not bool(known[middle] & near[middle]):
         return torch.zeros(0, dtype=torch.long, device=places.device)
     order = places.argsort()
-    first = int((order == 0).nonzero()[0, 0])
+    first = int((order == middle).nonzero()[0, 0])
     sides = order[: first + 1].flip(0).tolist(), order[first:].tolist()
-    below, above = (_up_to_a_gap(side, known.tolist(), near.tolist()) for side in sides)
+    below, above = (_up_to_a_gap(side, known.tolist(), near.tolist(), gap) for side in sides)
     return torch.tensor([*reversed(below[1:]), *above], dtype=torch.long, device=places.device)
 
 
-def _up_to_a_gap(side: list[int], known: list[bool], near: list[bool]) -> list[int]:
+def _up_to_a_gap(side: list[int], known: list[bool], near: list[bool], gap: int) -> list[int]:
     """Return those of some places that are known, up to where more than a few are not, or where nothing is left."""
     found, missing = list[int](), 0
     for place in side:
         if known[place] and not near[place]:
             break
         missing = 0 if known[place] else missing + 1
-        if missing > GAP:
+        if missing > gap:
             break
         found += [place] if known[place] else []
     return found
@@ -232,7 +243,7 @@ def _drawn(tails: Tails, points: Tensor, roots: Tensor, held: Tensor, count: int
     noise[torch.arange(len(points)), :, held] = 0.0
     away = torch.linalg.solve_triangular(roots.mT, noise.mT, upper=True).mT
     z = (points[:, None] + away).to(tails.middle).flatten(0, 1)
-    values = torch.cat([tails.values(part) for part in z.split(LOOKED_AT)]).double()
+    values = torch.cat([tails.density(part) for part in z.split(LOOKED_AT)]).double()
     ratios = values.view(len(points), -1).nan_to_num(nan=-math.inf) + 0.5 * noise.square().sum(2)
     size = roots.diagonal(dim1=1, dim2=2).log().sum(1)
     mean = torch.logsumexp(ratios, 1) - math.log(count)

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from pyro_flows.model.stack import Stack
-from pyro_flows.modes.laplace_grid import BENT, DEEP, FEWEST, MOST_ALONE, UP_TO
+from pyro_flows.modes.laplace_grid import BENT, DEEP, FEWEST, UP_TO, around, bending, sites_of_one
 from pyro_flows.modes.tables import Table
-from pyro_flows.modes.tops import NEWTON, SMALL, roots_of
+from pyro_flows.modes.tops import NEWTON, SMALL, roots_across
 from pyro_flows.starts.start import Start
 
 # spreads from the middle
@@ -38,7 +38,7 @@ class Middles(NamedTuple):
 
     @classmethod
     def of(cls, starts: Sequence[Start]) -> Middles:
-        roots = torch.stack([start.scale if start.scale.dim() == 2 else start.scale.diag() for start in starts])
+        roots = torch.stack([start.root for start in starts])
         return cls(torch.stack([start.loc for start in starts]), roots @ roots.mT)
 
     @property
@@ -50,22 +50,17 @@ class Middles(NamedTuple):
 def bent(stack: Stack, starts: Sequence[Start]) -> Bent | None:
     """Return the site of one coordinate along which each posterior is bent most; None if no site is of one coordinate.
 
-    The strength is the change of its own log curvature over two spreads, and that of the others in the mean.
-
     Cost: a Hessian at two points for each such site, up to 16.
     """
-    alone = [latent.offset for latent in stack.structure.latents if latent.size == 1][:MOST_ALONE]
+    alone = sites_of_one(stack.structure)
     if not alone or not 1 < stack.dim <= UP_TO:
         return None
     middles = Middles.of(starts)
     unit = torch.eye(stack.dim).to(middles.loc)[alone]
     away = middles.spread[:, None] * unit
     points = torch.stack([middles.loc[:, None] + away, middles.loc[:, None] - away], 1)
-    curvatures = -stack.hessians(points.flatten(0, 2)).diagonal(dim1=1, dim2=2).double()
-    above, below = curvatures.view(len(stack), 2, len(alone), stack.dim).unbind(1)
-    change = (above / below).log().abs().nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
-    own = change[:, torch.arange(len(alone)), alone]
-    strengths, chosen = (own + (change.sum(2) - own) / (stack.dim - 1)).max(1)
+    curvatures = stack.hessians(points.flatten(0, 2)).unflatten(0, (len(stack), 2, len(alone)))
+    strengths, chosen = bending(curvatures, alone).max(1)
     return Bent(torch.tensor(alone, device=chosen.device)[chosen], strengths)
 
 
@@ -98,7 +93,7 @@ def _tops(stack: Stack, points: Tensor, held: Tensor) -> tuple[Tensor, Tensor, T
     """
     height, slope = _slopes(stack, points, held)
     for number in range(NEWTON + 1):
-        roots = roots_of(-stack.hessians(points).double(), held)
+        roots = roots_across(-stack.hessians(points).double(), held)
         step = torch.cholesky_solve(slope[..., None], roots.nan_to_num(nan=1.0))[..., 0]
         gain = 0.5 * (slope * step).sum(1)
         known = ~roots.isnan().any(2).any(1) & height.isfinite()
@@ -121,17 +116,9 @@ def _slopes(stack: Stack, points: Tensor, held: Tensor) -> tuple[Tensor, Tensor]
 
 def _table(coordinate: int, tops: Tensor, masses: Tensor, roots: Tensor, known: Tensor) -> Table | None:
     """Return the table of the grid about the middle one, up to the first that are not known or have no mass."""
-    usable = known & (masses > masses[known].max() - DEEP) if bool(known.any()) else known
-    middle, flags = len(SIDE), usable.tolist()
-    if not flags[middle]:
+    places = tops[:, coordinate].double()
+    near = masses > masses[known].max() - DEEP if bool(known.any()) else known
+    chosen = around(len(SIDE), places, known, near, gap=0)
+    if len(chosen) < FEWEST:
         return None
-    first = middle - _run(flags[middle::-1]) + 1
-    chosen = slice(first, middle + _run(flags[middle:]))
-    if chosen.stop - chosen.start < FEWEST:
-        return None
-    return Table(coordinate, tops[chosen, coordinate].double(), masses[chosen], tops[chosen], roots[chosen])
-
-
-def _run(flags: Sequence[bool]) -> int:
-    """Return how many flags are set before the first one that is not."""
-    return next((number for number, flag in enumerate(flags) if not flag), len(flags))
+    return Table(coordinate, places[chosen], masses[chosen], tops[chosen], roots[chosen])

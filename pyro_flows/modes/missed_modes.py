@@ -12,7 +12,15 @@ from torch import Tensor
 from pyro_flows import _ledger
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.modes.climbs import climbed, surveyed
-from pyro_flows.modes.missed_regions import Guide, MissedRegion, Score, is_resolved, missed_regions_of, to_name
+from pyro_flows.modes.missed_regions import (
+    Guide,
+    MissedRegion,
+    Score,
+    guide_at,
+    is_resolved,
+    missed_regions_of,
+    to_name,
+)
 from pyro_flows.modes.symmetric_modes import with_symmetric_modes
 from pyro_flows.modes.symmetries import MOVED_DRAWS, are_the_same, images, moves, signed_permutation
 from pyro_flows.modes.under_covered import Space, under_covered_region
@@ -20,8 +28,6 @@ from pyro_flows.modes.unverified_modes import UNWEIGHED
 from pyro_flows.starts.portfolio import SEARCHES_UNBATCHED
 from pyro_flows.starts.start import Start
 from pyro_flows.verdict.own_values import element
-
-SEEDS = 2  # draws at which exact moves are looked for
 
 
 @dataclass(frozen=True)
@@ -67,14 +73,10 @@ def missed_modes(
     ``modes`` are looked at too. ``sift`` takes out of what a search found what is covered after all; where nothing is
     left, the next one is made.
     """
-    z = z.to(density.dtype)
-    with torch.no_grad():
-        weights = density(z) - log_q
-    finite = torch.isfinite(weights)
-    if not bool(finite.any()):
+    usable = guide_at(density, score, z.to(density.dtype), log_q)
+    if usable is None:
         return Search()
-    z, log_q, weights = z[finite], log_q[finite], weights[finite]
-    guide = Guide(density, score, float(weights.median()))
+    guide, z, log_q, weights = usable
     few = z[:MOVED_DRAWS], log_q[:MOVED_DRAWS]
     doubts: list[Start] = []
     notes: list[str] = []
@@ -108,9 +110,8 @@ def missed_modes(
 
 def sentence_on(density: LogDensity, found: Sequence[MissedRegion], z: Tensor) -> str:
     """Return the sentence on what a guide with draws ``z`` lacks: modes, or mass next to those that it covers."""
-    named = [*{id(region.start): region for region in reversed(to_name(found))}.values()][
-        ::-1
-    ]  # a place of each region
+    first = {id(region.start): region for region in reversed(to_name(found))}  # a place of each region
+    named = [*first.values()][::-1]
     names = sorted({_named(density, region.place, z) for region in named})
     more = f" and {len(names) - 1} more" if len(names) > 1 else ""
     what = "has too little mass" if named[0].beside else "misses a mode"
@@ -119,11 +120,11 @@ def sentence_on(density: LogDensity, found: Sequence[MissedRegion], z: Tensor) -
 
 @torch.no_grad()
 def mirrored(guide: Guide, z: Tensor, log_q: Tensor) -> list[MissedRegion]:
-    """Apply exact moves to the draws; return the regions that hold a good part of the mass and no draws."""
+    """Apply exact moves, found at two draws, to all; return the regions with a good part of the mass and no draws."""
     density = guide.density
     found = []
     height, jacobian = density(z), density.log_jacobian(z)
-    for moved, inside, log_p, log_jacobian in images(density, moves(density, z[:SEEDS]), z):
+    for moved, inside, log_p, log_jacobian in images(density, moves(density, z[:2]), z):
         # The move keeps the volume of the model's own values, so there q's image has the density that q has at z.
         image = log_q - jacobian + log_jacobian
         missed = missed_regions_of(moved, log_p, guide.missing_mass(moved, log_p, image), "mirrored")

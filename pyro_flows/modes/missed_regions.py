@@ -15,9 +15,9 @@ from pyro_flows.starts.prior import without_noise
 from pyro_flows.starts.start import Start
 from pyro_flows.verdict.thresholds import DENSITY_GAP_OF_MODES, MISSED_MASS_ERRORS, MISSED_MASS_SHARE
 
-RESOLUTION = 0.05  # of a coordinate
 TRUNCATED_TAIL = "short tail"  # name of a start where a marginal goes on beyond the draws
-PLACES = 8  # that wanderers came to, at most
+BY_WALKERS = "wandered"
+PLACES = 8  # to which walkers came, at most
 
 Score = Callable[[Tensor], Tensor]
 
@@ -64,6 +64,21 @@ class Guide:
         return thin
 
 
+def guide_at(
+    density: LogDensity, score: Score, z: Tensor, log_q: Tensor
+) -> tuple[Guide, Tensor, Tensor, Tensor] | None:  # fmt: skip
+    """Return a guide by draws z (S, D) of it, and those of finite weight: draws, log densities ``log_q``, log weights.
+
+    None if no draw has a weight.
+    """
+    with torch.no_grad():
+        weights = density(z) - log_q
+    finite = torch.isfinite(weights)
+    if not bool(finite.any()):
+        return None
+    return Guide(density, score, float(weights[finite].median())), z[finite], log_q[finite], weights[finite]
+
+
 def missed_regions_of(moved: Tensor, log_p: Tensor, missing_mass: Tensor, name: str) -> list[MissedRegion]:
     """Return the region of moved draws if it holds a good part of the mass; each draw counts as one at most."""
     if not float(missing_mass.clamp(max=1.0).mean()) > MISSED_MASS_SHARE:
@@ -73,7 +88,7 @@ def missed_regions_of(moved: Tensor, log_p: Tensor, missing_mass: Tensor, name: 
 
 
 def to_name(missed: Sequence[MissedRegion]) -> list[MissedRegion]:
-    """Return the modes that are missed, of which words tell first; the other places if none is."""
+    """Return the modes that are missed, which a sentence names first; the other places if there are none."""
     return [region for region in missed if not region.beside] or list(missed)
 
 
@@ -91,29 +106,21 @@ def is_resolved(density: LogDensity, place: Tensor) -> bool:
     """
     latents = {name: value for name, value in density.constrain(place[None]).items() if name in density.names}
     back = density.unconstrain(latents)[0]
-    same = ((back - place).abs() <= RESOLUTION * (1.0 + place.abs())).all()
+    same = ((back - place).abs() <= 0.05 * (1.0 + place.abs())).all()
     return bool(same) and bool(without_noise(density, place[None]))
 
 
-def share_error(thin: Tensor, mass: Tensor, there: Tensor) -> tuple[float, float, float]:
-    """Return the share of wanderers at thin places, that of weighted draws, and the standard error of the difference.
+def regions_of_walkers(ends: Tensor, thin: Tensor, mass: Tensor, there: Tensor) -> list[MissedRegion]:
+    """Return places to which walkers came and where the guide is too thin, if weighted draws have less mass there.
 
-    Wanderers (N,) ended where the guide is ``thin``; so are draws (S,) with normalized weights that are ``there``.
+    Walkers ended at ``ends`` (N, D), some of them where the guide is ``thin`` (N,). Draws (S,) have normalized weights
+    ``mass``, and some of them are ``there``, where it is thin too. The difference of both shares has to exceed its
+    standard errors.
     """
-    count = len(thin)
-    known, effective = float(mass[there].sum()), float(1.0 / mass.square().sum())
-    share = float(thin.double().mean())
+    count, share, known = len(thin), float(thin.double().mean()), float(mass[there].sum())
+    effective = float(1.0 / mass.square().sum())
     variance = max(share, 1.0 / count) * (1.0 - share) / count + known * (1.0 - known) / effective
-    return share, known, math.sqrt(max(variance, 0.0))
-
-
-def regions_of_walkers(ends: Tensor, thin: Tensor, mass: Tensor, there: Tensor, name: str) -> list[MissedRegion]:
-    """Return places where wanderers came to and the guide is too thin, if weighted draws know of less.
-
-    ``ends`` (N, D) are where they came to; the others are those of :func:`share_error`.
-    """
-    share, known, error = share_error(thin, mass, there)
-    if share - MISSED_MASS_ERRORS * error <= known + MISSED_MASS_SHARE:
+    if share - MISSED_MASS_ERRORS * math.sqrt(max(variance, 0.0)) <= known + MISSED_MASS_SHARE:
         return []
-    about = moments(ends[thin], name)
+    about = moments(ends[thin], BY_WALKERS)
     return [MissedRegion(end, about, beside=True) for end in ends[thin][:PLACES]]

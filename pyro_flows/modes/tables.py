@@ -63,7 +63,7 @@ class Table:
         return between(values.to(grid), grid, summed, torch.zeros_like(summed))[:, 0]
 
 
-def roots_of(table: Table) -> Tensor:
+def covariance_roots(table: Table) -> Tensor:
     """Return lower triangular roots (N, D, D) of covariances of grid points, a one at their coordinate."""
     unit = torch.eye(table.tops.shape[1]).to(table.roots)
     inner = torch.linalg.solve_triangular(table.roots, unit, upper=False)
@@ -81,4 +81,4 @@ def flow_along(table: Table, *, df: float = 30.0) -> Flow:
     if not table.beyond() < OUTSIDE:
         raise ValueError("grid: expected a density that has fallen off at both ends.")
     places, height = table.density()
-    return of_grid(table.coordinate, (places, height), table.places, table.tops, roots_of(table), df=df)
+    return of_grid(table.coordinate, (places, height), table.places, table.tops, covariance_roots(table), df=df)

@@ -25,9 +25,7 @@ from pyro_flows.starts.gaussians import Gaussians
 POINTS = 48  # for each normal
 TEMPERATURES = 40
 LEAPS = 5
-STEP = 0.3  # of a leap, in the normal's sds at first
 WALKER_MOVES = 24
-WANTED = 0.75  # of the moves to be accepted
 
 
 class Tempered(NamedTuple):
@@ -65,9 +63,7 @@ def move_walkers(density: LogDensity, z: Tensor, units: Tensor, *, seed: int) ->
 @torch.no_grad()
 def move_walkers_together(density: LogDensity | Stack, z: Tensor, units: Tensor, *, seed: int) -> tuple[Tensor, Tensor]:
     """Do the same with points (K, S, D) of K data sets at once, in ``units`` (K, D) or (K, D, D) of their own."""
-    identity = torch.ones(len(z), z.shape[2], dtype=z.dtype, device=z.device)
-    none = torch.zeros(len(z), z.shape[2], 1, dtype=z.dtype, device=z.device)
-    frame = Gaussians(torch.zeros_like(identity), units, identity, none, torch.ones_like(none[:, :1]))
+    frame = Gaussians.of(z.new_zeros(len(z), z.shape[2]), units)
     with seeded(seed, density.device):
         walk = _Walk(density, frame, in_units(z, units))
         walk.beta = 1.0
@@ -90,7 +86,7 @@ class _Walk:
         self.density, self.gaussians, self.x = density, gaussians, x
         self.log_weights = torch.zeros(x.shape[:2], dtype=torch.float64, device=x.device)
         self.beta = 0.0
-        self.step = torch.full((len(x), 1, 1), STEP, dtype=x.dtype, device=x.device)
+        self.step = x.new_full((len(x), 1, 1), 0.3)  # in sds of the normals
         self.log_p, self.log_g, self.slope = self._look(x)
 
     def _look(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -102,11 +98,11 @@ class _Walk:
         return value, log_g, self.gaussians.pull(torch.nan_to_num(grad, nan=0.0, posinf=0.0, neginf=0.0))
 
     def heat(self, beta: float) -> None:
-        """Weight the points for a higher beta, and move them once there."""
+        """Weight the points for a higher beta, and move them once there, so that three moves of four are accepted."""
         self.log_weights += (beta - self.beta) * (self.log_p - self.log_g).double()
         self.beta = beta
         accepted = self.move()
-        self.step = self.step * torch.where(accepted.mean(1)[:, None, None] > WANTED, 1.15, 0.8)
+        self.step = self.step * torch.where(accepted.mean(1)[:, None, None] > 0.75, 1.15, 0.8)
 
     def move(self) -> Tensor:
         """Move all points once by Hamiltonian dynamics; return which moves were accepted (K, S)."""

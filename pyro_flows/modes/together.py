@@ -11,26 +11,23 @@ from torch import Tensor
 from pyro_flows._seeding import derive
 from pyro_flows.flows.flow import Flow
 from pyro_flows.model.stack import Stack
-from pyro_flows.modes.climbs import _weighed
+from pyro_flows.modes.climbs import INFLATED, _weighed
 from pyro_flows.modes.missed_modes import Search, mirrored, sentence_on
-from pyro_flows.modes.missed_regions import Guide, MissedRegion, is_resolved, regions_of_walkers
+from pyro_flows.modes.missed_regions import Guide, MissedRegion, guide_at, is_resolved
 from pyro_flows.modes.symmetries import MOVED_DRAWS
 from pyro_flows.modes.tempering import Tempered, move_walkers_together, temper
-from pyro_flows.modes.under_covered import BY_WALKERS
+from pyro_flows.modes.under_covered import MANY_WALKERS, regions_by_density
 from pyro_flows.modes.units import units_of
 from pyro_flows.modes.unverified_modes import UnverifiedMode, modes_with_mass, worth_measuring
 from pyro_flows.starts.gaussians import Gaussians
 from pyro_flows.starts.pathfinder import Paths, pathfinder
-from pyro_flows.starts.prior import prior_draws
+from pyro_flows.starts.prior import SEARCHES, prior_draws
 from pyro_flows.verdict.deciding import resample
-from pyro_flows.verdict.thresholds import DENSITY_GAP_OF_WALKERS
 
 DRAWS = 600
-OWN, PRIOR = 2, 8  # paths from the guide's own draws, and from the prior's
-OUTWARDS = (3.0, 10.0)  # factors by which draws are moved away from their median, two of them each
-EACH = 2
+OWN = EACH = 2  # paths from the guide's own draws; from draws that each factor moves away from their median
+OUTWARDS = INFLATED[:2]
 MEASURED = 2  # doubtful places of each data set, by tempering
-MANY_WALKERS = 128
 MIRRORED = 2  # data sets on which exact symmetries are tried: they are a matter of the model
 
 
@@ -70,24 +67,18 @@ class _Look(NamedTuple):
 
 def _look(stack: Stack, number: int, flow: Flow) -> _Look | None:
     """Draw from a flow; None if no draw has a density."""
-    density, (z, log_q) = stack.densities[number], flow.draw(DRAWS)
-    with torch.no_grad():
-        weights = density(z) - log_q
-    finite = torch.isfinite(weights)
-    if not bool(finite.any()):
-        return None
-    z, log_q, weights = z[finite], log_q[finite], weights[finite]
-    return _Look(number, Guide(density, flow.log_prob, float(weights.median())), z, log_q, weights, units_of(z))
+    usable = guide_at(stack.densities[number], flow.log_prob, *flow.draw(DRAWS))
+    return None if usable is None else _Look(number, *usable, units_of(usable[1]))
 
 
 def _climbed(stack: Stack, looks: Sequence[_Look], seed: int) -> list[list[MissedRegion]]:
     """Climb from a few points for each data set; return what is missed at the ends."""
-    prior = prior_draws(stack.densities[0], PRIOR, seed=derive(seed, "modes from the prior"))
+    prior = prior_draws(stack.densities[0], SEARCHES, seed=derive(seed, "modes from the prior"))
     points = torch.cat([torch.cat([_own_points(look), prior]) for look in looks])
     count = len(points) // len(looks)
     units = torch.stack([_full(look.units) for look in looks]).repeat_interleave(count, 0)
     paths = pathfinder(stack.select([look.number for look in looks]), points, units, seed=derive(seed, "modes"))
-    own = [_part(paths, slice(place * count, (place + 1) * count)) for place in range(len(looks))]
+    own = [paths.some(slice(place * count, (place + 1) * count)) for place in range(len(looks))]
     found, doubts = [], []
     for look, part in zip(looks, own, strict=True):
         missed, doubtful = _weighed(look.guide, part, OWN, look.units, seed=derive(seed, f"weighed {look.number}"))
@@ -111,7 +102,7 @@ def _tempered(
     found: list[list[MissedRegion]] = [[] for _ in looks]
     if not asked:
         return found
-    parts = [[part[numbers] for part in own[place].best] for (place, _), numbers in zip(asked, normals, strict=True)]
+    parts = [own[place].best.some(numbers) for (place, _), numbers in zip(asked, normals, strict=True)]
     best = Gaussians(*(torch.cat(part) for part in zip(*parts, strict=True)))
     walk = temper(stack.select(chosen), best, seed=derive(seed, "tempering"))
     for row, (place, worth) in enumerate(asked):
@@ -119,11 +110,6 @@ def _tempered(
         mine = Tempered(*(part[rows] for part in walk))
         found[place] = modes_with_mass(looks[place].guide, own[place].ends, worth, mine)
     return found
-
-
-def _part(paths: Paths, part: slice) -> Paths:
-    best = Gaussians(*(x[part] for x in paths.best))
-    return Paths(best, paths.elbo[part], paths.ends[part], paths.settled[part])
 
 
 def _full(units: Tensor) -> Tensor:
@@ -139,28 +125,24 @@ def _own_points(look: _Look) -> Tensor:
 
 
 def _wandered(stack: Stack, looks: Sequence[_Look], seed: int) -> list[list[MissedRegion]]:
-    """Let weighted draws of all data sets wander; return places where guides are too thin."""
+    """Move walkers from weighted draws of all data sets; return places where guides are too thin."""
     begun = []
     for look in looks:
         ratios = torch.log_softmax(look.weights.double(), 0)
-        begun.append(look.z[resample(ratios, MANY_WALKERS, seed=derive(seed, f"wanderers {look.number}"))])
+        begun.append(look.z[resample(ratios, MANY_WALKERS // 2, seed=derive(seed, f"wanderers {look.number}"))])
     units, chosen = torch.stack([_full(look.units) for look in looks]), stack.select([look.number for look in looks])
-    ends, log_p = move_walkers_together(chosen, torch.stack(begun), units, seed=derive(seed, "wandering"))
-    return [_thin(look, *parts) for look, *parts in zip(looks, ends, log_p, strict=True)]
-
-
-def _thin(look: _Look, ends: Tensor, log_p: Tensor) -> list[MissedRegion]:
-    """Return a place where the guide is too thin, if more draws came there than weights know of."""
-    guide = look.guide
-    ratios = (look.weights - guide.covered).double()
-    there = guide.is_under_covered(look.z, look.weights + look.log_q, by=DENSITY_GAP_OF_WALKERS)
-    thin = guide.is_under_covered(ends, log_p, by=DENSITY_GAP_OF_WALKERS)
-    return regions_of_walkers(ends, thin, torch.softmax(ratios, 0), there, BY_WALKERS)
+    walked_to = move_walkers_together(chosen, torch.stack(begun), units, seed=derive(seed, "wandering"))
+    found = []
+    for look, ends, log_p in zip(looks, *walked_to, strict=True):
+        mass = torch.softmax((look.weights - look.guide.covered).double(), 0)
+        draws = look.z, look.weights + look.log_q
+        found.append(regions_by_density(look.guide, (ends, log_p), draws, mass))
+    return found
 
 
 def _search(look: _Look | None, missed: Sequence[MissedRegion], symmetric: bool) -> Search:
     """Put what was found into words."""
-    paths = EACH * len(OUTWARDS) + PRIOR
+    paths = EACH * len(OUTWARDS) + SEARCHES
     notes = (f"many data sets were fitted side by side, and the search for missed modes had {paths} paths for each",)
     if look is None:
         return Search(notes=notes)

@@ -16,21 +16,18 @@ from pyro_flows.starts.prior import spread_of
 SMALL = 0.1  # nats that do not matter
 HESSIANS = 2e7  # numbers that are worked on at once
 NEWTON = 4  # steps at most
-LEVEL = 1e-6  # of a curvature that is left given other coordinates, below which differences may not tell it from none
 FARTHEST = 6.0  # units, to which draws are cut
-RIDGE = 1e-12  # added to the diagonal of a correlation matrix
 
 
 class Held:
     """A log density of points with the number of a coordinate behind them, along which no path is to move."""
 
-    def __init__(self, density: LogDensity, *, recorded: bool) -> None:
-        self.density, self._evaluate = density, density.value_and_grad if recorded else density.unrecorded
-        self.dim, self.numbers, self.written = density.dim + 1, density.numbers, density.written
+    def __init__(self, density: LogDensity) -> None:
+        self.density, self.dim, self.numbers, self.written = density, density.dim + 1, density.numbers, density.written
 
     def value_and_grad(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """Return log densities (S,) and gradients (S, D + 1), zero at the coordinate that is held and at its number."""
-        value, grad = self._evaluate(z[:, :-1])
+        value, grad = self.density.value_and_grad(z[:, :-1])
         grad = torch.cat([grad, torch.zeros_like(grad[:, :1])], 1)
         return value, grad.scatter(1, z[:, -1:].nan_to_num(nan=0.0).long(), 0.0)
 
@@ -85,15 +82,15 @@ def hessians(density: LogDensity, points: Tensor, *, exact: bool = False) -> Ten
 def _roots(density: LogDensity, points: Tensor, held: Tensor) -> Tensor:
     """Return roots (K, D, D) of Hessians over all coordinates but the one held; NaN where there is none."""
     curvatures = hessians(density, points)
-    roots = roots_of(curvatures, held)
+    roots = roots_across(curvatures, held)
     pivots = roots.diagonal(dim1=1, dim2=2).square() / curvatures.diagonal(dim1=1, dim2=2)
-    level = (pivots < LEVEL).any(1).nonzero()[:, 0]  # the last digits decide whether there is a root
+    level = (pivots < 1e-6).any(1).nonzero()[:, 0]  # little is left given other coordinates: last digits decide
     if len(level):
-        roots = roots.index_copy(0, level, roots_of(hessians(density, points[level], exact=True), held[level]))
+        roots = roots.index_copy(0, level, roots_across(hessians(density, points[level], exact=True), held[level]))
     return roots
 
 
-def roots_of(hessians: Tensor, held: Tensor) -> Tensor:
+def roots_across(hessians: Tensor, held: Tensor) -> Tensor:
     """Return roots (K, D, D) of Hessians, changed to the identity along the one held (K,); NaN if there is none."""
     rows = torch.arange(len(held), device=held.device)
     hessians[rows, held] = 0.0
@@ -116,22 +113,22 @@ class Tails:
         scaled = ((z - z.median(0).values) / self.spread).double().clamp(-FARTHEST, FARTHEST)
         self.middle = z[scaled.square().sum(1).argmin()]
         products = scaled.mT @ scaled / len(z)
-        inverse = torch.linalg.inv_ex(products + RIDGE * torch.eye(density.dim).to(products)).inverse
+        inverse = torch.linalg.inv_ex(products + 1e-12 * torch.eye(density.dim).to(products)).inverse
         self.slopes = (products / products.diagonal()).nan_to_num(nan=0.0).to(z.dtype)
         self.units = self.spread * inverse.diagonal().rsqrt().nan_to_num(nan=1.0).clamp(max=1.0).to(z.dtype)
 
-    def tops(self, coordinates: list[int], steps: Sequence[float], *, recorded: bool) -> Tops:
+    def tops(self, coordinates: list[int], steps: Sequence[float]) -> Tops:
         """Return tops over all other coordinates, a coordinate after the other.
 
         Paths begin with the others in the middle, or where they are on average, given the one that is held.
         """
-        density = Held(self.density, recorded=recorded)
+        density = Held(self.density)
         held = torch.tensor(coordinates, device=self.middle.device).repeat_interleave(1 + 2 * len(steps))
         distances = self.middle.new_tensor([0.0, *steps, *(-step for step in steps)]).repeat(len(coordinates))[:, None]
         there = self.middle[held, None] + distances * self.spread[held, None]
         others = self.middle.expand(len(held), -1), self.middle + self.spread * self.slopes[:, held].mT * distances
         points, led = (each.scatter(1, held[:, None], there) for each in others)
-        heights = torch.stack([self._values(each, recorded=recorded) for each in (points, led)])
+        heights = torch.stack([self.density(each) for each in (points, led)])
         points = torch.where((heights[1] > heights[0].nan_to_num(nan=-torch.inf))[:, None], led, points)
         points = torch.cat([points, held[:, None].to(points)], 1)
         found = Tops(points, heights[0].double(), points.new_full((*points.shape, self.density.dim), torch.nan)[:, :-1])
@@ -141,7 +138,7 @@ class Tails:
             units = torch.cat([self.units, self.units.new_ones(1)]).expand(len(usable), -1)
             ends = climb(density, points[usable], units, ticks=FEW_TICKS)
             known = ends.points.isfinite().all(1)
-            known[known.clone()] = self._noise(ends.points[known][:, :-1], recorded=recorded) < SMALL
+            known[known.clone()] = self._noise(ends.points[known][:, :-1]) < SMALL
             usable = usable[known]
         if len(usable):
             tops = tops_at(density, ends.points[known], ends.settled[known])
@@ -149,15 +146,9 @@ class Tails:
                 whole[usable] = part
         return found
 
-    def _noise(self, points: Tensor, *, recorded: bool) -> Tensor:
+    def _noise(self, points: Tensor) -> Tensor:
         """Return by how much log densities change where coordinates change by their last digits, alike or not."""
         odd = (1.0 - 2.0 * (torch.arange(points.shape[1]) % 2)).to(points).expand_as(points)
         moved = [torch.nextafter(points, signs * torch.inf) for signs in (torch.ones_like(points), odd)]
-        here, *heights = (self._values(each, recorded=recorded) for each in (points, *moved))
+        here, *heights = (self.density(each) for each in (points, *moved))
         return torch.stack([(height - here).abs() for height in heights]).amax(0)
-
-    def values(self, points: Tensor) -> Tensor:
-        return self._values(points, recorded=True)
-
-    def _values(self, points: Tensor, *, recorded: bool) -> Tensor:
-        return self.density(points) if recorded else self.density.unrecorded(points)[0]

@@ -19,9 +19,8 @@ from pyro_flows._seeding import derive, seeded
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.modes.laplace_grid import Marginal, all_grids, can_have_grid, closer
 from pyro_flows.modes.missed_modes import Search, sentence_on
-from pyro_flows.modes.missed_regions import TRUNCATED_TAIL, MissedRegion
-from pyro_flows.modes.tables import roots_of
-from pyro_flows.modes.under_covered import BY_WALKERS
+from pyro_flows.modes.missed_regions import BY_WALKERS, TRUNCATED_TAIL, MissedRegion
+from pyro_flows.modes.tables import covariance_roots
 from pyro_flows.starts.start import Start
 from pyro_flows.verdict.thresholds import MISSED_MASS_ERRORS, MISSED_MASS_OF_TAILS, QUARTILE_GAP_OF_GRID, TAIL_SHARE
 from pyro_flows.verdict.weighing import in_order, weighted_quantiles
@@ -33,7 +32,7 @@ def with_truncated_tails(
     search: Search, density: LogDensity, draw: Callable[[], tuple[Tensor, Tensor]], *, worth: float = math.inf,
     seed: int,
 ) -> Search:  # fmt: skip
-    """Go on with a search that has found no mode: look for a tail that draws come short of.
+    """Go on with a search that has found no mode: look for a tail that the draws truncate.
 
     ``draw`` gives draws z (S, D) and their log weights (S,); they are worth so many independent ones at most.
     """
@@ -52,7 +51,7 @@ def with_truncated_tails(
 def truncated_tail(
     density: LogDensity, z: Tensor, log_weights: Tensor, *, worth: float = math.inf, seed: int
 ) -> MissedRegion | None:
-    """Return a place in the worst tail that weighted draws z (S, D) come short of; None for none."""
+    """Return a place in the tail that weighted draws z (S, D) truncate most; None if they truncate none."""
     found = all_grids(density, z, log_weights, seed=seed)
     mass = torch.softmax(log_weights.double(), 0)
     effective = min(max(worth, 1.0) if worth == worth else 1.0, float(1.0 / mass.square().sum()))
@@ -74,7 +73,7 @@ def _quantiles(values: Tensor, mass: Tensor, levels: Sequence[float]) -> Tensor:
 
 
 def _truncated_by(marginal: Marginal, values: Tensor, mass: Tensor) -> float:
-    """Return by how much weighted draws (S,) come short of a tail; -inf if grid points disagree about the middle."""
+    """Return the mass that weighted draws (S,) lack in a tail; -inf if grid points disagree about the middle."""
     inner = [TAIL_SHARE + (1.0 - 2.0 * TAIL_SHARE) * part for part in QUARTERS]
     found = _quantiles(values, mass, [TAIL_SHARE, *inner, 1.0 - TAIL_SHARE])
     if not marginal.places[0] < found[0] < found[-1] < marginal.places[-1]:
@@ -93,5 +92,5 @@ def _place(marginal: Marginal, values: Tensor, mass: Tensor) -> MissedRegion:
     below = marginal.below(torch.stack([low, high, *marginal.places]))
     target = 0.5 * below[0] if below[0] > 1.0 - below[1] else 0.5 * (1.0 + below[1])
     number = int((below[2:] - target).abs().argmin())
-    top, root = (part[number].to(marginal.tails.density.dtype) for part in (marginal.tops, roots_of(marginal)))
+    top, root = (part[number].to(marginal.tails.density.dtype) for part in (marginal.tops, covariance_roots(marginal)))
     return MissedRegion(top, Start(TRUNCATED_TAIL, top, root), beside=True)

@@ -35,10 +35,8 @@ from pyro_flows.verdict.thresholds import (
     TAIL_SHARE,
 )
 
-DECADES = 1.5  # by which leaps differ: the way in is narrow
 HIGH = 5.0  # nats of excess, up to which points are drawn outwards
-MANY_WALKERS, FEWER = 256, 64  # the less where a look at one is costly
-BY_WALKERS = "wandered"
+MANY_WALKERS = 256
 FIRST, OUT, BACK = 16, 48, 64  # moves: to see whether there is any way out, farther out, and under the density itself
 LOOKS = 8  # at the way back
 
@@ -92,11 +90,11 @@ def excess(points: Points, level: float) -> Tensor:
 
 
 def _moved(space: Space, points: Points, level: float, height: float | None) -> Points:
-    """Move all points once, each with a step size of its own."""
+    """Move all points once, each with a step size of its own: leaps differ by 1.5 decades, as the way in is narrow."""
     velocity = torch.randn_like(points.x)
     value, slope = _target(points, level, height)
     start = 0.5 * velocity.square().sum(1) - value
-    step = 10.0 ** (-DECADES * torch.rand_like(velocity[:, :1])) * points.x.shape[1] ** -0.25
+    step = 10.0 ** (-1.5 * torch.rand_like(velocity[:, :1])) * points.x.shape[1] ** -0.25
     new = points
     for _ in range(LEAPS):
         velocity = velocity + 0.5 * step * slope
@@ -122,29 +120,32 @@ def _target(points: Points, level: float, height: float | None) -> tuple[Tensor,
 def under_covered_region(
     guide: Guide, space: Space | None, z: Tensor, weights: Tensor, log_q: Tensor, *, seed: int
 ) -> list[MissedRegion]:
-    """Let weighted draws wander; return a place where the guide is too thin, if more of them come there than before.
+    """Move walkers from weighted draws; return places where the guide is too thin, if more come there than before.
 
-    Weights know of places where the guide is thin as long as it has a draw there; only what exceeds that counts. Where
-    the latent space of the guide is known, and the weights are good enough for a verdict, wanderers are first drawn out
-    to where it is thin. Elsewhere they move under the density itself; see :func:`move_walkers`. Draws z (S, D) have log
-    weights (S,) and log densities (S,).
+    Weights count the mass where the guide is thin as long as it has a draw there; only what exceeds that counts. Where
+    the latent space of the guide is known, and the weights are good enough for a verdict, walkers are first drawn out
+    to where it is thin: 256, or a quarter of them where a look at a point is costly. Elsewhere they move under the
+    density itself; see :func:`move_walkers`. Draws z (S, D) have log weights (S,) and log densities (S,).
     """
     log_mass = torch.log_softmax((weights - guide.covered).double(), 0)
-    count = FEWER if space is not None and space.costly else MANY_WALKERS
+    count = MANY_WALKERS // 4 if space is not None and space.costly else MANY_WALKERS
     chosen = z[resample(log_mass, count, seed=derive(seed, "wanderers"))]
     if space is None or not is_usable(log_mass):
-        ends, log_p = move_walkers(guide.density, chosen, units_of(z), seed=derive(seed, "wandering"))
-        thin, there = (
-            guide.is_under_covered(ends, log_p, by=DENSITY_GAP_OF_WALKERS),
-            guide.is_under_covered(z, weights + log_q, by=DENSITY_GAP_OF_WALKERS),
-        )
-    else:
-        over = (weights + log_q - guide.score(z)).double()
-        found = _drawn_out(space, chosen, over, log_mass, seed=seed)
-        if found is None:
-            return []
-        ends, thin, there = found
-    return regions_of_walkers(ends, thin, log_mass.exp(), there, BY_WALKERS)
+        walked_to = move_walkers(guide.density, chosen, units_of(z), seed=derive(seed, "wandering"))
+        return regions_by_density(guide, walked_to, (z, weights + log_q), log_mass.exp())
+    found = _drawn_out(space, chosen, (weights + log_q - guide.score(z)).double(), log_mass, seed=seed)
+    if found is None:
+        return []
+    ends, thin, there = found
+    return regions_of_walkers(ends, thin, log_mass.exp(), there)
+
+
+def regions_by_density(
+    guide: Guide, ends: tuple[Tensor, Tensor], draws: tuple[Tensor, Tensor], mass: Tensor
+) -> list[MissedRegion]:
+    """Return what :func:`regions_of_walkers` does, where ends of walkers and draws come with their log densities."""
+    thin, there = (guide.is_under_covered(*points, by=DENSITY_GAP_OF_WALKERS) for points in (ends, draws))
+    return regions_of_walkers(ends[0], thin, mass, there)
 
 
 def is_usable(log_mass: Tensor) -> bool:
@@ -159,7 +160,7 @@ def _drawn_out(
 
     Return where they are, which of them (N,) are where the guide is thin, and which of the weighted draws (S,) are. A
     place is thin if its excess is one that the draws hardly reach. None if there is no way out, or as soon as no more
-    wanderers than draws are left there: they were drawn to there, so that their share falls to what it is.
+    walkers than draws are left there: they were drawn to there, so that their share falls to what it is.
     """
     with seeded(derive(seed, "umbrella"), chosen.device):
         points = space.look(*space.place(chosen))

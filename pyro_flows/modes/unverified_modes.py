@@ -31,7 +31,6 @@ CURVED_UP_TO = 2**19  # dimensions times the numbers that one evaluation handles
 UNWEIGHED = (
     "the search for missed modes found a region whose mass it could not estimate: Hessians cost too much for this model"
 )
-SAME = 3.0  # standard deviations by Laplace's normal, within which tops are one
 TOPS_APART = 6.0  # units, the norm of all coordinates together
 LOOKED_AT = 4  # places whose mass is measured by tempering, the best first
 
@@ -95,7 +94,8 @@ def by_curvature(
     top, slopes = density.value_and_grad(modes)
     to_gain = (roots.mT @ slopes[..., None])[..., 0].square().sum(1)
     away = torch.linalg.solve(roots, (modes - modes[0])[..., None])[..., 0].norm(dim=1)
-    kept = (to_gain < SMALL) & (away > SAME)  # no top without bound, nor the guide's own once more
+    # neither places without a top, nor the guide's own top once more, within three standard deviations
+    kept = (to_gain < SMALL) & (away > 3.0)
     kept[0] = True
     size = torch.linalg.slogdet(roots)[1] + 0.5 * density.dim * math.log(2.0 * math.pi)
     tells = guide.covered - float((top + size)[0]) < MASS_GAP_OF_LAPLACE_A_DIM * density.dim
@@ -106,9 +106,8 @@ def by_curvature(
 
 def normals_at(modes: Tensor, roots: Tensor, evidence: Tensor) -> Paths:
     """Return normals about modes (K, D), by lower triangular roots of covariances, as if paths had ended there."""
-    one, none = torch.ones_like(modes), torch.zeros_like(modes[..., None])
-    normals = Gaussians(modes, roots, one, none, torch.ones_like(none[:, :1]))
-    return Paths(normals, evidence, modes, torch.ones(len(modes), dtype=torch.bool, device=modes.device))
+    settled = torch.ones(len(modes), dtype=torch.bool, device=modes.device)
+    return Paths(Gaussians.of(modes, roots), evidence, modes, settled)
 
 
 def _apart(paths: Paths, numbers: Sequence[int], units: Tensor) -> list[int]:
@@ -152,10 +151,8 @@ def modes_with_mass(guide: Guide, ends: Tensor, worth: Sequence[UnverifiedMode],
 
 
 def _stay_thin(guide: Guide, points: Tensor, path: UnverifiedMode) -> bool:
-    """Whether most of some points (S, D) are still where the guide is thin after they have wandered about."""
-    scale = path.start.scale
-    units = scale.norm(dim=1) if scale.dim() == 2 else scale
-    ends, log_p = move_walkers(guide.density, points, units, seed=derive(path.number, "places"))
+    """Whether most of some points (S, D) are still where the guide is thin after they have moved as walkers."""
+    ends, log_p = move_walkers(guide.density, points, path.start.sds, seed=derive(path.number, "places"))
     return float(guide.is_under_covered(ends, log_p).double().mean()) > 0.5
 
 

@@ -101,7 +101,11 @@ class Climb:
         return Met(Gaussians(loc, units, self.alpha[paths].sqrt(), basis, factor), paths, moved[paths])
 
     def tick(self) -> Tensor:
-        """Try one step on each path that is not over; return which were taken (K,)."""
+        """Try one step on each path that is not over; return which were taken (K,).
+
+        A step is taken that rises by 1e-4 of what its slope promises. Where the density does not curve down along it,
+        the next one is twice as long.
+        """
         self._leave_out()
         rows = self.under_way
         over, before = self.over[rows], self.height[rows]
@@ -139,7 +143,7 @@ class Climb:
         heights = torch.cat([drawn, tops])
         return float(heights[torch.isfinite(heights)].amax()) if bool(torch.isfinite(heights).any()) else -math.inf
 
-    def end_stalled(self, known: float | None = None) -> None:
+    def end_stalled(self, known: float | None) -> None:
         """End paths that have hardly risen since the last call.
 
         Where a density is ``known``, they have to rise by a fifth of what they lack of it; those that reach it end too.

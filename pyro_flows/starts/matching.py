@@ -82,7 +82,7 @@ def moved(start: Start, z: Tensor, weighing: Weighing) -> Start:
         root, fault = torch.linalg.cholesky_ex(covariance)
         if not int(fault):
             return replace(start, name=NAME, loc=mean, scale=root, evidence=None)
-    spread = start.scale.norm(dim=1) if start.scale.dim() == 2 else start.scale
+    spread = start.sds
     variances = covariance.diagonal().clamp_min(0.0)
     mean = start.loc + spread * _shrunk((mean - start.loc) / spread, 1.0 / weighing.ess)
     ratio = _shrunk((variances.sqrt() / spread).log(), 0.5 / weighing.ess).exp()

@@ -42,6 +42,9 @@ class Paths:
     ends: Tensor
     settled: Tensor
 
+    def some(self, rows: slice) -> Paths:
+        return Paths(self.best.some(rows), self.elbo[rows], self.ends[rows], self.settled[rows])
+
 
 def pathfinder(density: LogDensity | Stack, points: Tensor, units: Tensor, *, seed: int, own: int = 0) -> Paths:
     r"""Climb from each point (K, D) by L-BFGS, all paths side by side; return the best Gaussian along each.

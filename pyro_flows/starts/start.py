@@ -30,6 +30,16 @@ class Start:
     def volume(self) -> float:
         return float((self.scale if self.scale.dim() == 1 else self.scale.diagonal()).log().sum())
 
+    @property
+    def root(self) -> Tensor:
+        """The scale as a matrix (D, D)."""
+        return self.scale if self.scale.dim() == 2 else self.scale.diag()
+
+    @property
+    def sds(self) -> Tensor:
+        """The standard deviations (D,)."""
+        return self.scale.norm(dim=1) if self.scale.dim() == 2 else self.scale
+
     def map(self, noise: Tensor) -> Tensor:
         return self.loc + (self.scale * noise if self.scale.dim() == 1 else noise @ self.scale.mT)
 
@@ -47,7 +57,6 @@ def divergence(one: Start, other: Start) -> float:
         ratio, away = one.scale / other.scale, away / other.scale
         log_ratio = ratio.log().sum()
     else:
-        mine, theirs = (start.scale if start.scale.dim() == 2 else start.scale.diag() for start in (one, other))
-        ratio, away = (torch.linalg.solve_triangular(theirs, x, upper=False) for x in (mine, away[:, None]))
+        ratio, away = (torch.linalg.solve_triangular(other.root, x, upper=False) for x in (one.root, away[:, None]))
         log_ratio = ratio.diagonal().log().sum()
     return float(0.5 * (ratio.square().sum() + away.square().sum() - len(one.loc)) - log_ratio)

@@ -13,8 +13,7 @@ from pyro_flows.correction import fallback
 from pyro_flows.correction.judging import around
 from pyro_flows.correction.search import MISS, OF_CHAINS, TOO_LITTLE, held_out, missed_by_chains
 from pyro_flows.modes import missed_modes
-from pyro_flows.modes.missed_regions import MissedRegion
-from pyro_flows.modes.under_covered import BY_WALKERS
+from pyro_flows.modes.missed_regions import BY_WALKERS, MissedRegion
 from pyro_flows.modes.unverified_modes import UNWEIGHED
 from pyro_flows.starts.start import Start
 from tests.correction.test_refine import GOOD

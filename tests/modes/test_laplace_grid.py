@@ -19,7 +19,7 @@ from pyro_flows.correction.search import missed_by_chains
 from pyro_flows.correction.starts import affine_flow
 from pyro_flows.fitting.laplace_grid import along
 from pyro_flows.flows.recipe_json import from_json, not_rebuilt, to_json
-from pyro_flows.modes.laplace_grid import _around_first, all_grids, closer, grids_about, predictors_of_spread
+from pyro_flows.modes.laplace_grid import all_grids, around, closer, grids_about, predictors_of_spread
 from pyro_flows.modes.missed_modes import Search
 from pyro_flows.modes.tables import flow_along
 from pyro_flows.modes.truncated_tails import truncated_tail, with_truncated_tails
@@ -291,7 +291,7 @@ def test_a_few_slices_in_a_row_may_be_unknown(missing, left):
     places = torch.tensor([0.0, 1.0, 2.0, 3.0, 4.0, -1.0, -2.0, -3.0, -4.0]).double()
     near = torch.ones(9, dtype=torch.bool)
     known = torch.tensor([number not in missing for number in range(9)])
-    order = _around_first(places, known, near)
+    order = around(0, places, known, near, gap=2)
     assert len(order) == left
     assert bool((places[order].diff() > 0.0).all())
 
@@ -299,7 +299,7 @@ def test_a_few_slices_in_a_row_may_be_unknown(missing, left):
 def test_no_table_goes_over_a_place_that_is_known_to_be_empty():
     places = torch.tensor([0.0, 1.0, 2.0, 3.0, -1.0, -2.0, -3.0]).double()
     near = torch.tensor([True, True, False, True, True, True, True])
-    order = _around_first(places, near | True, near)
+    order = around(0, places, near | True, near, gap=2)
     torch.testing.assert_close(places[order], torch.tensor([-3.0, -2.0, -1.0, 0.0, 1.0]).double())
 
 

@@ -17,10 +17,9 @@ from pyro_flows.correction import latent
 from pyro_flows.correction.latent import Latent
 from pyro_flows.correction.starts import NoStart, dispersed_points
 from pyro_flows.flows.laplace_grid import sliced
-from pyro_flows.modes.missed_regions import PLACES, Guide
+from pyro_flows.modes.missed_regions import BY_WALKERS, PLACES, Guide
 from pyro_flows.modes.under_covered import (
     BACK,
-    BY_WALKERS,
     HIGH,
     LOOKS,
     excess,

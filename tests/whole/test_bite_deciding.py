@@ -296,7 +296,7 @@ BUGS = [
     (deciding, "resample", ".exp().cumsum", ".div(2.0).exp().cumsum", systematic),
     (deciding, "resample", "index[torch.randperm(draws, generator=generator)]", "index", systematic),
     # modes
-    (missed_modes, "missed_modes", "density(z) - log_q", "density(z)", both_halves),
+    (missed_regions, "guide_at", "density(z) - log_q", "density(z)", both_halves),
     (missed_modes, "missed_modes", "lambda: mirrored(guide, *few)", "list", one_half),
     (symmetries, "images", "move(latents) for move", "latents for move", one_half),
     (missed_regions, "missed_regions_of", "> MISSED_MASS_SHARE", "> 1.0", one_half),
