@@ -30,10 +30,7 @@ from pyro_flows.verdict.thresholds import ESS_OF_CHAINS, ESS_SHARE_GOOD, K_HAT_G
 
 DRAWS, MOST_ROUNDS = 400, 16
 DF = 5.0
-FLAT, EACH = 0.3, 10.0  # effective share that flattened weights have at least, or so many draws for each coordinate
 DEEP, DEEPEST = 25.0, 60.0  # nats below the top, beyond which draws do not count, and those of the flow count the same
-EVENLY = 0.3  # how much all draws count alike, those that have next to no weight too
-STEPS, MORE_STEPS, FITS = 100, 60, 5  # of L-BFGS, first and then; how often
 OWN, KEPT = 2000, 6000  # draws of the flow, that each fit is followed by; the latest draws, that fits go by
 
 
@@ -68,7 +65,7 @@ def sampled(log_density: Callable[[Tensor], Tensor], loc: Tensor, root: Tensor) 
         if not bool(torch.isfinite(log_p).any()):
             return None
         log_q = torch.logsumexp(torch.stack([_student(theta, *each) for each in proposals]), 0)
-        weights = _flattened(log_p - log_q, min(EACH * k, FLAT * len(theta)))
+        weights = _flattened(log_p - log_q, min(10.0 * k, 0.3 * len(theta)))
         loc = weights @ theta
         covariance = ((theta - loc).mT * weights) @ (theta - loc)
         ridge = 1e-10 * covariance.diagonal().clamp_min(1e-300).diag()
@@ -110,8 +107,8 @@ def fit_flow(
     with torch.no_grad():
         log_mass = float((weights * (log_p - flow.log_prob(theta))).sum())
     best = (-math.inf, 0.0, math.inf, copy.deepcopy(flow.state_dict()))
-    for number in range(FITS):
-        _fit(flow, parameters, (theta, log_p - log_mass, weights), MORE_STEPS if number else STEPS)
+    for number in range(5):
+        _fit(flow, parameters, (theta, log_p - log_mass, weights), 60 if number else 100)
         if not all(bool(torch.isfinite(parameter).all()) for parameter in parameters):
             break
         with torch.no_grad():
@@ -128,11 +125,8 @@ def fit_flow(
             break
         log_mass = float(torch.logsumexp(ratios, 0)) - math.log(OWN)
         usable = torch.isfinite(own).all(1)
-        own, values, fresh = (
-            own[usable],
-            values[usable].clamp_min(log_p.max() - DEEPEST),
-            torch.softmax(ratios[usable], 0),
-        )
+        own, values = own[usable], values[usable].clamp_min(log_p.max() - DEEPEST)
+        fresh = torch.softmax(ratios[usable], 0)
         effective = 1.0 / weights.square().sum(), 1.0 / fresh.square().sum()
         weights = torch.cat([effective[0] * weights, effective[1] * fresh]) / sum(effective)
         theta, log_p = torch.cat([theta, own])[-KEPT:], torch.cat([log_p, values])[-KEPT:]
@@ -151,7 +145,8 @@ def _fit(flow: Flow, parameters: list[nn.Parameter], draws: tuple[Tensor, Tensor
         best.zero_grad()
         log_q = flow.log_prob(theta)
         away = log_p - log_q
-        found = -(weights * log_q).sum() + 0.5 * (roots * _bent(away)).sum() + EVENLY * _bent(away).mean()
+        # all draws count alike by 0.3, those that have next to no weight too
+        found = -(weights * log_q).sum() + 0.5 * (roots * _bent(away)).sum() + 0.3 * _bent(away).mean()
         found.backward()
         return found
 

@@ -15,11 +15,7 @@ from pyro_flows.model.log_density import LogDensity
 
 UNITS = 40  # of one kind at most, whole sites first
 AXIS = 32  # longest axis whose indices are moved one at a time
-PAIRS_UP_TO = 6  # indices along an axis of which each pair is exchanged; neighbors only, beyond
-SITES_UP_TO, SITES_APART = 8, 4  # sites of which each pair is exchanged; of more, those that stand so near
 ADDED = 80  # units that may be added to those of one kind, at most
-ENDS = 30.0, 40.0  # coordinates at which a value between two bounds stands still
-AT_REST = 1e-9  # of its distance from the middle
 
 Values = Mapping[str, Tensor]
 _T = TypeVar("_T")
@@ -98,16 +94,16 @@ def middles_of(density: LogDensity, z: Tensor) -> dict[str, Tensor]:
     """Return the middle of each site between two bounds, at which its values are reflected; ``z`` is any draw (1, D).
 
     A share w of one of two components becomes 1 - w when the components change places. Entries without two bounds
-    are reflected at 0.
+    are reflected at 0. A value between two bounds no longer changes from coordinate 30 to 40.
     """
-    ends = [torch.full_like(z, end) for end in (0.0, *ENDS, *(-end for end in ENDS))]
+    ends = [torch.full_like(z, end) for end in (0.0, 30.0, 40.0, -30.0, -40.0)]
     found = {}
     for name, value in latents_of(density, torch.cat(ends)).items():
         if not value.is_floating_point():
             continue
         middle, almost, upper, above, lower = value
         reach = (upper - middle).abs() + (lower - middle).abs()
-        rest = AT_REST * reach
+        rest = 1e-9 * reach
         still = ((upper - almost).abs() <= rest) & ((lower - above).abs() <= rest) & (reach > 0.0)
         bounded = still & ((upper + lower - 2.0 * middle).abs() <= rest)
         if bool(bounded.any()):
@@ -139,12 +135,12 @@ def kinds_of(density: LogDensity, latents: Values) -> list[Kind]:
             if not 1 < length <= AXIS:
                 continue
             reflections += [Unit(site, axis, (index,)) for index in range(length)]
-            for first, second in _pairs(range(length), PAIRS_UP_TO, 1):
+            for first, second in _pairs(range(length), up_to=6, apart=1):
                 swaps.setdefault((length, first, second), []).append(Unit(site, axis, (first, second)))
     reflections.sort(key=lambda unit: unit.axis is not None)
     numbers = [unit for unit in reflections if unit.axis is None and latents[unit.site].numel() == 1]
     exchanges = [
-        Unit(site, other=other) for sites in _alike(density) for site, other in _pairs(sites, SITES_UP_TO, SITES_APART)
+        Unit(site, other=other) for sites in _alike(density) for site, other in _pairs(sites, up_to=8, apart=4)
     ]
     kinds: list[tuple[list[Unit], list[Unit]]] = [(reflections, [])]
     kinds += [(units, numbers) for units in list(swaps.values())[:UNITS]]
@@ -152,7 +148,7 @@ def kinds_of(density: LogDensity, latents: Values) -> list[Kind]:
     return [Kind(seeds[:UNITS], [*seeds[:UNITS], *more][:ADDED]) for seeds, more in kinds if seeds]
 
 
-def _pairs(things: Sequence[_T], up_to: int, apart: int) -> list[tuple[_T, _T]]:
+def _pairs(things: Sequence[_T], *, up_to: int, apart: int) -> list[tuple[_T, _T]]:
     """Return all pairs of a few things, and those that stand near each other of many."""
     numbers = range(len(things))
     pairs = itertools.combinations(numbers, 2)

@@ -22,19 +22,12 @@ from pyro_flows.graphs import Recorder
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.modes.tops import SMALL, hessians
 
-DOUBLINGS = 40  # of the first distance, at most
 SURE = {torch.float64: 30.0, torch.float32: 12.0}  # nats below the top, under which rounding may look like a tail,
 DEEP = 1000.0  # unless single precision has the same; beyond that, nothing is asked
-LEVELLED, SHARE = 2.0, 0.01  # nats above the last place; and of a height, by which single precision may be off
-FEW = 3  # places that tell of a level
-UNKNOWN = 4  # places in a row, after which a side is left
-NEWTON, LENGTHS = 16, (4.0, 1.0, 0.5, 0.1, 0.01)  # steps, and shares of one that are tried
-AT_TOP = 1e-2  # nats that one more step would gain
+LEVELLED = 2.0  # nats above the last place
+LENGTHS = (4.0, 1.0, 0.5, 0.1, 0.01)  # shares of a step of Newton's method that are tried
 FLAT, NONE = 1e-10, 1e-14  # of the largest curvature, in units of the diagonal: it is not known; there is none
-WIDE, STEEP, HALVINGS, FINER = 2.0, 8.0, 40, 5  # sds; fall there, in nats, beyond which widths are halved so often at
-# most, and then told so much more finely
-STEP, DIGITS = 1e-3, 8.0  # a relative step outward, by which values have to change by so many of their last digits
-FRACTIONS = (1.0, 0.9, 0.8, 0.7, 0.6)  # of a distance, the largest of which that is not beyond the end of numbers
+WIDE = 2.0  # sds at which falls are compared with that of a normal density
 
 
 class Side(NamedTuple):
@@ -91,7 +84,7 @@ class Outward:
         tops = [places[0].tops] * 2
         unknown, open_ = zero.clone(), torch.ones_like(zero, dtype=torch.bool)
         best = places[0].masses.nan_to_num(nan=-torch.inf)
-        for doubling in range(DOUBLINGS):
+        for doubling in range(40):
             rows = open_.nonzero()[:, 0]
             if not len(rows):
                 break
@@ -110,7 +103,7 @@ class Outward:
             best = best.view(2, -1).amax(0).repeat(2)
             unknown = torch.where(known, 0.0, unknown + 1.0)
             ended = at != 2.0**doubling
-            open_ = open_ & ~ended & (unknown < UNKNOWN) & ~(found.masses < best - self.deep)
+            open_ = open_ & ~ended & (unknown < 4.0) & ~(found.masses < best - self.deep)
             distances.append(at)
             places.append(found)
         whole = Place(*(torch.stack(parts, 1) for parts in zip(*places, strict=True)))
@@ -120,22 +113,23 @@ class Outward:
     def _without_ends(self, place: Place, best: Tensor) -> Tensor:
         """Return masses (K, N) of places along rows with such a top (K,), NaN where they hang on the precision.
 
-        An edge, and a level that a density comes to far down, are where they are in single precision too. Numbers end
-        sooner there, and probabilities are cut off higher up.
+        An edge, and a level that a density comes to far down, are where they are in single precision too, whose heights
+        may be off by a hundredth. Numbers end sooner there, and probabilities are cut off higher up. Fewer than three
+        places do not tell of a level.
         """
         masses, rows = place.masses.clone(), torch.arange(len(best), device=best.device)
         for own, levels in zip(masses, place.level, strict=True):  # a curvature too small for numbers
             known = own.isfinite().nonzero()[:, 0]
             same = levels[known] == levels[known[-1:]]
             few = known[len(known) - int(same.flip(0).cumprod(0).sum()) :]
-            own[few] = torch.nan if len(few) < min(FEW, len(known)) else own[few]
+            own[few] = torch.nan if len(few) < min(3, len(known)) else own[few]
         last = (masses.isfinite() * torch.arange(1, 1 + masses.shape[1]).to(masses)).argmax(1)
         level = masses[rows, last][:, None]
         first = (masses.isfinite() & (masses < level + LEVELLED)).double().argmax(1)
         edge, come_to = (self._single(place.tops[rows, at]) for at in (last, first))
         masses = torch.where(masses.isneginf() & ~edge.isfinite()[:, None], torch.nan, masses)
         height = place.heights[rows, first]
-        apart = (come_to - height).abs() > LEVELLED + SHARE * height.abs()
+        apart = (come_to - height).abs() > LEVELLED + 0.01 * height.abs()
         low = level < best[:, None] - SURE[self.dtype]
         return torch.where(low & (apart[:, None] | (self.single is None)), torch.nan, masses)
 
@@ -146,7 +140,7 @@ class Outward:
     def _starts(
         self, rows: Tensor, distance: float, tops: list[Tensor], far: list[Tensor]
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        """Return distances, NaN beyond the end of numbers, and where to begin there (K, D)."""
+        """Return the largest share of a distance before the end of numbers (NaN: none), and where to begin there."""
         u = self.directions[rows]
         before, here, first, second = (part[rows] for part in (*tops, *far))
         gap = (second - first)[:, None]
@@ -157,7 +151,7 @@ class Outward:
             return y + (size - (y * u).sum(1))[:, None] * u
 
         distances = here.new_full((len(rows),), torch.nan)
-        for share in FRACTIONS:
+        for share in (1.0, 0.9, 0.8, 0.7, 0.6):
             size = share * distance + 0.0 * second
             there = self._have_ended(at(size, 0.0 * drift), u)
             distances = torch.where(distances.isnan() & ~there, size, distances)
@@ -173,12 +167,12 @@ class Outward:
         across, y = self.across[rows], y.clone()
         masses, heights_there, level = y.new_full((3, len(y)), torch.nan).unbind()
         open_ = torch.arange(len(y), device=y.device)
-        for _ in range(NEWTON):
+        for _ in range(16):
             height, slope = self._values_and_slopes(y[open_])
             moves, sizes, flat, curved = self._moves(y[open_], across[open_])
             slope = (moves.mT @ slope[:, :, None].nan_to_num())[:, :, 0] * ~flat
             gain = 0.5 * slope.square().sum(1)
-            top = gain < AT_TOP
+            top = gain < 1e-2  # nats
             some = (top & curved & height.isfinite()).nonzero()[:, 0]
             if len(some):
                 masses[open_[some]] = (height + gain + sizes)[some] + self._cuts(
@@ -220,7 +214,11 @@ class Outward:
         return moves * sds[:, None], volumes, level, curved
 
     def _cuts(self, tops: Tensor, heights: Tensor, moves: Tensor) -> Tensor:
-        """Return logs (K,) of the shares of widths at tops within which the density has not fallen much faster."""
+        """Return logs (K,) of the shares of widths at tops within which the density has not fallen much faster.
+
+        Widths are cut where the density falls by more than eight nats within two sds: they are halved as often as need
+        be, and then made longer again by smaller factors.
+        """
         if not moves.shape[2]:
             return 0.0 * heights
         away = torch.cat([moves, -moves], 2).mT  # (K, 2 (D - 1), D)
@@ -231,13 +229,13 @@ class Outward:
             return fallen.nan_to_num(nan=torch.inf)
 
         share = torch.ones(away.shape[:2]).to(tops)
-        cut = steep = falls(share) > STEEP
-        for _ in range(HALVINGS if bool(cut.any()) else 0):
+        cut = steep = falls(share) > 8.0
+        for _ in range(40 if bool(cut.any()) else 0):
             share = torch.where(steep, 0.5 * share, share)
             steep = steep & (falls(share) > 0.5 * WIDE**2)
             if not bool(steep.any()):
                 break
-        for power in range(1, 1 + FINER if bool(cut.any()) else 1):
+        for power in range(1, 6 if bool(cut.any()) else 1):
             longer = torch.where(cut, 2.0 ** (0.5**power) * share, share)
             share = torch.where(falls(longer) > 0.5 * WIDE**2, share, longer)
         return (0.5 * (share[:, : moves.shape[2]] + share[:, moves.shape[2] :])).log().sum(1)
@@ -252,10 +250,13 @@ class Outward:
         return (heights[1:] - heights[0]).abs().nan_to_num(nan=torch.inf).amax(0)
 
     def _have_ended(self, y: Tensor, u: Tensor) -> Tensor:
-        """Whether values of the sites that move along u have no square, or do not change any more: at a clamp."""
+        """Whether values of the sites that move along u have no square, or do not change any more: at a clamp.
+
+        A step of a thousandth outward has to change them by eight units in the last place.
+        """
         z, direction = self._z(y), self.units * u
         size = (z.abs() * (u.abs() > SMALL)).amax(1) + 1.0
-        step = STEP * size / direction.abs().amax(1)
+        step = 1e-3 * size / direction.abs().amax(1)
         values = self.density.constrain(torch.cat([z, z + step[:, None] * direction]))
         ended = torch.zeros(len(z), dtype=torch.bool, device=z.device)
         for latent in self.density.structure.latents:
@@ -263,7 +264,7 @@ class Outward:
             here, there = values[latent.name].reshape(2, len(z), -1)
             digits = torch.finfo(here.dtype)
             change = ((there - here) / here.abs().clamp_min(digits.tiny)).abs()
-            still = ~(change.nan_to_num(nan=0.0).amax(1) > DIGITS * digits.eps)
+            still = ~(change.nan_to_num(nan=0.0).amax(1) > 8.0 * digits.eps)
             largest = here.abs().amax(1)
             no_square = ~here.isfinite().all(1) | (largest < digits.tiny**0.5) | (largest > digits.max**0.5)
             ended = ended | (moving & (still | no_square))

@@ -27,25 +27,14 @@ from pyro_flows.model.log_density import LogDensity
 from pyro_flows.starts.prior import prior_draws
 from pyro_flows.verdict.deciding import resample
 from pyro_flows.verdict.psis import psis
-from pyro_flows.verdict.thresholds import (
-    ESS_SHARE_COLLAPSED,
-    ESS_SHARE_GOOD,
-    K_HAT_GOOD,
-)
+from pyro_flows.verdict.thresholds import ESS_SHARE_COLLAPSED, ESS_SHARE_GOOD, K_HAT_GOOD
 
-LEAST_DRAWS, MOST_DRAWS, DRAWS_A_PART = 4000, 16_000, 200
 GENERATIONS = 4  # between two additions of parts
 ADDITIONS, IN_VAIN = 6, 2  # at most; one after the other that bring nothing
 MOST_PARTS = 64
-EVEN = 0.1  # share of the draws that goes to all parts alike
-LEAST = 1e-5  # weight of a part
-NARROW = 0.25  # of the volume of the part that a new one comes out of
-FEW = 6  # dimensions in which draws of the prior find all of a posterior
-WRITTEN = 6000  # numbers that an evaluation may write there, for half a million of them
-PRIOR, FROM_PRIOR, WIDER = 1000, 8000, 1.5  # draws of the prior, and of each temperature; times the prior's variances
-TEMPERATURES, EACH = 12, 0.1  # at most, and the effective share that each leaves
+FROM_PRIOR = 8000  # draws of each temperature
+EACH = 0.1  # effective share that each temperature leaves
 KERNELS, KERNEL_DF = 32, 5.0  # parts at tempered draws
-HALVINGS = 30  # of the interval in which a power is looked for
 
 
 @dataclass(frozen=True)
@@ -112,8 +101,11 @@ def begun(modes: Tensor, roots: Tensor, evidence: Tensor) -> Parts:
 
 
 def can_be_tempered(density: LogDensity) -> bool:
-    """Whether a mixture that comes from the prior is cheap, and may find all modes, edges and ridges."""
-    return density.batched and density.dim <= FEW and density.written <= WRITTEN
+    """Whether a mixture that comes from the prior is cheap, and may find all modes, edges and ridges.
+
+    In up to six dimensions, draws of the prior find all of a posterior. Half a million evaluations have to be cheap.
+    """
+    return density.batched and density.dim <= 6 and density.written <= 6000
 
 
 @torch.no_grad()
@@ -127,9 +119,9 @@ def tempered_mixture(density: LogDensity, *, seed: int) -> Parts | None:
     Cost: 8000 densities for each of up to 12 temperatures.
     """
     with seeded(derive(seed, "from the prior"), density.device):
-        draws = prior_draws(density, PRIOR, seed=seed)
+        draws = prior_draws(density, 1000, seed=seed)
         parts = _about(draws[torch.isfinite(draws).all(1)], 1)
-        for _ in range(TEMPERATURES):
+        for _ in range(12):
             if parts is None:
                 return None
             z = parts.draw(FROM_PRIOR)
@@ -149,12 +141,13 @@ def tempered_mixture(density: LogDensity, *, seed: int) -> Parts | None:
 def _about(draws: Tensor, count: int) -> Parts | None:
     """Return a mixture of so many parts at draws (S, D), or of one at their mean; None where they have no spread.
 
-    Half of the parts are at any draws, half where these are far apart; each has the weight of the draws next to it.
+    Half of the parts are at any draws, half where these are far apart; each has the weight of the draws next to it. One
+    alone has one and a half times the variances.
     """
     dim = draws.shape[1]
     if len(draws) <= dim:
         return None
-    covariance = torch.cov(draws.double().mT).reshape(dim, dim) * (count ** (-2.0 / dim) if count > 1 else WIDER)
+    covariance = torch.cov(draws.double().mT).reshape(dim, dim) * (count ** (-2.0 / dim) if count > 1 else 1.5)
     root, fault = torch.linalg.cholesky_ex(covariance)
     if int(fault) or not bool(torch.isfinite(root).all()):
         return None
@@ -181,7 +174,7 @@ def _power(ratios: Tensor) -> float:
     low, high = 0.0, 1.0
     if share(high) >= EACH:
         return high
-    for _ in range(HALVINGS):
+    for _ in range(30):
         middle = 0.5 * (low + high)
         low, high = (middle, high) if share(middle) > EACH else (low, middle)
     return low
@@ -226,8 +219,8 @@ def _evolved(density: LogDensity, parts: Parts) -> Generation | None:
 
 def generation(density: LogDensity, parts: Parts) -> Generation | None:
     """Draw from a mixture, and weight the draws; None if no draw has any weight."""
-    parts = parts.even(EVEN)
-    z = parts.draw(int(min(max(LEAST_DRAWS, DRAWS_A_PART * len(parts)), MOST_DRAWS)))
+    parts = parts.even(0.1)
+    z = parts.draw(min(max(4000, 200 * len(parts)), 16_000))
     log_parts = parts.log_prob(z)
     ratios = density(z).double() - torch.logsumexp(log_parts, 0)
     ratios = torch.where(torch.isfinite(ratios), ratios, -torch.inf)
@@ -256,11 +249,11 @@ def _moved(now: Generation) -> Parts:
         if int(fault) == 0 and bool(torch.isfinite(root).all()):
             roots[number] = root
     moved = Parts(loc.to(now.z), roots.to(now.z), mass.clamp_min(1e-300).log().to(now.z), parts.df)
-    return moved[mass > LEAST]
+    return moved[mass > 1e-5]
 
 
 def _joined(now: Generation) -> Parts:
-    """Return the mixture with new parts at draws whose weights are large, narrow images of what these came from."""
+    """Return the mixture with new parts at draws of large weight, a quarter as large as what these came from."""
     many = min(max(2, len(now.parts)), MOST_PARTS - len(now.parts))
     excess = (now.weights * len(now.weights) - 1.0).clamp_min(0.0) * now.weights
     if not bool(excess.sum() > 0.0):
@@ -269,5 +262,5 @@ def _joined(now: Generation) -> Parts:
     of = now.log_parts[:, chosen].argmax(0)
     weights = torch.cat([now.parts.log_weights, now.parts.log_weights.new_full((many,), math.log(0.5 / many))])
     loc = torch.cat([now.parts.loc, now.z[chosen]])
-    roots = torch.cat([now.parts.roots, NARROW ** (1.0 / now.z.shape[1]) * now.parts.roots[of]])
+    roots = torch.cat([now.parts.roots, 0.25 ** (1.0 / now.z.shape[1]) * now.parts.roots[of]])
     return Parts(loc, roots, torch.log_softmax(weights, 0), now.parts.df)

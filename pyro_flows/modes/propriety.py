@@ -30,11 +30,9 @@ from pyro_flows.verdict.next_step import IMPROPER
 Slow = tuple[bool | None, ...]  # one way and the other
 
 MOST, UP_TO = 32, 100  # coordinates that are looked at; dimensions, for Hessians
-FALLS, LAST = 2, 9.0  # that have to be known at least, at distances within such a factor of the last one
 FARTHEST_LEAST = 6.0  # units, that the last place has to be away
 HIDDEN = 8  # coordinates that may hide each other
 SLACK = 0.03  # of a fall of one over the distance, that counts as none more
-NUMBERS_END, HUGE = 3.0, math.log(1e15)  # units; change of a log value, beyond which numbers may end
 
 
 @torch.no_grad()
@@ -146,7 +144,10 @@ def _end(density: LogDensity, coordinate: int, name: str, middle: Tensor, step: 
 
 
 def _is_slow(side: Side) -> bool | None:
-    """Whether all falls known at the far end are too slow, and there are enough of them; None if too few are known."""
+    """Whether all falls known at the far end are too slow; None if too few are known.
+
+    They count up to a ninth of the distance of the last one. At least two have to be too slow.
+    """
     distances, masses, noise, level = (part[~(side.distances.isnan() | side.masses.isnan())] for part in side)
     if not len(distances) or float(distances[-1]) < FARTHEST_LEAST:
         return None
@@ -157,10 +158,10 @@ def _is_slow(side: Side) -> bool | None:
     told = (slow | fast).nonzero()[:, 0]
     if not len(told):
         return None
-    last = distances[:-1] * LAST >= distances[1:][told[-1]]
+    last = distances[:-1] * 9.0 >= distances[1:][told[-1]]
     if bool((fast & last).any()):
         return None if bool((slow & last).any()) else False
-    return True if int((slow & last).sum()) >= FALLS else None
+    return True if int((slow & last).sum()) >= 2 else None
 
 
 def finer(density: LogDensity, z: Tensor) -> Tensor:
@@ -184,12 +185,15 @@ def _coordinates(density: LogDensity) -> list[tuple[int, str, str]]:
 
 
 def _ends_numbers(density: LogDensity, coordinate: int, name: str, middle: Tensor, units: Tensor) -> bool:
-    """Whether draws go about until the numbers of the model end, where no density can be told any more."""
+    """Whether draws go about until the numbers of the model end, where no density can be told any more.
+
+    Values then differ by a factor of 1e15 within three units, and the density is not finite.
+    """
     points = middle.repeat(3, 1)
-    points[:, coordinate] += points.new_tensor([0.0, NUMBERS_END, -NUMBERS_END]) * units[coordinate]
+    points[:, coordinate] += points.new_tensor([0.0, 3.0, -3.0]) * units[coordinate]
     values = density.constrain(points)[name].double().abs().reshape(len(points), -1).log()
     if not bool((values[0] < torch.inf).all()):
         return True
     change = (values[1:] - values[0]).abs()
-    beyond = torch.isfinite(values[0]) & ~(change <= HUGE)
+    beyond = torch.isfinite(values[0]) & ~(change <= math.log(1e15))
     return bool((beyond.any(1) & ~torch.isfinite(density(points[1:]))).any())

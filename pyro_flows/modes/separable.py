@@ -9,7 +9,6 @@ Then, for any point c,
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import torch
@@ -21,11 +20,9 @@ from pyro_flows.starts.curvature import FULL_HESSIAN_UP_TO
 
 PROBES = 3  # pairs of points between which each coordinate is exchanged
 TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4}  # of the largest gradient
-LINE, FAR = 160, 1e4  # points on each side of a coordinate, and units that they reach
-ABOUT, REACH = 41, 8.0  # points about each mode's value, and scales that they reach
+LINE = 160  # points on each side of a coordinate
 VALUES = 12  # of a coordinate, at most, about which points are put
-DEEP = 40.0  # nats below the top, that no longer count
-REFINED, ROUNDS = 400, 3  # points that each round of refinement adds
+REFINED = 400  # points that each round of refinement adds
 AGREE = 2e-3  # nats between the last two rounds, a coordinate
 
 
@@ -77,18 +74,19 @@ def _changes_alone(density: LogDensity, a: Tensor, b: Tensor, half: Tensor) -> b
 def marginals(density: LogDensity, center: Tensor, modes: Tensor, units: Tensor) -> Marginals | None:
     """Tabulate the coordinates of a separable density; None where no table settles.
 
-    ``center`` (D,) is a point of high density; values of modes (K, D) are looked about in units (D,).
+    ``center`` (D,) is a point of high density. Values reach ten thousand ``units`` (D,) to either side of it, and eight
+    to either side of those of modes (K, D).
     """
     height = density(center[None])[0]
-    offsets = torch.logspace(-3.0, math.log10(FAR), LINE, dtype=torch.float64, device=center.device)
+    offsets = torch.logspace(-3.0, 4.0, LINE, dtype=torch.float64, device=center.device)
     line = torch.cat([-offsets.flip(0), offsets.new_zeros(1), offsets])
     values = center.double()[:, None] + units.double()[:, None] * line
-    near = torch.linspace(-REACH, REACH, ABOUT, dtype=torch.float64, device=center.device)
+    near = torch.linspace(-8.0, 8.0, 41, dtype=torch.float64, device=center.device)
     for mode in modes[:VALUES]:
         values = torch.cat([values, mode.double()[:, None] + units.double()[:, None] * near], 1)
     values, found = _looked(density, center, values.sort(1).values)
     last = torch.full_like(values[:, 0], torch.nan)
-    for _ in range(ROUNDS):
+    for _ in range(3):
         extra = _between(values, found)
         new, heights = _looked(density, center, extra)
         values, order = torch.cat([values, new], 1).sort(1)
@@ -113,12 +111,15 @@ def _looked(density: LogDensity, center: Tensor, values: Tensor) -> tuple[Tensor
 
 
 def _between(values: Tensor, found: Tensor) -> Tensor:
-    """Return new values (D, 400) inside of the cells that hold the most, half of them by mass, half by length there."""
+    """Return new values (D, 400) inside of the cells that hold the most, half by mass, half by length.
+
+    Cells count where the density is less than 40 nats below the top.
+    """
     top = found.amax(1, keepdim=True)
     weight = (found - top).exp()
     width = values.diff(dim=1)
     mass = 0.5 * width * (weight[:, 1:] + weight[:, :-1])
-    counts = (torch.maximum(found[:, 1:], found[:, :-1]) > top - DEEP).double()
+    counts = (torch.maximum(found[:, 1:], found[:, :-1]) > top - 40.0).double()
     mass = mass / mass.sum(1, keepdim=True).clamp_min(1e-300)
     length = width * counts
     length = length / length.sum(1, keepdim=True).clamp_min(1e-300)

@@ -18,7 +18,7 @@ from torch import Tensor
 from pyro_flows._seeding import derive, seeded
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.modes.terms import tops_of_terms
-from pyro_flows.modes.units import factors, unit_of_modes, units_of
+from pyro_flows.modes.units import SAME, factors, unit_of_modes, units_of
 from pyro_flows.starts.charting import PRIOR_DRAWS
 from pyro_flows.starts.climb import FEW_TICKS, climb
 from pyro_flows.starts.curvature import FULL_HESSIAN_UP_TO, inverse_roots, lower_triangular
@@ -26,24 +26,14 @@ from pyro_flows.starts.prior import prior_draws
 
 CLIMBS = 256  # of a round
 NUMBERS = 500_000  # that the climbs of a round handle at each step, at most
-LEAST_CLIMBS = 32
-Known = Callable[[Tensor], Tensor]
-
 SCREENED, SCREENED_NUMBERS = 400, 6_000_000  # times as many points, of which the best climb; numbers of all
 SCREENED_WRITTEN = 300_000_000  # numbers that all operations on all of these points write: a fraction of a second
-WIDELY, NEARER = 200_000, (0.3, 10.0)  # points of all rounds, at most, where few numbers are written; their factors
-DEARER = 4  # what stands for the modes, than normals there
+WIDELY = 200_000  # points of all rounds, at most, where few numbers are written
 LAYERS = 16  # of points, by their distance from the modes so far
 ROUNDS, IN_VAIN = 12, 3  # at most; rounds without a new mode, one after the other, after which it is over
-TERMS = 50_000  # dimensions times the numbers that one evaluation handles
 MOST = 200  # modes
-LEAST_HEADS, CURVED = 8, 4000  # new modes of a round, the highest; rows of their Hessians
-OUTWARDS = 0.01, 100.0
-ABOUT = 0.1, 2.0  # spreads of all modes
-STEPS = 1.0, 0.1, 0.01  # units of a path, of the local scale: long first steps leap over modes
+CURVED = 4000  # rows of the Hessians of a round
 WITHIN = 12.0  # nats of Laplace evidence below the best
-SAME = 0.5  # of a scale that an end tells, a coordinate of up to four: ends there are one mode
-STILL = 0.1  # a point of a ridge, from which there is more to gain, is no mode
 APART = 1.0  # standard deviations between two modes, a coordinate of up to four: normals nearer than two sds have one
 
 
@@ -76,13 +66,13 @@ class Survey:
 
 def can_be_surveyed(density: LogDensity) -> bool:
     """Whether a survey is cheap: the density is batched and has few terms, and curvatures are small matrices."""
-    return density.batched and density.dim <= FULL_HESSIAN_UP_TO and density.dim * density.numbers <= TERMS
+    return density.batched and density.dim <= FULL_HESSIAN_UP_TO and density.dim * density.numbers <= 50_000
 
 
 @torch.no_grad()
 def survey(
     density: LogDensity, z: Tensor, *, seed: int, rounds: int = ROUNDS, climbs: int = CLIMBS,
-    known: Known | None = None, before: Survey | None = None, ridges: bool = False,
+    known: Callable[[Tensor], Tensor] | None = None, before: Survey | None = None, ridges: bool = False,
 ) -> Survey:  # fmt: skip
     """Climb from near and far of draws z (S, D) of a guide or start; return the modes that were met.
 
@@ -129,11 +119,12 @@ def _begun(density: LogDensity, z: Tensor, ridges: bool) -> Survey:
 
 
 def _ends(
-    density: LogDensity, found: Survey, z: Tensor, seed: int, climbs: int, known: Known | None, widely: int
-) -> tuple[Tensor, Tensor]:
+    density: LogDensity, found: Survey, z: Tensor, seed: int, climbs: int,
+    known: Callable[[Tensor], Tensor] | None, widely: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Return the ends (N, D) of the climbs of one round, the highest first, and the scales there (N, D)."""
-    count = int(max(LEAST_CLIMBS, min(climbs, NUMBERS / max(1, density.numbers))))
-    cost = max(density.dim * max(1, len(found)), density.numbers) * (1 if known is None else DEARER)
+    count = int(max(32, min(climbs, NUMBERS / max(1, density.numbers))))
+    cost = max(density.dim * max(1, len(found)), density.numbers) * (1 if known is None else 4)  # than normals
     affordable = min(SCREENED_NUMBERS / cost, SCREENED_WRITTEN / max(1, density.written)) / count
     many = int(max(1, min(SCREENED, affordable))) if len(found) else 1
     prior = prior_draws(density, PRIOR_DRAWS, seed=seed)
@@ -157,7 +148,7 @@ def _far(
     A narrow mode is felt only where it is above a wider one: in a ball whose share of the space is tiny. How many
     points are looked at is all that finds it.
     """
-    points, heights = _finite(density, torch.cat([_about(draws, count // 2, NEARER) for draws in (prior, z)]))
+    points, heights = _finite(density, torch.cat([_about(draws, count // 2, (0.3, 10.0)) for draws in (prior, z)]))
     kept = max(LAYERS, count // pieces)
     return _finite(density, _promising(found, points, heights - _known(found, points), kept))
 
@@ -184,7 +175,7 @@ def _climbed(density: LogDensity, found: Survey, points: Tensor, z: Tensor) -> t
     if not len(points):
         return points, points
     local = units_of(z, full=False) if not len(found) else found.roots.norm(dim=2).median(0).values
-    steps = torch.tensor(STEPS, dtype=z.dtype, device=z.device).repeat(len(points))[: len(points), None]
+    steps = z.new_tensor([1.0, 0.1, 0.01]).repeat(len(points))[: len(points), None]  # long ones leap over modes
     ends = climb(density, points, steps * local, ticks=FEW_TICKS)
     usable = torch.isfinite(ends.heights) & (ends.settled | found.ridges)
     order = usable.nonzero()[:, 0][ends.heights[usable].argsort(descending=True)]
@@ -193,13 +184,13 @@ def _climbed(density: LogDensity, found: Survey, points: Tensor, z: Tensor) -> t
 
 def _broad(density: LogDensity, found: Survey, prior: Tensor, z: Tensor, count: int) -> Tensor:
     """Points (N, D) far and near: a quarter each from the prior and from the draws, a half about the modes so far."""
-    parts = [_about(draws, count // 4, OUTWARDS) for draws in (prior, z)]
+    parts = [_about(draws, count // 4, (0.01, 100.0)) for draws in (prior, z)]
     own = min(len(prior), len(parts[0]) // 2)
     parts[0][:own] = prior[:own]
     modes = found.modes if len(found) > 1 else z
     noise = torch.randn(count - 2 * (count // 4), density.dim, dtype=z.dtype, device=z.device)
     chosen = modes[torch.randint(len(modes), (len(noise),), device=z.device)]
-    parts.append(chosen + factors(ABOUT, noise) * _spread(found, modes) * noise)
+    parts.append(chosen + factors((0.1, 2.0), noise) * _spread(found, modes) * noise)
     mixed = torch.cat(parts)
     return mixed[torch.randperm(len(mixed)).to(mixed.device)]
 
@@ -224,10 +215,14 @@ def _spread(found: Survey, modes: Tensor) -> Tensor:
 
 def _known(found: Survey, points: Tensor) -> Tensor:
     """Return the log density (N,) that the normals at the modes so far have, up to a constant."""
-    away = points - found.modes[:, None]
-    x = torch.linalg.solve_triangular(found.roots, away.mT, upper=False)
+    x = _in_sds(found, points)
     size = found.roots.diagonal(dim1=-2, dim2=-1).log().sum(-1)
     return torch.logsumexp(-0.5 * x.square().sum(1) + (found.evidence - size)[:, None], 0)
+
+
+def _in_sds(found: Survey, points: Tensor) -> Tensor:
+    """Return points (K, D, N) as the normals at the modes see them, in standard deviations from each."""
+    return torch.linalg.solve_triangular(found.roots, (points - found.modes[:, None]).mT, upper=False)
 
 
 def _merged(density: LogDensity, found: Survey, ends: tuple[Tensor, Tensor]) -> Survey:
@@ -238,15 +233,15 @@ def _merged(density: LogDensity, found: Survey, ends: tuple[Tensor, Tensor]) -> 
         near, which = distances(found, places).min(0)
         met += torch.bincount(which[near < APART], minlength=len(met)).to(met)
         places, scales = places[near >= APART], scales[near >= APART]
-    most = min(MOST - len(found), max(LEAST_HEADS, CURVED // density.dim))
+    most = min(MOST - len(found), max(8, CURVED // density.dim))
     heads, counts = _heads(places, scales * unit_of_modes(density.dim, ridges=found.ridges), most)
     if not len(heads):
         return replace(found, met=met)
     roots = lower_triangular(inverse_roots(density, heads)[0])
     size = roots.diagonal(dim1=-2, dim2=-1).log().sum(-1) + 0.5 * density.dim * math.log(2.0 * math.pi)
     heights, slopes = density.value_and_grad(heads)
-    still = (slopes[:, None] @ roots).square().sum((1, 2)) < STILL  # nats that Newton's step promises, twice
-    still = still | found.ridges
+    # on a ridge, a step of Newton's method promises more: twice the nats
+    still = ((slopes[:, None] @ roots).square().sum((1, 2)) < 0.1) | found.ridges
     evidence = torch.where(still & torch.isfinite(heights + size), heights + size, -torch.inf)
     found = replace(found, met=met)
     for number in evidence.argsort(descending=True).tolist():
@@ -268,9 +263,7 @@ def _merged(density: LogDensity, found: Survey, ends: tuple[Tensor, Tensor]) -> 
 
 def distances(found: Survey, places: Tensor) -> Tensor:
     """Return the distances (K, N) of places from the modes, in units of :func:`unit_of_modes`."""
-    away = places - found.modes[:, None]
-    x = torch.linalg.solve_triangular(found.roots, away.mT, upper=False)
-    return x.norm(dim=1) / unit_of_modes(places.shape[1], ridges=found.ridges)
+    return _in_sds(found, places).norm(dim=1) / unit_of_modes(places.shape[1], ridges=found.ridges)
 
 
 def _heads(places: Tensor, scales: Tensor, most: int) -> tuple[Tensor, Tensor]:

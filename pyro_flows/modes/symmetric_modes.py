@@ -23,8 +23,6 @@ from pyro_flows.modes.unverified_modes import LOOKED_AT, TOPS_APART, distinct
 from pyro_flows.starts.climb import climb
 from pyro_flows.starts.pathfinder import Paths
 
-CLIMBERS = 8  # draws, of which the highest top is the guide's own
-STEPS, NEAR, FAR = 6, 0.3, 3.0  # of each sign along each axis, from a part of the least to some of the greatest sd
 FAR_OFF = 20.0  # nats below a top, at which densities count as one, and an image as empty
 
 
@@ -56,11 +54,12 @@ def symmetric_modes_of(
 def with_symmetric_modes(guide: Guide, missed: Sequence[MissedRegion], z: Tensor, log_q: Tensor) -> list[MissedRegion]:
     """Return regions that any search found, those that are images of the guide's own mode with what takes it there.
 
-    Cost: a climb from each of them and from a few draws, beside that of :func:`symmetric_modes_of`.
+    Its own mode is the highest top to which eight draws climb. Cost: a climb from each of these and from each region,
+    beside that of :func:`symmetric_modes_of`.
     """
     if all(region.symmetry is not None or region.beside for region in missed):
         return list(missed)
-    points = torch.cat([z[:CLIMBERS], torch.stack([region.place for region in missed])])
+    points = torch.cat([z[:8], torch.stack([region.place for region in missed])])
     own = len(points) - len(missed)
     ends = climb(guide.density, points, units_of(z, full=False).expand_as(points))
     mine = ends.heights[:own].where(ends.settled[:own], -torch.inf)
@@ -94,9 +93,12 @@ def _region_about(guide: Guide, home: Tensor, top: Tensor, z: Tensor, log_q: Ten
 
 
 def _between(density: LogDensity, top: Tensor, other: Tensor, spread: Tensor) -> SignedPermutation | None:
-    """Return the order and signs that take ``top`` (D,) to ``other``; None if nothing of that kind does."""
-    steps = torch.logspace(0.0, 1.0, STEPS, base=float(FAR * spread.max() / (NEAR * spread.min()))).to(top)
-    steps = NEAR * spread.min() * steps
+    """Return the order and signs that take ``top`` (D,) to ``other``; None if nothing of that kind does.
+
+    Both are looked at along each axis, at six steps of each sign, from 0.3 of the least sd to three of the greatest.
+    """
+    steps = torch.logspace(0.0, 1.0, 6, base=float(3.0 * spread.max() / (0.3 * spread.min()))).to(top)
+    steps = 0.3 * spread.min() * steps
     mine, theirs = _profiles(density, top, steps), _profiles(density, other, steps)
     away = torch.stack([(other[:, None] - sign * top).abs() / steps[0] for sign in (1.0, -1.0)])
     costs = away + torch.stack([torch.cdist(theirs, profile, p=1) for profile in (mine, mine.flip(1))])

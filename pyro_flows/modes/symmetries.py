@@ -28,8 +28,6 @@ from pyro_flows.modes.move import Kind, Members, Move, Unit, Values, kinds_of, l
 ADDITIONS = 12
 ROUND_TRIP = 1e-3
 MOVED_DRAWS = 200  # of a guide, that tell which mode it covers, and what their images hold
-COMPARED = 8  # draws by which signed permutations are told
-RETURNED = 3.0  # nats below the height where a move began
 TOGETHER = 2048  # images that one run of the model looks at
 SAME, DIGITS = 0.01, 32.0  # nats, and units of the last place of a log density, within which two are the same
 
@@ -103,7 +101,7 @@ SignedPermutation = tuple[tuple[int, ...], tuple[float, ...]]  # of coordinates:
 
 def signed_permutation(z: Tensor, moved: Tensor) -> SignedPermutation | None:
     """Return the order and signs that take draws ``z`` (S, D) to their images; None if nothing of that kind does."""
-    few, images = z[:COMPARED], moved[:COMPARED]
+    few, images = z[:8], moved[:8]
     away = torch.stack([(images[:, :, None] - sign * few[:, None, :]).abs().amax(0) for sign in (1.0, -1.0)])
     nearest, places = away.amin(0).min(1)
     order = places.tolist()
@@ -150,7 +148,7 @@ def product(first: SignedPermutation, then: SignedPermutation) -> SignedPermutat
 
 
 def _grown(kind: Kind) -> _Growth:
-    """Grow a set from each unit of a kind, all of them side by side; return those that come back to the first height.
+    """Grow a set from each unit of a kind, all side by side; return those that come back to three nats below the start.
 
     Yields sets, and is sent their heights.
     """
@@ -161,7 +159,7 @@ def _grown(kind: Kind) -> _Growth:
     heights = heights[heights > -torch.inf]
     done: list[Members] = []
     for _ in range(ADDITIONS):
-        returned = (heights > height - RETURNED).tolist()
+        returned = (heights > height - 3.0).tolist()
         done += [members for members, back in zip(sets, returned, strict=True) if back]
         open_ = [number for number, back in enumerate(returned) if not back]
         tried = [[(*sets[number], unit) for unit in _joining(kind.additions, sets[number])] for number in open_]

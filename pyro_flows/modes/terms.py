@@ -20,16 +20,13 @@ from pyro_flows.model.faults import Undefined
 from pyro_flows.model.gradients import hessians, values_and_grads
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.modes.sums import MOST_TERMS, Counting, Taking
-from pyro_flows.modes.units import unit_of_modes, units_of
+from pyro_flows.modes.units import SAME, unit_of_modes, units_of
 from pyro_flows.starts.climb import TICKS, climb
-from pyro_flows.starts.curvature import differences, lower_triangular, roots_of
+from pyro_flows.starts.curvature import differences, inverse_roots_of, lower_triangular
 
 CHOICES = MOST_TERMS  # of terms, at one sum: of each of its results, if it has several
 BRANCHES = 128  # densities in all
 SUMS, FEW = 16, 2  # at most, and with several results: with more, a model sums over paths, as those of Markov chains do
-SAME, AS_WIDE = 0.5, 0.3  # units between normals that are one, and log ratio of their widths, a coordinate
-FROM = 3  # draws that each is climbed from
-ABOVE = 1e-4  # of a log density, rounding of single precision
 
 
 class Terms:
@@ -81,7 +78,7 @@ class Terms:
             return self.density.single(point[:-1])
 
 
-class Tops(NamedTuple):
+class TopsOfTerms(NamedTuple):
     """Points (N, D) where terms are highest, roots L (N, D, D) of their Laplace covariances, log masses (N,)."""
 
     places: Tensor
@@ -91,7 +88,7 @@ class Tops(NamedTuple):
 
 
 @torch.no_grad()
-def tops_of_terms(density: LogDensity, z: Tensor, rows: int) -> Tops:
+def tops_of_terms(density: LogDensity, z: Tensor, rows: int) -> TopsOfTerms:
     """Climb from draws z (S, D) the densities that have one term in the place of a sum; return normals where it ends.
 
     Cost: that of :func:`places_of_terms`, and a Hessian for each of the highest ends, at most so many ``rows`` of these
@@ -100,10 +97,10 @@ def tops_of_terms(density: LogDensity, z: Tensor, rows: int) -> Tops:
     terms, points, edges = _climbed(density, z)
     points = points[: max(1, rows // density.dim)]
     if not len(points):
-        return Tops(z[:0], z[:0, :, None].expand(-1, -1, density.dim), z[:0, 0], edges)
-    roots = lower_triangular(roots_of(terms.hessians(points))[0])
+        return TopsOfTerms(z[:0], z[:0, :, None].expand(-1, -1, density.dim), z[:0, 0], edges)
+    roots = lower_triangular(inverse_roots_of(terms.hessians(points))[0])
     size = roots.diagonal(dim1=-2, dim2=-1).log().sum(-1) + 0.5 * density.dim * math.log(2.0 * math.pi)
-    return _distinct(Tops(points[:, :-1], roots, terms.value_and_grad(points)[0] + size, edges))
+    return _distinct(TopsOfTerms(points[:, :-1], roots, terms.value_and_grad(points)[0] + size, edges))
 
 
 @torch.no_grad()
@@ -120,7 +117,7 @@ def places_of_terms(density: LogDensity, z: Tensor) -> Tensor:
 def _climbed(density: LogDensity, z: Tensor) -> tuple[Terms, Tensor, Tensor]:
     """Return the terms, points (N, D + 1) at their tops, the highest first, and where those without one end (M, D)."""
     terms = Terms(density, z)
-    count, starts = len(terms.branches), z[:FROM]
+    count, starts = len(terms.branches), z[:3]
     which = torch.arange(count, device=z.device).repeat_interleave(len(starts)).to(z)
     points = torch.cat([starts.repeat(count, 1), which[:, None]], 1)
     if not count:
@@ -131,19 +128,19 @@ def _climbed(density: LogDensity, z: Tensor) -> tuple[Terms, Tensor, Tensor]:
     best = heights.argmax(1) + len(starts) * torch.arange(count, device=z.device)
     points, heights = ends.points[best], heights.amax(1)
     topless = ~torch.isfinite(heights).repeat_interleave(len(starts)) & torch.isfinite(ends.heights)
-    below = heights <= density(points[:, :-1]) + ABOVE * (1.0 + heights.abs())
+    below = heights <= density(points[:, :-1]) + 1e-4 * (1.0 + heights.abs())  # but for rounding in single precision
     order = heights.argsort(descending=True)
     return terms, points[order[(below & torch.isfinite(heights))[order]]], ends.points[topless, :-1]
 
 
-def _distinct(tops: Tops) -> Tops:
-    """Return the normals that differ in place or width from those with more mass."""
+def _distinct(tops: TopsOfTerms) -> TopsOfTerms:
+    """Return the normals that differ in place, or by 0.3 in the log of the width, from those with more mass."""
     kept: list[int] = []
     widths = tops.roots.diagonal(dim1=-2, dim2=-1).log().mean(-1)
     for number in tops.evidence.argsort(descending=True).tolist():
         away = tops.places[number] - tops.places[kept]
         x = torch.linalg.solve_triangular(tops.roots[kept], away[..., None], upper=False)[..., 0]
         near = x.norm(dim=-1) < SAME * unit_of_modes(x.shape[-1])
-        if not bool((near & ((widths[kept] - widths[number]).abs() < AS_WIDE)).any()):
+        if not bool((near & ((widths[kept] - widths[number]).abs() < 0.3)).any()):
             kept.append(number)
-    return Tops(tops.places[kept], tops.roots[kept], tops.evidence[kept], tops.edges)
+    return TopsOfTerms(tops.places[kept], tops.roots[kept], tops.evidence[kept], tops.edges)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 FULL_UNITS_UP_TO = 100  # dimensions
+SAME = 0.5  # of :func:`unit_of_modes`: places nearer than that are one mode
 
 
 def units_of(z: Tensor, *, full: bool = True) -> Tensor:

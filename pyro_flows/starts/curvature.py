@@ -42,10 +42,10 @@ def inverse_roots(density: LogDensity | Stack, points: Tensor) -> tuple[Tensor, 
 
     Where the Hessian is not finite, W is the identity.
     """
-    return roots_of(second_derivatives(density, points))
+    return inverse_roots_of(second_derivatives(density, points))
 
 
-def roots_of(hessians: Tensor) -> tuple[Tensor, Tensor]:
+def inverse_roots_of(hessians: Tensor) -> tuple[Tensor, Tensor]:
     """Return what :func:`inverse_roots` does, for Hessians (K, D, D).
 
     They are scaled by the diagonal first: the eigenvalues of a matrix with entries of 1e-12 and 1e12 would be noise.
