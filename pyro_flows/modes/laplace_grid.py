@@ -93,27 +93,24 @@ def all_grids(density: LogDensity, z: Tensor, log_weights: Tensor, *, seed: int)
 
 @torch.no_grad()
 def grids_about(density: LogDensity, loc: Tensor, z: Tensor, *, seed: int) -> list[Marginal]:
-    """Return grids along the scalar sites that predict the spread of others, about a point loc (D,).
+    """Return grids along the scalar sites along which curvatures change most, about a point loc (D,).
 
     Draws z (S, D) of a normal distribution at loc give the units.
 
     Cost: that of :func:`all_grids` for two coordinates, and 32 Hessians at most.
     """
-    coordinates = _bending(density, loc, spread_of(z))
-    with seeded(derive(seed, "slices"), density.device):
-        found = marginals(Tails(density, finer(density, z[:LOOKED_AT])), coordinates) if coordinates else []
-    return [one for one in found if one is not None]
-
-
-def _bending(density: LogDensity, loc: Tensor, spread: Tensor) -> list[int]:
-    """Return the sites of one coordinate along which curvatures change most: of the others in the mean, and its own."""
     alone = sites_of_one(density.structure)
     if not alone:
         return []
-    away = spread.diag()[alone]
+    away = spread_of(z).diag()[alone]
     curvatures = second_derivatives(density, torch.cat([loc + away, loc - away]))
     strength, order = bending(curvatures.unflatten(0, (2, -1)), alone).topk(min(MOST_BENT, len(alone)))
-    return [alone[number] for number in order[strength > BENT].tolist()]
+    coordinates = [alone[number] for number in order[strength > BENT].tolist()]
+    if not coordinates:
+        return []
+    with seeded(derive(seed, "slices"), density.device):
+        found = marginals(Tails(density, finer(density, z[:LOOKED_AT])), coordinates)
+    return [one for one in found if one is not None]
 
 
 def sites_of_one(structure: Structure) -> list[int]:

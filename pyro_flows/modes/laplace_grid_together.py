@@ -30,20 +30,11 @@ class Bent(NamedTuple):
     strengths: Tensor
 
 
-class Middles(NamedTuple):
-    """Places (K, D), and covariances (K, D, D) there."""
-
-    loc: Tensor
-    covariance: Tensor
-
-    @classmethod
-    def of(cls, starts: Sequence[Start]) -> Middles:
-        roots = torch.stack([start.root for start in starts])
-        return cls(torch.stack([start.loc for start in starts]), roots @ roots.mT)
-
-    @property
-    def spread(self) -> Tensor:
-        return self.covariance.diagonal(dim1=1, dim2=2).sqrt()
+def _moments(starts: Sequence[Start]) -> tuple[Tensor, Tensor, Tensor]:
+    """Return means (K, D), covariances (K, D, D) and standard deviations (K, D)."""
+    roots = torch.stack([start.root for start in starts])
+    covariance = roots @ roots.mT
+    return torch.stack([start.loc for start in starts]), covariance, covariance.diagonal(dim1=1, dim2=2).sqrt()
 
 
 @torch.no_grad()
@@ -55,10 +46,9 @@ def bent(stack: Stack, starts: Sequence[Start]) -> Bent | None:
     alone = sites_of_one(stack.structure)
     if not alone or not 1 < stack.dim <= UP_TO:
         return None
-    middles = Middles.of(starts)
-    unit = torch.eye(stack.dim).to(middles.loc)[alone]
-    away = middles.spread[:, None] * unit
-    points = torch.stack([middles.loc[:, None] + away, middles.loc[:, None] - away], 1)
+    loc, _, spread = _moments(starts)
+    away = spread[:, None] * torch.eye(stack.dim).to(loc)[alone]
+    points = torch.stack([loc[:, None] + away, loc[:, None] - away], 1)
     curvatures = stack.hessians(points.flatten(0, 2)).unflatten(0, (len(stack), 2, len(alone)))
     strengths, chosen = bending(curvatures, alone).max(1)
     return Bent(torch.tensor(alone, device=chosen.device)[chosen], strengths)
@@ -73,12 +63,11 @@ def grids_together(stack: Stack, starts: Sequence[Start], bent: Bent) -> list[Ta
 
     Cost: up to five Hessians and gradients at 33 places for each data set.
     """
-    middles = Middles.of(starts)
-    rows, held = torch.arange(len(stack), device=middles.loc.device), bent.coordinates
-    steps = middles.loc.new_tensor([*(-step for step in reversed(SIDE)), 0.0, *SIDE])
-    distances = middles.spread[rows, held, None] * steps
-    slopes = middles.covariance[rows, held] / middles.covariance[rows, held, held, None]
-    points = middles.loc[:, None] + distances[..., None] * slopes[:, None]
+    loc, covariance, spread = _moments(starts)
+    rows, held = torch.arange(len(stack), device=loc.device), bent.coordinates
+    steps = loc.new_tensor([*(-step for step in reversed(SIDE)), 0.0, *SIDE])
+    slopes = covariance[rows, held] / covariance[rows, held, held, None]
+    points = loc[:, None] + (spread[rows, held, None] * steps)[..., None] * slopes[:, None]
     tops, masses, roots, known = _tops(stack, points.flatten(0, 1), held.repeat_interleave(len(steps)))
     shape = len(stack), len(steps)
     parts = tops.view(*shape, -1), masses.view(shape), roots.view(*shape, stack.dim, stack.dim), known.view(shape)

@@ -85,7 +85,12 @@ def survey(
     Cost: a round is 256 paths (``climbs``) of about 20 gradients, fewer where a density has many terms, and a Hessian
     for each mode.
     """
-    found, in_vain = _begun(density, z, ridges) if before is None else before, 0
+    found, in_vain = before, 0
+    if found is None:
+        tops = tops_of_terms(density, z, CURVED)
+        met = torch.ones(len(tops.places), dtype=torch.long, device=z.device)
+        found = Survey(tops.places, tops.roots, tops.evidence, met, met > 0, ridges=ridges)
+        found = climbed_from(density, found, tops.edges) if len(tops.edges) else found
     with seeded(derive(seed, "a survey of modes"), density.device):
         for number in range(rounds):
             last, own = found, derive(seed, f"survey {number}")
@@ -108,14 +113,6 @@ def has_new(found: Survey, before: Survey) -> bool:
 def climbed_from(density: LogDensity, found: Survey, points: Tensor) -> Survey:
     """Add the modes to which climbs from points (N, D) lead."""
     return _merged(density, found, _climbed(density, found, points, points))
-
-
-def _begun(density: LogDensity, z: Tensor, ridges: bool) -> Survey:
-    """Return the modes of terms of the density, none if it is no sum."""
-    tops = tops_of_terms(density, z, CURVED)
-    met = torch.ones(len(tops.places), dtype=torch.long, device=z.device)
-    found = Survey(tops.places, tops.roots, tops.evidence, met, met > 0, ridges=ridges)
-    return climbed_from(density, found, tops.edges) if len(tops.edges) else found
 
 
 def _ends(

@@ -33,15 +33,13 @@ class Held:
 
 
 class Tops(NamedTuple):
-    """Tops over all coordinates but the one held (K, D + 1), their heights (K,), and roots (K, D, D) of Hessians.
+    """Tops over all coordinates but the one held (K, D + 1), and roots (K, D, D) of Hessians, NaN where there is none.
 
-    Hessians are those where the last step of Newton's method began, which gains next to nothing.
-
-    Roots are NaN where there is no top; they are the identity along the coordinate that is held.
+    Hessians are those where the last step of Newton's method began, which gains next to nothing. Their roots are the
+    identity along the coordinate that is held.
     """
 
     points: Tensor
-    heights: Tensor
     roots: Tensor
 
 
@@ -53,8 +51,8 @@ def tops_at(density: Held, points: Tensor, settled: Tensor) -> Tops:
     """
     left = torch.arange(len(points), device=points.device)
     height, grad = density.value_and_grad(points)
-    nan = torch.full((len(points), density.dim - 1, density.dim - 1), torch.nan, dtype=torch.float64)
-    tops = Tops(points.clone(), height.double(), nan.to(points.device))
+    size = len(points), density.dim - 1, density.dim - 1
+    tops = Tops(points.clone(), points.new_full(size, torch.nan, dtype=torch.float64))
     for _ in range(NEWTON):
         roots = _roots(density.density, points[:, :-1], points[:, -1].long())
         usable, slope = ~roots.isnan().any(2).any(1), grad[:, :-1, None].double()
@@ -63,9 +61,8 @@ def tops_at(density: Held, points: Tensor, settled: Tensor) -> Tops:
         moved = points + torch.cat([step[:, :, 0].to(points), torch.zeros_like(points[:, -1:])], 1)
         above, slopes = density.value_and_grad(moved)
         better = above > height
-        best = torch.where(better[:, None], moved, points), torch.where(better, above, height), roots
-        for whole, part in zip(tops, best, strict=True):
-            whole[left[known]] = part[known].to(whole)
+        tops.points[left[known]] = torch.where(better[:, None], moved, points)[known]
+        tops.roots[left[known]] = roots[known]
         going = usable & ~known & better
         if not bool(going.any()):
             break
@@ -131,8 +128,8 @@ class Tails:
         heights = torch.stack([self.density(each) for each in (points, led)])
         points = torch.where((heights[1] > heights[0].nan_to_num(nan=-torch.inf))[:, None], led, points)
         points = torch.cat([points, held[:, None].to(points)], 1)
-        found = Tops(points, heights[0].double(), points.new_full((*points.shape, self.density.dim), torch.nan)[:, :-1])
-        found = found._replace(roots=found.roots.double())
+        size = len(points), self.density.dim, self.density.dim
+        found = Tops(points, points.new_full(size, torch.nan, dtype=torch.float64))
         usable = heights.isfinite().any(0).nonzero()[:, 0]
         if len(usable):
             units = torch.cat([self.units, self.units.new_ones(1)]).expand(len(usable), -1)

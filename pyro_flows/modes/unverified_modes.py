@@ -132,7 +132,7 @@ def modes_with_mass(guide: Guide, ends: Tensor, worth: Sequence[UnverifiedMode],
     """Return the places with a good part of the mass, by tempering from the guide's own region, first, and there.
 
     Where tempering falls far short of what the guide's own weights say, it has not come to rest. There, what counts as
-    thin may be no more than the guide's tails, and points have to stay thin as they wander on.
+    thin may be no more than the guide's tails. So most points have to stay where it is thin as they move on as walkers.
     """
     density = guide.density
     covered = min(float(log_mean(walk.log_weights[0])), guide.covered)
@@ -141,19 +141,16 @@ def modes_with_mass(guide: Guide, ends: Tensor, worth: Sequence[UnverifiedMode],
         thin = guide.is_under_covered(reached, log_p)
         log_weights = torch.where(thin, log_weights, -torch.inf)
         if float(log_mean(log_weights)) - covered > math.log(MISSED_MASS_SHARE):
-            if guide.covered - covered > MASS_GAP_OF_TEMPERING and not _stay_thin(guide, reached[thin], path):
-                continue
+            if guide.covered - covered > MASS_GAP_OF_TEMPERING:
+                seed = derive(path.number, "places")
+                moved = move_walkers(guide.density, reached[thin], path.start.sds, seed=seed)
+                if not float(guide.is_under_covered(*moved).double().mean()) > 0.5:
+                    continue
             thin_end = bool(guide.is_under_covered(ends[path.number][None], density(ends[path.number][None]).detach()))
             drawn = reached[int(log_weights.argmax())]
             place = ends[path.number] if thin_end else drawn
             found.append(MissedRegion(place, path.start, beside=path.beside or not thin_end, drawn=drawn))
     return found
-
-
-def _stay_thin(guide: Guide, points: Tensor, path: UnverifiedMode) -> bool:
-    """Whether most of some points (S, D) are still where the guide is thin after they have moved as walkers."""
-    ends, log_p = move_walkers(guide.density, points, path.start.sds, seed=derive(path.number, "places"))
-    return float(guide.is_under_covered(ends, log_p).double().mean()) > 0.5
 
 
 def distinct(places: Sequence[Tensor], units: Tensor, *, by: float | None = None) -> list[int]:

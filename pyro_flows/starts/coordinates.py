@@ -189,10 +189,6 @@ class _Family:
             found[latent.name] = Information(*(part.reshape(latent.unconstrained_shape) for part in parts))
         return found
 
-    def unconstrained(self, z: Tensor) -> Tensor:
-        """Return the hierarchical sites' part (S, K) of centered coordinates ``z`` (S, D)."""
-        return torch.cat([z[:, latent.offset : latent.offset + latent.size] for latent in self.sites], 1)
-
     def _single(self, point: Tensor) -> Tensor:
         z, log_precision, center = point.split([self.density.dim, self.size, self.size])
         found = self.information(log_precision, center)
@@ -219,7 +215,9 @@ class _Family:
         """Fit normal, precisions and centers together, from draws (S, D) in the coordinates of ``candidate``."""
         density = self.density
         values = candidate.constrain(draws)
-        center, spread = _middle_and_spread(self.unconstrained(density.unconstrain(values)))
+        z = density.unconstrain(values)
+        centered = torch.cat([z[:, latent.offset : latent.offset + latent.size] for latent in self.sites], 1)
+        center, spread = _middle_and_spread(centered)
         # 1. The posterior's precision is that of the prior and that of the data together: begin with half of it.
         log_precision = -2.0 * spread.log() - math.log(2.0)
         began = self.information(log_precision, center)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import pyro.distributions as dist
 import torch
 from torch import Tensor
@@ -13,17 +11,8 @@ from pyro_flows.model.stack import NotStackable, Stack
 from pyro_flows.starts.curvature import FULL_HESSIAN_UP_TO, inverse_roots, lower_triangular
 from pyro_flows.starts.pathfinder import pathfinder
 from pyro_flows.starts.portfolio import PRIOR_DRAWS, SCORE_DRAWS, TRIM
-from pyro_flows.starts.prior import path_starts, prior_draws
+from pyro_flows.starts.prior import PATHS, path_starts, prior_draws
 from pyro_flows.starts.start import Start
-
-
-@dataclass(frozen=True)
-class Candidates:
-    """C affine maps for each of K data sets: places (K, C, D), lower triangular scales (K, C, D, D), names."""
-
-    loc: Tensor
-    scale: Tensor
-    names: tuple[str, ...]
 
 
 def starts_together(stack: Stack, *, seed: int, df: float) -> list[Start]:
@@ -39,36 +28,25 @@ def starts_together(stack: Stack, *, seed: int, df: float) -> list[Start]:
         raise NotStackable(f"more than {FULL_HESSIAN_UP_TO} dimensions")
     draws = prior_draws(stack.densities[0], PRIOR_DRAWS, seed=derive(seed, "starts"))
     points = path_starts(draws).repeat(len(stack), 1)
-    found = _candidates(stack, points, seed=seed)
+    paths = pathfinder(stack, points, lower_triangular(inverse_roots(stack, points)[0]), seed=seed)
+    roots = lower_triangular(inverse_roots(stack, paths.ends)[0])
+    normals = (paths.best.loc, paths.ends), (lower_triangular(paths.best.scale()), roots)
+    # candidates of each data set: places (K, C, D), and lower triangular scales (K, C, D, D)
+    loc, scale = (torch.cat([part.unflatten(0, (len(stack), -1)) for part in parts], 1) for parts in normals)
     with seeded(derive(seed, "scores of starts"), stack.device):
         one = torch.ones(stack.dim, dtype=stack.dtype, device=stack.device)
         base = dist.StudentT(df * one, 0.0, 1.0).to_event(1)
         noise = base.sample((SCORE_DRAWS // 2,))
-    elbos = _scores(stack, found, noise, base.log_prob(noise))
-    best = elbos.nan_to_num(nan=-torch.inf).argmax(1)
-    return [
-        Start(found.names[index], found.loc[number, index], found.scale[number, index], float(elbos[number, index]))
-        for number, index in enumerate(best.tolist())
-    ]
+    elbos = _scores(stack, loc, scale, noise, base.log_prob(noise))
+    best = elbos.nan_to_num(nan=-torch.inf).argmax(1).tolist()
+    names = ("pathfinder",) * PATHS + ("laplace",) * PATHS
+    return [Start(names[c], loc[k, c], scale[k, c], float(elbos[k, c])) for k, c in enumerate(best)]
 
 
-def _candidates(stack: Stack, points: Tensor, *, seed: int) -> Candidates:
-    """Climb from points (K P, D); return the candidates at the paths and at their ends."""
-    frames = lower_triangular(inverse_roots(stack, points)[0])
-    paths = pathfinder(stack, points, frames, seed=seed)
-    loc, scale = paths.best.loc, lower_triangular(paths.best.scale())
-    roots = lower_triangular(inverse_roots(stack, paths.ends)[0])
-    places, scales = (
-        [part.unflatten(0, (len(stack), -1)) for part in two] for two in ((loc, paths.ends), (scale, roots))
-    )
-    names = ("pathfinder",) * places[0].shape[1] + ("laplace",) * places[0].shape[1]
-    return Candidates(torch.cat(places, 1), torch.cat(scales, 1), names)
-
-
-def _scores(stack: Stack, found: Candidates, noise: Tensor, log_noise: Tensor) -> Tensor:
+def _scores(stack: Stack, loc: Tensor, scale: Tensor, noise: Tensor, log_noise: Tensor) -> Tensor:
     """Return the ELBOs (K, C), without the lowest 5 % of the draws; -inf where a map is not finite."""
-    volume = found.scale.diagonal(dim1=-2, dim2=-1).log().sum(-1)
-    z = found.loc[:, :, None] + noise @ found.scale.mT
+    volume = scale.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+    z = loc[:, :, None] + noise @ scale.mT
     usable = torch.isfinite(z).all(-1).all(-1)
     z = torch.where(usable[..., None, None], z, 0.0)
     log_p = stack(z.flatten(0, 2)).reshape(z.shape[:3])
