@@ -9,13 +9,13 @@ from pyro_flows.model.log_density import LogDensity
 from pyro_flows.modes.units import units_of
 from pyro_flows.starts.climb import TICKS, climb
 
-CLIMBERS = 64
-DEEP = 2.0  # nats below the lower of two tops
+CLIMBERS = 64  # draws that are compared with each place
+BARRIER = 2.0  # nats from the lower of two tops down to the valley between them
 
 
 @torch.no_grad()
 def are_separated(density: LogDensity, places: Tensor, z: Tensor, near: Tensor | None = None) -> list[bool]:
-    """Whether places (L, D) have tops of their own: a valley lies between each and the tops to which draws climb.
+    """Whether places (L, D) have tops of their own: a barrier lies between each and the tops to which draws climb.
 
     A ball about a poor normal distribution holds draws that never were near its mode: in 200 dimensions two modes 21
     standard deviations apart lie in the same one. Draws are climbed from, as the places of many dimensions lie far from
@@ -39,7 +39,7 @@ def are_separated(density: LogDensity, places: Tensor, z: Tensor, near: Tensor |
         lines = ends.points[number] + share * (tops[compared] - ends.points[number])
         lowest = density(lines.flatten(0, 1)).nan_to_num(nan=-torch.inf).reshape(len(share), -1).amin(0)
         least = torch.minimum(heights[compared], ends.heights[number])
-        answers.append(bool((lowest < least - DEEP).all()))
+        answers.append(bool((lowest < least - BARRIER).all()))
     return answers
 
 

@@ -32,21 +32,21 @@ from pyro_flows.modes.tops import hessians
 from pyro_flows.starts.curvature import FULL_HESSIAN_UP_TO, second_derivatives
 from pyro_flows.transforms.nested import Terms
 
-MOST_HELD = 6
-SAME = {torch.float64: 1e-7, torch.float32: 3e-3}  # change of an entry of a Hessian of units, that is none
+MOST_HELD = 6  # coordinates
+UNCHANGED = {torch.float64: 1e-7, torch.float32: 3e-3}  # change of an entry of a scaled Hessian that is rounding
 RATES = (-2.0, -1.0, -0.5, 0.5, 1.0, 2.0)  # of exponentials: powers of a scale, a variance or a precision
-MOST_RATES = 3
-POLYNOMIAL = 4  # degree, at most
-ALONG, REACH = 13, 2.0  # points along a coordinate, and spreads to either side
-EXACT = {torch.float64: 1e-6, torch.float32: 1e-3}  # relative error of an entry
-NEGLIGIBLE = {torch.float64: 1e-8, torch.float32: 1e-5}  # share of an entry that a function contributes
-MOST_TERMS = 160
+MOST_RATES = 3  # exponentials along one coordinate
+POLYNOMIAL = 4  # degree along one coordinate, at most
+POINTS_ALONG, REACH = 13, 2.0  # points along a held coordinate, and spreads that they reach to either side
+ERROR_MOST = {torch.float64: 1e-6, torch.float32: 1e-3}  # relative, of an entry by the functions
+NEGLIGIBLE = {torch.float64: 1e-8, torch.float32: 1e-5}  # share of an entry: a function that adds less is left out
+MOST_TERMS = 160  # products of functions of all held coordinates
 
 
 def can_have_conditionals(density: LogDensity) -> bool:
     """Whether a hundred Hessians can be had: one may write thirty million numbers."""
     cheap = density.dim * density.written <= 3e7
-    return density.batched and 2 < density.dim <= FULL_HESSIAN_UP_TO and density.dtype in SAME and cheap
+    return density.batched and 2 < density.dim <= FULL_HESSIAN_UP_TO and density.dtype in UNCHANGED and cheap
 
 
 @torch.no_grad()
@@ -67,14 +67,14 @@ def hyperparameters_of(density: LogDensity, points: Tensor) -> list[int]:
     held = list[int]()
     while True:
         change = _change(density, points, before, units, held)
-        if float(change.max()) <= SAME[density.dtype]:
+        if float(change.max()) <= UNCHANGED[density.dtype]:
             break
         held.append(int(change.square().sum(1).argmax()))
         if len(held) > MOST_HELD or len(held) > density.dim - 2:
             return []
     for one in held[:-1]:
         fewer = [number for number in held if number != one]
-        if float(_change(density, points, before, units, fewer).max()) <= SAME[density.dtype]:
+        if float(_change(density, points, before, units, fewer).max()) <= UNCHANGED[density.dtype]:
             held = fewer
     return sorted(held)
 
@@ -140,8 +140,8 @@ class Conditional:
         root = torch.where(usable[:, None, None], root, torch.eye(size).to(root))
         z = theta.new_zeros(len(theta), self.density.dim)
         z[:, self.held] = theta
-        pull = torch.where(usable[:, None], found[:, len(self.entries[0]) :], 0.0)
-        z[:, self.order] = torch.cholesky_solve(pull[..., None], root)[..., 0]
+        gradients = torch.where(usable[:, None], found[:, len(self.entries[0]) :], 0.0)
+        z[:, self.order] = torch.cholesky_solve(gradients[..., None], root)[..., 0]
         value = self.density(z.to(self.density.dtype)).double() - root.diagonal(dim1=1, dim2=2).log().sum(1)
         value = value + 0.5 * size * math.log(2.0 * math.pi)
         return torch.where(usable & torch.isfinite(value), value, -math.inf)
@@ -154,7 +154,7 @@ class Conditional:
         lower = own[0].new_zeros(own[0].shape)
         lower[:, rows, columns] = said[:, : len(rows)]
         pairs = (lower, own[0].tril()), (said[:, len(rows) :], own[1])
-        exact = EXACT[self.density.dtype]
+        exact = ERROR_MOST[self.density.dtype]
         return all(bool(((one - other).abs() <= exact * _sizes(other)).all()) for one, other in pairs)
 
 
@@ -185,10 +185,10 @@ def conditional(density: LogDensity, held: list[int], center: Tensor, spread: Te
     sets = list[list[Function]]()
     for number in range(len(held)):
         theta = center + 0.3 * spread * torch.randn_like(center)  # others are not in the middle
-        theta = theta.repeat(ALONG, 1)
-        theta[:, number] = center[number] + spread[number] * torch.linspace(-REACH, REACH, ALONG).to(center)
+        theta = theta.repeat(POINTS_ALONG, 1)
+        theta[:, number] = center[number] + spread[number] * torch.linspace(-REACH, REACH, POINTS_ALONG).to(center)
         values = torch.cat([part.flatten(1) for part in _numbers(density, held, plain, theta)], 1)
-        found = _functions(theta, values, number, center, spread, EXACT[density.dtype])
+        found = _functions(theta, values, number, center, spread, ERROR_MOST[density.dtype])
         if found is None:
             return None
         sets.append(found)

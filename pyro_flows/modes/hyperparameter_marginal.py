@@ -30,8 +30,9 @@ from pyro_flows.verdict.thresholds import ESS_OF_CHAINS, ESS_SHARE_GOOD, K_HAT_G
 
 DRAWS, MOST_ROUNDS = 400, 16
 DF = 5.0
-DEEP, DEEPEST = 25.0, 60.0  # nats below the top, beyond which draws do not count, and those of the flow count the same
-OWN, KEPT = 2000, 6000  # draws of the flow, that each fit is followed by; the latest draws, that fits go by
+FITTED_WITHIN = 25.0  # nats below the top: draws of lower density are left out of the first fit
+CUT_BELOW = 60.0  # nats below the top, to which log densities at draws of the flow are cut
+FLOW_DRAWS, DRAWS_KEPT = 2000, 6000  # draws of the flow after each fit; the latest draws, to which a flow is fitted
 
 
 class Sample(NamedTuple):
@@ -101,7 +102,7 @@ def fit_flow(
 
     Cost: 280 passes through the flow at thousands of points, and 4000 densities. Randomness is torch's global one.
     """
-    near = sample.log_p > sample.log_p.max() - DEEP
+    near = sample.log_p > sample.log_p.max() - FITTED_WITHIN
     theta, log_p, weights = sample.theta[near], sample.log_p[near], sample.weights[near]
     weights = weights / weights.sum()
     with torch.no_grad():
@@ -112,25 +113,25 @@ def fit_flow(
         if not all(bool(torch.isfinite(parameter).all()) for parameter in parameters):
             break
         with torch.no_grad():
-            own, log_q = flow.draw(OWN)
+            own, log_q = flow.draw(FLOW_DRAWS)
             values = log_density(own)
         ratios = values - log_q
         if not bool(torch.isfinite(ratios).any()):
             break
         smooth, k_hat = psis(ratios)
-        share = float(1.0 / smooth.exp().square().sum()) / OWN
+        share = float(1.0 / smooth.exp().square().sum()) / FLOW_DRAWS
         worth = share - max(0.0, k_hat - K_HAT_GOOD)
         best = max(best, (worth, share, k_hat, copy.deepcopy(flow.state_dict())), key=itemgetter(0))
         if share >= ESS_SHARE_GOOD and k_hat < K_HAT_GOOD:
             break
-        log_mass = float(torch.logsumexp(ratios, 0)) - math.log(OWN)
+        log_mass = float(torch.logsumexp(ratios, 0)) - math.log(FLOW_DRAWS)
         usable = torch.isfinite(own).all(1)
-        own, values = own[usable], values[usable].clamp_min(log_p.max() - DEEPEST)
+        own, values = own[usable], values[usable].clamp_min(log_p.max() - CUT_BELOW)
         fresh = torch.softmax(ratios[usable], 0)
         effective = 1.0 / weights.square().sum(), 1.0 / fresh.square().sum()
         weights = torch.cat([effective[0] * weights, effective[1] * fresh]) / sum(effective)
-        theta, log_p = torch.cat([theta, own])[-KEPT:], torch.cat([log_p, values])[-KEPT:]
-        weights = weights[-KEPT:] / weights[-KEPT:].sum()
+        theta, log_p = torch.cat([theta, own])[-DRAWS_KEPT:], torch.cat([log_p, values])[-DRAWS_KEPT:]
+        weights = weights[-DRAWS_KEPT:] / weights[-DRAWS_KEPT:].sum()
     flow.load_state_dict(best[3])
     return best[1], best[2]
 

@@ -29,7 +29,7 @@ from pyro_flows.model.log_density import LogDensity
 from pyro_flows.model.sites import Structure
 from pyro_flows.modes.propriety import finer
 from pyro_flows.modes.tables import OUTSIDE, Table
-from pyro_flows.modes.tops import FARTHEST, Tails, Tops
+from pyro_flows.modes.tops import CUT_AT, Tails, Tops
 from pyro_flows.modes.under_covered import is_usable
 from pyro_flows.starts.curvature import second_derivatives
 from pyro_flows.starts.prior import spread_of
@@ -38,16 +38,17 @@ from pyro_flows.verdict.deciding import resample
 STEPS = (0.3, 0.6, 1.0, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0, 6.5, 8.0, 11.0, 15.0, 20.0)  # spreads from the middle
 CLOSE = (*(0.3 * number for number in range(1, 28)), 9.0, 10.0, 11.5, 13.0, 15.0, 17.5, 20.0)  # for a flow
 UP_TO = 50  # dimensions
-MOST = 4  # coordinates
-LOOKED_AT = 2000  # draws, for which coordinates and where
-TELLING = 0.02  # sum of squared correlations with the distances of others from their middles
-MOST_ALONE, MOST_BENT = 16, 2  # sites of one coordinate that are looked at before any draw; and that get a grid
-BENT = 0.05  # change of log curvatures over two spreads
-DRAWN, KNOWN = 128, 0.15  # draws at a grid point, and the relative standard error of its mass
-UNSURE, AGAIN = 0.1, 2048  # error at a grid point that gets so many draws in the place of those
-WIDER = 5.0  # by which steps are stretched, up to four times, where the marginal has not fallen off at the last
-FEWEST_DRAWS = 500  # that tell where to look
-FEWEST, DEEP = 8, 60.0  # grid points; nats below the highest one, beyond which there is nothing
+MOST_COORDINATES = 4  # that get a grid
+DRAWS_USED = 2000  # by which coordinates, and units along them, are chosen
+PREDICTS_SPREAD = 0.02  # sum of squared correlations with the distances of other coordinates from their medians
+MOST_SITES, MOST_BENT = 16, 2  # sites of one coordinate that are compared by curvature, and that get a grid
+CURVATURE_CHANGE = 0.05  # of log curvatures over two spreads: less is none
+DRAWS, ERROR_MOST = 128, 0.15  # at a grid point; relative standard error of a mass that counts as known
+ERROR_REDRAWN, REDRAWN = 0.1, 2048  # a grid point with a larger error gets so many draws in place of those
+STRETCH = 5.0  # by which steps are stretched, up to four times, where the marginal has not fallen off at the last
+FEWEST_DRAWS = 500  # by which coordinates are chosen
+FEWEST_POINTS = 8  # of a grid
+EMPTY = 60.0  # nats below the highest grid point: the mass there counts as zero
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,7 @@ def all_grids(density: LogDensity, z: Tensor, log_weights: Tensor, *, seed: int)
     log_mass = torch.log_softmax(log_weights.double(), 0)
     if not can_have_grid(density) or len(z) < FEWEST_DRAWS or not is_usable(log_mass):
         return []
-    sample = finer(density, z[resample(log_mass, LOOKED_AT, seed=derive(seed, "looked at"))])
+    sample = finer(density, z[resample(log_mass, DRAWS_USED, seed=derive(seed, "looked at"))])
     coordinates = predictors_of_spread(sample)
     if not coordinates:
         return []
@@ -105,17 +106,17 @@ def grids_about(density: LogDensity, loc: Tensor, z: Tensor, *, seed: int) -> li
     away = spread_of(z).diag()[alone]
     curvatures = second_derivatives(density, torch.cat([loc + away, loc - away]))
     strength, order = bending(curvatures.unflatten(0, (2, -1)), alone).topk(min(MOST_BENT, len(alone)))
-    coordinates = [alone[number] for number in order[strength > BENT].tolist()]
+    coordinates = [alone[number] for number in order[strength > CURVATURE_CHANGE].tolist()]
     if not coordinates:
         return []
     with seeded(derive(seed, "slices"), density.device):
-        found = marginals(Tails(density, finer(density, z[:LOOKED_AT])), coordinates)
+        found = marginals(Tails(density, finer(density, z[:DRAWS_USED])), coordinates)
     return [one for one in found if one is not None]
 
 
 def sites_of_one(structure: Structure) -> list[int]:
     """Return the coordinates of the first sites that have one each."""
-    return [latent.offset for latent in structure.latents if latent.size == 1][:MOST_ALONE]
+    return [latent.offset for latent in structure.latents if latent.size == 1][:MOST_SITES]
 
 
 def bending(hessians: Tensor, alone: list[int]) -> Tensor:
@@ -139,12 +140,12 @@ def closer(density: LogDensity, marginal: Marginal, *, seed: int) -> Marginal | 
 def predictors_of_spread(z: Tensor) -> list[int]:
     """Return the coordinates of draws (S, D) that best predict how far the others are from their medians."""
     away = z.double() - z.double().median(0).values
-    away = (away / away.abs().median(0).values.clamp_min(1e-300)).clamp(-1.5 * FARTHEST, 1.5 * FARTHEST)
+    away = (away / away.abs().median(0).values.clamp_min(1e-300)).clamp(-1.5 * CUT_AT, 1.5 * CUT_AT)
     signed, size = ((part - part.mean(0)) / part.std(0).clamp_min(1e-300) for part in (away, away.abs()))
     correlation = (signed.mT @ size / len(z)).fill_diagonal_(0.0)
     correlation = torch.where(correlation.abs() > 5.0 / math.sqrt(len(z)), correlation, 0.0)  # standard errors
-    strength, order = correlation.square().sum(1).topk(min(MOST, z.shape[1]))
-    return order[strength > TELLING].tolist()
+    strength, order = correlation.square().sum(1).topk(min(MOST_COORDINATES, z.shape[1]))
+    return order[strength > PREDICTS_SPREAD].tolist()
 
 
 def marginals(tails: Tails, coordinates: list[int]) -> list[Marginal | None]:
@@ -159,7 +160,7 @@ def marginals(tails: Tails, coordinates: list[int]) -> list[Marginal | None]:
         for _ in range(4):
             if one is None or not one.goes_on():
                 break
-            one = _marginals(tails, [coordinate], STEPS, WIDER * one.stretch)[0]
+            one = _marginals(tails, [coordinate], STEPS, STRETCH * one.stretch)[0]
         found[number] = found[number] if one is None or one.goes_on() else one
     return found
 
@@ -171,8 +172,8 @@ def _marginals(
     tops = tails.tops(coordinates, [*steps, *longer])
     log_masses, errors = _weighed(tails, tops)
     masses = log_masses.view(len(coordinates), -1)
-    near = masses > masses.nan_to_num(nan=-torch.inf).amax(1, keepdim=True) - DEEP
-    known = torch.isfinite(masses) & (errors.view_as(masses) < KNOWN)
+    near = masses > masses.nan_to_num(nan=-torch.inf).amax(1, keepdim=True) - EMPTY
+    known = torch.isfinite(masses) & (errors.view_as(masses) < ERROR_MOST)
     last = len(steps) + len(longer)
     found = list[Marginal | None]()
     for number, coordinate in enumerate(coordinates):
@@ -182,7 +183,7 @@ def _marginals(
         rows = rows[order]
         reached = 2 * last in order.tolist(), last in order.tolist()
         at = places[order], log_masses[rows], tops.points[rows, :-1], tops.roots[rows]
-        found.append(Marginal(coordinate, *at, tails, stretch, reached) if len(order) >= FEWEST else None)
+        found.append(Marginal(coordinate, *at, tails, stretch, reached) if len(order) >= FEWEST_POINTS else None)
     return found
 
 
@@ -223,11 +224,11 @@ def _weighed(tails: Tails, tops: Tops) -> tuple[Tensor, Tensor]:
     if not len(known):
         return log_masses, errors
     points, roots, held = tops.points[known, :-1].double(), tops.roots[known], tops.points[known, -1].long()
-    masses, relative = _drawn(tails, points, roots, held, DRAWN)
-    unsure = ((relative > UNSURE) & (masses > masses.nan_to_num(nan=-math.inf).max() - DEEP)).nonzero()[:, 0]
+    masses, relative = _drawn(tails, points, roots, held, DRAWS)
+    unsure = ((relative > ERROR_REDRAWN) & (masses > masses.nan_to_num(nan=-math.inf).max() - EMPTY)).nonzero()[:, 0]
     for number in unsure.tolist():
         one = slice(number, number + 1)
-        masses[one], relative[one] = _drawn(tails, points[one], roots[one], held[one], AGAIN)
+        masses[one], relative[one] = _drawn(tails, points[one], roots[one], held[one], REDRAWN)
     log_masses[known], errors[known] = masses, relative
     return log_masses, errors
 
@@ -240,7 +241,7 @@ def _drawn(tails: Tails, points: Tensor, roots: Tensor, held: Tensor, count: int
     noise[torch.arange(len(points)), :, held] = 0.0
     away = torch.linalg.solve_triangular(roots.mT, noise.mT, upper=True).mT
     z = (points[:, None] + away).to(tails.middle).flatten(0, 1)
-    values = torch.cat([tails.density(part) for part in z.split(LOOKED_AT)]).double()
+    values = torch.cat([tails.density(part) for part in z.split(DRAWS_USED)]).double()
     ratios = values.view(len(points), -1).nan_to_num(nan=-math.inf) + 0.5 * noise.square().sum(2)
     size = roots.diagonal(dim1=1, dim2=2).log().sum(1)
     mean = torch.logsumexp(ratios, 1) - math.log(count)

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from pyro_flows.model.stack import Stack
-from pyro_flows.modes.laplace_grid import BENT, DEEP, FEWEST, UP_TO, around, bending, sites_of_one
+from pyro_flows.modes.laplace_grid import CURVATURE_CHANGE, EMPTY, FEWEST_POINTS, UP_TO, around, bending, sites_of_one
 from pyro_flows.modes.tables import Table
-from pyro_flows.modes.tops import NEWTON, SMALL, roots_across
+from pyro_flows.modes.tops import NEGLIGIBLE_GAIN, NEWTON, roots_across
 from pyro_flows.starts.start import Start
 
 # spreads from the middle
@@ -72,7 +72,8 @@ def grids_together(stack: Stack, starts: Sequence[Start], bent: Bent) -> list[Ta
     shape = len(stack), len(steps)
     parts = tops.view(*shape, -1), masses.view(shape), roots.view(*shape, stack.dim, stack.dim), known.view(shape)
     tables = (_table(int(number), *own) for number, *own in zip(held, *parts, strict=True))
-    return [table if strength > BENT else None for table, strength in zip(tables, bent.strengths.tolist(), strict=True)]
+    enough = (bent.strengths > CURVATURE_CHANGE).tolist()
+    return [table if curved else None for table, curved in zip(tables, enough, strict=True)]
 
 
 def _tops(stack: Stack, points: Tensor, held: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -86,7 +87,7 @@ def _tops(stack: Stack, points: Tensor, held: Tensor) -> tuple[Tensor, Tensor, T
         step = torch.cholesky_solve(slope[..., None], roots.nan_to_num(nan=1.0))[..., 0]
         gain = 0.5 * (slope * step).sum(1)
         known = ~roots.isnan().any(2).any(1) & height.isfinite()
-        if number == NEWTON or not bool((known & (gain > 0.01 * SMALL)).any()):
+        if number == NEWTON or not bool((known & (gain > 0.01 * NEGLIGIBLE_GAIN)).any()):
             break
         moved = points + step.to(points)
         above, slopes = _slopes(stack, moved, held)
@@ -94,7 +95,7 @@ def _tops(stack: Stack, points: Tensor, held: Tensor) -> tuple[Tensor, Tensor, T
         points = torch.where(better[:, None], moved, points)
         slope = torch.where(better[:, None], slopes, slope)
         height = torch.where(better, above, height)
-    return points, height - roots.diagonal(dim1=1, dim2=2).log().sum(1), roots, known & (gain < SMALL)
+    return points, height - roots.diagonal(dim1=1, dim2=2).log().sum(1), roots, known & (gain < NEGLIGIBLE_GAIN)
 
 
 def _slopes(stack: Stack, points: Tensor, held: Tensor) -> tuple[Tensor, Tensor]:
@@ -106,8 +107,8 @@ def _slopes(stack: Stack, points: Tensor, held: Tensor) -> tuple[Tensor, Tensor]
 def _table(coordinate: int, tops: Tensor, masses: Tensor, roots: Tensor, known: Tensor) -> Table | None:
     """Return the table of the grid about the middle one, up to the first that are not known or have no mass."""
     places = tops[:, coordinate].double()
-    near = masses > masses[known].max() - DEEP if bool(known.any()) else known
+    near = masses > masses[known].max() - EMPTY if bool(known.any()) else known
     chosen = around(len(SIDE), places, known, near, gap=0)
-    if len(chosen) < FEWEST:
+    if len(chosen) < FEWEST_POINTS:
         return None
     return Table(coordinate, places[chosen], masses[chosen], tops[chosen], roots[chosen])

@@ -20,13 +20,13 @@ from torch import Tensor
 from pyro_flows._fallbacks import strict
 from pyro_flows.graphs import Recorder
 from pyro_flows.model.log_density import LogDensity
-from pyro_flows.modes.tops import SMALL, hessians
+from pyro_flows.modes.tops import hessians
 
-SURE = {torch.float64: 30.0, torch.float32: 12.0}  # nats below the top, under which rounding may look like a tail,
-DEEP = 1000.0  # unless single precision has the same; beyond that, nothing is asked
-LEVELLED = 2.0  # nats above the last place
+SURE = {torch.float64: 30.0, torch.float32: 12.0}  # nats below the top; farther down, rounding may look like a tail,
+DEEP = 1000.0  # unless single precision has the same; below that, no place is evaluated
+LEVELLED = 2.0  # nats above the last place: heights there are one level
 LENGTHS = (4.0, 1.0, 0.5, 0.1, 0.01)  # shares of a step of Newton's method that are tried
-FLAT, NONE = 1e-10, 1e-14  # of the largest curvature, in units of the diagonal: it is not known; there is none
+UNKNOWN_CURVATURE, NO_CURVATURE = 1e-10, 1e-14  # of the largest one, where the diagonal is 1: rounding; none at all
 WIDE = 2.0  # sds at which falls are compared with that of a normal density
 
 
@@ -206,11 +206,11 @@ class Outward:
         values, vectors = torch.linalg.eigh(scale[:, :, None] * curvatures * scale[:, None])
         sizes = values.abs()
         largest = sizes.amax(1, keepdim=True).clamp_min(1e-300) if sizes.shape[1] else sizes
-        level = sizes <= NONE * largest
+        level = sizes <= NO_CURVATURE * largest
         moves = across @ (scale[:, :, None] * vectors)
-        sds = torch.where(level, 1.0 / moves.norm(dim=1), sizes.maximum(FLAT * largest).rsqrt())
+        sds = torch.where(level, 1.0 / moves.norm(dim=1), sizes.maximum(UNKNOWN_CURVATURE * largest).rsqrt())
         volumes = scale.log().sum(1) + torch.where(level, 0.0, sds.log()).sum(1)  # nothing is integrated where level
-        curved = ((values > FLAT * largest) | level).all(1)
+        curved = ((values > UNKNOWN_CURVATURE * largest) | level).all(1)
         return moves * sds[:, None], volumes, level, curved
 
     def _cuts(self, tops: Tensor, heights: Tensor, moves: Tensor) -> Tensor:
@@ -255,12 +255,12 @@ class Outward:
         A step of a thousandth outward has to change them by eight units in the last place.
         """
         z, direction = self._z(y), self.units * u
-        size = (z.abs() * (u.abs() > SMALL)).amax(1) + 1.0
+        size = (z.abs() * (u != 0.0)).amax(1) + 1.0
         step = 1e-3 * size / direction.abs().amax(1)
         values = self.density.constrain(torch.cat([z, z + step[:, None] * direction]))
         ended = torch.zeros(len(z), dtype=torch.bool, device=z.device)
         for latent in self.density.structure.latents:
-            moving = (u[:, latent.offset : latent.offset + latent.size].abs() > SMALL).any(1)
+            moving = (u[:, latent.offset : latent.offset + latent.size] != 0.0).any(1)
             here, there = values[latent.name].reshape(2, len(z), -1)
             digits = torch.finfo(here.dtype)
             change = ((there - here) / here.abs().clamp_min(digits.tiny)).abs()

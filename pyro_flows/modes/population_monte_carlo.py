@@ -30,10 +30,10 @@ from pyro_flows.verdict.psis import psis
 from pyro_flows.verdict.thresholds import ESS_SHARE_COLLAPSED, ESS_SHARE_GOOD, K_HAT_GOOD
 
 GENERATIONS = 4  # between two additions of parts
-ADDITIONS, IN_VAIN = 6, 2  # at most; one after the other that bring nothing
+ADDITIONS, IN_VAIN = 6, 2  # at most; in a row without a gain, after which the fit ends
 MOST_PARTS = 64
-FROM_PRIOR = 8000  # draws of each temperature
-EACH = 0.1  # effective share that each temperature leaves
+FROM_PRIOR = 8000  # draws at each temperature
+EFFECTIVE_SHARE = 0.1  # of the draws at each temperature
 KERNELS, KERNEL_DF = 32, 5.0  # parts at tempered draws
 
 
@@ -172,11 +172,11 @@ def _power(ratios: Tensor) -> float:
         return float(1.0 / torch.softmax(power * ratios, 0).square().sum()) / len(ratios)
 
     low, high = 0.0, 1.0
-    if share(high) >= EACH:
+    if share(high) >= EFFECTIVE_SHARE:
         return high
     for _ in range(30):
         middle = 0.5 * (low + high)
-        low, high = (middle, high) if share(middle) > EACH else (low, middle)
+        low, high = (middle, high) if share(middle) > EFFECTIVE_SHARE else (low, middle)
     return low
 
 

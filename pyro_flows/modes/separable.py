@@ -84,11 +84,11 @@ def marginals(density: LogDensity, center: Tensor, modes: Tensor, units: Tensor)
     near = torch.linspace(-8.0, 8.0, 41, dtype=torch.float64, device=center.device)
     for mode in modes[:VALUES]:
         values = torch.cat([values, mode.double()[:, None] + units.double()[:, None] * near], 1)
-    values, found = _looked(density, center, values.sort(1).values)
+    values, found = _tabulated(density, center, values.sort(1).values)
     last = torch.full_like(values[:, 0], torch.nan)
     for _ in range(3):
         extra = _between(values, found)
-        new, heights = _looked(density, center, extra)
+        new, heights = _tabulated(density, center, extra)
         values, order = torch.cat([values, new], 1).sort(1)
         found = torch.cat([found, heights], 1).gather(1, order)
         top = found.amax(1)  # the integrals (D,) are of piecewise linear densities
@@ -100,7 +100,7 @@ def marginals(density: LogDensity, center: Tensor, modes: Tensor, units: Tensor)
     return Marginals(values, found - last[:, None], float(height.double() + (last - height.double()).sum()))
 
 
-def _looked(density: LogDensity, center: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+def _tabulated(density: LogDensity, center: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
     """Return values (D, G) as the density sees them, and its logs there, one coordinate at a time."""
     dim, count = values.shape
     values = values.to(center.dtype)

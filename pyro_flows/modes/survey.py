@@ -26,15 +26,15 @@ from pyro_flows.starts.prior import prior_draws
 
 CLIMBS = 256  # of a round
 NUMBERS = 500_000  # that the climbs of a round handle at each step, at most
-SCREENED, SCREENED_NUMBERS = 400, 6_000_000  # times as many points, of which the best climb; numbers of all
-SCREENED_WRITTEN = 300_000_000  # numbers that all operations on all of these points write: a fraction of a second
-WIDELY = 200_000  # points of all rounds, at most, where few numbers are written
+SCREENED, SCREENED_NUMBERS = 400, 6_000_000  # points for each climb, of which the best one climbs; numbers of all
+SCREENED_WRITTEN = 300_000_000  # numbers that operations on all of these points write: a fraction of a second
+SCREENED_IN_ALL = 200_000  # points of all rounds, at most, where an evaluation writes few numbers
 LAYERS = 16  # of points, by their distance from the modes so far
-ROUNDS, IN_VAIN = 12, 3  # at most; rounds without a new mode, one after the other, after which it is over
-MOST = 200  # modes
+ROUNDS, IN_VAIN = 12, 3  # at most; rounds in a row without a new mode, after which the survey is over
+MOST_MODES = 200
 CURVED = 4000  # rows of the Hessians of a round
-WITHIN = 12.0  # nats of Laplace evidence below the best
-APART = 1.0  # standard deviations between two modes, a coordinate of up to four: normals nearer than two sds have one
+EVIDENCE_WITHIN = 12.0  # nats of Laplace evidence below the best
+APART = 1.0  # of :func:`distances`: a top that is nearer to a mode is no other one
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class Survey:
     def likely(self) -> Survey:
         """Return the modes that hold a part of the mass worth a thought, the best first."""
         order = self.evidence.argsort(descending=True)
-        order = order[self.evidence[order] > self.evidence.max() - WITHIN] if len(order) else order
+        order = order[self.evidence[order] > self.evidence.max() - EVIDENCE_WITHIN] if len(order) else order
         names = ("modes", "roots", "evidence", "met", "of_terms")
         return replace(self, **{name: getattr(self, name)[order] for name in names})
 
@@ -94,11 +94,11 @@ def survey(
     with seeded(derive(seed, "a survey of modes"), density.device):
         for number in range(rounds):
             last, own = found, derive(seed, f"survey {number}")
-            found = _merged(density, found, _ends(density, found, z, own, climbs, known, WIDELY // rounds))
+            found = _merged(density, found, _ends(density, found, z, own, climbs, known, SCREENED_IN_ALL // rounds))
             in_vain = 0 if has_new(found, last) else in_vain + 1
             if in_vain == IN_VAIN:
                 return replace(found, over=True)
-            if len(found) >= MOST:
+            if len(found) >= MOST_MODES:
                 break
     return found
 
@@ -106,7 +106,7 @@ def survey(
 def has_new(found: Survey, before: Survey) -> bool:
     """Whether there is a mode that was not there before, with a part of the mass worth a thought."""
     fresh = found.evidence[len(before) :]
-    return len(fresh) > 0 and bool((fresh > found.evidence.max() - WITHIN).any())
+    return len(fresh) > 0 and bool((fresh > found.evidence.max() - EVIDENCE_WITHIN).any())
 
 
 @torch.no_grad()
@@ -129,7 +129,7 @@ def _ends(
     points, heights = _finite(density, points)
     plain, screened, promise = points[: count // 2], points[count // 2 :], heights[count // 2 :]
     if len(found) and len(screened):
-        pieces = min(widely, widely / WIDELY * SCREENED_WRITTEN / max(1, density.written)) / len(screened)
+        pieces = min(widely, widely / SCREENED_IN_ALL * SCREENED_WRITTEN / max(1, density.written)) / len(screened)
         more = [_far(density, found, prior, z, len(screened), round(pieces)) for _ in range(round(pieces) - 1)]
         screened, promise = (torch.cat(parts) for parts in zip((screened, promise), *more, strict=True))
         promise = promise - (_known(found, screened) if known is None else known(screened).to(screened))
@@ -230,7 +230,7 @@ def _merged(density: LogDensity, found: Survey, ends: tuple[Tensor, Tensor]) -> 
         near, which = distances(found, places).min(0)
         met += torch.bincount(which[near < APART], minlength=len(met)).to(met)
         places, scales = places[near >= APART], scales[near >= APART]
-    most = min(MOST - len(found), max(8, CURVED // density.dim))
+    most = min(MOST_MODES - len(found), max(8, CURVED // density.dim))
     heads, counts = _heads(places, scales * unit_of_modes(density.dim, ridges=found.ridges), most)
     if not len(heads):
         return replace(found, met=met)

@@ -19,11 +19,11 @@ from pyro_flows.model.log_density import LogDensity
 from pyro_flows.modes.missed_regions import Guide, MissedRegion, missed_regions_of
 from pyro_flows.modes.symmetries import SignedPermutation, are_the_same, identity, image_of, product
 from pyro_flows.modes.units import units_of
-from pyro_flows.modes.unverified_modes import LOOKED_AT, TOPS_APART, distinct
+from pyro_flows.modes.unverified_modes import MEASURED_PLACES, TOPS_APART, distinct
 from pyro_flows.starts.climb import climb
 from pyro_flows.starts.pathfinder import Paths
 
-FAR_OFF = 20.0  # nats below a top, at which densities count as one, and an image as empty
+CUT_BELOW = 20.0  # nats below a top, to which log densities are cut; an image below that has no mass
 
 
 @torch.no_grad()
@@ -42,11 +42,11 @@ def symmetric_modes_of(
     if not mine:
         return []
     home = max(mine, key=lambda number: float(heights[number]))
-    least = float(heights[home]) - FAR_OFF
+    least = float(heights[home]) - CUT_BELOW
     others = [number for number in at_rest if number != home and float(heights[number]) > least]
     others.sort(key=lambda number: -float(heights[number]))
     places = [paths.ends[number] for number in (home, *others)]
-    chosen = distinct(places, units, by=TOPS_APART)[1 : 1 + LOOKED_AT]
+    chosen = distinct(places, units, by=TOPS_APART)[1 : 1 + MEASURED_PLACES]
     return [region for number in chosen for region in _region_about(guide, places[0], places[number], z, log_q)]
 
 
@@ -69,8 +69,9 @@ def with_symmetric_modes(guide: Guide, missed: Sequence[MissedRegion], z: Tensor
     found = []
     for number, region in enumerate(missed):
         there = own + number
-        looked_at = number < LOOKED_AT and region.symmetry is None and not region.beside and bool(ends.settled[there])
-        images = _region_about(guide, home, ends.points[there], z, log_q) if looked_at else []
+        open_ = number < MEASURED_PLACES and region.symmetry is None and not region.beside
+        known = open_ and bool(ends.settled[there])
+        images = _region_about(guide, home, ends.points[there], z, log_q) if known else []
         found.append(replace(region, symmetry=images[0].symmetry, move=images[0].move) if images else region)
     return found
 
@@ -126,4 +127,4 @@ def _profiles(density: LogDensity, top: Tensor, steps: Tensor) -> Tensor:
     offsets = torch.cat([-steps.flip(0), steps])
     points = top + offsets[:, None, None] * torch.eye(len(top), dtype=top.dtype, device=top.device)
     heights = density(points.flatten(0, 1)).reshape(len(offsets), -1).mT - density(top[None])
-    return heights.nan_to_num(nan=-FAR_OFF).clamp(-FAR_OFF, FAR_OFF)
+    return heights.nan_to_num(nan=-CUT_BELOW).clamp(-CUT_BELOW, CUT_BELOW)

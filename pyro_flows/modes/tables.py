@@ -12,13 +12,13 @@ from pyro_flows._cubic import between, smooth_slopes
 from pyro_flows.flows.flow import Flow
 from pyro_flows.flows.laplace_grid import of_grid
 
-POINTS = 4001  # of a table
-OUTSIDE = 1e-4  # of the mass, that may lie beyond the ends of a flow's table
+POINTS = 4001  # at which the density is tabulated
+OUTSIDE = 1e-4  # share of the mass that may lie beyond the ends of a flow's table
 
 
 @dataclass(frozen=True)
 class Table:
-    """Slices along a coordinate: places (N,) in order, log masses (N,), tops (N, D), roots of Hessians (N, D, D)."""
+    """Grid points of a coordinate: places (N,), rising, log masses (N,), tops (N, D), roots of Hessians (N, D, D)."""
 
     coordinate: int
     places: Tensor

@@ -87,9 +87,9 @@ class _Walk:
         self.log_weights = torch.zeros(x.shape[:2], dtype=torch.float64, device=x.device)
         self.beta = 0.0
         self.step = x.new_full((len(x), 1, 1), 0.3)  # in sds of the normals
-        self.log_p, self.log_g, self.slope = self._look(x)
+        self.log_p, self.log_g, self.slope = self._evaluate(x)
 
-    def _look(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _evaluate(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return log p and log g of the images (K, S), and the gradient of log p with respect to x."""
         z, log_g = self.gaussians.map(x)
         value, grad = self.density.value_and_grad(z.flatten(0, 1))
@@ -112,7 +112,7 @@ class _Walk:
         for _ in range(LEAPS):
             momentum = momentum + 0.5 * self.step * self._force(x, state[2])
             x = x + self.step * momentum
-            state = self._look(x)
+            state = self._evaluate(x)
             momentum = momentum + 0.5 * self.step * self._force(x, state[2])
         chance = (start - self._energy(state[0], state[1], momentum)).nan_to_num(nan=-torch.inf).exp()
         taken = torch.rand_like(chance) < chance

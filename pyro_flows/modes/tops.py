@@ -13,10 +13,10 @@ from pyro_flows.starts.climb import FEW_TICKS, climb
 from pyro_flows.starts.curvature import second_derivatives
 from pyro_flows.starts.prior import spread_of
 
-SMALL = 0.1  # nats that do not matter
-HESSIANS = 2e7  # numbers that are worked on at once
+NEGLIGIBLE_GAIN = 0.1  # nats
+NUMBERS_AT_ONCE = 2e7  # in Hessians that are computed together
 NEWTON = 4  # steps at most
-FARTHEST = 6.0  # units, to which draws are cut
+CUT_AT = 6.0  # units, to which draws are cut
 
 
 class Held:
@@ -57,7 +57,7 @@ def tops_at(density: Held, points: Tensor, settled: Tensor) -> Tops:
         roots = _roots(density.density, points[:, :-1], points[:, -1].long())
         usable, slope = ~roots.isnan().any(2).any(1), grad[:, :-1, None].double()
         step = torch.cholesky_solve(slope, roots.nan_to_num(nan=1.0))
-        known = usable & (settled | ((slope * step).sum((1, 2)) / 2.0 < SMALL))
+        known = usable & (settled | ((slope * step).sum((1, 2)) / 2.0 < NEGLIGIBLE_GAIN))
         moved = points + torch.cat([step[:, :, 0].to(points), torch.zeros_like(points[:, -1:])], 1)
         above, slopes = density.value_and_grad(moved)
         better = above > height
@@ -72,7 +72,7 @@ def tops_at(density: Held, points: Tensor, settled: Tensor) -> Tops:
 
 def hessians(density: LogDensity, points: Tensor, *, exact: bool = False) -> Tensor:
     """Return Hessians (K, D, D) of -log p, in pieces that fit into the memory."""
-    many = int(max(1, HESSIANS // (density.dim * max(1, density.numbers))))
+    many = int(max(1, NUMBERS_AT_ONCE // (density.dim * max(1, density.numbers))))
     return torch.cat([-second_derivatives(density, part, exact=exact).double() for part in points.split(many)])
 
 
@@ -107,7 +107,7 @@ class Tails:
     def __init__(self, density: LogDensity, z: Tensor) -> None:
         self.density = density
         self.spread = spread_of(z)
-        scaled = ((z - z.median(0).values) / self.spread).double().clamp(-FARTHEST, FARTHEST)
+        scaled = ((z - z.median(0).values) / self.spread).double().clamp(-CUT_AT, CUT_AT)
         self.middle = z[scaled.square().sum(1).argmin()]
         products = scaled.mT @ scaled / len(z)
         inverse = torch.linalg.inv_ex(products + 1e-12 * torch.eye(density.dim).to(products)).inverse
@@ -135,7 +135,7 @@ class Tails:
             units = torch.cat([self.units, self.units.new_ones(1)]).expand(len(usable), -1)
             ends = climb(density, points[usable], units, ticks=FEW_TICKS)
             known = ends.points.isfinite().all(1)
-            known[known.clone()] = self._noise(ends.points[known][:, :-1]) < SMALL
+            known[known.clone()] = self._noise(ends.points[known][:, :-1]) < NEGLIGIBLE_GAIN
             usable = usable[known]
         if len(usable):
             tops = tops_at(density, ends.points[known], ends.settled[known])

@@ -13,7 +13,7 @@ from torch import Tensor
 from pyro_flows._seeding import derive
 from pyro_flows.modes.missed_regions import Guide, MissedRegion, is_resolved
 from pyro_flows.modes.tempering import Tempered, log_mean, move_walkers
-from pyro_flows.modes.tops import NEWTON, SMALL
+from pyro_flows.modes.tops import NEGLIGIBLE_GAIN, NEWTON
 from pyro_flows.modes.units import in_units
 from pyro_flows.starts.curvature import inverse_roots, lower_triangular
 from pyro_flows.starts.gaussians import Gaussians
@@ -27,12 +27,12 @@ from pyro_flows.verdict.thresholds import (
     MISSED_MASS_SHARE,
 )
 
-CURVED_UP_TO = 2**19  # dimensions times the numbers that one evaluation handles: some seconds for all places
+CURVED_UP_TO = 2**19  # dimensions times the numbers of one evaluation, for Hessians: seconds for all places together
 UNWEIGHED = (
     "the search for missed modes found a region whose mass it could not estimate: Hessians cost too much for this model"
 )
-TOPS_APART = 6.0  # units, the norm of all coordinates together
-LOOKED_AT = 4  # places whose mass is measured by tempering, the best first
+TOPS_APART = 6.0  # units between two tops, the norm of all coordinates together
+MEASURED_PLACES = 4  # places whose mass is measured by tempering, the best first
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ def worth_measuring(
     worth = [path for path in doubtful if path.elbo > reach - DENSITY_GAP_OF_MODES]
     worth.sort(key=lambda path: (not path.elsewhere, -path.elbo))
     order = _apart(paths, [path.number for path in worth], units)
-    worth = [*islice((worth[i] for i in order if not _is_spike(guide, ends[worth[i].number])), LOOKED_AT)]
+    worth = [*islice((worth[i] for i in order if not _is_spike(guide, ends[worth[i].number])), MEASURED_PLACES)]
     return [base, *(path.number for path in worth)], worth
 
 
@@ -81,7 +81,7 @@ def by_curvature(
     elsewhere.sort(key=lambda number: -float(heights[number]))
     poor = [elsewhere[number] for number in _apart(paths, elsewhere, units)]
     left = (number for number in poor if number not in worth and not _is_spike(guide, ends[number]))
-    poor = [*islice(left, LOOKED_AT)]
+    poor = [*islice(left, MEASURED_PLACES)]
     if density.dim * density.numbers > CURVED_UP_TO:
         starts = {path.number: path.start for path in doubtful}
         unresolved += [MissedRegion(ends[number], starts[number]) for number in poor]
@@ -95,7 +95,7 @@ def by_curvature(
     to_gain = (roots.mT @ slopes[..., None])[..., 0].square().sum(1)
     away = torch.linalg.solve(roots, (modes - modes[0])[..., None])[..., 0].norm(dim=1)
     # neither places without a top, nor the guide's own top once more, within three standard deviations
-    kept = (to_gain < SMALL) & (away > 3.0)
+    kept = (to_gain < NEGLIGIBLE_GAIN) & (away > 3.0)
     kept[0] = True
     size = torch.linalg.slogdet(roots)[1] + 0.5 * density.dim * math.log(2.0 * math.pi)
     tells = guide.covered - float((top + size)[0]) < MASS_GAP_OF_LAPLACE_A_DIM * density.dim

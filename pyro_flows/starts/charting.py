@@ -20,9 +20,9 @@ from pyro_flows.starts.start import CARRIED, Start
 
 TURN = 2.0 * math.pi
 PRIOR_DRAWS = 100
-FAR = (3e2, 1e3, 3e3)  # spreads of the prior: far enough for a tail to show its power
-HEAVY = 9.0  # powers of the density up to which a tail counts as heavy: eight degrees of freedom
-DEEP = 50.0  # nats below a point, at which a wall no longer matters
+FAR = (3e2, 1e3, 3e3)  # spreads of the prior, where a heavy tail falls off like a power
+HEAVY = 9.0  # power up to which a tail counts as heavy: eight degrees of freedom
+WALL_MATTERS = 50.0  # nats: a wall at a lower density, compared with some point, does not matter
 
 
 def choose_charts(density: LogDensity, start: Start | None, *, seed: int) -> tuple[LogDensity, Start | None, list[str]]:
@@ -140,7 +140,7 @@ def _walls(density: LogDensity, draws: Tensor) -> tuple[Tensor, Tensor]:
     points = possible_points(density, draws)
     if not len(points):
         return -none, none
-    least = density(points)[:, None] - DEEP
+    least = density(points)[:, None] - WALL_MATTERS
     return _wall(density, points, -1.0, least), _wall(density, points, 1.0, least)
 
 

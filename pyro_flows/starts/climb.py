@@ -76,7 +76,7 @@ class Climb:
         self.density, self.points, self.units, self.drawn = density, points.clone(), units, drawn
         self.piece = len(points) if isinstance(density, Stack) else _together(density)
         self.under_way = torch.arange(len(points), device=points.device)
-        self.height, gradient = self._look(points, units)
+        self.height, gradient = self._evaluate(points, units)
         finite = torch.isfinite(self.height) & torch.isfinite(gradient).all(-1)
         self.gradient = choose(finite, gradient, 0.0)
         self.alpha = torch.ones_like(points)
@@ -111,7 +111,7 @@ class Climb:
         over, before = self.over[rows], self.height[rows]
         step = choose(~over, self.length[:, None] * self.direction, 0.0)
         points = self.points[rows] + stretch(self.units, step[:, None])[:, 0]
-        height, gradient = self._look_at_open(points, over)
+        height, gradient = self._evaluate_open(points, over)
         promised, gain = (self.gradient * step).sum(-1), height - before
         finite = torch.isfinite(height) & torch.isfinite(gradient).all(-1)
         moved = finite & (gain >= 1e-4 * promised - self._rounding()) & ~over
@@ -155,21 +155,21 @@ class Climb:
             self.over = self.over | (self.height >= known)
         self.before = self.height.clone()
 
-    def _look(self, points: Tensor, units: Tensor) -> tuple[Tensor, Tensor]:
+    def _evaluate(self, points: Tensor, units: Tensor) -> tuple[Tensor, Tensor]:
         looks = [self.density.value_and_grad(part) for part in points.split(max(self.piece, 1))]
         height, gradient = looks[0] if len(looks) == 1 else (torch.cat(parts) for parts in zip(*looks, strict=True))
         return height, stretch(units.mT if units.dim() == 3 else units, gradient[:, None])[:, 0]
 
-    def _look_at_open(self, points: Tensor, over: Tensor) -> tuple[Tensor, Tensor]:
+    def _evaluate_open(self, points: Tensor, over: Tensor) -> tuple[Tensor, Tensor]:
         """Look at paths that are not over, where leaving out the others saves whole pieces of a batch."""
         open_ = (~over).nonzero()[:, 0]
         count = -(-len(open_) // self.piece) * self.piece  # pieces are filled up, and a new batch size is recorded
         count = min(count, len(self.over)) if len(open_) else len(points)
         if count == len(points):
-            return self._look(points, self.units)
+            return self._evaluate(points, self.units)
         height, gradient = self.height[self.under_way], self.gradient.clone()
         rows = torch.cat([open_, open_[-1:].expand(count - len(open_))])
-        found = self._look(points[rows], self.units[rows])
+        found = self._evaluate(points[rows], self.units[rows])
         height[open_], gradient[open_] = (part[: len(open_)] for part in found)
         return height, gradient
 

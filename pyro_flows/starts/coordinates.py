@@ -35,9 +35,9 @@ from pyro_flows.starts.start import CARRIED, Start
 STEPS = 400
 BATCH = 32  # pairs of opposite noise
 LEARNING_RATE = 0.05
-JUDGED = 2000  # draws by which ELBOs are compared
-BEHIND = 20.0  # nats between the best paths of both sides, beyond which the worse one is not learned from
-NOTHING = 0.05  # a precision of the data over that of the posterior: below, the data say nothing
+ELBO_DRAWS = 2000
+BEHIND = 20.0  # nats of ELBO: the best path in one sort of coordinates is left out if it is so far below the other
+UNINFORMATIVE = 0.05  # precision of the data over that of the posterior; less counts as no information
 
 
 @dataclass(frozen=True)
@@ -158,7 +158,7 @@ def _side(family: _Family, side: Climbed, *, learned_from: bool) -> _Side:
 def _diagonal(density: LogDensity, loc: Tensor, scale: Tensor, *, seed: int) -> Start:
     """Return the normal with this location and these scales (D,), and its ELBO."""
     with seeded(derive(seed, "a diagonal normal"), density.device):
-        noise = torch.randn(JUDGED, density.dim, dtype=density.dtype, device=density.device)
+        noise = torch.randn(ELBO_DRAWS, density.dim, dtype=density.dtype, device=density.device)
     return Start("coordinates", loc, scale, _elbo(density(loc + scale * noise), noise, scale))
 
 
@@ -202,7 +202,7 @@ class _Family:
         with torch.no_grad(), quiet(), self.density.clock.watching():
             return values_and_grads(self._single, points)
 
-    def look(self, z: Tensor, said: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def evaluate(self, z: Tensor, said: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return values (S,), and gradients with respect to z (S, D) and to log precisions and centers (S, 2 K)."""
         self.density.clock.look()
         self.evaluations += len(z)
@@ -229,13 +229,13 @@ class _Family:
         with seeded(seed, density.device):
             for step in range(STEPS):
                 noise = torch.randn(BATCH, density.dim, dtype=density.dtype, device=density.device)
-                ascent.step(self.look, torch.cat([noise, -noise]), step)
-            noise = torch.randn(JUDGED, density.dim, dtype=density.dtype, device=density.device)
+                ascent.step(self.evaluate, torch.cat([noise, -noise]), step)
+            noise = torch.randn(ELBO_DRAWS, density.dim, dtype=density.dtype, device=density.device)
         loc, scale, said = ascent.result()
         with torch.no_grad():
-            terms = self.look(loc + scale * noise, said)[0]
+            terms = self.evaluate(loc + scale * noise, said)[0]
         precision, center = said[: self.size].exp(), said[self.size :]
-        precision = torch.where(precision * spread.square() < NOTHING, 0.0, precision)
+        precision = torch.where(precision * spread.square() < UNINFORMATIVE, 0.0, precision)
         found = {
             name: information if bool(information.precision.any()) else None
             for name, information in self.information(precision.log(), center).items()

@@ -18,7 +18,7 @@ from pyro_flows.calibration.untrained import CORRECTED_SLICES, _Trial, _weighed
 from pyro_flows.fitting.laplace_grid import AT_ONCE
 from pyro_flows.flows.parts import location_scale
 from pyro_flows.model.stack import Stack
-from pyro_flows.modes.laplace_grid_together import FEWEST, SIDE, Bent, _table, bent, grids_together
+from pyro_flows.modes.laplace_grid_together import FEWEST_POINTS, SIDE, Bent, _table, bent, grids_together
 from pyro_flows.modes.tables import flow_along
 from pyro_flows.starts.together import starts_together
 from pyro_flows.verdict.deciding import LOOKED_AT_DRAWS
@@ -144,9 +144,9 @@ def test_nothing_is_made_of_few_slices_or_without_the_middle_one():
     tops, masses, roots = parts()
     known = torch.zeros(len(masses), dtype=torch.bool)
     assert _table(0, tops, masses, roots, known) is None
-    known[len(SIDE) : len(SIDE) + FEWEST - 1] = True
+    known[len(SIDE) : len(SIDE) + FEWEST_POINTS - 1] = True
     assert _table(0, tops, masses, roots, known) is None
-    known[len(SIDE) + FEWEST - 1] = True
+    known[len(SIDE) + FEWEST_POINTS - 1] = True
     assert _table(0, tops, masses, roots, known) is not None
     known[len(SIDE)] = False
     assert _table(0, tops, masses, roots, known) is None

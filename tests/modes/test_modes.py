@@ -218,7 +218,7 @@ def test_paths_to_the_guides_own_mode_leave_room_for_others(monkeypatch):
         raise Measured(gaussians.loc)
 
     monkeypatch.setattr(module, "temper", measured)
-    monkeypatch.setattr(unverified_modes, "LOOKED_AT", 1)
+    monkeypatch.setattr(unverified_modes, "MEASURED_PLACES", 1)
     z = draw(1000) + center
     with pytest.raises(Measured) as caught:
         missed_modes(pf.LogDensity(model), [], z, score(z), score)

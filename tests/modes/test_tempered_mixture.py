@@ -12,7 +12,7 @@ import pyro_flows as pf
 from pyro_flows._progress import Bar
 from pyro_flows.fitting.multimodal import multimodal
 from pyro_flows.modes.missed_modes import missed_modes
-from pyro_flows.modes.population_monte_carlo import EACH, _power, can_be_tempered, fitted, tempered_mixture
+from pyro_flows.modes.population_monte_carlo import EFFECTIVE_SHARE, _power, can_be_tempered, fitted, tempered_mixture
 from pyro_flows.starts.prior import prior_draws
 from tests.models import normal, real
 
@@ -129,7 +129,7 @@ def test_weights_are_tempered_until_a_tenth_is_left():
     ratios = 10.0 * normal(4000, seed=5)
     power = _power(ratios)
     weights = torch.softmax(power * ratios, 0)
-    assert float(1.0 / weights.square().sum()) / 4000 == pytest.approx(EACH, rel=1e-3)
+    assert float(1.0 / weights.square().sum()) / 4000 == pytest.approx(EFFECTIVE_SHARE, rel=1e-3)
     assert _power(0.1 * normal(4000, seed=5)) == 1.0
 
 
