@@ -46,8 +46,8 @@ def climbed(
 ) -> list[MissedRegion]:
     """Climb from many points; return the regions at the ends of the paths that the guide lacks.
 
-    ``z`` (S, D) are draws of the guide, ``log_q`` (S,) their log densities. Places whose mass could not be told join
-    ``unresolved``.
+    ``z`` (S, D) are draws of the guide, ``log_q`` (S,) their log densities. Places whose mass could not be estimated
+    are added to ``unresolved``.
     """
     density = guide.density
     own, far = z[: CLIMBERS if density.batched else 1], _dispersed(guide, modes, z, seed=seed)
@@ -79,14 +79,14 @@ def climbed(
 
 
 def _are_beside(missed: Sequence[MissedRegion]) -> bool:
-    """Whether no mode is lacked by these, so that others may be."""
+    """Whether the guide covers the modes of all these regions, so that a missed mode may still be found."""
     return all(region.beside for region in missed)
 
 
 def surveyed(guide: Guide, z: Tensor, doubts: list[Start], *, seed: int) -> list[MissedRegion]:
-    """Survey the modes near and far of the guide's draws; return those that it lacks.
+    """Survey the modes near the guide's draws and far from them; return those that it lacks.
 
-    Starts at places whose normal is too poor to weigh them are added to ``doubts``.
+    Where the normal at a place is too poor to estimate its mass, a start there is added to ``doubts``.
     """
     density = guide.density
     if not can_be_surveyed(density):
@@ -98,14 +98,12 @@ def surveyed(guide: Guide, z: Tensor, doubts: list[Start], *, seed: int) -> list
         return []
     thin = guide.is_under_covered(found.modes, density(found.modes).detach())
     looked_at = found.of_terms | thin
-    if not bool(looked_at.any()):
-        return []
     covered = (~thin).nonzero()[:, 0]
     if not len(covered):  # a flow may be thin at the very top of what it covers, far from all of its draws
         covered = distances(found, z[:MOVED_DRAWS]).median(1).values.argmin()[None]
         looked_at[covered] = False
-        if not bool(looked_at.any()):
-            return []
+    if not bool(looked_at.any()):
+        return []
     own, rows = len(covered), torch.cat([covered, looked_at.nonzero()[:, 0]])
     modes, roots, evidence = found.modes[rows], found.roots[rows], found.evidence[rows]
     paths = normals_at(modes, roots, evidence)
@@ -120,7 +118,7 @@ def surveyed(guide: Guide, z: Tensor, doubts: list[Start], *, seed: int) -> list
 
 
 def _is_cheap(density: LogDensity) -> bool:
-    """Whether more paths cost next to nothing."""
+    """Whether more paths cost little."""
     return density.batched and density.numbers <= 2000
 
 
@@ -129,8 +127,8 @@ def _weighed(
 ) -> tuple[list[MissedRegion], list[UnverifiedMode]]:  # fmt: skip
     """Weigh draws of the normals at the ends of paths, from number ``own`` on; return what the guide lacks, and doubts.
 
-    A doubt is a normal too poor for its weights to tell a mass. If all ends are ``apart``, masses that are too small by
-    themselves are added up; the largest stands for them.
+    A doubt is a normal whose weights are too uneven to estimate a mass. If all ends are ``apart``, masses that are too
+    small by themselves are added up, and the largest of these regions is returned.
     """
     density, ends = guide.density, paths.ends
     chosen = own + torch.tensor(_ends(paths, own, units), dtype=torch.long, device=ends.device)
@@ -191,10 +189,10 @@ def _is_top(end: Tensor, own: Tensor, units: Tensor) -> bool:
 def _tempered(
     guide: Guide, paths: Paths, chosen: list[int], worth: Sequence[UnverifiedMode], *, seed: int
 ) -> list[MissedRegion]:
-    """Measure masses by tempering from the normals at the ends of a few paths, and just so that of the guide's region.
+    """Estimate masses by tempering from the normals at the ends of the chosen paths, the guide's own region among them.
 
-    Many paths end at one place, the guide's own one among them. So each place is measured once, and places where the
-    guide is thin altogether come first: see :func:`worth_measuring`.
+    Many paths end at one place. So the mass of each place is estimated once, and places where the guide is thin at most
+    draws come first: see :func:`worth_measuring`.
     """
     if not worth:
         return []
@@ -203,7 +201,7 @@ def _tempered(
 
 
 def _dispersed(guide: Guide, modes: Sequence[Start], z: Tensor, *, seed: int) -> Tensor:
-    """Points to climb from: draws moved away from their center, prior draws, known modes; of finite density."""
+    """Return points to climb from: draws moved away from their center, prior draws, known modes; of finite density."""
     density = guide.density
     center = z.median(0).values
     parts = zip(INFLATED, z.split(CLIMBERS), strict=False)
@@ -230,8 +228,8 @@ def _dispersed(guide: Guide, modes: Sequence[Start], z: Tensor, *, seed: int) ->
 def _denser(guide: Guide, points: Tensor) -> Tensor:
     """Return the few of many points (S, D) at which the density is farthest above what the guide says of it.
 
-    From far away, paths end at the widest mode. A narrower one rules in a cone of directions about it, which is small
-    in many dimensions, but shows in the ratio of the densities.
+    From far away, paths end at the widest mode. Only paths from a cone of directions lead to a narrower one. The cone
+    is small in many dimensions, but the ratio of the densities is large there.
     """
     log_p = guide.density(points)
     usable = torch.isfinite(log_p) & torch.isfinite(points).all(1)

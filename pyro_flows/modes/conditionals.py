@@ -3,9 +3,9 @@ r"""The normal distribution of all coordinates but a few, given these: its preci
 Where the log density is quadratic in :math:`z_I` given :math:`\theta`, its precision :math:`H(\theta)` and its gradient
 :math:`h(\theta)` at :math:`z_I = 0` are the same functions of :math:`\theta`, entry by entry, with other coefficients:
 a scale comes in by powers of its exponential, a slope by its powers, a correlation by powers of a logistic function.
-Along each held coordinate, the fewest functions that do are found; their products are fitted by least squares. Numbers
-of a model without noise tell at once whether a function is missing. Then the marginal of :math:`\theta` is known at the
-price of a density and a factorization,
+Along each held coordinate, the fewest functions that fit are found; their products are fitted by least squares. These
+numbers have no noise, so that a residual shows whether a function is missing. Then the marginal of :math:`\theta` costs
+a density and a factorization,
 
 .. math:: \log p(\theta) = \log p(\theta, m(\theta)) - \tfrac12 \log\det H(\theta) + \text{const},
     \qquad m = H^{-1} h.
@@ -178,7 +178,7 @@ def _numbers(density: LogDensity, held: list[int], order: Tensor, theta: Tensor)
 def conditional(density: LogDensity, held: list[int], center: Tensor, spread: Tensor) -> Conditional | None:
     """Return the distribution of all coordinates but the k held ones; None if no functions describe it.
 
-    Functions are looked for about ``center`` (k,), as far as ``spread`` (k,) tells. Cost: 13 k Hessians, and three for
+    Functions are fitted about ``center`` (k,), in units of ``spread`` (k,). Cost: 13 k Hessians, and three for
     each function; up to 160 functions.
     """
     plain = torch.tensor([number for number in range(density.dim) if number not in held], device=center.device)

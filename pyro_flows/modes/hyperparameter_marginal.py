@@ -6,8 +6,8 @@ each of them without noise, up to the constant, so that the fit is a regression 
 
 .. math:: -\sum_i w_i \log q(\theta_i) + \tfrac12 \sum_i v_i\,\rho(\log p(\theta_i) - \log q(\theta_i) - \log Z),
 
-with v about the roots of the weights w, and a share of it the same at all draws, so that far draws count: weights tell
-nothing of what a flow has too much of, but means of its own draws do. :math:`\rho` is a square that goes on as a line.
+with v about the roots of the weights w, and a share of it the same at all draws, so that far draws count: weights do
+not show where a flow has too much mass, but its own draws do. :math:`\rho` is a square that goes on as a line.
 L-BFGS takes a hundred steps where Adam takes thousands.
 
 Reference: Cornuet, Marin, Mira and Robert 2012, "Adaptive multiple importance sampling" (arXiv 0907.1254).
@@ -46,7 +46,7 @@ class Sample(NamedTuple):
 
     @property
     def effective(self) -> float:
-        """How many independent draws these are worth."""
+        """The effective number of draws."""
         return float(1.0 / self.weights.square().sum())
 
 

@@ -6,8 +6,8 @@ where the weighted draws are, by a step of EM:
 .. math:: \alpha_k = \sum_i w_i \rho_{ik}, \qquad m_k = \sum_i \frac{w_i \rho_{ik}}{\alpha_k} z_i, \qquad
     \rho_{ik} = \frac{\alpha_k q_k(z_i)}{\sum_l \alpha_l q_l(z_i)},
 
-and so for covariances. Parts that few draws tell about keep what they had. Where weights stay uneven, parts are added
-at the draws with the largest of them. No gradient is taken.
+and so for covariances. Parts with few effective draws keep what they had. Where weights stay uneven, parts are added at
+the draws with the largest weights. No gradient is taken.
 
 Reference: Cappé, Douc, Guillin, Marin and Robert 2008, "Adaptive importance sampling in general mixture classes" (arXiv
 0710.4242).
@@ -90,7 +90,7 @@ class Generation:
 
     @property
     def worth(self) -> float:
-        """The larger the better: the effective share, less what k-hat is too large."""
+        """The effective share, less the excess of k-hat over its threshold."""
         return self.share - max(0.0, self.k_hat - K_HAT_GOOD)
 
 
@@ -235,7 +235,7 @@ def _moved(now: Generation) -> Parts:
     parts, z = now.parts, now.z.double()
     shares = torch.softmax(now.log_parts, 0).nan_to_num(nan=0.0) * now.weights
     mass = shares.sum(1)
-    known = mass.square() / shares.square().sum(1).clamp_min(1e-300)  # draws that tell about each part
+    known = mass.square() / shares.square().sum(1).clamp_min(1e-300)  # effective draws of each part
     trust = (known / (known + 2.0 * z.shape[1])).clamp_max(1.0).nan_to_num(nan=0.0)
     own = shares / mass.clamp_min(1e-300)[:, None]
     loc = torch.lerp(parts.loc.double(), own @ z, trust[:, None])

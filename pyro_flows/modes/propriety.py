@@ -1,4 +1,4 @@
-r"""Whether a posterior with improper priors has a finite integral, as far as its tails tell.
+r"""Whether a posterior with improper priors has a finite integral, by the decay of its tails.
 
 A finite integral asks for marginals that fall faster than 1/c with the distance c: by more than log 2 where it doubles.
 The posterior of a regression with a flat prior and separated data does not, nor that of a scale with too few data. The
@@ -37,10 +37,10 @@ SLACK = 0.03  # of a fall of one over the distance, that counts as none more
 
 @torch.no_grad()
 def improper_tails(density: LogDensity, draw: Callable[[], Tensor], *, seed: int) -> list[str]:
-    """Return a sentence on the first coordinate with an improper prior along which the tails tell of no integral.
+    """Return a sentence on the first coordinate with an improper prior along which a tail has no finite integral.
 
-    ``draw`` gives draws (S, D) that tell where the posterior is, and how wide; it is called if a prior is improper. A
-    density all of whose tails were told to fall fast is not looked at again.
+    ``draw`` gives draws (S, D), for the place and the width of the posterior; it is called if a prior is improper. A
+    density all of whose tails were found to fall fast is not examined again.
 
     Cost: for each such coordinate, up to 80 places of a few Hessians each; four or so where the density falls fast.
     """
@@ -116,10 +116,10 @@ def _too_slow(sides: list[Side]) -> list[Slow]:
 
 
 def _given_others(outward: Outward, coordinates: list[int], slow: list[Slow]) -> list[Slow]:
-    """Look again where nothing was told, with all others of which nothing was told held, or all of these but one.
+    """Follow undecided coordinates again, with all other undecided ones held, or all of these but one.
 
-    Where two tails are level, no top tells the marginal of either. A conditional density without an integral does: then
-    the whole has none (Tonelli). One that falls fast tells nothing.
+    Where two tails are level, Laplace's method gives the marginal of neither. A conditional density without a finite
+    integral decides: then the whole has none (Tonelli). One that falls fast decides nothing.
     """
     open_ = [coordinate for coordinate, pair in zip(coordinates, slow, strict=True) if None in pair]
     found = dict(zip(coordinates, slow, strict=True))
@@ -165,7 +165,7 @@ def _is_slow(side: Side) -> bool | None:
 
 
 def finer(density: LogDensity, z: Tensor) -> Tensor:
-    """Return draws in double precision where the model takes these: far out, single tells no digit of a sum."""
+    """Return draws in double precision where the model takes these: single precision loses all digits far out."""
     if z.dtype == torch.float64 or not len(z):
         return z
     try:
@@ -185,7 +185,7 @@ def _coordinates(density: LogDensity) -> list[tuple[int, str, str]]:
 
 
 def _ends_numbers(density: LogDensity, coordinate: int, name: str, middle: Tensor, units: Tensor) -> bool:
-    """Whether draws go about until the numbers of the model end, where no density can be told any more.
+    """Whether draws reach to where the numbers of the model end, beyond which no density can be computed.
 
     Values then differ by a factor of 1e15 within three units, and the density is not finite.
     """

@@ -1,7 +1,7 @@
 r"""Densities of independent coordinates: a product over coordinates, whose factors can be tabulated one by one.
 
-With two wells in each of sixteen coordinates there are 65,536 modes, and thirty-two numbers of one dimension each tell
-all. Whether a density is a product is seen by its gradient: :math:`\partial_i \log p` changes with coordinate i alone.
+With two wells in each of sixteen coordinates there are 65,536 modes, but sixteen tables describe them all. The gradient
+shows whether a density is a product: :math:`\partial_i \log p` changes with coordinate i alone.
 Then, for any point c,
 
 .. math:: \log p(z) = \log p(c) + \sum_d \big(\log p(c_{-d}, z_d) - \log p(c)\big).
@@ -101,7 +101,7 @@ def marginals(density: LogDensity, center: Tensor, modes: Tensor, units: Tensor)
 
 
 def _tabulated(density: LogDensity, center: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-    """Return values (D, G) as the density sees them, and its logs there, one coordinate at a time."""
+    """Return values (D, G) in the precision of the density, and log densities there, one coordinate at a time."""
     dim, count = values.shape
     values = values.to(center.dtype)
     points = center.expand(dim, count, dim).clone()

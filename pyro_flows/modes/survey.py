@@ -1,9 +1,9 @@
 r"""A survey of modes: hundreds of climbs from near and far, in rounds, until a round finds no mode that is new.
 
-Paths that only climb cost some twenty gradients each, next to nothing where the density is cheap. They begin at draws
+Paths that only climb cost about twenty gradients each, which is little where the density is cheap. They begin at draws
 of the prior, at draws moved outwards by factors over two orders of magnitude, about the modes found so far, and, of
-many points, at those where the density is farthest above what is known. A far point climbs to a wide mode; a narrow one
-rules in a cone of directions about it, so that only many points find it.
+many points, at those where the density is farthest above what is known. From a far point, a path leads to a wide mode.
+Only paths from a cone of directions lead to a narrow one, so that it takes many points to find it.
 """
 
 from __future__ import annotations
@@ -56,12 +56,15 @@ class Survey:
     def __len__(self) -> int:
         return len(self.modes)
 
+    @property
+    def parts(self) -> tuple[Tensor, ...]:
+        return self.modes, self.roots, self.evidence, self.met, self.of_terms
+
     def likely(self) -> Survey:
-        """Return the modes that hold a part of the mass worth a thought, the best first."""
+        """Return the modes that hold a part of the mass that may matter, the best first."""
         order = self.evidence.argsort(descending=True)
         order = order[self.evidence[order] > self.evidence.max() - EVIDENCE_WITHIN] if len(order) else order
-        names = ("modes", "roots", "evidence", "met", "of_terms")
-        return replace(self, **{name: getattr(self, name)[order] for name in names})
+        return Survey(*(part[order] for part in self.parts), over=self.over, ridges=self.ridges)
 
 
 def can_be_surveyed(density: LogDensity) -> bool:
@@ -104,7 +107,7 @@ def survey(
 
 
 def has_new(found: Survey, before: Survey) -> bool:
-    """Whether there is a mode that was not there before, with a part of the mass worth a thought."""
+    """Whether there is a mode that was not there before, with a part of the mass that may matter."""
     fresh = found.evidence[len(before) :]
     return len(fresh) > 0 and bool((fresh > found.evidence.max() - EVIDENCE_WITHIN).any())
 
@@ -142,8 +145,8 @@ def _far(
 ) -> tuple[Tensor, Tensor]:
     """Return the most promising of many points, by normals at the modes so far, one of so many, and their heights.
 
-    A narrow mode is felt only where it is above a wider one: in a ball whose share of the space is tiny. How many
-    points are looked at is all that finds it.
+    The density of a narrow mode is above that of a wider one only in a ball, whose share of the space is tiny. Only a
+    large number of points finds it.
     """
     points, heights = _finite(density, torch.cat([_about(draws, count // 2, (0.3, 10.0)) for draws in (prior, z)]))
     kept = max(LAYERS, count // pieces)
@@ -158,9 +161,9 @@ def _finite(density: LogDensity, points: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _promising(found: Survey, points: Tensor, promise: Tensor, count: int) -> Tensor:
-    """Return points at which the density is farthest above what the modes so far say of it, from all distances alike.
+    """Return points at which the density is farthest above that of the modes so far, as many from each distance.
 
-    Far away, the ratio of two tails is larger than all that a mode makes of it.
+    Far away, the ratio of two tails is larger than the ratio near any mode.
     """
     layers = distances(found, points).amin(0).argsort().tensor_split(min(LAYERS, len(points)))
     best = [layer[promise[layer].topk(min(len(layer), -(-count // len(layers)))).indices] for layer in layers]
@@ -246,15 +249,9 @@ def _merged(density: LogDensity, found: Survey, ends: tuple[Tensor, Tensor]) -> 
             continue
         if len(found) and bool((distances(found, heads[number : number + 1]) < APART).any()):
             continue
-        row = slice(number, number + 1)
-        found = Survey(
-            torch.cat([found.modes, heads[row]]),
-            torch.cat([found.roots, roots[row]]),
-            torch.cat([found.evidence, evidence[row]]),
-            torch.cat([found.met, counts[row]]),
-            torch.cat([found.of_terms, counts[row] < 0]),
-            ridges=found.ridges,
-        )
+        fresh = (part[number : number + 1] for part in (heads, roots, evidence, counts, counts < 0))
+        parts = (torch.cat(pair) for pair in zip(found.parts, fresh, strict=True))
+        found = Survey(*parts, ridges=found.ridges)
     return found
 
 

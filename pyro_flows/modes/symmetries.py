@@ -25,10 +25,10 @@ from torch import Tensor
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.modes.move import Kind, Members, Move, Unit, Values, kinds_of, latents_of, middles_of
 
-ADDITIONS = 12
-ROUND_TRIP = 1e-3
-MOVED_DRAWS = 200  # of a guide, that tell which mode it covers, and what their images hold
-TOGETHER = 2048  # images that one run of the model looks at
+ADDITIONS = 12  # to a unit, at most
+ROUND_TRIP = 1e-3  # relative error of values that are mapped there and back
+MOVED_DRAWS = 200  # of a guide: moved to estimate the mass of their images
+TOGETHER = 2048  # images that one run of the model evaluates
 SAME, DIGITS = 0.01, 32.0  # nats, and units of the last place of a log density, within which two are the same
 
 _Growth = Generator[list[Members], Tensor, list[Members]]
@@ -113,7 +113,7 @@ def signed_permutation(z: Tensor, moved: Tensor) -> SignedPermutation | None:
 
 
 def group(generators: Iterable[SignedPermutation], limit: int) -> list[SignedPermutation] | None:
-    """Return all that comes of signed permutations one after the other, the identity first; None beyond ``limit``."""
+    """Return the group that signed permutations generate, the identity first; None if it has more than ``limit``."""
     steps = list(dict.fromkeys(generators))
     dim = len(steps[0][0])
     found = {identity(dim): None}
@@ -141,7 +141,7 @@ def image_of(z: Tensor, move: SignedPermutation) -> Tensor:
 
 
 def product(first: SignedPermutation, then: SignedPermutation) -> SignedPermutation:
-    """Return what comes of two signed permutations, one after the other."""
+    """Return the composition of two signed permutations."""
     (order, signs), (places, flips) = first, then
     moved = tuple(flip * signs[place] for flip, place in zip(flips, places, strict=True))
     return tuple(order[place] for place in places), moved

@@ -75,8 +75,8 @@ def flow_along(table: Table, *, df: float = 30.0) -> Flow:
     """Return the flow of the grid, with a base of so many degrees of freedom.
 
     Raises:
-        ValueError: for a marginal that is too narrow for a table, or goes on beyond it: no draw would ever come there,
-            and no weight would tell.
+        ValueError: for a marginal that is too narrow for a table, or has mass beyond it: no draw would come there, and
+            weights would not show it.
     """
     if not table.beyond() < OUTSIDE:
         raise ValueError("grid: expected a density that has fallen off at both ends.")

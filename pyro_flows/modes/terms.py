@@ -3,7 +3,7 @@ r"""Sums of terms inside of a log density, as mixtures have them: each term is a
 Where a model computes :math:`\log \sum_k e^{a_k(z)}` (``torch.logsumexp`` and ``torch.logaddexp``; a
 ``MixtureSameFamily``; a discrete latent that is summed out), the modes of the whole are near those of the density with
 one term in the place of the sum. In 100 dimensions the wide terms of a mixture rule nearly everywhere: no climb from
-afar comes to a narrow one. Its own term leads there from anywhere.
+afar comes to a narrow one. A climb of its own term leads there from anywhere.
 """
 
 from __future__ import annotations

@@ -145,7 +145,7 @@ def _wandered(stack: Stack, drawn: Sequence[_FlowDraws], seed: int) -> list[list
 
 
 def _search(one: _FlowDraws | None, missed: Sequence[MissedRegion], symmetric: bool) -> Search:
-    """Put what was found into words."""
+    """Return the result of the search, with the sentence on it."""
     paths = EACH * len(OUTWARDS) + SEARCHES
     notes = (f"many data sets were fitted side by side, and the search for missed modes had {paths} paths for each",)
     if one is None:

@@ -2,7 +2,7 @@
 
 The scale of a few groups has a long tail. Its effects are pinned down there, so that in non-centered coordinates they
 lie in a neck that narrows as the scale grows; centered ones have a neck at its other end. A flow that was trained on
-its own draws ends before such a tail, its weights are even, and chains enter it too seldom to be missed by R-hat.
+its own draws ends before such a tail, and its weights are even. Chains enter it so seldom that R-hat does not show it.
 """
 
 from __future__ import annotations

@@ -37,7 +37,7 @@ MEASURED_PLACES = 4  # places whose mass is measured by tempering, the best firs
 
 @dataclass(frozen=True)
 class UnverifiedMode:
-    """A path at whose end the guide may lack something, and whose normal is too poor to weigh it."""
+    """A path at whose end the guide may lack mass, and whose normal is too poor to estimate it."""
 
     number: int
     elbo: float
@@ -68,9 +68,9 @@ def by_curvature(
 
     In hundreds of dimensions a path from afar comes to a mode with a normal that is tens of nats too poor, and the
     place seems to be worth nothing. A few of Newton's steps lead to its top. A Hessian takes D gradients, as much as
-    two steps of all paths. None if there is no such place, or if Hessians cost too much: then places join
-    ``unresolved``.
-    Where the normal at the guide's own mode has next to none of its mass, as in funnels, tops tell nothing: None too.
+    two steps of all paths. None if there is no such place, or if Hessians cost too much: then places are added to
+    ``unresolved``. None too where the normal at the guide's own mode has next to none of its mass, as in funnels: there
+    masses by Laplace's method are wrong.
 
     ``tempered`` are the numbers of paths that were tempered from, one to the guide's own mode first.
     """

@@ -87,7 +87,8 @@ def choose_coordinates(
 class _Side:
     """All centered, or all non-centered: the ELBO of the best path, what is learned from its end, and a normal there.
 
-    ``plain`` has a diagonal covariance in these very coordinates. Both are None where there was nothing to learn from.
+    ``plain`` is a normal with a diagonal covariance in these coordinates. Both are None if no path has a finite ELBO,
+    or if the model runs draw by draw.
     """
 
     elbo: float

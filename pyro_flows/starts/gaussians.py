@@ -107,9 +107,7 @@ def compact(alpha: Tensor, steps: Tensor, changes: Tensor) -> tuple[Tensor, Tens
     References: Byrd, Nocedal and Schnabel 1994; Zhang et al. 2022.
     """
     dtype, root = alpha.dtype, alpha.double().sqrt()[:, None]
-    steps, changes = steps.double(), changes.double()
-    identity = torch.eye(steps.shape[1], dtype=root.dtype, device=root.device)
-    inverse = torch.linalg.solve_triangular((steps @ changes.mT).triu(1) + identity, identity, upper=True)
+    steps, changes, identity, inverse = _history(steps, changes)
     corner = inverse.mT @ (identity + (changes * root) @ (changes * root).mT) @ inverse
     middle = torch.cat([torch.cat([torch.zeros_like(corner), -inverse], -1), torch.cat([-inverse.mT, corner], -1)], -2)
     basis, upper = torch.linalg.qr(torch.cat([changes * root, steps / root], 1).mT)
@@ -129,15 +127,21 @@ def newton_step(alpha: Tensor, steps: Tensor, changes: Tensor, gradient: Tensor)
     with R the upper triangle of :math:`S^\top Y`, whose diagonal is 1. Cost: O(D J^2).
     """
     x, scale = gradient.double()[..., None], alpha.double()[..., None]
-    steps, changes = steps.double(), changes.double()
-    identity = torch.eye(steps.shape[1], dtype=x.dtype, device=x.device)
-    inverse = torch.linalg.solve_triangular((steps @ changes.mT).triu(1) + identity, identity, upper=True)
+    steps, changes, _, inverse = _history(steps, changes)
     along = inverse @ (steps @ x)
     back = inverse.mT @ (along + changes @ (scale * (changes.mT @ along - x)))
     found = (scale * (x - changes.mT @ along) + steps.mT @ back)[..., 0]
     plain = scale[..., 0] * x[..., 0]
     rises = (found * x[..., 0]).sum(-1) > 0.0
     return choose(rises & torch.isfinite(found).all(-1), found, plain).to(gradient.dtype)
+
+
+def _history(steps: Tensor, changes: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    r"""Return steps and changes in double precision, the identity (J, J), and the inverse of R (K, J, J)."""
+    steps, changes = steps.double(), changes.double()
+    identity = torch.eye(steps.shape[1], dtype=steps.dtype, device=steps.device)
+    upper = (steps @ changes.mT).triu(1) + identity
+    return steps, changes, identity, torch.linalg.solve_triangular(upper, identity, upper=True)
 
 
 def diagonal_update(alpha: Tensor, step: Tensor, change: Tensor) -> Tensor:
