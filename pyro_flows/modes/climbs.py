@@ -23,7 +23,6 @@ from pyro_flows.modes.unverified_modes import (
     by_curvature,
     distinct,
     modes_with_mass,
-    normals_at,
     worth_measuring,
 )
 from pyro_flows.starts.curvature import lower_triangular
@@ -105,8 +104,7 @@ def surveyed(guide: Guide, z: Tensor, doubts: list[Start], *, seed: int) -> list
     if not bool(looked_at.any()):
         return []
     own, rows = len(covered), torch.cat([covered, looked_at.nonzero()[:, 0]])
-    modes, roots, evidence = found.modes[rows], found.roots[rows], found.evidence[rows]
-    paths = normals_at(modes, roots, evidence)
+    paths = Paths.at(found.modes[rows], found.roots[rows], found.evidence[rows])
     units = units_of(z)
     missed, doubtful = _weighed(guide, paths, own, units, seed=seed, apart=True)
     elsewhere = [path for path in doubtful if path.elsewhere]

@@ -84,12 +84,7 @@ def all_grids(density: LogDensity, z: Tensor, log_weights: Tensor, *, seed: int)
     if not can_have_grid(density) or len(z) < FEWEST_DRAWS or not is_usable(log_mass):
         return []
     sample = finer(density, z[resample(log_mass, DRAWS_USED, seed=derive(seed, "looked at"))])
-    coordinates = predictors_of_spread(sample)
-    if not coordinates:
-        return []
-    with seeded(derive(seed, "slices"), density.device):
-        tails = Tails(density, sample)
-        return [one for one in marginals(tails, coordinates) if one is not None]
+    return _grids(density, sample, predictors_of_spread(sample), seed=seed)
 
 
 @torch.no_grad()
@@ -107,11 +102,7 @@ def grids_about(density: LogDensity, loc: Tensor, z: Tensor, *, seed: int) -> li
     curvatures = second_derivatives(density, torch.cat([loc + away, loc - away]))
     strength, order = bending(curvatures.unflatten(0, (2, -1)), alone).topk(min(MOST_BENT, len(alone)))
     coordinates = [alone[number] for number in order[strength > CURVATURE_CHANGE].tolist()]
-    if not coordinates:
-        return []
-    with seeded(derive(seed, "slices"), density.device):
-        found = marginals(Tails(density, finer(density, z[:DRAWS_USED])), coordinates)
-    return [one for one in found if one is not None]
+    return _grids(density, finer(density, z[:DRAWS_USED]), coordinates, seed=seed)
 
 
 def sites_of_one(structure: Structure) -> list[int]:
@@ -148,21 +139,25 @@ def predictors_of_spread(z: Tensor) -> list[int]:
     return order[strength > PREDICTS_SPREAD].tolist()
 
 
-def marginals(tails: Tails, coordinates: list[int]) -> list[Marginal | None]:
-    """Return grids along some coordinates; None where too few neighbors have a known mass.
+def _grids(density: LogDensity, z: Tensor, coordinates: list[int], *, seed: int) -> list[Marginal]:
+    """Return grids along some coordinates, in units of draws z (S, D), where enough neighbors have a known mass.
 
-    Where a marginal has not fallen off at the last step, spreads may be those of draws that know nothing of its width:
+    Where a marginal has not fallen off at the last step, spreads may be those of draws that do not show its width:
     longer steps are added. Where these do not come to its end either, it has a heavy tail, and they are left out.
     """
-    found = _marginals(tails, coordinates, STEPS)
-    for number, coordinate in enumerate(coordinates):
-        one = found[number]
-        for _ in range(4):
-            if one is None or not one.goes_on():
-                break
-            one = _marginals(tails, [coordinate], STEPS, STRETCH * one.stretch)[0]
-        found[number] = found[number] if one is None or one.goes_on() else one
-    return found
+    if not coordinates:
+        return []
+    with seeded(derive(seed, "slices"), density.device):
+        tails = Tails(density, z)
+        found = _marginals(tails, coordinates, STEPS)
+        for number, coordinate in enumerate(coordinates):
+            one = found[number]
+            for _ in range(4):
+                if one is None or not one.goes_on():
+                    break
+                one = _marginals(tails, [coordinate], STEPS, STRETCH * one.stretch)[0]
+            found[number] = found[number] if one is None or one.goes_on() else one
+    return [one for one in found if one is not None]
 
 
 def _marginals(

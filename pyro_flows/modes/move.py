@@ -99,8 +99,6 @@ def middles_of(density: LogDensity, z: Tensor) -> dict[str, Tensor]:
     ends = [torch.full_like(z, end) for end in (0.0, 30.0, 40.0, -30.0, -40.0)]
     found = {}
     for name, value in latents_of(density, torch.cat(ends)).items():
-        if not value.is_floating_point():
-            continue
         middle, almost, upper, above, lower = value
         reach = (upper - middle).abs() + (lower - middle).abs()
         rest = 1e-9 * reach

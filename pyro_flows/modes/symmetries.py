@@ -56,7 +56,7 @@ def images(density: LogDensity, moves: Sequence[Move], z: Tensor) -> Iterator[Im
     for first in range(0, len(moves), at_once):
         group = moves[first : first + at_once]
         moved = [move(latents) for move in group]
-        placed, inside = _placed(density, {name: torch.cat([values[name] for values in moved]) for name in latents})
+        placed, inside = _placed(density, moved)
         log_p = torch.where(inside, density(placed), -torch.inf)
         parts = (part.split(len(z)) for part in (placed, inside, log_p, density.log_jacobian(placed)))
         yield from (Image(*image) for image in zip(*parts, strict=True))
@@ -199,8 +199,7 @@ def _heights(density: LogDensity, asked: Sequence[tuple[Values, Move]]) -> Tenso
     """Return the log density (N,) of a model's own values after each move; -inf outside of the support."""
     found = []
     for first in range(0, len(asked), TOGETHER):
-        moved = _moved(asked[first : first + TOGETHER])
-        z, inside = _placed(density, {name: torch.cat([values[name] for values in moved]) for name in moved[0]})
+        z, inside = _placed(density, _moved(asked[first : first + TOGETHER]))
         heights = density(z) - density.log_jacobian(z)
         found.append(torch.where(inside, heights.double(), -torch.inf).nan_to_num(nan=-torch.inf, posinf=-torch.inf))
     return torch.cat(found)
@@ -218,8 +217,9 @@ def _moved(asked: Sequence[tuple[Values, Move]]) -> list[Values]:
     return found
 
 
-def _placed(density: LogDensity, values: Values) -> tuple[Tensor, Tensor]:
-    """Return coordinates (S, D) of values, 0 where they leave the support, and where they are inside of it (S,)."""
+def _placed(density: LogDensity, moved: Sequence[Values]) -> tuple[Tensor, Tensor]:
+    """Return coordinates (S, D) of all values, 0 where they leave the support, and where they are inside of it (S,)."""
+    values = {name: torch.cat([one[name] for one in moved]) for name in moved[0]}
     z = density.unconstrain(values)
     inside = torch.isfinite(z).all(1)
     z = torch.where(inside[:, None], z, 0.0)

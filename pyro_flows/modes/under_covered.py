@@ -75,34 +75,30 @@ class Space(Protocol):
 def walked(space: Space, points: Points, moves: int, *, level: float, height: float | None = None) -> Points:
     r"""Move points by Hamiltonian dynamics under :math:`\pi_h`, or under the posterior itself.
 
-    The excess is counted from a log weight, the ``level``. Without a ``height``, points move under the posterior.
+    The excess is counted from a log weight, the ``level``. Without a ``height``, points move under the posterior. Each
+    point has a step size of its own in each move: they differ by 1.5 decades, since the way into a neck is narrow.
 
     Cost: five gradients for each move of a point. Random numbers come from torch's global generator.
     """
     for _ in range(moves):
-        points = _moved(space, points, level, height)
+        velocity = torch.randn_like(points.x)
+        value, slope = _target(points, level, height)
+        start = 0.5 * velocity.square().sum(1) - value
+        step = 10.0 ** (-1.5 * torch.rand_like(velocity[:, :1])) * points.x.shape[1] ** -0.25
+        new = points
+        for _ in range(LEAPS):
+            velocity = velocity + 0.5 * step * slope
+            new = space.look(new.x + step * velocity, points.k)
+            value, slope = _target(new, level, height)
+            velocity = velocity + 0.5 * step * slope
+        chance = (start - 0.5 * velocity.square().sum(1) + value).nan_to_num(nan=-math.inf).exp()
+        points = new.where(torch.rand_like(chance) < chance, points)
     return points
 
 
 def excess(points: Points, level: float) -> Tensor:
     """Return log p - log q - c (C,), very low where that is not finite."""
     return (points.log_weight - level).nan_to_num(nan=-1e6, posinf=1e6, neginf=-1e6)
-
-
-def _moved(space: Space, points: Points, level: float, height: float | None) -> Points:
-    """Move all points once, each with a step size of its own: leaps differ by 1.5 decades, as the way in is narrow."""
-    velocity = torch.randn_like(points.x)
-    value, slope = _target(points, level, height)
-    start = 0.5 * velocity.square().sum(1) - value
-    step = 10.0 ** (-1.5 * torch.rand_like(velocity[:, :1])) * points.x.shape[1] ** -0.25
-    new = points
-    for _ in range(LEAPS):
-        velocity = velocity + 0.5 * step * slope
-        new = space.look(new.x + step * velocity, points.k)
-        value, slope = _target(new, level, height)
-        velocity = velocity + 0.5 * step * slope
-    chance = (start - 0.5 * velocity.square().sum(1) + value).nan_to_num(nan=-math.inf).exp()
-    return new.where(torch.rand_like(chance) < chance, points)
 
 
 def _target(points: Points, level: float, height: float | None) -> tuple[Tensor, Tensor]:

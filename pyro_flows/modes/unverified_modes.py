@@ -16,7 +16,6 @@ from pyro_flows.modes.tempering import Tempered, log_mean, move_walkers
 from pyro_flows.modes.tops import NEGLIGIBLE_GAIN, NEWTON
 from pyro_flows.modes.units import in_units
 from pyro_flows.starts.curvature import inverse_roots, lower_triangular
-from pyro_flows.starts.gaussians import Gaussians
 from pyro_flows.starts.laplace import newton
 from pyro_flows.starts.pathfinder import Paths
 from pyro_flows.starts.start import Start
@@ -101,13 +100,7 @@ def by_curvature(
     tells = guide.covered - float((top + size)[0]) < MASS_GAP_OF_LAPLACE_A_DIM * density.dim
     if not tells or int(kept.sum()) < 2:
         return None
-    return normals_at(modes[kept], lower_triangular(roots[kept]), (top + size)[kept])
-
-
-def normals_at(modes: Tensor, roots: Tensor, evidence: Tensor) -> Paths:
-    """Return normals about modes (K, D), by lower triangular roots of covariances, as if paths had ended there."""
-    settled = torch.ones(len(modes), dtype=torch.bool, device=modes.device)
-    return Paths(Gaussians.of(modes, roots), evidence, modes, settled)
+    return Paths.at(modes[kept], lower_triangular(roots[kept]), (top + size)[kept])
 
 
 def _apart(paths: Paths, numbers: Sequence[int], units: Tensor) -> list[int]:

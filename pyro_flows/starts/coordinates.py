@@ -62,38 +62,25 @@ def choose_coordinates(
     family = _Family(density)
     both = climbed(density, False, seed=seed), wholly or climbed(density, True, seed=seed)
     best = max(path.elbo for path in both)
-    sides = [_side(family, path, learned_from=path.elbo > best - BEHIND) for path in both]
-    learned = max((side.learned for side in sides if side.learned), key=lambda found: found.start.elbo, default=None)
+    sides = [_normals(family, path, learned_from=path.elbo > best - BEHIND) for path in both]
+    learned = max((found for found, _ in sides if found), key=lambda found: found.start.elbo, default=None)
     start = None if learned is None else learned.start
-    kept: Noncentered = sides[1].elbo >= sides[0].elbo and sides[1].elbo > -math.inf
+    kept: Noncentered = both[1].elbo >= both[0].elbo and both[1].elbo > -math.inf
     if learned is not None and math.isfinite(learned.start.elbo):
         kept = {name: None if said is None else said.options for name, said in learned.information.items()}
-        for noncentered, side in enumerate(sides):
-            if start is None or (side.plain is not None and side.plain.elbo > start.elbo):
-                kept, start = bool(noncentered), side.plain
+        for noncentered, (_, plain) in enumerate(sides):
+            if start is None or (plain is not None and plain.elbo > start.elbo):
+                kept, start = bool(noncentered), plain
     result = density.elsewhere(kept)
     result.evaluations += density.evaluations + both[1].density.evaluations + family.evaluations
     entry: dict[str, object] = {
         "stage": "coordinates",
         "noncentered": result.structure.noncentered,
         "elbo": None if start is None else start.elbo,
-        "elbo_centered": sides[0].elbo,
-        "elbo_noncentered": sides[1].elbo,
+        "elbo_centered": both[0].elbo,
+        "elbo_noncentered": both[1].elbo,
     }
     return result, start, entry
-
-
-@dataclass(frozen=True)
-class _Side:
-    """All centered, or all non-centered: the ELBO of the best path, what is learned from its end, and a normal there.
-
-    ``plain`` is a normal with a diagonal covariance in these coordinates. Both are None if no path has a finite ELBO,
-    or if the model runs draw by draw.
-    """
-
-    elbo: float
-    learned: Learned | None = None
-    plain: Start | None = None
 
 
 @dataclass(frozen=True)
@@ -140,10 +127,14 @@ def _climbed(density: LogDensity, points: Tensor, units: Tensor, seed: int) -> C
     return Climbed(density, paths, best, float(paths.elbo[best]), seed)
 
 
-def _side(family: _Family, side: Climbed, *, learned_from: bool) -> _Side:
+def _normals(family: _Family, side: Climbed, *, learned_from: bool) -> tuple[Learned | None, Start | None]:
+    """Return what is learned from the best path, and a normal there with a diagonal covariance in its coordinates.
+
+    Both are None if no path has a finite ELBO, or if the model runs draw by draw.
+    """
     candidate, paths, best, seed = side.density, side.paths, side.best, side.seed
     if not math.isfinite(side.elbo) or not candidate.batched:
-        return _Side(side.elbo)
+        return None, None
     with seeded(seed, candidate.device):
         noise = torch.randn(CARRIED, candidate.dim, dtype=candidate.dtype, device=candidate.device)
     found = paths.best.map(noise)[0][best]
@@ -152,7 +143,7 @@ def _side(family: _Family, side: Climbed, *, learned_from: bool) -> _Side:
         end = paths.ends[best]
         plain.append(_diagonal(candidate, end, scales(candidate, end[None])[0], seed=seed))
     learned = family.learn(candidate, found, seed=seed) if learned_from else None
-    return _Side(side.elbo, learned, max(plain, key=lambda start: start.elbo))
+    return learned, max(plain, key=lambda start: start.elbo)
 
 
 @torch.no_grad()

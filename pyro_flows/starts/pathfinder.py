@@ -42,6 +42,12 @@ class Paths:
     ends: Tensor
     settled: Tensor
 
+    @classmethod
+    def at(cls, modes: Tensor, roots: Tensor, evidence: Tensor) -> Paths:
+        """Return normals about modes (K, D), by lower triangular roots of covariances, as if paths had ended there."""
+        settled = torch.ones(len(modes), dtype=torch.bool, device=modes.device)
+        return cls(Gaussians.of(modes, roots), evidence, modes, settled)
+
     def some(self, rows: slice) -> Paths:
         return Paths(self.best.some(rows), self.elbo[rows], self.ends[rows], self.settled[rows])
 
