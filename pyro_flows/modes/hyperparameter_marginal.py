@@ -66,7 +66,7 @@ def sampled(log_density: Callable[[Tensor], Tensor], loc: Tensor, root: Tensor) 
         if not bool(torch.isfinite(log_p).any()):
             return None
         log_q = torch.logsumexp(torch.stack([_student(theta, *each) for each in proposals]), 0)
-        weights = _flattened(log_p - log_q, min(10.0 * k, 0.3 * len(theta)))
+        weights = _flattened(log_p - log_q, least=min(10.0 * k, 0.3 * len(theta)))
         loc = weights @ theta
         covariance = ((theta - loc).mT * weights) @ (theta - loc)
         ridge = 1e-10 * covariance.diagonal().clamp_min(1e-300).diag()
@@ -109,7 +109,7 @@ def fit_flow(
         log_mass = float((weights * (log_p - flow.log_prob(theta))).sum())
     best = (-math.inf, 0.0, math.inf, copy.deepcopy(flow.state_dict()))
     for number in range(5):
-        _fit(flow, parameters, (theta, log_p - log_mass, weights), 60 if number else 100)
+        _fit(flow, parameters, (theta, log_p - log_mass, weights), steps=60 if number else 100)
         if not all(bool(torch.isfinite(parameter).all()) for parameter in parameters):
             break
         with torch.no_grad():

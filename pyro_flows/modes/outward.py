@@ -84,7 +84,7 @@ class Outward:
         tops = [places[0].tops] * 2
         unknown, open_ = zero.clone(), torch.ones_like(zero, dtype=torch.bool)
         best = places[0].masses.nan_to_num(nan=-torch.inf)
-        for doubling in range(40):
+        for doubling in range(40):  # at most
             rows = open_.nonzero()[:, 0]
             if not len(rows):
                 break
@@ -167,7 +167,7 @@ class Outward:
         across, y = self.across[rows], y.clone()
         masses, heights_there, level = y.new_full((3, len(y)), torch.nan).unbind()
         open_ = torch.arange(len(y), device=y.device)
-        for _ in range(16):
+        for _ in range(16):  # steps, at most
             height, slope = self._values_and_slopes(y[open_])
             moves, sizes, flat, curved = self._moves(y[open_], across[open_])
             slope = (moves.mT @ slope[:, :, None].nan_to_num())[:, :, 0] * ~flat

@@ -121,7 +121,7 @@ def tempered_mixture(density: LogDensity, *, seed: int) -> Parts | None:
     with seeded(derive(seed, "from the prior"), density.device):
         draws = prior_draws(density, 1000, seed=seed)
         parts = _about(draws[torch.isfinite(draws).all(1)], 1)
-        for _ in range(12):
+        for _ in range(12):  # temperatures, at most
             if parts is None:
                 return None
             z = parts.draw(FROM_PRIOR)
@@ -174,7 +174,7 @@ def _power(ratios: Tensor) -> float:
     low, high = 0.0, 1.0
     if share(high) >= EFFECTIVE_SHARE:
         return high
-    for _ in range(30):
+    for _ in range(30):  # bisection
         middle = 0.5 * (low + high)
         low, high = (middle, high) if share(middle) > EFFECTIVE_SHARE else (low, middle)
     return low
@@ -219,7 +219,7 @@ def _evolved(density: LogDensity, parts: Parts) -> Generation | None:
 
 def generation(density: LogDensity, parts: Parts) -> Generation | None:
     """Draw from a mixture, and weight the draws; None if no draw has any weight."""
-    parts = parts.even(0.1)
+    parts = parts.even(0.1)  # so that no part is left without draws
     z = parts.draw(min(max(4000, 200 * len(parts)), 16_000))
     log_parts = parts.log_prob(z)
     ratios = density(z).double() - torch.logsumexp(log_parts, 0)
@@ -249,7 +249,7 @@ def _moved(now: Generation) -> Parts:
         if int(fault) == 0 and bool(torch.isfinite(root).all()):
             roots[number] = root
     moved = Parts(loc.to(now.z), roots.to(now.z), mass.clamp_min(1e-300).log().to(now.z), parts.df)
-    return moved[mass > 1e-5]
+    return moved[mass > 1e-5]  # parts with less weight are left out
 
 
 def _joined(now: Generation) -> Parts:

@@ -86,7 +86,7 @@ def marginals(density: LogDensity, center: Tensor, modes: Tensor, units: Tensor)
         values = torch.cat([values, mode.double()[:, None] + units.double()[:, None] * near], 1)
     values, found = _tabulated(density, center, values.sort(1).values)
     last = torch.full_like(values[:, 0], torch.nan)
-    for _ in range(3):
+    for _ in range(3):  # rounds of refinement
         extra = _between(values, found)
         new, heights = _tabulated(density, center, extra)
         values, order = torch.cat([values, new], 1).sort(1)

@@ -124,7 +124,7 @@ def _ends(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Return the ends (N, D) of the climbs of one round, the highest first, and the scales there (N, D)."""
     count = int(max(32, min(climbs, NUMBERS / max(1, density.numbers))))
-    cost = max(density.dim * max(1, len(found)), density.numbers) * (1 if known is None else 4)  # than normals
+    cost = max(density.dim * max(1, len(found)), density.numbers) * (1 if known is None else 4)  # a guide costs more
     affordable = min(SCREENED_NUMBERS / cost, SCREENED_WRITTEN / max(1, density.written)) / count
     many = int(max(1, min(SCREENED, affordable))) if len(found) else 1
     prior = prior_draws(density, PRIOR_DRAWS, seed=seed)

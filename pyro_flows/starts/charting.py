@@ -183,7 +183,7 @@ def _turned(density: LogDensity, loc: Tensor, angles: Tensor) -> Tensor:
     """
     if not bool(angles.any()):
         return loc
-    turns = torch.arange(64, dtype=loc.dtype, device=loc.device) * (TURN / 64)
+    turns = TURN / 64 * torch.arange(64, dtype=loc.dtype, device=loc.device)
     directions = torch.eye(density.dim, dtype=loc.dtype, device=loc.device)[angles]
     points = loc + turns[:, None, None] * directions
     heights = density(points.flatten(0, 1)).unflatten(0, points.shape[:2]).nan_to_num(nan=-torch.inf)

@@ -80,7 +80,7 @@ class Climb:
         finite = torch.isfinite(self.height) & torch.isfinite(gradient).all(-1)
         self.gradient = choose(finite, gradient, 0.0)
         self.alpha = torch.ones_like(points)
-        history = 12 if density.dim <= 200 else 6  # steps
+        history = 12 if density.dim <= 200 else 6  # steps of L-BFGS that are kept
         self.steps = points.new_zeros(len(points), history, density.dim)
         self.changes = torch.zeros_like(self.steps)
         if drawn:

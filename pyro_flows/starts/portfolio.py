@@ -98,7 +98,7 @@ def _climbed(density: LogDensity, starts: list[Start], points: Tensor, seed: int
         with density.clock.part(_stages.MODES):
             starts = starts + laplace(density, ends, most=STEPS_AFTER_PATHS)
     for start in paths:
-        if not any(divergence(start, other) < 0.1 for other in starts):
+        if not any(divergence(start, other) < 0.1 for other in starts):  # nats
             starts = [*starts, start]
     return starts
 
@@ -153,7 +153,7 @@ def _apart(density: LogDensity, ends: Tensor, sds: Tensor) -> Tensor:
 
 def _along_diagonal_paths(density: LogDensity, points: Tensor, *, seed: int) -> tuple[list[Start], Tensor]:
     legs = []
-    for _ in range(2):
+    for _ in range(2):  # legs
         legs.append(pathfinder(density, points, scales(density, points), seed=seed))
         points = legs[-1].ends
     found = max(legs, key=lambda leg: float(leg.elbo.max()))
