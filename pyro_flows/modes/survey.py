@@ -35,6 +35,7 @@ MOST_MODES = 200
 CURVED = 4000  # rows of the Hessians of a round
 EVIDENCE_WITHIN = 12.0  # nats of Laplace evidence below the best
 APART = 1.0  # of :func:`distances`: a top that is nearer to a mode is no other one
+PARTS = ("modes", "roots", "evidence", "met", "of_terms")
 
 
 @dataclass(frozen=True)
@@ -56,15 +57,11 @@ class Survey:
     def __len__(self) -> int:
         return len(self.modes)
 
-    @property
-    def parts(self) -> tuple[Tensor, ...]:
-        return self.modes, self.roots, self.evidence, self.met, self.of_terms
-
     def likely(self) -> Survey:
         """Return the modes that hold a part of the mass that may matter, the best first."""
         order = self.evidence.argsort(descending=True)
         order = order[self.evidence[order] > self.evidence.max() - EVIDENCE_WITHIN] if len(order) else order
-        return Survey(*(part[order] for part in self.parts), over=self.over, ridges=self.ridges)
+        return replace(self, **{name: getattr(self, name)[order] for name in PARTS})
 
 
 def can_be_surveyed(density: LogDensity) -> bool:
@@ -249,9 +246,9 @@ def _merged(density: LogDensity, found: Survey, ends: tuple[Tensor, Tensor]) -> 
             continue
         if len(found) and bool((distances(found, heads[number : number + 1]) < APART).any()):
             continue
-        fresh = (part[number : number + 1] for part in (heads, roots, evidence, counts, counts < 0))
-        parts = (torch.cat(pair) for pair in zip(found.parts, fresh, strict=True))
-        found = Survey(*parts, ridges=found.ridges)
+        fresh = zip(PARTS, (heads, roots, evidence, counts, counts < 0), strict=True)
+        parts = {name: torch.cat([getattr(found, name), part[number : number + 1]]) for name, part in fresh}
+        found = replace(replace(found, over=False), **parts)
     return found
 
 
