@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -247,7 +248,7 @@ def _merged(density: LogDensity, found: Survey, ends: tuple[Tensor, Tensor]) -> 
         if len(found) and bool((distances(found, heads[number : number + 1]) < APART).any()):
             continue
         fresh = zip(PARTS, (heads, roots, evidence, counts, counts < 0), strict=True)
-        parts = {name: torch.cat([getattr(found, name), part[number : number + 1]]) for name, part in fresh}
+        parts: dict[str, Any] = {name: torch.cat([getattr(found, name), x[number : number + 1]]) for name, x in fresh}
         found = replace(replace(found, over=False), **parts)
     return found
 
