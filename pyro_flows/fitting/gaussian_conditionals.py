@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from pyro_flows._seeding import derive, seeded
-from pyro_flows.fitting.plan import SHARE_OF_SECONDS, Plan
-from pyro_flows.fitting.rounds import Round, untrained
+from pyro_flows.fitting.plan import SHARE_OF_SECONDS
+from pyro_flows.fitting.rounds import untrained
+from pyro_flows.fitting.state import Run
 from pyro_flows.flows.flow import Flow
 from pyro_flows.flows.gaussian_conditionals import marginal_flow, with_tails
 from pyro_flows.model.log_density import LogDensity
@@ -22,7 +23,6 @@ from pyro_flows.modes.conditionals import Conditional, can_have_conditionals, co
 from pyro_flows.modes.hyperparameter_marginal import Sample, fit_flow, sampled
 from pyro_flows.results.dims import coordinate_names
 from pyro_flows.starts.prior import prior_draws, spread_of
-from pyro_flows.training.trainer import Trainer
 from pyro_flows.verdict.methods import CONDITIONALS
 from pyro_flows.verdict.thresholds import ESS_OF_MCMC
 
@@ -38,20 +38,27 @@ CHECKED = 8  # draws at which they are looked at again
 TRIES = 3
 
 
-def conditionals_at_start(plan: Plan, density: LogDensity, *, seed: int) -> tuple[Round, Trainer] | None:
-    """Hold a few coordinates, before any training; None if others are not normal, or if draws are not good enough."""
+def conditionals_at_start(run: Run) -> str | None:
+    """Hold a few coordinates of the model as it was read, before any training.
+
+    The run takes draws that are good enough, and what was chosen since the model was read is dropped.
+    """
+    plan, density = run.plan, run.state.as_read
     if not plan.open or not can_have_conditionals(density):
         return None
-    with plan.clock.part(STAGE, share=SHARE_OF_SECONDS), seeded(derive(seed, SEED), density.device):
-        found = conditionals_flow(density, seed=seed)
+    with plan.clock.part(STAGE, share=SHARE_OF_SECONDS), seeded(derive(run.seed, SEED), density.device):
+        found = conditionals_flow(density, seed=run.seed)
         if found is None:
             return None
         flow, held = found
         outcome, trainer = untrained(STAGE, flow, density, 0.0, DONE)
         names = coordinate_names(density.structure)
         details = {**outcome.stage.details, "held": [names[number] for number in held]}
-        outcome = replace(outcome, stage=replace(outcome.stage, details=details))
-        return (outcome, trainer) if outcome.enough else None
+        if outcome.enough:
+            run.state.go_back()
+            run.modes, run.history = [], []
+            run.take(replace(outcome, stage=replace(outcome.stage, details=details)), trainer)
+            return CONDITIONALS
     return None
 
 
