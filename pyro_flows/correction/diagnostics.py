@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,13 +13,9 @@ from pyro_flows import _mixing
 from pyro_flows.verdict.chains import McmcDiagnostics, worst_of
 
 LOG_DENSITY = "the log density"
-
-
-def figures(
-    z: Tensor, stats: Mapping[str, Tensor], names: Sequence[str], *, superchain: Tensor, began: Tensor, sweeps: int
-) -> McmcDiagnostics:
-    """Judge chains by all coordinates and the log density; see :func:`examined`."""
-    return examined(z, stats, names, superchain=superchain, began=began, sweeps=sweeps)[0]
+UNKNOWN = (  # of draws that are not finite
+    *("r_hat", "nested_r_hat", "ess_bulk", "ess_tail", "energy_error", "acceptance", "independence", "agreement"),
+)
 
 
 def examined(
@@ -32,8 +29,10 @@ def examined(
     """
     looked_at = range(z.shape[2]) if watched is None else watched
     values = torch.cat([z[..., list(looked_at)].double(), stats["lp"].double()[..., None]], -1)
+    count: dict[str, Any] = {"chains": len(z), "draws": z.shape[1], "sweeps": sweeps}
     if not bool(torch.isfinite(values).all()):
-        return _nothing(z, sweeps), list(looked_at)
+        nothing: dict[str, Any] = dict.fromkeys(UNKNOWN, math.nan)
+        return McmcDiagnostics(**count, where=LOG_DENSITY, divergences=1.0, changes=0.0, **nothing), list(looked_at)
     labels = [*(names[number] for number in looked_at), LOG_DENSITY]
     found = _mixing.chain_diagnostics(values, superchain)
     lowest = torch.minimum(found["ess_bulk"], found["ess_tail"])
@@ -41,9 +40,7 @@ def examined(
     tried = stats["proposed"].double()
     worst = lowest[:-1].nan_to_num(nan=0.0).argsort().tolist()
     judged = McmcDiagnostics(
-        chains=len(z),
-        draws=z.shape[1],
-        sweeps=sweeps,
+        **count,
         r_hat=worst_of(found["r_hat"].tolist(), labels, largest=True)[0],
         nested_r_hat=worst_of(found["nested_r_hat"].tolist(), labels, largest=True)[0],
         ess_bulk=worst_of(found["ess_bulk"].tolist(), labels, largest=False)[0],
@@ -72,23 +69,3 @@ def agreement(z: Tensor, began: Tensor) -> float:
     shortest = min(len(group) for group in groups)
     spread = [group[torch.linspace(0, len(group) - 1, shortest).long()] for group in groups]
     return float(_mixing.r_hat(torch.stack(spread)).max())
-
-
-def _nothing(z: Tensor, sweeps: int) -> McmcDiagnostics:
-    nan = math.nan
-    return McmcDiagnostics(
-        chains=len(z),
-        draws=z.shape[1],
-        sweeps=sweeps,
-        where=LOG_DENSITY,
-        divergences=1.0,
-        r_hat=nan,
-        nested_r_hat=nan,
-        ess_bulk=nan,
-        ess_tail=nan,
-        energy_error=nan,
-        acceptance=nan,
-        independence=nan,
-        agreement=nan,
-        changes=0.0,
-    )

@@ -31,11 +31,6 @@ from pyro_flows.transforms import LowerTriangularAffine
 from pyro_flows.transforms.nested import Nested
 from pyro_flows.transforms.sliced import Sliced
 
-WALKED_PARTS = 4
-SLICED_COSTLY = 24  # dimensions of slices, from which each point has hundreds of numbers of its own
-WRITTEN_DEAR = 30_000  # numbers that a gradient of the model writes
-LEAPS_KEPT = 4
-
 
 def _widest(flow: Flow) -> int:
     """Return how many numbers the largest intermediate result of a flow has for each point."""
@@ -78,20 +73,21 @@ class Latent:
         # Graphs of their own, so that chains that go on repeat themselves.
         make = partial(Recorder, self._single, numbers, own=True, before=self._prepare, changed=density.faults)
         self._recorder = make() if recordable else None
-        self.leaps: Cache[object, Runner | None] = Cache(LEAPS_KEPT)  # steps of trajectories
+        self.leaps: Cache[object, Runner | None] = Cache(4)  # steps of trajectories
 
     @property
     def costly(self) -> bool:
         """Whether a look costs many times what others do: some flows have a matrix for each point, and some models."""
-        if self.density.written > WRITTEN_DEAR:
+        if self.density.written > 30_000:  # numbers, by a gradient of the model
             return True
         layers = (layer for flow in self.flows for layer in flow.modules())
-        return self.dim > SLICED_COSTLY and any(isinstance(layer, (Nested, Sliced)) for layer in layers)
+        many = self.dim > 24  # then each point has hundreds of numbers of its own
+        return many and any(isinstance(layer, (Nested, Sliced)) for layer in layers)
 
     @property
     def walkable(self) -> bool:
         """Whether a look costs little more than one of a flow: each part is scored by all of them."""
-        return len(self.parts) <= WALKED_PARTS and not self.density.by_rows
+        return len(self.parts) <= 4 and not self.density.by_rows
 
     @property
     def _by_parts(self) -> bool:

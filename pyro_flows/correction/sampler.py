@@ -47,10 +47,8 @@ ROUND = 30  # sweeps of a round of warm-up
 ROUNDS = 2, 12  # at least, at most
 KEPT = 64  # draws of a chain, at least: R-hat splits them into halves
 HALVINGS = 4  # of the step size, where trajectories diverge
-SHORT_EVERY, SHORT = 4, 0.25  # each fourth move takes leaps of a quarter: into necks that the others overshoot
 WATCHED = 16  # coordinates, the worst of the last look at all
 HAMILTONIAN, MICROCANONICAL = "Hamiltonian", "microcanonical"  # moves; the latter take two dimensions
-ROOM, ROOM_NUMBERS = 256, 2**20  # draws of a chain that are held, and numbers in those of all, if that is more
 COUNTS, METRIC = ("sweeps", "waiting", "checked", "halved"), ("axes", "roots")  # files of old have none of the latter
 
 
@@ -143,7 +141,10 @@ class Sampler:
             self._warm_up()
             return not self.round and self.latent.density.evaluations + self._needed() > end
         report(f"sweep {self.numbers['sweeps']}")
-        self._keep(self._sweep())
+        numbers = self._sweep()
+        self.numbers["waiting"] = (self.numbers["waiting"] + 1) % self.numbers["thin"]
+        if not self.numbers["waiting"]:
+            self.draws.add(self.points.z, numbers)
         least = DIVERGENT_SHARE_OF_CHAINS * len(self.points.x) * self.kept
         if not patient and self.draws.total("diverging") > DIVERGENT_TIMES_MOST * least:
             if self.numbers["halved"] >= HALVINGS or self.latent.density.evaluations + self._needed(0.5) > end:
@@ -264,8 +265,9 @@ class Sampler:
         elif self.swaps:
             points = swapped(self.latent, points)
         changes = (points.k != self.points.k).to(taken)
-        leaps, short = self.kernel.leaps(number), not adapt and number % SHORT_EVERY == 0
-        step = SHORT * self.kernel.step if short else self.kernel.step
+        leaps, step = self.kernel.leaps(number), self.kernel.step
+        if not adapt and number % 4 == 0:  # leaps of a quarter go into necks that the others overshoot
+            step = 0.25 * step
         move = microcanonical if self.numbers.get("moves") == MICROCANONICAL else hamiltonian
         moved = move(self.latent, points, step=step, leaps=leaps, metric=self.metric)
         if adapt:
@@ -291,13 +293,6 @@ class Sampler:
             self.kernel.again()
         self.round = []
 
-    def _keep(self, numbers: dict[str, Tensor]) -> None:
-        self.numbers["waiting"] += 1
-        if self.numbers["waiting"] < self.numbers["thin"]:
-            return
-        self.numbers["waiting"] = 0
-        self.draws.add(self.points.z, numbers)
-
     def _begin_halved(self) -> None:
         """Begin anew with half of the step size, and trajectories as long as before."""
         self.kernel.halve()
@@ -307,7 +302,7 @@ class Sampler:
 
     def _make_room(self, found: McmcDiagnostics) -> None:
         """Drop the first half of draws that superchains still disagree on; else every other one, where all are full."""
-        room = min(ROOM, ROOM_NUMBERS // self.points.x.numel())
+        room = min(256, 2**20 // self.points.x.numel())  # draws of a chain: a million numbers in those of all
         if len(self.draws) >= max(2 * self.kept, room):
             rough = not found.nested_r_hat <= R_HAT_OF_SHORT_CHAINS
             self.numbers["thin"] *= 1 if rough else 2

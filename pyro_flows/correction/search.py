@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TypedDict, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,9 +38,7 @@ TOO_LITTLE, MISS = "the chains have too little mass", "the chains miss a mode"  
 HELD_OUT = 4  # one superchain of so many
 OF_GUIDES = (_stages.SEARCH,)
 OF_CHAINS = _stages.SEARCH_BY_CHAINS, _stages.EARLIER_SEARCH_BY_CHAINS
-WHOLE_UP_TO = 50  # dimensions: beyond that a history keeps the spreads of a place, not its correlations
 NO_PLACE = BY_WALKERS, TRUNCATED_TAIL  # starts that stand for more than the region of a normal distribution
-INSIDE = 3.0  # standard deviations of a chi-square: draws of a normal distribution that lie farther out do not count
 
 
 @dataclass(frozen=True)
@@ -57,25 +55,25 @@ class MissedByChains:
 
 
 def noted(search: Search | None, stage: str = _stages.SEARCH) -> list[Stage]:
-    """Return what a fit's history keeps of a search, for a sampler to look at later: places and spreads as lists."""
+    """Return what a fit's history keeps of a search, for a sampler to look at later: places and spreads as lists.
+
+    Above 50 dimensions, it keeps the standard deviations of a place, and not its correlations.
+    """
     missed = [] if search is None else [region for region in search.missed if region.start.name not in NO_PLACE]
-    if not missed:
+    if search is None or not missed:
         return []
     scales = [region.start.scale for region in missed]
-    spreads = [s.norm(dim=1) if s.dim() == 2 and len(s) > WHOLE_UP_TO else s for s in scales]
-    sentence = search.sentence if search is not None else ""
-    places = {
-        "places": [region.start.loc.tolist() for region in missed],
-        "spreads": [spread.tolist() for spread in spreads],
-    }
-    return [Stage(stage, details={"sentence": sentence, **places})]
+    spreads = [s.norm(dim=1) if s.dim() == 2 and len(s) > 50 else s for s in scales]
+    places = [region.start.loc.tolist() for region in missed]
+    details = {"sentence": search.sentence, "places": places, "spreads": [spread.tolist() for spread in spreads]}
+    return [Stage(stage, details=details)]
 
 
 @counted(_stages.MISSED_BY_CHAINS)
 def missed_by_chains(
     density: LogDensity, chains: McmcDraws, score: Callable[[Tensor], Tensor], covered: float, evidence: float,
-    history: Sequence[Mapping[str, object]], *, seed: int, searched: bool = False,
-    joined: Callable[[Tensor], bool] = lambda places: False, space: Space | None = None,
+    history: Sequence[Mapping[str, Any]], *, seed: int, searched: bool = False,
+    mixes: Callable[[Tensor], bool] = lambda places: False, space: Space | None = None,
 ) -> MissedByChains:  # fmt: skip
     """Return what chains lack, in words, and what was not looked at.
 
@@ -88,7 +86,7 @@ def missed_by_chains(
     what they lack.
 
     ``score`` is the log density of the flow, ``covered`` the log of the mass that it covers, ``evidence`` that of all.
-    ``searched`` says that a search from the flow's draws has found nothing. ``joined`` says whether chains that begin
+    ``searched`` says that a search from the flow's draws has found nothing. ``mixes`` says whether chains that begin
     at some places come to where the others are, which tells it too. ``space`` is the latent space of the flow, if its
     own weights are good enough to tell where it is thin.
     """
@@ -102,13 +100,13 @@ def missed_by_chains(
     def left(missed: list[MissedRegion]) -> list[MissedRegion]:
         missed = [region for region, covered in zip(missed, regions.cover(missed), strict=True) if not covered]
         places = [region.place if region.drawn is None else region.drawn for region in missed]
-        return [] if missed and joined(torch.stack(places)) else missed
+        return [] if missed and mixes(torch.stack(places)) else missed
 
     thin = Guide(density, score, covered).is_under_covered(z[chosen], log_p[chosen], by=DENSITY_GAP_OF_WALKERS)
     if not searched or float(thin.double().mean()) > MISSED_MASS_SHARE:
         log_q = log_p[chosen] - covered
         search = missed_modes(density, [], z[chosen], log_q, score, seed=seed, space=space, sift=left)
-    found = _not_visited(history, regions, joined)
+    found = _not_visited(history, regions, mixes)
     worth = math.inf if chains.figures is None else chains.figures.ess_tail
     all_ = chains.z.flatten(0, 1)
     even = all_, torch.zeros_like(all_[:, 0])
@@ -122,16 +120,8 @@ def missed_by_chains(
     return MissedByChains(found, list(search.notes), noted(search, _stages.SEARCH_BY_CHAINS), symmetries)
 
 
-class _Found(TypedDict):
-    """What a search has written into the history."""
-
-    places: list[list[float]]
-    spreads: list[list[float]]
-    sentence: str
-
-
 def _not_visited(
-    history: Sequence[Mapping[str, object]], regions: _Regions, joined: Callable[[Tensor], bool]
+    history: Sequence[Mapping[str, Any]], regions: _Regions, mixes: Callable[[Tensor], bool]
 ) -> list[str]:  # fmt: skip
     """Return what the search of the last guide said, and those of earlier chains, where chains do not go to all places.
 
@@ -139,14 +129,13 @@ def _not_visited(
     these again.
     """
     guides, earlier = (
-        [cast(_Found, stage["details"]) for stage in history if stage["stage"] in names]
-        for names in (OF_GUIDES, OF_CHAINS)
+        [stage["details"] for stage in history if stage["stage"] in names] for names in (OF_GUIDES, OF_CHAINS)
     )
     z, found = regions.chains.z, []
     for search in (*guides[-1:], *earlier):
         pairs = zip(search["places"], search["spreads"], strict=True)
         places = [place for place, spread in pairs if not regions.visited(z.new_tensor(place), z.new_tensor(spread))]
-        found += [search["sentence"]] if places and not joined(z.new_tensor(places)) else []
+        found += [search["sentence"]] if places and not mixes(z.new_tensor(places)) else []
     return found
 
 
@@ -251,6 +240,9 @@ class _Regions:
 
 
 def _inside(away: Tensor, scale: Tensor) -> Tensor:
-    """Whether points (S, D), relative to the center of a normal distribution, are among those that it would draw."""
+    """Whether points (S, D), relative to the center of a normal distribution, are among those that it would draw.
+
+    Squared distances are up to three standard deviations above their mean, those of a chi-square.
+    """
     dim = away.shape[1]
-    return in_units(away, scale).square().sum(1) < dim + INSIDE * math.sqrt(2.0 * dim)
+    return in_units(away, scale).square().sum(1) < dim + 3.0 * math.sqrt(2.0 * dim)

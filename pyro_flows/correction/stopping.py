@@ -20,9 +20,7 @@ from pyro_flows.verdict.thresholds import (
 )
 
 CLEARLY = 0.7  # times the error of all draws, below which the second half stays alone
-CHEAP, EARLY = 100_000, 256  # gradients and sweeps, up to which few draws understate the errors of heavy tails
 LIGHT = 4.0  # kurtosis of draws, above which tails are heavy; a normal distribution has 3
-SOONEST = 8  # looks while the fewest draws are made
 
 
 def allowed(draws: Tensor, *, few: bool) -> Tensor:
@@ -48,12 +46,12 @@ class Sds(NamedTuple):
 
 
 def resolved_sds(found: McmcDiagnostics, draws: Tensor, gradients: float) -> Sds:
-    """Return whether draws (C, N, D) tell all standard deviations.
+    """Return whether draws (C, N, D) are enough for all standard deviations.
 
-    The first half is warm-up if the second half alone tells sds clearly better. Chance makes one of two halves of heavy
-    tails the better one: that with fewer draws far out, whose sds are too small.
+    The first half is warm-up if the errors of sds are clearly smaller without it. Of heavy tails, one half has smaller
+    errors by chance: that with fewer draws far out, whose sds are too small.
     """
-    few = gradients < CHEAP and found.sweeps < EARLY
+    few = gradients < 100_000 and found.sweeps < 256
     may_be = allowed(draws, few=few)
     error_ratio = shortfall(draws, may_be)
     if error_ratio <= 1.0:
@@ -64,10 +62,10 @@ def resolved_sds(found: McmcDiagnostics, draws: Tensor, gradients: float) -> Sds
 
 
 def unresolved(z: Tensor, found: McmcDiagnostics, names: Sequence[str]) -> list[str]:
-    """Say so where draws z (C, N, D) do not tell a standard deviation: a chain is on its way back from far out.
+    """Say so where an sd of draws z (C, N, D) has a large error: a chain is on its way back from far out.
 
-    R-hat and effective draws are made of ranks, and do not see how far away a few draws are. Of very many effective
-    draws nothing is said, since the sd may not exist.
+    R-hat and effective draws use ranks, so they do not depend on how far away a few draws are. With very many effective
+    draws, nothing is said, since the sd may not exist.
     """
     errors = _mixing.sd_errors(z).nan_to_num(nan=0.0)
     worst = int(errors.argmax())
@@ -88,7 +86,7 @@ def next_look(found: McmcDiagnostics, *, thin: int, kept: int, error_ratio: floa
     """
     whole = max(sweeps_needed(found), error_ratio**2 * found.sweeps)
     needed = math.ceil((whole - found.sweeps) / thin)
-    return kept // 2 if needed <= 0 else min(max(needed, kept // SOONEST, 1), kept // 2)
+    return kept // 2 if needed <= 0 else min(max(needed, kept // 8, 1), kept // 2)
 
 
 def _least(found: McmcDiagnostics) -> float:

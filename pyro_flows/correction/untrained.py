@@ -35,8 +35,6 @@ from pyro_flows.starts.start import Start
 from pyro_flows.verdict.chains import McmcDraws
 from pyro_flows.verdict.deciding import LOOKED_AT_DRAWS
 
-SYMMETRIES = 3  # times that chains begin, of which each search may find further images
-FEW_DRAWS = 50  # that tell to which copy an image belongs
 MOST_COPIES = 16  # of the normal distribution: each point is scored by all of them
 
 
@@ -74,7 +72,7 @@ def chains_of_gaussian(
     flow = location_scale(density.dim, base="normal", diagonal=start.scale.dim() == 1).to(start.loc)
     start_at(flow, start.loc, start.scale)
     symmetries: list[SignedPermutation] = []
-    for _ in range(SYMMETRIES):
+    for _ in range(3):  # each search may find further images
         begun = _begun(flow, density, symmetries)
         tried = None if begun is None else _chains(begun, density, names, draws, seed=seed, bar=bar)
         if begun is None or tried is None:
@@ -92,7 +90,7 @@ def chains_of_gaussian(
 def _placed(begun: _Begun, density: LogDensity, symmetries: Sequence[SignedPermutation]) -> list[SignedPermutation]:
     """Return the images of the distribution under symmetries of one of its copies, without those that are there."""
     known = begun.images or [identity(density.dim)]
-    y = begun.flow.draw(FEW_DRAWS)[0]
+    y = begun.flow.draw(50)[0]
     found: list[SignedPermutation] = []
     for symmetry in dict.fromkeys(symmetries):
         candidates = [product(image, symmetry) for image in known]
@@ -125,7 +123,7 @@ def _chains(
     covered, score = max(guides, key=itemgetter(0))
     given = (score, covered, evidence_of(begun.sampler, settled, chains, density), ())
     return chains, missed_by_chains(
-        density, chains, *given, seed=seed, joined=lambda places: mixes_with_others(sampler, places)
+        density, chains, *given, seed=seed, mixes=lambda places: mixes_with_others(sampler, places)
     )
 
 

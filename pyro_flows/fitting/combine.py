@@ -32,8 +32,7 @@ from pyro_flows.results.dims import coordinate_names
 from pyro_flows.starts.start import Start
 from pyro_flows.verdict.deciding import SEARCHED_DRAWS
 
-RUNS_ADDED, BESIDE = 7, 1  # at most, one for each mode that is missed; for mass next to what is covered
-SURVEYS = 2  # at most, of all modes at once
+RUNS_ADDED = 7  # at most, one for each mode that is missed
 MAX_COPIES = 128  # of each flow: draws are scored by all of them
 
 
@@ -148,11 +147,11 @@ def _complete(state: FitState) -> None:
         if more and _copied(state, [*moves, *more]):
             accepted("symmetric copies")
             moves += more
-        elif state.surveys < SURVEYS and _surveyed(state):
+        elif state.surveys < 2 and _surveyed(state):
             moves = []
         else:
-            chains_can = all(region.beside for region in missed) and plan.refine is not None
-            most = 0 if state.multimodal is not None else BESIDE if chains_can else RUNS_ADDED
+            chains_can = all(region.beside for region in missed) and plan.refine is not None  # so one run is enough
+            most = 0 if state.multimodal is not None else 1 if chains_can else RUNS_ADDED
             if state.added >= most or _too_many([*moves, *more]):
                 return
             accepted("run at a missed mode")

@@ -55,7 +55,7 @@ class Entrant:
             for step in range(steps):
                 trainer.step(size * min(1.0, (step + 1) / (0.5 * RACE_STEPS)))
             trainer.write()
-            monitor.add(*Check.make(flow, density, seed=seed)())
+            monitor.add(*Check(flow, density, seed=seed)())
         finished = bool(monitor.elbos)
         return cls(start, trainer, *((monitor.elbos[0], monitor.gaps[0]) if finished else (-math.inf, math.inf)))
 

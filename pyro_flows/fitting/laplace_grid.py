@@ -31,17 +31,14 @@ from pyro_flows.verdict.deciding import JUDGED_DRAWS, LOOKED_AT_DRAWS
 from pyro_flows.verdict.methods import GRID
 from pyro_flows.verdict.thresholds import ESS_SHARE_PROMISING
 
-STAGE = GRID
-SEED = "slices along a coordinate"  # its digits, on which draws depend
 AT_ONCE = "converged: draws from the conditional Laplace grid pass the checks"
-WRITTEN, OPERATIONS = 30_000, 500  # numbers of an evaluation, and its operations, up to which grids come first
 LIGHTER = 120.0, 30.0  # degrees of freedom of the base, in turn
 
 
 def grid_at_start(run: Run, density: LogDensity, start: Start) -> str | None:
     """Try a grid about a start, before any training; the run takes it if it is accepted."""
     plan = run.plan
-    with plan.clock.part(STAGE, share=SHARE_OF_SECONDS), torch.no_grad():
+    with plan.clock.part(GRID, share=SHARE_OF_SECONDS), torch.no_grad():
         if not grid_comes_first(plan, density):
             return None
         normal = plan.fresh(density)
@@ -50,16 +47,17 @@ def grid_at_start(run: Run, density: LogDensity, start: Start) -> str | None:
         flow = along(density, grids_about(density, start.loc, z, seed=run.seed), seed=run.seed)
         if flow is None:
             return None
-        outcome, trainer = untrained(STAGE, flow, density, start.elbo, AT_ONCE)
+        outcome = untrained(GRID, flow, density, start.elbo, AT_ONCE)
         if outcome.enough:
-            run.take(outcome, trainer)
+            run.take(outcome)
             return GRID
     return None
 
 
 def grid_comes_first(plan: Plan, density: LogDensity) -> bool:
     """Whether grids are tried before any training: they are cheap, and the caller has named no flow."""
-    return plan.open and can_have_grid(density) and density.written <= WRITTEN and density.work.operations <= OPERATIONS
+    cheap = density.written <= 30_000 and density.work.operations <= 500  # numbers and operations of an evaluation
+    return plan.open and can_have_grid(density) and cheap
 
 
 def with_tails_checked(search: Search, density: LogDensity, sampler: Sampler, *, seed: int) -> Search:
@@ -68,19 +66,20 @@ def with_tails_checked(search: Search, density: LogDensity, sampler: Sampler, *,
     The draws of the search serve again where no more can be afforded.
     """
     count = density.affordable(JUDGED_DRAWS)
-    again = search.draws if search.draws is not None and len(search.draws[0]) >= count else None
-    return with_truncated_tails(search, density, lambda: again or _weighted(density, sampler, count), seed=seed)
 
+    def weighted() -> tuple[Tensor, Tensor]:
+        if search.draws is not None and len(search.draws[0]) >= count:
+            return search.draws
+        z, log_q = sampler.draw(count)
+        return z, density(z) - log_q
 
-def _weighted(density: LogDensity, sampler: Sampler, count: int) -> tuple[Tensor, Tensor]:
-    z, log_q = sampler.draw(count)
-    return z, density(z) - log_q
+    return with_truncated_tails(search, density, weighted, seed=seed)
 
 
 @torch.no_grad()
 def along(density: LogDensity, grids: Sequence[Marginal], *, seed: int) -> Flow | None:
     """Return the flow of the best grid, made finer; None if no grid is promising, or if weights do not correct it."""
-    with seeded(derive(seed, SEED), density.device):
+    with seeded(derive(seed, "slices along a coordinate"), density.device):
         tried = [(found[0], one) for one in grids if (found := _of_grid(density, one)) is not None]
         share, best = max(tried, key=itemgetter(0), default=(0.0, None))
         close = closer(density, best, seed=seed) if best is not None and share >= ESS_SHARE_PROMISING else None

@@ -22,8 +22,6 @@ from pyro_flows.results.scoring import beyond_priors, infinite_places
 from pyro_flows.verdict.chains import McmcDraws
 from pyro_flows.verdict.mcmc import judge_mcmc
 
-LEAST_DRAWS = 10  # of a chain
-METHOD = "mcmc"
 NO_GUIDE = "the draws are Markov chains, no guide was fitted"
 
 
@@ -87,7 +85,7 @@ def from_mcmc(
     failures += beyond_priors(density, z, torch.zeros_like(log_p))
     names = coordinate_names(density.structure)
     stats = {} if diverging is None else {"diverging": diverging.to(z.device)}
-    chains = McmcDraws(z.reshape(count, -1, density.dim), stats, {}, {"method": METHOD})
+    chains = McmcDraws(z.reshape(count, -1, density.dim), stats, {}, {"method": "mcmc"})
     verdict = judge_mcmc(chains.z, log_p.reshape(count, -1), names, diverging)
     verdict = replace(verdict, reasons=(*failures, *verdict.reasons), notes=(*rounded, *verdict.notes))
     verdict = replace(verdict, status="unreliable") if failures else verdict
@@ -168,5 +166,5 @@ def _flat(draws: Mapping[str, Tensor], density: LogDensity) -> tuple[dict[str, T
         if draws[latent.name].shape[2:] != latent.shape:
             got = tuple(draws[latent.name].shape[2:])
             raise ValueError(f"mcmc: site {latent.name!r} has shape {got}, in the model {tuple(latent.shape)}.")
-    _checks.integer("mcmc: draws of a chain", shape[1], LEAST_DRAWS)
+    _checks.integer("mcmc: draws of a chain", shape[1], 10)
     return {name: draws[name].flatten(0, 1).detach() for name in density.names}, shape[0]

@@ -35,15 +35,10 @@ from pyro_flows.verdict.methods import CONDITIONALS, GAUSSIAN, GRID, MCMC, MIXTU
 from pyro_flows.verdict.thresholds import ESS_SHARE_COLLAPSED, ESS_SHARE_PROMISING
 
 AS_READ, AT_MODES, AT_THE_BEST, AFTER = "as read", "at modes", "at the best start", "after a flow"
-AT_FIRST = 80  # dimensions up to which a few coordinates are held before any others are chosen; above, chains cost less
+AT_FIRST = 80  # dimensions up to which Gaussian conditionals are tried before chains, which cost less above
 LIGHTER = (4.0, 1.0)  # times the base's degrees of freedom: what a nearly normal posterior bears, first
 AT_ONCE = "converged: weighting changes no result at the start"
-AT_ONCE_SAMPLED = "no flow was trained: MCMC that began at a Gaussian converged"
 SAMPLED_FROM, SAMPLED_UP_TO = 30, 1500  # dimensions in which a sampler is tried before a flow is trained
-MOST_SAMPLED = 20_000  # draws asked for, up to which it is
-CHEAP, FEW_OPERATIONS = 500, 500  # dimensions times numbers of an evaluation, and its operations, with its gradient,
-# up to which a glance at the modes costs next to nothing
-BARRIER = 3.0  # nats: over less, draws of a flow that is trained come to the other mode
 SURVEYED_FROM = 500  # draws that tell where a survey of modes begins
 
 
@@ -72,7 +67,7 @@ def answered(run: Run, when: str) -> bool:
 
 
 def _grid_of_hierarchy(run: Run) -> str | None:
-    """Try a grid in non-centered coordinates: as a rule, it is the same in centered ones, whose neck has no top.
+    """Try a grid in non-centered coordinates: in centered ones, a funnel has no mode. The grids are mostly the same.
 
     Paths that were made for this are kept.
     """
@@ -111,7 +106,7 @@ def _no_hierarchy_of_few(run: Run) -> bool:
 
 
 def _gaussian(run: Run) -> str | None:
-    """Look at the flow as it is at the best start, an affine map; say whether there is nothing to train."""
+    """Weigh the flow as it is at the best start, a Student-t distribution; say whether there is nothing to train."""
     density, start = run.density, run.starts[0]
     flow = run.plan.fresh(density)
     plain, df = affine_base_of(flow) if run.plan.recipe.named else flow, flow.df
@@ -124,9 +119,9 @@ def _gaussian(run: Run) -> str | None:
             if cheap and not shift_is_noise(weighed(plain, density, LOOKED_AT_DRAWS)):
                 continue
             begin(set_df(flow, lighter * df), start)
-            outcome, trainer = untrained(_stages.FIRST_ROUND, flow, density, start.elbo, AT_ONCE)
+            outcome = untrained(_stages.FIRST_ROUND, flow, density, start.elbo, AT_ONCE)
             if shift_is_noise(outcome.weighing):
-                run.take(outcome, trainer)
+                run.take(outcome)
                 return GAUSSIAN
     return None
 
@@ -134,8 +129,11 @@ def _gaussian(run: Run) -> str | None:
 # ---- a mixture at several modes --------------------------------------------------------------------------------------
 
 
-def _mixture(run: Run, *, barrier: float = BARRIER) -> str | None:
-    """Fit a mixture at all modes; several runs are for a flow's sake."""
+def _mixture(run: Run, *, barrier: float = 3.0) -> str | None:
+    """Fit a mixture at all modes; several runs are for a flow's sake.
+
+    Over a lower ``barrier`` (nats), draws of a flow that is trained come to the other mode.
+    """
     plan = run.plan
     if not plan.escalate or plan.train_model or plan.runs > 1:
         return None
@@ -153,8 +151,9 @@ def _mixture(run: Run, *, barrier: float = BARRIER) -> str | None:
 
 
 def _survey_is_cheap(run: Run) -> bool:
+    """Whether a look at the modes costs next to nothing: an evaluation with its gradient is small."""
     density = run.density
-    cheap = density.numbers * density.dim <= CHEAP and density.work.operations <= FEW_OPERATIONS
+    cheap = density.numbers * density.dim <= 500 and density.work.operations <= 500
     return cheap and len(run.modes) <= 1 and run.missed_mode is None
 
 
@@ -178,7 +177,8 @@ def _chains_of_gaussian(run: Run) -> str | None:
         found = chains_of_gaussian(run.starts[0], density, names, plan.draws, seed=run.seed, bar=plan.bar)
         if found is not None:
             flow, run.copies, run.chains = found
-            run.take(*untrained(_stages.INITIAL, flow, density, run.starts[0].elbo, AT_ONCE_SAMPLED, look=False))
+            why = "no flow was trained: MCMC that began at a Gaussian converged"
+            run.take(untrained(_stages.INITIAL, flow, density, run.starts[0].elbo, why, look=False))
             run.sampled = True
             return "MCMC instead of training"
     return None
@@ -186,7 +186,7 @@ def _chains_of_gaussian(run: Run) -> str | None:
 
 def _chains_come_first(run: Run) -> bool:
     plan, density = run.plan, run.density
-    asked = plan.escalate and plan.refine is not None and plan.runs == 1 and plan.draws <= MOST_SAMPLED
+    asked = plan.escalate and plan.refine is not None and plan.runs == 1 and plan.draws <= 20_000
     return run.from_scratch and asked and SAMPLED_FROM <= density.dim <= SAMPLED_UP_TO and density.batched
 
 

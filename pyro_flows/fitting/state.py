@@ -97,8 +97,8 @@ class Run:
         self.history.append(stage)
         return stage
 
-    def take(self, outcome: Round, trainer: Trainer) -> None:
-        """Note a round, and keep it if it is the best so far."""
+    def take(self, outcome: Round, trainer: Trainer | None = None) -> None:
+        """Note a round, trained or not, and keep it if it is the best so far."""
         outcome = replace(outcome, stage=self.note(outcome.stage))
         if self.best is None or outcome.rank > self.best.rank:
             self.best = outcome

@@ -45,7 +45,7 @@ class Lockstep:
         self._sizes = [part.numel() for part in trained[0]]
         self._shapes = [part.shape for part in trained[0]]
         self.weights = torch.stack([torch.cat([part.detach().reshape(-1) for part in own]) for own in trained])
-        self.moments = Moments(*map(torch.stack, zip(*(Moments.fresh(row) for row in self.weights), strict=True)))
+        self.moments = Moments.fresh(self.weights)
         self.rates = self.weights.new_full((len(flows),), learning_rate)
         self._points = BasePoints(first)
         self._drawn: list[tuple[Tensor, Tensor]] = []
@@ -118,8 +118,8 @@ class Lockstep:
     def _held(self, weights: Tensor, thinning: Tensor | float) -> list[Tensor]:
         """Return what a step takes after the data."""
         zero = weights.new_zeros(len(self), self.batch) + thinning
-        dials = torch.stack([self.rates, self._blends], 1)
-        return [zero, dials, weights, *self.moments]
+        scalars = torch.stack([self.rates, self._blends], 1)
+        return [zero, scalars, weights, *self.moments]
 
     @torch.no_grad()
     def _check(self, like: Tensor) -> None:
@@ -166,9 +166,10 @@ class Lockstep:
 
     def forget(self, chosen: Tensor) -> None:
         """Halve the step sizes of some flows (K,), and forget their optimizers' moments of the gradient."""
-        fresh = Moments(*map(torch.stack, zip(*(Moments.fresh(row) for row in self.weights), strict=True)))
-        parts = fresh._replace(ess=self.moments.ess, skipped=self.moments.skipped)
-        self.moments = Moments(*(_choose(chosen, new, old) for new, old in zip(parts, self.moments, strict=True)))
+        pairs = zip(self.moments.forget(), self.moments, strict=True)
+        self.moments = Moments(
+            *(torch.where(chosen.reshape(-1, *[1] * (old.dim() - 1)), new, old) for new, old in pairs)
+        )
         self.rates = torch.where(chosen, 0.5 * self.rates, self.rates)
 
     @torch.no_grad()
@@ -177,7 +178,3 @@ class Lockstep:
         for flow, row in zip(self.flows, self.weights, strict=True):
             trained: list[Tensor] = [part for part in flow.parameters() if part.requires_grad]
             torch._foreach_copy_(trained, self._cut(row))
-
-
-def _choose(mask: Tensor, ours: Tensor, theirs: Tensor) -> Tensor:
-    return torch.where(mask.reshape(-1, *[1] * (ours.dim() - 1)), ours, theirs)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import TypedDict
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,9 +15,9 @@ from pyro_flows._clock import Clock, unbounded
 from pyro_flows._journal import loop
 from pyro_flows._seeding import seeded
 from pyro_flows.flows.flow import Flow
-from pyro_flows.model.log_density import DensityState, LogDensity
+from pyro_flows.model.log_density import LogDensity
 from pyro_flows.training.convergence import WINDOW, Monitor
-from pyro_flows.training.trainer import LOOK_EVERY, Trainer, TrainerState
+from pyro_flows.training.trainer import LOOK_EVERY, Trainer
 from pyro_flows.verdict.thresholds import ESS_SHARE_COLLAPSED
 
 BATCH = 64
@@ -27,14 +27,10 @@ CHECK_EVERY = 40
 CHECK_DRAWS = 256
 COOL_SHARE = 0.6
 COOL_AT_LEAST = 600
-COOL_AT_MOST = 1500
 COOL_TRIED = 300
 COOL_EARLY = 200  # steps, where a look at the weights ended the training
 AVERAGED_SHARE = 0.2
 FALL = 20.0  # nats below the best check: go back to it with half the step size
-
-AGAIN = 2  # times the steps that were done at a try, until the next one
-ASKED_AFTER = 400  # steps, and again after twice as many: whether training can come to an end at all
 
 LIGHT = "weighting changes no result"
 STALLED = "training ended early: the importance weights hardly improved"
@@ -88,19 +84,13 @@ class Look:
     endless: Callable[[], bool] | None = None
 
 
-@dataclass
 class Check:
     """Functionals of the flow on one set of base draws."""
 
-    flow: Flow
-    density: LogDensity
-    noise: Tensor
-
-    @classmethod
-    def make(cls, flow: Flow, density: LogDensity, *, seed: int) -> Check:
-        """Draw the common noise."""
+    def __init__(self, flow: Flow, density: LogDensity, *, seed: int) -> None:
+        self.flow, self.density = flow, density
         with seeded(seed, density.device):
-            return cls(flow, density, flow.base_distribution().sample((CHECK_DRAWS,)))
+            self.noise = flow.base_distribution().sample((CHECK_DRAWS,))
 
     @torch.no_grad()
     def __call__(self) -> tuple[Tensor, Tensor]:
@@ -131,9 +121,8 @@ def train(
     ``settle=False`` the budget alone ends it, to see what stopping costs. Where the time ends or Ctrl-C comes on the
     way, the flow keeps what it has learned so far.
     """
-    return _Run(trainer, budget, Check.make(trainer.flow, trainer.density, seed=seed), report, look).train(
-        settle=settle
-    )
+    check = Check(trainer.flow, trainer.density, seed=seed)
+    return _Run(trainer, budget, check, report, look).train(settle=settle)
 
 
 @dataclass
@@ -165,7 +154,7 @@ class _Run:
         self.monitor, self.ratchet = Monitor(), _Ratchet(trainer, -math.inf)
         self.first = len(trainer.losses)  # a race may have gone before
         self.still, self.why, self.elbo = False, "no steps", -math.inf
-        self.try_from, self.share, self.ask_from = 0.0, 0.0, ASKED_AFTER
+        self.try_from, self.share, self.ask_from = 0.0, 0.0, 400
         self.cooling: _Cooling | None = None
         self.ended: str | None = None  # why, once it has; empty at the end of the last cool-down
 
@@ -198,7 +187,7 @@ class _Run:
             if self.done % CHECK_EVERY == 0:
                 self._look_at_all(settle)
         else:
-            self._cool("", max(COOL_AT_LEAST, min(int(COOL_SHARE * done), COOL_AT_MOST)))
+            self._cool("", max(COOL_AT_LEAST, min(int(COOL_SHARE * done), 1500)))
 
     def _look_at_all(self, settle: bool) -> None:
         """Look at the functionals, and at the weights: these may end the training, or begin a cool-down."""
@@ -210,7 +199,7 @@ class _Run:
         if self.look is None or self.still:
             return
         if self.look.endless is not None and self.done >= self.ask_from:
-            self.ask_from = AGAIN * self.done
+            self.ask_from = 2 * self.done
             if self.look.endless():
                 self.ended = ENDLESS
                 return
@@ -258,7 +247,7 @@ class _Run:
         assert self.look is not None
         enough, share = self.look.weigh()
         stalled = self.look.stalls and share < self.share + ESS_SHARE_COLLAPSED
-        self.try_from, self.share = AGAIN * self.done if self.look.stalls else math.inf, share
+        self.try_from, self.share = 2 * self.done if self.look.stalls else math.inf, share
         return LIGHT if enough else STALLED if stalled else None
 
     def _finished(self, ended: str) -> Training:
@@ -274,7 +263,8 @@ class _Run:
         losses, trainer = self.trainer.losses[self.first :], self.trainer
         return Training(losses, self.elbo, still, moving, why, trainer.skipped, self.ratchet.falls, early=early)
 
-    def _state(self) -> _State:
+    def _state(self) -> dict[str, Any]:
+        """Return all that steps change."""
         return {
             "own": {name: getattr(self, name) for name in OWN},
             "monitor": vars(self.monitor),
@@ -284,26 +274,13 @@ class _Run:
             "density": self.trainer.density.state(),
         }
 
-    def _put_back(self, state: _State) -> None:
+    def _put_back(self, state: dict[str, Any]) -> None:
         vars(self).update(state["own"])
-        self.monitor, self.cooling = Monitor(), None if state["cooling"] is None else _Cooling("", 0, 0)
-        vars(self.monitor).update(state["monitor"])
-        if self.cooling is not None:
-            vars(self.cooling).update(state["cooling"] or {})
+        self.monitor = Monitor(**state["monitor"])
+        self.cooling = None if state["cooling"] is None else _Cooling(**state["cooling"])
         self.ratchet.put_back(state["ratchet"])
         self.trainer.put_back(state["trainer"])
         self.trainer.density.put_back(state["density"])
-
-
-class _State(TypedDict):
-    """All that the rounds of the loop change."""
-
-    own: dict[str, object]
-    monitor: dict[str, object]
-    cooling: dict[str, object] | None
-    ratchet: tuple[Tensor, float, int]
-    trainer: TrainerState
-    density: DensityState
 
 
 class _Ratchet:

@@ -24,7 +24,6 @@ from pyro_flows.verdict.verdict import Verdict
 from pyro_flows.verdict.weighing import Weighing, in_words, weigh
 
 MENDED = f"is not below {K_HAT_GOOD} and weighting changes the results"
-LEAST_DRAWS = 100  # of which the weights tell anything
 TOO_MUCH = "too much to correct"
 POOL = 4
 # draws of a candidate that decide on it, those that tell whether that is worth while, and those that a search begins at
@@ -49,17 +48,9 @@ def judge(
     """
     if improper := [failure for failure in failures if failure.startswith(IMPROPER)]:
         return _unweighed(weighing, names, improper)
-    if (count := len(weighing.log_weights)) < LEAST_DRAWS:
+    if (count := len(weighing.log_weights)) < 100:
         few = f"too few draws to judge ({count})"
         return _unweighed(weighing, names, [*failures, few, *doubts, *warnings], notes)
-    return _weighed(weighing, names, warnings, failures, notes, doubts, changed)
-
-
-def _weighed(
-    weighing: Weighing, names: Sequence[str], warnings: Sequence[str], failures: Sequence[str], notes: Sequence[str],
-    doubts: Sequence[str], changed: Sequence[str],
-) -> Verdict:  # fmt: skip
-    """Return the verdict on draws whose weights tell something."""
     ratio = weighing.ess / len(weighing.log_weights)
     notes = (*notes, *_heavy_tailed(weighing, names))
     reasons = list(failures)

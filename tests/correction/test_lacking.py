@@ -103,7 +103,7 @@ def test_a_place_of_untold_mass_is_told_by_chains_that_begin_there(monkeypatch, 
         return joined
 
     given = (lambda points: density(points), 0.0, 0.0, [])
-    found = missed_by_chains(density, chains, *given, seed=0, joined=come_to_the_others)
+    found = missed_by_chains(density, chains, *given, seed=0, mixes=come_to_the_others)
     assert found.notes == ([] if joined else [UNWEIGHED])
     assert not found.failures
     assert torch.equal(asked[0], far[None])

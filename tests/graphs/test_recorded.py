@@ -446,7 +446,7 @@ def test_a_batch_without_a_finite_term_counts_as_infinite_loss():
 def test_a_fall_while_cooling_leads_back(monkeypatch):
     """Half of the cool-down is good; then something breaks."""
     trainer = trained(make_flow("realnvp", 4), steps=12)
-    check = loop.Check.make(trainer.flow, trainer.density, seed=0)
+    check = loop.Check(trainer.flow, trainer.density, seed=0)
     run = loop._Run(trainer, loop.Budget(100), check, lambda *_: None, None)
     run.ratchet.best = check.elbo()
     step, taken = trainer.step, []

@@ -111,7 +111,7 @@ def test_chains_that_never_come_to_a_tail_are_told_so(up_to):
     flow = affine_flow(z.flatten(0, 1), torch.zeros(64 * 200))
     with torch.no_grad():
         given = flow.log_prob, covered_by(flow, density), evidence_of(flow, flow, chains, density), ()
-        missing_mass = missed_by_chains(density, chains, *given, seed=0, joined=lambda places: True)
+        missing_mass = missed_by_chains(density, chains, *given, seed=0, mixes=lambda places: True)
     said = [failure for failure in missing_mass.failures if "too little mass near tau" in failure]
     assert bool(said) == (up_to < 1.0)
 
