@@ -31,6 +31,8 @@ from pyro_flows.transforms import LowerTriangularAffine
 from pyro_flows.transforms.nested import Nested
 from pyro_flows.transforms.sliced import Sliced
 
+WRITTEN_DEAR = 30_000  # numbers that a gradient of the model writes
+
 
 def _widest(flow: Flow) -> int:
     """Return how many numbers the largest intermediate result of a flow has for each point."""
@@ -78,7 +80,7 @@ class Latent:
     @property
     def costly(self) -> bool:
         """Whether a look costs many times what others do: some flows have a matrix for each point, and some models."""
-        if self.density.written > 30_000:  # numbers, by a gradient of the model
+        if self.density.written > WRITTEN_DEAR:
             return True
         layers = (layer for flow in self.flows for layer in flow.modules())
         many = self.dim > 24  # then each point has hundreds of numbers of its own

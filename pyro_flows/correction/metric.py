@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 MOST_DIM = 1200  # dimensions up to which directions are looked for: an eigendecomposition takes the cube of them
+APART_FROM_ONE = 1.2  # a direction is kept if draws and gradients together say a variance above it, or below 1 / 1.2
 SCALES = 0.01, 100.0
 
 
@@ -82,7 +83,7 @@ def learned(x: Tensor, slope: Tensor) -> Metric:
         return Metric.of(scale)
     values, turned = torch.linalg.eigh(inside)
     values = values.clamp(1e-6, 1e6)
-    kept = values.log().abs() > math.log(1.2)  # noise shows in draws or in gradients, not in both
+    kept = values.log().abs() > math.log(APART_FROM_ONE)  # noise shows in draws or in gradients, not in both
     values, turned = values[kept], turned[:, kept]
     return Metric(scale, (basis @ turned).to(x), values.sqrt().to(x))
 

@@ -20,6 +20,7 @@ from pyro_flows.verdict.thresholds import (
 )
 
 CLEARLY = 0.7  # times the error of all draws, below which the second half stays alone
+CHEAP = 100_000  # gradients, up to which the few draws of 256 sweeps understate the errors of heavy tails
 LIGHT = 4.0  # kurtosis of draws, above which tails are heavy; a normal distribution has 3
 
 
@@ -51,7 +52,7 @@ def resolved_sds(found: McmcDiagnostics, draws: Tensor, gradients: float) -> Sds
     The first half is warm-up if the errors of sds are clearly smaller without it. Of heavy tails, one half has smaller
     errors by chance: that with fewer draws far out, whose sds are too small.
     """
-    few = gradients < 100_000 and found.sweeps < 256
+    few = gradients < CHEAP and found.sweeps < 256
     may_be = allowed(draws, few=few)
     error_ratio = shortfall(draws, may_be)
     if error_ratio <= 1.0:
