@@ -27,9 +27,8 @@ from pyro_flows.posterior.posterior import Posterior
 from pyro_flows.results.stage import Stage
 from pyro_flows.starts.start import Start
 from pyro_flows.starts.together import starts_together
-from pyro_flows.training.lockstep import Lockstep
+from pyro_flows.training.lockstep import Lockstep, train_together
 from pyro_flows.training.loop import STEP_SIZE, Training
-from pyro_flows.training.together import train_together
 from pyro_flows.verdict.acceptance import shift_is_noise
 from pyro_flows.verdict.deciding import LOOKED_AT_DRAWS
 

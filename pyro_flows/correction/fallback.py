@@ -54,8 +54,8 @@ def fallback_sampler(
     """Refine what a fit came to, if its verdict is unreliable and its clock leaves time for that.
 
     With ``chains`` that began at its draws and are enough, from :func:`attempt`, they are judged, whatever the verdict.
-    ``searched`` says that a search for modes that the guide lacks has found none, ``passed`` that one for modes that
-    these chains lack has been made.
+    ``searched`` says that a search for modes that the guide misses has found none, ``passed`` that one for modes that
+    these chains miss has been made.
     """
     left = clock.end - time.monotonic()
     asked = chains is not None or posterior.verdict.status == "unreliable"

@@ -53,8 +53,8 @@ class Work:
     method: str
     why: str
     most: float = math.inf  # gradients
-    searched: bool = False  # for modes that the guide lacks, in vain
-    passed: bool = False  # the chains went through the search for what they lack already
+    searched: bool = False  # for modes that the guide misses, and none was found
+    passed: bool = False  # the chains went through the search for what they miss already
     sampler: Sampler | None = None
     annealed: Annealed | None = None
     failures: list[str] = field(default_factory=list)
@@ -134,7 +134,7 @@ def around(chains: McmcDraws) -> Flow:
 
 @torch.no_grad()
 def covered_by(flow: Flow | FlowMixture, density: LogDensity) -> float:
-    """Return the log of the mass that a flow covers, as far as its draws tell."""
+    """Return the log of the mass that a flow covers, estimated by its own draws."""
     z, log_q = flow.draw(BRIDGED)
     return _middle(density(z) - log_q)
 

@@ -73,7 +73,8 @@ class Latent:
         numbers = max(density.numbers, len(self.parts) * max(map(_widest, self.flows)))
         recordable = density.batched and not self._by_parts and not density.by_rows
         # Graphs of their own, so that chains that go on repeat themselves.
-        make = partial(Recorder, self._single, numbers, own=True, before=self._prepare, changed=density.faults)
+        look = partial(self._evaluated, graph=True)
+        make = partial(Recorder, look, numbers, own=True, before=self._prepare, changed=density.faults)
         self._recorder = make() if recordable else None
         self.leaps: Cache[object, Runner | None] = Cache(4)  # steps of trajectories
 
@@ -173,9 +174,6 @@ class Latent:
             return tuple(part.to(points.dtype) for part in self._recorder(points))
         except torch.linalg.LinAlgError:  # at some of these points: they are -inf, the others count
             return self._evaluated(points, graph=False)
-
-    def _single(self, points: Tensor) -> tuple[Tensor, ...]:
-        return self._evaluated(points, graph=True)
 
     def _evaluated(self, points: Tensor, *, graph: bool) -> tuple[Tensor, ...]:
         x, k = self._parted(points)

@@ -20,7 +20,6 @@ from pyro_flows import _mixing
 from pyro_flows._journal import loop
 from pyro_flows._seeding import derive
 from pyro_flows.correction.adaptation import Kernel
-from pyro_flows.correction.diagnostics import examined, slowest
 from pyro_flows.correction.hmc import (
     are_copies,
     exchange_of,
@@ -34,7 +33,7 @@ from pyro_flows.correction.hmc import (
 from pyro_flows.correction.kept import Kept, numbers_of
 from pyro_flows.correction.latent import Latent, Points
 from pyro_flows.correction.metric import Metric, learned
-from pyro_flows.correction.stopping import next_look, resolved_sds, sweeps_needed
+from pyro_flows.correction.stopping import examined, next_look, resolved_sds, slowest, sweeps_needed
 from pyro_flows.verdict.chains import McmcDiagnostics, McmcDraws, as_numbers, diverge, objections
 from pyro_flows.verdict.thresholds import (
     DIVERGENT_SHARE_OF_CHAINS,
@@ -215,7 +214,7 @@ class Sampler:
     def _looked_at(self) -> McmcDiagnostics:
         """Judge the draws so far: by the worst coordinates of the last time, and by all if these and all sds suffice.
 
-        A first half that keeps the sds from being told was warm-up, and goes.
+        A first half without which the errors of sds are clearly smaller is discarded as warm-up.
         """
         self.numbers["checked"] = len(self.draws)
         found = self._figures(self.numbers.get("worst") or slowest(self.judged_by()[0], WATCHED))

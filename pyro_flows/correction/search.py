@@ -43,9 +43,9 @@ NO_PLACE = BY_WALKERS, TRUNCATED_TAIL  # starts that stand for more than the reg
 
 @dataclass(frozen=True)
 class MissedByChains:
-    """What chains lack, in words, what was not looked at, and the places, for chains that come later.
+    """What chains miss, in words, what was not checked, and the missed regions as entries of the history.
 
-    ``symmetries`` take the mode that chains are in to some of them.
+    ``symmetries`` take the mode that chains are in to some of these regions.
     """
 
     failures: list[str]
@@ -75,20 +75,20 @@ def missed_by_chains(
     history: Sequence[Mapping[str, Any]], *, seed: int, searched: bool = False,
     mixes: Callable[[Tensor], bool] = lambda places: False, space: Space | None = None,
 ) -> MissedByChains:  # fmt: skip
-    """Return what chains lack, in words, and what was not looked at.
+    """Return what chains miss, in words, and what was not checked.
 
-    The search of :func:`~pyro_flows.modes.missed_modes` is made with draws of the chains. They count as draws of the
-    posterior, :math:`\\log q = \\log p - \\log Z`, but a place is thin where the flow is. What it finds, and what the
-    search of the fit had found, is a failure unless the chains go in and out there: superchains agree on how many of
-    their draws are inside, and these are as many as the mass of the region asks for, or 2 % where that is not known.
-    Where a search from the flow's own draws has found nothing, and chains stay where the flow has its due, another one
-    would begin at the same points, and is not made. What chains hold does not end the search: its next part may find
-    what they lack.
+    The search of :func:`~pyro_flows.modes.missed_modes` begins at draws of the chains. They count as draws of the
+    posterior, :math:`\\log q = \\log p - \\log Z`, but a region is searched where the flow has too little density.
+    What this search finds, and what the search of the fit had found, is a failure unless the chains visit the region:
+    superchains agree on the share of their draws inside, and it is as large as the mass of the region requires, or 2 %
+    where that mass is not known. If a search from the flow's own draws has found nothing, and chains stay where the
+    flow has enough density, another search would begin at the same points, and is not made. A region that chains
+    visit does not end the search: its next part may find one that they miss.
 
     ``score`` is the log density of the flow, ``covered`` the log of the mass that it covers, ``evidence`` that of all.
     ``searched`` says that a search from the flow's draws has found nothing. ``mixes`` says whether chains that begin
-    at some places come to where the others are, which tells it too. ``space`` is the latent space of the flow, if its
-    own weights are good enough to tell where it is thin.
+    at some places mix with the others; then these places are not missed. ``space`` is the latent space of the flow, if
+    its own weights are good enough to estimate where it has too little density.
     """
     other = held_out(chains)
     z, log_p = chains.z[other].flatten(0, 1), chains.stats["lp"][other].flatten()
@@ -123,10 +123,9 @@ def missed_by_chains(
 def _not_visited(
     history: Sequence[Mapping[str, Any]], regions: _Regions, mixes: Callable[[Tensor], bool]
 ) -> list[str]:  # fmt: skip
-    """Return what the search of the last guide said, and those of earlier chains, where chains do not go to all places.
+    """Return what the search of the last guide found, and those of earlier chains, if these chains miss some of it.
 
-    From those they do not go in and out of, they may come to the same distribution. Another search may fail to find
-    these again.
+    Chains visit a region, or chains that begin there mix with them. Another search may fail to find a region again.
     """
     guides, earlier = (
         [stage["details"] for stage in history if stage["stage"] in names] for names in (OF_GUIDES, OF_CHAINS)
@@ -142,8 +141,8 @@ def _not_visited(
 def held_out(chains: McmcDraws) -> Tensor:
     """Return which chains (C,) a search begins at: those of every fourth superchain; every fourth of a few.
 
-    A normal distribution with the moments of draws is denser at these than at others: in 70 dimensions by two nats, so
-    that others seem to lie where it is thin.
+    A normal distribution with the moments of draws is denser at these draws than at others: in 70 dimensions by two
+    nats, so that it would seem to have too little density at others.
     """
     superchain = chains.state["superchain"]
     number = superchain if len(superchain.unique()) >= HELD_OUT else torch.arange(len(superchain))
@@ -153,7 +152,7 @@ def held_out(chains: McmcDraws) -> Tensor:
 def visits_all(
     density: LogDensity, chains: McmcDraws, missed: Sequence[MissedRegion], evidence: float, *, seed: int
 ) -> bool:
-    """Whether chains go in and out of all places that a guide lacks; to where draws only wandered they may go too."""
+    """Whether chains visit all regions that a guide misses; those that only walkers have found do not count."""
     regions = _Regions(density, chains, evidence, seed)
     return all(regions.cover([region for region in missed if region.start.name != BY_WALKERS]))
 
@@ -174,9 +173,9 @@ class _Regions:
         self.seed = derive(seed, "regions")
 
     def cover(self, missed: Sequence[MissedRegion]) -> list[bool]:
-        """Whether chains go in and out of places that a search found; what is no single place counts as it is.
+        """Whether chains visit regions that a search found; what is no single region counts as missed.
 
-        A region may be so wide that draws of another mode are inside: some of these have to climb to the place's top.
+        A region may be so wide that draws of another mode are inside: some of these have to climb to the region's mode.
         """
         near = [self.inside(region.start.loc, region.start.scale) for region in missed]
         went = [
@@ -194,11 +193,11 @@ class _Regions:
 
     @torch.no_grad()
     def visited(self, loc: Tensor, scale: Tensor, inside: Tensor | None = None) -> bool:
-        """Whether chains go in and out of the region of a normal distribution, agree on its share, and have enough.
+        """Whether chains visit the region of a normal distribution: superchains agree on its share, which is enough.
 
-        A region that weights know to hold next to nothing of all mass need not be visited; where half of the draws are
-        inside, no weights are asked. Where a guide covers little of the posterior, such as a normal distribution in a
-        funnel, tops of the density look like modes that it lacks.
+        A region need not be visited if importance weights show that it has next to no mass. If half of the draws are
+        inside, no weights are needed. Where a guide covers little of the posterior, such as a normal distribution in a
+        funnel, maxima of the density look like missed modes.
         """
         inside = self.inside(loc, scale) if inside is None else inside
         share = float(inside.double().mean())

@@ -56,9 +56,8 @@ def starting_points(z: Tensor, log_weights: Tensor, count: int, *, seed: int) ->
 def dispersed_points(latent: Latent, z: Tensor, log_weights: Tensor, count: int, *, seed: int) -> Tensor:
     """Return ``count`` points (K, D) for chains to begin at: draws, and as many that were drawn out of where they lie.
 
-    R-hat tells of a region that a flow lacks only if some chains begin there. See
-    ``modes/under_covered.py``; the second walk, with a lower height, lets points go back from regions of little mass.
-    Cost: 10,000 gradients.
+    R-hat shows that a flow misses a region only if some chains begin there. See ``modes/under_covered.py``; the second
+    walk, with a lower height, lets points go back from regions of little mass. Cost: 10,000 gradients.
 
     In a mixture of many parts, all are draws.
 
@@ -119,7 +118,7 @@ def mixes_with_others(sampler: Sampler, places: Tensor) -> bool:
 
     A place that chains leave within a hundred sweeps exchanges draws with the rest as often as its mass asks for, since
     the kernel is reversible. So chains that are much longer, and have converged, have visited it if it has a mass.
-    Where a posterior has thousands of modes, no share of a single one could tell that. R-hat compares chains from
+    If a posterior has thousands of modes, the share of a single one could not show that. R-hat compares chains from
     the places with each other and with the earlier draws, by each coordinate and the log density. Chains that are where
     the others are after few sweeps need no more of them.
     """

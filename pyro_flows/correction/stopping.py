@@ -1,16 +1,16 @@
-"""The stopping rule of chains: Monte Carlo errors of standard deviations, and when to look at them again."""
+"""When chains are enough: convergence, effective draws, Monte Carlo errors of sds, and when to look at them again."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from pyro_flows import _mixing
-from pyro_flows.verdict.chains import McmcDiagnostics
+from pyro_flows.verdict.chains import McmcDiagnostics, worst_of
 from pyro_flows.verdict.thresholds import (
     ESS_OF_CHAINS,
     ESS_OF_CHAINS_MOST,
@@ -19,9 +19,62 @@ from pyro_flows.verdict.thresholds import (
     SD_ERROR_OF_FEW_DRAWS,
 )
 
+LOG_DENSITY = "the log density"
 CLEARLY = 0.7  # times the error of all draws, below which the second half stays alone
 CHEAP = 100_000  # gradients, up to which the few draws of 256 sweeps understate the errors of heavy tails
 LIGHT = 4.0  # kurtosis of draws, above which tails are heavy; a normal distribution has 3
+
+
+def examined(
+    z: Tensor, stats: Mapping[str, Tensor], names: Sequence[str], *, superchain: Tensor, began: Tensor, sweeps: int,
+    watched: Sequence[int] | None = None,
+) -> tuple[McmcDiagnostics, list[int]]:  # fmt: skip
+    """Judge draws z (C, N, D) by the ``watched`` coordinates, all by default, and the log density.
+
+    Return the coordinates too, the worst ones first. ``superchain`` (C,) numbers the starting points that chains share,
+    ``began`` (C,) the parts of a mixture in which they began.
+    """
+    looked_at = range(z.shape[2]) if watched is None else watched
+    values = torch.cat([z[..., list(looked_at)].double(), stats["lp"].double()[..., None]], -1)
+    counts = len(z), z.shape[1], sweeps
+    if not bool(torch.isfinite(values).all()):
+        return McmcDiagnostics(*counts, where=LOG_DENSITY, divergences=1.0, changes=0.0), list(looked_at)
+    labels = [*(names[number] for number in looked_at), LOG_DENSITY]
+    found = _mixing.chain_diagnostics(values, superchain)
+    lowest = torch.minimum(found["ess_bulk"], found["ess_tail"])
+    least, where = worst_of(lowest.tolist(), labels, largest=False)
+    tried = stats["proposed"].double()
+    worst = lowest[:-1].nan_to_num(nan=0.0).argsort().tolist()
+    judged = McmcDiagnostics(
+        *counts,
+        r_hat=worst_of(found["r_hat"].tolist(), labels, largest=True)[0],
+        nested_r_hat=worst_of(found["nested_r_hat"].tolist(), labels, largest=True)[0],
+        ess_bulk=worst_of(found["ess_bulk"].tolist(), labels, largest=False)[0],
+        ess_tail=worst_of(found["ess_tail"].tolist(), labels, largest=False)[0],
+        where=where if not math.isnan(least) else labels[0],
+        divergences=float(stats["diverging"].double().mean()),
+        energy_error=float(stats["energy_error"].abs().median()),
+        acceptance=float(stats["acceptance_rate"].double().mean()),
+        independence=float(stats["independent"].double().sum() / tried.sum()) if bool(tried.sum() > 0) else math.nan,
+        agreement=agreement(values[..., :-1], began),
+        changes=float(stats["changes"].double().sum(1).mean()),
+    )
+    return judged, [looked_at[place] for place in worst]
+
+
+def slowest(z: Tensor, count: int) -> list[int]:
+    """Return the coordinates of draws (C, N, D) with the fewest effective ones for their means: cheaper than ranks."""
+    return _mixing.effective(z).nan_to_num(nan=0.0).argsort()[:count].tolist()
+
+
+def agreement(z: Tensor, began: Tensor) -> float:
+    """Return the largest R-hat between groups of chains by the part in which they began; NaN if that is one."""
+    groups = [z[began == part].flatten(0, 1) for part in began.unique().tolist()]
+    if len(groups) < 2:
+        return math.nan
+    shortest = min(len(group) for group in groups)
+    spread = [group[torch.linspace(0, len(group) - 1, shortest).long()] for group in groups]
+    return float(_mixing.r_hat(torch.stack(spread)).max())
 
 
 def allowed(draws: Tensor, *, few: bool) -> Tensor:

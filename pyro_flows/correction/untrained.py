@@ -47,7 +47,7 @@ class Untrained(NamedTuple):
 
 
 class _Begun(NamedTuple):
-    """What chains begin at: a flow or copies of it, its images, draws, log weights, and where the guide is thin."""
+    """What chains begin at: a flow or copies of it, its images, draws, log weights, and what it covers."""
 
     flow: Flow
     sampler: Flow | FlowMixture
@@ -65,7 +65,7 @@ def chains_of_gaussian(
     """Try a sampler in the space of a normal distribution, before a flow is trained; None if it does not do.
 
     Where the posterior has exact symmetries, the space is that of copies of the distribution at all images, and chains
-    change between them freely. Chains that have converged go through the search for modes that they lack at once. Where
+    change between them freely. Chains that have converged go through the search for modes that they miss at once. Where
     it finds images of what they hold, there are copies at these too, and chains begin once more; for any other mode a
     flow has to be trained, unless chains that begin there come to the same distribution within a hundred sweeps.
     """
@@ -104,7 +104,7 @@ def _placed(begun: _Begun, density: LogDensity, symmetries: Sequence[SignedPermu
 def _chains(
     begun: _Begun, density: LogDensity, names: Sequence[str], draws: int, *, seed: int, bar: Bar
 ) -> tuple[McmcDraws, MissedByChains] | None:
-    """Run chains in the space of a normal distribution or its copies; return them, and what they lack.
+    """Run chains in the space of a normal distribution or its copies; return them, and what they miss.
 
     None if they have not converged.
     """

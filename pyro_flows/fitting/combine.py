@@ -37,7 +37,7 @@ MAX_COPIES = 128  # of each flow: draws are scored by all of them
 
 
 def make_runs(state: FitState) -> None:
-    """Make as many runs as were asked for; each but the first starts where those before it lack a mode, if they do.
+    """Make as many runs as were asked for; each but the first starts where those before it miss a mode, if they do.
 
     A method that sufficed as coordinates were chosen, which is tried for one run only, leaves nothing to do.
     """
@@ -63,7 +63,7 @@ def make_runs(state: FitState) -> None:
 
 
 def combine(state: FitState) -> None:
-    """Compare the runs, look for what their sampler lacks, and add runs there."""
+    """Compare the runs, search for regions that their sampler misses, and add runs there."""
     clock, density = state.plan.clock, state.density
     state.plain = state.sampler = state.best.flow()
     state.improper = state.improper or state.best.improper
@@ -79,7 +79,7 @@ def combine(state: FitState) -> None:
 
 
 def drawn(state: FitState) -> Tensor:
-    """Return draws that tell where the posterior is: of chains that sufficed, of a mixture, or of the best flow."""
+    """Return draws near the posterior: of chains that sufficed, of a mixture, or of the best flow."""
     multimodal, chains, sampler = state.runs[0].multimodal, state.best.chains, state.sampler
     assert sampler is not None
     if chains is not None:
@@ -126,18 +126,17 @@ def _look(state: FitState) -> None:
 
 
 def _complete(state: FitState) -> None:
-    """Go on until the sampler lacks no mode.
+    """Go on until the sampler misses no mode.
 
-    Where a symmetry tells all, its flows are copied; elsewhere a mixture at all modes of a survey, or runs, are added.
+    If missed modes are images under exact symmetries, flows are copied. Otherwise a mixture at all modes of a survey is
+    tried, and then runs are added.
     """
     plan = state.plan
-    if _chains_visit_all(state):
-        if not _chains_miss_another(state):
-            return
-        state.best.chains = None
+    if _chains_suffice(state):
+        return
     missed = () if state.search is None else state.search.missed
     if all(region.start.name == BY_WALKERS for region in missed):
-        return  # the flow is only too thin next to where it lies: a run of its own has nowhere else to begin
+        return  # the flow has too little density next to where it lies: another run would begin at the same place
     moves: list[SignedPermutation] = []
     while state.search is not None and state.search.missed and not plan.clock.over:
         missed = state.search.missed
@@ -160,28 +159,28 @@ def _complete(state: FitState) -> None:
         _look(state)
 
 
-def _chains_visit_all(state: FitState) -> bool:
-    """Whether a sampler that sufficed has what the flow lacks: its chains are judged for themselves, later."""
-    chains, flow, density = state.best.chains, state.plain, state.density
-    if chains is None or state.search is None or not isinstance(flow, Flow):
+def _chains_suffice(state: FitState) -> bool:
+    """Whether chains of the flow visit all regions that it misses; chains that miss a mode elsewhere are dropped.
+
+    The chains are judged for themselves later.
+    """
+    chains, flow, density, search, seed = state.best.chains, state.plain, state.density, state.search, state.plan.seed
+    if chains is None or search is None or not isinstance(flow, Flow):
         return False
-    with seeded(derive(state.plan.seed, "places of chains"), density.device):
+    with seeded(derive(seed, "places of chains"), density.device):
         evidence = evidence_of(flow, around(chains), chains, density)
-    return visits_all(density, chains, state.search.missed, evidence, seed=state.plan.seed)
-
-
-def _chains_miss_another(state: FitState) -> bool:
-    """Whether chains that go to all places that the flow lacks miss a mode elsewhere."""
-    chains, flow, density, search = state.best.chains, state.plain, state.density, state.search
-    if chains is None or search is None or not isinstance(flow, Flow) or all(region.beside for region in search.missed):
+    if not visits_all(density, chains, search.missed, evidence, seed=seed):
         return False
-    with state.plan.clock.part(_stages.MISSED_BY_CHAINS):
-        return chains_miss_mode(chains, flow, density, coordinate_names(density.structure), seed=state.plan.seed)
-    return False
+    if not all(region.beside for region in search.missed):
+        with state.plan.clock.part(_stages.MISSED_BY_CHAINS):
+            if chains_miss_mode(chains, flow, density, coordinate_names(density.structure), seed=seed):
+                state.best.chains = None
+                return False
+    return True
 
 
 def _too_many(moves: Sequence[SignedPermutation]) -> bool:
-    """Whether exact symmetries tell of more equal modes than copies, let alone runs, could ever have."""
+    """Whether exact symmetries imply more modes than there may be copies."""
     return bool(moves) and group(moves, MAX_COPIES) is None
 
 
@@ -216,7 +215,7 @@ def _copied(state: FitState, moves: Sequence[SignedPermutation]) -> bool:
 
 
 def _add_run(state: FitState, start: Start) -> None:
-    """Train a further run where the sampler lacks a mode; the sampler becomes the mixture of all runs."""
+    """Train a further run where the sampler misses a mode; the sampler becomes the mixture of all runs."""
     plan, clock = state.plan, state.plan.clock
     once = replace(plan, escalate=False)  # a mixture may drop it, and chains can mend what is left
     state.runs.append(Run(state, once, len(state.runs), start))
@@ -243,7 +242,7 @@ def _search(state: FitState, sampler: Sampler) -> Search:
 
 
 def _missed_mode(state: FitState) -> Start | None:
-    """Return a start where the runs so far lack a mode: the next run trains there."""
+    """Return a start where the runs so far miss a mode: the next run trains there."""
     outcomes = [run.best for run in state.runs[:-1] if run.best is not None and run.best.weighed]
     if not outcomes:
         return None

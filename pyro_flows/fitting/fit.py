@@ -151,7 +151,10 @@ def fit(
     >>> posterior.verdict.status
     'ok'
     """
-    options, method = _options(flow, layers), which(refine)
+    if layers is not None and not isinstance(flow, str):
+        raise ValueError("layers: goes with a flow given by name; this flow is already built.")
+    options: dict[str, object] = {} if layers is None else {"layers": layers}
+    method = which(refine)
     asked = as_asked(locals())
     _journal.check(checkpoint)
     with interruptible(), alone(), seeded(seed), Bar("fit", progress) as bar:
@@ -172,20 +175,13 @@ def fit(
             automatic=flow == AUTO and not options,
             asked=asked,
         )
-        return _closing(bar, clock, lambda: _fit(plan, max_steps is None, checkpoint))
+        posterior = _fit(plan, max_steps is None, checkpoint)
+        _close(bar, clock, posterior)
+        return posterior
 
 
-def _options(flow: FlowLike, layers: int | None) -> dict[str, object]:
-    if layers is None:
-        return {}
-    if not isinstance(flow, str):
-        raise ValueError("layers: goes with a flow given by name; this flow is already built.")
-    return {"layers": layers}
-
-
-def _closing(bar: Bar, clock: Clock, work: Callable[[], Posterior]) -> Posterior:
-    """Return what the work comes to; the line says how it ended. Signals get a warning where :func:`fit` was called."""
-    posterior = work()
+def _close(bar: Bar, clock: Clock, posterior: Posterior) -> None:
+    """Say in the line of progress how the fit ended. Signals get a warning where :func:`fit` was called."""
     said(method=posterior.method, status=posterior.verdict.status, steps=len(posterior.losses))
     steps = f"{len(posterior.losses)} steps, " if len(posterior.losses) else ""
     bar.close(f"{steps}{posterior.method}, {posterior.verdict.status}")
@@ -195,7 +191,6 @@ def _closing(bar: Bar, clock: Clock, work: Callable[[], Posterior]) -> Posterior
         warnings.warn(f"fit: {STATE.name} came as all was done; nothing was cut.", stacklevel=outside())
     elif clock.interrupted is not None:
         warnings.warn(f"fit: {clock.reasons()[0]}. The posterior is what it had come to by then.", stacklevel=outside())
-    return posterior
 
 
 def default_steps(dim: int) -> int:

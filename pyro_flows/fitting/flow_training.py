@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -33,8 +33,7 @@ CLOSE = 10.0  # nats between two starts that are worth racing
 ELSEWHERE = 1.0  # nats of divergence between two starts, from which they are not next to the same
 
 
-@dataclass(frozen=True)
-class Entrant:
+class Entrant(NamedTuple):
     """A start and a step size after a few steps, on a flow of its own, and the ELBO that they reached."""
 
     start: Start
@@ -58,11 +57,6 @@ class Entrant:
             monitor.add(*Check(flow, density, seed=seed)())
         finished = bool(monitor.elbos)
         return cls(start, trainer, *((monitor.elbos[0], monitor.gaps[0]) if finished else (-math.inf, math.inf)))
-
-    @property
-    def stage(self) -> Stage:
-        size, before = self.trainer.learning_rate, self.start.elbo
-        return Stage(_stages.TRIAL_RUN, start=self.start.name, step_size=size, start_elbo=before, elbo=self.elbo)
 
 
 def begin(flow: Flow, start: Start) -> None:
@@ -112,8 +106,9 @@ def train_flow(run: Run) -> str | None:
     winner: Entrant | None = None
     with plan.clock.part(_stages.TRIALS, share=SHARE_OF_SECONDS):
         winner, entrants = race(flow, density, run.starts, share(plan.max_steps), seed=run.seed, extra=trained)
-        for entrant in entrants:
-            run.note(entrant.stage)
+        for start, trainer, elbo, _ in entrants:
+            size, before = trainer.learning_rate, start.elbo
+            run.note(Stage(_stages.TRIAL_RUN, start=start.name, step_size=size, start_elbo=before, elbo=elbo))
     if winner is None:  # there was no time for a race
         return None
     _first_round(run, winner.trainer)

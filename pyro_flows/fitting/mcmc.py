@@ -78,10 +78,16 @@ def from_mcmc(
         warn_if_nothing_observed(density.structure, density.trace_at, model, args, kwargs)
         draws, diverging, sampler = _read(mcmc)
         values, count = _flat(draws, density)
-        density, z, lost = _with_digits(density, values)
         with torch.no_grad():
+            z = density.unconstrain(values)
+            failures, rounded = list[str](), list[str]()
+            if not density.rounding(z) <= ALLOWED:
+                if any(part.dtype == torch.float32 for part in values.values()):  # so the sampler has lost digits
+                    failures, rounded = density.lost_digits(z)
+                density = density.in_double()
+                z = density.unconstrain(values)
             log_p, samples = density(z), density.constrain(z)
-    failures, rounded = [*lost[0], *infinite_places(density, z, log_p)], lost[1]
+    failures = [*failures, *infinite_places(density, z, log_p)]
     failures += beyond_priors(density, z, torch.zeros_like(log_p))
     names = coordinate_names(density.structure)
     stats = {} if diverging is None else {"diverging": diverging.to(z.device)}
@@ -115,19 +121,6 @@ def from_mcmc(
         missing={"guide": NO_GUIDE, "flow": NO_GUIDE},
         chains=chains,
     )
-
-
-def _with_digits(
-    density: LogDensity, values: dict[str, Tensor]
-) -> tuple[LogDensity, Tensor, tuple[list[str], list[str]]]:
-    """Return the log density in the precision that it takes, the draws' coordinates, and what the sampler's lost."""
-    with torch.no_grad():
-        z = density.unconstrain(values)
-        if density.rounding(z) <= ALLOWED:
-            return density, z, ([], [])
-        lost = density.lost_digits(z) if any(part.dtype == torch.float32 for part in values.values()) else ([], [])
-        density = density.in_double()
-        return density, density.unconstrain(values), lost
 
 
 def _read(mcmc: object) -> tuple[dict[str, Tensor], Tensor | None, str]:

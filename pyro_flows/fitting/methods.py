@@ -39,7 +39,7 @@ AT_FIRST = 80  # dimensions up to which Gaussian conditionals are tried before c
 LIGHTER = (4.0, 1.0)  # times the base's degrees of freedom: what a nearly normal posterior bears, first
 AT_ONCE = "converged: weighting changes no result at the start"
 SAMPLED_FROM, SAMPLED_UP_TO = 30, 1500  # dimensions in which a sampler is tried before a flow is trained
-SURVEYED_FROM = 500  # draws that tell where a survey of modes begins
+SURVEYED_FROM = 500  # draws from which a survey of modes begins
 
 
 class Method(NamedTuple):

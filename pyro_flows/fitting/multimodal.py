@@ -131,7 +131,7 @@ def _are_apart(found: Survey, seed: int) -> bool:
 
 
 def _survey_again(density: LogDensity, found: Survey, best: Generation, seed: int) -> Survey:
-    """Look for modes that a mixture lacks: from draws with ten times the mean weight, and from where it is thin."""
+    """Search for modes that a mixture misses: from draws with ten times the mean weight, and from low density."""
     heavy = best.weights * len(best.weights) > 10.0
     chosen = best.weights.masked_fill(~heavy, 0.0).topk(min(48, int(heavy.sum()))).indices
     found = climbed_from(density, found, best.z[chosen]) if len(chosen) else found

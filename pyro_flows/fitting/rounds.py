@@ -78,7 +78,7 @@ def weighed(flow: Flow, density: LogDensity, draws: int) -> Weighing:
 
 @torch.no_grad()
 def weights_collapse(flow: Flow, density: LogDensity) -> bool:
-    """Whether a few draws of a flow tell that its weights would not do: next to none of them has weight."""
+    """Whether the weights of a few draws of a flow collapse: next to none of them has weight."""
     with density.clock.watching():
         z, log_q = flow.draw(256)
     return raw_weights(density(z) - log_q) is None

@@ -269,7 +269,7 @@ class _Run:
             "own": {name: getattr(self, name) for name in OWN},
             "monitor": vars(self.monitor),
             "cooling": None if self.cooling is None else vars(self.cooling),
-            "ratchet": self.ratchet.state(),
+            "ratchet": (self.ratchet.kept, self.ratchet.best, self.ratchet.falls),
             "trainer": self.trainer.state(),
             "density": self.trainer.density.state(),
         }
@@ -278,7 +278,7 @@ class _Run:
         vars(self).update(state["own"])
         self.monitor = Monitor(**state["monitor"])
         self.cooling = None if state["cooling"] is None else _Cooling(**state["cooling"])
-        self.ratchet.put_back(state["ratchet"])
+        self.ratchet.kept, self.ratchet.best, self.ratchet.falls = state["ratchet"]
         self.trainer.put_back(state["trainer"])
         self.trainer.density.put_back(state["density"])
 
@@ -288,14 +288,6 @@ class _Ratchet:
 
     def __init__(self, trainer: Trainer, elbo: float) -> None:
         self.trainer, self.kept, self.best, self.falls = trainer, trainer.keep(), elbo, 0
-
-    def state(self) -> tuple[Tensor, float, int]:
-        """Return all that looks change."""
-        return self.kept, self.best, self.falls
-
-    def put_back(self, state: tuple[Tensor, float, int]) -> None:
-        """Go on from what :meth:`state` returned."""
-        self.kept, self.best, self.falls = state
 
     def look(self, elbo: float) -> float:
         """Keep the present parameters if they are the best, go back if they are far from it; return their ELBO."""

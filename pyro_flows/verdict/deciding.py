@@ -26,7 +26,7 @@ from pyro_flows.verdict.weighing import Weighing, in_words, weigh
 MENDED = f"is not below {K_HAT_GOOD} and weighting changes the results"
 TOO_MUCH = "too much to correct"
 POOL = 4
-# draws of a candidate that decide on it, those that tell whether that is worth while, and those that a search begins at
+# draws by which a candidate is accepted, draws by which it is dropped at once, and draws that a search begins at
 JUDGED_DRAWS, LOOKED_AT_DRAWS, SEARCHED_DRAWS = 20_000, 4000, 1000
 CHECKED = 50  # draws run with Pyro's argument checks on
 
@@ -83,7 +83,7 @@ def judge(
 def _unweighed(
     weighing: Weighing, names: Sequence[str], reasons: Sequence[str], notes: Sequence[str] = ()
 ) -> Verdict:  # fmt: skip
-    """Return the verdict on draws whose weights tell nothing: it has no k-hat."""
+    """Return the verdict on draws whose weights say nothing: it has no k-hat."""
     mean, where, sd, _ = _largest_shifts(weighing)
     ratio = weighing.ess / len(weighing.log_weights)
     figures = (math.nan, weighing.threshold, ratio, mean, sd, names[where])

@@ -17,8 +17,7 @@ from pyro_flows.graphs.recording import record
 from pyro_flows.training import loop
 from pyro_flows.training import trainer as training
 from pyro_flows.training.adam import CLIP, Moments, update
-from pyro_flows.training.flow_graphs import Passes
-from pyro_flows.training.layer_graphs import body_of
+from pyro_flows.training.flow_graphs import Passes, body_of
 from pyro_flows.training.step_graph import Step
 from pyro_flows.training.trainer import Trainer
 from tests.invariants import close
