@@ -88,7 +88,7 @@ class Kernel:
             return
         self.second = 0.95 * self.second + 0.05 * slope * slope
         corrected = self.second / (1.0 - 0.95**self.moves)
-        self.log_length += 0.05 * slope / (math.sqrt(corrected) + 1e-12) if corrected > 0.0 else 0.0
+        self.log_length += 0.05 * slope / (math.sqrt(corrected) + 1e-12) if corrected > 0.0 else 0.0  # one Adam step
         self.log_length = min(max(self.log_length, math.log(0.2)), math.log(8.0))  # in units of the scale
         weight = (self.moves + 1.0) ** -0.5  # so earlier lengths lose weight in their mean
         self.length = math.exp((1.0 - weight) * math.log(self.length) + weight * self.log_length)

@@ -30,7 +30,7 @@ from pyro_flows.correction.hmc import (
     relabel,
     swapped,
 )
-from pyro_flows.correction.kept import Kept, numbers_of
+from pyro_flows.correction.kept import Kept
 from pyro_flows.correction.latent import Latent, Points
 from pyro_flows.correction.metric import Metric, learned
 from pyro_flows.correction.stopping import examined, next_look, resolved_sds, slowest, sweeps_needed
@@ -173,11 +173,8 @@ class Sampler:
         found, judged = state["figures"]
         self.over, self.resolved, self.found = state["over"], state["told"], found and McmcDiagnostics.of(found)
         self.judged = judged and (tuple(judged[0]), McmcDiagnostics.of(judged[1]))
-        self.points, self.metric, self.kernel = (
-            Points(*state["points"]),
-            Metric(*state["metric"]),
-            Kernel(**state["kernel"]),
-        )
+        self.points, self.metric = Points(*state["points"]), Metric(*state["metric"])
+        self.kernel = Kernel(**state["kernel"])
         self.draws, self.round = Kept(state["z"], state["stats"]), [tuple(of) for of in state["round"]]
         self.numbers = state["numbers"]
         self.latent.density.put_back(state["density"])
@@ -273,7 +270,21 @@ class Sampler:
             self.kernel.adapt(points, moved, self.metric, number)
         self.points = moved.points
         self.numbers["sweeps"] = number + 1
-        return numbers_of(moved, leaps=leaps, step=step, proposed=tried, independent=taken, changes=changes)
+        like = moved.chance
+        return {
+            "lp": moved.points.log_p,
+            "log_weight": moved.points.log_weight,
+            "acceptance_rate": like,
+            "diverging": moved.diverging,
+            "energy": moved.energy,
+            "energy_error": moved.error,
+            "n_steps": torch.full_like(like, float(leaps)),
+            "step_size": torch.full_like(like, step),
+            "proposed": torch.full_like(like, float(tried)),
+            "independent": taken,
+            "changes": changes,
+            "part": moved.points.k.to(like),
+        }
 
     def _warm_up(self) -> None:
         """Adapt for one sweep; at the end of a round, set the units, and fix the kernel if superchains agree."""

@@ -49,7 +49,7 @@ def anneal(latent: Latent, particles: int, *, seed: int, report: Callable[[str],
     log_sums = torch.zeros(POPULATIONS, dtype=torch.float64, device=found.points.x.device)
     kernel, beta, number = Kernel.start(latent.dim), 0.0, 0
     metric = Metric.of(torch.ones_like(found.points.x[0]))
-    while beta < 1.0 and len(found.temperatures) < 200:
+    while beta < 1.0 and len(found.temperatures) < 200:  # at most
         ahead = _next(found.points.log_weight.double(), beta)
         increments = ((ahead - beta) * found.points.log_weight.double()).nan_to_num(nan=-math.inf)
         parts = increments.reshape(POPULATIONS, -1)
@@ -58,7 +58,7 @@ def anneal(latent: Latent, particles: int, *, seed: int, report: Callable[[str],
         found.temperatures.append(beta)
         report(f"temperature {beta:.3g}")
         found.points = _resampled(found.points, parts)
-        for _ in range(12 if beta == 1.0 else 4):
+        for _ in range(12 if beta == 1.0 else 4):  # more moves at the last temperature
             found.points = _moved(latent, found.points, kernel, metric, beta, number)
             number += 1
         metric = Metric.of(scale_of(found.points.x))

@@ -98,7 +98,7 @@ def affine_flow(z: Tensor, log_weights: Tensor) -> Flow:
     points = z[_usable(z, log_weights)].double()
     spread = points.std(0).clamp_min(torch.finfo(points.dtype).tiny ** 0.5)
     covariance = torch.cov((points / spread).mT).reshape(len(spread), len(spread))
-    ridge = 1e-8 * torch.eye(len(spread), dtype=points.dtype, device=points.device)
+    ridge = 1e-8 * torch.eye(len(spread), dtype=points.dtype, device=points.device)  # of variances, which are 1 here
     root, fault = torch.linalg.cholesky_ex(covariance + ridge)
     root = torch.diag(torch.ones_like(spread)) if int(fault) else root
     affine = LowerTriangularAffine(len(spread), loc=points.mean(0), scale_tril=spread[:, None] * root)

@@ -84,7 +84,7 @@ def _found(
     A posterior may lie where a function matters that contributed nothing near the middle of the prior.
     """
     loc, root, scale = middle, torch.diag(spread), spread.clamp_max(1.0)
-    for _ in range(3):
+    for _ in range(3):  # each from the moments of the last draws
         given = conditional(density, held, middle, scale)
         if given is None:
             return None

@@ -58,7 +58,7 @@ def multimodal(
     if not can_be_surveyed(density):
         return None
     seed = derive(seed, "several modes")
-    found = survey(density, z, seed=seed, rounds=FEW_ROUNDS, climbs=96, ridges=ridges)
+    found = survey(density, z, seed=seed, rounds=FEW_ROUNDS, climbs=96, ridges=ridges)  # until there is a second mode
     found = found if places is None else climbed_from(density, found, places)
     likely = found.likely()
     apart = len(likely) > 1 and (_has_barrier(density, likely.modes, barrier) or _are_apart(likely, seed))
@@ -72,7 +72,7 @@ def multimodal(
         return _by_tempering(density, None, seed, bar)
     found = found if separable else survey(density, z, seed=seed, rounds=ROUNDS, before=found)
     best = fitted(density, _begun(found), seed=seed, report=bar.show)
-    for number in range(3):
+    for number in range(3):  # further surveys
         if best is None:
             break
         before, again = found, derive(seed, f"again {number}")

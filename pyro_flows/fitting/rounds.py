@@ -92,27 +92,11 @@ def assess(name: str, trainer: Trainer, training: Training, *, look: bool = True
     """
     flow, density = trainer.flow, trainer.density
     weighing = unweighed(density.dim, training.elbo)
-    if not look:
-        return Round(copy.deepcopy(flow), weighing, training, _stage(name, trainer, weighing, training))
-    with density.clock.part(_stages.WEIGHTS, noted=False):
-        # fewer, if these have many coordinates
-        weighing = weighed(flow, density, min(JUDGED_DRAWS, max(8000, 4_000_000 // density.dim)))
-    return Round(copy.deepcopy(flow), weighing, training, _stage(name, trainer, weighing, training))
-
-
-def untrained(name: str, flow: Flow, density: LogDensity, elbo: float, why: str, *, look: bool = True) -> Round:
-    """Weigh a flow as it is; see :func:`assess`."""
-    trainer = Trainer(flow, density, learning_rate=STEP_SIZE, batch=BATCH)
-    return assess(name, trainer, Training([], elbo, look, False, why, 0, 0, early=look), look=look)
-
-
-def unweighed(dim: int, elbo: float) -> Weighing:
-    nothing = torch.full((dim,), torch.nan)
-    return Weighing(torch.zeros(1), math.inf, 0.0, elbo, -math.inf, nothing, nothing, 0.0, math.inf, 0)
-
-
-def _stage(name: str, trainer: Trainer, weighing: Weighing, training: Training) -> Stage:
-    return Stage(
+    if look:
+        with density.clock.part(_stages.WEIGHTS, noted=False):
+            # fewer, if these have many coordinates
+            weighing = weighed(flow, density, min(JUDGED_DRAWS, max(8000, 4_000_000 // density.dim)))
+    stage = Stage(
         name,
         elbo=weighing.elbo,
         step_size=trainer.learning_rate,
@@ -125,8 +109,20 @@ def _stage(name: str, trainer: Trainer, weighing: Weighing, training: Training) 
         why=training.why,
         skipped=training.skipped,
         falls=training.falls,
-        details={"flow": trainer.evaluation, "model": trainer.density.reason or "recorded"},
+        details={"flow": trainer.evaluation, "model": density.reason or "recorded"},
     )
+    return Round(copy.deepcopy(flow), weighing, training, stage)
+
+
+def untrained(name: str, flow: Flow, density: LogDensity, elbo: float, why: str, *, look: bool = True) -> Round:
+    """Weigh a flow as it is; see :func:`assess`."""
+    trainer = Trainer(flow, density, learning_rate=STEP_SIZE, batch=BATCH)
+    return assess(name, trainer, Training([], elbo, look, False, why, 0, 0, early=look), look=look)
+
+
+def unweighed(dim: int, elbo: float) -> Weighing:
+    nothing = torch.full((dim,), torch.nan)
+    return Weighing(torch.zeros(1), math.inf, 0.0, elbo, -math.inf, nothing, nothing, 0.0, math.inf, 0)
 
 
 @torch.no_grad()
@@ -150,7 +146,6 @@ def volume_misfit(flow: Flow, density: LogDensity) -> tuple[list[str], list[str]
     ratio = float(spread / base.log_prob(base.sample((LOOKED_AT_DRAWS,))).var())
     if not ratio > VAR_LOG_P_RATIO:
         return [], []
-    said = [
-        f"Var[log p] is {ratio:.1f} times that of the base, so NICE, which preserves volume, cannot fit: use realnvp"
-    ]
+    times = f"Var[log p] is {ratio:.1f} times that of the base"
+    said = [f"{times}, so NICE, which preserves volume, cannot fit: use realnvp"]
     return (said, []) if ratio < VAR_LOG_P_RATIO_MOST else ([], said)

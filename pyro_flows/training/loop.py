@@ -36,7 +36,8 @@ LIGHT = "weighting changes no result"
 STALLED = "training ended early: the importance weights hardly improved"
 STOPPED = "training was stopped"
 ENDLESS = "training ended early: the posterior seems to be improper"
-OWN = ("still", "why", "elbo", "try_from", "share", "ask_from", "ended")  # values of a run that steps change
+# values of a run that steps change
+OWN = ("still", "why", "elbo", "kept", "best", "falls", "try_from", "share", "ask_from", "ended")
 
 Report = Callable[[int, float, str], None]  # steps done, ELBO, state
 
@@ -151,7 +152,8 @@ class _Run:
 
     def __init__(self, trainer: Trainer, budget: Budget, check: Check, report: Report, look: Look | None) -> None:
         self.trainer, self.budget, self.check, self.report, self.look = trainer, budget, check, report, look
-        self.monitor, self.ratchet = Monitor(), _Ratchet(trainer, -math.inf)
+        self.monitor = Monitor()
+        self.kept, self.best, self.falls = trainer.keep(), -math.inf, 0  # parameters and ELBO of the best check
         self.first = len(trainer.losses)  # a race may have gone before
         self.still, self.why, self.elbo = False, "no steps", -math.inf
         self.try_from, self.share, self.ask_from = 0.0, 0.0, 400
@@ -166,13 +168,15 @@ class _Run:
         """Do what :func:`train` says."""
         with self.budget.clock.part(_stages.TRAINING), loop("training", self.trainer.weights) as kept:
             if not kept.take(self._put_back):
-                self.ratchet.best = self.elbo = self.check.elbo()
+                self.best = self.elbo = self.check.elbo()
             while self.ended is None:
                 self._go_on(settle)
                 kept.offer(self._state)
             kept.end(self._state)
             return self._finished(self.ended)
-        self.ratchet.rescue()
+        last = self.trainer.losses[-LOOK_EVERY:]  # no time for a check
+        lost = last and not -sum(last) / len(last) > self.best - FALL
+        self.trainer.assign(self.kept if lost else self.trainer.keep())
         done, few = self.done, len(self.monitor.elbos) < WINDOW
         why = f"{STOPPED} after {done} steps and did not converge" + (f" ({self.why})" if done else "")
         return replace(self._result(False, why), moving=not self.still and (self.monitor.restless or few))
@@ -194,7 +198,7 @@ class _Run:
         self.trainer.write()
         self.elbo = self.monitor.add(*self.check())
         self.still, self.why = self.monitor.stationary() if settle else (False, "a budget alone ends it")
-        self.ratchet.look(self.elbo)
+        self._compare(self.elbo)
         self.report(self.first + self.done, self.elbo, "converging")
         if self.look is None or self.still:
             return
@@ -207,6 +211,19 @@ class _Run:
             self._cool(LIGHT, COOL_EARLY)
         elif self.done >= self.try_from and self.monitor.level():
             self._cool(STALLED, COOL_TRIED)
+
+    def _compare(self, elbo: float) -> float:
+        """Keep the present parameters if they are the best, go back if they are far from it; return their ELBO.
+
+        After a fall, the step size is halved.
+        """
+        if elbo >= self.best:
+            self.kept, self.best = self.trainer.keep(), elbo
+        elif not elbo > self.best - FALL:
+            self.trainer.restore(self.kept)
+            self.falls += 1
+            return self.best
+        return elbo
 
     def _cool(self, why: str, steps: int) -> None:
         """Begin to lower the step size to zero."""
@@ -225,14 +242,14 @@ class _Run:
         if cooling.past % CHECK_EVERY == 0:
             trainer.write()
             value = self.check.elbo()
-            self.ratchet.look(value)
+            self._compare(value)
             self.report(self.first + cooling.begun + cooling.past, value, "cooling")
 
     def _end_cooling(self, cooling: _Cooling) -> None:
         """Keep the average if the ELBO does not fall; then go on, or end."""
         trainer, self.cooling = self.trainer, None
         trainer.write()
-        self.elbo = self.ratchet.look(self.check.elbo())
+        self.elbo = self._compare(self.check.elbo())
         if cooling.average is not None:
             last, kept = self.elbo, trainer.keep()
             trainer.assign(cooling.average)
@@ -261,7 +278,7 @@ class _Run:
     def _result(self, still: bool, why: str, *, early: bool = False) -> Training:
         moving = not still and self.monitor.restless
         losses, trainer = self.trainer.losses[self.first :], self.trainer
-        return Training(losses, self.elbo, still, moving, why, trainer.skipped, self.ratchet.falls, early=early)
+        return Training(losses, self.elbo, still, moving, why, trainer.skipped, self.falls, early=early)
 
     def _state(self) -> dict[str, Any]:
         """Return all that steps change."""
@@ -269,7 +286,6 @@ class _Run:
             "own": {name: getattr(self, name) for name in OWN},
             "monitor": vars(self.monitor),
             "cooling": None if self.cooling is None else vars(self.cooling),
-            "ratchet": (self.ratchet.kept, self.ratchet.best, self.ratchet.falls),
             "trainer": self.trainer.state(),
             "density": self.trainer.density.state(),
         }
@@ -278,32 +294,8 @@ class _Run:
         vars(self).update(state["own"])
         self.monitor = Monitor(**state["monitor"])
         self.cooling = None if state["cooling"] is None else _Cooling(**state["cooling"])
-        self.ratchet.kept, self.ratchet.best, self.ratchet.falls = state["ratchet"]
         self.trainer.put_back(state["trainer"])
         self.trainer.density.put_back(state["density"])
-
-
-class _Ratchet:
-    """The parameters of the best check so far, to go back to with half the step size after a fall."""
-
-    def __init__(self, trainer: Trainer, elbo: float) -> None:
-        self.trainer, self.kept, self.best, self.falls = trainer, trainer.keep(), elbo, 0
-
-    def look(self, elbo: float) -> float:
-        """Keep the present parameters if they are the best, go back if they are far from it; return their ELBO."""
-        if elbo >= self.best:
-            self.kept, self.best = self.trainer.keep(), elbo
-        elif not elbo > self.best - FALL:
-            self.trainer.restore(self.kept)
-            self.falls += 1
-            return self.best
-        return elbo
-
-    def rescue(self) -> None:
-        """Hand the present parameters to the flow without a check, or the kept ones where the last losses are worse."""
-        last = self.trainer.losses[-LOOK_EVERY:]
-        lost = last and not -sum(last) / len(last) > self.best - FALL
-        self.trainer.assign(self.kept if lost else self.trainer.keep())
 
 
 def _steady_share(steps: int) -> int:

@@ -198,11 +198,9 @@ def decide(
 
 def _worse(second: Verdict) -> tuple[str, ...]:
     """Return what the verdict on a second pool says against the draws."""
-    return (
-        (f"a second sample from the guide fails the check ({second.reasons[0]})",)
-        if second.status == "unreliable"
-        else ()
-    )
+    if second.status != "unreliable":
+        return ()
+    return (f"a second sample from the guide fails the check ({second.reasons[0]})",)
 
 
 def resample(log_weights: Tensor, draws: int, *, seed: int) -> Tensor:
