@@ -20,7 +20,7 @@ from pyro_flows.correction.latent import Latent
 from pyro_flows.correction.refine import CHAINS, MAX_STEPS, METHODS, refined
 from pyro_flows.correction.sampler import SUBCHAINS, Sampler
 from pyro_flows.correction.search import MISS, missed_by_chains
-from pyro_flows.correction.starts import dispersed_points, mixes_with_others
+from pyro_flows.correction.starts import dispersed_points
 from pyro_flows.flows.flow import Flow
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.results.record import Recorded
@@ -53,9 +53,9 @@ def fallback_sampler(
 ) -> Recorded:  # fmt: skip
     """Refine what a fit came to, if its verdict is unreliable and its clock leaves time for that.
 
-    With ``chains`` that began at its draws and are enough, from :func:`attempt`, they are judged, whatever the verdict.
-    ``searched`` says that a search for modes that the guide misses has found none, ``passed`` that one for modes that
-    these chains miss has been made.
+    With ``chains`` that began at its draws and are enough, from :func:`chains_of_flow`, they are judged, whatever the
+    verdict. ``searched`` says that a search for modes that the guide misses has found none, ``passed`` that one for
+    modes that these chains miss has been made.
     """
     left = clock.end - time.monotonic()
     asked = chains is not None or posterior.verdict.status == "unreliable"
@@ -82,7 +82,7 @@ def fallback_sampler(
 
 
 @torch.no_grad()
-def attempt(
+def chains_of_flow(
     flow: Flow, density: LogDensity, names: Sequence[str], draws: int, *, seed: int, bar: Bar
 ) -> McmcDraws | None:
     """Try a sampler where a round of training did not suffice; None if it does not either.
@@ -105,9 +105,7 @@ def chains_miss_mode(chains: McmcDraws, flow: Flow, density: LogDensity, names: 
     """Whether chains in the space of a flow miss a mode, though they have converged; a search begins at their draws."""
     sampler = Sampler(Latent(flow, density), names, chains, kept=chains.z.shape[1], seed=int(chains.numbers["seed"]))
     given = (flow.log_prob, covered_by(flow, density), evidence_of(flow, around(chains), chains, density), ())
-    missed = missed_by_chains(
-        density, chains, *given, seed=seed, mixes=lambda places: mixes_with_others(sampler, places)
-    )
+    missed = missed_by_chains(density, chains, *given, seed=seed, sampler=sampler)
     return any(said.startswith(MISS) for said in missed.failures)
 
 

@@ -13,7 +13,7 @@ from pyro_flows._clock import Clock
 from pyro_flows.correction.sampler import Sampler
 from pyro_flows.correction.search import MissedByChains, bridge, held_out, missed_by_chains
 from pyro_flows.correction.smc import Annealed
-from pyro_flows.correction.starts import affine_flow, flow_of, mixes_with_others
+from pyro_flows.correction.starts import affine_flow, flow_of
 from pyro_flows.correction.stopping import unresolved
 from pyro_flows.flows.flow import Flow
 from pyro_flows.flows.mixture import FlowMixture
@@ -109,19 +109,13 @@ def _checked(posterior: Record, chains: McmcDraws, seed: int, work: Work) -> Mis
     invalid += [*lost, *improper_tails(density, lambda: chains.z.flatten(0, 1), seed=seed)]
     if work.passed:
         return MissedByChains([*invalid, *disagreements(posterior, chains)], rounded)
-    moments = around(chains)
     own = flow is posterior.flow  # else an affine one, that chains moved in
     covered = _middle(posterior.log_p - posterior.log_q) if own else covered_by(flow, density)
-    evidence = evidence_of(flow, moments, chains, density)
-    given = (flow.log_prob, covered, evidence, posterior.history)
+    given = (flow.log_prob, covered, evidence_of(flow, around(chains), chains, density), posterior.history)
     sampler, space = work.sampler, None
     if sampler is not None and sampler.latent.walkable and is_usable(posterior.log_weights.double()):
         space = sampler.latent
-
-    def mixes(places: Tensor) -> bool:
-        return sampler is not None and mixes_with_others(sampler, places)
-
-    missed = missed_by_chains(density, chains, *given, seed=seed, searched=work.searched, mixes=mixes, space=space)
+    missed = missed_by_chains(density, chains, *given, seed=seed, searched=work.searched, sampler=sampler, space=space)
     failures = [*invalid, *missed.failures, *disagreements(posterior, chains)]
     return replace(missed, failures=failures, notes=[*missed.notes, *rounded])
 

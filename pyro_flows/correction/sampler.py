@@ -140,10 +140,7 @@ class Sampler:
             self._warm_up()
             return not self.round and self.latent.density.evaluations + self._needed() > end
         report(f"sweep {self.numbers['sweeps']}")
-        numbers = self._sweep()
-        self.numbers["waiting"] = (self.numbers["waiting"] + 1) % self.numbers["thin"]
-        if not self.numbers["waiting"]:
-            self.draws.add(self.points.z, numbers)
+        self._keep(self._sweep())
         least = DIVERGENT_SHARE_OF_CHAINS * len(self.points.x) * self.kept
         if not patient and self.draws.total("diverging") > DIVERGENT_TIMES_MOST * least:
             if self.numbers["halved"] >= HALVINGS or self.latent.density.evaluations + self._needed(0.5) > end:
@@ -302,6 +299,11 @@ class Sampler:
             self.metric = learned(x.flatten(0, 1), slope.flatten(0, 1))
             self.kernel.again()
         self.round = []
+
+    def _keep(self, numbers: dict[str, Tensor]) -> None:
+        self.numbers["waiting"] = (self.numbers["waiting"] + 1) % self.numbers["thin"]
+        if not self.numbers["waiting"]:
+            self.draws.add(self.points.z, numbers)
 
     def _begin_halved(self) -> None:
         """Begin anew with half of the step size, and trajectories as long as before."""

@@ -13,6 +13,8 @@ from torch import Tensor
 from pyro_flows import _mixing, _stages
 from pyro_flows._ledger import counted
 from pyro_flows._seeding import derive, seeded
+from pyro_flows.correction.sampler import Sampler
+from pyro_flows.correction.starts import mixes_with_others
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.modes.barriers import are_separated
 from pyro_flows.modes.missed_modes import Search, missed_modes
@@ -73,7 +75,7 @@ def noted(search: Search | None, stage: str = _stages.SEARCH) -> list[Stage]:
 def missed_by_chains(
     density: LogDensity, chains: McmcDraws, score: Callable[[Tensor], Tensor], covered: float, evidence: float,
     history: Sequence[Mapping[str, Any]], *, seed: int, searched: bool = False,
-    mixes: Callable[[Tensor], bool] = lambda places: False, space: Space | None = None,
+    sampler: Sampler | None = None, space: Space | None = None,
 ) -> MissedByChains:  # fmt: skip
     """Return what chains miss, in words, and what was not checked.
 
@@ -86,9 +88,9 @@ def missed_by_chains(
     visit does not end the search: its next part may find one that they miss.
 
     ``score`` is the log density of the flow, ``covered`` the log of the mass that it covers, ``evidence`` that of all.
-    ``searched`` says that a search from the flow's draws has found nothing. ``mixes`` says whether chains that begin
-    at some places mix with the others; then these places are not missed. ``space`` is the latent space of the flow, if
-    its own weights are good enough to estimate where it has too little density.
+    ``searched`` says that a search from the flow's draws has found nothing. If chains of the ``sampler`` that begin at
+    some places mix with the others, these places are not missed. ``space`` is the latent space of the flow, if its own
+    weights are good enough to estimate where it has too little density.
     """
     other = held_out(chains)
     z, log_p = chains.z[other].flatten(0, 1), chains.stats["lp"][other].flatten()
@@ -96,6 +98,9 @@ def missed_by_chains(
     chosen = torch.randperm(len(z), generator=generator)[:SEARCHED_DRAWS].to(z.device)
     seed = derive(seed, "modes that chains lack")
     search, regions = Search(), _Regions(density, chains, evidence, seed)
+
+    def mixes(places: Tensor) -> bool:
+        return sampler is not None and mixes_with_others(sampler, places)
 
     def left(missed: list[MissedRegion]) -> list[MissedRegion]:
         missed = [region for region, covered in zip(missed, regions.cover(missed), strict=True) if not covered]

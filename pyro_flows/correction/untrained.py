@@ -19,7 +19,6 @@ from pyro_flows.correction.judging import around, covered_by, evidence_of
 from pyro_flows.correction.latent import Latent
 from pyro_flows.correction.refine import CHAINS
 from pyro_flows.correction.search import MissedByChains, missed_by_chains
-from pyro_flows.correction.starts import mixes_with_others
 from pyro_flows.flows.flow import Flow
 from pyro_flows.flows.mixture import FlowMixture
 from pyro_flows.flows.parts import location_scale
@@ -122,9 +121,7 @@ def _chains(
     guides = (begun.guide.covered, begun.sampler.log_prob), (covered_by(settled, density), settled.log_prob)
     covered, score = max(guides, key=itemgetter(0))
     given = (score, covered, evidence_of(begun.sampler, settled, chains, density), ())
-    return chains, missed_by_chains(
-        density, chains, *given, seed=seed, mixes=lambda places: mixes_with_others(sampler, places)
-    )
+    return chains, missed_by_chains(density, chains, *given, seed=seed, sampler=sampler)
 
 
 @counted(_stages.SYMMETRIC)

@@ -56,8 +56,9 @@ def grid_at_start(run: Run, density: LogDensity, start: Start) -> str | None:
 
 def grid_comes_first(plan: Plan, density: LogDensity) -> bool:
     """Whether grids are tried before any training: they are cheap, and the caller has named no flow."""
-    cheap = density.written <= 30_000 and density.work.operations <= 500  # numbers and operations of an evaluation
-    return plan.open and can_have_grid(density) and cheap
+    if not (plan.open and can_have_grid(density)):
+        return False
+    return density.written <= 30_000 and density.work.operations <= 500  # numbers and operations of an evaluation
 
 
 def with_tails_checked(search: Search, density: LogDensity, sampler: Sampler, *, seed: int) -> Search:

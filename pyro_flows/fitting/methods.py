@@ -13,7 +13,7 @@ from typing import NamedTuple
 from pyro_flows import _stages
 from pyro_flows._journal import milestone
 from pyro_flows._ledger import accepted
-from pyro_flows.correction.fallback import attempt
+from pyro_flows.correction.fallback import chains_of_flow
 from pyro_flows.correction.untrained import chains_of_gaussian
 from pyro_flows.fitting.flow_training import begin, is_improper, train_flow
 from pyro_flows.fitting.gaussian_conditionals import conditionals_at_start
@@ -43,18 +43,18 @@ SURVEYED_FROM = 500  # draws from which a survey of modes begins
 
 
 class Method(NamedTuple):
-    """A row of the table: a method is tried at a moment of a run if it is ``asked`` for."""
+    """A row of the table: a method is tried at a moment of a run if it ``applies``."""
 
     name: str
     when: str
-    asked: Callable[[Run], bool]
+    applies: Callable[[Run], bool]
     attempt: Callable[[Run], str | None]
 
 
 def answered(run: Run, when: str) -> bool:
     """Try the methods of a moment in their order; say whether one of them ended the run."""
     for method in METHODS:
-        if method.when == when and method.asked(run):
+        if method.when == when and method.applies(run):
             test = method.attempt(run)
             milestone()
             if test is not None:
@@ -67,7 +67,7 @@ def answered(run: Run, when: str) -> bool:
 
 
 def _grid_of_hierarchy(run: Run) -> str | None:
-    """Try a grid in non-centered coordinates: in centered ones, a funnel has no mode. The grids are mostly the same.
+    """Try a grid in non-centered coordinates: as a rule, it is the same in centered ones, where a funnel has no mode.
 
     Paths that were made for this are kept.
     """
@@ -98,7 +98,7 @@ def _few(run: Run) -> bool:
 
 
 def _no_hierarchy_of_few(run: Run) -> bool:
-    """Whether it is time for a model of few dimensions; hierarchical ones have been looked at as they were read."""
+    """Whether a model has few dimensions and no hierarchy: for hierarchical ones, this was tried before."""
     return run.from_scratch and _few(run) and not run.state.as_read.structure.hierarchical
 
 
@@ -130,9 +130,9 @@ def _gaussian(run: Run) -> str | None:
 
 
 def _mixture(run: Run, *, barrier: float = 3.0) -> str | None:
-    """Fit a mixture at all modes; several runs are for a flow's sake.
+    """Fit a mixture at all modes, unless several runs were asked for: these are about a flow.
 
-    Over a lower ``barrier`` (nats), draws of a flow that is trained come to the other mode.
+    If the density falls by less than ``barrier`` nats between two modes, a trained flow covers both.
     """
     plan = run.plan
     if not plan.escalate or plan.train_model or plan.runs > 1:
@@ -158,7 +158,7 @@ def _survey_is_cheap(run: Run) -> bool:
 
 
 def _may_have_modes(run: Run) -> bool:
-    """Whether a flow's weights are so poor that it may lack modes, or modes cost little to look for."""
+    """Whether a flow's weights are so poor that it may miss modes, or a search for modes costs little."""
     best = run.best
     if not (run.goes_on and run.missed_mode is None and run.multimodal is None) or best is None:
         return False
@@ -196,7 +196,7 @@ def _chains_of_flow(run: Run) -> str | None:
     assert run.trainer is not None
     with plan.clock.part(_stages.NEXT):
         names = coordinate_names(density.structure)
-        run.chains = attempt(run.trainer.flow, density, names, plan.draws, seed=run.seed, bar=plan.bar)
+        run.chains = chains_of_flow(run.trainer.flow, density, names, plan.draws, seed=run.seed, bar=plan.bar)
     return None if run.chains is None else "MCMC in the latent space"
 
 

@@ -104,7 +104,7 @@ def test_few_coordinates_are_held_before_chains_and_many_after(hierarchical, dim
     """Small hierarchical models are looked at as they are read, before coordinates are chosen."""
     density = SimpleNamespace(dim=dim, structure=SimpleNamespace(hierarchical=("x",) if hierarchical else ()))
     run = SimpleNamespace(density=density, state=SimpleNamespace(as_read=density), from_scratch=True)
-    asked = [number for number, method in enumerate(METHODS) if method.name == CONDITIONALS and method.asked(run)]
+    asked = [number for number, method in enumerate(METHODS) if method.name == CONDITIONALS and method.applies(run)]
     assert asked == [place]
     before = [method.name for method in METHODS[:place]]
     assert (MCMC in before) == (dim > 80)
