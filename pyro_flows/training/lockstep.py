@@ -21,6 +21,13 @@ from pyro_flows.training.step_graph import stitched
 from pyro_flows.training.trainer import BLEND, DEFENSIVE, LOOK_EVERY
 from pyro_flows.verdict.thresholds import ESS_SHARE_PROMISING, EVIDENCE_GAP_VISIBLE
 
+CHECK_EVERY = 20
+STEADY = 800  # steps at most, before the cool-down
+COOL, SHORT_COOL = 300, 200
+NEARLY_ALL = 0.9  # of the flows stand still: the rest is not waited for
+
+Report = Callable[[int, int, str], None]  # steps done, flows that stand still, state
+
 
 class Lockstep:
     r"""K flows and their optimizers as stacked tensors; a step of all of them is one recorded graph.
@@ -168,9 +175,8 @@ class Lockstep:
     def forget(self, chosen: Tensor) -> None:
         """Halve the step sizes of some flows (K,), and forget their optimizers' moments of the gradient."""
         pairs = zip(self.moments.forget(), self.moments, strict=True)
-        self.moments = Moments(
-            *(torch.where(chosen.reshape(-1, *[1] * (old.dim() - 1)), new, old) for new, old in pairs)
-        )
+        masks = {1: chosen, 2: chosen[:, None]}  # by the number of axes
+        self.moments = Moments(*(torch.where(masks[old.dim()], new, old) for new, old in pairs))
         self.rates = torch.where(chosen, 0.5 * self.rates, self.rates)
 
     @torch.no_grad()
@@ -181,20 +187,12 @@ class Lockstep:
             torch._foreach_copy_(trained, self._cut(row))
 
 
-CHECK_EVERY = 20
-STEADY = 800  # steps at most, before the cool-down
-COOL, SHORT_COOL = 300, 200
-NEARLY_ALL = 0.9  # of the flows stand still: the rest is not waited for
-
-Report = Callable[[int, int, str], None]  # steps done, flows that stand still, state
-
-
 def train_together(flows: Lockstep, *, report: Report) -> list[Training]:
     """Train all flows for as many steps; say of each whether it converged, by the rule of ``loop.train``.
 
     Checks are on common random numbers, 20 steps apart. The step size is constant until nine tenths of the flows stand
     still or have weights that correct them, or for `STEADY` steps; then it falls to zero along a cosine over `COOL`
-    steps (half as many if weights ended it), the last fifth of which is averaged. A flow whose ELBO falls far goes back
+    steps (`SHORT_COOL` if weights ended it), the last fifth of which is averaged. A flow whose ELBO falls far goes back
     to its best check, with half the step size.
     """
     run = _Together(flows)
