@@ -164,9 +164,10 @@ def _chains_suffice(state: FitState) -> bool:
 
     The chains are judged for themselves later.
     """
-    chains, flow, density, search, seed = state.best.chains, state.plain, state.density, state.search, state.plan.seed
+    chains, flow, density, search = state.best.chains, state.plain, state.density, state.search
     if chains is None or search is None or not isinstance(flow, Flow):
         return False
+    seed = state.plan.seed
     with seeded(derive(seed, "places of chains"), density.device):
         evidence = evidence_of(flow, around(chains), chains, density)
     if not visits_all(density, chains, search.missed, evidence, seed=seed):
