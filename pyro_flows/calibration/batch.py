@@ -12,11 +12,11 @@ from pyro_flows import _stages
 from pyro_flows._seeding import derive, seeded
 from pyro_flows._threads import few_threads
 from pyro_flows.calibration.untrained import Fitted, untrained
-from pyro_flows.fitting.attempt import Attempt, Combined, Prepared, Run
 from pyro_flows.fitting.conclude import conclude
 from pyro_flows.fitting.plan import Plan
 from pyro_flows.fitting.rounds import Round, unweighed, weighed
 from pyro_flows.fitting.run import prepare
+from pyro_flows.fitting.state import FitState
 from pyro_flows.flows.flow import Flow
 from pyro_flows.flows.recipe import Recipe, start_at
 from pyro_flows.model.digits import COMPARED
@@ -27,9 +27,8 @@ from pyro_flows.posterior.posterior import Posterior
 from pyro_flows.results.stage import Stage
 from pyro_flows.starts.start import Start
 from pyro_flows.starts.together import starts_together
-from pyro_flows.training.lockstep import Lockstep
+from pyro_flows.training.lockstep import Lockstep, train_together
 from pyro_flows.training.loop import STEP_SIZE, Training
-from pyro_flows.training.together import train_together
 from pyro_flows.verdict.acceptance import shift_is_noise
 from pyro_flows.verdict.deciding import LOOKED_AT_DRAWS
 
@@ -54,9 +53,9 @@ def size_of_batch(density: LogDensity) -> int:
 
 def coordinates_for(plan: Plan, densities: Sequence[LogDensity]) -> list[LogDensity]:
     """Return the densities after the first one, all in the coordinates that the first chooses."""
-    prepared = Prepared(densities[0])
-    prepare(Attempt(replace(plan, automatic=False), prepared, Run(0), plan.seed))
-    chosen = prepared.density.structure.noncentered
+    state = FitState(replace(plan, automatic=False), densities[0])
+    prepare(state.runs[0])
+    chosen = state.density.structure.noncentered
     for chart, reason in OF_DATA.items():
         if any(isinstance(options, dict) and chart in options for options in chosen.values()):
             raise NotStackable(reason)
@@ -105,12 +104,12 @@ def fit_stack(
             outcome = Round(
                 flow, unweighed(density.dim, training.elbo), training, _stage(training, starts[number], len(plans))
             )
-            run = Run(0, best=outcome, kept=outcome.stage, history=[outcome.stage])
-            work = Combined(runs=[run], plain=flow, sampler=flow, search=search)
+            state = FitState(plan, density, plain=flow, sampler=flow, search=search)
+            state.runs[0].best, state.runs[0].history = outcome, [outcome.stage]
             with seeded(derive(plan.seed, "digits"), density.device):
                 density.check_digits(flow.draw(COMPARED)[0])
             with seeded(derive(plan.seed, "side by side"), density.device):
-                found[number] = _noted(conclude(plan, density, work), training, len(plans))
+                found[number] = _noted(conclude(state), training, len(plans))
     return found
 
 

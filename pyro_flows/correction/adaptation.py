@@ -26,12 +26,6 @@ from pyro_flows.correction.metric import Metric
 from pyro_flows.modes.under_covered import Points
 
 WANTED = 0.8  # mean acceptance: far points of a flow's latent space bear smaller steps than the most
-RATE = 0.05  # of the ascent, in the log of the trajectory length
-SHORTEST, LONGEST = 0.2, 8.0  # trajectories, in units of the scale
-MOST_LEAPS = 64  # of a trajectory
-MOST_HALVED = 256  # in the space of a flow, where the step has been halved
-AVERAGED = 0.5  # power by which earlier lengths lose weight in their mean
-SHRINKAGE, DELAY, FORGETTING = 0.05, 10.0, 0.75  # of dual averaging
 
 
 class Moved(NamedTuple):
@@ -58,7 +52,7 @@ class Kernel:
     anchor: float = math.log(0.5)
     deficit: float = 0.0
     mean_log_step: float = 0.0
-    most_leaps: int = MOST_LEAPS
+    most_leaps: int = 64  # of a trajectory
 
     @classmethod
     def start(cls, dim: int) -> Kernel:
@@ -70,12 +64,12 @@ class Kernel:
         return max(1, min(self.most_leaps, math.ceil(2.0 * halton(number) * self.length / self.step)))
 
     def adapt(self, before: Points, moved: Moved, metric: Metric, number: int) -> None:
-        """Learn from one move."""
+        """Learn from one move: dual averaging with the constants of its authors, then the ascent."""
         self.moves += 1
         count, acceptance = float(self.moves), float(moved.chance.mean())
-        self.deficit += (WANTED - acceptance - self.deficit) / (count + DELAY)
-        log_step = self.anchor - math.sqrt(count) / SHRINKAGE * self.deficit
-        weight = count**-FORGETTING
+        self.deficit += (WANTED - acceptance - self.deficit) / (count + 10.0)
+        log_step = self.anchor - math.sqrt(count) / 0.05 * self.deficit
+        weight = count**-0.75
         self.mean_log_step += weight * (log_step - self.mean_log_step)
         self.step = math.exp(log_step)
         self._adapt_length(before, moved, metric, number)
@@ -94,9 +88,9 @@ class Kernel:
             return
         self.second = 0.95 * self.second + 0.05 * slope * slope
         corrected = self.second / (1.0 - 0.95**self.moves)
-        self.log_length += RATE * slope / (math.sqrt(corrected) + 1e-12) if corrected > 0.0 else 0.0
-        self.log_length = min(max(self.log_length, math.log(SHORTEST)), math.log(LONGEST))
-        weight = (self.moves + 1.0) ** -AVERAGED
+        self.log_length += 0.05 * slope / (math.sqrt(corrected) + 1e-12) if corrected > 0.0 else 0.0  # one Adam step
+        self.log_length = min(max(self.log_length, math.log(0.2)), math.log(8.0))  # in units of the scale
+        weight = (self.moves + 1.0) ** -0.5  # so earlier lengths lose weight in their mean
         self.length = math.exp((1.0 - weight) * math.log(self.length) + weight * self.log_length)
 
     def again(self) -> None:
@@ -105,9 +99,9 @@ class Kernel:
         self.second = 0.0
 
     def halve(self) -> None:
-        """Take half of the step size, and as many more leaps as keep the length of trajectories."""
+        """Take half of the step size, and twice as many leaps, 256 at most, to keep the length of trajectories."""
         self.step *= 0.5
-        self.most_leaps = max(self.most_leaps, min(2 * self.most_leaps, MOST_HALVED))
+        self.most_leaps = max(self.most_leaps, min(2 * self.most_leaps, 256))
 
     def freeze(self) -> None:
         """Take the means of what adaptation tried: from now on, the kernel is one and the same."""

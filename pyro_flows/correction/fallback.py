@@ -20,24 +20,20 @@ from pyro_flows.correction.latent import Latent
 from pyro_flows.correction.refine import CHAINS, MAX_STEPS, METHODS, refined
 from pyro_flows.correction.sampler import SUBCHAINS, Sampler
 from pyro_flows.correction.search import MISS, missed_by_chains
-from pyro_flows.correction.starts import dispersed_points, mixes_with_others
+from pyro_flows.correction.starts import dispersed_points
 from pyro_flows.flows.flow import Flow
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.results.record import Recorded
 from pyro_flows.results.scoring import LASTING
+from pyro_flows.verdict.acceptance import raw_weights
 from pyro_flows.verdict.chains import McmcDiagnostics, McmcDraws, objections
 from pyro_flows.verdict.deciding import LOOKED_AT_DRAWS
-from pyro_flows.verdict.thresholds import ESS_OF_MCMC, ESS_SHARE_COLLAPSED, R_HAT_CONVERGED
+from pyro_flows.verdict.thresholds import ESS_OF_MCMC, R_HAT_CONVERGED
 
 UNTRAINED, ATTEMPT, LAST = 300_000, 600_000, 1_500_000  # gradients: in the place of training, after it, last
 TRAINED = 1_200_000  # gradients that training, the race before and a sampler after it take, where dimensions are many
 FEW = 50  # dimensions; with more, training takes several times as long
-# Numbers that a costly gradient and a step of chains, which has the second, write together; and how many times as many
-# cheaper gradients there may be at most: 600,000 costly ones take 20 seconds, a round of training 20 to 50.
-DEAR, BESIDE, CHEAPEST = 80_000, 6000, 4.0
-SHORT_OF = 4.0  # times the gradients that are left; chains that sufficed never needed half of them
-LONGER_THAN_THOUGHT = 1.5  # times the gradients that draws would take at their pace so far
-NOT_ENOUGH = "they were not good enough"
+CHEAPEST = 4.0  # times as many cheap gradients as costly ones, at most
 
 
 def which(refine: object) -> str | None:
@@ -57,9 +53,9 @@ def fallback_sampler(
 ) -> Recorded:  # fmt: skip
     """Refine what a fit came to, if its verdict is unreliable and its clock leaves time for that.
 
-    With ``chains`` that began at its draws and are enough, from :func:`attempt`, they are judged, whatever the verdict.
-    ``searched`` says that a search for modes that the guide lacks has found none, ``passed`` that one for modes that
-    these chains lack has been made.
+    With ``chains`` that began at its draws and are enough, from :func:`chains_of_flow`, they are judged, whatever the
+    verdict. ``searched`` says that a search for modes that the guide misses has found none, ``passed`` that one for
+    modes that these chains miss has been made.
     """
     left = clock.end - time.monotonic()
     asked = chains is not None or posterior.verdict.status == "unreliable"
@@ -73,7 +69,7 @@ def fallback_sampler(
     own.asked = clock.asked
     seed = int(posterior.settings["seed"])
     begun = posterior if chains is None else replace(posterior, chains=chains)
-    work = Work(method, NOT_ENOUGH, most=LAST, searched=searched, passed=passed)
+    work = Work(method, "they were not good enough", most=LAST, searched=searched, passed=passed)
     found = refined(begun, work, CHAINS, MAX_STEPS if chains is None else 0, seed, own, bar)
     if chains is None and found.verdict.status == "refined":
         accepted("MCMC at the end")
@@ -86,19 +82,18 @@ def fallback_sampler(
 
 
 @torch.no_grad()
-def attempt(
+def chains_of_flow(
     flow: Flow, density: LogDensity, names: Sequence[str], draws: int, *, seed: int, bar: Bar
 ) -> McmcDraws | None:
     """Try a sampler where a round of training did not suffice; None if it does not either.
 
-    Cost: 40,000 to 600,000 gradients, 1,200,000 where sds are not told before (above 50 dimensions), and up to four
+    Cost: 40,000 to 600,000 gradients, 1,200,000 where sds are not resolved before (above 50 dimensions), and up to four
     times as many cheap ones.
     """
     with density.clock.watching():
         z, log_q = flow.draw(LOOKED_AT_DRAWS)
-    ratios = (density(z) - log_q).double()
-    weights = torch.softmax(torch.where(torch.isfinite(ratios), ratios, -torch.inf), 0).nan_to_num(nan=0.0)
-    if not float(weights.square().sum()) * len(z) * ESS_SHARE_COLLAPSED < 1.0 or not bool(weights.sum() > 0.0):
+    weights = raw_weights(density(z) - log_q)
+    if weights is None:
         return None
     latent, most = Latent(flow, density), gradient_budget(density, ATTEMPT)
     found = chains_from(latent, names, z, weights.log(), draws, seed=seed, bar=bar, most=most, independence=1)
@@ -110,18 +105,18 @@ def chains_miss_mode(chains: McmcDraws, flow: Flow, density: LogDensity, names: 
     """Whether chains in the space of a flow miss a mode, though they have converged; a search begins at their draws."""
     sampler = Sampler(Latent(flow, density), names, chains, kept=chains.z.shape[1], seed=int(chains.numbers["seed"]))
     given = (flow.log_prob, covered_by(flow, density), evidence_of(flow, around(chains), chains, density), ())
-    missed = missed_by_chains(
-        density, chains, *given, seed=seed, joined=lambda places: mixes_with_others(sampler, places)
-    )
+    missed = missed_by_chains(density, chains, *given, seed=seed, sampler=sampler)
     return any(said.startswith(MISS) for said in missed.failures)
 
 
 def gradient_budget(density: LogDensity, gradients: float) -> float:
     """Return how many gradients take as long as so many costly ones: training costs the same, whatever they cost.
 
-    They are told by the numbers that they write, not by a clock, so that one seed gives one answer.
+    Costs are the numbers that gradients write, and not seconds, so that one seed gives one answer. A costly gradient
+    and the step of its chains write 80,000 numbers together; the step alone writes 6000. 600,000 costly ones take 20
+    seconds, a round of training 20 to 50.
     """
-    return gradients * min(max(DEAR / (BESIDE + density.written), 1.0), CHEAPEST)
+    return gradients * min(max(80_000 / (6000 + density.written), 1.0), CHEAPEST)
 
 
 def _only_lacks_draws(found: McmcDiagnostics) -> bool:
@@ -133,9 +128,9 @@ def _only_lacks_draws(found: McmcDiagnostics) -> bool:
 def _gone_on(sampler: Sampler, found: McmcDiagnostics, spent: float, bar: Bar, patient: bool) -> McmcDiagnostics:
     """Go on with chains that will have draws enough before a flow could be trained; return their figures.
 
-    In all they take `TRAINED` gradients at most, more if these are cheap. Those that nothing speaks against, but that
-    do not tell all standard deviations, go on to that (`ATTEMPT` up to `FEW` dimensions). ``patient`` chains go on for
-    this alone.
+    In all they take `TRAINED` gradients at most, more if these are cheap. Chains that have converged, but whose
+    standard deviations have too large errors, go on to that (`ATTEMPT` up to `FEW` dimensions). ``patient`` chains go
+    on for this alone.
     """
     trained, attempted = (gradient_budget(sampler.latent.density, count) for count in (TRAINED, ATTEMPT))
     most = trained if sampler.latent.dim > FEW else attempted
@@ -143,7 +138,7 @@ def _gone_on(sampler: Sampler, found: McmcDiagnostics, spent: float, bar: Bar, p
         more = most - spent
         if objections(found):
             needed = sampler.gradients_needed(found)
-            more = min(max(attempted - spent, LONGER_THAN_THOUGHT * needed), trained - spent)
+            more = min(max(attempted - spent, 1.5 * needed), trained - spent)  # the pace may fall
             if patient or not _only_lacks_draws(found) or needed > more:
                 break
         elif objections(sampler.figures()):  # found may be of some coordinates only
@@ -163,7 +158,7 @@ def chains_from(
     starts = dispersed_points(latent, z, log_weights, CHAINS // SUBCHAINS, seed=derive(seed, "starts of chains"))
     kept = math.ceil(draws / CHAINS)
     sampler = Sampler.begin(latent, names, starts, independence=independence, chains=CHAINS, kept=kept, seed=seed)
-    short_of = SHORT_OF if patient else math.inf
+    short_of = 4.0 if patient else math.inf  # chains that sufficed never needed half of the gradients left
     found = sampler.run(MAX_STEPS, bar.show, gradients=most, patient=patient, short_of=short_of)
     if found is not None:
         found = _gone_on(sampler, found, most, bar, patient)

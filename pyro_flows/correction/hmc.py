@@ -28,8 +28,6 @@ from pyro_flows.graphs import Runner, record
 from pyro_flows.modes.symmetries import SAME, are_the_same
 from pyro_flows.modes.under_covered import Points
 
-DIVERGED = 1000.0  # nats of energy error
-
 
 def turned(u: Tensor, slope: Tensor, step: float | Tensor) -> tuple[Tensor, Tensor]:
     """Turn directions u (C, D) for a time by the slope of log p (C, D); return them and the kinetic energy gained (C,).
@@ -59,9 +57,9 @@ def leap(
     if runner is not None:
         latent.density.clock.look()
         latent.density.spend(len(u))
-        dials = torch.tensor([step, turn], dtype=u.dtype, device=u.device)
+        scalars = torch.tensor([step, turn], dtype=u.dtype, device=u.device)
         try:
-            u, gained, x, *seen = runner(given, u, *metric, dials)
+            u, gained, x, *seen = runner(given, u, *metric, scalars)
             return Points(x, points.k, *seen), u, gained
         except torch.linalg.LinAlgError:
             latent.density.spend(-len(u))  # at some of these points: they are -inf, the others count
@@ -83,13 +81,13 @@ def _recorded(graph: fx.GraphModule, points: Tensor, metric: Metric) -> fx.Graph
     dim = len(metric.scale)
 
     def step(
-        points: Tensor, u: Tensor, scale: Tensor, axes: Tensor, roots: Tensor, dials: Tensor
+        points: Tensor, u: Tensor, scale: Tensor, axes: Tensor, roots: Tensor, scalars: Tensor
     ) -> tuple[Tensor, ...]:  # fmt: skip
         units = Metric(scale, axes, roots)
         x, parts = points[:, :dim], points[:, dim:]
-        x = (x + dials[0] * units.out(u)).double().to(x.dtype)  # what is evaluated is what is returned, if rounded
+        x = (x + scalars[0] * units.out(u)).double().to(x.dtype)  # what is evaluated is what is returned, if rounded
         seen = only_finite(*(part.to(x.dtype) for part in graph(torch.cat([x, parts], 1) if parts.shape[1] else x)))
-        u, gained = turned(u, units.back(seen[3]), dials[1])
+        u, gained = turned(u, units.back(seen[3]), scalars[1])
         return u, gained, x, *seen
 
     unit = points.new_full((len(points), dim), dim**-0.5)
@@ -121,11 +119,14 @@ def hamiltonian(latent: Latent, points: Points, *, step: float, leaps: int, metr
 
 
 def _landed(points: Points, new: Points, velocity: Tensor, error: Tensor, start: Tensor, end: Tensor) -> Moved:
-    """Accept the ends of trajectories by the errors (C,) of their energies, which were ``start`` and are ``end``."""
+    """Accept the ends of trajectories by the errors (C,) of their energies, which were ``start`` and are ``end``.
+
+    An error of 1000 nats is a divergence.
+    """
     chance = torch.exp(-error).clamp(max=1.0).nan_to_num(nan=0.0)
     accepted = torch.rand_like(chance) < chance
     energy = torch.where(accepted, end, start)
-    return Moved(new.where(accepted, points), new.x, velocity, chance, error, energy, ~(error < DIVERGED))
+    return Moved(new.where(accepted, points), new.x, velocity, chance, error, energy, ~(error < 1000.0))
 
 
 @torch.no_grad()

@@ -10,11 +10,10 @@ from torch import Tensor
 
 from pyro_flows import _stages
 from pyro_flows._clock import Clock
-from pyro_flows.correction.diagnostics import figures
 from pyro_flows.correction.sampler import Sampler
 from pyro_flows.correction.search import MissedByChains, bridge, held_out, missed_by_chains
 from pyro_flows.correction.smc import Annealed
-from pyro_flows.correction.starts import affine_flow, flow_of, mixes_with_others
+from pyro_flows.correction.starts import affine_flow, flow_of
 from pyro_flows.correction.stopping import unresolved
 from pyro_flows.flows.flow import Flow
 from pyro_flows.flows.mixture import FlowMixture
@@ -54,10 +53,9 @@ class Work:
     method: str
     why: str
     most: float = math.inf  # gradients
-    searched: bool = False  # for modes that the guide lacks, in vain
-    passed: bool = False  # the chains went through the search for what they lack already
+    searched: bool = False  # for modes that the guide misses, and none was found
+    passed: bool = False  # the chains went through the search for what they miss already
     sampler: Sampler | None = None
-    chains: McmcDraws | None = None
     annealed: Annealed | None = None
     failures: list[str] = field(default_factory=list)
     gradients: int = 0
@@ -65,7 +63,11 @@ class Work:
 
 def concluded(posterior: Recorded, work: Work, seed: int, clock: Clock) -> Recorded:
     """Judge the chains, and return the posterior with what they came to."""
-    chains, found = _come_to(posterior, work)
+    chains, found = posterior.chains, None
+    if work.sampler is not None:
+        chains = work.sampler.chains()
+        chains = replace(chains, numbers={**chains.numbers, "method": work.method})
+        found = work.sampler.figures() if chains.z.shape[1] >= LEAST_DRAWS else None
     against = [*work.failures, *([] if found is None else objections(found))]
     against += [reason for reason in posterior.verdict.reasons if reason.startswith(LASTING)]
     if found is None and not against:
@@ -96,26 +98,6 @@ def concluded(posterior: Recorded, work: Work, seed: int, clock: Clock) -> Recor
     return _using(result, result.z, result.log_p, result.log_q)  # the guide's own: nothing better can be relied on
 
 
-def _come_to(posterior: Record, work: Work) -> tuple[McmcDraws | None, McmcDiagnostics | None]:
-    """Return the chains and their figures, if they have draws enough for these."""
-    if work.sampler is not None:
-        under_way = work.sampler.chains()
-        under_way = replace(under_way, numbers={**under_way.numbers, "method": work.method})
-        return under_way, work.sampler.figures() if under_way.z.shape[1] >= LEAST_DRAWS else None
-    chains = work.chains if work.chains is not None else posterior.chains
-    if work.chains is None or chains is None:
-        return chains, None
-    state = chains.state
-    return chains, figures(
-        chains.z,
-        chains.stats,
-        posterior.coordinates,
-        superchain=state["superchain"],
-        began=state["began"],
-        sweeps=int(chains.numbers["sweeps"]),
-    )
-
-
 def _checked(posterior: Record, chains: McmcDraws, seed: int, work: Work) -> MissedByChains:
     """Return what speaks against chains that have converged, in words, and what was not looked at."""
     density, flow = posterior._need_model(), flow_of(posterior)
@@ -127,19 +109,13 @@ def _checked(posterior: Record, chains: McmcDraws, seed: int, work: Work) -> Mis
     invalid += [*lost, *improper_tails(density, lambda: chains.z.flatten(0, 1), seed=seed)]
     if work.passed:
         return MissedByChains([*invalid, *disagreements(posterior, chains)], rounded)
-    moments = around(chains)
     own = flow is posterior.flow  # else an affine one, that chains moved in
     covered = _middle(posterior.log_p - posterior.log_q) if own else covered_by(flow, density)
-    evidence = evidence_of(flow, moments, chains, density)
-    given = (flow.log_prob, covered, evidence, posterior.history)
+    given = (flow.log_prob, covered, evidence_of(flow, around(chains), chains, density), posterior.history)
     sampler, space = work.sampler, None
     if sampler is not None and sampler.latent.walkable and is_usable(posterior.log_weights.double()):
         space = sampler.latent
-
-    def joined(places: Tensor) -> bool:
-        return sampler is not None and mixes_with_others(sampler, places)
-
-    missed = missed_by_chains(density, chains, *given, seed=seed, searched=work.searched, joined=joined, space=space)
+    missed = missed_by_chains(density, chains, *given, seed=seed, searched=work.searched, sampler=sampler, space=space)
     failures = [*invalid, *missed.failures, *disagreements(posterior, chains)]
     return replace(missed, failures=failures, notes=[*missed.notes, *rounded])
 
@@ -152,7 +128,7 @@ def around(chains: McmcDraws) -> Flow:
 
 @torch.no_grad()
 def covered_by(flow: Flow | FlowMixture, density: LogDensity) -> float:
-    """Return the log of the mass that a flow covers, as far as its draws tell."""
+    """Return the log of the mass that a flow covers, estimated by its own draws."""
     z, log_q = flow.draw(BRIDGED)
     return _middle(density(z) - log_q)
 

@@ -5,32 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pyro_flows.correction.adaptation import Moved
-
 STATS = (
     *("lp", "log_weight", "acceptance_rate", "diverging", "energy", "energy_error", "n_steps", "step_size"),
     *("proposed", "independent", "changes", "part"),
 )
-
-
-def numbers_of(
-    moved: Moved, *, leaps: int, step: float, proposed: int, independent: Tensor, changes: Tensor
-) -> dict[str, Tensor]:  # fmt: skip
-    like = moved.chance
-    return {
-        "lp": moved.points.log_p,
-        "log_weight": moved.points.log_weight,
-        "acceptance_rate": moved.chance,
-        "diverging": moved.diverging,
-        "energy": moved.energy,
-        "energy_error": moved.error,
-        "n_steps": torch.full_like(like, float(leaps)),
-        "step_size": torch.full_like(like, step),
-        "proposed": torch.full_like(like, float(proposed)),
-        "independent": independent,
-        "changes": changes,
-        "part": moved.points.k.to(like),
-    }
 
 
 class Kept:

@@ -31,10 +31,7 @@ from pyro_flows.transforms import LowerTriangularAffine
 from pyro_flows.transforms.nested import Nested
 from pyro_flows.transforms.sliced import Sliced
 
-WALKED_PARTS = 4
-SLICED_COSTLY = 24  # dimensions of slices, from which each point has hundreds of numbers of its own
 WRITTEN_DEAR = 30_000  # numbers that a gradient of the model writes
-LEAPS_KEPT = 4
 
 
 def _widest(flow: Flow) -> int:
@@ -76,9 +73,10 @@ class Latent:
         numbers = max(density.numbers, len(self.parts) * max(map(_widest, self.flows)))
         recordable = density.batched and not self._by_parts and not density.by_rows
         # Graphs of their own, so that chains that go on repeat themselves.
-        make = partial(Recorder, self._single, numbers, own=True, before=self._prepare, changed=density.faults)
+        look = partial(self._evaluated, graph=True)
+        make = partial(Recorder, look, numbers, own=True, before=self._prepare, changed=density.faults)
         self._recorder = make() if recordable else None
-        self.leaps: Cache[object, Runner | None] = Cache(LEAPS_KEPT)  # steps of trajectories
+        self.leaps: Cache[object, Runner | None] = Cache(4)  # steps of trajectories
 
     @property
     def costly(self) -> bool:
@@ -86,12 +84,13 @@ class Latent:
         if self.density.written > WRITTEN_DEAR:
             return True
         layers = (layer for flow in self.flows for layer in flow.modules())
-        return self.dim > SLICED_COSTLY and any(isinstance(layer, (Nested, Sliced)) for layer in layers)
+        many = self.dim > 24  # then each point has hundreds of numbers of its own
+        return many and any(isinstance(layer, (Nested, Sliced)) for layer in layers)
 
     @property
     def walkable(self) -> bool:
         """Whether a look costs little more than one of a flow: each part is scored by all of them."""
-        return len(self.parts) <= WALKED_PARTS and not self.density.by_rows
+        return len(self.parts) <= 4 and not self.density.by_rows
 
     @property
     def _by_parts(self) -> bool:
@@ -175,9 +174,6 @@ class Latent:
             return tuple(part.to(points.dtype) for part in self._recorder(points))
         except torch.linalg.LinAlgError:  # at some of these points: they are -inf, the others count
             return self._evaluated(points, graph=False)
-
-    def _single(self, points: Tensor) -> tuple[Tensor, ...]:
-        return self._evaluated(points, graph=True)
 
     def _evaluated(self, points: Tensor, *, graph: bool) -> tuple[Tensor, ...]:
         x, k = self._parted(points)

@@ -17,13 +17,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-MOST_AXES = 50  # long ones, and as many short ones
 MOST_DIM = 1200  # dimensions up to which directions are looked for: an eigendecomposition takes the cube of them
-LONG = 2.0  # variance of a direction, in units of the scales, above which it counts
 APART_FROM_ONE = 1.2  # a direction is kept if draws and gradients together say a variance above it, or below 1 / 1.2
-NARROWEST, WIDEST = 1e-6, 1e6  # variances
 SCALES = 0.01, 100.0
-APART = 0.5  # of the draws of a round that count as independent ones
 
 
 class Metric(NamedTuple):
@@ -76,7 +72,8 @@ def learned(x: Tensor, slope: Tensor) -> Metric:
     if int(usable.sum()) < 2:
         return Metric.of(scale)
     draws, slopes = (torch.cov(part[usable].mT, correction=0) for part in (y, h))
-    edge = max(LONG, (1.0 + math.sqrt(x.shape[1] / (APART * len(y)))) ** 2)  # of what noise alone comes to
+    # a long direction has twice the variance, and more than noise alone comes to: half of the draws are independent
+    edge = max(2.0, (1.0 + math.sqrt(x.shape[1] / (0.5 * len(y)))) ** 2)
     both = torch.cat([_longest(draws, edge), _longest(slopes, edge)], 1)
     if not both.shape[1]:
         return Metric.of(scale)
@@ -85,16 +82,16 @@ def learned(x: Tensor, slope: Tensor) -> Metric:
     if not bool(torch.isfinite(inside).all()):
         return Metric.of(scale)
     values, turned = torch.linalg.eigh(inside)
-    values = values.clamp(NARROWEST, WIDEST)
+    values = values.clamp(1e-6, 1e6)
     kept = values.log().abs() > math.log(APART_FROM_ONE)  # noise shows in draws or in gradients, not in both
     values, turned = values[kept], turned[:, kept]
     return Metric(scale, (basis @ turned).to(x), values.sqrt().to(x))
 
 
 def _longest(covariance: Tensor, edge: float) -> Tensor:
-    """Return the directions (D, K) of the largest variances, those above ``edge``."""
+    """Return the directions (D, K) of the largest variances, those above ``edge``, 50 at most."""
     values, vectors = torch.linalg.eigh(covariance)
-    return vectors[:, (values > edge).nonzero()[:, 0][-MOST_AXES:]]
+    return vectors[:, (values > edge).nonzero()[:, 0][-50:]]
 
 
 def _between(draws: Tensor, slopes: Tensor) -> Tensor:

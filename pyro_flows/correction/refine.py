@@ -31,12 +31,8 @@ from pyro_flows.verdict.thresholds import ESS_SHARE_COLLAPSED
 from pyro_flows.verdict.weighing import weigh
 
 METHODS = ("auto", "hmc", "imh", "smc")
-FEWEST, MOST_CHAINS = 16, 4096
 CHAINS = 64  # no more than the draws of each: ArviZ takes the longer axis for that of draws
 MAX_STEPS = 2000  # sweeps of each chain
-PARTICLES = 1024
-ASKED = "refine() was called"
-LEAST = 1000  # draws that a pool is weighed for
 
 
 def refine(
@@ -46,7 +42,7 @@ def refine(
 ) -> Recorded:  # fmt: skip
     """Do what :meth:`~pyro_flows.posterior.posterior.Record.refine` says."""
     _checks.choice("method", method, METHODS)
-    _checks.integer("chains", chains, FEWEST, MOST_CHAINS)
+    _checks.integer("chains", chains, 16, 4096)
     if chains % SUBCHAINS:
         raise ValueError(f"chains: expected a multiple of {SUBCHAINS}, for superchains of as many, got {chains}.")
     _checks.integer("max_steps", max_steps, 1)
@@ -55,9 +51,15 @@ def refine(
     posterior._need_density()
     _journal.check(checkpoint)
     asked = {"method": method, "chains": chains, "max_steps": max_steps, "max_seconds": max_seconds, "seed": seed}
-    about = lambda: {"call": "refine", **asked, "draws": _draws_of(posterior), **identity(posterior._need_model())}  # noqa: E731
+
+    def about() -> dict[str, object]:
+        before = [] if posterior.chains is None else [posterior.chains.z, *posterior.chains.state.values()]
+        parts = [posterior.z, posterior.log_p, posterior.log_weights], before
+        draws = [_journal.checksum(part) for part in parts]
+        return {"call": "refine", **asked, "draws": draws, **identity(posterior._need_model())}
+
     with interruptible(), Bar("refine", progress) as bar, _journal.keeping(checkpoint, about):
-        work = Work(method, ASKED, most=posterior._need_density().most_gradients)
+        work = Work(method, "refine() was called", most=posterior._need_density().most_gradients)
         STATE.hold(True)
         found = refined(posterior, work, chains, max_steps, seed, Clock(seconds, watch=bar.watch), bar)
         bar.close(f"{found.method}, {found.verdict.status}")
@@ -65,12 +67,6 @@ def refine(
     if "gradient_evaluations" in settings:
         settings["gradient_evaluations"] += work.gradients
     return replace(found, settings=settings)
-
-
-def _draws_of(posterior: Recorded) -> list[int]:
-    """Return digests of a posterior's draws, weights and chains."""
-    chains = [] if posterior.chains is None else [posterior.chains.z, *posterior.chains.state.values()]
-    return [_journal.checksum(part) for part in ([posterior.z, posterior.log_p, posterior.log_weights], chains)]
 
 
 def refined(
@@ -108,7 +104,7 @@ def _sample(posterior: Recorded, work: Work, chains: int, max_steps: int, seed: 
         raise NoStart("no draw of the guide has a finite density")
     z = posterior.z
     if work.method == "smc":
-        work.annealed = anneal(latent, max(PARTICLES, chains), seed=seed, report=bar.show)
+        work.annealed = anneal(latent, max(1024, chains), seed=seed, report=bar.show)
         z, weights = work.annealed.points.z, torch.zeros_like(work.annealed.points.log_p)
     z = dispersed_points(latent, z, weights, chains // SUBCHAINS, seed=derive(seed, "starts of chains"))
     moves = HAMILTONIAN if work.method == "hmc" else MICROCANONICAL
@@ -160,6 +156,6 @@ def more_draws(posterior: Record, count: int, *, seed: int) -> Tensor:
         if posterior.verdict.status != "corrected":
             drawn: Tensor = flow.draw(count)[0]
             return drawn
-        pool = score_pool(density, flow.draw, POOL * max(count, LEAST))
+        pool = score_pool(density, flow.draw, POOL * max(count, 1000))
         weighing = weigh(pool.z, pool.log_p, pool.log_q)
         return pool.z[resample(weighing.log_weights, count, seed=seed)]

@@ -20,7 +20,6 @@ from pyro_flows import _mixing
 from pyro_flows._journal import loop
 from pyro_flows._seeding import derive
 from pyro_flows.correction.adaptation import Kernel
-from pyro_flows.correction.diagnostics import examined, slowest
 from pyro_flows.correction.hmc import (
     are_copies,
     exchange_of,
@@ -31,10 +30,10 @@ from pyro_flows.correction.hmc import (
     relabel,
     swapped,
 )
-from pyro_flows.correction.kept import Kept, numbers_of
+from pyro_flows.correction.kept import Kept
 from pyro_flows.correction.latent import Latent, Points
 from pyro_flows.correction.metric import Metric, learned
-from pyro_flows.correction.stopping import next_look, resolved_sds, sweeps_needed
+from pyro_flows.correction.stopping import examined, next_look, resolved_sds, slowest, sweeps_needed
 from pyro_flows.verdict.chains import McmcDiagnostics, McmcDraws, as_numbers, diverge, objections
 from pyro_flows.verdict.thresholds import (
     DIVERGENT_SHARE_OF_CHAINS,
@@ -47,10 +46,8 @@ ROUND = 30  # sweeps of a round of warm-up
 ROUNDS = 2, 12  # at least, at most
 KEPT = 64  # draws of a chain, at least: R-hat splits them into halves
 HALVINGS = 4  # of the step size, where trajectories diverge
-SHORT_EVERY, SHORT = 4, 0.25  # each fourth move takes leaps of a quarter: into necks that the others overshoot
 WATCHED = 16  # coordinates, the worst of the last look at all
 HAMILTONIAN, MICROCANONICAL = "Hamiltonian", "microcanonical"  # moves; the latter take two dimensions
-ROOM, ROOM_NUMBERS = 256, 2**20  # draws of a chain that are held, and numbers in those of all, if that is more
 COUNTS, METRIC = ("sweeps", "waiting", "checked", "halved"), ("axes", "roots")  # files of old have none of the latter
 
 
@@ -173,11 +170,8 @@ class Sampler:
         found, judged = state["figures"]
         self.over, self.resolved, self.found = state["over"], state["told"], found and McmcDiagnostics.of(found)
         self.judged = judged and (tuple(judged[0]), McmcDiagnostics.of(judged[1]))
-        self.points, self.metric, self.kernel = (
-            Points(*state["points"]),
-            Metric(*state["metric"]),
-            Kernel(**state["kernel"]),
-        )
+        self.points, self.metric = Points(*state["points"]), Metric(*state["metric"])
+        self.kernel = Kernel(**state["kernel"])
         self.draws, self.round = Kept(state["z"], state["stats"]), [tuple(of) for of in state["round"]]
         self.numbers = state["numbers"]
         self.latent.density.put_back(state["density"])
@@ -214,7 +208,7 @@ class Sampler:
     def _looked_at(self) -> McmcDiagnostics:
         """Judge the draws so far: by the worst coordinates of the last time, and by all if these and all sds suffice.
 
-        A first half that keeps the sds from being told was warm-up, and goes.
+        A first half without which the errors of sds are clearly smaller is discarded as warm-up.
         """
         self.numbers["checked"] = len(self.draws)
         found = self._figures(self.numbers.get("worst") or slowest(self.judged_by()[0], WATCHED))
@@ -264,15 +258,30 @@ class Sampler:
         elif self.swaps:
             points = swapped(self.latent, points)
         changes = (points.k != self.points.k).to(taken)
-        leaps, short = self.kernel.leaps(number), not adapt and number % SHORT_EVERY == 0
-        step = SHORT * self.kernel.step if short else self.kernel.step
+        leaps, step = self.kernel.leaps(number), self.kernel.step
+        if not adapt and number % 4 == 0:  # leaps of a quarter go into necks that the others overshoot
+            step = 0.25 * step
         move = microcanonical if self.numbers.get("moves") == MICROCANONICAL else hamiltonian
         moved = move(self.latent, points, step=step, leaps=leaps, metric=self.metric)
         if adapt:
             self.kernel.adapt(points, moved, self.metric, number)
         self.points = moved.points
         self.numbers["sweeps"] = number + 1
-        return numbers_of(moved, leaps=leaps, step=step, proposed=tried, independent=taken, changes=changes)
+        like = moved.chance
+        return {
+            "lp": moved.points.log_p,
+            "log_weight": moved.points.log_weight,
+            "acceptance_rate": like,
+            "diverging": moved.diverging,
+            "energy": moved.energy,
+            "energy_error": moved.error,
+            "n_steps": torch.full_like(like, float(leaps)),
+            "step_size": torch.full_like(like, step),
+            "proposed": torch.full_like(like, float(tried)),
+            "independent": taken,
+            "changes": changes,
+            "part": moved.points.k.to(like),
+        }
 
     def _warm_up(self) -> None:
         """Adapt for one sweep; at the end of a round, set the units, and fix the kernel if superchains agree."""
@@ -292,11 +301,9 @@ class Sampler:
         self.round = []
 
     def _keep(self, numbers: dict[str, Tensor]) -> None:
-        self.numbers["waiting"] += 1
-        if self.numbers["waiting"] < self.numbers["thin"]:
-            return
-        self.numbers["waiting"] = 0
-        self.draws.add(self.points.z, numbers)
+        self.numbers["waiting"] = (self.numbers["waiting"] + 1) % self.numbers["thin"]
+        if not self.numbers["waiting"]:
+            self.draws.add(self.points.z, numbers)
 
     def _begin_halved(self) -> None:
         """Begin anew with half of the step size, and trajectories as long as before."""
@@ -307,7 +314,7 @@ class Sampler:
 
     def _make_room(self, found: McmcDiagnostics) -> None:
         """Drop the first half of draws that superchains still disagree on; else every other one, where all are full."""
-        room = min(ROOM, ROOM_NUMBERS // self.points.x.numel())
+        room = min(256, 2**20 // self.points.x.numel())  # draws of a chain: a million numbers in those of all
         if len(self.draws) >= max(2 * self.kept, room):
             rough = not found.nested_r_hat <= R_HAT_OF_SHORT_CHAINS
             self.numbers["thin"] *= 1 if rough else 2

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TypedDict, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,6 +13,8 @@ from torch import Tensor
 from pyro_flows import _mixing, _stages
 from pyro_flows._ledger import counted
 from pyro_flows._seeding import derive, seeded
+from pyro_flows.correction.sampler import Sampler
+from pyro_flows.correction.starts import mixes_with_others
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.modes.barriers import are_separated
 from pyro_flows.modes.missed_modes import Search, missed_modes
@@ -38,16 +40,14 @@ TOO_LITTLE, MISS = "the chains have too little mass", "the chains miss a mode"  
 HELD_OUT = 4  # one superchain of so many
 OF_GUIDES = (_stages.SEARCH,)
 OF_CHAINS = _stages.SEARCH_BY_CHAINS, _stages.EARLIER_SEARCH_BY_CHAINS
-WHOLE_UP_TO = 50  # dimensions: beyond that a history keeps the spreads of a place, not its correlations
 NO_PLACE = BY_WALKERS, TRUNCATED_TAIL  # starts that stand for more than the region of a normal distribution
-INSIDE = 3.0  # standard deviations of a chi-square: draws of a normal distribution that lie farther out do not count
 
 
 @dataclass(frozen=True)
 class MissedByChains:
-    """What chains lack, in words, what was not looked at, and the places, for chains that come later.
+    """What chains miss, in words, what was not checked, and the missed regions as entries of the history.
 
-    ``symmetries`` take the mode that chains are in to some of them.
+    ``symmetries`` take the mode that chains are in to some of these regions.
     """
 
     failures: list[str]
@@ -57,40 +57,40 @@ class MissedByChains:
 
 
 def noted(search: Search | None, stage: str = _stages.SEARCH) -> list[Stage]:
-    """Return what a fit's history keeps of a search, for a sampler to look at later: places and spreads as lists."""
+    """Return what a fit's history keeps of a search, for a sampler to look at later: places and spreads as lists.
+
+    Above 50 dimensions, it keeps the standard deviations of a place, and not its correlations.
+    """
     missed = [] if search is None else [region for region in search.missed if region.start.name not in NO_PLACE]
-    if not missed:
+    if search is None or not missed:
         return []
     scales = [region.start.scale for region in missed]
-    spreads = [s.norm(dim=1) if s.dim() == 2 and len(s) > WHOLE_UP_TO else s for s in scales]
-    sentence = search.sentence if search is not None else ""
-    places = {
-        "places": [region.start.loc.tolist() for region in missed],
-        "spreads": [spread.tolist() for spread in spreads],
-    }
-    return [Stage(stage, details={"sentence": sentence, **places})]
+    spreads = [s.norm(dim=1) if s.dim() == 2 and len(s) > 50 else s for s in scales]
+    places = [region.start.loc.tolist() for region in missed]
+    details = {"sentence": search.sentence, "places": places, "spreads": [spread.tolist() for spread in spreads]}
+    return [Stage(stage, details=details)]
 
 
 @counted(_stages.MISSED_BY_CHAINS)
 def missed_by_chains(
     density: LogDensity, chains: McmcDraws, score: Callable[[Tensor], Tensor], covered: float, evidence: float,
-    history: Sequence[Mapping[str, object]], *, seed: int, searched: bool = False,
-    joined: Callable[[Tensor], bool] = lambda places: False, space: Space | None = None,
+    history: Sequence[Mapping[str, Any]], *, seed: int, searched: bool = False,
+    sampler: Sampler | None = None, space: Space | None = None,
 ) -> MissedByChains:  # fmt: skip
-    """Return what chains lack, in words, and what was not looked at.
+    """Return what chains miss, in words, and what was not checked.
 
-    The search of :func:`~pyro_flows.modes.missed_modes` is made with draws of the chains. They count as draws of the
-    posterior, :math:`\\log q = \\log p - \\log Z`, but a place is thin where the flow is. What it finds, and what the
-    search of the fit had found, is a failure unless the chains go in and out there: superchains agree on how many of
-    their draws are inside, and these are as many as the mass of the region asks for, or 2 % where that is not known.
-    Where a search from the flow's own draws has found nothing, and chains stay where the flow has its due, another one
-    would begin at the same points, and is not made. What chains hold does not end the search: its next part may find
-    what they lack.
+    The search of :func:`~pyro_flows.modes.missed_modes` begins at draws of the chains. They count as draws of the
+    posterior, :math:`\\log q = \\log p - \\log Z`, but a region is searched where the flow has too little density.
+    What this search finds, and what the search of the fit had found, is a failure unless the chains visit the region:
+    superchains agree on the share of their draws inside, and it is as large as the mass of the region requires, or 2 %
+    where that mass is not known. If a search from the flow's own draws has found nothing, and chains stay where the
+    flow has enough density, another search would begin at the same points, and is not made. A region that chains
+    visit does not end the search: its next part may find one that they miss.
 
     ``score`` is the log density of the flow, ``covered`` the log of the mass that it covers, ``evidence`` that of all.
-    ``searched`` says that a search from the flow's draws has found nothing. ``joined`` says whether chains that begin
-    at some places come to where the others are, which tells it too. ``space`` is the latent space of the flow, if its
-    own weights are good enough to tell where it is thin.
+    ``searched`` says that a search from the flow's draws has found nothing. If chains of the ``sampler`` that begin at
+    some places mix with the others, these places are not missed. ``space`` is the latent space of the flow, if its own
+    weights are good enough to estimate where it has too little density.
     """
     other = held_out(chains)
     z, log_p = chains.z[other].flatten(0, 1), chains.stats["lp"][other].flatten()
@@ -99,16 +99,19 @@ def missed_by_chains(
     seed = derive(seed, "modes that chains lack")
     search, regions = Search(), _Regions(density, chains, evidence, seed)
 
+    def mixes(places: Tensor) -> bool:
+        return sampler is not None and mixes_with_others(sampler, places)
+
     def left(missed: list[MissedRegion]) -> list[MissedRegion]:
         missed = [region for region, covered in zip(missed, regions.cover(missed), strict=True) if not covered]
         places = [region.place if region.drawn is None else region.drawn for region in missed]
-        return [] if missed and joined(torch.stack(places)) else missed
+        return [] if missed and mixes(torch.stack(places)) else missed
 
     thin = Guide(density, score, covered).is_under_covered(z[chosen], log_p[chosen], by=DENSITY_GAP_OF_WALKERS)
     if not searched or float(thin.double().mean()) > MISSED_MASS_SHARE:
         log_q = log_p[chosen] - covered
         search = missed_modes(density, [], z[chosen], log_q, score, seed=seed, space=space, sift=left)
-    found = _not_visited(history, regions, joined)
+    found = _not_visited(history, regions, mixes)
     worth = math.inf if chains.figures is None else chains.figures.ess_tail
     all_ = chains.z.flatten(0, 1)
     even = all_, torch.zeros_like(all_[:, 0])
@@ -122,39 +125,29 @@ def missed_by_chains(
     return MissedByChains(found, list(search.notes), noted(search, _stages.SEARCH_BY_CHAINS), symmetries)
 
 
-class _Found(TypedDict):
-    """What a search has written into the history."""
-
-    places: list[list[float]]
-    spreads: list[list[float]]
-    sentence: str
-
-
 def _not_visited(
-    history: Sequence[Mapping[str, object]], regions: _Regions, joined: Callable[[Tensor], bool]
+    history: Sequence[Mapping[str, Any]], regions: _Regions, mixes: Callable[[Tensor], bool]
 ) -> list[str]:  # fmt: skip
-    """Return what the search of the last guide said, and those of earlier chains, where chains do not go to all places.
+    """Return what the search of the last guide found, and those of earlier chains, if these chains miss some of it.
 
-    From those they do not go in and out of, they may come to the same distribution. Another search may fail to find
-    these again.
+    Chains visit a region, or chains that begin there mix with them. Another search may fail to find a region again.
     """
     guides, earlier = (
-        [cast(_Found, stage["details"]) for stage in history if stage["stage"] in names]
-        for names in (OF_GUIDES, OF_CHAINS)
+        [stage["details"] for stage in history if stage["stage"] in names] for names in (OF_GUIDES, OF_CHAINS)
     )
     z, found = regions.chains.z, []
     for search in (*guides[-1:], *earlier):
         pairs = zip(search["places"], search["spreads"], strict=True)
         places = [place for place, spread in pairs if not regions.visited(z.new_tensor(place), z.new_tensor(spread))]
-        found += [search["sentence"]] if places and not joined(z.new_tensor(places)) else []
+        found += [search["sentence"]] if places and not mixes(z.new_tensor(places)) else []
     return found
 
 
 def held_out(chains: McmcDraws) -> Tensor:
     """Return which chains (C,) a search begins at: those of every fourth superchain; every fourth of a few.
 
-    A normal distribution with the moments of draws is denser at these than at others: in 70 dimensions by two nats, so
-    that others seem to lie where it is thin.
+    A normal distribution with the moments of draws is denser at these draws than at others: in 70 dimensions by two
+    nats, so that it would seem to have too little density at others.
     """
     superchain = chains.state["superchain"]
     number = superchain if len(superchain.unique()) >= HELD_OUT else torch.arange(len(superchain))
@@ -164,7 +157,7 @@ def held_out(chains: McmcDraws) -> Tensor:
 def visits_all(
     density: LogDensity, chains: McmcDraws, missed: Sequence[MissedRegion], evidence: float, *, seed: int
 ) -> bool:
-    """Whether chains go in and out of all places that a guide lacks; to where draws only wandered they may go too."""
+    """Whether chains visit all regions that a guide misses; those that only walkers have found do not count."""
     regions = _Regions(density, chains, evidence, seed)
     return all(regions.cover([region for region in missed if region.start.name != BY_WALKERS]))
 
@@ -185,9 +178,9 @@ class _Regions:
         self.seed = derive(seed, "regions")
 
     def cover(self, missed: Sequence[MissedRegion]) -> list[bool]:
-        """Whether chains go in and out of places that a search found; what is no single place counts as it is.
+        """Whether chains visit regions that a search found; what is no single region counts as missed.
 
-        A region may be so wide that draws of another mode are inside: some of these have to climb to the place's top.
+        A region may be so wide that draws of another mode are inside: some of these have to climb to the region's mode.
         """
         near = [self.inside(region.start.loc, region.start.scale) for region in missed]
         went = [
@@ -205,11 +198,11 @@ class _Regions:
 
     @torch.no_grad()
     def visited(self, loc: Tensor, scale: Tensor, inside: Tensor | None = None) -> bool:
-        """Whether chains go in and out of the region of a normal distribution, agree on its share, and have enough.
+        """Whether chains visit the region of a normal distribution: superchains agree on its share, which is enough.
 
-        A region that weights know to hold next to nothing of all mass need not be visited; where half of the draws are
-        inside, no weights are asked. Where a guide covers little of the posterior, such as a normal distribution in a
-        funnel, tops of the density look like modes that it lacks.
+        A region need not be visited if importance weights show that it has next to no mass. If half of the draws are
+        inside, no weights are needed. Where a guide covers little of the posterior, such as a normal distribution in a
+        funnel, maxima of the density look like missed modes.
         """
         inside = self.inside(loc, scale) if inside is None else inside
         share = float(inside.double().mean())
@@ -251,6 +244,9 @@ class _Regions:
 
 
 def _inside(away: Tensor, scale: Tensor) -> Tensor:
-    """Whether points (S, D), relative to the center of a normal distribution, are among those that it would draw."""
+    """Whether points (S, D), relative to the center of a normal distribution, are among those that it would draw.
+
+    Squared distances are up to three standard deviations above their mean, those of a chi-square.
+    """
     dim = away.shape[1]
-    return in_units(away, scale).square().sum(1) < dim + INSIDE * math.sqrt(2.0 * dim)
+    return in_units(away, scale).square().sum(1) < dim + 3.0 * math.sqrt(2.0 * dim)

@@ -26,11 +26,6 @@ from pyro_flows.modes.under_covered import Points
 
 POPULATIONS = 8
 KEEP = 0.7  # of the effective particles, at each step
-MOVES = 4  # at each temperature,
-LAST_MOVES = 12  # and at the last one
-STEPS = 200  # temperatures at most
-BISECTIONS = 40
-ACCURATE = 0.1  # of the largest difference in beta: the last digits do not matter
 
 
 @dataclass
@@ -54,7 +49,7 @@ def anneal(latent: Latent, particles: int, *, seed: int, report: Callable[[str],
     log_sums = torch.zeros(POPULATIONS, dtype=torch.float64, device=found.points.x.device)
     kernel, beta, number = Kernel.start(latent.dim), 0.0, 0
     metric = Metric.of(torch.ones_like(found.points.x[0]))
-    while beta < 1.0 and len(found.temperatures) < STEPS:
+    while beta < 1.0 and len(found.temperatures) < 200:  # at most
         ahead = _next(found.points.log_weight.double(), beta)
         increments = ((ahead - beta) * found.points.log_weight.double()).nan_to_num(nan=-math.inf)
         parts = increments.reshape(POPULATIONS, -1)
@@ -63,7 +58,7 @@ def anneal(latent: Latent, particles: int, *, seed: int, report: Callable[[str],
         found.temperatures.append(beta)
         report(f"temperature {beta:.3g}")
         found.points = _resampled(found.points, parts)
-        for _ in range(LAST_MOVES if beta == 1.0 else MOVES):
+        for _ in range(12 if beta == 1.0 else 4):  # more moves at the last temperature
             found.points = _moved(latent, found.points, kernel, metric, beta, number)
             number += 1
         metric = Metric.of(scale_of(found.points.x))
@@ -84,10 +79,10 @@ def _next(log_weights: Tensor, beta: float) -> float:
     if share(1.0) >= KEEP:
         return 1.0
     low, high = beta, 1.0
-    for _ in range(BISECTIONS):
+    for _ in range(40):
         middle = 0.5 * (low + high)
         low, high = (middle, high) if share(middle) >= KEEP else (low, middle)
-        if high - low < ACCURATE * (low - beta):
+        if high - low < 0.1 * (low - beta):  # the last digits do not matter
             break
     return max(low, beta + 1e-6)
 

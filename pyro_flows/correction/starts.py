@@ -21,16 +21,19 @@ from pyro_flows.verdict.chains import McmcDraws
 from pyro_flows.verdict.deciding import resample
 from pyro_flows.verdict.thresholds import R_HAT_OF_SHORT_CHAINS
 
-DF = 15.0
-JITTER = 1e-8  # of a variance
-WALKERS, SETTLING, MOVES = 64, 4, 12  # moves under the posterior at first, then for each of
-HEIGHTS = 5.0, 3.0  # nats
-PLACES = 8  # each with as many chains
 PERIODS = (16, 16), (32, 64)  # sweeps until the start is forgotten, and sweeps that are compared: once, and again
 
 
 class NoStart(ValueError):
     """There is no point at which a chain could begin."""
+
+
+def _usable(z: Tensor, log_weights: Tensor) -> Tensor:
+    """Return which draws z (S, D) are finite and have a density."""
+    usable = torch.isfinite(log_weights) & torch.isfinite(z).all(1)
+    if not bool(usable.any()):
+        raise NoStart("no draw of the guide has a finite density")
+    return usable
 
 
 def starting_points(z: Tensor, log_weights: Tensor, count: int, *, seed: int) -> Tensor:
@@ -41,9 +44,7 @@ def starting_points(z: Tensor, log_weights: Tensor, count: int, *, seed: int) ->
     Raises:
         NoStart: if no draw has a finite density.
     """
-    usable = torch.isfinite(log_weights) & torch.isfinite(z).all(1)
-    if not bool(usable.any()):
-        raise NoStart("no draw of the guide has a finite density")
+    usable = _usable(z, log_weights)
     z, log_weights = z[usable], log_weights[usable].double()
     power = 1.0
     while power > 1e-3 and _effective(power * log_weights) < min(2.0 * count, 0.5 * len(z)):
@@ -55,9 +56,8 @@ def starting_points(z: Tensor, log_weights: Tensor, count: int, *, seed: int) ->
 def dispersed_points(latent: Latent, z: Tensor, log_weights: Tensor, count: int, *, seed: int) -> Tensor:
     """Return ``count`` points (K, D) for chains to begin at: draws, and as many that were drawn out of where they lie.
 
-    R-hat tells of a region that a flow lacks only if some chains begin there. See
-    ``modes/under_covered.py``; the second walk, with a lower height, lets points go back from regions of little mass.
-    Cost: 10,000 gradients.
+    R-hat shows that a flow misses a region only if some chains begin there. See ``modes/under_covered.py``; the second
+    walk, with a lower height, lets points go back from regions of little mass. Cost: 10,000 gradients.
 
     In a mixture of many parts, all are draws.
 
@@ -67,13 +67,13 @@ def dispersed_points(latent: Latent, z: Tensor, log_weights: Tensor, count: int,
     if not latent.walkable:
         return starting_points(z, log_weights, count, seed=seed)
     inside = starting_points(z, log_weights, count - count // 2, seed=seed)
-    begun = starting_points(z, log_weights, WALKERS, seed=derive(seed, "walkers"))
+    begun = starting_points(z, log_weights, 64, seed=derive(seed, "walkers"))
     with seeded(derive(seed, "dispersed"), latent.density.device):
         points = latent.look(*latent.place(begun))
-        points = walked(latent, points, SETTLING, level=0.0)
+        points = walked(latent, points, 4, level=0.0)  # under the posterior at first
         level = level_of(points)
-        for height in HEIGHTS:
-            points = walked(latent, points, MOVES, level=level, height=height)
+        for height in (5.0, 3.0):  # nats
+            points = walked(latent, points, 12, level=level, height=height)
         usable = torch.isfinite(points.log_pi).nonzero()[:, 0]
         chosen = usable[torch.randperm(len(usable), device=usable.device)[: count // 2]]
     return torch.cat([inside, points.z[chosen], begun[: count // 2 - len(chosen)]])
@@ -95,17 +95,14 @@ def affine_flow(z: Tensor, log_weights: Tensor) -> Flow:
     Raises:
         NoStart: if no draw has a finite density.
     """
-    usable = torch.isfinite(log_weights) & torch.isfinite(z).all(1)
-    if not bool(usable.any()):
-        raise NoStart("no draw of the guide has a finite density")
-    points = z[usable].double()
+    points = z[_usable(z, log_weights)].double()
     spread = points.std(0).clamp_min(torch.finfo(points.dtype).tiny ** 0.5)
     covariance = torch.cov((points / spread).mT).reshape(len(spread), len(spread))
-    ridge = JITTER * torch.eye(len(spread), dtype=points.dtype, device=points.device)
+    ridge = 1e-8 * torch.eye(len(spread), dtype=points.dtype, device=points.device)  # of variances, which are 1 here
     root, fault = torch.linalg.cholesky_ex(covariance + ridge)
     root = torch.diag(torch.ones_like(spread)) if int(fault) else root
     affine = LowerTriangularAffine(len(spread), loc=points.mean(0), scale_tril=spread[:, None] * root)
-    return Flow(affine.to(z), base="student_t", df=DF)
+    return Flow(affine.to(z), base="student_t", df=15.0)
 
 
 def flow_of(posterior: Record) -> Flow | FlowMixture:
@@ -117,16 +114,16 @@ def flow_of(posterior: Record) -> Flow | FlowMixture:
 
 @torch.no_grad()
 def mixes_with_others(sampler: Sampler, places: Tensor) -> bool:
-    r"""Whether chains from the best of some places (N, D) agree with those of a sampler, in the same space and kernel.
+    r"""Whether chains from the best eight places (N, D) agree with those of a sampler, in the same space and kernel.
 
     A place that chains leave within a hundred sweeps exchanges draws with the rest as often as its mass asks for, since
     the kernel is reversible. So chains that are much longer, and have converged, have visited it if it has a mass.
-    Where a posterior has thousands of modes, no share of a single one could tell that. R-hat compares chains from
+    If a posterior has thousands of modes, the share of a single one could not show that. R-hat compares chains from
     the places with each other and with the earlier draws, by each coordinate and the log density. Chains that are where
     the others are after few sweeps need no more of them.
     """
     density = sampler.latent.density
-    best = places[density(places).topk(min(PLACES, len(places))).indices]
+    best = places[density(places).topk(min(8, len(places))).indices]
     many = len(sampler.points.x)  # chains as the sampler has, whose graphs are there already
     group = torch.arange(many) * len(best) // many
     z = best[group.to(best.device)]

@@ -19,7 +19,6 @@ from pyro_flows.correction.judging import around, covered_by, evidence_of
 from pyro_flows.correction.latent import Latent
 from pyro_flows.correction.refine import CHAINS
 from pyro_flows.correction.search import MissedByChains, missed_by_chains
-from pyro_flows.correction.starts import mixes_with_others
 from pyro_flows.flows.flow import Flow
 from pyro_flows.flows.mixture import FlowMixture
 from pyro_flows.flows.parts import location_scale
@@ -35,8 +34,6 @@ from pyro_flows.starts.start import Start
 from pyro_flows.verdict.chains import McmcDraws
 from pyro_flows.verdict.deciding import LOOKED_AT_DRAWS
 
-SYMMETRIES = 3  # times that chains begin, of which each search may find further images
-FEW_DRAWS = 50  # that tell to which copy an image belongs
 MOST_COPIES = 16  # of the normal distribution: each point is scored by all of them
 
 
@@ -49,7 +46,7 @@ class Untrained(NamedTuple):
 
 
 class _Begun(NamedTuple):
-    """What chains begin at: a flow or copies of it, its images, draws, log weights, and where the guide is thin."""
+    """What chains begin at: a flow or copies of it, its images, draws, log weights, and what it covers."""
 
     flow: Flow
     sampler: Flow | FlowMixture
@@ -67,14 +64,14 @@ def chains_of_gaussian(
     """Try a sampler in the space of a normal distribution, before a flow is trained; None if it does not do.
 
     Where the posterior has exact symmetries, the space is that of copies of the distribution at all images, and chains
-    change between them freely. Chains that have converged go through the search for modes that they lack at once. Where
+    change between them freely. Chains that have converged go through the search for modes that they miss at once. Where
     it finds images of what they hold, there are copies at these too, and chains begin once more; for any other mode a
     flow has to be trained, unless chains that begin there come to the same distribution within a hundred sweeps.
     """
     flow = location_scale(density.dim, base="normal", diagonal=start.scale.dim() == 1).to(start.loc)
     start_at(flow, start.loc, start.scale)
     symmetries: list[SignedPermutation] = []
-    for _ in range(SYMMETRIES):
+    for _ in range(3):  # each search may find further images
         begun = _begun(flow, density, symmetries)
         tried = None if begun is None else _chains(begun, density, names, draws, seed=seed, bar=bar)
         if begun is None or tried is None:
@@ -92,7 +89,7 @@ def chains_of_gaussian(
 def _placed(begun: _Begun, density: LogDensity, symmetries: Sequence[SignedPermutation]) -> list[SignedPermutation]:
     """Return the images of the distribution under symmetries of one of its copies, without those that are there."""
     known = begun.images or [identity(density.dim)]
-    y = begun.flow.draw(FEW_DRAWS)[0]
+    y = begun.flow.draw(50)[0]
     found: list[SignedPermutation] = []
     for symmetry in dict.fromkeys(symmetries):
         candidates = [product(image, symmetry) for image in known]
@@ -106,7 +103,7 @@ def _placed(begun: _Begun, density: LogDensity, symmetries: Sequence[SignedPermu
 def _chains(
     begun: _Begun, density: LogDensity, names: Sequence[str], draws: int, *, seed: int, bar: Bar
 ) -> tuple[McmcDraws, MissedByChains] | None:
-    """Run chains in the space of a normal distribution or its copies; return them, and what they lack.
+    """Run chains in the space of a normal distribution or its copies; return them, and what they miss.
 
     None if they have not converged.
     """
@@ -124,9 +121,7 @@ def _chains(
     guides = (begun.guide.covered, begun.sampler.log_prob), (covered_by(settled, density), settled.log_prob)
     covered, score = max(guides, key=itemgetter(0))
     given = (score, covered, evidence_of(begun.sampler, settled, chains, density), ())
-    return chains, missed_by_chains(
-        density, chains, *given, seed=seed, joined=lambda places: mixes_with_others(sampler, places)
-    )
+    return chains, missed_by_chains(density, chains, *given, seed=seed, sampler=sampler)
 
 
 @counted(_stages.SYMMETRIC)

@@ -18,7 +18,6 @@ from pyro_flows.verdict.deciding import LOOKED_AT_DRAWS
 from pyro_flows.verdict.psis import psis
 from pyro_flows.verdict.thresholds import EVIDENCE_GAP_OF_RUNS, R_HAT_CONVERGED
 
-BALANCED_DRAWS, BALANCING_STEPS = 2000, 200
 NAMED = 3  # coordinates; the verdict counts the others
 
 
@@ -75,7 +74,7 @@ def balanced(flows: Sequence[Flow], density: LogDensity, weights: Sequence[float
     Reference: Cappé, Douc, Guillin, Marin and Robert 2008, "Adaptive importance sampling in general mixture classes"
     (arXiv 0710.4242).
     """
-    z = torch.cat([flow().sample((BALANCED_DRAWS,)) for flow in flows])
+    z = torch.cat([flow().sample((2000,)) for flow in flows])
     with quiet():  # draws that overflow have no density
         log_q = torch.stack([flow.log_prob(z) for flow in flows]).double().nan_to_num(nan=-torch.inf)
     ratios = density(z).double() - (torch.logsumexp(log_q, 0) - math.log(len(flows)))
@@ -84,7 +83,7 @@ def balanced(flows: Sequence[Flow], density: LogDensity, weights: Sequence[float
     if not bool(torch.isfinite(ratios).any()):
         return found.tolist()
     draws = psis(ratios)[0].exp()
-    for _ in range(BALANCING_STEPS):
+    for _ in range(200):
         shares = torch.softmax(found.log()[:, None] + log_q, 0).nan_to_num(nan=0.0)
         found = shares @ draws
         found = found / found.sum()

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from pyro_flows.correction.search import noted
-from pyro_flows.fitting.attempt import Combined, Run
 from pyro_flows.fitting.plan import Plan
-from pyro_flows.flows.flow import Flow
+from pyro_flows.fitting.state import FitState, Run, Sampler
 from pyro_flows.flows.mixture import FlowMixture
 from pyro_flows.flows.recipe import AUTO
 from pyro_flows.flows.recipe_json import to_json
@@ -17,16 +16,17 @@ from pyro_flows.training.loop import STOPPED
 from pyro_flows.verdict.mcmc import UNSEARCHED
 
 
-def conclude(plan: Plan, density: LogDensity, found: Combined) -> Posterior:
+def conclude(state: FitState) -> Posterior:
     """Draw from the sampler, judge what the work came to, and put the sampler into a guide."""
-    best, search = found.best, found.search
-    sampler = best.flow(plan, density) if found.sampler is None else found.sampler
-    mixed = [run for run in found.kept if run is not best and isinstance(sampler, FlowMixture)]
-    stopped = _stopped(plan, best) if found.multimodal is None else ""
-    notes = [note for run in [best, *mixed] for note in _warnings(run, plan)] if found.multimodal is None else []
-    moving = found.multimodal is None and (best.best is None or best.best.training.moving)
+    plan, density, best, search = state.plan, state.density, state.best, state.search
+    sampler = best.flow() if state.sampler is None else state.sampler
+    mixed = [run for run in state.kept if run is not best and isinstance(sampler, FlowMixture)]
+    of_flow = state.multimodal is None
+    stopped = _stopped(plan, best) if of_flow else ""
+    notes = [note for run in [best, *mixed] for note in _warnings(run, plan)] if of_flow else []
+    moving = of_flow and (best.best is None or best.best.training.moving)
     cut_short = ["training did not converge: means or sds still changed when it ended"]
-    cut_short = cut_short if moving and not (found.improper or stopped) else []
+    cut_short = cut_short if moving and not (state.improper or stopped) else []
     return from_draws(
         density,
         sampler.draw,
@@ -37,12 +37,12 @@ def conclude(plan: Plan, density: LogDensity, found: Combined) -> Posterior:
         moving=bool(stopped) and moving,
         guide=AutoFlow.of(sampler, density.structure, plan.model, plan.args, plan.kwargs),
         losses=best.losses,
-        history=[*found.history, *(stage for run in found.runs for stage in run.history), *noted(search)],
+        history=[*state.history, *(stage for run in state.runs for stage in run.history), *noted(search)],
         settings={**_asked(plan), **_chosen(best, sampler, density), "seconds": plan.clock.elapsed},
-        warnings=[*notes, *found.warnings, *_differ(found, plan.runs)],
-        failures=[*found.improper, *([] if search is None else search.failures), *found.failures, *cut_short],
+        warnings=[*notes, *state.warnings, *_differ(state)],
+        failures=[*state.improper, *([] if search is None else search.failures), *state.failures, *cut_short],
         notes=[UNSEARCHED] if search is None else search.notes,
-        doubts=[] if moving or found.multimodal is not None else _in_vain(found),
+        doubts=[] if moving or not of_flow else _in_vain(state),
     )
 
 
@@ -53,9 +53,9 @@ def _asked(plan: Plan) -> dict[str, object]:
     return {"flow": plan.asked.get("flow", AUTO), "asked": dict(plan.asked), **bounds}
 
 
-def _chosen(run: Run, sampler: Flow | FlowMixture, density: LogDensity) -> dict[str, object]:
+def _chosen(run: Run, sampler: Sampler, density: LogDensity) -> dict[str, object]:
     """What was chosen: step size and batch are those of the round that was kept."""
-    kept = run.kept
+    kept = None if run.best is None else run.best.stage
     return {
         "sampler": to_json(sampler),
         "noncentered": density.structure.noncentered,
@@ -87,21 +87,22 @@ def _warnings(run: Run, plan: Plan) -> list[str]:
     return found
 
 
-def _differ(found: Combined, runs: int) -> list[str]:
+def _differ(state: FitState) -> list[str]:
     """Say that runs disagree, or what was added since the first ones lacked modes."""
-    said = list(found.disagreements)
-    if found.multimodal is not None:
-        said = [found.multimodal.said]
-    if found.added and said and found.multimodal is None:
-        what = "a run was" if found.added == 1 else f"{found.added} runs were"
-        said = [f"the first run{'' if runs == 1 else 's'} missed a mode, so {what} added there to form a mixture"]
-    if found.copies > 1:
-        said.append(f"one of {found.copies} symmetric modes was fitted, and copied to the others")
+    said = list(state.disagreements)
+    if state.multimodal is not None:
+        said = [state.multimodal.said]
+    if state.added and said and state.multimodal is None:
+        what = "a run was" if state.added == 1 else f"{state.added} runs were"
+        first = "the first run" if state.plan.runs == 1 else "the first runs"
+        said = [f"{first} missed a mode, so {what} added there to form a mixture"]
+    if state.copies > 1:
+        said.append(f"one of {state.copies} symmetric modes was fitted, and copied to the others")
     return said
 
 
-def _in_vain(found: Combined) -> list[str]:
+def _in_vain(state: FitState) -> list[str]:
     """Say so where runs that began at missed modes came to the same posterior as the first: they may have left them."""
-    if not found.added or found.disagreements or found.copies > 1:
+    if not state.added or state.disagreements or state.copies > 1:
         return []
     return ["runs that started at a missed mode found the same posterior as the first run"]

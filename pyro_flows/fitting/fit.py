@@ -21,13 +21,13 @@ from pyro_flows._threads import few_threads
 from pyro_flows._turns import alone
 from pyro_flows._warnings import outside
 from pyro_flows.correction.fallback import fallback_sampler, which
-from pyro_flows.fitting.attempt import Attempt, Combined, Prepared
 from pyro_flows.fitting.combine import combine, drawn, make_runs
 from pyro_flows.fitting.conclude import conclude
 from pyro_flows.fitting.hierarchical import fit_hierarchical
 from pyro_flows.fitting.plan import Plan, as_asked, recipe_for
 from pyro_flows.fitting.ranks import check_alone, ranks
 from pyro_flows.fitting.run import prepare
+from pyro_flows.fitting.state import FitState
 from pyro_flows.flows.recipe import AUTO, FlowLike
 from pyro_flows.model.arguments import usable
 from pyro_flows.model.faults import Subsampled
@@ -151,7 +151,10 @@ def fit(
     >>> posterior.verdict.status
     'ok'
     """
-    options, method = _options(flow, layers), which(refine)
+    if layers is not None and not isinstance(flow, str):
+        raise ValueError("layers: goes with a flow given by name; this flow is already built.")
+    options: dict[str, object] = {} if layers is None else {"layers": layers}
+    method = which(refine)
     asked = as_asked(locals())
     _journal.check(checkpoint)
     with interruptible(), alone(), seeded(seed), Bar("fit", progress) as bar:
@@ -172,20 +175,13 @@ def fit(
             automatic=flow == AUTO and not options,
             asked=asked,
         )
-        return _closing(bar, clock, lambda: _fit(plan, max_steps is None, checkpoint))
+        posterior = _fit(plan, max_steps is None, checkpoint)
+        _close(bar, clock, posterior)
+        return posterior
 
 
-def _options(flow: FlowLike, layers: int | None) -> dict[str, object]:
-    if layers is None:
-        return {}
-    if not isinstance(flow, str):
-        raise ValueError("layers: goes with a flow given by name; this flow is already built.")
-    return {"layers": layers}
-
-
-def _closing(bar: Bar, clock: Clock, work: Callable[[], Posterior]) -> Posterior:
-    """Return what the work comes to; the line says how it ended. Signals get a warning where :func:`fit` was called."""
-    posterior = work()
+def _close(bar: Bar, clock: Clock, posterior: Posterior) -> None:
+    """Say in the line of progress how the fit ended. Signals get a warning where :func:`fit` was called."""
     said(method=posterior.method, status=posterior.verdict.status, steps=len(posterior.losses))
     steps = f"{len(posterior.losses)} steps, " if len(posterior.losses) else ""
     bar.close(f"{steps}{posterior.method}, {posterior.verdict.status}")
@@ -195,7 +191,6 @@ def _closing(bar: Bar, clock: Clock, work: Callable[[], Posterior]) -> Posterior
         warnings.warn(f"fit: {STATE.name} came as all was done; nothing was cut.", stacklevel=outside())
     elif clock.interrupted is not None:
         warnings.warn(f"fit: {clock.reasons()[0]}. The posterior is what it had come to by then.", stacklevel=outside())
-    return posterior
 
 
 def default_steps(dim: int) -> int:
@@ -244,39 +239,37 @@ def _about(plan: Plan) -> dict[str, object]:
 
 
 def _fitted(plan: Plan, density: LogDensity) -> Posterior:
-    clock = plan.clock
-    prepared, found = Prepared(density), Combined()
+    clock, state = plan.clock, FitState(plan, density)
     density.under(clock)
     STATE.hold(not clock.raises)  # until the call ends: parts of the work let the first signal through
     try:
         with clock.part(_stages.FIT):
             if clock.finite:
                 clock.reserve(seconds_to_judge(density, plan.draws))
-            prepare(Attempt(plan, prepared, found.runs[0], plan.seed))
-            make_runs(plan, prepared, found)
-            combine(plan, prepared, found)
-            if not (clock.over or found.improper):
+            prepare(state.runs[0])
+            make_runs(state)
+            combine(state)
+            if not (clock.over or state.improper):
                 with seeded(derive(plan.seed, "digits"), density.device):
-                    prepared.density.check_digits(drawn(found))
+                    state.density.check_digits(drawn(state))
         clock.deliver_signal(_stages.JUDGING)
         clock.judging()
         plan.bar.watch(_stages.JUDGING)
         if clock.interrupted is not None:
-            clock.reserve(seconds_to_judge(prepared.density, plan.draws))
-        found.history[:0] = prepared.history
+            clock.reserve(seconds_to_judge(state.density, plan.draws))
         with counted(_stages.JUDGING):
             try:
                 with Released():
-                    posterior = conclude(plan, prepared.density, found)
+                    posterior = conclude(state)
             except KeyboardInterrupt:
                 if not clock.interrupt(_stages.JUDGING):
                     raise
-                posterior = conclude(plan, prepared.density, found)
+                posterior = conclude(state)
     finally:
-        prepared.density.under(unbounded())
-    if plan.refine is None or plan.train_model or found.improper:
+        state.density.under(unbounded())
+    if plan.refine is None or plan.train_model or state.improper:
         return posterior
-    chains = found.chains
-    searched = found.search is not None and found.search.passed
-    passed = chains is not None and found.best.sampled
+    chains = state.chains
+    searched = state.search is not None and state.search.passed
+    passed = chains is not None and state.best.sampled
     return fallback_sampler(posterior, plan.refine, clock, plan.bar, chains, searched=searched, passed=passed)

@@ -5,15 +5,15 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch import Tensor
 
 from pyro_flows import _stages
 from pyro_flows._progress import in_nats
-from pyro_flows.fitting.attempt import Attempt
 from pyro_flows.fitting.plan import SHARE_OF_SECONDS
 from pyro_flows.fitting.rounds import assess, weighed
+from pyro_flows.fitting.state import Run
 from pyro_flows.flows.flow import Flow
 from pyro_flows.flows.recipe import begin_at
 from pyro_flows.model.log_density import LogDensity
@@ -33,8 +33,7 @@ CLOSE = 10.0  # nats between two starts that are worth racing
 ELSEWHERE = 1.0  # nats of divergence between two starts, from which they are not next to the same
 
 
-@dataclass(frozen=True)
-class Entrant:
+class Entrant(NamedTuple):
     """A start and a step size after a few steps, on a flow of its own, and the ELBO that they reached."""
 
     start: Start
@@ -55,14 +54,9 @@ class Entrant:
             for step in range(steps):
                 trainer.step(size * min(1.0, (step + 1) / (0.5 * RACE_STEPS)))
             trainer.write()
-            monitor.add(*Check.make(flow, density, seed=seed)())
+            monitor.add(*Check(flow, density, seed=seed)())
         finished = bool(monitor.elbos)
         return cls(start, trainer, *((monitor.elbos[0], monitor.gaps[0]) if finished else (-math.inf, math.inf)))
-
-    @property
-    def stage(self) -> Stage:
-        size, before = self.trainer.learning_rate, self.start.elbo
-        return Stage(_stages.TRIAL_RUN, start=self.start.name, step_size=size, start_elbo=before, elbo=self.elbo)
 
 
 def begin(flow: Flow, start: Start) -> None:
@@ -104,55 +98,55 @@ def _wider(best: Start, others: Sequence[Start]) -> list[Start]:
     return [] if widest is None or divergence(widest, best) < ELSEWHERE else [widest]
 
 
-def train_flow(at: Attempt) -> str | None:
+def train_flow(run: Run) -> str | None:
     """Race the starts, and train the winner; the name of the round if it is enough."""
-    plan, density = at.plan, at.density
-    flow = at.run.untrained = plan.fresh(density)
+    plan, density = run.plan, run.density
+    flow = run.untrained = plan.fresh(density)
     trained = list(density.parameters().values()) if plan.train_model else []
     winner: Entrant | None = None
     with plan.clock.part(_stages.TRIALS, share=SHARE_OF_SECONDS):
-        winner, entrants = race(flow, density, at.starts, share(plan.max_steps), seed=at.seed, extra=trained)
-        for entrant in entrants:
-            at.run.note(entrant.stage)
+        winner, entrants = race(flow, density, run.starts, share(plan.max_steps), seed=run.seed, extra=trained)
+        for start, trainer, elbo, _ in entrants:
+            size, before = trainer.learning_rate, start.elbo
+            run.note(Stage(_stages.TRIAL_RUN, start=start.name, step_size=size, start_elbo=before, elbo=elbo))
     if winner is None:  # there was no time for a race
         return None
-    _first_round(at, winner.trainer)
-    return _stages.FIRST_ROUND if at.run.best is not None and at.run.best.enough else None
+    _first_round(run, winner.trainer)
+    return _stages.FIRST_ROUND if run.best is not None and run.best.enough else None
 
 
-def is_improper(at: Attempt, flow: Flow | None = None) -> str | None:
+def is_improper(run: Run, flow: Flow | None = None) -> str | None:
     """Whether the posterior seems to be improper: then no training, and no sampler, comes to an end of it."""
-    drawn = at.run.flow(at.plan, at.density) if flow is None else flow
-    with at.plan.clock.part(_stages.PROPRIETY):
-        at.run.improper = improper_tails(at.density, lambda: drawn.draw(LOOKED_AT_DRAWS)[0], seed=at.seed)
-    return _stages.PROPRIETY if at.run.improper else None
+    drawn = run.flow() if flow is None else flow
+    with run.plan.clock.part(_stages.PROPRIETY):
+        run.improper = improper_tails(run.density, lambda: drawn.draw(LOOKED_AT_DRAWS)[0], seed=run.seed)
+    return _stages.PROPRIETY if run.improper else None
 
 
-def _first_round(at: Attempt, trainer: Trainer) -> None:
+def _first_round(run: Run, trainer: Trainer) -> None:
     """Train until there is nothing left to see in the weights, or until the guide stands still."""
-    plan, density = at.plan, trainer.density
+    plan, density = run.plan, trainer.density
 
     def weigh() -> tuple[bool, float]:
         trainer.write()
         weighing = weighed(trainer.flow, density, LOOKED_AT_DRAWS)
-        return shift_is_noise(weighing, seen=SHIFT_SEEN_IN_TRAINING * SHIFT_SEEN), weighing.ess / len(
-            weighing.log_weights
-        )
+        share = weighing.ess / len(weighing.log_weights)
+        return shift_is_noise(weighing, seen=SHIFT_SEEN_IN_TRAINING * SHIFT_SEEN), share
 
     def report(done: int, elbo: float, state: str) -> None:
         plan.bar.show(f"{done} steps, {in_nats(elbo)}{state}")
 
     def endless() -> bool:
-        return is_improper(at, trainer.flow) is not None
+        return is_improper(run, trainer.flow) is not None
 
     stalls = plan.escalate and plan.refine is not None
     asked = endless if plan.escalate and density.structure.improper else None
     look = None if plan.train_model else Look(acceptable_gap(density.dim), weigh, stalls, asked)
     while True:
         left = Budget(plan.max_steps - len(trainer.losses), plan.clock)
-        training = train(trainer, left, seed=at.seed, report=report, look=look)
+        training = train(trainer, left, seed=run.seed, report=report, look=look)
         outcome = assess(_stages.FIRST_ROUND, trainer, training)
-        at.run.take(outcome, trainer)
+        run.take(outcome, trainer)
         done = not training.early or plan.clock.over or (stalls and outcome.only_k_hat_fails)
         if done or shift_is_noise(outcome.weighing, seen=SHIFT_SEEN_IN_TRAINING * SHIFT_SEEN):
             return

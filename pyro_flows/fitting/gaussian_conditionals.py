@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from pyro_flows._seeding import derive, seeded
-from pyro_flows.fitting.plan import SHARE_OF_SECONDS, Plan
-from pyro_flows.fitting.rounds import Round, untrained
+from pyro_flows.fitting.plan import SHARE_OF_SECONDS
+from pyro_flows.fitting.rounds import untrained
+from pyro_flows.fitting.state import Run
 from pyro_flows.flows.flow import Flow
 from pyro_flows.flows.gaussian_conditionals import marginal_flow, with_tails
 from pyro_flows.model.log_density import LogDensity
@@ -22,55 +23,55 @@ from pyro_flows.modes.conditionals import Conditional, can_have_conditionals, co
 from pyro_flows.modes.hyperparameter_marginal import Sample, fit_flow, sampled
 from pyro_flows.results.dims import coordinate_names
 from pyro_flows.starts.prior import prior_draws, spread_of
-from pyro_flows.training.trainer import Trainer
 from pyro_flows.verdict.methods import CONDITIONALS
 from pyro_flows.verdict.thresholds import ESS_OF_MCMC
 
-STAGE = CONDITIONALS
-SEED = "coordinates held"  # its digits, on which draws depend
 DONE = "converged: given a few latents, the others are Gaussian"
-PRIOR = 500  # draws that tell where to begin
-POINTS = 2  # near which normality is looked at
-LAYERS, LAYERS_OF_TWO = 4, 2  # of the flow of the held coordinates: four of two make draws that are far beyond all mass
-DF = 30.0  # degrees of freedom of its tails: of heavier ones, couplings make draws that are far beyond all mass
-WIDEST = 1.0  # spread of a prior, up to which functions are looked for at first
-CHECKED = 8  # draws at which they are looked at again
-TRIES = 3
 
 
-def conditionals_at_start(plan: Plan, density: LogDensity, *, seed: int) -> tuple[Round, Trainer] | None:
-    """Hold a few coordinates, before any training; None if others are not normal, or if draws are not good enough."""
+def conditionals_at_start(run: Run) -> str | None:
+    """Try Gaussian conditionals given a few hyperparameters of the model as it was read, before any training.
+
+    The run takes draws that are good enough. Then coordinates that were chosen since the model was read are dropped.
+    """
+    plan, density = run.plan, run.state.as_read
     if not plan.open or not can_have_conditionals(density):
         return None
-    with plan.clock.part(STAGE, share=SHARE_OF_SECONDS), seeded(derive(seed, SEED), density.device):
-        found = conditionals_flow(density, seed=seed)
+    seed = derive(run.seed, "coordinates held")
+    with plan.clock.part(CONDITIONALS, share=SHARE_OF_SECONDS), seeded(seed, density.device):
+        found = conditionals_flow(density, seed=run.seed)
         if found is None:
             return None
         flow, held = found
-        outcome, trainer = untrained(STAGE, flow, density, 0.0, DONE)
+        outcome = untrained(CONDITIONALS, flow, density, 0.0, DONE)
         names = coordinate_names(density.structure)
         details = {**outcome.stage.details, "held": [names[number] for number in held]}
-        outcome = replace(outcome, stage=replace(outcome.stage, details=details))
-        return (outcome, trainer) if outcome.enough else None
+        if outcome.enough:
+            run.state.go_back()
+            run.modes, run.history = [], []
+            run.take(replace(outcome, stage=replace(outcome.stage, details=details)))
+            return CONDITIONALS
     return None
 
 
 def conditionals_flow(density: LogDensity, *, seed: int) -> tuple[Flow, list[int]] | None:
-    """Return a flow of held coordinates and normal others, and these coordinates; None if there are none.
+    """Return a flow of hyperparameters and normal others, and these coordinates; None if there are none.
+
+    Four layers for two coordinates, and tails with less than 30 degrees of freedom, made draws far beyond all mass.
 
     Cost: a hundred Hessians, and ten thousand densities. Randomness is torch's global one.
     """
-    draws = prior_draws(density, PRIOR, seed=seed)
+    draws = prior_draws(density, 500, seed=seed)
     middle, spread = draws.median(0).values, spread_of(draws)
-    held = hyperparameters_of(density, middle + 0.5 * spread * torch.randn(POINTS, len(middle)).to(middle))
+    held = hyperparameters_of(density, middle + 0.5 * spread * torch.randn(2, len(middle)).to(middle))
     if not held:
         return None
     found = _found(density, held, middle[held].double(), spread[held].double())
     if found is None:
         return None
     given, sample = found
-    flow = given.flow(LAYERS if len(held) > 2 else LAYERS_OF_TWO)
-    fit_flow(*marginal_flow(with_tails(flow, DF), sample.loc, sample.root), given.marginal, sample)
+    flow = given.flow(4 if len(held) > 2 else 2)
+    fit_flow(*marginal_flow(with_tails(flow, 30.0), sample.loc, sample.root), given.marginal, sample)
     return flow.to(density.dtype), held
 
 
@@ -78,19 +79,19 @@ def conditionals_flow(density: LogDensity, *, seed: int) -> tuple[Flow, list[int
 def _found(
     density: LogDensity, held: list[int], middle: Tensor, spread: Tensor
 ) -> tuple[Conditional, Sample] | None:  # fmt: skip
-    """Return the distribution of the others and draws of the held coordinates, whose functions hold at these draws.
+    """Return the conditionals and draws of the hyperparameters, at which the conditionals were checked.
 
-    A posterior may lie where a function counts that had contributed nothing about the prior's middle.
+    A posterior may lie where a function matters that contributed nothing near the middle of the prior.
     """
-    loc, root, scale = middle, torch.diag(spread), spread.clamp_max(WIDEST)
-    for _ in range(TRIES):
+    loc, root, scale = middle, torch.diag(spread), spread.clamp_max(1.0)
+    for _ in range(3):  # each from the moments of the last draws
         given = conditional(density, held, middle, scale)
         if given is None:
             return None
         sample = sampled(given.marginal, loc, root)
         if sample is None or sample.effective < ESS_OF_MCMC:
             return None
-        chosen = torch.multinomial(sample.weights, CHECKED, replacement=True)
+        chosen = torch.multinomial(sample.weights, 8, replacement=True)
         if given.holds(sample.theta[chosen]):
             return given, sample
         loc, root, middle = sample.loc, sample.root, sample.loc

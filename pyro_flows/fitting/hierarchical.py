@@ -55,13 +55,10 @@ from pyro_flows.verdict.thresholds import (
 from pyro_flows.verdict.weighing import in_words, weigh
 
 WHOLE_UP_TO = 1000  # latents that are judged together, if the model has all rows at each run
-LOOKED_AT, TRIED = 64, 400  # draws at which rows are looked at; by which a round of training is judged
-TAILS = 7.0  # degrees of freedom of the base: draws that are weighed need tails; it costs 0.13 nats at most
-TIMED = 4  # draws that tell how long judging takes
+LOOKED_AT = 64  # draws at which rows are looked at
 ROUND = 500  # steps of the first round; each next one has twice as many
-RATE, LAST_RATE = 5e-3, 0.02  # of Adam, and the part of it at the end of a round
+RATE = 5e-3  # of Adam, at the beginning of a round
 NAMED = 5  # rows
-PRIOR_DRAWS, CLIMBS = 256, 3  # of which the best are climbed from
 
 
 def diagnose_hierarchical(
@@ -135,7 +132,7 @@ def _begun(plan: Plan) -> AutoHierarchicalFlow:
     if plan.recipe.named:
         flow = guide._top._single
         start = begun_at(flow)
-        begin_at(set_df(flow, max(TAILS, float(flow.dim))), *start)
+        begin_at(set_df(flow, max(7.0, float(flow.dim))), *start)  # draws that are weighed need tails: .13 nats at most
     return guide
 
 
@@ -163,10 +160,10 @@ def _fitted(guide: AutoHierarchicalFlow, density: MarginalDensity | None, plan: 
 
 
 def _seconds_to_judge(guide: AutoHierarchicalFlow, density: MarginalDensity, draws: int) -> float:
-    """Time a few evaluations, and return about how many seconds judging takes at most."""
+    """Time four evaluations, and return about how many seconds judging takes at most."""
     began = monotonic()
-    density.marginal(_global_draw(guide)(TIMED)[0])
-    return (monotonic() - began) / TIMED * POOL * density.affordable(draws) + 0.1
+    density.marginal(_global_draw(guide)(4)[0])
+    return (monotonic() - began) / 4 * POOL * density.affordable(draws) + 0.1
 
 
 def _concluded(
@@ -263,7 +260,7 @@ def _posterior(
 def _searches(density: MarginalDensity) -> tuple[int, int]:
     """Return how many draws of the prior there are, and from how many is climbed: fewer where each takes long."""
     share = density.marginal.most_draws / MOST_DRAWS
-    return round(share * PRIOR_DRAWS), max(1, round(share * CLIMBS))
+    return round(share * 256), max(1, round(share * 3))
 
 
 def _sought(density: MarginalDensity) -> str:
@@ -311,7 +308,7 @@ def _is_good(guide: AutoHierarchicalFlow, density: MarginalDensity, *, moves: bo
 
     A guide that ``moves`` goes to the moments that the weights tell, and is looked at again if it was not good.
     """
-    z, log_q = _global_draw(guide)(TRIED * density.marginal.most_draws // MOST_DRAWS)
+    z, log_q = _global_draw(guide)(400 * density.marginal.most_draws // MOST_DRAWS)
     density.marginal.choose_count(z[:LOOKED_AT])
     found = weigh(z, density(z), log_q)
     criteria = (K_HAT_GOOD, ESS_SHARE_LEAST), (K_HAT_MOST, ESS_SHARE_PROMISING)
@@ -344,7 +341,7 @@ def _train(guide: AutoHierarchicalFlow, plan: Plan, steps: int, losses: list[flo
     """
     parameters = [parameter for parameter in guide._top._flow.parameters() if parameter.requires_grad]
     optimizer = torch.optim.Adam(parameters, lr=RATE)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps, RATE * LAST_RATE)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps, RATE * 0.02)
     if ranks().size > 1:
         torch.manual_seed(derive(plan.seed, f"noise of process {ranks().rank} after {len(losses)} steps"))
     rows = RowsOfRank(ranks(), derive(plan.seed, f"rows after {len(losses)} steps"))

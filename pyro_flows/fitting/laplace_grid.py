@@ -15,83 +15,77 @@ from torch import Tensor
 
 from pyro_flows._seeding import derive, seeded
 from pyro_flows.fitting.flow_training import begin
-from pyro_flows.fitting.multimodal import MultimodalCandidate, weighed
+from pyro_flows.fitting.multimodal import weighed
 from pyro_flows.fitting.plan import SHARE_OF_SECONDS, Plan
-from pyro_flows.fitting.rounds import Round, untrained
+from pyro_flows.fitting.rounds import untrained
+from pyro_flows.fitting.state import Run, Sampler
 from pyro_flows.flows.flow import Flow
-from pyro_flows.flows.mixture import FlowMixture
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.modes.laplace_grid import Marginal, can_have_grid, closer, grids_about
 from pyro_flows.modes.missed_modes import Search
 from pyro_flows.modes.tables import flow_along
 from pyro_flows.modes.truncated_tails import with_truncated_tails
-from pyro_flows.results.dims import coordinate_names
-from pyro_flows.results.stage import Stage
 from pyro_flows.starts.start import Start
-from pyro_flows.training.trainer import Trainer
 from pyro_flows.verdict.acceptance import weights_correct
 from pyro_flows.verdict.deciding import JUDGED_DRAWS, LOOKED_AT_DRAWS
 from pyro_flows.verdict.methods import GRID
 from pyro_flows.verdict.thresholds import ESS_SHARE_PROMISING
 
-STAGE = GRID
-SEED = "slices along a coordinate"  # its digits, on which draws depend
 AT_ONCE = "converged: draws from the conditional Laplace grid pass the checks"
-WRITTEN, OPERATIONS = 30_000, 500  # numbers of an evaluation, and its operations, up to which grids come first
 LIGHTER = 120.0, 30.0  # degrees of freedom of the base, in turn
 
 
-def grid_at_start(plan: Plan, density: LogDensity, start: Start, *, seed: int) -> tuple[Round, Trainer] | None:
-    """Try a grid about the best start, before any training; None if it is not accepted."""
-    with plan.clock.part(STAGE, share=SHARE_OF_SECONDS), torch.no_grad():
+def grid_at_start(run: Run, density: LogDensity, start: Start) -> str | None:
+    """Try a grid about a start, before any training; the run takes it if it is accepted."""
+    plan = run.plan
+    with plan.clock.part(GRID, share=SHARE_OF_SECONDS), torch.no_grad():
         if not grid_comes_first(plan, density):
             return None
         normal = plan.fresh(density)
         begin(normal, start)
-        found = along(density, grids_about(density, start.loc, normal.draw(LOOKED_AT_DRAWS)[0], seed=seed), seed=seed)
-        if found is None or not found.enough:
+        z = normal.draw(LOOKED_AT_DRAWS)[0]
+        flow = along(density, grids_about(density, start.loc, z, seed=run.seed), seed=run.seed)
+        if flow is None:
             return None
-        assert isinstance(found.sampler, Flow)
-        outcome, trainer = untrained(STAGE, found.sampler, density, start.elbo, AT_ONCE)
-        return (outcome, trainer) if outcome.enough else None
+        outcome = untrained(GRID, flow, density, start.elbo, AT_ONCE)
+        if outcome.enough:
+            run.take(outcome)
+            return GRID
     return None
 
 
 def grid_comes_first(plan: Plan, density: LogDensity) -> bool:
     """Whether grids are tried before any training: they are cheap, and the caller has named no flow."""
-    return plan.open and can_have_grid(density) and density.written <= WRITTEN and density.work.operations <= OPERATIONS
+    if not (plan.open and can_have_grid(density)):
+        return False
+    return density.written <= 30_000 and density.work.operations <= 500  # numbers and operations of an evaluation
 
 
-def with_tails_checked(search: Search, density: LogDensity, sampler: Flow | FlowMixture, *, seed: int) -> Search:
+def with_tails_checked(search: Search, density: LogDensity, sampler: Sampler, *, seed: int) -> Search:
     """Complete a search that has found no mode: look for a marginal tail that draws of a sampler truncate.
 
     The draws of the search serve again where no more can be afforded.
     """
     count = density.affordable(JUDGED_DRAWS)
-    again = search.draws if search.draws is not None and len(search.draws[0]) >= count else None
-    return with_truncated_tails(search, density, lambda: again or _weighted(density, sampler, count), seed=seed)
 
+    def weighted() -> tuple[Tensor, Tensor]:
+        if search.draws is not None and len(search.draws[0]) >= count:
+            return search.draws
+        z, log_q = sampler.draw(count)
+        return z, density(z) - log_q
 
-def _weighted(density: LogDensity, sampler: Flow | FlowMixture, count: int) -> tuple[Tensor, Tensor]:
-    z, log_q = sampler.draw(count)
-    return z, density(z) - log_q
+    return with_truncated_tails(search, density, weighted, seed=seed)
 
 
 @torch.no_grad()
-def along(density: LogDensity, grids: Sequence[Marginal], *, seed: int) -> MultimodalCandidate | None:
-    """Return the flow of the best grid, made finer; None if no grid is promising."""
-    with seeded(derive(seed, SEED), density.device):
+def along(density: LogDensity, grids: Sequence[Marginal], *, seed: int) -> Flow | None:
+    """Return the flow of the best grid, made finer; None if no grid is promising, or if weights do not correct it."""
+    with seeded(derive(seed, "slices along a coordinate"), density.device):
         tried = [(found[0], one) for one in grids if (found := _of_grid(density, one)) is not None]
         share, best = max(tried, key=itemgetter(0), default=(0.0, None))
         close = closer(density, best, seed=seed) if best is not None and share >= ESS_SHARE_PROMISING else None
         found = None if close is None else _of_grid(density, close)
-    if close is None or found is None:
-        return None
-    name = coordinate_names(density.structure)[close.coordinate]
-    share, k_hat, sampler = found
-    stage = Stage(STAGE, k_hat=k_hat, ess_ratio=share, details={"along": name, "slices": len(close.places)})
-    said = f"given {name}, the other latents are approximately Gaussian, so a grid over {name} was used"
-    return MultimodalCandidate(sampler, said, stage, weights_correct(share, k_hat))
+    return found[2] if found is not None and weights_correct(*found[:2]) else None
 
 
 def _of_grid(density: LogDensity, grid: Marginal) -> tuple[float, float, Flow] | None:

@@ -19,8 +19,6 @@ from pyro_flows.model.bijections import bijection
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.model.sites import Model, Site, is_open, messages
 
-LEAST_GRADIENTS, WRITTEN = 5000.0, 3e8  # gradients of a run of chains; draws of rows in all of them
-
 
 class MarginalDensity(LogDensity):
     """The log density of the globals; ``structure``, names and constrained values are those of the globals alone."""
@@ -37,8 +35,8 @@ class MarginalDensity(LogDensity):
 
     @property
     def most_gradients(self) -> float:  # type: ignore[override]
-        """How many gradients one run of chains may take: some minutes."""
-        return max(LEAST_GRADIENTS, WRITTEN / max(self.marginal.count * self.marginal.row_count, 1))
+        """How many gradients one run of chains may take: some minutes, or 3e8 draws of rows."""
+        return max(5000.0, 3e8 / max(self.marginal.count * self.marginal.row_count, 1))
 
     def under(self, clock: Clock) -> None:
         super().under(clock)

@@ -22,8 +22,6 @@ from pyro_flows.results.scoring import beyond_priors, infinite_places
 from pyro_flows.verdict.chains import McmcDraws
 from pyro_flows.verdict.mcmc import judge_mcmc
 
-LEAST_DRAWS = 10  # of a chain
-METHOD = "mcmc"
 NO_GUIDE = "the draws are Markov chains, no guide was fitted"
 
 
@@ -80,14 +78,20 @@ def from_mcmc(
         warn_if_nothing_observed(density.structure, density.trace_at, model, args, kwargs)
         draws, diverging, sampler = _read(mcmc)
         values, count = _flat(draws, density)
-        density, z, lost = _with_digits(density, values)
         with torch.no_grad():
+            z = density.unconstrain(values)
+            failures, rounded = list[str](), list[str]()
+            if not density.rounding(z) <= ALLOWED:
+                if any(part.dtype == torch.float32 for part in values.values()):  # so the sampler has lost digits
+                    failures, rounded = density.lost_digits(z)
+                density = density.in_double()
+                z = density.unconstrain(values)
             log_p, samples = density(z), density.constrain(z)
-    failures, rounded = [*lost[0], *infinite_places(density, z, log_p)], lost[1]
+    failures = [*failures, *infinite_places(density, z, log_p)]
     failures += beyond_priors(density, z, torch.zeros_like(log_p))
     names = coordinate_names(density.structure)
     stats = {} if diverging is None else {"diverging": diverging.to(z.device)}
-    chains = McmcDraws(z.reshape(count, -1, density.dim), stats, {}, {"method": METHOD})
+    chains = McmcDraws(z.reshape(count, -1, density.dim), stats, {}, {"method": "mcmc"})
     verdict = judge_mcmc(chains.z, log_p.reshape(count, -1), names, diverging)
     verdict = replace(verdict, reasons=(*failures, *verdict.reasons), notes=(*rounded, *verdict.notes))
     verdict = replace(verdict, status="unreliable") if failures else verdict
@@ -117,19 +121,6 @@ def from_mcmc(
         missing={"guide": NO_GUIDE, "flow": NO_GUIDE},
         chains=chains,
     )
-
-
-def _with_digits(
-    density: LogDensity, values: dict[str, Tensor]
-) -> tuple[LogDensity, Tensor, tuple[list[str], list[str]]]:
-    """Return the log density in the precision that it takes, the draws' coordinates, and what the sampler's lost."""
-    with torch.no_grad():
-        z = density.unconstrain(values)
-        if density.rounding(z) <= ALLOWED:
-            return density, z, ([], [])
-        lost = density.lost_digits(z) if any(part.dtype == torch.float32 for part in values.values()) else ([], [])
-        density = density.in_double()
-        return density, density.unconstrain(values), lost
 
 
 def _read(mcmc: object) -> tuple[dict[str, Tensor], Tensor | None, str]:
@@ -168,5 +159,5 @@ def _flat(draws: Mapping[str, Tensor], density: LogDensity) -> tuple[dict[str, T
         if draws[latent.name].shape[2:] != latent.shape:
             got = tuple(draws[latent.name].shape[2:])
             raise ValueError(f"mcmc: site {latent.name!r} has shape {got}, in the model {tuple(latent.shape)}.")
-    _checks.integer("mcmc: draws of a chain", shape[1], LEAST_DRAWS)
+    _checks.integer("mcmc: draws of a chain", shape[1], 10)
     return {name: draws[name].flatten(0, 1).detach() for name in density.names}, shape[0]

@@ -13,15 +13,15 @@ from typing import NamedTuple
 from pyro_flows import _stages
 from pyro_flows._journal import milestone
 from pyro_flows._ledger import accepted
-from pyro_flows.correction.fallback import attempt
+from pyro_flows.correction.fallback import chains_of_flow
 from pyro_flows.correction.untrained import chains_of_gaussian
-from pyro_flows.fitting.attempt import Attempt
 from pyro_flows.fitting.flow_training import begin, is_improper, train_flow
 from pyro_flows.fitting.gaussian_conditionals import conditionals_at_start
 from pyro_flows.fitting.laplace_grid import grid_at_start, grid_comes_first
 from pyro_flows.fitting.multimodal import multimodal
 from pyro_flows.fitting.plan import SHARE_OF_SECONDS
 from pyro_flows.fitting.rounds import untrained, weighed, weights_collapse
+from pyro_flows.fitting.state import Run
 from pyro_flows.flows.parts import affine_base_of
 from pyro_flows.flows.recipe import set_df
 from pyro_flows.modes.population_monte_carlo import can_be_tempered
@@ -35,32 +35,27 @@ from pyro_flows.verdict.methods import CONDITIONALS, GAUSSIAN, GRID, MCMC, MIXTU
 from pyro_flows.verdict.thresholds import ESS_SHARE_COLLAPSED, ESS_SHARE_PROMISING
 
 AS_READ, AT_MODES, AT_THE_BEST, AFTER = "as read", "at modes", "at the best start", "after a flow"
-AT_FIRST = 80  # dimensions up to which a few coordinates are held before any others are chosen; above, chains cost less
+AT_FIRST = 80  # dimensions up to which Gaussian conditionals are tried before chains, which cost less above
 LIGHTER = (4.0, 1.0)  # times the base's degrees of freedom: what a nearly normal posterior bears, first
 AT_ONCE = "converged: weighting changes no result at the start"
-AT_ONCE_SAMPLED = "no flow was trained: MCMC that began at a Gaussian converged"
 SAMPLED_FROM, SAMPLED_UP_TO = 30, 1500  # dimensions in which a sampler is tried before a flow is trained
-MOST_SAMPLED = 20_000  # draws asked for, up to which it is
-CHEAP, FEW_OPERATIONS = 500, 500  # dimensions times numbers of an evaluation, and its operations, with its gradient,
-# up to which a glance at the modes costs next to nothing
-BARRIER = 3.0  # nats: over less, draws of a flow that is trained come to the other mode
-SURVEYED_FROM = 500  # draws that tell where a survey of modes begins
+SURVEYED_FROM = 500  # draws from which a survey of modes begins
 
 
 class Method(NamedTuple):
-    """A row of the table: a method is tried at a moment of a run if it is ``asked`` for."""
+    """A row of the table: a method is tried at a moment of a run if it ``applies``."""
 
     name: str
     when: str
-    asked: Callable[[Attempt], bool]
-    attempt: Callable[[Attempt], str | None]
+    applies: Callable[[Run], bool]
+    attempt: Callable[[Run], str | None]
 
 
-def answered(at: Attempt, when: str) -> bool:
+def answered(run: Run, when: str) -> bool:
     """Try the methods of a moment in their order; say whether one of them ended the run."""
     for method in METHODS:
-        if method.when == when and method.asked(at):
-            test = method.attempt(at)
+        if method.when == when and method.applies(run):
+            test = method.attempt(run)
             milestone()
             if test is not None:
                 accepted(test)
@@ -71,70 +66,51 @@ def answered(at: Attempt, when: str) -> bool:
 # ---- a grid of one latent, and a few latents with Gaussian others ----------------------------------------------------
 
 
-def _grid_of_hierarchy(at: Attempt) -> str | None:
-    """Try a grid in non-centered coordinates: as a rule, it is the same in centered ones, whose neck has no top.
+def _grid_of_hierarchy(run: Run) -> str | None:
+    """Try a grid in non-centered coordinates: as a rule, it is the same in centered ones, where a funnel has no mode.
 
     Paths that were made for this are kept.
     """
-    prepared = at.prepared
-    if not grid_comes_first(at.plan, at.density):
+    state = run.state
+    if not grid_comes_first(run.plan, run.density):
         return None
-    wholly = prepared.climbed = climbed(prepared.density, True, seed=at.seed)
-    found = None
-    if math.isfinite(wholly.elbo):
-        found = grid_at_start(at.plan, wholly.density, wholly.start, seed=at.seed)
-    if found is None:
+    wholly = state.climbed = climbed(state.density, True, seed=run.seed)
+    if not math.isfinite(wholly.elbo) or grid_at_start(run, wholly.density, wholly.start) is None:
         return None
-    wholly.density.evaluations += prepared.density.evaluations
-    prepared.density = wholly.density
+    wholly.density.evaluations += state.density.evaluations
+    state.density = wholly.density
     chosen = wholly.density.structure.noncentered
     details = {"noncentered": chosen, "elbo_centered": None, "elbo_noncentered": wholly.elbo}
-    prepared.history.append(Stage(_stages.PARAMETERIZATION, elbo=wholly.elbo, details=details))
-    at.run.take(*found)
+    state.history.append(Stage(_stages.PARAMETERIZATION, elbo=wholly.elbo, details=details))
     return GRID
 
 
-def _grid_at_best(at: Attempt) -> str | None:
-    found = grid_at_start(at.plan, at.density, at.starts[0], seed=at.seed)
-    if found is None:
-        return None
-    at.run.take(*found)
-    return GRID
+def _grid_at_best(run: Run) -> str | None:
+    return grid_at_start(run, run.density, run.starts[0])
 
 
-def _conditionals(at: Attempt) -> str | None:
-    """Hold a few coordinates of the model as it was read; what was chosen since then is dropped."""
-    found = conditionals_at_start(at.plan, at.prepared.as_read, seed=at.plan.seed)
-    if found is None:
-        return None
-    at.prepared.go_back()
-    at.run.modes, at.run.history = [], []
-    at.run.take(*found)
-    return CONDITIONALS
+def _is_hierarchical(run: Run) -> bool:
+    return bool(run.density.structure.hierarchical)
 
 
-def _is_hierarchical(at: Attempt) -> bool:
-    return bool(at.density.structure.hierarchical)
+def _few(run: Run) -> bool:
+    return run.state.as_read.dim <= AT_FIRST
 
 
-def _few(at: Attempt) -> bool:
-    return at.prepared.as_read.dim <= AT_FIRST
-
-
-def _no_hierarchy_of_few(at: Attempt) -> bool:
-    """Whether it is time for a model of few dimensions; hierarchical ones have been looked at as they were read."""
-    return at.from_scratch and _few(at) and not at.prepared.as_read.structure.hierarchical
+def _no_hierarchy_of_few(run: Run) -> bool:
+    """Whether a model has few dimensions and no hierarchy: for hierarchical ones, this was tried before."""
+    return run.from_scratch and _few(run) and not run.state.as_read.structure.hierarchical
 
 
 # ---- a Gaussian ------------------------------------------------------------------------------------------------------
 
 
-def _gaussian(at: Attempt) -> str | None:
-    """Look at the flow as it is at the best start, an affine map; say whether there is nothing to train."""
-    density, start = at.density, at.starts[0]
-    flow = at.plan.fresh(density)
-    plain, df = affine_base_of(flow) if at.plan.recipe.named else flow, flow.df
-    with at.plan.clock.part(_stages.BEST_START, noted=False):
+def _gaussian(run: Run) -> str | None:
+    """Weigh the flow as it is at the best start, a Student-t distribution; say whether there is nothing to train."""
+    density, start = run.density, run.starts[0]
+    flow = run.plan.fresh(density)
+    plain, df = affine_base_of(flow) if run.plan.recipe.named else flow, flow.df
+    with run.plan.clock.part(_stages.BEST_START, noted=False):
         for lighter in LIGHTER if flow.base == "student_t" else (1.0,):
             begin(set_df(plain, lighter * df), start)
             if weights_collapse(plain, density):
@@ -143,9 +119,9 @@ def _gaussian(at: Attempt) -> str | None:
             if cheap and not shift_is_noise(weighed(plain, density, LOOKED_AT_DRAWS)):
                 continue
             begin(set_df(flow, lighter * df), start)
-            outcome, trainer = untrained(_stages.FIRST_ROUND, flow, density, start.elbo, AT_ONCE)
+            outcome = untrained(_stages.FIRST_ROUND, flow, density, start.elbo, AT_ONCE)
             if shift_is_noise(outcome.weighing):
-                at.run.take(outcome, trainer)
+                run.take(outcome)
                 return GAUSSIAN
     return None
 
@@ -153,84 +129,89 @@ def _gaussian(at: Attempt) -> str | None:
 # ---- a mixture at several modes --------------------------------------------------------------------------------------
 
 
-def _mixture(at: Attempt, *, barrier: float = BARRIER) -> str | None:
-    """Fit a mixture at all modes; several runs are for a flow's sake."""
-    plan, run = at.plan, at.run
+def _mixture(run: Run, *, barrier: float = 3.0) -> str | None:
+    """Fit a mixture at all modes, unless several runs were asked for: these are about a flow.
+
+    If the density falls by less than ``barrier`` nats between two modes, a trained flow covers both.
+    """
+    plan = run.plan
     if not plan.escalate or plan.train_model or plan.runs > 1:
         return None
     with plan.clock.part(_stages.SEVERAL):
         if run.best is None:
-            z, hopeless = prior_draws(at.density, SURVEYED_FROM, seed=at.seed), False
+            z, hopeless = prior_draws(run.density, SURVEYED_FROM, seed=run.seed), False
         else:
-            z, weighing = run.flow(plan, at.density).draw(SURVEYED_FROM)[0], run.best.weighing
+            z, weighing = run.flow().draw(SURVEYED_FROM)[0], run.best.weighing
             hopeless = weighing.ess < ESS_SHARE_COLLAPSED * len(weighing.log_weights)
-        run.multimodal = multimodal(at.density, z, seed=at.seed, bar=plan.bar, barrier=barrier, ridges=hopeless)
+        run.multimodal = multimodal(run.density, z, seed=run.seed, bar=plan.bar, barrier=barrier, ridges=hopeless)
     if run.multimodal is None:
         return None
     run.note(run.multimodal.stage)
     return run.multimodal.stage.stage if run.multimodal.enough else None
 
 
-def _survey_is_cheap(at: Attempt) -> bool:
-    density = at.density
-    cheap = density.numbers * density.dim <= CHEAP and density.work.operations <= FEW_OPERATIONS
-    return cheap and len(at.run.modes) <= 1 and at.missed_mode is None
+def _survey_is_cheap(run: Run) -> bool:
+    """Whether a look at the modes costs next to nothing: an evaluation with its gradient is small."""
+    density = run.density
+    cheap = density.numbers * density.dim <= 500 and density.work.operations <= 500
+    return cheap and len(run.modes) <= 1 and run.missed_mode is None
 
 
-def _may_have_modes(at: Attempt) -> bool:
-    """Whether a flow's weights are so poor that it may lack modes, or modes cost little to look for."""
-    best = at.run.best
-    if not (at.goes_on and at.missed_mode is None and at.run.multimodal is None) or best is None:
+def _may_have_modes(run: Run) -> bool:
+    """Whether a flow's weights are so poor that it may miss modes, or a search for modes costs little."""
+    best = run.best
+    if not (run.goes_on and run.missed_mode is None and run.multimodal is None) or best is None:
         return False
     poor = best.weighing.ess < ESS_SHARE_PROMISING * len(best.weighing.log_weights)
-    return poor or (can_be_tempered(at.density) and not best.only_k_hat_fails)
+    return poor or (can_be_tempered(run.density) and not best.only_k_hat_fails)
 
 
 # ---- Markov chains ---------------------------------------------------------------------------------------------------
 
 
-def _chains_of_gaussian(at: Attempt) -> str | None:
+def _chains_of_gaussian(run: Run) -> str | None:
     """Try a sampler in the place of a flow, where a flow would need thousands of steps."""
-    plan, run, density = at.plan, at.run, at.density
+    plan, density = run.plan, run.density
     with plan.clock.part(_stages.AT_ONCE, share=SHARE_OF_SECONDS):
         names = coordinate_names(density.structure)
-        found = chains_of_gaussian(at.starts[0], density, names, plan.draws, seed=at.seed, bar=plan.bar)
+        found = chains_of_gaussian(run.starts[0], density, names, plan.draws, seed=run.seed, bar=plan.bar)
         if found is not None:
             flow, run.copies, run.chains = found
-            run.take(*untrained(_stages.INITIAL, flow, density, at.starts[0].elbo, AT_ONCE_SAMPLED, look=False))
+            why = "no flow was trained: MCMC that began at a Gaussian converged"
+            run.take(untrained(_stages.INITIAL, flow, density, run.starts[0].elbo, why, look=False))
             run.sampled = True
             return "MCMC instead of training"
     return None
 
 
-def _chains_come_first(at: Attempt) -> bool:
-    plan, density = at.plan, at.density
-    asked = plan.escalate and plan.refine is not None and plan.runs == 1 and plan.draws <= MOST_SAMPLED
-    return at.from_scratch and asked and SAMPLED_FROM <= density.dim <= SAMPLED_UP_TO and density.batched
+def _chains_come_first(run: Run) -> bool:
+    plan, density = run.plan, run.density
+    asked = plan.escalate and plan.refine is not None and plan.runs == 1 and plan.draws <= 20_000
+    return run.from_scratch and asked and SAMPLED_FROM <= density.dim <= SAMPLED_UP_TO and density.batched
 
 
-def _chains_of_flow(at: Attempt) -> str | None:
+def _chains_of_flow(run: Run) -> str | None:
     """Try a sampler in the place of further training, if one was asked for."""
-    plan, density = at.plan, at.density
-    assert at.run.trainer is not None
+    plan, density = run.plan, run.density
+    assert run.trainer is not None
     with plan.clock.part(_stages.NEXT):
         names = coordinate_names(density.structure)
-        at.run.chains = attempt(at.run.trainer.flow, density, names, plan.draws, seed=at.seed, bar=plan.bar)
-    return None if at.run.chains is None else "MCMC in the latent space"
+        run.chains = chains_of_flow(run.trainer.flow, density, names, plan.draws, seed=run.seed, bar=plan.bar)
+    return None if run.chains is None else "MCMC in the latent space"
 
 
 METHODS = (
     Method(GRID, AS_READ, _is_hierarchical, _grid_of_hierarchy),
-    Method(CONDITIONALS, AS_READ, lambda at: _is_hierarchical(at) and _few(at), _conditionals),
-    Method(MIXTURE, AT_MODES, lambda at: len(at.run.modes) > 1 and at.missed_mode is None, _mixture),
-    Method(GAUSSIAN, AT_THE_BEST, lambda at: not at.plan.train_model, _gaussian),
-    Method(GRID, AT_THE_BEST, lambda at: at.from_scratch and not _is_hierarchical(at), _grid_at_best),
+    Method(CONDITIONALS, AS_READ, lambda run: _is_hierarchical(run) and _few(run), conditionals_at_start),
+    Method(MIXTURE, AT_MODES, lambda run: len(run.modes) > 1 and run.missed_mode is None, _mixture),
+    Method(GAUSSIAN, AT_THE_BEST, lambda run: not run.plan.train_model, _gaussian),
+    Method(GRID, AT_THE_BEST, lambda run: run.from_scratch and not _is_hierarchical(run), _grid_at_best),
     Method(MIXTURE, AT_THE_BEST, _survey_is_cheap, _mixture),
-    Method(CONDITIONALS, AT_THE_BEST, _no_hierarchy_of_few, _conditionals),
+    Method(CONDITIONALS, AT_THE_BEST, _no_hierarchy_of_few, conditionals_at_start),
     Method(MCMC, AT_THE_BEST, _chains_come_first, _chains_of_gaussian),
-    Method(CONDITIONALS, AT_THE_BEST, lambda at: at.from_scratch and not _few(at), _conditionals),
-    Method(TRAINED, AT_THE_BEST, lambda at: True, train_flow),
-    Method(_stages.PROPRIETY, AFTER, lambda at: at.goes_on, is_improper),
-    Method(MIXTURE, AFTER, _may_have_modes, lambda at: _mixture(at, barrier=0.0)),
-    Method(MCMC, AFTER, lambda at: at.goes_on and at.plan.refine is not None, _chains_of_flow),
+    Method(CONDITIONALS, AT_THE_BEST, lambda run: run.from_scratch and not _few(run), conditionals_at_start),
+    Method(TRAINED, AT_THE_BEST, lambda run: True, train_flow),
+    Method(_stages.PROPRIETY, AFTER, lambda run: run.goes_on, is_improper),
+    Method(MIXTURE, AFTER, _may_have_modes, lambda run: _mixture(run, barrier=0.0)),
+    Method(MCMC, AFTER, lambda run: run.goes_on and run.plan.refine is not None, _chains_of_flow),
 )

@@ -30,13 +30,6 @@ from pyro_flows.verdict.methods import INDEPENDENT, MIXTURE, TABULATED
 from pyro_flows.verdict.psis import psis
 from pyro_flows.verdict.thresholds import ESS_SHARE_COLLAPSED, ESS_SHARE_PROMISING
 
-AGAIN = 3  # times that modes are looked for where weights are large
-ROWS = 4096  # points that all parts are looked at together
-HEAVY, HEAVIEST = 10.0, 48  # times the mean weight, from which on a draw points to what is missing; draws
-STAGE = MIXTURE
-LINE_POINTS = 17  # on a line between two modes
-OF_TERM, ITS_OWN = 100, 0.9  # draws of a term, and their mean share of the density where it holds them alone
-GLANCED = 96  # climbs of a round, until there is more than one mode
 FEW_ROUNDS = 2  # of a survey
 
 
@@ -65,7 +58,7 @@ def multimodal(
     if not can_be_surveyed(density):
         return None
     seed = derive(seed, "several modes")
-    found = survey(density, z, seed=seed, rounds=FEW_ROUNDS, climbs=GLANCED, ridges=ridges)
+    found = survey(density, z, seed=seed, rounds=FEW_ROUNDS, climbs=96, ridges=ridges)  # until there is a second mode
     found = found if places is None else climbed_from(density, found, places)
     likely = found.likely()
     apart = len(likely) > 1 and (_has_barrier(density, likely.modes, barrier) or _are_apart(likely, seed))
@@ -78,15 +71,15 @@ def multimodal(
     if not apart:
         return _by_tempering(density, None, seed, bar)
     found = found if separable else survey(density, z, seed=seed, rounds=ROUNDS, before=found)
-    best = _fitted(density, begun(*_start(found)), seed, bar)
-    for number in range(AGAIN):
+    best = fitted(density, _begun(found), seed=seed, report=bar.show)
+    for number in range(3):  # further surveys
         if best is None:
             break
         before, again = found, derive(seed, f"again {number}")
         found = _survey_again(density, found, best, again)
         if not has_new(found, before):
             break
-        more = _fitted(density, begun(*_start(found)), again, bar)
+        more = fitted(density, _begun(found), seed=again, report=bar.show)
         in_vain = more is None or more.worth < best.worth + ESS_SHARE_COLLAPSED
         best = more if more is not None and more.worth > min(best.worth, ESS_SHARE_PROMISING) else best
         if in_vain and best.worth < ESS_SHARE_PROMISING:
@@ -104,7 +97,7 @@ def _by_tempering(
 ) -> MultimodalCandidate | None:
     """Return a mixture that comes from the prior, in few dimensions, if it is better than another one."""
     parts = tempered_mixture(density, seed=seed) if can_be_tempered(density) else None
-    best = None if parts is None else _fitted(density, parts, seed, bar)
+    best = None if parts is None else fitted(density, parts, seed=seed, report=bar.show)
     if best is None or (other is not None and best.share <= (other.stage.ess_ratio or 0.0)):
         return other
     said = f"a mixture of {len(best.parts)} Student-t distributions was fitted, by tempering from the prior"
@@ -114,7 +107,7 @@ def _by_tempering(
 @torch.no_grad()
 def _has_barrier(density: LogDensity, modes: Tensor, barrier: float) -> bool:
     """Whether the density falls by ``barrier`` nats below both ends on a line from the first mode to another."""
-    share = torch.linspace(0.0, 1.0, LINE_POINTS, dtype=modes.dtype, device=modes.device)[:, None, None]
+    share = torch.linspace(0.0, 1.0, 17, dtype=modes.dtype, device=modes.device)[:, None, None]
     lines = modes[0] + share * (modes[1:] - modes[0])
     heights = density(lines.flatten(0, 1)).unflatten(0, lines.shape[:2]).nan_to_num(nan=-torch.inf)
     depths = torch.minimum(heights[0], heights[-1]) - heights.amin(0)
@@ -123,25 +116,28 @@ def _has_barrier(density: LogDensity, modes: Tensor, barrier: float) -> bool:
 
 @torch.no_grad()
 def _are_apart(found: Survey, seed: int) -> bool:
-    """Whether two terms of the density hold draws of their own: a wide one may have no maximum beside a narrow one."""
+    """Whether two terms of the density hold draws of their own: a wide one may have no maximum beside a narrow one.
+
+    A term holds draws if its mean share of the density at them is above .9.
+    """
     own = found.of_terms.nonzero()[:, 0]
     if len(own) < 2:
         return False
     parts = begun(found.modes[own], found.roots[own], found.evidence[own])
     with seeded(seed, own.device):
-        z = [parts[own[:0].new_tensor([number])].draw(OF_TERM) for number in range(len(own))]
+        z = [parts[own[:0].new_tensor([number])].draw(100) for number in range(len(own))]
     shares = torch.stack([torch.softmax(parts.log_prob(part), 0)[number].mean() for number, part in enumerate(z)])
-    return int((shares > ITS_OWN).sum()) > 1
+    return int((shares > 0.9).sum()) > 1
 
 
 def _survey_again(density: LogDensity, found: Survey, best: Generation, seed: int) -> Survey:
-    """Look for modes that a mixture lacks: from draws with large weights, and from where it is thin."""
-    heavy = best.weights * len(best.weights) > HEAVY
-    chosen = best.weights.masked_fill(~heavy, 0.0).topk(min(HEAVIEST, int(heavy.sum()))).indices
+    """Search for modes that a mixture misses: from draws with ten times the mean weight, and from low density."""
+    heavy = best.weights * len(best.weights) > 10.0
+    chosen = best.weights.masked_fill(~heavy, 0.0).topk(min(48, int(heavy.sum()))).indices
     found = climbed_from(density, found, best.z[chosen]) if len(chosen) else found
 
     def known(points: Tensor) -> Tensor:
-        return torch.cat([torch.logsumexp(best.parts.log_prob(part), 0) for part in points.split(ROWS)])
+        return torch.cat([torch.logsumexp(best.parts.log_prob(part), 0) for part in points.split(4096)])
 
     return survey(density, best.z, seed=seed, rounds=FEW_ROUNDS, known=known, before=found)
 
@@ -181,17 +177,13 @@ def weighed(density: LogDensity, sampler: Flow) -> tuple[float, float]:
     return float(1.0 / log_weights.exp().square().sum()) / len(z), k_hat
 
 
-def _start(found: Survey) -> tuple[Tensor, Tensor, Tensor]:
+def _begun(found: Survey) -> Parts:
     likely = found.likely()
-    return likely.modes, likely.roots, likely.evidence
-
-
-def _fitted(density: LogDensity, parts: Parts, seed: int, bar: Bar) -> Generation | None:
-    return fitted(density, parts, seed=seed, report=bar.show)
+    return begun(likely.modes, likely.roots, likely.evidence)
 
 
 def _mixture(best: Generation, said: str, details: dict[str, object]) -> MultimodalCandidate:
     parts = best.parts
     sampler = student_mixture(parts.loc, parts.roots, parts.log_weights.tolist(), df=parts.df)
-    stage = Stage(STAGE, k_hat=best.k_hat, ess_ratio=best.share, details=details)
+    stage = Stage(MIXTURE, k_hat=best.k_hat, ess_ratio=best.share, details=details)
     return MultimodalCandidate(sampler, said, stage, weights_correct(best.share, best.k_hat))

@@ -55,33 +55,25 @@ def check_sites(trace: poutine.Trace, density: LogDensity) -> None:
             f"guide: expected the model's latent sites {', '.join(map(repr, density.names))} "
             f"(and others only with infer={{'is_auxiliary': True}}), got {'; '.join(found)}."
         )
-    for latent in density.structure.latents:
+    latents = density.structure.latents
+    for latent in latents:
         if sites[latent.name]["value"].shape != latent.shape:
             got = tuple(sites[latent.name]["value"].shape)
             raise ValueError(f"guide: site {latent.name!r} has shape {got}, in the model {tuple(latent.shape)}.")
-    kinds = {latent.name: _innermost(sites[latent.name]["fn"]) for latent in density.structure.latents}
-    points = [
-        latent
-        for latent in density.structure.latents
-        if isinstance(kinds[latent.name], Delta) and not isinstance(kinds[latent.name], Drawn)
-    ]
-    own = sum(
-        sites[name]["value"].numel() for name in auxiliary if not isinstance(_innermost(sites[name]["fn"]), Delta)
-    )
+    kinds = {name: _innermost(site["fn"]) for name, site in sites.items()}
+    points = [one for one in latents if isinstance(kinds[one.name], Delta) and not isinstance(kinds[one.name], Drawn)]
+    own = sum(sites[name]["value"].numel() for name in auxiliary if not isinstance(kinds[name], Delta))
     needed = sum(latent.size for latent in points)
     if own < needed:
         names = ", ".join(repr(latent.name) for latent in points)
         raise ValueError(f"guide: {NO_DENSITY}. Point masses are at {names}.")
     if own > needed:
-        masked = ", ".join(repr(latent.name) for latent in density.structure.latents if latent.free is not None)
-        hint = (
-            f" The model masks entries of {masked}; a flow guide such as AutoRealNVP leaves these out."
-            if masked
-            else ""
-        )
+        masked = ", ".join(repr(latent.name) for latent in latents if latent.free is not None)
+        flows = f" The model masks entries of {masked}; a flow guide such as AutoRealNVP leaves these out."
         raise ValueError(
             f"guide: its auxiliary sites have {own} coordinates, the latent sites made from them {needed}, so the "
-            f"density of the latent sites alone is not known. Use a guide without extra randomness.{hint}"
+            "density of the latent sites alone is not known. Use a guide without extra randomness."
+            f"{flows if masked else ''}"
         )
 
 

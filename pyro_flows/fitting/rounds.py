@@ -14,10 +14,9 @@ from pyro_flows.model.log_density import LogDensity
 from pyro_flows.results.stage import Stage
 from pyro_flows.training.loop import BATCH, STEP_SIZE, Training
 from pyro_flows.training.trainer import Trainer
-from pyro_flows.verdict.acceptance import nothing_to_gain, status_of
+from pyro_flows.verdict.acceptance import nothing_to_gain, raw_weights, status_of
 from pyro_flows.verdict.deciding import JUDGED_DRAWS, LOOKED_AT_DRAWS
 from pyro_flows.verdict.thresholds import (
-    ESS_SHARE_COLLAPSED,
     ESS_SHARE_EVEN,
     ESS_SHARE_GOOD,
     K_HAT_GOOD,
@@ -25,9 +24,6 @@ from pyro_flows.verdict.thresholds import (
     VAR_LOG_P_RATIO_MOST,
 )
 from pyro_flows.verdict.weighing import Weighing, weigh
-
-GLANCED_DRAWS = 256
-FEWER_DRAWS, JUDGED_NUMBERS = 8000, 4_000_000  # where draws have many coordinates
 
 
 @dataclass(frozen=True)
@@ -46,9 +42,9 @@ class Round:
 
     @property
     def nearly_uniform(self) -> bool:
-        """Whether the weights of its sample are nearly the same at all draws, so that it is nowhere thin next to them.
+        """Whether the weights of its sample are nearly the same at all draws, so that no mass next to them is missed.
 
-        Draws that wander about come to a place where a flow is thin only by way of places where it is somewhat thin.
+        MCMC walkers reach a region with too little density by way of regions where the density is somewhat too small.
         """
         weighing = self.weighing
         ratio = weighing.ess / len(weighing.log_weights)
@@ -60,9 +56,9 @@ class Round:
 
     @property
     def only_k_hat_fails(self) -> bool:
-        """Whether only the tail of the weights is in doubt: k-hat is large, though nearly all draws weigh the same.
+        """Whether only the tail of the weights is in doubt: k-hat is large, though nearly all weights are the same.
 
-        More steps move no tail that has next to no mass, and a mixture would have the same modes.
+        More steps of training do not change a tail with next to no mass, and a mixture would have the same modes.
         """
         even = self.weighing.ess > ESS_SHARE_GOOD * len(self.weighing.log_weights)
         return even and self.weighing.k_hat >= K_HAT_GOOD and self.weighed
@@ -82,14 +78,10 @@ def weighed(flow: Flow, density: LogDensity, draws: int) -> Weighing:
 
 @torch.no_grad()
 def weights_collapse(flow: Flow, density: LogDensity) -> bool:
-    """Whether a few draws of a flow tell that its weights would not do: next to none of them has weight."""
+    """Whether the weights of a few draws of a flow collapse: next to none of them has weight."""
     with density.clock.watching():
-        z, log_q = flow.draw(GLANCED_DRAWS)
-    ratios = (density(z) - log_q).double()
-    weights = torch.softmax(torch.where(torch.isfinite(ratios), ratios, -torch.inf), 0)
-    return (
-        not float(weights.square().sum()) * GLANCED_DRAWS * ESS_SHARE_COLLAPSED < 1.0
-    )  # NaN where no draw has a density
+        z, log_q = flow.draw(256)
+    return raw_weights(density(z) - log_q) is None
 
 
 @torch.no_grad()
@@ -100,28 +92,11 @@ def assess(name: str, trainer: Trainer, training: Training, *, look: bool = True
     """
     flow, density = trainer.flow, trainer.density
     weighing = unweighed(density.dim, training.elbo)
-    if not look:
-        return Round(copy.deepcopy(flow), weighing, training, _stage(name, trainer, weighing, training))
-    with density.clock.part(_stages.WEIGHTS, noted=False):
-        weighing = weighed(flow, density, min(JUDGED_DRAWS, max(FEWER_DRAWS, JUDGED_NUMBERS // density.dim)))
-    return Round(copy.deepcopy(flow), weighing, training, _stage(name, trainer, weighing, training))
-
-
-def untrained(
-    name: str, flow: Flow, density: LogDensity, elbo: float, why: str, *, look: bool = True
-) -> tuple[Round, Trainer]:
-    """Weigh a flow as it is; see :func:`assess`."""
-    trainer = Trainer(flow, density, learning_rate=STEP_SIZE, batch=BATCH)
-    return assess(name, trainer, Training([], elbo, look, False, why, 0, 0, early=look), look=look), trainer
-
-
-def unweighed(dim: int, elbo: float) -> Weighing:
-    nothing = torch.full((dim,), torch.nan)
-    return Weighing(torch.zeros(1), math.inf, 0.0, elbo, -math.inf, nothing, nothing, 0.0, math.inf, 0)
-
-
-def _stage(name: str, trainer: Trainer, weighing: Weighing, training: Training) -> Stage:
-    return Stage(
+    if look:
+        with density.clock.part(_stages.WEIGHTS, noted=False):
+            # fewer, if these have many coordinates
+            weighing = weighed(flow, density, min(JUDGED_DRAWS, max(8000, 4_000_000 // density.dim)))
+    stage = Stage(
         name,
         elbo=weighing.elbo,
         step_size=trainer.learning_rate,
@@ -134,16 +109,29 @@ def _stage(name: str, trainer: Trainer, weighing: Weighing, training: Training) 
         why=training.why,
         skipped=training.skipped,
         falls=training.falls,
-        details={"flow": trainer.evaluation, "model": trainer.density.reason or "recorded"},
+        details={"flow": trainer.evaluation, "model": density.reason or "recorded"},
     )
+    return Round(copy.deepcopy(flow), weighing, training, stage)
+
+
+def untrained(name: str, flow: Flow, density: LogDensity, elbo: float, why: str, *, look: bool = True) -> Round:
+    """Weigh a flow as it is; see :func:`assess`."""
+    trainer = Trainer(flow, density, learning_rate=STEP_SIZE, batch=BATCH)
+    return assess(name, trainer, Training([], elbo, look, False, why, 0, 0, early=look), look=look)
+
+
+def unweighed(dim: int, elbo: float) -> Weighing:
+    nothing = torch.full((dim,), torch.nan)
+    return Weighing(torch.zeros(1), math.inf, 0.0, elbo, -math.inf, nothing, nothing, 0.0, math.inf, 0)
 
 
 @torch.no_grad()
 def volume_misfit(flow: Flow, density: LogDensity) -> tuple[list[str], list[str]]:
     """Say so where the posterior's density is more uneven than a volume-preserving flow can be.
 
-    Such a flow hands on the base's Var[log q], which the posterior's Var[log p] has to equal. A little more is a
-    warning, much more a failure: draws of such a flow do not come to where most of the variance is. Returns both kinds.
+    Such a flow has the Var[log q] of its base, and the posterior's Var[log p] would have to be the same. If it is a
+    little larger, there is a warning. If it is much larger, draws do not reach where most of the variance is: a
+    failure. Returns both kinds.
     """
     if flow.recipe is None or flow.recipe.builder != "nice":
         return [], []
@@ -158,7 +146,6 @@ def volume_misfit(flow: Flow, density: LogDensity) -> tuple[list[str], list[str]
     ratio = float(spread / base.log_prob(base.sample((LOOKED_AT_DRAWS,))).var())
     if not ratio > VAR_LOG_P_RATIO:
         return [], []
-    said = [
-        f"Var[log p] is {ratio:.1f} times that of the base, so NICE, which preserves volume, cannot fit: use realnvp"
-    ]
+    times = f"Var[log p] is {ratio:.1f} times that of the base"
+    said = [f"{times}, so NICE, which preserves volume, cannot fit: use realnvp"]
     return (said, []) if ratio < VAR_LOG_P_RATIO_MOST else ([], said)

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from pyro_flows import _stages
 from pyro_flows._seeding import seeded
-from pyro_flows.fitting.attempt import Attempt, Run
 from pyro_flows.fitting.flow_training import CLOSE, begin
 from pyro_flows.fitting.methods import AFTER, AS_READ, AT_MODES, AT_THE_BEST, answered
-from pyro_flows.fitting.plan import SHARE_OF_SECONDS, Plan, tails
+from pyro_flows.fitting.plan import SHARE_OF_SECONDS, tails
+from pyro_flows.fitting.state import Run
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.modes.propriety import improper_tails
 from pyro_flows.results.stage import Stage
@@ -27,33 +27,32 @@ from pyro_flows.starts.start import Start, standard
 COORDINATES_SHARE = 0.4  # of the seconds that are left, if there is a bound
 
 
-def prepare(at: Attempt) -> None:
+def prepare(run: Run) -> None:
     """Choose coordinates of hierarchical sites, then charts for angles and heavy tails; each is kept once it is found.
 
     Methods that come before that may end the run. A model whose own parameters are trained stays as it is: its
     posterior moves.
     """
-    plan, prepared, seed = at.plan, at.prepared, at.seed
-    if plan.train_model:
+    state, clock, seed = run.state, run.plan.clock, run.seed
+    if run.plan.train_model:
         return
-    with plan.clock.part(_stages.PROPRIETY):
-        prepared.improper = improper_tails(prepared.density, partial(first_draws, prepared.density, seed), seed=seed)
-    if prepared.improper:
+    with clock.part(_stages.PROPRIETY):
+        state.improper = improper_tails(state.density, partial(first_draws, state.density, seed), seed=seed)
+    if state.improper:
         return
-    if prepared.density.structure.hierarchical:
-        with plan.clock.part(_stages.PARAMETERIZING, share=COORDINATES_SHARE):
-            if answered(at, AS_READ):
+    if state.density.structure.hierarchical:
+        with clock.part(_stages.PARAMETERIZING, share=COORDINATES_SHARE):
+            if answered(run, AS_READ):
                 return
-            prepared.density, start, chosen = choose_coordinates(prepared.density, prepared.climbed, seed=seed)
-            prepared.history.append(
-                Stage(_stages.PARAMETERIZATION, elbo=cast("float | None", chosen.pop("elbo")), details=chosen)
-            )
-            prepared.starts += [] if start is None else [start]
-    with plan.clock.part(_stages.TRANSFORMS, share=COORDINATES_SHARE):
-        first = prepared.starts[0] if prepared.starts else None
-        prepared.density, carried, charted = choose_charts(prepared.density, first, seed=seed)
-        prepared.history += [Stage(_stages.SITE_TRANSFORMS, details={"sites": charted})] if charted else []
-        prepared.starts = [] if carried is None else [carried]
+            state.density, start, chosen = choose_coordinates(state.density, state.climbed, seed=seed)
+            elbo = cast("float | None", chosen.pop("elbo"))
+            state.history.append(Stage(_stages.PARAMETERIZATION, elbo=elbo, details=chosen))
+            state.starts += [] if start is None else [start]
+    with clock.part(_stages.TRANSFORMS, share=COORDINATES_SHARE):
+        first = state.starts[0] if state.starts else None
+        state.density, carried, charted = choose_charts(state.density, first, seed=seed)
+        state.history += [Stage(_stages.SITE_TRANSFORMS, details={"sites": charted})] if charted else []
+        state.starts = [] if carried is None else [carried]
 
 
 def first_draws(density: LogDensity, seed: int) -> Tensor:
@@ -62,27 +61,27 @@ def first_draws(density: LogDensity, seed: int) -> Tensor:
     return torch.cat([draws, possible_points(density, draws)])
 
 
-def begin_only(plan: Plan, density: LogDensity, run: Run) -> None:
+def begin_only(run: Run) -> None:
     """Put an untrained flow at the prior's middle and spread: the posterior has no finite integral."""
-    draws = prior_draws(density, PRIOR_DRAWS, seed=plan.seed)
-    begin(run.flow(plan, density), Start("prior", draws.median(0).values, spread_of(draws)))
+    draws = prior_draws(run.density, PRIOR_DRAWS, seed=run.seed)
+    begin(run.flow(), Start("prior", draws.median(0).values, spread_of(draws)))
 
 
-def make_run(at: Attempt) -> None:
+def make_run(run: Run) -> None:
     """Find starting points, and try the methods from there until one suffices."""
-    clock, extra = at.plan.clock, at.prepared.starts
-    with seeded(at.seed, at.density.device):
-        starts = [*extra, standard(at.density)]
+    clock, density, extra = run.plan.clock, run.density, run.state.starts
+    with seeded(run.seed, density.device):
+        run.starts = [*extra, standard(density)]
         with clock.part(_stages.STARTS, share=SHARE_OF_SECONDS):
-            starts = portfolio(at.density, seed=at.seed, extra=extra) if at.missed_mode is None else [at.missed_mode]
-        at.starts = starts
-        at.run.modes = [start for start in starts if start.evidence is not None]
-        if answered(at, AT_MODES):
+            missed = run.missed_mode
+            run.starts = portfolio(density, seed=run.seed, extra=extra) if missed is None else [missed]
+        run.modes = [start for start in run.starts if start.evidence is not None]
+        if answered(run, AT_MODES):
             return
-        close = [start for start in starts if start.elbo >= starts[0].elbo - CLOSE]
-        first = at.run.number % len(close)  # each run begins at another one of those that are close to the best
-        at.starts = starts = close[first:] + close[:first]
-        if not at.plan.train_model:
+        close = [start for start in run.starts if start.elbo >= run.starts[0].elbo - CLOSE]
+        first = run.number % len(close)  # each run begins at another one of those that are close to the best
+        run.starts = close[first:] + close[:first]
+        if not run.plan.train_model:
             with clock.part(_stages.MOMENTS, share=SHARE_OF_SECONDS):
-                starts[0] = matched(at.density, starts[0], tails(at.density.dim), seed=at.seed)
-        answered(at, AT_THE_BEST) or answered(at, AFTER)
+                run.starts[0] = matched(density, run.starts[0], tails(density.dim), seed=run.seed)
+        answered(run, AT_THE_BEST) or answered(run, AFTER)

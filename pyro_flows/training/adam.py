@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 BETAS = (0.9, 0.999)
-EPSILON = 1e-8
 CLIP = 5.0
 KEPT = 0.95  # of a running mean, at each step
 
@@ -17,7 +16,7 @@ class Moments(NamedTuple):
     """What an optimizer knows besides the weights (W,): running means of the gradient and its square (W,), and scalars.
 
     ``counted`` is how many gradients were finite, ``norm`` the running norm of them, ``ess`` the running share of a
-    batch that is effective, ``skipped`` how many gradients were not finite.
+    batch that is effective, ``skipped`` how many gradients were not finite. Of several flows, all have one axis more.
     """
 
     mean: Tensor
@@ -30,8 +29,8 @@ class Moments(NamedTuple):
     @classmethod
     def fresh(cls, weights: Tensor) -> Moments:
         """Return those before the first step."""
-        zero = weights.new_zeros(())
-        skipped = torch.zeros((), dtype=torch.long, device=weights.device)
+        zero = weights.new_zeros(weights.shape[:-1])
+        skipped = torch.zeros_like(zero, dtype=torch.long)
         return cls(torch.zeros_like(weights), torch.zeros_like(weights), zero, zero.clone(), zero.clone(), skipped)
 
     def forget(self) -> Moments:
@@ -56,7 +55,7 @@ def update(weights: Tensor, moments: Moments, gradient: Tensor, rate: float | Te
     counted = moments.counted + moved
     mean_share, square_share = (1.0 - beta ** counted.clamp(min=1.0) for beta in BETAS)  # 0 if all so far were bad
     size = torch.where(good, rate / mean_share, 0.0)
-    weights = torch.addcdiv(weights, mean * -size, (square / square_share).sqrt() + EPSILON)
+    weights = torch.addcdiv(weights, mean * -size, (square / square_share).sqrt() + 1e-8)
     skipped = moments.skipped + torch.logical_not(good)
     return weights, Moments(mean, square, counted, running, moments.ess, skipped)
 

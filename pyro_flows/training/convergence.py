@@ -13,12 +13,6 @@ from pyro_flows.verdict.thresholds import R_HAT_OF_SHORT_CHAINS
 WINDOW = 10
 ELBO_TOLERANCE = 0.02
 LEFT_TOLERANCE = 0.03
-SD_TOLERANCE = 0.05
-NOISY = 20.0
-RESTLESS = 0.5
-TRIM = 0.02
-LEVEL = 6
-EARLY = 4  # checks after which a look at the weights may end the training
 
 
 def split_r_hat(series: Tensor) -> Tensor:
@@ -56,7 +50,7 @@ class Monitor:
     def add(self, z: Tensor, log_weights: Tensor) -> float:
         """Add one check: images (S, D) of the common noise and their log weights; return the ELBO."""
         terms = torch.nan_to_num(log_weights.double(), nan=-torch.inf).sort().values
-        self.elbos.append(float(terms[int(TRIM * len(terms)) :].mean()))
+        self.elbos.append(float(terms[int(0.02 * len(terms)) :].mean()))
         self.gaps.append(float(torch.logsumexp(terms, 0) - math.log(len(terms)) - terms.mean()))
         z = z.double()
         self.moments.append(torch.cat([z.mean(0), z.std(0).clamp_min(1e-300).log()]))
@@ -67,25 +61,27 @@ class Monitor:
         """Whether a mean or an sd moved by more than half an sd between the halves of the last window."""
         if len(self.moments) < WINDOW:
             return False
-        return not float(_drift(self._series())[1:].max()) <= RESTLESS
+        return not float(_drift(self._series())[1:].max()) <= 0.5
 
     def promises(self, gap: float) -> bool:
         """Whether a larger sample is worth its cost: the weights leave a ``gap`` at most, and the ELBO hardly rises.
 
         The last two checks are compared with the two before them.
         """
-        if len(self.elbos) < EARLY or not self.gaps[-1] <= gap:
+        if len(self.elbos) < 4 or not self.gaps[-1] <= gap:
             return False
         before, after = self.elbos[-4:-2], self.elbos[-2:]
         return 0.5 * (sum(after) - sum(before)) <= max(ELBO_TOLERANCE, 0.25 * gap)
 
     def level(self) -> bool:
-        """Whether the ELBO hardly rises any more: what is left may be the noise of steps of this size."""
-        if len(self.elbos) < LEVEL:
+        """Whether the ELBO hardly rises any more: what is left may be the noise of steps of this size.
+
+        The last three checks are compared with the three before them.
+        """
+        if len(self.elbos) < 6:
             return False
-        recent = self.elbos[-LEVEL:]
-        rise = sum(recent[LEVEL // 2 :]) - sum(recent[: LEVEL // 2])
-        return rise / (LEVEL // 2) <= 2.0 * ELBO_TOLERANCE
+        rise = sum(self.elbos[-3:]) - sum(self.elbos[-6:-3])
+        return rise / 3 <= 2.0 * ELBO_TOLERANCE
 
     def _series(self) -> Tensor:
         """The last window (T, 1 + 2 D): ELBO, means in present sds, log sds; relative to the last check."""
@@ -109,8 +105,8 @@ class Monitor:
         if not bool(torch.isfinite(series[:, 0]).all()):
             return False, "the ELBO is not finite"
         drift = _drift(series)
-        relative = torch.cat([drift[:1] / ELBO_TOLERANCE, drift[1:] / SD_TOLERANCE])
-        moving = ~((relative < 1.0) | ((split_r_hat(series) <= R_HAT_OF_SHORT_CHAINS) & (relative < NOISY)))
+        relative = torch.cat([drift[:1] / ELBO_TOLERANCE, drift[1:] / 0.05])
+        moving = ~((relative < 1.0) | ((split_r_hat(series) <= R_HAT_OF_SHORT_CHAINS) & (relative < 20.0)))
         text = f"ELBO drift {float(drift[0]):.3f} nats, worst moment drift {float(drift[1:].max()):.3f} sd"
         return not bool(moving.any()) and self._left(series[:, 0]) <= LEFT_TOLERANCE, text
 

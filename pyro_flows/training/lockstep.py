@@ -1,8 +1,9 @@
-"""Many flows of one kind, each trained on a density of its own, step by step together."""
+"""Many flows of one kind, each trained on a density of its own: the step of all, and the loop of steps."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, fx
@@ -13,12 +14,19 @@ from pyro_flows.model.batching import quiet
 from pyro_flows.model.stack import NotStackable, Stack
 from pyro_flows.objectives import BasePoints
 from pyro_flows.training.adam import Moments
-from pyro_flows.training.flow_graphs import Passes, flat, is_order, points
-from pyro_flows.training.layer_graphs import state_of
-from pyro_flows.training.loop import CHECK_DRAWS
+from pyro_flows.training.convergence import Monitor
+from pyro_flows.training.flow_graphs import Passes, flat, is_order, points, state_of
+from pyro_flows.training.loop import AVERAGED_SHARE, CHECK_DRAWS, FALL, WARM_UP, Training
 from pyro_flows.training.step_graph import stitched
 from pyro_flows.training.trainer import BLEND, DEFENSIVE, LOOK_EVERY
-from pyro_flows.verdict.thresholds import ESS_SHARE_PROMISING
+from pyro_flows.verdict.thresholds import ESS_SHARE_PROMISING, EVIDENCE_GAP_VISIBLE
+
+CHECK_EVERY = 20
+STEADY = 800  # steps at most, before the cool-down
+COOL, SHORT_COOL = 300, 200
+NEARLY_ALL = 0.9  # of the flows stand still: the rest is not waited for
+
+Report = Callable[[int, int, str], None]  # steps done, flows that stand still, state
 
 
 class Lockstep:
@@ -45,7 +53,7 @@ class Lockstep:
         self._sizes = [part.numel() for part in trained[0]]
         self._shapes = [part.shape for part in trained[0]]
         self.weights = torch.stack([torch.cat([part.detach().reshape(-1) for part in own]) for own in trained])
-        self.moments = Moments(*map(torch.stack, zip(*(Moments.fresh(row) for row in self.weights), strict=True)))
+        self.moments = Moments.fresh(self.weights)
         self.rates = self.weights.new_full((len(flows),), learning_rate)
         self._points = BasePoints(first)
         self._drawn: list[tuple[Tensor, Tensor]] = []
@@ -56,7 +64,7 @@ class Lockstep:
         self._state = self._states()
         kind, given = Passes(first, like, views).kind, [part[0] for part in self.stack.given]
         step = stitched(stack.graph(batch, gradients=True), kind, self.weights[0].clone(), given)
-        self._step = self._recorded(step, [*self._inputs(like), *self._held(self.weights, 0.0)])
+        self._step = self._recorded(step, [*self._inputs(like), *self._held(0.0)])
         self._noise = self._points(CHECK_DRAWS)[0]
         self._look = self._recorded(self._one_look(views), self._inputs(self._noise))
         self._check(like)
@@ -115,17 +123,17 @@ class Lockstep:
         state = [own[part] if isinstance(part, int) else part for part in self._state]
         return [*state, x if x.dim() == 3 else x.expand(len(self), *x.shape), *self.stack.given]
 
-    def _held(self, weights: Tensor, thinning: Tensor | float) -> list[Tensor]:
+    def _held(self, log_importance_ratio: Tensor | float) -> list[Tensor]:
         """Return what a step takes after the data."""
-        zero = weights.new_zeros(len(self), self.batch) + thinning
-        dials = torch.stack([self.rates, self._blends], 1)
-        return [zero, dials, weights, *self.moments]
+        ratios = self.weights.new_zeros(len(self), self.batch) + log_importance_ratio
+        scalars = torch.stack([self.rates, self._blends], 1)
+        return [ratios, scalars, self.weights, *self.moments]
 
     @torch.no_grad()
     def _check(self, like: Tensor) -> None:
         """Compare the values that a step takes at fixed points with those of two flows by themselves."""
         x = points(like)
-        losses = self._step(*self._inputs(x), *self._held(self.weights, 0.0))[0]
+        losses = self._step(*self._inputs(x), *self._held(0.0))[0]
         for number in {0, len(self) - 1}:
             z, log_q, _ = self.flows[number].sample_with_score(at=x)
             terms = self.stack.densities[number](z) - log_q
@@ -140,8 +148,8 @@ class Lockstep:
         self.stack.clock.look()
         if not self._drawn:
             self._draw()
-        x, thinning = self._drawn.pop()
-        held = self._held(self.weights, thinning)
+        x, log_ratios = self._drawn.pop()
+        held = self._held(log_ratios)
         held[1][:, 0] *= share
         loss, weights, *moments = self._step(*self._inputs(x), *held)
         self.weights, self.moments = weights.clone(), Moments(*(part.clone() for part in moments))
@@ -155,9 +163,9 @@ class Lockstep:
         self._blends = torch.where(good, BLEND, 0.0).to(self.rates)
         shape = (LOOK_EVERY, len(self), self.batch)
         shares = torch.where(good, DEFENSIVE, 0.0).to(self.rates)[:, None].expand(shape)
-        x, thinning = self._points(shares.numel(), shares.reshape(-1))
-        x, thinning = x.reshape(*shape, -1), thinning.reshape(shape)
-        self._drawn = list(zip(x.unbind(), thinning.unbind(), strict=True))
+        x, log_ratios = self._points(shares.numel(), shares.reshape(-1))
+        x, log_ratios = x.reshape(*shape, -1), log_ratios.reshape(shape)
+        self._drawn = list(zip(x.unbind(), log_ratios.unbind(), strict=True))
 
     def look(self) -> tuple[Tensor, Tensor]:
         """Return the images (K, S, D) of common base points, and their log weights (K, S)."""
@@ -166,9 +174,9 @@ class Lockstep:
 
     def forget(self, chosen: Tensor) -> None:
         """Halve the step sizes of some flows (K,), and forget their optimizers' moments of the gradient."""
-        fresh = Moments(*map(torch.stack, zip(*(Moments.fresh(row) for row in self.weights), strict=True)))
-        parts = fresh._replace(ess=self.moments.ess, skipped=self.moments.skipped)
-        self.moments = Moments(*(_choose(chosen, new, old) for new, old in zip(parts, self.moments, strict=True)))
+        pairs = zip(self.moments.forget(), self.moments, strict=True)
+        masks = {1: chosen, 2: chosen[:, None]}  # by the number of axes
+        self.moments = Moments(*(torch.where(masks[old.dim()], new, old) for new, old in pairs))
         self.rates = torch.where(chosen, 0.5 * self.rates, self.rates)
 
     @torch.no_grad()
@@ -179,5 +187,100 @@ class Lockstep:
             torch._foreach_copy_(trained, self._cut(row))
 
 
-def _choose(mask: Tensor, ours: Tensor, theirs: Tensor) -> Tensor:
-    return torch.where(mask.reshape(-1, *[1] * (ours.dim() - 1)), ours, theirs)
+def train_together(flows: Lockstep, *, report: Report) -> list[Training]:
+    """Train all flows for as many steps; say of each whether it converged, by the rule of ``loop.train``.
+
+    Checks are on common random numbers, 20 steps apart. The step size is constant until nine tenths of the flows stand
+    still or have weights that correct them, or for `STEADY` steps; then it falls to zero along a cosine over `COOL`
+    steps (`SHORT_COOL` if weights ended it), the last fifth of which is averaged. A flow whose ELBO falls far goes back
+    to its best check, with half the step size.
+    """
+    run = _Together(flows)
+    done, still = 0, torch.zeros(len(flows), dtype=torch.bool)
+    good = still
+    while done < STEADY and not float((still | good).double().mean()) >= NEARLY_ALL:
+        flows.step(min(1.0, (done + 1) / WARM_UP))
+        done += 1
+        if done % CHECK_EVERY == 0:
+            still = still | run.check()  # what comes after is the cool-down, in ``loop.train`` too
+            good = torch.tensor([monitor.promises(EVIDENCE_GAP_VISIBLE) for monitor in run.monitors])
+            report(done, int((still | good).sum()), "converging")
+    cool = COOL if float(still.double().mean()) >= NEARLY_ALL else SHORT_COOL
+    why = [monitor.stationary()[1] for monitor in run.monitors]
+    average: Tensor | None = None
+    for step in range(cool):
+        flows.step(0.5 * (1.0 + math.cos(math.pi * step / cool)))
+        if step >= (1.0 - AVERAGED_SHARE) * cool:
+            count = step + 1 - math.ceil((1.0 - AVERAGED_SHARE) * cool)
+            average = flows.weights.clone() if average is None else average.lerp_(flows.weights, 1.0 / (count + 1))
+        if (step + 1) % (4 * CHECK_EVERY) == 0:
+            run.rescue(run.elbos())
+            report(done + step + 1, int(still.sum()), "cooling")
+    elbos = run.finish(average)
+    flows.write()
+    return run.trainings(elbos, still, good, why, done + cool)
+
+
+class _Together:
+    """The monitors of all flows, and the weights of their best checks."""
+
+    def __init__(self, flows: Lockstep) -> None:
+        self.flows = flows
+        self.monitors = [Monitor() for _ in range(len(flows))]
+        self.falls = torch.zeros(len(flows), dtype=torch.long)
+        self.kept, self.best = flows.weights.clone(), self.elbos()
+
+    def elbos(self, monitors: Sequence[Monitor] | None = None) -> Tensor:
+        """Return the ELBO (K,) of each flow on the common base points, without the lowest terms; monitors note them."""
+        looks = zip(monitors or [Monitor() for _ in self.monitors], *self.flows.look(), strict=True)
+        return torch.tensor([monitor.add(z, terms) for monitor, z, terms in looks], dtype=torch.float64)
+
+    def check(self) -> Tensor:
+        """Look at all flows; return which stand still (K,)."""
+        self.rescue(self.elbos(self.monitors))
+        return torch.tensor([monitor.stationary()[0] for monitor in self.monitors])
+
+    def rescue(self, elbos: Tensor) -> None:
+        """Keep weights that are the best so far; take those back that are far from it."""
+        flows = self.flows
+        better, fallen = elbos >= self.best, ~(elbos > self.best - FALL)
+        self.kept = torch.where(better.to(flows.weights.device)[:, None], flows.weights, self.kept)
+        self.best = torch.where(better, elbos, self.best)
+        fallen &= ~better
+        if bool(fallen.any()):
+            flows.weights = torch.where(fallen.to(flows.weights.device)[:, None], self.kept, flows.weights)
+            flows.forget(fallen.to(flows.weights.device))
+            self.falls += fallen.long()
+
+    def finish(self, average: Tensor | None) -> Tensor:
+        """Take averaged weights where they do not lower the ELBO; return the ELBOs (K,)."""
+        flows = self.flows
+        last = self.elbos()
+        self.rescue(last)
+        last = torch.where(last > self.best - FALL, last, self.best)
+        if average is None:
+            return last
+        own, flows.weights = flows.weights, average
+        found = self.elbos()
+        better = found >= last
+        flows.weights = torch.where(better.to(own.device)[:, None], average, own)
+        return torch.where(better, found, last)
+
+    def trainings(self, elbos: Tensor, still: Tensor, good: Tensor, why: list[str], steps: int) -> list[Training]:
+        """Return what was done with each flow."""
+        losses = torch.stack(self.flows.losses, 1).tolist()
+        skipped = self.flows.moments.skipped.tolist()
+        return [
+            Training(
+                losses=losses[number],
+                elbo=float(elbos[number]),
+                converged=settled,
+                moving=not (settled or good[number]) and self.monitors[number].restless,
+                why=f"converged: {why[number]}"
+                if settled
+                else f"training ended after {steps} steps, before it had converged ({why[number]})",
+                skipped=skipped[number],
+                falls=int(self.falls[number]),
+            )
+            for number, settled in enumerate(still.tolist())
+        ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import TypedDict
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,9 +15,9 @@ from pyro_flows._clock import Clock, unbounded
 from pyro_flows._journal import loop
 from pyro_flows._seeding import seeded
 from pyro_flows.flows.flow import Flow
-from pyro_flows.model.log_density import DensityState, LogDensity
+from pyro_flows.model.log_density import LogDensity
 from pyro_flows.training.convergence import WINDOW, Monitor
-from pyro_flows.training.trainer import LOOK_EVERY, Trainer, TrainerState
+from pyro_flows.training.trainer import LOOK_EVERY, Trainer
 from pyro_flows.verdict.thresholds import ESS_SHARE_COLLAPSED
 
 BATCH = 64
@@ -27,20 +27,17 @@ CHECK_EVERY = 40
 CHECK_DRAWS = 256
 COOL_SHARE = 0.6
 COOL_AT_LEAST = 600
-COOL_AT_MOST = 1500
 COOL_TRIED = 300
 COOL_EARLY = 200  # steps, where a look at the weights ended the training
 AVERAGED_SHARE = 0.2
 FALL = 20.0  # nats below the best check: go back to it with half the step size
 
-AGAIN = 2  # times the steps that were done at a try, until the next one
-ASKED_AFTER = 400  # steps, and again after twice as many: whether training can come to an end at all
-
 LIGHT = "weighting changes no result"
 STALLED = "training ended early: the importance weights hardly improved"
 STOPPED = "training was stopped"
 ENDLESS = "training ended early: the posterior seems to be improper"
-OWN = ("still", "why", "elbo", "try_from", "share", "ask_from", "ended")  # values of a run that steps change
+# values of a run that steps change
+OWN = ("still", "why", "elbo", "kept", "best", "falls", "try_from", "share", "ask_from", "ended")
 
 Report = Callable[[int, float, str], None]  # steps done, ELBO, state
 
@@ -88,19 +85,13 @@ class Look:
     endless: Callable[[], bool] | None = None
 
 
-@dataclass
 class Check:
     """Functionals of the flow on one set of base draws."""
 
-    flow: Flow
-    density: LogDensity
-    noise: Tensor
-
-    @classmethod
-    def make(cls, flow: Flow, density: LogDensity, *, seed: int) -> Check:
-        """Draw the common noise."""
+    def __init__(self, flow: Flow, density: LogDensity, *, seed: int) -> None:
+        self.flow, self.density = flow, density
         with seeded(seed, density.device):
-            return cls(flow, density, flow.base_distribution().sample((CHECK_DRAWS,)))
+            self.noise = flow.base_distribution().sample((CHECK_DRAWS,))
 
     @torch.no_grad()
     def __call__(self) -> tuple[Tensor, Tensor]:
@@ -131,9 +122,8 @@ def train(
     ``settle=False`` the budget alone ends it, to see what stopping costs. Where the time ends or Ctrl-C comes on the
     way, the flow keeps what it has learned so far.
     """
-    return _Run(trainer, budget, Check.make(trainer.flow, trainer.density, seed=seed), report, look).train(
-        settle=settle
-    )
+    check = Check(trainer.flow, trainer.density, seed=seed)
+    return _Run(trainer, budget, check, report, look).train(settle=settle)
 
 
 @dataclass
@@ -162,10 +152,11 @@ class _Run:
 
     def __init__(self, trainer: Trainer, budget: Budget, check: Check, report: Report, look: Look | None) -> None:
         self.trainer, self.budget, self.check, self.report, self.look = trainer, budget, check, report, look
-        self.monitor, self.ratchet = Monitor(), _Ratchet(trainer, -math.inf)
+        self.monitor = Monitor()
+        self.kept, self.best, self.falls = trainer.keep(), -math.inf, 0  # parameters and ELBO of the best check
         self.first = len(trainer.losses)  # a race may have gone before
         self.still, self.why, self.elbo = False, "no steps", -math.inf
-        self.try_from, self.share, self.ask_from = 0.0, 0.0, ASKED_AFTER
+        self.try_from, self.share, self.ask_from = 0.0, 0.0, 400
         self.cooling: _Cooling | None = None
         self.ended: str | None = None  # why, once it has; empty at the end of the last cool-down
 
@@ -177,13 +168,15 @@ class _Run:
         """Do what :func:`train` says."""
         with self.budget.clock.part(_stages.TRAINING), loop("training", self.trainer.weights) as kept:
             if not kept.take(self._put_back):
-                self.ratchet.best = self.elbo = self.check.elbo()
+                self.best = self.elbo = self.check.elbo()
             while self.ended is None:
                 self._go_on(settle)
                 kept.offer(self._state)
             kept.end(self._state)
             return self._finished(self.ended)
-        self.ratchet.rescue()
+        last = self.trainer.losses[-LOOK_EVERY:]  # no time for a check
+        lost = last and not -sum(last) / len(last) > self.best - FALL
+        self.trainer.assign(self.kept if lost else self.trainer.keep())
         done, few = self.done, len(self.monitor.elbos) < WINDOW
         why = f"{STOPPED} after {done} steps and did not converge" + (f" ({self.why})" if done else "")
         return replace(self._result(False, why), moving=not self.still and (self.monitor.restless or few))
@@ -198,19 +191,19 @@ class _Run:
             if self.done % CHECK_EVERY == 0:
                 self._look_at_all(settle)
         else:
-            self._cool("", max(COOL_AT_LEAST, min(int(COOL_SHARE * done), COOL_AT_MOST)))
+            self._cool("", max(COOL_AT_LEAST, min(int(COOL_SHARE * done), 1500)))
 
     def _look_at_all(self, settle: bool) -> None:
         """Look at the functionals, and at the weights: these may end the training, or begin a cool-down."""
         self.trainer.write()
         self.elbo = self.monitor.add(*self.check())
         self.still, self.why = self.monitor.stationary() if settle else (False, "a budget alone ends it")
-        self.ratchet.look(self.elbo)
+        self._compare(self.elbo)
         self.report(self.first + self.done, self.elbo, "converging")
         if self.look is None or self.still:
             return
         if self.look.endless is not None and self.done >= self.ask_from:
-            self.ask_from = AGAIN * self.done
+            self.ask_from = 2 * self.done
             if self.look.endless():
                 self.ended = ENDLESS
                 return
@@ -218,6 +211,19 @@ class _Run:
             self._cool(LIGHT, COOL_EARLY)
         elif self.done >= self.try_from and self.monitor.level():
             self._cool(STALLED, COOL_TRIED)
+
+    def _compare(self, elbo: float) -> float:
+        """Keep the present parameters if they are the best, go back if they are far from it; return their ELBO.
+
+        After a fall, the step size is halved.
+        """
+        if elbo >= self.best:
+            self.kept, self.best = self.trainer.keep(), elbo
+        elif not elbo > self.best - FALL:
+            self.trainer.restore(self.kept)
+            self.falls += 1
+            return self.best
+        return elbo
 
     def _cool(self, why: str, steps: int) -> None:
         """Begin to lower the step size to zero."""
@@ -236,14 +242,14 @@ class _Run:
         if cooling.past % CHECK_EVERY == 0:
             trainer.write()
             value = self.check.elbo()
-            self.ratchet.look(value)
+            self._compare(value)
             self.report(self.first + cooling.begun + cooling.past, value, "cooling")
 
     def _end_cooling(self, cooling: _Cooling) -> None:
         """Keep the average if the ELBO does not fall; then go on, or end."""
         trainer, self.cooling = self.trainer, None
         trainer.write()
-        self.elbo = self.ratchet.look(self.check.elbo())
+        self.elbo = self._compare(self.check.elbo())
         if cooling.average is not None:
             last, kept = self.elbo, trainer.keep()
             trainer.assign(cooling.average)
@@ -258,7 +264,7 @@ class _Run:
         assert self.look is not None
         enough, share = self.look.weigh()
         stalled = self.look.stalls and share < self.share + ESS_SHARE_COLLAPSED
-        self.try_from, self.share = AGAIN * self.done if self.look.stalls else math.inf, share
+        self.try_from, self.share = 2 * self.done if self.look.stalls else math.inf, share
         return LIGHT if enough else STALLED if stalled else None
 
     def _finished(self, ended: str) -> Training:
@@ -272,69 +278,24 @@ class _Run:
     def _result(self, still: bool, why: str, *, early: bool = False) -> Training:
         moving = not still and self.monitor.restless
         losses, trainer = self.trainer.losses[self.first :], self.trainer
-        return Training(losses, self.elbo, still, moving, why, trainer.skipped, self.ratchet.falls, early=early)
+        return Training(losses, self.elbo, still, moving, why, trainer.skipped, self.falls, early=early)
 
-    def _state(self) -> _State:
+    def _state(self) -> dict[str, Any]:
+        """Return all that steps change."""
         return {
             "own": {name: getattr(self, name) for name in OWN},
             "monitor": vars(self.monitor),
             "cooling": None if self.cooling is None else vars(self.cooling),
-            "ratchet": self.ratchet.state(),
             "trainer": self.trainer.state(),
             "density": self.trainer.density.state(),
         }
 
-    def _put_back(self, state: _State) -> None:
+    def _put_back(self, state: dict[str, Any]) -> None:
         vars(self).update(state["own"])
-        self.monitor, self.cooling = Monitor(), None if state["cooling"] is None else _Cooling("", 0, 0)
-        vars(self.monitor).update(state["monitor"])
-        if self.cooling is not None:
-            vars(self.cooling).update(state["cooling"] or {})
-        self.ratchet.put_back(state["ratchet"])
+        self.monitor = Monitor(**state["monitor"])
+        self.cooling = None if state["cooling"] is None else _Cooling(**state["cooling"])
         self.trainer.put_back(state["trainer"])
         self.trainer.density.put_back(state["density"])
-
-
-class _State(TypedDict):
-    """All that the rounds of the loop change."""
-
-    own: dict[str, object]
-    monitor: dict[str, object]
-    cooling: dict[str, object] | None
-    ratchet: tuple[Tensor, float, int]
-    trainer: TrainerState
-    density: DensityState
-
-
-class _Ratchet:
-    """The parameters of the best check so far, to go back to with half the step size after a fall."""
-
-    def __init__(self, trainer: Trainer, elbo: float) -> None:
-        self.trainer, self.kept, self.best, self.falls = trainer, trainer.keep(), elbo, 0
-
-    def state(self) -> tuple[Tensor, float, int]:
-        """Return all that looks change."""
-        return self.kept, self.best, self.falls
-
-    def put_back(self, state: tuple[Tensor, float, int]) -> None:
-        """Go on from what :meth:`state` returned."""
-        self.kept, self.best, self.falls = state
-
-    def look(self, elbo: float) -> float:
-        """Keep the present parameters if they are the best, go back if they are far from it; return their ELBO."""
-        if elbo >= self.best:
-            self.kept, self.best = self.trainer.keep(), elbo
-        elif not elbo > self.best - FALL:
-            self.trainer.restore(self.kept)
-            self.falls += 1
-            return self.best
-        return elbo
-
-    def rescue(self) -> None:
-        """Hand the present parameters to the flow without a check, or the kept ones where the last losses are worse."""
-        last = self.trainer.losses[-LOOK_EVERY:]
-        lost = last and not -sum(last) / len(last) > self.best - FALL
-        self.trainer.assign(self.kept if lost else self.trainer.keep())
 
 
 def _steady_share(steps: int) -> int:

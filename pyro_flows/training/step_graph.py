@@ -41,7 +41,7 @@ class Step:
     ) -> None:  # fmt: skip
         self.flow, self.density = flow, density
         self.passes = Passes(flow, like, views)
-        self._dials = weights.new_zeros(2)
+        self._scalars = weights.new_zeros(2)
         self._whole: Runner | None = None
         try:
             nearer(lambda size: self._make_whole(size * points(like), weights))
@@ -79,12 +79,12 @@ class Step:
         return advance(weights, moments, self.passes.pull(tape, pull), terms, log_weights, rate)
 
     def _run(
-        self, weights: Tensor, moments: Moments, x: Tensor, log_importance_ratio: Tensor, *dials: float
+        self, weights: Tensor, moments: Moments, x: Tensor, log_importance_ratio: Tensor, *scalars: float
     ) -> tuple[Tensor, Tensor, Moments]:
         assert self._whole is not None
-        for place, value in zip(self._dials.unbind(), dials, strict=True):
+        for place, value in zip(self._scalars.unbind(), scalars, strict=True):
             place.fill_(value)  # a GPU need not wait for this
-        loss, new, *rest = self._whole(*self.passes.state, x, log_importance_ratio, self._dials, weights, *moments)
+        loss, new, *rest = self._whole(*self.passes.state, x, log_importance_ratio, self._scalars, weights, *moments)
         return loss, new, Moments(*rest)
 
     def possible(self, x: Tensor) -> Tensor:
@@ -119,13 +119,12 @@ class Step:
 
 # ---- one graph -------------------------------------------------------------------------------------------------------
 
-WHOLES_KEPT = 8  # of one density
 _wholes: WeakKeyDictionary[LogDensity, Cache[object, tuple[Kind, fx.GraphModule, Runner]]] = WeakKeyDictionary()
 
 
 def _whole(density: LogDensity, graph: fx.GraphModule, kind: Kind, weights: Tensor) -> Runner:
     """Return the step as one graph, the one that is known for such flows on this density."""
-    known, key = _wholes.setdefault(density, Cache(WHOLES_KEPT)), (id(kind), id(graph))
+    known, key = _wholes.setdefault(density, Cache(8)), (id(kind), id(graph))
     make = lambda: (kind, graph, Runner(stitched(graph, kind, weights)))  # noqa: E731
     return known.of(key, make)[-1]  # with kind and graph kept, so that ids stay theirs
 
@@ -133,7 +132,7 @@ def _whole(density: LogDensity, graph: fx.GraphModule, kind: Kind, weights: Tens
 def stitched(graph: fx.GraphModule, kind: Kind, weights: Tensor, given: Sequence[Tensor] = ()) -> fx.GraphModule:
     """Return a step as one graph.
 
-    It takes ``(*state, x, *given, log_importance_ratio, dials, weights, *moments)`` to ``(loss, weights, *moments)``.
+    It takes ``(*state, x, *given, log_importance_ratio, scalars, weights, *moments)`` to ``(loss, weights, *moments)``.
 
     Args:
         graph: of the density: ``(z, *given)`` to values and gradients.
@@ -145,28 +144,28 @@ def stitched(graph: fx.GraphModule, kind: Kind, weights: Tensor, given: Sequence
     state = kind.inputs(whole)
     z, log_q, score_q, tape = kind.add_forward(whole, state, whole.input(like))
     log_p, score_p = whole.add(graph, [z, *map(whole.input, given)])
-    none, dials, moments = torch.zeros_like(like[:, 0]), weights.new_ones(2), Moments.fresh(weights)
+    none, scalars, moments = torch.zeros_like(like[:, 0]), weights.new_ones(2), Moments.fresh(weights)
     values = log_p.meta["val"].dtype
-    given = [none.to(values), like, none.clone(), like.clone(), none.clone(), dials]
+    given = [none.to(values), like, none.clone(), like.clone(), none.clone(), scalars]
     pulling = record(_pulling, *(part.clone() for part in given))
-    dialled = [whole.input(none), whole.input(dials)]
-    pull, terms, log_weights = whole.add(pulling, [log_p, score_p, log_q, score_q, *dialled])
+    ratios, rate_and_blend = whole.input(none), whole.input(scalars)
+    pull, terms, log_weights = whole.add(pulling, [log_p, score_p, log_q, score_q, ratios, rate_and_blend])
     gradient = kind.add_backward(whole, state, tape, pull)
     held = [weights, *moments]
-    updating = record(_updating, weights.clone(), none.clone(), none + 1.0, dials, *(part.clone() for part in held))
-    outputs = whole.add(updating, [gradient, terms, log_weights, dialled[1], *map(whole.input, held)])
+    updating = record(_updating, weights.clone(), none.clone(), none + 1.0, scalars, *(part.clone() for part in held))
+    outputs = whole.add(updating, [gradient, terms, log_weights, rate_and_blend, *map(whole.input, held)])
     return whole.finish(outputs)
 
 
 def _pulling(
-    log_p: Tensor, score_p: Tensor, log_q: Tensor, score_q: Tensor, log_importance_ratio: Tensor, dials: Tensor
+    log_p: Tensor, score_p: Tensor, log_q: Tensor, score_q: Tensor, log_importance_ratio: Tensor, scalars: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     log_p = log_p.to(log_q.dtype)
-    return pulled(log_p, score_p, log_q, score_q, log_importance_ratio, forward=dials[1])
+    return pulled(log_p, score_p, log_q, score_q, log_importance_ratio, forward=scalars[1])
 
 
 def _updating(
-    gradient: Tensor, terms: Tensor, log_weights: Tensor, dials: Tensor, weights: Tensor, *moments: Tensor
+    gradient: Tensor, terms: Tensor, log_weights: Tensor, scalars: Tensor, weights: Tensor, *moments: Tensor
 ) -> tuple[Tensor, ...]:
-    loss, weights, after = advance(weights, Moments(*moments), gradient, terms, log_weights, dials[0])
+    loss, weights, after = advance(weights, Moments(*moments), gradient, terms, log_weights, scalars[0])
     return loss, weights, *after

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TypedDict
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,18 +22,6 @@ DEFENSIVE = 0.3
 LOOK_EVERY = 10  # steps between two looks at what they have come to, since a look makes a GPU wait
 EAGER_STEPS = 10  # a shorter run would not pay for recording
 PLAIN = ("learning_rate", "evaluation", "_recordable", "_blend", "_careful", "_skips_seen")  # that steps change
-
-
-class TrainerState(TypedDict):
-    """All that steps change."""
-
-    weights: Tensor
-    moments: Sequence[Tensor]
-    left_out: Tensor
-    drawn: list[tuple[Tensor, Tensor]]
-    losses: list[float]
-    recorded: bool
-    plain: dict[str, object]
 
 
 class Trainer:
@@ -107,7 +95,7 @@ class Trainer:
         self.learning_rate *= 0.5
         self.moments = self.moments.forget()
 
-    def state(self) -> TrainerState:
+    def state(self) -> dict[str, Any]:
         """Return all that steps change, so that they may go on elsewhere to the last digit."""
         return {
             "weights": self.weights,
@@ -119,7 +107,7 @@ class Trainer:
             "plain": {name: getattr(self, name) for name in PLAIN},
         }
 
-    def put_back(self, state: TrainerState) -> None:
+    def put_back(self, state: dict[str, Any]) -> None:
         """Go on from what :meth:`state` returned; the step is recorded again once there is another one."""
         self.moments = Moments(*state["moments"])
         self._losses, self._pending, self._left_out = list(state["losses"]), [], state["left_out"]

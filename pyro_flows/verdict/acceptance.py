@@ -9,8 +9,12 @@ from __future__ import annotations
 
 import math
 
+import torch
+from torch import Tensor
+
 from pyro_flows.verdict.deciding import judge
 from pyro_flows.verdict.thresholds import (
+    ESS_SHARE_COLLAPSED,
     ESS_SHARE_GOOD,
     ESS_SHARE_PROMISING,
     EVIDENCE_GAP_GOOD,
@@ -27,6 +31,14 @@ from pyro_flows.verdict.weighing import Weighing
 def weights_correct(ess_share: float, k_hat: float) -> bool:
     """Say whether importance weights correct draws, by their effective share and k-hat."""
     return ess_share >= ESS_SHARE_PROMISING and k_hat < K_HAT_GOOD
+
+
+def raw_weights(log_ratios: Tensor) -> Tensor | None:
+    """Return normalized weights of draws (S,) by log p - log q; None if they collapse, or if no draw has a density."""
+    ratios = log_ratios.double()
+    weights = torch.softmax(torch.where(torch.isfinite(ratios), ratios, -torch.inf), 0)
+    collapse = not float(weights.square().sum()) * len(weights) * ESS_SHARE_COLLAPSED < 1.0  # NaN without a density
+    return None if collapse else weights
 
 
 def nothing_to_gain(weighing: Weighing) -> bool:

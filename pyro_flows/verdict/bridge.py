@@ -7,9 +7,6 @@ import math
 import torch
 from torch import Tensor
 
-ITERATIONS = 1000
-SETTLED = 1e-10  # nats, between two iterations
-
 
 def bridge_value(at_p: Tensor, at_q: Tensor, share: float) -> tuple[float, bool]:
     r"""Return :math:`\log Z` and whether the iteration settled, from log ratios :math:`\log \tilde p - \log q`.
@@ -22,10 +19,10 @@ def bridge_value(at_p: Tensor, at_q: Tensor, share: float) -> tuple[float, bool]
     Reference: Meng and Wong 1996, "Simulating ratios of normalizing constants via a simple identity".
     """
     value, settled = 0.0, False
-    for _ in range(ITERATIONS):
+    for _ in range(1000):
         above, below = bridge_terms(at_p, at_q, value, share)
         new = _log_mean(above) - _log_mean(below)
-        settled = abs(new - value) < SETTLED
+        settled = abs(new - value) < 1e-10  # nats
         value = new
         if settled or not math.isfinite(value):
             break

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any, cast
 
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 from pyro_flows.verdict.thresholds import (
     DIVERGENT_FEW,
@@ -57,17 +58,17 @@ class McmcDiagnostics:
     chains: int
     draws: int
     sweeps: int
-    r_hat: float
-    nested_r_hat: float
-    ess_bulk: float
-    ess_tail: float
-    where: str
-    divergences: float
-    energy_error: float
-    acceptance: float
-    independence: float
-    agreement: float
-    changes: float
+    r_hat: float = math.nan
+    nested_r_hat: float = math.nan
+    ess_bulk: float = math.nan
+    ess_tail: float = math.nan
+    where: str = ""
+    divergences: float = math.nan
+    energy_error: float = math.nan
+    acceptance: float = math.nan
+    independence: float = math.nan
+    agreement: float = math.nan
+    changes: float = math.nan
     elsewhere: bool = False
 
     def __str__(self) -> str:
@@ -89,9 +90,8 @@ class McmcDiagnostics:
     @classmethod
     def of_mcmc(cls, *, draws: int, **known: object) -> McmcDiagnostics:
         """Return figures of another sampler's chains: NaN where nothing is known."""
-        missing = ("nested_r_hat", "energy_error", "acceptance", "independence", "agreement", "changes")
         make: Callable[..., McmcDiagnostics] = cls
-        return make(draws=draws, sweeps=draws, elsewhere=True, **{**dict.fromkeys(missing, math.nan), **known})
+        return make(draws=draws, sweeps=draws, elsewhere=True, **known)
 
     @classmethod
     def of(cls, stored: Mapping[str, object]) -> McmcDiagnostics:
@@ -162,14 +162,8 @@ class McmcDraws:
 
     def stored(self) -> dict[str, object]:
         """Return what a file holds of them: tensors and numbers."""
-        tensors: dict[str, Tensor | dict[str, Tensor]] = {"z": self.z, "stats": self.stats, "state": self.state}
-        return {**{name: _cpu(part) for name, part in tensors.items()}, "numbers": self.numbers}
-
-
-def _cpu(value: Tensor | dict[str, Tensor]) -> object:
-    if isinstance(value, Tensor):
-        return value.detach().cpu().clone()
-    return {name: _cpu(part) for name, part in value.items()}
+        tensors = {"z": self.z, "stats": self.stats, "state": self.state}
+        return {**tree_map(lambda part: part.detach().cpu().clone(), tensors), "numbers": self.numbers}
 
 
 def as_numbers(figures: McmcDiagnostics | None) -> dict[str, object] | None:

@@ -24,10 +24,9 @@ from pyro_flows.verdict.verdict import Verdict
 from pyro_flows.verdict.weighing import Weighing, in_words, weigh
 
 MENDED = f"is not below {K_HAT_GOOD} and weighting changes the results"
-LEAST_DRAWS = 100  # of which the weights tell anything
 TOO_MUCH = "too much to correct"
 POOL = 4
-# draws of a candidate that decide on it, those that tell whether that is worth while, and those that a search begins at
+# draws by which a candidate is accepted, draws by which it is dropped at once, and draws that a search begins at
 JUDGED_DRAWS, LOOKED_AT_DRAWS, SEARCHED_DRAWS = 20_000, 4000, 1000
 CHECKED = 50  # draws run with Pyro's argument checks on
 
@@ -49,17 +48,9 @@ def judge(
     """
     if improper := [failure for failure in failures if failure.startswith(IMPROPER)]:
         return _unweighed(weighing, names, improper)
-    if (count := len(weighing.log_weights)) < LEAST_DRAWS:
+    if (count := len(weighing.log_weights)) < 100:
         few = f"too few draws to judge ({count})"
         return _unweighed(weighing, names, [*failures, few, *doubts, *warnings], notes)
-    return _weighed(weighing, names, warnings, failures, notes, doubts, changed)
-
-
-def _weighed(
-    weighing: Weighing, names: Sequence[str], warnings: Sequence[str], failures: Sequence[str], notes: Sequence[str],
-    doubts: Sequence[str], changed: Sequence[str],
-) -> Verdict:  # fmt: skip
-    """Return the verdict on draws whose weights tell something."""
     ratio = weighing.ess / len(weighing.log_weights)
     notes = (*notes, *_heavy_tailed(weighing, names))
     reasons = list(failures)
@@ -92,7 +83,7 @@ def _weighed(
 def _unweighed(
     weighing: Weighing, names: Sequence[str], reasons: Sequence[str], notes: Sequence[str] = ()
 ) -> Verdict:  # fmt: skip
-    """Return the verdict on draws whose weights tell nothing: it has no k-hat."""
+    """Return the verdict on draws whose weights say nothing: it has no k-hat."""
     mean, where, sd, _ = _largest_shifts(weighing)
     ratio = weighing.ess / len(weighing.log_weights)
     figures = (math.nan, weighing.threshold, ratio, mean, sd, names[where])
@@ -207,11 +198,9 @@ def decide(
 
 def _worse(second: Verdict) -> tuple[str, ...]:
     """Return what the verdict on a second pool says against the draws."""
-    return (
-        (f"a second sample from the guide fails the check ({second.reasons[0]})",)
-        if second.status == "unreliable"
-        else ()
-    )
+    if second.status != "unreliable":
+        return ()
+    return (f"a second sample from the guide fails the check ({second.reasons[0]})",)
 
 
 def resample(log_weights: Tensor, draws: int, *, seed: int) -> Tensor:

@@ -62,11 +62,9 @@ def _moments(values: Tensor, weights: Tensor) -> Compared:
 
     def said(place: int) -> tuple[str, str]:
         by, log_factor = float(shift[place]), float(ratio[place])
-        return (
-            ("mean", f"by {in_words(by)} sd")
-            if by > abs(log_factor)
-            else ("sd", f"by a factor {in_words(math.exp(-log_factor))}")
-        )
+        if by > abs(log_factor):
+            return "mean", f"by {in_words(by)} sd"
+        return "sd", f"by a factor {in_words(math.exp(-log_factor))}"
 
     return torch.maximum(shift - shift_error, ratio.abs() - ratio_error), said
 

@@ -10,8 +10,6 @@ from torch import Tensor
 
 from pyro_flows.verdict.thresholds import K_HAT_MOST
 
-SAME_WEIGHT = 1e-3  # nats between the largest and the smallest weight of a tail without a shape
-TAIL_AT_LEAST = 6  # for the first quartile of a tail to be another point than its smallest
 PRIOR_DRAWS, PRIOR_SHAPE = 10, 0.5  # of the shape: as if so many draws had told this value
 
 
@@ -88,10 +86,10 @@ def _tail(ordered: Tensor) -> Tail:
     """Fit the tail of sorted log weights (S,) of which the largest is 0."""
     count = len(ordered)
     tail = math.floor(3.0 * math.sqrt(count)) if count > 225 else count // 5
-    if tail < TAIL_AT_LEAST:
+    if tail < 6:  # the first quartile would be the smallest point
         return Tail(math.inf, math.nan, math.nan, tail)
     cutoff = ordered[-tail - 1].exp()
-    if float(ordered[-1] - ordered[-tail - 1]) < SAME_WEIGHT:
+    if float(ordered[-1] - ordered[-tail - 1]) < 1e-3:  # nats: weights that are the same have no tail
         return Tail(0.0, math.nan, float(cutoff), tail)
     k_hat, scale = fit_pareto(ordered[-tail:].exp() - cutoff)
     found = (k_hat, scale) if math.isfinite(k_hat) and math.isfinite(scale) else (math.inf, math.nan)

@@ -97,12 +97,13 @@ def test_a_place_of_untold_mass_is_told_by_chains_that_begin_there(monkeypatch, 
         monkeypatch.setattr(missed_modes, name, lambda *_, **__: [])
     asked = []
 
-    def come_to_the_others(places):
+    def come_to_the_others(sampler, places):
         asked.append(places)
         return joined
 
+    monkeypatch.setattr("pyro_flows.correction.search.mixes_with_others", come_to_the_others)
     given = (lambda points: density(points), 0.0, 0.0, [])
-    found = missed_by_chains(density, chains, *given, seed=0, joined=come_to_the_others)
+    found = missed_by_chains(density, chains, *given, seed=0, sampler="some")
     assert found.notes == ([] if joined else [UNWEIGHED])
     assert not found.failures
     assert torch.equal(asked[0], far[None])

@@ -12,10 +12,10 @@ import torch
 import pyro_flows as pf
 from pyro_flows import _mixing
 from pyro_flows.correction import stopping
-from pyro_flows.correction.diagnostics import slowest
 from pyro_flows.correction.kept import STATS, Kept
 from pyro_flows.correction.latent import Latent
 from pyro_flows.correction.sampler import HALVINGS, Sampler
+from pyro_flows.correction.stopping import slowest
 from pyro_flows.flows.parts import location_scale
 from pyro_flows.verdict.chains import McmcDiagnostics
 from pyro_flows.verdict.thresholds import ESS_OF_CHAINS, ESS_OF_CHAINS_MOST

@@ -103,8 +103,8 @@ def walk_means():
 def test_few_coordinates_are_held_before_chains_and_many_after(hierarchical, dim, place):
     """Small hierarchical models are looked at as they are read, before coordinates are chosen."""
     density = SimpleNamespace(dim=dim, structure=SimpleNamespace(hierarchical=("x",) if hierarchical else ()))
-    at = SimpleNamespace(density=density, prepared=SimpleNamespace(as_read=density), from_scratch=True)
-    asked = [number for number, method in enumerate(METHODS) if method.name == CONDITIONALS and method.asked(at)]
+    run = SimpleNamespace(density=density, state=SimpleNamespace(as_read=density), from_scratch=True)
+    asked = [number for number, method in enumerate(METHODS) if method.name == CONDITIONALS and method.applies(run)]
     assert asked == [place]
     before = [method.name for method in METHODS[:place]]
     assert (MCMC in before) == (dim > 80)

@@ -14,13 +14,13 @@ import torch
 import pyro_flows as pf
 from pyro_flows.fitting import rounds
 from pyro_flows.fitting.agreement import compare
-from pyro_flows.fitting.attempt import Combined, Run
 from pyro_flows.fitting.combine import _take
 from pyro_flows.fitting.conclude import _in_vain
 from pyro_flows.fitting.fit import default_steps
 from pyro_flows.fitting.flow_training import begin
 from pyro_flows.fitting.multimodal import MultimodalCandidate
 from pyro_flows.fitting.rounds import Round, assess, unweighed
+from pyro_flows.fitting.state import FitState, Run
 from pyro_flows.flows.mixture import FlowMixture
 from pyro_flows.flows.parts import location_scale
 from pyro_flows.flows.recipe import Recipe, set_df
@@ -101,11 +101,11 @@ def test_the_better_round_has_the_better_verdict_then_the_better_elbo():
 
 
 def test_a_run_keeps_its_best_round_and_all_losses():
-    run, good, bad = Run(0), round_of(elbo=0.0), round_of(elbo=-1.0, log_evidence=-0.99)
+    run, good, bad = Run(None, None), round_of(elbo=0.0), round_of(elbo=-1.0, log_evidence=-0.99)
     for outcome, losses in ((bad, [3.0]), (good, [3.0, 2.0]), (bad, [3.0, 2.0, 4.0])):
         run.take(outcome, SimpleNamespace(losses=losses))
-    assert run.best is good
-    assert run.kept is run.history[1]
+    assert run.best.weighing is good.weighing
+    assert run.best.stage is run.history[1]
     assert run.losses.tolist() == [3.0, 2.0, 4.0]
 
 
@@ -201,8 +201,8 @@ def test_runs_without_evidence_weigh_nothing():
 def test_chains_go_with_the_flow_that_they_began_at(taken):
     """An alarm: chains began at a poor flow, then exact tables took its place, and were judged by these chains."""
     flow, chains = location_scale(2, base="normal"), McmcDraws(torch.zeros(8, 4, 2), {}, {}, {})
-    run = Run(0, chains=chains)
-    found = Combined(runs=[run], plain=flow, sampler=flow)
+    found = FitState(None, None, plain=flow, sampler=flow)
+    found.runs[0].chains = chains
     if taken == "a mixture":
         found.sampler = FlowMixture([flow, flow])
     if taken == "a table of coordinates":
@@ -220,7 +220,7 @@ IN_VAIN = [
 
 @pytest.mark.parametrize(("given", "said"), IN_VAIN)
 def test_runs_that_left_the_missed_mode_where_they_began(given, said):
-    assert bool(_in_vain(Combined(**given))) == said
+    assert bool(_in_vain(FitState(None, None, **given))) == said
 
 
 @pytest.mark.parametrize(

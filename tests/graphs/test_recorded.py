@@ -17,8 +17,7 @@ from pyro_flows.graphs.recording import record
 from pyro_flows.training import loop
 from pyro_flows.training import trainer as training
 from pyro_flows.training.adam import CLIP, Moments, update
-from pyro_flows.training.flow_graphs import Passes
-from pyro_flows.training.layer_graphs import body_of
+from pyro_flows.training.flow_graphs import Passes, body_of
 from pyro_flows.training.step_graph import Step
 from pyro_flows.training.trainer import Trainer
 from tests.invariants import close
@@ -446,9 +445,9 @@ def test_a_batch_without_a_finite_term_counts_as_infinite_loss():
 def test_a_fall_while_cooling_leads_back(monkeypatch):
     """Half of the cool-down is good; then something breaks."""
     trainer = trained(make_flow("realnvp", 4), steps=12)
-    check = loop.Check.make(trainer.flow, trainer.density, seed=0)
+    check = loop.Check(trainer.flow, trainer.density, seed=0)
     run = loop._Run(trainer, loop.Budget(100), check, lambda *_: None, None)
-    run.ratchet.best = check.elbo()
+    run.best = check.elbo()
     step, taken = trainer.step, []
 
     def breaks(learning_rate):
@@ -461,8 +460,8 @@ def test_a_fall_while_cooling_leads_back(monkeypatch):
     run._cool("", 100)
     while run.ended is None:
         run._cool_on(run.cooling)
-    assert run.ratchet.falls >= 1
-    assert run.elbo == run.ratchet.best
+    assert run.falls >= 1
+    assert run.elbo == run.best
     assert check.elbo() == pytest.approx(run.elbo, abs=1e-12)  # block by block from its second run on
 
 

@@ -420,21 +420,20 @@ def test_symmetries_that_are_too_many_leave_the_copies_that_there_are(monkeypatc
     every = [flip(5, 1), *(swap(5, place, place + 1) for place in range(4))]
     searches = [[flip(5, 0)], every, []]
 
-    def search(plan, density, found):
+    def search(found):
         missed = tuple(MissedRegion(far, Start("mirrored", far, far), move) for move in searches.pop(0))
         found.search = Search(missed)
 
-    def add(plan, prepared, found, region):
+    def add(found, start):
         found.sampler, found.added = found.plain, found.added + 1
 
     monkeypatch.setattr(combine, "_look", search)
     monkeypatch.setattr(combine, "_add_run", add)
     monkeypatch.setattr(combine, "_surveyed", lambda *_: False)
     flow = pf.realnvp(5, layers=2)
-    found = combine.Combined(plain=flow, sampler=flow)
-    search(None, None, found)
-    plan = SimpleNamespace(clock=SimpleNamespace(over=False))
-    combine._complete(plan, SimpleNamespace(density=None), found)
+    found = combine.FitState(SimpleNamespace(clock=SimpleNamespace(over=False)), None, plain=flow, sampler=flow)
+    search(found)
+    combine._complete(found)
     assert found.added == 0
     assert found.copies == len(found.sampler.components) == 2
 
@@ -444,14 +443,14 @@ def test_no_run_is_added_where_a_flow_is_only_thin(monkeypatch):
     far = torch.full((2,), 3.0)
     thin, mode = (MissedRegion(far, Start(name, far, far)) for name in (BY_WALKERS, "mode"))
     added = []
-    monkeypatch.setattr(combine, "_look", lambda plan, density, found: setattr(found, "search", Search()))
-    monkeypatch.setattr(combine, "_add_run", lambda plan, prepared, found, start: added.append(start.name))
+    monkeypatch.setattr(combine, "_look", lambda found: setattr(found, "search", Search()))
+    monkeypatch.setattr(combine, "_add_run", lambda found, start: added.append(start.name))
     monkeypatch.setattr(combine, "_surveyed", lambda *_: False)
     for missed in ([thin], [thin, mode]):
         flow = pf.realnvp(2, layers=2)
-        found = combine.Combined(plain=flow, sampler=flow, search=Search(tuple(missed)))
-        plan = SimpleNamespace(clock=SimpleNamespace(over=False))
-        combine._complete(plan, SimpleNamespace(density=None), found)
+        plan = SimpleNamespace(clock=SimpleNamespace(over=False), refine="auto")
+        found = combine.FitState(plan, None, plain=flow, sampler=flow, search=Search(tuple(missed)))
+        combine._complete(found)
     assert len(added) == 1
 
 

@@ -253,7 +253,7 @@ def conversion(_):
 
 # bugs -----------------------------------------------------------------------------------------------------------------
 
-JUDGE, WEIGH, DECIDE = (deciding, "_weighed"), (weighing, "weigh"), (deciding, "decide")
+JUDGE, WEIGH, DECIDE = (deciding, "judge"), (weighing, "weigh"), (deciding, "decide")
 MOVED, PAST = (deciding, "_moved"), (deciding, "_past_mending")
 NORMAL = (noncentered, "_normal")
 
@@ -290,7 +290,7 @@ BUGS = [
     (*DECIDE, "used=pool[index]", "used=pool[:draws]", resampled),
     (*DECIDE, "used_log_q=pool_q[index]", "used_log_q=pool_q[:draws]", resampled),
     (*DECIDE, "used_log_p=pool_p[index]", "used_log_p=pool_p[:draws]", resampled),
-    (deciding, "_worse", 'second.status == "unreliable"', "False", second_pool),
+    (deciding, "_worse", 'second.status != "unreliable"', "True", second_pool),
     (*DECIDE, "if (objection := complaint(pool[:CHECKED])) is not None", "if False", invalid_model),
     (*DECIDE, "changed(pool, weighing.log_weights)", "[]", own_values),
     (deciding, "resample", ".exp().cumsum", ".div(2.0).exp().cumsum", systematic),
@@ -340,8 +340,8 @@ BUGS = [
     (runs, "compare", "not spread <= EVIDENCE_GAP_OF_RUNS", "spread <= EVIDENCE_GAP_OF_RUNS", agreement),
     (runs, "compare", "evidences.max() - evidences.min()", "evidences[0] - evidences[1]", agreement),
     (runs, "compare", "torch.nan_to_num(evidences, nan=-math.inf)", "-evidences", agreement),
-    (conclude, "_in_vain", "not found.added or found.disagreements", "found.disagreements", in_vain),
-    (conclude, "_in_vain", "or found.disagreements", "", in_vain),
+    (conclude, "_in_vain", "not state.added or state.disagreements", "state.disagreements", in_vain),
+    (conclude, "_in_vain", "or state.disagreements", "", in_vain),
     # coordinates
     (*NORMAL, "+ 0.5 * share.log()", "- 0.5 * share.log()", elementwise),
     (*NORMAL, "log_diagonal - inner", "log_diagonal + inner", matrices),

@@ -1,0 +1,186 @@
+"""The state of a fit: its log density in the chosen coordinates, its runs, and the sampler made of them.
+
+All that a method finds is in a run at once, so that Ctrl-C and a time limit lose nothing.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+
+from pyro_flows.fitting.multimodal import MultimodalCandidate
+from pyro_flows.fitting.plan import Plan
+from pyro_flows.fitting.rounds import Round
+from pyro_flows.flows.flow import Flow
+from pyro_flows.flows.mixture import FlowMixture
+from pyro_flows.model.log_density import LogDensity
+from pyro_flows.modes.missed_modes import Search
+from pyro_flows.results.stage import Stage
+from pyro_flows.starts.coordinates import Climbed
+from pyro_flows.starts.start import Start
+from pyro_flows.training.trainer import Trainer
+from pyro_flows.verdict.chains import McmcDraws
+
+Sampler = Flow | FlowMixture  # has ``draw`` and ``log_prob``
+
+
+@dataclass(eq=False)
+class Run:
+    """What a method is given, and what the methods of a run have come to.
+
+    Attributes:
+        state: of the whole fit.
+        plan: what the caller asked for; a run that is added at a missed mode does not escalate.
+        number: of the run, from 0 on; each has a seed of its own.
+        missed_mode: where the runs before missed a mode, if they did: this run begins there.
+        starts: the best first.
+        modes: starts with an estimate of their evidence.
+        trainer: that of the last round, with the losses of all.
+        best: the best round so far.
+        history: the entries of this run.
+        untrained: a flow, if there was no time for more.
+        chains: of a sampler that sufficed where the first round did not, or, if ``sampled``, before any training: these
+            have gone through the search for modes they lack.
+        copies: of a flow at its images under exact symmetries, where such chains began at them.
+        multimodal: a mixture at all modes that were found.
+        improper: why the posterior has no finite integral, if that was seen; then nothing more was done.
+    """
+
+    state: FitState = field(repr=False)
+    plan: Plan
+    number: int = 0
+    missed_mode: Start | None = None
+    starts: Sequence[Start] = ()
+    modes: list[Start] = field(default_factory=list)
+    trainer: Trainer | None = None
+    best: Round | None = None
+    history: list[Stage] = field(default_factory=list)
+    untrained: Flow | None = None
+    chains: McmcDraws | None = None
+    sampled: bool = False
+    copies: FlowMixture | None = None
+    multimodal: MultimodalCandidate | None = None
+    improper: list[str] = field(default_factory=list)
+
+    @property
+    def density(self) -> LogDensity:
+        return self.state.density
+
+    @property
+    def seed(self) -> int:
+        return self.plan.seed + self.number
+
+    @property
+    def from_scratch(self) -> bool:
+        """Whether other methods than a flow may answer: the run begins anywhere, and the model stays as it is."""
+        return self.missed_mode is None and not self.plan.train_model
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether a flow was trained, is not enough, and more may be tried."""
+        asked = self.plan.escalate and not self.plan.train_model
+        return asked and self.best is not None and not (self.best.enough or self.improper)
+
+    @property
+    def rank(self) -> tuple[float, float]:
+        return (-1.0, -math.inf) if self.best is None else self.best.rank
+
+    @property
+    def losses(self) -> torch.Tensor:
+        return torch.tensor([] if self.trainer is None else self.trainer.losses)
+
+    def note(self, stage: Stage) -> Stage:
+        stage = replace(stage, run=self.number)
+        self.history.append(stage)
+        return stage
+
+    def take(self, outcome: Round, trainer: Trainer | None = None) -> None:
+        """Note a round, trained or not, and keep it if it is the best so far."""
+        outcome = replace(outcome, stage=self.note(outcome.stage))
+        if self.best is None or outcome.rank > self.best.rank:
+            self.best = outcome
+        self.trainer = trainer
+
+    def flow(self) -> Flow:
+        """Return the flow of the best round; an untrained one, if there was no time for more."""
+        if self.best is not None:
+            return self.best.flow
+        if self.untrained is None:
+            self.untrained = self.plan.fresh(self.density)
+        return self.untrained
+
+
+@dataclass(eq=False)
+class FitState:
+    """What a fit has come to.
+
+    Attributes:
+        plan: what the caller asked for.
+        density: the log density in the chosen coordinates.
+        starts: those that were found as coordinates were chosen.
+        climbed: what paths in non-centered coordinates came to, if they were made.
+        as_read: the log density before any choice.
+        runs: one at least.
+        improper: why the posterior has no finite integral, if that was seen; then nothing more is tried.
+        plain: the flow of the best run, or a mixture of runs that disagree.
+        sampler: the same, with copies at its images under exact symmetries where it lacks modes.
+        copies: how many there are of each flow.
+        multimodal: the mixture at all modes that were found, where it is the sampler.
+        surveys: how often such a mixture was tried.
+        added: how many runs were added at missed modes.
+        search: the last search for missed modes; None if there was no time for one.
+        history: the entries on coordinates and on all runs together.
+        warnings, failures: what speaks against the draws of a volume-preserving flow.
+        disagreements: of the runs.
+    """
+
+    plan: Plan
+    density: LogDensity
+    starts: list[Start] = field(default_factory=list)
+    climbed: Climbed | None = None
+    as_read: LogDensity = field(init=False)
+    runs: list[Run] = field(init=False)
+    improper: list[str] = field(default_factory=list)
+    plain: Sampler | None = None
+    sampler: Sampler | None = None
+    copies: int = 1
+    multimodal: MultimodalCandidate | None = None
+    surveys: int = 0
+    added: int = 0
+    search: Search | None = None
+    history: list[Stage] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    failures: list[str] = field(default_factory=list)
+    disagreements: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.as_read, self.runs = self.density, [Run(self, self.plan)]
+
+    def go_back(self) -> None:
+        """Return to the coordinates that the model was read in; what was found in others is dropped."""
+        if self.as_read is not self.density:
+            self.as_read.evaluations += self.density.evaluations
+        self.density, self.starts, self.history = self.as_read, [], []
+
+    @property
+    def kept(self) -> list[Run]:
+        """The runs that can be compared; if there are none, those that got anywhere."""
+        weighed = [run for run in self.runs if run.best is not None and run.best.weighed]
+        return weighed or [run for run in self.runs if run.best is not None] or self.runs
+
+    @property
+    def best(self) -> Run:
+        """The run with the best verdict, then the best ELBO."""
+        return max(self.kept, key=lambda run: run.rank)
+
+    @property
+    def chains(self) -> McmcDraws | None:
+        """Chains that sufficed, unless a mixture or tables took the place of the flow they began at.
+
+        Chains that needed no trained flow may have moved among copies of a normal distribution, which is a mixture too.
+        """
+        replaced = self.multimodal is not None or isinstance(self.sampler, FlowMixture)
+        return None if replaced and not self.best.sampled else self.best.chains
