@@ -22,9 +22,6 @@ from pyro_flows.transforms import Bijection, Compose, DiagonalAffine, LowerTrian
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-PANEL = 1.9  # inches
-LIGHTEST = 0.85  # of the ramp of colors, so that it is seen on white
-
 
 @styled
 def plot_layers(
@@ -70,16 +67,19 @@ def plot_layers(
     stack = _stack(flow.bijection)
     total = len(stack)
     shown = sorted({round(k * total / min(total, 11)) for k in range(min(total, 11) + 1)}) if layers is None else layers
-    if not all(0 <= layer <= total for layer in shown):
+    if not all(0 <= number <= total for number in shown):
         raise ValueError(f"layers: expected numbers from 0 to {total}, got {list(shown)}.")
-    clouds = _clouds(flow, stack, count, seed)
+    with torch.no_grad(), seeded(seed, flow._like.device):
+        clouds = [flow.base_distribution().sample((count,))]
+        for layer in stack:
+            clouds.append(layer.forward_and_ladj(clouds[-1])[0])
     columns = grid_of(len(shown), width=width, narrowest=1.6, most=6)
-    height = (min(PANEL, width / columns) + 0.2) * math.ceil(len(shown) / columns)
+    height = (min(1.9, width / columns) + 0.2) * math.ceil(len(shown) / columns)
     figure, grid = panels(len(shown), columns=columns, size=(width, height))
     colors = _ramp(clouds[0][:, dims[0]])
-    for axes, layer in zip(grid, shown, strict=True):
-        parts.cloud(axes, clouds[layer][:, dims], colors, equal=names is None)
-        axes.set_title(_layer_name(stack, layer), loc="center")
+    for axes, number in zip(grid, shown, strict=True):
+        parts.cloud(axes, clouds[number][:, dims], colors, equal=names is None)
+        axes.set_title(_layer_name(stack, number), loc="center")
     if names is not None:
         figure.supxlabel(f"{parts.plain(names[dims[0]])}, unconstrained", fontsize=9)
         figure.supylabel(f"{parts.plain(names[dims[1]])}, unconstrained", fontsize=9)
@@ -107,16 +107,6 @@ def _number(given: str | int, names: list[str] | None, dim: int) -> int:
     return given
 
 
-@torch.no_grad()
-def _clouds(flow: Flow, stack: list[Bijection], count: int, seed: int) -> list[Tensor]:
-    """Return draws of the base, and what they are after each layer."""
-    with seeded(seed, flow._like.device):
-        clouds = [flow.base_distribution().sample((count,))]
-        for layer in stack:
-            clouds.append(layer.forward_and_ladj(clouds[-1])[0])
-    return clouds
-
-
 def _stack(bijection: Bijection) -> list[Bijection]:
     """Return the layers of chains, and of chains in them, one by one."""
     if not isinstance(bijection, Compose):
@@ -129,10 +119,9 @@ def _layer_name(stack: list[Bijection], layer: int) -> str:
     if layer == 0:
         return "base"
     last = stack[layer - 1]
-    if isinstance(last, SinhArcsinh) and layer > 1:
-        return f"layer {layer}: tails"
-    affine = isinstance(last, (DiagonalAffine, LowerTriangularAffine)) and layer > 1
-    return f"layer {layer}: affine" if affine else f"layer {layer}"
+    affine = isinstance(last, (DiagonalAffine, LowerTriangularAffine))
+    kind = ": tails" if isinstance(last, SinhArcsinh) else ": affine" if affine else ""
+    return f"layer {layer}{kind if layer > 1 else ''}"
 
 
 def _ramp(values: Tensor) -> np.ndarray:
@@ -140,4 +129,4 @@ def _ramp(values: Tensor) -> np.ndarray:
     import matplotlib
 
     ranks = values.argsort().argsort().double().cpu().numpy() / max(len(values) - 1, 1)
-    return np.asarray(matplotlib.colormaps["viridis"](LIGHTEST * ranks))
+    return np.asarray(matplotlib.colormaps["viridis"](0.85 * ranks))  # the lightest colors are not seen on white

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from pyro_flows import _arrays, _arviz, _checks
+from pyro_flows import _arviz, _checks
 from pyro_flows._arrays import Chosen
 from pyro_flows._progress import Bar
 from pyro_flows.posterior.drawn import Drawn
+from pyro_flows.results import labeled
 
 if TYPE_CHECKING:
     from pyro_flows.comparison.compare import Comparison
@@ -180,7 +181,7 @@ class Assessed(Drawn):
         """
         from pyro_flows.comparison.sensitivity import sensitivity
 
-        draws = _arviz.select(_arrays.entries(self._draws(), coords), var_names, filter_vars)
+        draws = _arviz.select(labeled.posterior_group(self), var_names, filter_vars, coords)
         found = sensitivity(self, draws, prior_sites=prior_sites)
         self._hand_on("sensitivity()")
         return found
@@ -280,6 +281,6 @@ class Assessed(Drawn):
             bar.watch("the table")
             self._check_unchanged()
             options = Options(title, comparison, predictive, source, chosen, bar.watch)
-            target = write(self, path, self._table(**chosen), options)
+            target = write(self, path, self._table(chosen), options)
             bar.close(str(target))
         return target

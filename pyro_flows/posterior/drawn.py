@@ -172,14 +172,11 @@ class Drawn(Shown):
         >>> posterior.local_samples("z", rows=[0, 59])["z"].shape
         torch.Size([200, 2])
         """
-        density = self._need_density()
-        count = len(self._used) if draws is None else draws
-        if count > len(self._used):
-            raise ValueError(f"draws: expected at most {len(self._used)}, the draws that there are, got {count}.")
+        density, z = self._need_density(), self._first(draws)
         self._hand_on("local_samples()")
         wanted = [names] if isinstance(names, str) else names
         with alone(), torch.no_grad():
-            return density.local_samples(self._used[:count], wanted, rows, seed=seed)
+            return density.local_samples(z, wanted, rows, seed=seed)
 
     def predictive(
         self,
@@ -204,12 +201,15 @@ class Drawn(Shown):
             ValueError: if there are fewer draws, if a loaded posterior has no model, or if a latent site of the fit is
                 missing from the new run or has another shape there.
         """
-        density = self._need_density()
-        count = len(self._used) if draws is None else draws
-        if count > len(self._used):
-            raise ValueError(f"draws: expected at most {len(self._used)}, the draws that there are, got {count}.")
+        density, z = self._need_density(), self._first(draws)
         self._hand_on("predictive()")
-        z = self._used[:count]
         if not args and model_kwargs is None:
             return density.predictive(z, seed=seed)
         return arviz_groups.predict(density, z, *usable(density.model, args, model_kwargs), seed=seed)
+
+    def _first(self, draws: int | None) -> Tensor:
+        """Return so many of the draws to use, unconstrained, from the first on."""
+        count = len(self._used)
+        if draws is not None and draws > count:
+            raise ValueError(f"draws: expected at most {count}, the draws that there are, got {draws}.")
+        return self._used[:draws]

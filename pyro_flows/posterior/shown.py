@@ -9,7 +9,8 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Self
 
 from pyro_flows import _arrays, _arviz, _checks
-from pyro_flows.results import labeled
+from pyro_flows._arrays import ALL, Chosen
+from pyro_flows.results import arviz_groups, labeled
 from pyro_flows.results.dims import Labeling
 from pyro_flows.results.record import Record, attributes, counted
 
@@ -18,7 +19,6 @@ if TYPE_CHECKING:
     import xarray as xr
 
 ROWS_SHOWN = 30
-FAR_BELOW = 1000.0  # nats below the log evidence, from which on a single draw has made the ELBO
 
 
 @_checks.methods
@@ -30,7 +30,7 @@ class Shown(Record):
         each = f"{chains} chain{'s' if chains > 1 else ''} of {count // chains}" if self._by_chains else count
         known = self.verdict.supports_evidence
         evidence = f", log evidence {self.log_evidence:.2f}" if known else ""
-        told = known and not self._by_chains and self.log_evidence - self.elbo < FAR_BELOW
+        told = known and not self._by_chains and self.log_evidence - self.elbo < 1000.0  # else one draw has made it
         elbo = f", ELBO {self.elbo:.2f}" if told else ""
         about = f"{self.described}, {each} draws, {counted(self)}{evidence}{elbo}"
         return f"Posterior of {', '.join(self.samples)}: {about}\n{self.verdict}"
@@ -38,7 +38,7 @@ class Shown(Record):
     __repr__ = __str__  # what a REPL shows
 
     def _repr_html_(self) -> str:
-        table = self._table()
+        table = self._table(ALL)
         hidden = len(table) - ROWS_SHOWN
         note = f"<p>and {hidden} more rows: <code>summary()</code> has them all</p>" if hidden > 0 else ""
         about = html.escape(str(self).partition("\n")[0])
@@ -81,32 +81,24 @@ class Shown(Record):
         >>> list(posterior.summary("x", ci_kind="eti", ci_prob=0.9).columns)
         ['mean', 'sd', 'eti90_lb', 'eti90_ub', 'mcse_mean', 'ess']
         """
-        table = self._table(
-            var_names, filter_vars=filter_vars, coords=coords, ci_kind=ci_kind, ci_prob=ci_prob, round_to=round_to
-        )
+        chosen: Chosen = {"var_names": var_names, "filter_vars": filter_vars, "coords": coords}
+        table = self._table(chosen, ci_kind, ci_prob, round_to)
         self._hand_on("summary()")
         return table
 
     def _table(
         self,
-        var_names: str | Sequence[str] | None = None,
-        *,
-        filter_vars: str | None = None,
-        coords: Mapping[str, object] | None = None,
+        chosen: Chosen = ALL,
         ci_kind: str | None = None,
         ci_prob: float | None = None,
         round_to: int | str = "auto",
     ) -> pd.DataFrame:
         """Return the table of variables and labels that are chosen as in ArviZ."""
-        draws = _arviz.select(_arrays.entries(self._draws(), coords), var_names, filter_vars)
-        kind, prob = (ci_kind, ci_prob) if ci_kind and ci_prob else _arviz.default_interval()
+        draws = _arviz.select(labeled.posterior_group(self), **chosen)
+        kind, prob = _arviz.default_interval()
         kind = _checks.choice("ci_kind", ci_kind or kind, ("eti", "hdi"))
-        prob = prob if ci_prob is None else ci_prob
         ess = None if self._by_chains else self.effective
-        return _arviz.summary(draws, ess=ess, kind=kind, prob=prob, round_to=round_to)
-
-    def _draws(self) -> xr.Dataset:
-        return labeled.posterior_group(self)
+        return _arviz.summary(draws, ess=ess, kind=kind, prob=prob if ci_prob is None else ci_prob, round_to=round_to)
 
     def assign_coords(
         self, coords: Mapping[str, object] | None = None, *, dims: Mapping[str, Sequence[str]] | None = None
@@ -191,8 +183,8 @@ class Shown(Record):
 
     def _groups(self, predictive: bool) -> tuple[dict[str, xr.Dataset], dict[str, str | float]]:
         if self._stored is None:
-            groups = labeled.labeled_groups(self, self._need_density(), predictive=predictive)
-            return groups, attributes(self)
+            groups = arviz_groups.all_groups(self, self._need_density(), predictive=predictive)
+            return self._labeling.applied(groups), attributes(self)
         groups, attrs = self._stored
         if "groups" in self.missing:
             warnings.warn(f"only the groups {', '.join(groups)} are there: {self.missing['groups']}.", stacklevel=3)

@@ -11,12 +11,12 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
-from pyro_flows._arrays import Chosen
+from pyro_flows._arrays import ALL, Chosen
 from pyro_flows._bundles import Entries
 from pyro_flows._progress import unseen
-from pyro_flows.plots.predictive import predictive_data
+from pyro_flows.plots.predictive import plot_predictive, predictive_data
 from pyro_flows.report import tables
-from pyro_flows.report.figures import Picture, graph, pictures, replicates
+from pyro_flows.report.figures import Picture, drawn, graph, pictures
 from pyro_flows.report.words import figures
 from pyro_flows.results.methods_text import methods_text, references
 from pyro_flows.results.record import Record, attributes_of
@@ -27,8 +27,6 @@ if TYPE_CHECKING:
     import pandas as pd
 
 POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-DEFAULTS = {"draws": 4000, "seed": 0}  # of the calls that make a posterior
-SOURCE = 20_000  # characters of a model's source at most
 
 
 @dataclass(frozen=True)
@@ -39,7 +37,7 @@ class Options:
     comparison: Any = None  # a Comparison: its room stands beside this one
     predictive: bool = True
     source: bool = True
-    chosen: Chosen = field(default_factory=lambda: Chosen(var_names=None, filter_vars=None, coords=None))
+    chosen: Chosen = field(default_factory=ALL.copy)
     watch: Callable[[str], None] = unseen
 
 
@@ -47,7 +45,7 @@ def content(posterior: Record, table: pd.DataFrame, options: Options) -> dict[st
     """Return what the template is filled with."""
     verdict, sites = posterior.verdict, ", ".join(posterior.samples)
     options.watch("figures")
-    drawn = pictures(posterior, options.chosen, scalars=len(table))
+    shown = pictures(posterior, options.chosen, scalars=len(table))
     options.watch("replicates of the data")
     checks = _checks(posterior) if options.predictive else None
     options.watch("the page")
@@ -58,7 +56,7 @@ def content(posterior: Record, table: pd.DataFrame, options: Options) -> dict[st
         "figures": figures(posterior),
         "about": _about(posterior),
         "summary": tables.of_frame(table, "summary", "Summary of the draws to use", "variable"),
-        "pictures": drawn,
+        "pictures": shown,
         "checks": checks,
         "graph": graph(posterior),
         "comparison": None if options.comparison is None else _comparison(options.comparison),
@@ -75,17 +73,16 @@ def content(posterior: Record, table: pd.DataFrame, options: Options) -> dict[st
 
 def _about(posterior: Record) -> list[tuple[str, str]]:
     """Return what was fitted, in a few lines."""
-    count = len(posterior._used)
     found = [
         ("Sites", ", ".join(posterior.samples)),
-        ("Draws", f"{count}"),
+        ("Draws", f"{len(posterior._used)}"),
         ("Dimensions", f"{posterior.z.shape[1]} unconstrained coordinates"),
         ("Method", f"{posterior.described}: {METHODS[posterior.method].meaning}"),
     ]
     searched_for = not any("no search" in note for note in posterior.verdict.notes)
     if searched_for and posterior.verdict.status != "unreliable":
         found.append(("Search for modes", searched(posterior.z.shape[1])))
-    if posterior.seconds == posterior.seconds:
+    if not math.isnan(posterior.seconds):
         found.append(("Time", f"{posterior.seconds:.1f} seconds"))
     density = posterior.density
     if density is not None and density.structure.observed:
@@ -96,7 +93,7 @@ def _about(posterior: Record) -> list[tuple[str, str]]:
 
 def _checks(posterior: Record) -> tuple[Picture, tables.Table | None, str]:
     """Return the figure of replicates, the table of their statistics, if the model can draw any, and what it says."""
-    picture = replicates(posterior)
+    picture = drawn("replicates", plot_predictive, posterior)
     if picture.missing:
         return picture, None, ""
     table = tables.statistics(*predictive_data(posterior))
@@ -132,22 +129,18 @@ def recipe(posterior: Record) -> str:
     """Return the call that makes this posterior, as it was asked for; data and a flow or guide are the caller's."""
     settings, density = posterior.settings, posterior.density
     model = "model" if density is None else getattr(density.model, "__name__", type(density.model).__name__)
-    given = f"{model}, {_arguments(posterior)}".rstrip(", ")
+    names = list(filter(None, [_arguments(posterior)]))
+    names += ["model_kwargs=model_kwargs"] if density is not None and density.kwargs else []
     known = {"seed": settings["seed"]}
-    more = ", model_kwargs=model_kwargs" if density is not None and density.kwargs else ""
     if posterior._of_mcmc:
-        call = _call("from_mcmc", f"mcmc, {given}{more}", known)
+        call = _call("from_mcmc", ["mcmc", model, *names], known)
     elif settings.get("diagnosed"):
-        call = _call(
-            "diagnose",
-            f"{model}, guide, {_arguments(posterior)}".rstrip(", ") + more,
-            {"draws": settings["draws"], **known},
-        )
+        call = _call("diagnose", [model, "guide", *names], {"draws": settings["draws"], **known})
     elif "side_by_side" in settings:  # one of many, whose own seed came of that of the call
-        call = _call("fit", given + more, {"draws": settings["draws"], **known, **settings.get("asked", {})})
+        call = _call("fit", [model, *names], {"draws": settings["draws"], **known, **settings.get("asked", {})})
         call = f"# fitted side by side with {settings['side_by_side'] - 1} others by pf.fit_many; by itself:\n{call}"
     else:
-        call = _call("fit", given + more, {"draws": settings["draws"], **known, **_asked(settings)})
+        call = _call("fit", [model, *names], {"draws": settings["draws"], **known, **_asked(settings)})
     for again in settings.get("refinements", ()):
         call += f"posterior = posterior.refine({_words({k: v for k, v in again.items() if v is not None})})\n"
     return f"import pyro_flows as pf\n\n{call}"
@@ -161,9 +154,10 @@ def _asked(settings: Entries) -> dict[str, object]:
     return {name: settings[name] for name, value in usual.items() if settings.get(name) not in (None, value)}
 
 
-def _call(name: str, given: str, options: Entries) -> str:
-    words = _words({key: value for key, value in options.items() if DEFAULTS.get(key) != value})
-    return f"posterior = pf.{name}({given}{', ' if words else ''}{words})\n"
+def _call(name: str, given: list[str], options: Entries) -> str:
+    usual = {"draws": 4000, "seed": 0}
+    words = _words({key: value for key, value in options.items() if usual.get(key) != value})
+    return f"posterior = pf.{name}({', '.join(filter(None, [*given, words]))})\n"
 
 
 def _arguments(posterior: Record) -> str:
@@ -196,4 +190,4 @@ def _source(posterior: Record) -> str | None:
         text = inspect.getsource(model if inspect.isroutine(model) else type(model))
     except (OSError, TypeError):  # typed into a shell, or no Python
         return None
-    return textwrap.dedent(text) if len(text) <= SOURCE else None
+    return textwrap.dedent(text) if len(text) <= 20_000 else None  # more would fill the page

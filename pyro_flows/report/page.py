@@ -13,9 +13,7 @@ from pyro_flows.results.record import Record
 if TYPE_CHECKING:
     import pandas as pd
 
-TEMPLATES = Path(__file__).with_name("templates")
 MARK = '<meta name="generator" content="pyro_flows report">'
-HEAD = 2000  # bytes in which the mark stands
 
 
 def write(posterior: Record, path: str | os.PathLike[str], table: pd.DataFrame, options: Options) -> Path:
@@ -34,7 +32,7 @@ def check_target(path: str | os.PathLike[str]) -> Path:
         raise ValueError(f"path: expected a file, {str(target)!r} is a directory. Name a file in it, report.html.")
     if target.exists():
         with target.open("rb") as file:
-            head = file.read(HEAD)
+            head = file.read(2000)
         if MARK.encode() not in head:
             raise ValueError(f"path: {str(target)!r} is there and is no earlier report. Name another file.")
     return target
@@ -45,7 +43,7 @@ def render(values: dict[str, object]) -> str:
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
     from markupsafe import Markup
 
-    loader = FileSystemLoader(TEMPLATES)
+    loader = FileSystemLoader(Path(__file__).with_name("templates"))
     environment = Environment(
         loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )

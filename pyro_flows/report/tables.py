@@ -11,11 +11,11 @@ import numpy as np
 
 from pyro_flows._bundles import Entries, plain
 from pyro_flows._progress import UNTOLD
+from pyro_flows.plots.parts import INTERVAL
 
 if TYPE_CHECKING:
     import pandas as pd
 
-ROWS = 1000
 EXTREME = 0.01  # of p, either side
 MEANINGS = {
     "mean": "mean of the draws to use",
@@ -37,9 +37,6 @@ MEANINGS = {
     "bf_se": "standard error of the log Bayes factor",
     "high_k": "observations whose k-hat is too high",
 }
-
-
-LONGEST = 200  # characters of a text
 
 
 @dataclass(frozen=True)
@@ -65,7 +62,7 @@ class Table:
 def of_frame(frame: pd.DataFrame, name: str, caption: str, first: str) -> Table:
     """Return a data frame as a table, of a thousand rows at most."""
     columns = tuple((str(column), _meaning(str(column))) for column in frame.columns)
-    shown = frame.head(ROWS)
+    shown = frame.head(1000)
     rows = tuple((str(label), tuple(map(_cell, row))) for label, row in zip(shown.index, shown.to_numpy(), strict=True))
     return Table(name, caption, first, columns, rows, len(frame) - len(shown))
 
@@ -100,7 +97,7 @@ def statistics(data: Mapping[str, np.ndarray], replicates: Mapping[str, np.ndarr
             if what == "sd" and len(values) == 1:
                 continue
             share = float(np.mean(others > own) + 0.5 * np.mean(others == own))
-            cells = (own, float(np.median(others)), *np.quantile(others, (0.055, 0.945)), share)
+            cells = (own, np.median(others), *np.quantile(others, INTERVAL), share)
             rows.append((f"{what} of {name}", tuple(Cell(f"{cell:.3g}", float(cell)) for cell in cells)))
     columns = (
         ("data", "of the data"),
@@ -117,9 +114,8 @@ def not_reproduced(table: Table) -> str:
     shares = [(name, cells[-1].value) for name, cells in table.rows]
     extreme = [name for name, p in shares if p is not None and min(p, 1.0 - p) < EXTREME]
     if not extreme:
-        return (
-            f"The model reproduces all {len(shares)} statistics of the data: p is between {EXTREME} and {1 - EXTREME}."
-        )
+        all_ = f"all {len(shares)} statistics of the data"
+        return f"The model reproduces {all_}: p is between {EXTREME} and {1 - EXTREME}."
     return f"The model does not reproduce the {', the '.join(extreme)}: p is below {EXTREME} or above {1 - EXTREME}."
 
 
@@ -138,7 +134,7 @@ def _text(value: object) -> str:
     if isinstance(value, float):
         return f"{value:.6g}"
     text = "none" if value is None or value == {} or value == [] else str(value)
-    return text if len(text) <= LONGEST else f"{text[: LONGEST - 1]}…"
+    return text if len(text) <= 200 else f"{text[:199]}…"
 
 
 def stages(history: Sequence[Entries]) -> Table:

@@ -8,14 +8,12 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from pyro_flows.model.log_density import LogDensity
-from pyro_flows.results.arviz_groups import UNDRAWABLE, all_groups, constants, draws_group, observed_group, stack
+from pyro_flows.results.arviz_groups import UNDRAWABLE, constants, draws_group, observed_group, stack
 from pyro_flows.results.dims import Labels
 from pyro_flows.results.record import Record
 
 if TYPE_CHECKING:
     import xarray as xr
-
-PRIOR_SHOWN = 2000
 
 
 class NotThere(ValueError):
@@ -41,7 +39,7 @@ def prior_group(posterior: Record) -> xr.Dataset:
         return posterior._stored[0]["prior"]
     density = _density(posterior)
     try:
-        prior = density.prior(PRIOR_SHOWN, seed=int(posterior.settings["seed"]))
+        prior = density.prior(2000, seed=int(posterior.settings["seed"]))
     except UNDRAWABLE as error:
         raise NotThere(f"posterior: its prior cannot be drawn from ({error}).") from error
     if prior is None:
@@ -75,11 +73,6 @@ def predictive_groups(posterior: Record, draws: int) -> tuple[xr.Dataset, xr.Dat
     groups = {"data": observed_group(density), "replicates": stack(labels, drawn, labels.observed)}
     labeled = posterior._labeling.applied(groups)
     return labeled["data"], labeled["replicates"]
-
-
-def labeled_groups(posterior: Record, density: LogDensity, *, predictive: bool) -> dict[str, xr.Dataset]:
-    """All groups of the ArviZ object, labeled as the caller asked for."""
-    return posterior._labeling.applied(all_groups(posterior, density, predictive=predictive))
 
 
 def structural_groups(posterior: Record) -> dict[str, xr.Dataset]:

@@ -15,6 +15,7 @@ from pyro_flows._arrays import relabel
 from pyro_flows._arviz import pack
 from pyro_flows._exits import Ending
 from pyro_flows._interrupts import STATE
+from pyro_flows.results.labeled import posterior_group
 from tests.posteriors import new_schools_posterior
 
 DOORS = {
@@ -133,7 +134,7 @@ def test_arvizs_own_copies_and_files_keep_it(unreliable, tmp_path):
 
 
 def test_objects_without_a_verdict_still_print():
-    groups = relabel({"posterior": new_schools_posterior("ok", draws=200)._draws()}, None, None)
+    groups = relabel({"posterior": posterior_group(new_schools_posterior("ok", draws=200))}, None, None)
     assert "posterior" in repr(pack(groups, {}))
     assert "posterior" in pack(groups, {})._repr_html_()
 
