@@ -48,7 +48,7 @@ def bridge(posterior_ratio: Tensor, proposal_ratio: Tensor, chains: int = 1) -> 
     >>> abs(found.value - 3.0) < 4 * found.standard_error, found.standard_error < 0.01
     (True, True)
     """
-    at_p, at_q = (_finite(ratio) for ratio in (posterior_ratio, proposal_ratio))
+    at_p, at_q = finite(posterior_ratio), finite(proposal_ratio)
     shift = float(at_p.median())
     at_p, at_q = at_p - shift, at_q - shift
     effective = _effective((-torch.logaddexp(at_p, torch.zeros_like(at_p))).exp(), chains)
@@ -61,7 +61,7 @@ def bridge(posterior_ratio: Tensor, proposal_ratio: Tensor, chains: int = 1) -> 
     return Bridged(value + shift, math.sqrt(variance), settled)
 
 
-def _finite(ratio: Tensor) -> Tensor:
+def finite(ratio: Tensor) -> Tensor:
     """Return ratios in double precision; a draw that the model cannot score has density zero."""
     ratio = ratio.detach().double().cpu()
     return torch.where(torch.isfinite(ratio), ratio, -torch.inf)

@@ -23,8 +23,6 @@ from pyro_flows.results.record import Record
 if TYPE_CHECKING:
     import pandas as pd
 
-NOTED = 0.1  # share of the standard error of a difference, above which its Monte Carlo error is noted
-
 
 @dataclass(frozen=True, eq=False)
 class Comparison:
@@ -224,11 +222,9 @@ def _about_errors(names: Sequence[str], found: Mapping[str, Loo]) -> list[str]:
     notes = [f"{name} has k-hats above the limit, so its elpd is not known" for name in names if found[name].high]
     best = found[names[0]]
     for name in names[1:]:
-        error, paired = (
-            math.hypot(best.mcse, found[name].mcse),
-            over_observations(found[name].pointwise - best.pointwise),
-        )
-        if NOTED * paired < error < math.inf:
+        error = math.hypot(best.mcse, found[name].mcse)
+        paired = over_observations(found[name].pointwise - best.pointwise)
+        if 0.1 * paired < error < math.inf:
             said = f"the elpd of {name} less that of {names[0]} has a Monte Carlo error of {error:.2g} nats"
             notes.append(f"{said}, and a standard error over observations of {paired:.2g}")
     return notes
@@ -239,16 +235,17 @@ def _evidences(posteriors: Mapping[str, Record], seed: int, bar: Bar) -> tuple[d
     found, notes = dict[str, Evidence | None](), []
     for name, posterior in posteriors.items():
         bar.watch(f"the evidence of {name}")
-        improper = improper_priors(posterior)
-        try:
-            estimate = None if improper else evidence(posterior, method="auto", seed=seed)
-        except ValueError as error:
-            estimate = None
-            notes.append(f"no evidence of {name}: {error}".rstrip("."))
-        if improper:
+        found[name] = None
+        if improper := improper_priors(posterior):
             notes.append(f"no evidence of {name}: the prior of {', '.join(improper)} is improper")
-        elif estimate is not None and not math.isfinite(estimate.standard_error):
-            estimate = None
+            continue
+        try:
+            estimate = evidence(posterior, method="auto", seed=seed)
+        except ValueError as error:
+            notes.append(f"no evidence of {name}: {error}".rstrip("."))
+            continue
+        if math.isfinite(estimate.standard_error):
+            found[name] = estimate
+        else:
             notes.append(f"no evidence of {name}: no method states its error")
-        found[name] = estimate
     return found, notes

@@ -13,34 +13,31 @@ from torch import Tensor
 
 from pyro_flows.flows.flow import Flow
 from pyro_flows.model.log_density import LogDensity
-from pyro_flows.starts.gaussians import Gaussians
 
 DF = 7.0  # of a Student t: the tails of most posteriors lie between it and a normal distribution
-PIECE = 4096  # draws at a time
 
 
 class Proposal(NamedTuple):
-    """A multivariate Student t with the location and the scale of draws, of ``df`` degrees of freedom."""
+    """The multivariate Student t of ``df`` degrees of freedom at ``loc`` (D,), with the scale matrix root root^T."""
 
-    normal: Gaussians
-    df: float = DF
+    loc: Tensor
+    root: Tensor  # (D, D), lower triangular
+    df: float
 
     def draw(self, count: int) -> tuple[Tensor, Tensor]:
         """Return ``count`` draws (count, D) and their log densities (count,); uses torch's global generator."""
-        dim = self.normal.loc.shape[-1]
-        noise = torch.randn(count, dim, dtype=torch.float64)
+        noise = torch.randn(count, len(self.loc), dtype=torch.float64)
         mixing = torch.distributions.Chi2(torch.tensor(self.df, dtype=torch.float64)).sample((count,)) / self.df
-        z = self.normal.map(noise / mixing.sqrt()[:, None])[0][0]
+        z = self.loc + noise / mixing.sqrt()[:, None] @ self.root.mT
         return z, self.log_prob(z)
 
     def log_prob(self, z: Tensor) -> Tensor:
-        r"""Return :math:`\log q(z)` (N,): the normal density of the same squares, with the t's tails."""
-        dim, df = self.normal.loc.shape[-1], self.df
-        log_normal = self.normal.log_prob(z.double().cpu())[0]
-        at_mode = self.normal.log_prob(self.normal.loc)[0, 0]
-        squares = 2.0 * (at_mode - log_normal)
-        constant = math.lgamma(0.5 * (df + dim)) - math.lgamma(0.5 * df) + 0.5 * dim * math.log(2.0 / df)
-        return at_mode + constant - 0.5 * (df + dim) * torch.log1p(squares / df)
+        r"""Return :math:`\log q(z)` (N,)."""
+        dim, df = len(self.loc), self.df
+        away = torch.linalg.solve_triangular(self.root, (z.double().cpu() - self.loc).mT, upper=False)
+        constant = math.lgamma(0.5 * (df + dim)) - math.lgamma(0.5 * df) - 0.5 * dim * math.log(math.pi * df)
+        log_volume = self.root.diagonal().log().sum()
+        return constant - log_volume - 0.5 * (df + dim) * torch.log1p(away.square().sum(0) / df)
 
 
 def enough(count: float, dim: int) -> bool:
@@ -61,9 +58,7 @@ def fit_proposal(z: Tensor, df: float = DF, log_weights: Tensor | None = None) -
     away = away / scale
     ridge = 1e-9 * torch.eye(dim, dtype=z.dtype)
     root = scale[:, None] * torch.linalg.cholesky(away.mT @ away + ridge) * math.sqrt((df - 2.0) / df)
-    ones, eye = torch.ones(1, dim, dtype=z.dtype), torch.eye(dim, dtype=z.dtype)[None]
-    normal = Gaussians(loc[None], root[None], ones, eye[..., :1], torch.ones(1, 1, 1, dtype=z.dtype))
-    return Proposal(normal, df)
+    return Proposal(loc, root, df)
 
 
 class Latent:
@@ -73,16 +68,22 @@ class Latent:
         self.density, self.like = density, like
         self.bijection = flow.bijection if isinstance(flow, Flow) and flow.base != "uniform" else None
 
-    def points(self, z: Tensor) -> Tensor:
-        """Return base points x (S, D) of draws."""
-        return z if self.bijection is None else self.bijection.inverse_and_ladj(z)[0]
+    def back(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the base points x (S, D) of draws, and the log Jacobian (S,) of the way to the draws."""
+        if self.bijection is None:
+            return z, z.new_zeros(len(z))
+        x, ladj = self.bijection.inverse_and_ladj(z)
+        return x, -ladj
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """Return the log density (S,) of base points."""
-        return torch.cat([self._piece(part.to(self.like)) for part in x.split(PIECE)])
-
-    def _piece(self, x: Tensor) -> Tensor:
+    def at(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return z at base points (S, D), and the log density (S,) of these, -inf where it is not finite."""
+        x = x.to(self.like)
         z, ladj = (x, x.new_zeros(len(x))) if self.bijection is None else self.bijection.forward_and_ladj(x)
         usable = torch.isfinite(z).all(1)
-        value = (self.density(torch.where(usable[:, None], z, self.like[:1])) + ladj).double()
-        return torch.where(usable, value, -torch.inf).cpu()
+        z = torch.where(usable[:, None], z, self.like[:1])
+        found = (self.density(z) + ladj).double().cpu()
+        return z, torch.where(usable.cpu() & torch.isfinite(found), found, -torch.inf)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Return the log density (S,) of base points, which are taken some at a time."""
+        return torch.cat([self.at(part)[1] for part in x.split(4096)])

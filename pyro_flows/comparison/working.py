@@ -40,9 +40,8 @@ from pyro_flows.comparison.pointwise import (
 if TYPE_CHECKING:
     from pyro_flows.results.record import Record
 
-# More draws are taken, or draws moved, until the Monte Carlo error is this share of the standard error over the
-# observations.
-# It adds .02 % to that error, which has itself a relative error of 1 / sqrt(2 N): .7 % for N = 10 000 observations.
+# More draws are taken, or moved, until the Monte Carlo error is this share of the standard error over observations. It
+# adds .02 % to that error, which has itself a relative error of 1 / sqrt(2 N): .7 % for N = 10 000 observations.
 RELATIVE = 1.0 / 50.0
 ERROR = 0.02  # nats; or until it is as small: one part in 50 of the odds that all data together speak for a model;
 MOST_DRAWS = 64_000  # or they are as many,
@@ -105,7 +104,10 @@ class Work:
 
     def judged(self, given: Observations) -> Whole:
         """Judge the draws as they are."""
-        return _whole(given, plain(given))
+        found = plain(given)
+        empty = torch.zeros_like(found.elpd)
+        whole = Whole(given, empty, empty, empty, found.influence, math.inf)
+        return whole.with_part(range(len(empty)), found, given.error(found.influence))
 
     def moved(self, given: Observations) -> Whole:
         """Move draws for observations whose k-hat is too high; for more, if the Monte Carlo error is still too large.
@@ -119,10 +121,8 @@ class Work:
             return found
         order = _order(found)
         counts = _counts(high, self._most(given))
-        errors = errors_without(given, order, counts)
-        of_rest = goal * math.sqrt(SHARE)
-        enough = (count for count, error in zip(counts, errors, strict=True) if error <= of_rest)
-        which = order[: next(enough, counts[-1])]
+        pairs = zip(counts, errors_without(given, order, counts), strict=True)
+        which = order[: next((count for count, error in pairs if error <= goal * math.sqrt(SHARE)), counts[-1])]
         return self._with_parts(found.without(which), [(which, given, None, self._moved(given, which))])
 
     def precise(self, given: Observations, goal: float | None = None) -> Whole:
@@ -234,7 +234,8 @@ class Work:
         return min(max(FEW, Space.fewest(given.draws.z.shape[1])), len(given.values))
 
     def _can_move(self, given: Observations) -> bool:
-        return self.posterior.density is not None and not self._is_dear() and Space.can_be(given.draws.z)
+        enough = len(given.draws.z) >= Space.fewest(given.draws.z.shape[1])
+        return enough and self.posterior.density is not None and not self._is_dear()
 
     def _is_dear(self) -> bool:
         """Whether each further draw takes a pass over all rows."""
@@ -244,12 +245,6 @@ class Work:
         """Return for how many observations draws can be moved."""
         count = len(given.labels)
         return max(min(int(min(MOVED_DRAWS, MOVED_NUMBERS / count) / len(given.values)), count), 0)
-
-
-def _whole(given: Observations, found: Estimates) -> Whole:
-    empty = torch.zeros_like(found.elpd)
-    whole = Whole(given, empty, empty, empty, found.influence, math.inf)
-    return whole.with_part(range(len(empty)), found, given.error(found.influence))
 
 
 def over_observations(terms: Tensor) -> float:
