@@ -7,7 +7,6 @@ only the last step of :func:`pack` and the default interval differ.
 from __future__ import annotations
 
 import functools
-import inspect
 import math
 import warnings
 from collections.abc import Callable, Hashable, Mapping, Sequence
@@ -20,7 +19,7 @@ from torch import Tensor
 
 from pyro_flows import _checks
 from pyro_flows._arrays import SAMPLE_DIMS, Coords, as_tree, entries, rounded, with_attrs
-from pyro_flows._display import verdict_html
+from pyro_flows._figures import verdict_html
 from pyro_flows._mixing import chain_diagnostics as chain_diagnostics
 
 if TYPE_CHECKING:
@@ -28,7 +27,6 @@ if TYPE_CHECKING:
     import xarray as xr
 
 MANY_CHAINS = "Found chain dimension to be longer than draw dimension"  # short ones, as they are meant to be
-POLISHED = 200  # steps
 JUDGED = "InferenceData"  # the name of our own class too: arviz_base knows such objects by it
 
 
@@ -175,33 +173,6 @@ def _halves(draws: xr.Dataset) -> xr.Dataset:
     half = draws.sizes["draw"] // 2
     halves = [draws.isel(draw=slice(first, first + half)) for first in (0, half)]
     return xarray.concat([part.drop_vars("draw", errors="ignore") for part in halves], dim="chain")
-
-
-def stacking_weights(elpd: Tensor) -> list[float]:
-    """Return the weights of K models that maximize the log score of their mixture, from pointwise elpd (K, N)."""
-    import xarray
-    from arviz_stats import ELPDData, compare
-
-    if len(elpd) == 1:
-        return [1.0]
-    shifted = (elpd - elpd.amax(0)).double().cpu().numpy()  # weights stay the same, and no exponential underflows
-    make: Callable[..., ELPDData] = ELPDData
-    numbers = {"p": 0.0, "n_samples": 1, "n_data_points": shifted.shape[1], "scale": "log", "warning": False}
-    kind = {"kind": "loo"} if "kind" in inspect.signature(ELPDData).parameters else {}  # gone in later releases
-    numbers |= {"se": 1.0, "good_k": 0.7, **kind}
-    models = {
-        str(model): make(elpd=float(row.sum()), elpd_i=xarray.DataArray(row, dims="observation"), **numbers)
-        for model, row in enumerate(shifted)
-    }
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of many models and of large elpd, which are no matter of the weights
-        table = compare(models, method="stacking")
-    weights = np.clip([float(table.loc[name, "weight"]) for name in models], 0.0, None)
-    densities = np.exp(shifted)
-    for _ in range(POLISHED):  # steps of EM, which only rise: later releases end their search a little early
-        weights = weights / weights.sum()
-        weights = weights * (densities / (weights @ densities)).mean(1)
-    return [float(weight) for weight in weights / weights.sum()]
 
 
 def power_scaling(draws: xr.Dataset, log_prior: Tensor, log_likelihood: Tensor) -> pd.DataFrame:

@@ -15,8 +15,7 @@ from pyro_flows import _checks
 from pyro_flows._seeding import derive, seeded
 from pyro_flows._threads import few_threads
 from pyro_flows._turns import alone
-from pyro_flows.comparison.bridge import Bridged, bridge, finite
-from pyro_flows.comparison.proposal import DF, Latent, enough, fit_proposal
+from pyro_flows.comparison.bridge import DF, Bridged, Latent, bridge, enough, finite, fit_proposal
 from pyro_flows.verdict.psis import largest_k, psis
 
 if TYPE_CHECKING:
@@ -24,10 +23,10 @@ if TYPE_CHECKING:
     from pyro_flows.results.record import Record
 
 DRAWS = 16_000  # of the flow, scored anew: an error of .008 nats at ESS/S = .5
-LEAST, ERROR_OF_ROWS = 100, 0.05  # draws that are added; nats that are asked where a draw is a pass over all rows
-MORE = 4  # times as many of a distribution with the moments of chains,
-NUMBERS = 20_000_000  # or their coordinates,
-ROUNDS, FINE = 3, 0.003  # so often, unless the error is as small (nats)
+LEAST = 100  # draws that are added at a time
+ERROR_OF_ROWS = 0.05  # nats: the standard error that is asked by default where a draw is a pass over all rows
+MORE, NUMBERS = 4, 20_000_000  # times as many draws of a Student t for chains, but so many coordinates at most
+ROUNDS, FINE = 3, 0.003  # rounds of moments of weighted draws at most; nats, an error with which no further one is made
 NAMES = {"importance": "importance sampling", "bridge": "bridge sampling", "smc": "sequential Monte Carlo"}
 
 

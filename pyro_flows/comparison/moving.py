@@ -22,8 +22,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pyro_flows._squares import least_squares
-from pyro_flows.comparison.proposal import Latent
+from pyro_flows._tensors import least_squares
+from pyro_flows.comparison.bridge import Latent
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.verdict.psis import psis
 
@@ -56,14 +56,10 @@ class Frame(NamedTuple):
 
 
 class Space:
-    r"""Draws of a posterior where they are moved: base points of the flow, standardized; or plain coordinates.
+    """Draws z (S, D) of a posterior where they are moved: base points of the flow, standardized; or plain coordinates.
 
-    Args:
-        density: log p.
-        flow: whose base points are taken, if it is a flow; plain coordinates otherwise.
-        z: draws (S, D).
-        log_weights: of these (S,), log p - log q up to a constant; None for draws of the posterior.
-        half: which of the draws make the first half (S,): maps are fitted to one half, and move the other.
+    ``log_weights`` (S,) are log p - log q up to a constant, None for draws of the posterior. ``half`` (S,) says which
+    draws make the first half: maps are fitted to one half, and move the other.
     """
 
     def __init__(self, density: LogDensity, flow: object, z: Tensor, log_weights: Tensor | None, half: Tensor) -> None:

@@ -43,15 +43,14 @@ if TYPE_CHECKING:
 # More draws are taken, or moved, until the Monte Carlo error is this share of the standard error over observations. It
 # adds .02 % to that error, which has itself a relative error of 1 / sqrt(2 N): .7 % for N = 10 000 observations.
 RELATIVE = 1.0 / 50.0
-ERROR = 0.02  # nats; or until it is as small: one part in 50 of the odds that all data together speak for a model;
-MOST_DRAWS = 64_000  # or they are as many,
-NUMBERS = 20_000_000  # or their log likelihoods,
-MOVED_DRAWS, MOVED_NUMBERS = 2_000_000, 1_000_000_000  # or moved draws, or log likelihoods at these
+ERROR = 0.02  # nats: a Monte Carlo error that is small enough in any case, for it changes odds by one part in 50
+MOST_DRAWS, NUMBERS = 64_000, 20_000_000  # new draws at most, and log likelihoods at these
+MOVED_DRAWS, MOVED_NUMBERS = 2_000_000, 1_000_000_000  # moved draws for all observations at most, likewise
 KNOWN = 0.25  # k-hat of weights with a fourth moment: the variance of their mean has an estimate with a variance
-SHARE = 0.5  # of the squared error, for draws as they are and for moved ones
-FEW = 1000  # draws that are moved at first
-POWERS = (1.0, 2.0, 2.0, 2.0, 2.0, 2.0)  # of the error, with which the number of moved draws grows
-WORTH = 1.2  # times as many draws, to be drawn anew
+SHARE = 0.5  # of the squared error that observations with draws as they are may have, and those with moved ones
+FEW = 1000  # draws that are moved for an observation in the first round
+POWERS = (1.0, 2.0, 2.0, 2.0, 2.0, 2.0)  # of error / goal, by which the number of moved draws grows in each round
+WORTH = 1.2  # factor from which on more draws are worth their cost
 
 Part = tuple[list[int], Observations, Observations | None, Estimates]  # of which, from draws, or from some of them
 
@@ -130,7 +129,7 @@ class Work:
         found = self.judged(given)
         goal = goal_of(found.elpd) if goal is None else goal
         high = _high(found)
-        if not (high or found.error > goal) or self._is_dear():
+        if not (high or found.error > goal) or self._by_rows():
             return found
         if not self._can_move(given):
             return self._by_draws(found, goal, [])
@@ -235,9 +234,9 @@ class Work:
 
     def _can_move(self, given: Observations) -> bool:
         enough = len(given.draws.z) >= Space.fewest(given.draws.z.shape[1])
-        return enough and self.posterior.density is not None and not self._is_dear()
+        return enough and self.posterior.density is not None and not self._by_rows()
 
-    def _is_dear(self) -> bool:
+    def _by_rows(self) -> bool:
         """Whether each further draw takes a pass over all rows."""
         return self.posterior.density is not None and self.posterior.density.by_rows
 

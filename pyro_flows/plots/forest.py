@@ -12,8 +12,8 @@ from pyro_flows import _checks
 from pyro_flows._figures import INK, LINE, WIDTH, color_of, panels, styled
 from pyro_flows.plots import parts
 from pyro_flows.plots.scalars import Names, Posteriors, common, named, raw, raw_label, scalars_of
-from pyro_flows.results.labeled import named_draws
-from pyro_flows.results.labeled import posterior_group as used
+from pyro_flows.results.arviz_groups import named_draws
+from pyro_flows.results.arviz_groups import posterior_group as used
 from pyro_flows.results.record import Record
 from pyro_flows.verdict.deciding import resample
 

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from pyro_flows import _checks
 from pyro_flows._figures import WIDTH, grid_of, panels, styled
@@ -59,6 +58,8 @@ def plot_layers(
     >>> len(plot_layers(pf.planar(2, layers=3), count=50).axes)
     4
     """
+    import matplotlib
+
     names = list(flow.coordinates) if isinstance(flow, Record) else None
     flow = _flow_of(flow) if isinstance(flow, Record) else flow
     if len(flow.event_shape) != 1 or flow.dim < 2 or flow.context_dim:
@@ -76,7 +77,10 @@ def plot_layers(
     columns = grid_of(len(shown), width=width, narrowest=1.6, most=6)
     height = (min(1.9, width / columns) + 0.2) * math.ceil(len(shown) / columns)
     figure, grid = panels(len(shown), columns=columns, size=(width, height))
-    colors = _ramp(clouds[0][:, dims[0]])
+    # A color for each draw by its rank, from dark to light, which color-blind readers can tell apart; the lightest
+    # colors are left out, since they are not seen on white.
+    ranks = clouds[0][:, dims[0]].argsort().argsort().double().cpu().numpy() / max(count - 1, 1)
+    colors = np.asarray(matplotlib.colormaps["viridis"](0.85 * ranks))
     for axes, number in zip(grid, shown, strict=True):
         parts.cloud(axes, clouds[number][:, dims], colors, equal=names is None)
         axes.set_title(_layer_name(stack, number), loc="center")
@@ -122,11 +126,3 @@ def _layer_name(stack: list[Bijection], layer: int) -> str:
     affine = isinstance(last, (DiagonalAffine, LowerTriangularAffine))
     kind = ": tails" if isinstance(last, SinhArcsinh) else ": affine" if affine else ""
     return f"layer {layer}{kind if layer > 1 else ''}"
-
-
-def _ramp(values: Tensor) -> np.ndarray:
-    """A color for each draw by its rank, from dark to light, which color-blind readers can tell apart."""
-    import matplotlib
-
-    ranks = values.argsort().argsort().double().cpu().numpy() / max(len(values) - 1, 1)
-    return np.asarray(matplotlib.colormaps["viridis"](0.85 * ranks))  # the lightest colors are not seen on white

@@ -25,7 +25,7 @@ from pyro_flows.plots.scalars import (
     transformed,
     variable,
 )
-from pyro_flows.results.labeled import posterior_group as used
+from pyro_flows.results.arviz_groups import posterior_group as used
 from pyro_flows.results.record import Record
 
 if TYPE_CHECKING:

@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from torch import Tensor
 
-from pyro_flows._display import STATUS_COLORS
-from pyro_flows._figures import BASE, FILLED, FLOW, INK, SHOWN, color_of, limits, opaque
+from pyro_flows._figures import BASE, FILLED, FLOW, INK, SHOWN, STATUS_COLORS, color_of, limits, opaque
 from pyro_flows.results.record import Record
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from pyro_flows import _arviz
 from pyro_flows._figures import FLOW, INK, SHOWN, WIDTH, grid_of, panels, styled
 from pyro_flows.plots import parts
 from pyro_flows.plots.scalars import Names
-from pyro_flows.results.labeled import predictive_groups
+from pyro_flows.results.arviz_groups import predictive_groups
 from pyro_flows.results.record import Record
 
 if TYPE_CHECKING:

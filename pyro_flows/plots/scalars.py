@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pyro_flows import _arrays, _arviz, _checks
-from pyro_flows.results.labeled import named_draws, posterior_group
+from pyro_flows.results.arviz_groups import named_draws, posterior_group
 from pyro_flows.results.record import Record
 from pyro_flows.verdict.methods import GUIDE
 
@@ -32,11 +32,7 @@ def scalars_of(
 
 
 def named(posteriors: Posteriors) -> dict[str, Record]:
-    """Return posteriors by name; one that comes without is called by its method or guide.
-
-    Raises:
-        ValueError: for anything but a posterior, or a mapping with at least one.
-    """
+    """Return posteriors by name; one that comes without is called by its method or guide. Refuse anything else."""
     found = posteriors if isinstance(posteriors, Mapping) else {"": posteriors}
     if not found or not all(isinstance(posterior, Record) for posterior in found.values()):
         kinds = ", ".join(sorted({type(posterior).__name__ for posterior in found.values()})) or "none"
@@ -57,11 +53,7 @@ def raw_label(posterior: Record) -> str:
 
 
 def raw(posterior: Record) -> xr.Dataset:
-    """The guide's own draws, before any resampling or sampler.
-
-    Raises:
-        ValueError: if these take the model, and the posterior has none.
-    """
+    """Return the guide's own draws, before any resampling or sampler; they may take the model."""
     if not posterior._replaced:
         return posterior_group(posterior)
     if posterior._stored is not None and "raw_posterior" in posterior._stored[0]:
@@ -72,11 +64,7 @@ def raw(posterior: Record) -> xr.Dataset:
 
 
 def common(layers: Mapping[str, Mapping[str, np.ndarray]]) -> list[str]:
-    """Return the labels that all layers have, in the first one's order.
-
-    Raises:
-        ValueError: if there are none.
-    """
+    """Return the labels that all layers have, in the first one's order, or raise a ValueError if there are none."""
     first, *others = layers.values()
     found = [label for label in first if all(label in other for other in others)]
     if not found:
@@ -88,11 +76,7 @@ def common(layers: Mapping[str, Mapping[str, np.ndarray]]) -> list[str]:
 
 
 def scalar(draws: xr.Dataset, label: str, transform: Transform | None = None) -> np.ndarray:
-    """Return the draws (S,) of one scalar, such as ``mu``, ``theta[3]`` or ``theta[Choate]``, transformed.
-
-    Raises:
-        ValueError: for a label that is none, with one that is.
-    """
+    """Return the draws (S,) of one scalar, such as ``mu``, ``theta[3]`` or ``theta[Choate]``, transformed."""
     name = label if label in draws else variable(label)
     values = draws[_checks.choice("var_names", name, map(str, draws.data_vars))]
     found = dict(_columns(values))

@@ -77,6 +77,8 @@ def _histogram(axes: Axes, logs: np.ndarray, broken: int) -> None:
 
 def _tail(axes: Axes, logs: np.ndarray, count: int, tail: Tail, largest: float) -> None:
     """Draw the share of draws above each weight; the fit is of weights of which the largest is 1."""
+    from scipy.stats import genpareto
+
     ordered = np.sort(logs)[::-1]
     shares = (np.arange(len(ordered)) + 0.5) / count
     shown = slice(0, min(len(ordered), 4 * max(tail.size, 1)))
@@ -88,11 +90,9 @@ def _tail(axes: Axes, logs: np.ndarray, count: int, tail: Tail, largest: float) 
         return
     scale = math.exp(largest)
     span = np.geomspace(tail.cutoff * scale, max(weights.max(), tail.cutoff * scale * 1.001), 200)
-    x = (span / scale - tail.cutoff) / tail.scale
-    inside = 1.0 + tail.k_hat * x
-    with np.errstate(divide="ignore", invalid="ignore"):
-        fitted = np.exp(-x) if abs(tail.k_hat) < 1e-9 else np.where(inside > 0, inside, np.nan) ** (-1.0 / tail.k_hat)
-    axes.plot(span, tail.size / count * fitted, color=BASE, linestyle="-", linewidth=1.6, label="Pareto tail, fitted")
+    above = genpareto.sf((span / scale - tail.cutoff) / tail.scale, tail.k_hat)
+    fitted = tail.size / count * np.where(above > 0, above, np.nan)
+    axes.plot(span, fitted, color=BASE, linestyle="-", linewidth=1.6, label="Pareto tail, fitted")
     left, right = axes.get_xlim()
     axes.axvspan(tail.cutoff * scale, right, color=BASE, alpha=0.5 * FILLED, linewidth=0)
     axes.set_xlim(left, right)
@@ -109,11 +109,11 @@ def _few_ticks(axes: Axes) -> None:
     decades = math.log10(high / low)
     if decades > 2.0:
         return
-    axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 1.5, 2.0, 3.0, 5.0, 7.0) if decades > 0.3 else None, numticks=6))
     if decades <= 0.3:
         axes.set_xscale("linear")
         axes.locator_params(axis="x", nbins=4)
         return
+    axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 1.5, 2.0, 3.0, 5.0, 7.0), numticks=6))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_minor_formatter(NullFormatter())

@@ -13,9 +13,7 @@ import pyro_flows as pf
 from pyro_flows import cli, plots
 from pyro_flows._arrays import relabel
 from pyro_flows._arviz import pack
-from pyro_flows._exits import Ending
-from pyro_flows._interrupts import STATE
-from pyro_flows.results.labeled import posterior_group
+from pyro_flows.results.arviz_groups import posterior_group
 from tests.posteriors import new_schools_posterior
 
 DOORS = {
@@ -99,7 +97,7 @@ def test_what_shows_the_verdict_itself_does_not_warn(unreliable, tmp_path, capsy
     plots.plot_posterior(unreliable)
     assert unreliable.samples["theta"].shape == (500, 8)
     fitted = type(unreliable)(**{**vars(unreliable), "losses": torch.tensor([3.0, 2.0])})
-    cli._write(fitted, tmp_path / "out", Ending(STATE))
+    cli._write(fitted, tmp_path / "out", cli.Ending())
     assert capsys.readouterr().out.startswith("unreliable: guide (k-hat")
 
 
