@@ -16,6 +16,7 @@ from pyro_flows._seeding import derive, seeded
 from pyro_flows._threads import few_threads
 from pyro_flows._turns import alone
 from pyro_flows.comparison.bridge import DF, Bridged, Latent, bridge, enough, finite, fit_proposal
+from pyro_flows.comparison.controls import MOST_NUMBERS
 from pyro_flows.verdict.psis import largest_k, psis
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 DRAWS = 16_000  # of the flow, scored anew: an error of .008 nats at ESS/S = .5
 LEAST = 100  # draws that are added at a time
 ERROR_OF_ROWS = 0.05  # nats: the standard error that is asked by default where a draw is a pass over all rows
-MORE, NUMBERS = 4, 20_000_000  # times as many draws of a Student t for chains, but so many coordinates at most
+MORE = 4  # times as many draws of a Student t with the moments of chains
 ROUNDS, FINE = 3, 0.003  # rounds of moments of weighted draws at most; nats, an error with which no further one is made
 NAMES = {"importance": "importance sampling", "bridge": "bridge sampling", "smc": "sequential Monte Carlo"}
 
@@ -196,7 +197,7 @@ def _from_moments(posterior: Record, count: int) -> Estimate | None:
     x = latent.back(posterior._used)[0]
     if not bool(torch.isfinite(x).all()):
         return None
-    df, weights, count = max(DF, 2.0 * dim), None, max(min(count, NUMBERS // dim), 100)
+    df, weights, count = max(DF, 2.0 * dim), None, max(min(count, MOST_NUMBERS // dim), 100)
     for _ in range(ROUNDS):
         proposal = fit_proposal(x, df, weights)
         x, log_q = proposal.draw(count)

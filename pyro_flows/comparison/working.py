@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from pyro_flows._progress import unseen
+from pyro_flows.comparison.controls import MOST_NUMBERS
 from pyro_flows.comparison.draws import Draws, can_draw, longer, more, most_draws, price
 from pyro_flows.comparison.moving import Space
 from pyro_flows.comparison.pointwise import (
@@ -44,8 +45,8 @@ if TYPE_CHECKING:
 # adds .02 % to that error, which has itself a relative error of 1 / sqrt(2 N): .7 % for N = 10 000 observations.
 RELATIVE = 1.0 / 50.0
 ERROR = 0.02  # nats: a Monte Carlo error that is small enough in any case, for it changes odds by one part in 50
-MOST_DRAWS, NUMBERS = 64_000, 20_000_000  # new draws at most, and log likelihoods at these
-MOVED_DRAWS, MOVED_NUMBERS = 2_000_000, 1_000_000_000  # moved draws for all observations at most, likewise
+MOST_DRAWS = 64_000  # new draws
+MOVED_DRAWS, MOVED_NUMBERS = 2_000_000, 1_000_000_000  # moved draws for all observations, and log likelihoods at these
 KNOWN = 0.25  # k-hat of weights with a fourth moment: the variance of their mean has an estimate with a variance
 SHARE = 0.5  # of the squared error that observations with draws as they are may have, and those with moved ones
 FEW = 1000  # draws that are moved for an observation in the first round
@@ -159,7 +160,7 @@ class Work:
 
     def _limit(self, given: Observations) -> float:
         """Return how many draws there can be."""
-        return max(min(MOST_DRAWS, NUMBERS / len(given.labels), most_draws(self.posterior)), len(given.values))
+        return max(min(MOST_DRAWS, MOST_NUMBERS / len(given.labels), most_draws(self.posterior)), len(given.values))
 
     def _by_draws(self, found: Whole, goal: float, without: list[int]) -> Whole:
         """Take so many draws that the error of the observations not in ``without`` comes to its goal."""
