@@ -32,10 +32,10 @@ import pyro_flows
 Hashes = NDArray[np.uint32]
 
 PARTS = {
-    "flows": ("flows", "transforms", "_autograd", "_cubic"),
+    "flows": ("flows", "transforms", "_tensors", "_cubic"),
     "density": ("density_estimation",),
     "step": ("graphs", "training", "objectives", "_batches", "_cache", "_tensors"),
-    "fit": ("model", "starts", "modes", "verdict", "fitting", "correction", "_mixing", "_seeding", "_squares"),
+    "fit": ("model", "starts", "modes", "verdict", "fitting", "correction", "_mixing", "_seeding", "_tensors"),
 }  # rooms of the package, each in one part
 APART = ("fitting/hierarchical.py", "fitting/marginal_density.py", "fitting/ranks.py", "model/unchanged.py")
 """Modules of these rooms that decide about no row: fits of minibatches, which no table of fits has, and the refusal of

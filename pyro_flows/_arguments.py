@@ -11,8 +11,9 @@ import inspect
 import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from importlib import import_module
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -49,55 +50,36 @@ MAX_DRAWS, MAX_LAYERS, MAX_RUNS, MOST_COORDINATES = 10**7, 1000, 100, 10**7
 # By the name of a parameter; those of one function alone stand under both names. Ends of counts are beyond what fits
 # into memory or ends within a day.
 RANGES: dict[str, Range] = {
-    "alpha": SHARE,
-    "batch": Range(1, 10**9),
+    **dict.fromkeys(("alpha", "ci_prob", "level", "prob"), SHARE),
+    **dict.fromkeys(
+        ("bound", "df", "epsilon", "init_scale", "learning_rate", "log_bound", "log_scale_bound"), POSITIVE
+    ),
+    **dict.fromkeys(("log_scale_bound", "step_size", "width"), POSITIVE),
+    **dict.fromkeys(("temperature", "weight_decay"), Range(0)),
+    **dict.fromkeys(("batch", "max_epochs", "max_steps"), Range(1, 10**9)),
+    **dict.fromkeys(("columns", "max_panels"), Range(1, 1000)),
+    **dict.fromkeys(("count", "n"), Range(1, 10**8)),
+    **dict.fromkeys(("num_particles", "steps"), Range(1, 10**6)),
+    **dict.fromkeys(("chains", "max_rows"), Range(1, 10**5)),
     "bins": Range(2, 1000),
-    "bound": POSITIVE,
-    "chains": Range(1, 10**5),
-    "ci_prob": SHARE,
-    "columns": Range(1, 1000),
     "context_dim": Range(0, 10**6),
-    "count": Range(1, 10**8),
-    "df": POSITIVE,
     "dim": Range(1, MOST_COORDINATES),
     "draws": Range(1, MAX_DRAWS),
-    "fit_many.draws": Range(100, MAX_DRAWS),
-    "epsilon": POSITIVE,
-    "init_scale": POSITIVE,
     "jobs": Range(-1, 4096),  # -1: one a processor; 0 is refused where processes are made
     "layers": Range(1, MAX_LAYERS),
-    "learning_rate": POSITIVE,
-    "level": SHARE,
     "levels": Range(1, 2**16),
-    "log_bound": POSITIVE,
-    "log_scale_bound": POSITIVE,
-    "max_epochs": Range(1, 10**9),
-    "max_panels": Range(1, 1000),
-    "max_rows": Range(1, 10**5),
     "max_scalars": Range(2, 100),
     "max_seconds": SECONDS,
-    "max_steps": Range(1, 10**9),
     "momentum": Range(0, 1),
-    "n": Range(1, 10**8),
-    "num_particles": Range(1, 10**6),
-    "prob": SHARE,
     "runs": Range(1, MAX_RUNS),
     "seed": Range(0, 2**62),  # runs add their numbers to it, and torch takes 64 bits
-    "step_size": POSITIVE,
-    "steps": Range(1, 10**6),
-    "temperature": Range(0),
-    "weight_decay": Range(0),
-    "width": POSITIVE,
-    "fit.draws": Range(100, MAX_DRAWS),
-    "diagnose.draws": Range(100, MAX_DRAWS),
-    "amortize.simulations": Range(1000, 10**7),
+    **dict.fromkeys(("fit.draws", "fit_many.draws", "diagnose.draws", "posterior.draws"), Range(100, MAX_DRAWS)),
+    **dict.fromkeys(("loo.draws", "evidence.draws"), Range(100, MAX_DRAWS)),
     "sbc.draws": Range(9, MAX_DRAWS),
+    "amortize.simulations": Range(1000, 10**7),
     "sbc.simulations": Range(10, 10**6),
-    "loo.draws": Range(100, MAX_DRAWS),
     "plot_interpolation.steps": Range(2, 10**4),
     "interpolate.steps": Range(2, 10**6),
-    "evidence.draws": Range(100, MAX_DRAWS),
-    "posterior.draws": Range(100, MAX_DRAWS),
 }
 WIDEST = Range(1, 2**16)  # hidden units of a layer
 
@@ -133,28 +115,21 @@ def real(name: str, value: object, bounds: Range) -> float:
     return float(number)
 
 
-def _flag(name: str, value: object) -> bool:
-    if not isinstance(value, (bool, np.bool_)):
-        raise refused(name, "True or False", value)
-    return bool(value)
+def _if(holds: Callable[[Any], bool], expected: str) -> Check:
+    def check(name: str, value: object) -> object:
+        if not holds(value):
+            raise refused(name, expected, value)
+        return value
+
+    return check
 
 
 def _of(kinds: type | tuple[type, ...], expected: str) -> Check:
-    def check(name: str, value: object) -> object:
-        if not isinstance(value, kinds):
-            raise refused(name, expected, value)
-        return value
-
-    return check
+    return _if(lambda value: isinstance(value, kinds), expected)
 
 
 def _made_by(module: str, kind: str, expected: str) -> Check:
-    def check(name: str, value: object) -> object:
-        if not isinstance(value, getattr(import_module(module), kind)):
-            raise refused(name, expected, value)
-        return value
-
-    return check
+    return _if(lambda value: isinstance(value, getattr(import_module(module), kind)), expected)
 
 
 def dense(name: str, value: object) -> Tensor:
@@ -181,12 +156,6 @@ def _numbers(name: str, value: object) -> object:
     return value
 
 
-def _flow(name: str, value: object) -> object:
-    if not isinstance(value, str) and not callable(value):
-        raise refused(name, "a name, a Flow, a Bijection or a function", value)
-    return value
-
-
 def _function(name: str, value: object) -> object:
     if not callable(value) or (isinstance(value, type) and not issubclass(value, torch.nn.Module)):
         raise refused(name, "a callable Pyro model" if name == "model" else "a function", value)
@@ -208,19 +177,17 @@ def _names(name: str, value: object) -> object:
     return value
 
 
-def _guide(name: str, value: object) -> object:
-    if not callable(value) and not hasattr(value, "get_samples"):
-        raise refused(name, "a guide, or an MCMC that has run", value)
-    return value
-
-
 OTHERS: dict[str, Check] = {
-    "bool": _flag,
+    "bool": lambda name, value: bool(_of((bool, np.bool_), "True or False")(name, value)),
     "str": _of(str, "a string"),
     "str | os.PathLike[str]": _of((str, os.PathLike), "a path"),
     "Callable[..., object]": _function,
-    "Callable[..., object] | MCMC": _guide,
-    "FlowLike": _flow,
+    "Callable[..., object] | MCMC": _if(
+        lambda value: callable(value) or hasattr(value, "get_samples"), "a guide, or an MCMC that has run"
+    ),
+    "FlowLike": _if(
+        lambda value: isinstance(value, str) or callable(value), "a name, a Flow, a Bijection or a function"
+    ),
     "Iterable[Bijection]": _of(Iterable, "bijections"),
     "Comparison": _made_by("pyro_flows.comparison.compare", "Comparison", "a Comparison of compare"),
     "Mapping[str, Sequence[str]]": _of(Mapping, "a mapping from names to names of axes"),
@@ -246,20 +213,14 @@ def checks_of(function: Callable[..., object]) -> dict[str, Check]:
         kind = str(one.annotation).replace("Any", "object")
         optional = kind.endswith(" | None")
         kind = kind.removesuffix(" | None")
-        check = widths if (name, kind) == ("hidden", "Sequence[int]") else _by_range(function.__name__, name, kind)
-        check = check or OTHERS.get(kind)
+        check = widths if (name, kind) == ("hidden", "Sequence[int]") else OTHERS.get(kind)
+        if kind in ("int", "float"):
+            bounds = RANGES.get(f"{function.__name__}.{name}", RANGES.get(name, Range()))
+            check = partial(whole if kind == "int" else real, bounds=bounds)
         if check is not None and one.kind in (one.POSITIONAL_OR_KEYWORD, one.KEYWORD_ONLY):
-            found[name] = _or_default(check, None if optional else one.default)
+            found[name] = partial(_or_default, check=check, default=None if optional else one.default)
     return found
 
 
-def _by_range(function: str, name: str, kind: str) -> Check | None:
-    bounds = RANGES.get(f"{function}.{name}", RANGES.get(name, Range()))
-    if kind not in ("int", "float"):
-        return None
-    number = whole if kind == "int" else real
-    return lambda said, value: number(said, value, bounds)
-
-
-def _or_default(check: Check, default: object) -> Check:
-    return lambda name, value: value if value is default else check(name, value)
+def _or_default(name: str, value: object, *, check: Check, default: object) -> object:
+    return value if value is default else check(name, value)

@@ -26,6 +26,7 @@ class Chosen(TypedDict):
     coords: Coords
 
 
+ALL = Chosen(var_names=None, filter_vars=None, coords=None)
 SAMPLE_DIMS = ("chain", "draw")
 SD_DIGITS = 3
 WIDER = 16  # times the bytes of a file, that its arrays may have in memory
@@ -76,9 +77,12 @@ def _rename(group: xr.Dataset, renamings: Mapping[str, Mapping[str, str]]) -> xr
 def entry_labels(values: xr.DataArray) -> list[str]:
     """Return a label for each entry of an array of draws, in row-major order: ``y[Choate]``, ``y``."""
     dims = [str(dim) for dim in values.dims if dim not in SAMPLE_DIMS]
-    axes = [[str(label) for label in values[dim].to_numpy().tolist()] for dim in dims]
-    name = str(values.name)
-    return [f"{name}[{', '.join(entry)}]" if entry else name for entry in itertools.product(*axes)]
+    return indexed(str(values.name), [values[dim].to_numpy().tolist() for dim in dims])
+
+
+def indexed(name: str, axes: Iterable[Iterable[object]]) -> list[str]:
+    """Return the name of each entry of an array whose axes have these labels: ``y[0, 1]``, ``y`` without axes."""
+    return [f"{name}[{', '.join(map(str, entry))}]" if entry else name for entry in itertools.product(*axes)]
 
 
 def entries(draws: xr.Dataset, coords: Coords) -> xr.Dataset:

@@ -7,7 +7,6 @@ only the last step of :func:`pack` and the default interval differ.
 from __future__ import annotations
 
 import functools
-import inspect
 import math
 import warnings
 from collections.abc import Callable, Hashable, Mapping, Sequence
@@ -19,8 +18,8 @@ import numpy as np
 from torch import Tensor
 
 from pyro_flows import _checks
-from pyro_flows._arrays import SAMPLE_DIMS, Coords, as_tree, rounded, with_attrs
-from pyro_flows._display import verdict_html
+from pyro_flows._arrays import SAMPLE_DIMS, Coords, as_tree, entries, rounded, with_attrs
+from pyro_flows._figures import verdict_html
 from pyro_flows._mixing import chain_diagnostics as chain_diagnostics
 
 if TYPE_CHECKING:
@@ -28,7 +27,6 @@ if TYPE_CHECKING:
     import xarray as xr
 
 MANY_CHAINS = "Found chain dimension to be longer than draw dimension"  # short ones, as they are meant to be
-POLISHED = 200  # steps
 JUDGED = "InferenceData"  # the name of our own class too: arviz_base knows such objects by it
 
 
@@ -123,46 +121,35 @@ def summary(draws: xr.Dataset, *, ess: float | None, kind: str, prob: float, rou
     Without ``ess`` they are chains, and each row has effective draws in bulk and tails and R-hat of its own.
     """
     import arviz_stats  # noqa: F401  (registers the accessor azstats)
-    import xarray
-    from arviz_base import dataset_to_dataframe
 
     dims = list(SAMPLE_DIMS)
     draws = draws.map(lambda values: values.astype(float))
     label = f"{kind}{prob * 100:g}"
-    bounds = getattr(draws.azstats, kind)(prob=prob, dim=dims).rename(ci_bound="summary")
-    spread = draws.std(dims, ddof=1)
-    parts = [
-        draws.mean(dims).expand_dims(summary=["mean"]),
-        spread.expand_dims(summary=["sd"]),
-        bounds.assign_coords(summary=[f"{label}_lb", f"{label}_ub"]),
-    ]
-    if ess is None:
-        return _with_chains(draws, parts, round_to)
-    parts.append((spread / math.sqrt(ess)).expand_dims(summary=["mcse_mean"]))
-    table = dataset_to_dataframe(xarray.concat(parts, dim="summary"), sample_dims=["summary"]).T
-    table = rounded(table, round_to)
-    table["ess"] = ess if math.isnan(ess) else int(ess)
-    return table
-
-
-def _with_chains(draws: xr.Dataset, parts: list[xr.Dataset], round_to: int | str) -> pd.DataFrame:
-    """Finish the table of chains."""
-    import xarray
-    from arviz_base import dataset_to_dataframe
-
-    def table(columns: list[xr.Dataset]) -> pd.DataFrame:
-        return dataset_to_dataframe(xarray.concat(columns, dim="summary"), sample_dims=["summary"]).T
-
     access = draws.azstats
-    error = access.mcse(method="mean").expand_dims(summary=["mcse_mean"])
-    found = rounded(table([*parts, error]), round_to)
+    bounds = getattr(access, kind)(prob=prob, dim=dims)
+    low, high = (bounds.isel(ci_bound=side, drop=True) for side in (0, 1))
+    spread = draws.std(dims, ddof=1)
+    error = access.mcse(method="mean") if ess is None else spread / math.sqrt(ess)
+    columns = {"mean": draws.mean(dims), "sd": spread, f"{label}_lb": low, f"{label}_ub": high, "mcse_mean": error}
+    found = rounded(_frame(columns), round_to)
+    if ess is not None:
+        found["ess"] = ess if math.isnan(ess) else int(ess)
+        return found
     r_hat = _halves(draws).azstats.rhat()
-    columns = {"ess_bulk": access.ess(method="bulk"), "ess_tail": access.ess(method="tail"), "r_hat": r_hat}
-    more = table([values.expand_dims(summary=[name]) for name, values in columns.items()])
+    more = _frame({"ess_bulk": access.ess(method="bulk"), "ess_tail": access.ess(method="tail"), "r_hat": r_hat})
     for name in ("ess_bulk", "ess_tail"):
         found[name] = more[name].fillna(0).astype(int)
     found["r_hat"] = more["r_hat"] if round_to == "none" else more["r_hat"].round(3)
     return found
+
+
+def _frame(columns: Mapping[str, xr.Dataset]) -> pd.DataFrame:
+    """Return a table of figures of all scalars, one row a scalar."""
+    import xarray
+    from arviz_base import dataset_to_dataframe
+
+    parts = [part.expand_dims(column=[name]) for name, part in columns.items()]
+    return dataset_to_dataframe(xarray.concat(parts, dim="column"), sample_dims=["column"]).T
 
 
 # comparison and chains ------------------------------------------------------------------------------------------------
@@ -188,37 +175,9 @@ def _halves(draws: xr.Dataset) -> xr.Dataset:
     return xarray.concat([part.drop_vars("draw", errors="ignore") for part in halves], dim="chain")
 
 
-def stacking_weights(elpd: Tensor) -> list[float]:
-    """Return the weights of K models that maximize the log score of their mixture, from pointwise elpd (K, N)."""
-    import xarray
-    from arviz_stats import ELPDData, compare
-
-    if len(elpd) == 1:
-        return [1.0]
-    shifted = (elpd - elpd.amax(0)).double().cpu().numpy()  # weights stay the same, and no exponential underflows
-    make: Callable[..., ELPDData] = ELPDData
-    numbers = {"p": 0.0, "n_samples": 1, "n_data_points": shifted.shape[1], "scale": "log", "warning": False}
-    kind = {"kind": "loo"} if "kind" in inspect.signature(ELPDData).parameters else {}  # gone in later releases
-    numbers |= {"se": 1.0, "good_k": 0.7, **kind}
-    entries = {
-        str(model): make(elpd=float(row.sum()), elpd_i=xarray.DataArray(row, dims="observation"), **numbers)
-        for model, row in enumerate(shifted)
-    }
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of many models and of large elpd, which are no matter of the weights
-        table = compare(entries, method="stacking")
-    weights = np.clip([float(table.loc[name, "weight"]) for name in entries], 0.0, None)
-    densities = np.exp(shifted)
-    for _ in range(POLISHED):  # steps of EM, which only rise: later releases end their search a little early
-        weights = weights / weights.sum()
-        weights = weights * (densities / (weights @ densities)).mean(1)
-    return [float(weight) for weight in weights / weights.sum()]
-
-
 def power_scaling(draws: xr.Dataset, log_prior: Tensor, log_likelihood: Tensor) -> pd.DataFrame:
     """Return the power-scaling sensitivity of each scalar to prior and likelihood, summed (chains, draws) each."""
     import xarray
-    from arviz_base import dataset_to_dataframe
     from arviz_stats import psense
 
     groups = {"posterior": draws.map(lambda values: values.astype(float))}
@@ -226,19 +185,20 @@ def power_scaling(draws: xr.Dataset, log_prior: Tensor, log_likelihood: Tensor) 
         groups[name] = dataset({"total": values.double().cpu().numpy()}, {})
     tree = xarray.DataTree.from_dict(groups)
     parts = {group: psense(tree, group=group) for group in ("prior", "likelihood")}
-    found = {name: getattr(part, "dataset", part) for name, part in parts.items()}
-    joined = xarray.concat([part.expand_dims(component=[name]) for name, part in found.items()], dim="component")
-    return dataset_to_dataframe(joined, sample_dims=["component"]).T
+    return _frame({name: getattr(part, "dataset", part) for name, part in parts.items()})
 
 
 # selection ------------------------------------------------------------------------------------------------------------
 
 
-def select(draws: xr.Dataset, var_names: str | Sequence[str] | None, filter_vars: str | None) -> xr.Dataset:
-    """Choose variables as ArviZ does: by name, ``"~name"``, a part of a name, or a regular expression."""
+def select(
+    draws: xr.Dataset, var_names: str | Sequence[str] | None, filter_vars: str | None, coords: Coords
+) -> xr.Dataset:
+    """Choose variables and entries as ArviZ does: by name, ``"~name"``, a part of a name, or a regular expression."""
     import xarray
     from arviz_base import extract
 
+    draws = entries(draws, coords)
     _checks.choice("filter_vars", str(filter_vars), ("None", "like", "regex"))
     wanted = [var_names] if isinstance(var_names, str) else None if var_names is None else list(var_names)
     known = [str(name) for name in draws.data_vars]

@@ -7,7 +7,7 @@ import json
 import math
 import os
 from collections.abc import Mapping
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias, overload
@@ -41,14 +41,11 @@ class Bundle:
                 f"path: {str(target)!r} holds other files and no saved {self.what}. Name a new or empty directory."
             )
         real = Path(os.path.realpath(target))
-        inside = f"Name a directory inside of it, such as {str(target / self.what)!r}."
-        if real in _working():
+        kind = "the working directory" if real in _working() else "a mount point" if os.path.ismount(real) else None
+        if kind is not None:
             raise ValueError(
-                f"path: a save replaces a directory as a whole, and {str(target)!r} is the working directory. {inside}"
-            )
-        if os.path.ismount(real):
-            raise ValueError(
-                f"path: a save replaces a directory as a whole, and {str(target)!r} is a mount point. {inside}"
+                f"path: a save replaces a directory as a whole, and {str(target)!r} is {kind}. Name a directory inside "
+                f"of it, such as {str(target / self.what)!r}."
             )
         folder = next(parent for parent in real.parents if parent.exists())
         if not folder.is_dir():
@@ -58,11 +55,9 @@ class Bundle:
         return target
 
     def _is_ours(self, folder: Path) -> bool:
-        try:
+        with suppress(OSError, ValueError):
             if _parsed((folder / self.text).read_bytes()).get("format") == self.format:
                 return True
-        except (OSError, ValueError):
-            pass
         # the writer of format 1, killed in its first save
         names, known = {file.name for file in folder.iterdir()}, {self.text, *self.others}
         return names <= known | {name + UNFINISHED for name in known} and any(n.endswith(UNFINISHED) for n in names)
@@ -93,10 +88,9 @@ class Bundle:
     def _read(self, source: Path, shown: str) -> tuple[dict[str, Any], dict[str, bytes]]:
         lacking = [name for name in (*self.others, self.text) if not (source / name).is_file()]
         text = b"" if self.text in lacking else (source / self.text).read_bytes()
-        try:
+        description: dict[str, Any] = {}
+        with suppress(ValueError):
             description = _parsed(text)
-        except ValueError:
-            description = {}
         if lacking or description.get("format") != self.format:
             why = f"{', '.join(lacking)} missing" if lacking else f"{self.text} was not written by pyro_flows"
             raise ValueError(f"path: expected the directory of a saved {self.what}, got {shown!r}: {why}.")
@@ -120,11 +114,10 @@ class Bundle:
 
 def _working() -> tuple[Path, ...]:
     """Return the working directory and those above it; none if it has been removed."""
-    try:
+    with suppress(OSError):
         here = Path.cwd()
-    except OSError:
-        return ()
-    return here, *here.parents
+        return here, *here.parents
+    return ()
 
 
 def digest(data: bytes) -> str:

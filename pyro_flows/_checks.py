@@ -68,7 +68,7 @@ def options(function: Callable[P, R]) -> Callable[P, R]:
 
 def constructor(owner: type[T]) -> type[T]:
     """Apply :func:`options` to how an object of a class is made."""
-    _check(owner, "__init__")
+    owner.__init__ = options(owner.__init__)  # type: ignore[method-assign]
     return owner
 
 
@@ -76,12 +76,8 @@ def methods(owner: type[T]) -> type[T]:
     """Apply :func:`options` to the public methods of a class that take options."""
     for name, method in list(vars(owner).items()):
         if inspect.isfunction(method) and not name.startswith("_") and len(inspect.signature(method).parameters) > 1:
-            _check(owner, name)
+            setattr(owner, name, options(method))
     return owner
-
-
-def _check(owner: type, name: str) -> None:
-    setattr(owner, name, options(getattr(owner, name)))
 
 
 def integer(name: str, value: object, minimum: int, maximum: int | None = None) -> int:

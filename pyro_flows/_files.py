@@ -74,7 +74,9 @@ def _beside(path: Path, *, parents: bool = False) -> Iterator[tuple[Path, Path]]
             finally:
                 _remove(fresh)
     except OSError as error:
-        raise _failure(error, path) from error
+        why = error.strerror or str(error)
+        text = f"path: {str(path)!r} could not be written ({why}); what was there is as it was"
+        raise OSError(error.errno or errno.EIO, text) from error
 
 
 def _put(fresh: Path, target: Path) -> Path | None:
@@ -105,12 +107,6 @@ def _exchange(one: Path, other: Path) -> bool:
     except (OSError, AttributeError):
         return False
     return bool(rename(AT_FDCWD, os.fsencode(one), AT_FDCWD, os.fsencode(other), RENAME_EXCHANGE) == 0)
-
-
-def _failure(error: OSError, path: Path) -> OSError:
-    why = error.strerror or str(error)
-    text = f"path: {str(path)!r} could not be written ({why}); what was there is as it was"
-    return OSError(error.errno or errno.EIO, text)
 
 
 def _write(path: Path, data: bytes) -> None:

@@ -9,6 +9,7 @@ import inspect
 import io
 import itertools
 import json
+import math
 import sys
 import zipfile
 import zlib
@@ -19,6 +20,7 @@ from types import ModuleType
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 from pyro_flows import _checks
 
@@ -45,8 +47,8 @@ def read_model(spec: str) -> Callable[..., object]:
     if path.suffix != ".py":
         raise ValueError(f"model: expected a Python file, got {file!r}.")
     module = _run_file(path)
-    own = {key: value for key, value in vars(module).items() if callable(value) and not key.startswith("_")}
-    own = {key: value for key, value in own.items() if getattr(value, "__module__", None) == module.__name__} or own
+    every = {key: value for key, value in vars(module).items() if callable(value) and not key.startswith("_")}
+    own = {key for key, value in every.items() if getattr(value, "__module__", None) == module.__name__} or every
     if not hasattr(module, name):
         if not own:
             raise ValueError(f"model: expected {name!r} in {file}, which defines no function. Define the model there.")
@@ -55,7 +57,7 @@ def read_model(spec: str) -> Callable[..., object]:
     if isinstance(model, type):
         raise ValueError(
             f"model: expected a function or a module that is already made, {name!r} in {file} is a class. Make an "
-            f"instance of it in the file, and name that."
+            "instance of it in the file, and name that."
         )
     if not callable(model):
         raise ValueError(f"model: expected a callable, {name!r} in {file} is a {type(model).__name__}.")
@@ -214,7 +216,7 @@ READERS: dict[str, Callable[[Path], dict[str, object]]] = {"csv": _read_csv, "js
 def _value(where: str, value: object) -> Tensor | int | bool:
     """Turn numbers, lists and arrays into what a model takes."""
     try:
-        array = np.asarray(_filled(value))
+        array = np.asarray(tree_map(lambda item: math.nan if item is None else item, value))  # JSON's null
     except ValueError:
         raise ValueError(f"{where}: expected lists of equal lengths.") from None
     if array.dtype.kind in "uO" and _too_large(array):
@@ -238,13 +240,6 @@ def _too_large(array: np.ndarray) -> bool:
         return bool(array.size) and int(array.max()) >= 2**63
     whole = all(isinstance(item, int) for item in array.flat)
     return whole and any(not -(2**63) <= item < 2**63 for item in array.flat)
-
-
-def _filled(value: object) -> object:
-    """Put NaN for JSON's null."""
-    if value is None:
-        return float("nan")
-    return [_filled(item) for item in value] if isinstance(value, list) else value
 
 
 def match(model: Callable[..., object], fields: Mapping[str, object]) -> dict[str, object]:

@@ -27,9 +27,7 @@ class Interrupts:
     calls: int = 0  # that are under way, each inside of the one before
     count: int = 0  # of signals
     name: str = "Ctrl-C"  # of the first one
-    held: bool = (
-        False  # whether the first one is noted only: where there is something to lose, and it is asked for later
-    )
+    held: bool = False  # whether the first one is only noted, to be asked for later: where there is something to lose
     pending: bool = False  # whether it was noted, and nobody has asked yet
     caller: FrameType | None = None  # of the outermost call
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 import time
 import warnings
@@ -23,42 +22,35 @@ from typing import NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from pyro_flows import _ledger
 from pyro_flows._fallbacks import Tried, first_line
 from pyro_flows._files import replace_file
 from pyro_flows._interrupts import undisturbed
-from pyro_flows._untrusted import require
+from pyro_flows._untrusted import packed, require, unpacked
 
-FORMAT = b"pyro_flows journal 1\n"  # then the digest of the rest, a line, JSON, a line, and the numbers
+FORMAT = b"pyro_flows journal 2\n"  # then the digest of the rest, a line, and the rest as torch.save writes it
 EVERY = 10.0  # seconds between two writes, at least,
 SHARE = 0.02  # and the share of the time that writing may take
 DENSE = 1e6  # bytes of results for each second that they took, up to which they are kept; others are computed again
 LEAST = 1000  # bytes that would be worth it: what took less than a millisecond is not looked at
-KINDS = ("float64", "float32", "bfloat16", "float16", "int64", "int32", "uint8", "bool")  # of numbers
 REMEDY = "Name a new file, or remove it to begin anew."
 T = TypeVar("T")
 State = TypeVar("State")
 
 
 class Step(NamedTuple):
-    """A step that was done: a digest of its inputs, the form of its result, and the numbers in it."""
+    """A step that was done: a digest of its inputs, and its result: tensors and plain values in lists and dicts."""
 
     inputs: int
-    form: object
-    data: bytes
+    result: object
 
 
 class Journal:
-    """The steps of one call, and the file that they stand in.
+    """The steps of one call, and the file that they stand in; ``about`` says what the call is of, in plain values.
 
-    Args:
-        path: of the file.
-        about: what the call is of, plain values by their names.
-
-    Raises:
-        ValueError: if there is a file that is damaged, or of another call.
+    A file that is damaged, or of another call, is a ValueError.
     """
 
     def __init__(self, path: str | os.PathLike[str], about: Mapping[str, object]) -> None:
@@ -86,10 +78,8 @@ class Journal:
         """Write the file, if there is anything new; the work goes on if that fails."""
         began = time.monotonic()
         if self.new:
-            steps = [*self.evaluations.values(), *self.loops.values()]
-            index = [[*self.evaluations, *self.loops], [[step.inputs, step.form, len(step.data)] for step in steps]]
-            text = json.dumps({"about": self.about, "steps": index}).encode()
-            body = b"\n".join([text, b"".join(step.data for step in steps)])
+            steps = {key: list(step) for key, step in [*self.evaluations.items(), *self.loops.items()]}
+            body = packed({"about": self.about, "steps": steps})
             try:
                 replace_file(self.path, FORMAT + hashlib.sha256(body).hexdigest().encode() + b"\n" + body)
             except OSError as error:  # what has been found so far is worth more than its checkpoint
@@ -108,13 +98,10 @@ class Journal:
         found, _, body = whole[len(FORMAT) :].partition(b"\n")
         with self.reading():
             require(found.decode("ascii", "replace") == hashlib.sha256(body).hexdigest(), "its SHA-256 digest differs")
-            text, _, data = body.partition(b"\n")
-            stored = json.loads(text)
-            keys, steps = stored["steps"]
-            cut = _Cut(data)
-            known = {key: _step(step, cut) for key, step in zip(keys, steps, strict=True)}
-            require(cut.at == len(data), "it has more numbers than steps")
+            stored = unpacked(body)
             require(isinstance(stored["about"], dict), "it does not say what it is of")
+            known = {key: Step(*step) for key, step in stored["steps"].items()}
+            require(all(type(step.inputs) is int for step in known.values()), "a step has no digest")
         names = [*self.about, *(name for name in stored["about"] if name not in self.about)]
         different = [name for name in names if stored["about"].get(name) != self.about.get(name)]
         if different:
@@ -127,11 +114,7 @@ class Journal:
 
     @contextmanager
     def reading(self) -> Iterator[None]:
-        """Read inside what the file has. It may be damaged, and any error then comes from that.
-
-        Raises:
-            ValueError: in the place of any other error.
-        """
+        """Read inside what the file has. It may be damaged: any error becomes a ValueError that says so."""
         with Tried() as tried:
             yield
         if tried.error is not None:
@@ -140,17 +123,13 @@ class Journal:
             raise ValueError(what) from tried.error
 
     def known(self, step: Step, digest: int, device: torch.device) -> object:
-        """Return the stored result of a step.
-
-        Raises:
-            ValueError: if its inputs are not those of this time.
-        """
+        """Return the stored result of a step, or raise a ValueError if its inputs are not those of this time."""
         if step.inputs != digest:
             raise ValueError(
                 f"checkpoint: expected the numbers of the call that wrote {str(self.path)!r}, got others at a step. "
                 f"The model is random, or the machine, its packages or threads are others. {REMEDY}"
             )
-        return _decoded(step.form, _Cut(step.data), device)
+        return tree_map_only(Tensor, lambda value: value.to(device, copy=True), step.result)
 
     def add(
         self, number: int, inputs: Sequence[Tensor], found: object, changed: object,
@@ -166,10 +145,8 @@ class Journal:
 
     def step(self, digest: int, result: object) -> Step:
         """Return a step with its result."""
-        data: list[bytes] = []
-        form = _encoded(result, data)
         self.new = True
-        return Step(digest, form, b"".join(data))
+        return Step(digest, _plain(result))
 
 
 _open: ContextVar[Journal | None] = ContextVar("journal", default=None)
@@ -180,9 +157,6 @@ def keeping(path: str | os.PathLike[str] | None, about: Callable[[], Mapping[str
     """Keep what is done inside in a file, and take from it what was done before; None keeps nothing.
 
     The file stays there at the end: the same call comes to the same result at once.
-
-    Raises:
-        ValueError: as :class:`Journal` does.
     """
     if path is None:
         yield
@@ -197,11 +171,7 @@ def keeping(path: str | os.PathLike[str] | None, about: Callable[[], Mapping[str
 
 
 def check(path: str | os.PathLike[str] | None) -> None:
-    """Say before the work if no checkpoint can be written there.
-
-    Raises:
-        ValueError: for a directory, or a file in a directory that cannot be written to.
-    """
+    """Refuse before the work a directory, or a file in a directory that cannot be written to."""
     if path is None:
         return
     folder = Path(os.path.realpath(path)).parent
@@ -301,7 +271,9 @@ class _Kept(Loop):
             put_back(state)
             for parts, count in spent:
                 _ledger.booked(count, tuple(parts))
-            _set_random_state(random, self.device)
+            torch.set_rng_state(random[0].cpu())
+            for of_device in random[1:]:
+                torch.cuda.set_rng_state(of_device.cpu(), self.device)
         return True
 
     def offer(self, make: Callable[[], object]) -> None:
@@ -317,7 +289,8 @@ class _Kept(Loop):
 
     def _keep(self, state: object, done: bool) -> None:
         spent = [[list(parts), count] for parts, count in (_ledger.gradients() - self.before).items()]
-        random = _random_state(self.device)
+        random = [torch.get_rng_state()]
+        random += [torch.cuda.get_rng_state(self.device)] if self.device.type == "cuda" else []
         self.journal.loops[self.key] = self.journal.step(self.digest, [state, spent, random, done])
 
 
@@ -325,9 +298,7 @@ class _Kept(Loop):
 def loop(name: str, *inputs: Tensor) -> Iterator[Loop]:
     """Give what a loop had come to, and keep what it comes to. What is evaluated inside is not kept for itself.
 
-    Args:
-        name: of the loop; one that is entered again is another one.
-        inputs: tensors that tell it from other loops.
+    The name, how often it was entered before, and ``inputs`` tell it from other loops.
     """
     journal = _open.get()
     if journal is None or journal.idle:
@@ -341,18 +312,7 @@ def loop(name: str, *inputs: Tensor) -> Iterator[Loop]:
         journal.inside -= 1
 
 
-def _random_state(device: torch.device) -> list[Tensor]:
-    found = [torch.get_rng_state()]
-    return found if device.type != "cuda" else [*found, torch.cuda.get_rng_state(device)]
-
-
-def _set_random_state(states: Sequence[Tensor], device: torch.device) -> None:
-    torch.set_rng_state(states[0].cpu())
-    if len(states) > 1:
-        torch.cuda.set_rng_state(states[1].cpu(), device)
-
-
-# values as JSON and bytes ---------------------------------------------------------------------------------------------
+# values ---------------------------------------------------------------------------------------------------------------
 
 
 def checksum(tensors: Sequence[Tensor]) -> int:
@@ -367,59 +327,12 @@ def _bytes_of(value: Tensor) -> bytes:
     return value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
-def _encoded(value: object, data: list[bytes]) -> object:
-    """Return the form of a value as JSON has it, and add the numbers of its tensors to ``data``."""
+def _plain(value: object) -> object:
+    """Return a value as a file can hold it: copies of tensors, numbers and text in lists and dicts."""
     if isinstance(value, Tensor):
-        data.append(_bytes_of(value))
-        return {"tensor": [str(value.dtype).removeprefix("torch."), list(value.shape)]}
+        return value.detach().cpu().clone()
     if isinstance(value, Mapping):
-        return {"items": {name: _encoded(part, data) for name, part in value.items()}}
+        return {name: _plain(part) for name, part in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_encoded(part, data) for part in value]
-    return value
-
-
-class _Cut:
-    """Cuts bytes into the numbers of tensors, one after the other."""
-
-    def __init__(self, data: bytes) -> None:
-        self.data, self.at = data, 0
-
-    def take(self, size: int) -> bytes:
-        require(type(size) is int and 0 <= size <= len(self.data) - self.at, "numbers are missing")
-        self.at += size
-        return self.data[self.at - size : self.at]
-
-
-def _step(stored: tuple[int, object, int], cut: _Cut) -> Step:
-    inputs, form, size = stored
-    require(type(inputs) is int, "a step has no digest")
-    require(_size(form) == size, "a step has other numbers than its form")
-    return Step(inputs, form, cut.take(size))
-
-
-def _size(form: object) -> int:
-    """Return how many bytes the tensors of a form have."""
-    if isinstance(form, list):
-        return sum(map(_size, form))
-    if not isinstance(form, dict):
-        return 0
-    if "items" in form:
-        return sum(map(_size, form["items"].values()))
-    name, shape = form["tensor"]
-    require(name in KINDS, f"it has numbers of kind {name}")
-    require(all(type(length) is int and length >= 0 for length in shape), "a shape is none")
-    return math.prod(shape) * int(getattr(torch, name).itemsize)
-
-
-def _decoded(form: object, cut: _Cut, device: torch.device) -> object:
-    if isinstance(form, list):
-        return [_decoded(part, cut, device) for part in form]
-    if not isinstance(form, dict):
-        return form
-    if "items" in form:
-        return {name: _decoded(part, cut, device) for name, part in form["items"].items()}
-    name, shape = form["tensor"]
-    data, dtype = bytearray(cut.take(_size(form))), getattr(torch, name)
-    flat = torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype)
-    return flat.reshape(shape).to(device)
+        return [_plain(part) for part in value]
+    return float(value) if isinstance(value, float) else value  # those of numpy too

@@ -19,9 +19,7 @@ from torch import Tensor
 
 LEAST_DRAWS = 4  # of a chain: halves of fewer have no variance
 TOGETHER = 2**19  # numbers that are looked at together
-TAILS = (0.05, 0.95)
 SHORT = 256  # draws of half a chain
-FLAT = 1e-15  # a range below which all draws are taken for the same
 
 
 def r_hat(draws: Tensor) -> Tensor:
@@ -41,20 +39,20 @@ def chain_diagnostics(draws: Tensor, superchain: Tensor | None = None) -> dict[s
     equally many chains, there is no nested R-hat. NaN stands for a coordinate that is not finite everywhere, and for
     too few draws. Cost: two sorts of all draws, and a Fourier transform of three functions of them.
     """
-    found: list[dict[str, Tensor]] = []
-    if draws.shape[1] < LEAST_DRAWS:
-        names = ("r_hat", "ess_bulk", "ess_tail", *(() if superchain is None else ("nested_r_hat",)))
-        return {name: torch.full((draws.shape[2],), torch.nan, dtype=torch.float64) for name in names}
-    for part in _parts(draws):
+    names = ("r_hat", "ess_bulk", "ess_tail", *(() if superchain is None else ("nested_r_hat",)))
+
+    def figures(part: Tensor) -> Tensor:
         bulk, folded = _scores(part)
         compared = (bulk, folded) if part.shape[1] > 1 else _scores(_halved(part))
-        low, high = (_effective(_halved(below)) for below in _below(part))
+        levels = torch.from_numpy(np.quantile(part.flatten(1).numpy(), (0.05, 0.95), axis=1))
+        low, high = (_effective(_halved((part <= level[:, None, None]).to(part))) for level in levels)
         one = {"r_hat": _r_hat(*compared), "ess_bulk": _effective(bulk), "ess_tail": torch.minimum(low, high)}
         if superchain is not None:
             one["nested_r_hat"] = _nested(bulk, folded, superchain)
         usable = torch.isfinite(part).flatten(1).all(1)
-        found.append({name: torch.where(usable, value, torch.nan) for name, value in one.items()})
-    return {name: torch.cat([one[name] for one in found]) for name in found[0]}
+        return torch.where(usable, torch.stack([one[name] for name in names]), torch.nan).mT
+
+    return dict(zip(names, _of_parts(draws, figures, len(names)).unbind(1), strict=True))
 
 
 def effective(draws: Tensor) -> Tensor:
@@ -87,10 +85,13 @@ def _away_squared(part: Tensor) -> Tensor:
     return (part - part.mean((1, 2), keepdim=True)).square()
 
 
-def _of_parts(draws: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
-    """Return a number (D,) of each coordinate of draws (C, N, D), found for some at a time; NaN for too few draws."""
+def _of_parts(draws: Tensor, function: Callable[[Tensor], Tensor], *many: int) -> Tensor:
+    """Return a number (D,) of each coordinate of draws (C, N, D), or so ``many``; NaN for too few draws.
+
+    They are found for some coordinates at a time.
+    """
     if draws.shape[1] < LEAST_DRAWS:
-        return torch.full((draws.shape[2],), torch.nan, dtype=torch.float64)
+        return torch.full((draws.shape[2], *many), torch.nan, dtype=torch.float64)
     return torch.cat([function(part) for part in _parts(draws)])
 
 
@@ -137,12 +138,6 @@ def _by_rank(flat: Tensor) -> tuple[Tensor, Tensor]:
     found = np.empty_like(values)
     np.put_along_axis(found, order, table[begin + end], 1)
     return torch.from_numpy(found), torch.from_numpy(0.5 * (ordered[:, (size - 1) // 2] + ordered[:, size // 2]))
-
-
-def _below(draws: Tensor) -> list[Tensor]:
-    """Return which draws (D, C, N) are not above each of two quantiles, as numbers."""
-    levels = torch.from_numpy(np.quantile(draws.flatten(1).numpy(), TAILS, axis=1))
-    return [(draws <= level[:, None, None]).to(draws) for level in levels]
 
 
 # R-hat ----------------------------------------------------------------------------------------------------------------
@@ -194,7 +189,7 @@ def _effective(draws: Tensor) -> Tensor:
     found = size / tau.clamp_min(1.0 / math.log10(size))
     flat = draws.flatten(1)
     found = torch.where(rho.isnan().any(1), torch.nan, found)
-    return torch.where(flat.amax(1) - flat.amin(1) < FLAT, size, found)
+    return torch.where(flat.amax(1) - flat.amin(1) < 1e-15, size, found)  # all draws are the same
 
 
 def _autocovariance(away: Tensor) -> Tensor:

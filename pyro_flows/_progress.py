@@ -133,19 +133,15 @@ class Bar:
                 return
             line += "" if last else f" {SIGNS[self._turns % len(SIGNS)]}"
             if self._display is not None:
-                self._publish(line)
+                data = {"text/plain": line}
+                if self._update is None:
+                    self._update = operator.attrgetter("update")(self._display(data, raw=True, display_id=True))
+                else:
+                    self._update(data, raw=True)
                 return
             line = line[: shutil.get_terminal_size().columns - 1]
             _print("\r" + line.ljust(self._width), "\n" if last else "")
             self._width = len(line)
-
-    def _publish(self, line: str) -> None:
-        data = {"text/plain": line}
-        if self._update is None:
-            assert self._display is not None
-            self._update = operator.attrgetter("update")(self._display(data, raw=True, display_id=True))
-        else:
-            self._update(data, raw=True)
 
 
 def _print(line: str, end: str) -> None:

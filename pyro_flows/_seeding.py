@@ -84,22 +84,6 @@ class _Dirichlet:
         return cls._torch.apply(concentration)
 
 
-def _normal(x: Tensor, mean: float = 0.0, std: float = 1.0) -> Tensor:
-    return mean + std * torch.randn_like(x)
-
-
-def _uniform(x: Tensor, low: float = 0.0, high: float = 1.0) -> Tensor:
-    return low + (high - low) * torch.rand_like(x)
-
-
-def _exponential(x: Tensor, rate: float = 1.0) -> Tensor:
-    return -torch.log1p(-torch.rand_like(x)) / rate
-
-
-def _cauchy(x: Tensor, median: float = 0.0, scale: float = 1.0) -> Tensor:
-    return median + scale * torch.tan(math.pi * (torch.rand_like(x) - 0.5))
-
-
 def _new(x: Tensor, *given: object, **options: object) -> Tensor:
     """Return a tensor with the batch axis of ``x``: draws of counts are added to such a one."""
     sizes = given[0] if len(given) == 1 and isinstance(given[0], tuple) else given
@@ -109,9 +93,11 @@ def _new(x: Tensor, *given: object, **options: object) -> Tensor:
 
 
 OUT_OF_PLACE: dict[Function, Callable[..., Tensor]] = {
-    torch.Tensor.normal_: _normal,
-    torch.Tensor.uniform_: _uniform,
-    torch.Tensor.exponential_: _exponential,
-    torch.Tensor.cauchy_: _cauchy,
+    torch.Tensor.normal_: lambda x, mean=0.0, std=1.0: mean + std * torch.randn_like(x),
+    torch.Tensor.uniform_: lambda x, low=0.0, high=1.0: low + (high - low) * torch.rand_like(x),
+    torch.Tensor.exponential_: lambda x, rate=1.0: -torch.log1p(-torch.rand_like(x)) / rate,
+    torch.Tensor.cauchy_: lambda x, median=0.0, scale=1.0: (
+        median + scale * torch.tan(math.pi * (torch.rand_like(x) - 0.5))
+    ),
     torch.Tensor.new: _new,
 }

@@ -1,10 +1,15 @@
-"""The tensors among arguments, the memory that tensors are in, and modes that see torch's operations."""
+"""The tensors among arguments, their memory, modes that see operations; what torch does slowly at first, or wrongly."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 
+import numpy as np
+import torch
 from torch import Tensor
+from torch.autograd.graph import _engine_run_backward
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -51,3 +56,72 @@ def tensors_in(values: Iterable[object]) -> Iterator[Tensor]:
             yield value
         elif isinstance(value, (list, tuple)):
             yield from tensors_in(value)
+
+
+# in the place of torch's functions ------------------------------------------------------------------------------------
+
+
+def broadcast(*shapes: Sequence[int]) -> torch.Size:
+    """Return the shape that all shapes broadcast to. Torch's first call for it imports sympy: half a second."""
+    try:
+        return torch.Size(np.broadcast_shapes(*map(tuple, shapes)))
+    except ValueError as error:
+        raise RuntimeError(str(error)) from None
+
+
+def least_squares(matrix: Tensor, values: Tensor) -> Tensor:
+    """Return the x (K, V) of least norm for which ``matrix`` (N, K) times x is nearest to ``values`` (N, V).
+
+    By singular values, on the processor. The default of ``torch.linalg.lstsq`` there (``gelsy``) reads pivots that it
+    has not set, so that the digits of the result, and its rank, hang on what the memory held before (pytorch issue
+    187411). On a GPU it takes matrices of full rank only. Cost: O(N K^2).
+
+    >>> least_squares(torch.tensor([[1.0, 1.0], [1.0, 1.0]]), torch.tensor([[2.0], [4.0]]))
+    tensor([[1.5000],
+            [1.5000]])
+    """
+    return torch.linalg.lstsq(matrix.cpu(), values.cpu(), driver="gelsd").solution.to(values.device)
+
+
+def pull(
+    output: Tensor, cotangent: Tensor, inputs: Sequence[Tensor], *, retain_graph: bool = False, further: bool = False
+) -> list[Tensor]:
+    """Return what ``torch.autograd.grad(output, inputs, cotangent, materialize_grads=True)`` does, 0.3 s earlier.
+
+    That function imports sympy at its first call with a cotangent, to compare two shapes.
+
+    Args:
+        output: a tensor.
+        cotangent: of the same shape, or a batch of such inside of ``vmap``.
+        inputs: tensors that it depends on, or does not.
+        retain_graph: whether there will be another call for this output.
+        further: whether the results are to be differentiated in turn.
+
+    >>> import torch
+    >>> x = torch.tensor([1.0, 2.0], requires_grad=True)
+    >>> pull(x.square(), torch.tensor([1.0, 10.0]), [x])
+    [tensor([ 2., 40.])]
+    """
+    if not output.requires_grad:
+        return [torch.zeros_like(part, requires_grad=False) for part in inputs]
+    found = _engine_run_backward(
+        (output,), (cotangent,), retain_graph or further, further, tuple(inputs), True, accumulate_grad=False
+    )
+    return [torch.zeros_like(part) if one is None else one for part, one in zip(inputs, found, strict=True)]
+
+
+class _Filled(Dispatch):
+    """Gives tensors of zeros where a derivative says that it is zero; a model with ``abs`` has such ones."""
+
+    def __torch_dispatch__(self, func: Function, types: object, args: Args = (), kwargs: Kwargs = None) -> object:
+        if func is torch.ops.aten._efficientzerotensor.default:
+            func = torch.ops.aten.zeros.default
+        return func(*args, **(kwargs or {}))
+
+
+def filled() -> AbstractContextManager[object]:
+    """Return a context for second derivatives: zeros in them are plain tensors, as long as that saves time.
+
+    To add to one that is not, torch imports its compiler: two seconds, once.
+    """
+    return nullcontext() if "torch._dynamo" in sys.modules else _Filled()

@@ -33,7 +33,7 @@ class UnreliableWarning(UserWarning):
 
 
 def outside() -> int:
-    """The ``stacklevel`` of the first caller outside of this package, for the function that calls this."""
+    """Return the ``stacklevel`` of the first caller outside of this package, for the function that calls this."""
     ours = (HERE, contextlib.__file__)
     level, frame = 1, sys._getframe(1)
     while frame.f_back is not None and frame.f_code.co_filename.startswith(ours):
@@ -41,8 +41,8 @@ def outside() -> int:
     return level
 
 
-def warn_unreliable(owner: object, door: str, reasons: Sequence[str]) -> None:
-    """Warn at the caller's line, once for each ``owner`` and line, that ``door`` hands on unreliable draws.
+def warn_unreliable(owner: object, function: str, reasons: Sequence[str]) -> None:
+    """Warn at the caller's line, once for each ``owner`` and line, that ``function`` hands on unreliable draws.
 
     Python's own record of warnings goes by text and line, so it would leave out a second posterior on the same line.
     """
@@ -52,7 +52,7 @@ def warn_unreliable(owner: object, door: str, reasons: Sequence[str]) -> None:
     place = (frame.f_code, frame.f_lineno)  # a file's name would not do: all that is typed is line 1 of "<stdin>"
     if place in _warned.get(owner, ()):
         return
-    text = f"unreliable: {door} hands on draws that should not be used ({'; '.join(reasons)})."
+    text = f"unreliable: {function} hands on draws that should not be used ({'; '.join(reasons)})."
     module = frame.f_globals.get("__name__", "<unknown>")
     warnings.warn_explicit(
         text, UnreliableWarning, frame.f_code.co_filename, frame.f_lineno, module=module, registry={}

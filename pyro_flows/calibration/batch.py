@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -11,26 +12,35 @@ import torch
 from pyro_flows import _stages
 from pyro_flows._seeding import derive, seeded
 from pyro_flows._threads import few_threads
-from pyro_flows.calibration.untrained import Fitted, untrained
 from pyro_flows.fitting.conclude import conclude
+from pyro_flows.fitting.flow_training import begin
+from pyro_flows.fitting.laplace_grid import AT_ONCE as GRID_AT_ONCE
+from pyro_flows.fitting.laplace_grid import LIGHTER as GRID_LIGHTER
+from pyro_flows.fitting.methods import AT_ONCE, LIGHTER
 from pyro_flows.fitting.plan import Plan
 from pyro_flows.fitting.rounds import Round, unweighed, weighed
 from pyro_flows.fitting.run import prepare
 from pyro_flows.fitting.state import FitState
 from pyro_flows.flows.flow import Flow
-from pyro_flows.flows.recipe import Recipe, start_at
+from pyro_flows.flows.parts import affine_base_of
+from pyro_flows.flows.recipe import set_df, start_at
 from pyro_flows.model.digits import COMPARED
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.model.stack import NotStackable, Stack
+from pyro_flows.modes.laplace_grid_together import bent, grids_together
+from pyro_flows.modes.tables import Table, flow_along
 from pyro_flows.modes.together import missed_together
 from pyro_flows.posterior.posterior import Posterior
 from pyro_flows.results.stage import Stage
+from pyro_flows.starts.matching import matched
 from pyro_flows.starts.start import Start
 from pyro_flows.starts.together import starts_together
 from pyro_flows.training.lockstep import Lockstep, train_together
 from pyro_flows.training.loop import STEP_SIZE, Training
+from pyro_flows.verdict import thresholds
 from pyro_flows.verdict.acceptance import shift_is_noise
 from pyro_flows.verdict.deciding import LOOKED_AT_DRAWS
+from pyro_flows.verdict.weighing import Weighing
 
 TOGETHER, NUMBERS = 128, 2**20  # data sets side by side at most, and numbers that a step of all handles
 EACH = 32  # draws of each flow in a step
@@ -38,6 +48,12 @@ FEWEST = 4  # data sets that are worth a graph of their own
 AT_ONCE_TRAINED = "converged: weighting changes no result"
 LAYERS = 2  # of a flow that was given by name: those for which this is too little are fitted again by themselves
 
+HEAVIER = (8.0, 5.0)  # degrees of freedom of a Student-t distribution whose weights correct it
+QUICK_DRAWS = 1000  # draws that suffice where weights are nearly the same at all of them
+CORRECTED = "no flow was trained: importance weights correct a Student-t distribution with the posterior's moments"
+CORRECTED_GRID = "no flow was trained: importance weights correct a conditional Laplace grid"
+
+Fitted = tuple[Flow, Training]
 Report = Callable[[str], None]
 
 OF_DATA = {  # charts that are those of one data set
@@ -79,7 +95,9 @@ def fit_stack(
         report(_stages.READING)
         stack = Stack(densities)
         stack.clock = first.clock
-        recipe = _shorter(first)
+        recipe = first.recipe
+        if recipe.named and "layers" not in recipe.options:  # their number was left open
+            recipe = replace(recipe, options={**recipe.options, "layers": LAYERS})
         report(_stages.STARTS)
         fresh = partial(replace(first, recipe=recipe).fresh, densities[0])
         flow = fresh()
@@ -109,7 +127,10 @@ def fit_stack(
             with seeded(derive(plan.seed, "digits"), density.device):
                 density.check_digits(flow.draw(COMPARED)[0])
             with seeded(derive(plan.seed, "side by side"), density.device):
-                found[number] = _noted(conclude(state), training, len(plans))
+                posterior = conclude(state)
+            seconds = float(posterior.settings["seconds"]) / len(plans)
+            settings = {**posterior.settings, "side_by_side": len(plans), "seconds": seconds}
+            found[number] = replace(posterior, losses=torch.tensor(training.losses), settings=settings)
     return found
 
 
@@ -127,21 +148,15 @@ def _train(
     said = f"{{}}, {{}} steps, {{}} of {len(chosen)} converged"
     trainings = train_together(steps, report=lambda done, still, state: report(said.format(state, done, still)))
     stack.evaluations += part.evaluations
-    found = (_looked_at(*parts) for parts in zip(part.densities, chosen, trainings, strict=True))
+    found = (_judged_once_more(*parts) for parts in zip(part.densities, chosen, trainings, strict=True))
     return dict(zip(numbers, found, strict=True))
 
 
-def _looked_at(density: LogDensity, flow: Flow, training: Training) -> Fitted:
+def _judged_once_more(density: LogDensity, flow: Flow, training: Training) -> Fitted:
     """Count a flow as converged, too, if nobody would see what its weights would change."""
     if not training.converged and shift_is_noise(weighed(flow, density, LOOKED_AT_DRAWS)):
         training = replace(training, converged=True, moving=False, why=AT_ONCE_TRAINED)
     return flow, training
-
-
-def _shorter(plan: Plan) -> Recipe:
-    """Return the recipe with few layers, if their number was left open."""
-    open_ = plan.recipe.named and "layers" not in plan.recipe.options
-    return replace(plan.recipe, options={**plan.recipe.options, "layers": LAYERS}) if open_ else plan.recipe
 
 
 def _stage(training: Training, start: Start, count: int) -> Stage:
@@ -161,8 +176,80 @@ def _stage(training: Training, start: Start, count: int) -> Stage:
     )
 
 
-def _noted(posterior: Posterior, training: Training, count: int) -> Posterior:
-    """Add the losses, and with how many others the fit shared its steps and its seconds."""
-    seconds = float(posterior.settings["seconds"]) / count
-    settings = {**posterior.settings, "side_by_side": count, "seconds": seconds}
-    return replace(posterior, losses=torch.tensor(training.losses), settings=settings)
+# without training: a Student-t distribution at the posterior's moments, or a Laplace grid -----------------------------
+
+
+def untrained(plans: Sequence[Plan], stack: Stack, flow: Flow, starts: Sequence[Start]) -> list[Fitted | None]:
+    """Return what is enough without training for each data set, None where nothing is.
+
+    Both kinds are tried where need be: first the one that is likely to be enough. Either is enough if nobody would see
+    what weights change, or if weights correct it. ``flow`` is what would be trained; one that was asked for always is.
+    """
+    if not plans[0].automatic:
+        return [None] * len(plans)
+    where = bent(stack, starts)
+    tables = [None] * len(plans) if where is None else grids_together(stack, starts, where)
+    parts = zip(plans, stack.densities, starts, tables, strict=True)
+    return [_Trial(flow, *part).best() for part in parts]
+
+
+@dataclass(frozen=True)
+class _Trial:
+    """One data set: its start and grid, if there are any, and the untrained flow of all data sets."""
+
+    flow: Flow
+    plan: Plan
+    density: LogDensity
+    start: Start
+    table: Table | None
+
+    def best(self) -> Fitted | None:
+        """Return the first kind that is enough."""
+        if self.table is None:
+            return self._moved()
+        if self.table.log_evidence - self.start.elbo > thresholds.EVIDENCE_GAP_VISIBLE:
+            return self._on_grid(self.table) or self._moved()
+        return self._moved() or self._on_grid(self.table)
+
+    def _moved(self) -> Fitted | None:
+        """Return the affine flow at the start, moved to weighted moments, if weights correct it."""
+        flow = copy.deepcopy(affine_base_of(self.flow))
+        start = matched(self.density, self.start, flow.df, seed=self.plan.seed, draws=LOOKED_AT_DRAWS)
+        df = flow.df
+        with seeded(derive(self.plan.seed, "a look at the start"), self.density.device):
+            for own in (*(lighter * df for lighter in LIGHTER), *HEAVIER):
+                begin(set_df(flow, own), start)
+                weighing = weighed(flow, self.density, LOOKED_AT_DRAWS)
+                share = thresholds.ESS_SHARE_PROMISING if own in HEAVIER else thresholds.ESS_SHARE_GOOD
+                if not weighing.ess > share * len(weighing.log_weights):
+                    return None
+                if shift_is_noise(weighing):
+                    return flow, Training([], weighing.elbo, True, False, AT_ONCE, 0, 0)
+                if own in HEAVIER and weighing.k_hat < thresholds.K_HAT_GOOD:
+                    return flow, Training([], weighing.elbo, False, False, CORRECTED, 0, 0)
+        return None
+
+    def _on_grid(self, table: Table) -> Fitted | None:
+        """Return the flow of the grid, if weights correct it."""
+        with seeded(derive(self.plan.seed, "a look at slices"), self.density.device):
+            for df in GRID_LIGHTER:
+                try:
+                    flow = flow_along(table, df=df).to(self.density.device, self.density.dtype)
+                except ValueError:
+                    return None
+                weighing = _weighed(flow, self.density)
+                if not weighing.ess > thresholds.ESS_SHARE_PROMISING * len(weighing.log_weights):
+                    return None
+                if shift_is_noise(weighing):
+                    return flow, Training([], weighing.elbo, True, False, GRID_AT_ONCE, 0, 0)
+            if weighing.k_hat < thresholds.K_HAT_GOOD:
+                return flow, Training([], weighing.elbo, False, False, CORRECTED_GRID, 0, 0)
+        return None
+
+
+def _weighed(flow: Flow, density: LogDensity) -> Weighing:
+    """Weigh a fresh sample of a flow: a small one, if weights of that are nearly the same."""
+    quick = weighed(flow, density, QUICK_DRAWS)
+    if quick.ess > thresholds.ESS_SHARE_EVEN * QUICK_DRAWS and shift_is_noise(quick):
+        return quick
+    return weighed(flow, density, LOOKED_AT_DRAWS)

@@ -1,12 +1,12 @@
-"""The simulations so far in a file: a run that was stopped continues from there."""
+"""What a call has finished: simulations of ``sbc`` in a file, posteriors of ``fit_many`` in a folder."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import time
-from collections.abc import Mapping
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -16,21 +16,21 @@ from pyro_flows._bundles import Entries, digest
 from pyro_flows._fallbacks import Tried, first_line
 from pyro_flows._files import replace_file
 from pyro_flows._untrusted import require
+from pyro_flows._warnings import UnreliableWarning
+from pyro_flows.calibration.cases import Case
 from pyro_flows.calibration.ranks import STATUSES, Ranked
+from pyro_flows.model.unchanged import digest_of
+from pyro_flows.posterior.posterior import Posterior, load
 
 FORMAT = "pyro_flows calibration 1"
 EVERY = 10.0  # seconds between two writes of the file
+ABOUT = "fit_many.json"
+REMEDY = "Name a new folder, or remove it to begin anew."
 
 
 def key_of(options: Entries, *values: Mapping[str, Tensor]) -> str:
     """Return a digest of the options and of all simulated values: these tell the model, its data and the seed."""
-    found = hashlib.sha256(json.dumps(dict(options), sort_keys=True, default=_named).encode())
-    for part in values:
-        for name in sorted(part):
-            value = part[name].detach().cpu().contiguous()
-            found.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
-            found.update(value.reshape(-1).view(torch.uint8).numpy().tobytes())
-    return found.hexdigest()
+    return digest_of([json.dumps(dict(options), sort_keys=True, default=_named), *values])
 
 
 def _named(value: object) -> str:
@@ -115,3 +115,75 @@ class Checkpoint:
 
 def _text(body: Entries) -> bytes:
     return json.dumps(body, sort_keys=True).encode()
+
+
+# fit_many -------------------------------------------------------------------------------------------------------------
+
+
+class Folder:
+    """The finished fits of one call of ``fit_many``, each a saved posterior; without a path nothing is kept.
+
+    ``about`` is what tells the call from others beside its data, plain values. A folder of another call, or with other
+    files, is a ValueError, before any work.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str] | None = None,
+        model: Callable[..., object] | None = None,
+        cases: Sequence[Case] = (),
+        about: Mapping[str, object] | None = None,
+    ) -> None:
+        self.path, self.model = None if path is None else Path(path), model
+        self.done: dict[int, Posterior] = {}
+        if self.path is None:
+            return
+        about = {**(about or {}), "data": digest_of([(case.args, case.kwargs) for case in cases])}
+        text = json.dumps({name: str(value) for name, value in about.items()}, indent=1)
+        self._check(self.path, text)
+        for number, case in enumerate(cases):
+            if (self.path / str(number)).is_dir():
+                self.done[number] = self._read(number, case)
+
+    def _check(self, path: Path, text: str) -> None:
+        """Make the folder, or find out whether it is of this call."""
+        try:
+            path.mkdir(exist_ok=True)
+            if not any(path.iterdir()):
+                replace_file(path / ABOUT, text.encode())
+            stored = (path / ABOUT).read_text()
+        except (OSError, ValueError) as error:
+            why = getattr(error, "strerror", None) or error
+            raise ValueError(
+                f"checkpoint: expected a new folder or one of fit_many, got {str(path)!r} ({why}). {REMEDY}"
+            ) from error
+        if stored != text:
+            raise ValueError(
+                f"checkpoint: expected one of this call, got {str(path)!r} of another model, other data or other "
+                f"options. {REMEDY}"
+            )
+
+    def _read(self, number: int, case: Case) -> Posterior:
+        assert self.path is not None
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UnreliableWarning)
+            try:
+                return load(self.path / str(number), self.model, *case.args, model_kwargs=case.kwargs)
+            except ValueError as error:
+                raise ValueError(f"checkpoint: {error} {REMEDY}") from error
+
+    def under_way(self, number: int) -> Path | None:
+        """Return the checkpoint of a fit that is made by itself."""
+        return None if self.path is None else self.path / f"{number}.journal"
+
+    def add(self, number: int, posterior: Posterior) -> None:
+        """Save a finished fit; the work goes on if that fails."""
+        if self.path is None:
+            return
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", UnreliableWarning)
+                posterior.save(self.path / str(number))
+            (self.path / f"{number}.journal").unlink(missing_ok=True)
+        except OSError as error:
+            warnings.warn(f"checkpoint: {error.strerror}; the work goes on.", stacklevel=2)

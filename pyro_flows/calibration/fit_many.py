@@ -19,7 +19,7 @@ from pyro_flows._turns import alone
 from pyro_flows._warnings import outside
 from pyro_flows.calibration.batch import FEWEST, coordinates_for, fit_stack, size_of_batch
 from pyro_flows.calibration.cases import Case, cases_of, grouped
-from pyro_flows.calibration.folder import Folder
+from pyro_flows.calibration.checkpoint import Folder
 from pyro_flows.calibration.processes import check_jobs, fit_each
 from pyro_flows.calibration.ranks import STATUSES
 from pyro_flows.correction.fallback import which
@@ -35,8 +35,6 @@ from pyro_flows.posterior.posterior import Posterior
 from pyro_flows.results.scoring import check_memory
 from pyro_flows.verdict.deciding import CHECKED
 from pyro_flows.verdict.methods import AMORTIZED
-
-CHECKED_EACH = 5  # draws of each data set, at least: invalid arguments are a matter of the model
 
 
 class Answers(Protocol):
@@ -284,6 +282,6 @@ class Many:
             clock=Clock(raises=True),
             bar=bar,
             automatic=self.options["flow"] == AUTO and self.options["layers"] is None,
-            checked=max(CHECKED_EACH, CHECKED // len(self.cases)),
+            checked=max(5, CHECKED // len(self.cases)),  # few: invalid arguments are a matter of the model
             asked=as_asked({"flow": self.options["flow"], "layers": self.options["layers"]}),
         )

@@ -52,11 +52,8 @@ def run_all(tasks: Sequence[Callable[[], T]], jobs: int | None) -> Iterator[T]:
 
 def _is_configured(joblib: ModuleType) -> bool:
     """Whether the caller has chosen a backend or a number of processes."""
-    parallel = joblib.Parallel()
-    return parallel.n_jobs not in (None, 1) or type(parallel._backend).__name__ not in (
-        "LokyBackend",
-        "SequentialBackend",
-    )
+    parallel, own = joblib.Parallel(), ("LokyBackend", "SequentialBackend")
+    return parallel.n_jobs not in (None, 1) or type(parallel._backend).__name__ not in own
 
 
 @dataclass(frozen=True)

@@ -43,10 +43,9 @@ def ranks_of(
     samples = density.constrain(posterior.z) if raw else posterior.samples
     log_p = posterior.log_p if raw else posterior._used_log_p
     picked = _picked(len(log_p), draws, seed=seed)
-    found = {name: _rank(samples[name][picked], truth[name], seed=derive(seed, name)) for name in density.names}
-    if log_density:
-        found[LOG_DENSITY] = _rank(log_p[picked], _height(density, truth), seed=derive(seed, LOG_DENSITY))
-    return Ranked(found, posterior.verdict.status)
+    kept = {name: samples[name][picked] for name in density.names}
+    ranks = _ranks(kept, log_p[picked] if log_density else None, density, truth, seed=seed)
+    return Ranked(ranks, posterior.verdict.status)
 
 
 def ranks_among(
@@ -63,18 +62,19 @@ def ranks_among(
             raise ValueError(f"sampler: expected draws of {name!r} in shape {expected}, got {tuple(kept[name].shape)}.")
     picked = _picked(min(map(len, kept.values())), draws, seed=seed)
     kept = {name: value[picked] for name, value in kept.items()}
-    found = {name: _rank(value, truth[name], seed=derive(seed, name)) for name, value in kept.items()}
-    if log_density:
-        with torch.no_grad():
-            log_p = density(density.unconstrain(kept))
-        found[LOG_DENSITY] = _rank(log_p, _height(density, truth), seed=derive(seed, LOG_DENSITY))
-    return Ranked(found, "not judged")
+    with torch.no_grad():
+        log_p = density(density.unconstrain(kept)) if log_density else None
+    return Ranked(_ranks(kept, log_p, density, truth, seed=seed), "not judged")
 
 
 @torch.no_grad()
-def _height(density: LogDensity, truth: Truth) -> Tensor:
-    """Return the log density at the true values."""
-    return density(density.unconstrain({name: truth[name][None] for name in density.names}))[0]
+def _ranks(draws: Entries, log_p: Tensor | None, density: LogDensity, truth: Truth, *, seed: int) -> dict[str, Tensor]:
+    """Return the ranks of true values among draws, and that of their log density among those of the draws."""
+    found = {name: _rank(value, truth[name], seed=derive(seed, name)) for name, value in draws.items()}
+    if log_p is not None:
+        at_truth = density(density.unconstrain({name: truth[name][None] for name in density.names}))[0]
+        found[LOG_DENSITY] = _rank(log_p, at_truth, seed=derive(seed, LOG_DENSITY))
+    return found
 
 
 def _picked(count: int, draws: int, *, seed: int) -> Tensor:
@@ -118,15 +118,8 @@ class GuideTask(Task):
             guide = about["guide"](about["model"])
             with seeded(derive(self.seed, "svi")), torch.enable_grad():
                 _train(about["model"], guide, case, steps=about["steps"], learning_rate=about["learning_rate"])
-            posterior = diagnose(
-                about["model"],
-                guide,
-                *case.args,
-                model_kwargs=case.kwargs,
-                draws=max(about["draws"], 100),
-                seed=self.seed,
-                progress=False,
-            )
+            options = {"draws": max(about["draws"], 100), "seed": self.seed, "progress": False}
+            posterior = diagnose(about["model"], guide, *case.args, model_kwargs=case.kwargs, **options)
             return self.ranked(posterior, raw=True)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import html
-import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -11,18 +10,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pyro_flows import _arviz, _checks
+from pyro_flows._arrays import indexed
 from pyro_flows._figures import BASE, FILLED, FLOW, INK, LINE, WIDTH, panels, styled
 from pyro_flows.calibration.uniformity import NOMINAL, Envelope, covered, envelope, symmetry
 
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
-    from torch import Tensor
-
-    from pyro_flows.results.dims import Layout
 
 LEVEL = 0.01
-COLUMNS, HEIGHT, SHOWN = 3, 2.1, 30  # of panels: in a row, inches, and at most
+SHOWN = 30  # panels at most
 
 
 @_checks.methods
@@ -75,12 +72,11 @@ class Calibration:
             ValueError: for a name that is no variable.
         """
         names = [var_names] if isinstance(var_names, str) else list(self.ranks if var_names is None else var_names)
-        found = {}
+        found: dict[str, np.ndarray] = {}
         for name in names:
             values = self.ranks[_checks.choice("var_names", name, self.ranks)]
-            for number, index in enumerate(itertools.product(*map(range, values.shape[1:]))):
-                label = f"{name}[{', '.join(map(str, index))}]" if index else name
-                found[label] = values.reshape(len(values), -1)[:, number]
+            labels = indexed(name, map(range, values.shape[1:]))
+            found |= dict(zip(labels, values.reshape(len(values), -1).T, strict=True))
         return found
 
     # figures --------------------------------------------------------------------------------------------------------
@@ -137,7 +133,7 @@ class Calibration:
         table.insert(2, "mean_rank", [float(values.mean()) / self.draws for values in ranks.values()])
         return table
 
-    # doors ----------------------------------------------------------------------------------------------------------
+    # ArviZ and figures ----------------------------------------------------------------------------------------------
 
     def to_arviz(self) -> Any:
         """Return the ranks as an ArviZ object: group ``prior_sbc`` (or ``posterior_sbc``), dims (chain, draw, ...).
@@ -194,19 +190,6 @@ class Calibration:
         return f"<p>{html.escape(str(self))}</p>{self.summary().round(3).to_html()}"
 
 
-def stacked(
-    found: Sequence[Mapping[str, Tensor]], layouts: Mapping[str, Layout], names: Mapping[str, str]
-) -> dict[str, np.ndarray]:
-    """Return the ranks of all simulations by variable, with axes as their layouts say."""
-    import torch
-
-    arrays = {}
-    for site, name in names.items():
-        values = torch.stack([ranks[site] for ranks in found])
-        arrays[name] = layouts[site](values) if site in layouts else values.numpy()
-    return arrays
-
-
 @styled
 def ecdf_figure(scalars: Mapping[str, np.ndarray], test: Envelope, prob: float) -> Figure:
     """Return a figure with a panel for each scalar, thirty at most: those with the smallest p-values."""
@@ -215,9 +198,9 @@ def ecdf_figure(scalars: Mapping[str, np.ndarray], test: Envelope, prob: float) 
     if len(shown) > SHOWN:
         worst = sorted(shown, key=p_values.__getitem__)[:SHOWN]
         shown = [label for label in shown if label in worst]
-    columns = min(COLUMNS, len(shown))
+    columns = min(3, len(shown))
     rows = -(-len(shown) // columns)
-    figure, axes = panels(len(shown), columns=columns, size=(WIDTH, HEIGHT * rows + 0.3))
+    figure, axes = panels(len(shown), columns=columns, size=(WIDTH, 2.1 * rows + 0.3))
     low, high = test.band(prob)
     at = np.concatenate([[0.0], test.at, [1.0]])
     for label, axis in zip(shown, axes, strict=True):

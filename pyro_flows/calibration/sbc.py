@@ -6,6 +6,8 @@ import os
 import warnings
 from collections.abc import Callable, Container, Iterator, Mapping
 
+import torch
+
 from pyro_flows import _checks
 from pyro_flows._bundles import Entries
 from pyro_flows._interrupts import STATE, interruptible
@@ -18,13 +20,11 @@ from pyro_flows.calibration.checkpoint import Checkpoint, key_of
 from pyro_flows.calibration.fit_many import Answers, Many, count
 from pyro_flows.calibration.processes import check_jobs, run_all
 from pyro_flows.calibration.ranks import LOG_DENSITY, GuideTask, Ranked, SamplerTask, ranks_of
-from pyro_flows.calibration.result import Calibration, stacked
+from pyro_flows.calibration.result import Calibration
 from pyro_flows.calibration.simulating import Simulated, simulate
 from pyro_flows.flows.recipe import AUTO, FlowLike
 from pyro_flows.model.arguments import usable
 from pyro_flows.results.dims import Labels
-
-FIT_DRAWS = 1000  # at least
 
 
 @_checks.options
@@ -128,12 +128,10 @@ def sbc(
     (True, (100,))
     """
     options: dict[str, object] = {"flow": flow, "layers": layers, "max_steps": max_steps}
-    options |= {"escalate": escalate, "refine": refine, "draws": max(draws, FIT_DRAWS)}
-    asked = {
-        "kind": _checks.choice("kind", kind, ("prior", "posterior")),
-        **{"simulations": simulations, "draws": draws, "seed": seed, "steps": steps, "learning_rate": learning_rate},
-        **{"method": _method(guide, sampler), "log_density": log_density},
-    }
+    options |= {"escalate": escalate, "refine": refine, "draws": max(draws, 1000)}
+    asked = {"kind": _checks.choice("kind", kind, ("prior", "posterior")), "simulations": simulations, "draws": draws}
+    asked |= {"seed": seed, "steps": steps, "learning_rate": learning_rate}
+    asked |= {"method": _method(guide, sampler), "log_density": log_density}
     if amortized is not None and kind != "prior":
         raise ValueError("amortized: expected kind='prior', for it knows the model with one data set, not with two.")
     check_jobs(jobs)
@@ -154,9 +152,8 @@ def sbc(
 
 
 def _run(
-    simulated: Simulated, many: Many, asked: Entries, makers: Entries,
-    checkpoint: str | os.PathLike[str] | None, bar: Bar,
-) -> Calibration:  # fmt: skip
+    simulated: Simulated, many: Many, asked: Entries, makers: Entries, file: str | os.PathLike[str] | None, bar: Bar
+) -> Calibration:
     """Rank the true values of all simulations that are not finished, and put everything together."""
     about = {**asked, **makers, "model": simulated.model}
     plain = {**asked, "options": {**many.options, "together": many.together}}
@@ -164,7 +161,7 @@ def _run(
     shapes = {name: tuple(simulated.truths[name].shape[1:]) for name in simulated.density.names}
     shapes |= {LOG_DENSITY: ()} if about["log_density"] else {}
     key, count = key_of(plain, simulated.truths, simulated.data), asked["simulations"]
-    kept = Checkpoint(checkpoint, key, simulations=count, draws=asked["draws"], shapes=shapes)
+    kept = Checkpoint(file, key, simulations=count, draws=asked["draws"], shapes=shapes)
     found = dict(kept.done)
     bar.count(len(found), count)
     try:
@@ -189,8 +186,6 @@ def _method(guide: Callable[..., object] | None, sampler: Callable[..., object] 
     if guide is not None and sampler is not None:
         raise ValueError("guide: expected a guide or a sampler, got both.")
     made = guide or sampler
-    if made is not None and not callable(made):
-        raise ValueError(f"guide, sampler: expected a function, got a {type(made).__name__}.")
     return "fit" if made is None else str(getattr(made, "__name__", type(made).__name__))
 
 
@@ -229,8 +224,10 @@ def _result(simulated: Simulated, found: Mapping[int, Ranked], asked: Entries) -
     names = {site: labels.variable(site) for site in layouts}
     if asked["log_density"]:
         names[LOG_DENSITY] = LOG_DENSITY if LOG_DENSITY not in names.values() else f"{LOG_DENSITY}_"
+    ranks = {site: torch.stack([one.ranks[site] for one in found.values()]) for site in names}
+    arrays = {names[site]: layouts[site](ranks[site]) if site in layouts else ranks[site].numpy() for site in ranks}
     return Calibration(
-        ranks=stacked([one.ranks for one in found.values()], layouts, names),
+        ranks=arrays,
         dims={names[site]: layout.dims for site, layout in layouts.items()},
         draws=asked["draws"],
         kind=asked["kind"],

@@ -36,10 +36,7 @@ class Simulated:
         return {name: values[number] for name, values in self.truths.items()}
 
 
-def simulate(
-    model: Model, case: Case, data: Names, asked: Entries,
-    options: Entries, bar: Bar,
-) -> Simulated:  # fmt: skip
+def simulate(model: Model, case: Case, data: Names, asked: Entries, options: Entries, bar: Bar) -> Simulated:
     """Draw parameters and data, and put the data into the arguments."""
     bar.watch("simulating")
     case = filled(model, case, data)
@@ -53,11 +50,10 @@ def simulate(
             raise ValueError("model: expected proper priors that can be drawn from. Take kind='posterior'.")
     else:
         found = _from_posterior(model, case, count, seed, options, bar)
-    first = {name: values[0] for name, values in found.items()}
-    check_wiring(density, wiring, first)
-    cases = [wiring({name: found[name][number] for name in density.structure.observed}) for number in range(count)]
+    check_wiring(density, wiring, {name: values[0] for name, values in found.items()})
     truths = {name: found[name] for name in density.names}
     drawn = {name: found[name] for name in density.structure.observed}
+    cases = [wiring({name: values[number] for name, values in drawn.items()}) for number in range(count)]
     fitted = model if asked["kind"] == "prior" else Augmented(model, case)
     return Simulated(fitted, density, cases, truths, drawn)
 

@@ -7,8 +7,7 @@ from functools import lru_cache
 import numpy as np
 
 POINTS = 100  # at most, at which an ECDF is looked at
-NULLS = 20_000  # uniform samples that p-values come from: none is below 1 in so many
-FLIPPED = 20_000  # for the test of symmetry, likewise
+NULLS = 20_000  # samples of the null distributions that p-values come from: none is below 1 in so many
 CHUNK = 2000
 NOMINAL = (0.5, 0.8, 0.9, 0.95)
 
@@ -40,17 +39,10 @@ class Envelope:
         below = bdtr(counts[None], simulations, self.at[:, None])
         above = 1.0 - np.concatenate([np.zeros((len(self.at), 1)), below[:, :-1]], 1)
         self._tails = 2.0 * np.minimum(below, above)
-        self._null = np.sort(self._nulls())
-
-    def _nulls(self) -> np.ndarray:
-        """Return the statistic of many uniform samples; one seed, since it is the same for all models."""
-        generator = np.random.default_rng(0)
+        generator = np.random.default_rng(0)  # one seed, since the null distribution is the same for all models
         cells = np.diff(np.concatenate([[0.0], self.at, [1.0]]))
-        found = []
-        for _ in range(NULLS // CHUNK):
-            drawn = generator.multinomial(self.simulations, cells, size=CHUNK)
-            found.append(self._statistic(drawn.cumsum(1)[:, :-1]))
-        return np.concatenate(found)
+        drawn = (generator.multinomial(simulations, cells, size=CHUNK) for _ in range(NULLS // CHUNK))
+        self._null = np.sort(np.concatenate([self._statistic(part.cumsum(1)[:, :-1]) for part in drawn]))
 
     def _statistic(self, counts: np.ndarray) -> np.ndarray:
         return self._tails[np.arange(len(self.at)), counts].min(-1)
@@ -115,7 +107,7 @@ def _walks(steps: int) -> np.ndarray:
     """Return how far random walks of so many steps get from where they began, in order."""
     generator = np.random.default_rng(0)
     found = []
-    for _ in range(FLIPPED // CHUNK):
+    for _ in range(NULLS // CHUNK):
         flips = 2 * generator.integers(0, 2, size=(CHUNK, steps), dtype=np.int32) - 1
         found.append(np.abs(flips.cumsum(1)).max(1))
     return np.sort(np.concatenate(found))

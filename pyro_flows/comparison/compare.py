@@ -2,28 +2,28 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from pyro_flows import _arviz, _checks
+from pyro_flows import _checks
 from pyro_flows._progress import Bar
 from pyro_flows.comparison.draws import in_hand
 from pyro_flows.comparison.evidence import Evidence, evidence, improper_priors
 from pyro_flows.comparison.loo import Loo, as_loo, work_for
 from pyro_flows.comparison.pointwise import Sites
-from pyro_flows.comparison.same_data import check_data, check_observations
 from pyro_flows.comparison.working import Whole, Work, goal_of, over_observations
+from pyro_flows.results.arviz_groups import observed_group
 from pyro_flows.results.record import Record
 
 if TYPE_CHECKING:
     import pandas as pd
-
-NOTED = 0.1  # share of the standard error of a difference, above which its Monte Carlo error is noted
 
 
 @dataclass(frozen=True, eq=False)
@@ -174,11 +174,11 @@ def compare(
     for name, posterior in posteriors.items():
         if not isinstance(posterior, Record):
             raise ValueError(f"posteriors[{name!r}]: expected a Posterior, got a {type(posterior).__name__}.")
-    check_data(posteriors)
+    _check_data(posteriors)
     with Bar("compare", progress, quick=True) as bar:
         found = _left_out(posteriors, sites, bar)
         names = tuple(sorted(found, key=lambda name: -found[name].elpd))
-        weights = _arviz.stacking_weights(torch.stack([found[name].pointwise for name in names]))
+        weights = stacking_weights(torch.stack([found[name].pointwise for name in names]))
         evidences, notes = _evidences(posteriors, seed, bar)
         bar.close(f"{names[0]} has the best elpd of {len(names)} models")
     return Comparison(
@@ -188,6 +188,25 @@ def compare(
         evidence={name: evidences[name] for name in names},
         notes=(*_about_errors(names, found), *notes),
     )
+
+
+def stacking_weights(elpd: Tensor) -> list[float]:
+    """Return the weights of K models that maximize the log score of their mixture, from pointwise elpd (K, N)."""
+    from scipy.optimize import minimize
+
+    densities = (elpd - elpd.amax(0)).double().exp().cpu().numpy()  # weights stay the same, and not all underflow
+    count = len(densities)
+
+    def loss(weights: np.ndarray) -> tuple[float, np.ndarray]:
+        mixture = weights @ densities + np.finfo(float).tiny
+        return -np.log(mixture).mean(), -(densities / mixture).mean(1)
+
+    sum_is_one = {"type": "eq", "fun": lambda weights: weights.sum() - 1.0, "jac": np.ones_like}
+    options = {"ftol": 1e-15, "maxiter": 1000}
+    start, bounds = np.full(count, 1.0 / count), [(0.0, 1.0)] * count
+    found = minimize(loss, start, jac=True, method="SLSQP", bounds=bounds, constraints=sum_is_one, options=options)
+    weights = np.clip(found.x, 0.0, None)
+    return (weights / weights.sum()).tolist()
 
 
 def _left_out(posteriors: Mapping[str, Record], sites: Sites, bar: Bar) -> dict[str, Loo]:
@@ -200,7 +219,7 @@ def _left_out(posteriors: Mapping[str, Record], sites: Sites, bar: Bar) -> dict[
             wholes[name] = works[name].precise(works[name].given(in_hand(posterior)))
         except ValueError as error:
             raise ValueError(f"posteriors[{name!r}]: {error}") from error
-    check_observations(wholes)
+    _check_observations(wholes)
     for name, goal in _goals({name: whole.elpd for name, whole in wholes.items()}).items():
         bar.task = f"compare, {name}"
         if goal < wholes[name].error < math.inf:
@@ -224,11 +243,9 @@ def _about_errors(names: Sequence[str], found: Mapping[str, Loo]) -> list[str]:
     notes = [f"{name} has k-hats above the limit, so its elpd is not known" for name in names if found[name].high]
     best = found[names[0]]
     for name in names[1:]:
-        error, paired = (
-            math.hypot(best.mcse, found[name].mcse),
-            over_observations(found[name].pointwise - best.pointwise),
-        )
-        if NOTED * paired < error < math.inf:
+        error = math.hypot(best.mcse, found[name].mcse)
+        paired = over_observations(found[name].pointwise - best.pointwise)
+        if 0.1 * paired < error < math.inf:
             said = f"the elpd of {name} less that of {names[0]} has a Monte Carlo error of {error:.2g} nats"
             notes.append(f"{said}, and a standard error over observations of {paired:.2g}")
     return notes
@@ -239,16 +256,66 @@ def _evidences(posteriors: Mapping[str, Record], seed: int, bar: Bar) -> tuple[d
     found, notes = dict[str, Evidence | None](), []
     for name, posterior in posteriors.items():
         bar.watch(f"the evidence of {name}")
-        improper = improper_priors(posterior)
-        try:
-            estimate = None if improper else evidence(posterior, method="auto", seed=seed)
-        except ValueError as error:
-            estimate = None
-            notes.append(f"no evidence of {name}: {error}".rstrip("."))
-        if improper:
+        found[name] = None
+        if improper := improper_priors(posterior):
             notes.append(f"no evidence of {name}: the prior of {', '.join(improper)} is improper")
-        elif estimate is not None and not math.isfinite(estimate.standard_error):
-            estimate = None
+            continue
+        try:
+            estimate = evidence(posterior, method="auto", seed=seed)
+        except ValueError as error:
+            notes.append(f"no evidence of {name}: {error}".rstrip("."))
+            continue
+        if math.isfinite(estimate.standard_error):
+            found[name] = estimate
+        else:
             notes.append(f"no evidence of {name}: no method states its error")
-        found[name] = estimate
     return found, notes
+
+
+# whether models are of the same data ----------------------------------------------------------------------------------
+
+
+def _check_data(posteriors: Mapping[str, Record]) -> None:
+    """Refuse posteriors whose models observe other values."""
+    for posterior in posteriors.values():
+        posterior._check_unchanged()
+    data = {name: _data(posterior) for name, posterior in posteriors.items()}
+    first = next(iter(data))
+    for name, values in data.items():
+        why = _differ(data[first], values)
+        if why is not None:
+            raise ValueError(
+                f"posteriors: {first!r} and {name!r} are of different data, so neither elpd nor evidence can be "
+                f"compared: {why}. A transformed outcome is other data too."
+            )
+
+
+def _data(posterior: Record) -> dict[str, np.ndarray]:
+    """Return the observed values by site, those that masks leave out excepted."""
+    group = posterior._stored[0].get("observed_data") if posterior._stored else observed_group(posterior._need_model())
+    return {} if group is None else {str(name): values.to_numpy() for name, values in group.data_vars.items()}
+
+
+def _differ(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> str | None:
+    """Return in words how data differ; sites may have other names, if they come in the same order."""
+    pairs = [(name, name) for name in one] if set(one) == set(other) else list(zip(one, other, strict=False))
+    if len(one) != len(other):
+        return f"sites {', '.join(one) or 'none'} and {', '.join(other) or 'none'}"
+    for mine, theirs in pairs:
+        a, b = one[mine], other[theirs]
+        if a.size != b.size:
+            return f"{a.size} values of {mine!r} and {b.size} of {theirs!r}"
+        if not np.allclose(a.ravel().astype(float), b.ravel().astype(float), rtol=1e-5, atol=0.0, equal_nan=True):
+            return f"the values of {mine!r}" + ("" if mine == theirs else f" and {theirs!r}")
+    return None
+
+
+def _check_observations(found: Mapping[str, Whole]) -> None:
+    """Refuse models that group the data into other observations."""
+    for one, other in itertools.pairwise(found):
+        sizes = len(found[one].elpd), len(found[other].elpd)
+        if sizes[0] != sizes[1]:
+            raise ValueError(
+                f"posteriors: {one!r} takes the data for {sizes[0]} observations, {other!r} for {sizes[1]}; give the "
+                "outcome the same event dimensions in both."
+            )

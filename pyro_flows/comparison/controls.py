@@ -12,7 +12,7 @@ from pyro_flows.model.log_density import LogDensity
 JUMP = 4.0  # standard errors
 SMALLEST = 1e-3  # of one less a leverage
 DRAWS_EACH = 20  # for each control, so that the regression on them costs less than it saves
-MOST_NUMBERS = 20_000_000  # of products of coordinates: 160 MB
+MOST_NUMBERS = 20_000_000  # in one array of products of coordinates, log likelihoods or draws: 160 MB
 DEPENDENT = 1e-10  # eigenvalue of the controls' correlations, below which one of them tells what the others do
 
 

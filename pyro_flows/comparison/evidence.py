@@ -15,21 +15,19 @@ from pyro_flows import _checks
 from pyro_flows._seeding import derive, seeded
 from pyro_flows._threads import few_threads
 from pyro_flows._turns import alone
-from pyro_flows.comparison.bridge import Bridged, bridge
-from pyro_flows.comparison.proposal import DF, Latent, enough, fit_proposal
+from pyro_flows.comparison.bridge import DF, Bridged, Latent, bridge, enough, finite, fit_proposal
+from pyro_flows.comparison.controls import MOST_NUMBERS
 from pyro_flows.verdict.psis import largest_k, psis
 
 if TYPE_CHECKING:
     from pyro_flows.model.log_density import LogDensity
     from pyro_flows.results.record import Record
 
-METHODS = ("importance", "bridge", "smc")
 DRAWS = 16_000  # of the flow, scored anew: an error of .008 nats at ESS/S = .5
-LEAST, ERROR_OF_ROWS = 100, 0.05  # draws that are added; nats that are asked where a draw is a pass over all rows
-MORE = 4  # times as many of a distribution with the moments of chains,
-NUMBERS = 20_000_000  # or their coordinates,
-ROUNDS, FINE = 3, 0.003  # so often, unless the error is as small (nats)
-NORMAL_95 = 1.959964
+LEAST = 100  # draws that are added at a time
+ERROR_OF_ROWS = 0.05  # nats: the standard error that is asked by default where a draw is a pass over all rows
+MORE = 4  # times as many draws of a Student t with the moments of chains
+ROUNDS, FINE = 3, 0.003  # rounds of moments of weighted draws at most; nats, an error with which no further one is made
 NAMES = {"importance": "importance sampling", "bridge": "bridge sampling", "smc": "sequential Monte Carlo"}
 
 
@@ -100,7 +98,7 @@ class Evidence:
     @property
     def interval(self) -> tuple[float, float]:
         """The 95 % interval, nats."""
-        away = NORMAL_95 * self.standard_error
+        away = 1.959964 * self.standard_error  # the quantile .975 of a normal distribution
         return self.value - away, self.value + away
 
     def __str__(self) -> str:
@@ -116,16 +114,16 @@ class Evidence:
 
 def evidence(
     posterior: Record, *, method: str, seed: int, draws: int | None = None, error: float | None = None
-) -> Evidence:  # fmt: skip
+) -> Evidence:
     """Estimate the evidence by all methods that the posterior allows; see :meth:`Posterior.evidence`."""
-    _checks.choice("method", method, ("auto", *METHODS))
+    _checks.choice("method", method, ("auto", *NAMES))
     if draws is not None and error is not None:
         raise ValueError("error: expected draws or error, got both.")
     error = None if error is None else _checks.positive("error", error)
     if draws is None and error is None and posterior.density is not None and posterior.density.by_rows:
         error = ERROR_OF_ROWS
     count = DRAWS if draws is None else draws
-    wanted = METHODS if method == "auto" else (method,)
+    wanted = NAMES if method == "auto" else (method,)
     makers: dict[str, Callable[[Record, int], Estimate]]
     makers = {"importance": partial(_importance, error=error), "bridge": _bridge, "smc": _smc}
     posterior._check_unchanged()
@@ -185,10 +183,9 @@ def _to_error(posterior: Record, most: int, error: float) -> Estimate:
         wanted = len(ratio) * ((found.standard_error / error) ** 2 - 1.0)
         more = left if not wanted < left else max(LEAST, math.ceil(1.1 * wanted))
         ratio = torch.cat([ratio, _ratio(posterior, min(more, left))])
-    short = (
-        "" if found.standard_error <= error or found.note else f"more than {error:.2g} nats after {len(ratio):,} draws"
-    )
-    return replace(found, note=found.note or short)
+    if found.standard_error > error and not found.note:
+        return replace(found, note=f"more than {error:.2g} nats after {len(ratio):,} draws")
+    return found
 
 
 def _from_moments(posterior: Record, count: int) -> Estimate | None:
@@ -197,10 +194,10 @@ def _from_moments(posterior: Record, count: int) -> Estimate | None:
     if density is None or not enough(len(posterior._used), dim):
         return None
     latent = Latent(density, posterior.flow, posterior._used)
-    x = latent.points(posterior._used)
+    x = latent.back(posterior._used)[0]
     if not bool(torch.isfinite(x).all()):
         return None
-    df, weights, count = max(DF, 2.0 * dim), None, max(min(count, NUMBERS // dim), 100)
+    df, weights, count = max(DF, 2.0 * dim), None, max(min(count, MOST_NUMBERS // dim), 100)
     for _ in range(ROUNDS):
         proposal = fit_proposal(x, df, weights)
         x, log_q = proposal.draw(count)
@@ -222,8 +219,7 @@ def importance(ratio: Tensor) -> Estimate:
 
     Reference: Vehtari et al. 2024, *Pareto smoothed importance sampling*.
     """
-    ratio = ratio.detach().double().cpu()
-    ratio = torch.where(torch.isfinite(ratio), ratio, -torch.inf)
+    ratio = finite(ratio)
     size, largest = len(ratio), float(ratio.max())
     if not math.isfinite(largest):
         return Estimate("importance", math.nan, math.inf, "no draw has a finite log density")

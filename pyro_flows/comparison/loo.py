@@ -24,7 +24,6 @@ METHODS = {
     "plain": "PSIS-LOO of draws of the posterior",
     "approximate": "approximate-posterior PSIS-LOO of the method's own draws",
 }
-SHOWN = 10
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,12 +94,11 @@ class Loo:
         return tuple(self.labels[i] for i in (self.k_moved != self.k_hat).nonzero().flatten().tolist())
 
     def __str__(self) -> str:
-        first = (
-            f"elpd {self.elpd:.2f} nats, standard error {_known(self.se, 2)}, p {self.p:.2f}, "
-            f"by {METHODS[self.method]} ({self.draws} draws, {self.status}); Monte Carlo error "
-            f"{_known(self.mcse, 3)}."
-        )
-        lines = [f"{first} {self._about_k()}"]
+        lines = [
+            f"elpd {self.elpd:.2f} nats, standard error {_known(self.se, 2)}, p {self.p:.2f}, by "
+            f"{METHODS[self.method]} ({self.draws} draws, {self.status}); Monte Carlo error {_known(self.mcse, 3)}. "
+            f"{self._about_k()}"
+        ]
         if len(self.sites) > 1:
             for site, elpd, se, count in self.by_site()[["elpd", "se", "observations"]].itertuples():
                 lines.append(f"- {site}: elpd {elpd:.2f}, standard error {_known(se, 2)}, of {count}")
@@ -136,7 +134,7 @@ class Loo:
             }
         return pd.DataFrame.from_dict(rows, orient="index")
 
-    def leverage(self, count: int | None = SHOWN) -> pd.DataFrame:
+    def leverage(self, count: int | None = 10) -> pd.DataFrame:
         """Return a table of the observations with the largest k-hat, the largest first; all of them with None.
 
         The posterior without an observation of large k-hat differs much from the one with it: an outlier, a wrong

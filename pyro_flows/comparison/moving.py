@@ -22,8 +22,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pyro_flows._squares import least_squares
-from pyro_flows.flows.flow import Flow
+from pyro_flows._tensors import least_squares
+from pyro_flows.comparison.bridge import Latent
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.verdict.psis import psis
 
@@ -34,7 +34,6 @@ NARROWEST, WIDEST = 0.05, 20.0  # precision along a direction, in units of the p
 WITHIN = 10.0  # nats about the median: weights farther off are left out of the second fit
 STAY = 0.5  # share of the mixture that is not moved
 LOOKED_AT, THIN, UNCOVERED = 250, 3.0, 0.01  # draws of each half; nats by which moved ones are too rare; share of mass
-EACH = 10  # draws for each coordinate that a map needs to be fitted
 
 Likelihood = Callable[[Tensor], Tensor]  # z (S, D) -> log likelihood of one observation (S,)
 
@@ -57,23 +56,18 @@ class Frame(NamedTuple):
 
 
 class Space:
-    r"""Draws of a posterior where they are moved: base points of the flow, standardized; or plain coordinates.
+    """Draws z (S, D) of a posterior where they are moved: base points of the flow, standardized; or plain coordinates.
 
-    Args:
-        density: log p.
-        flow: whose base points are taken, if it is a flow; plain coordinates otherwise.
-        z: draws (S, D).
-        log_weights: of these (S,), log p - log q up to a constant; None for draws of the posterior.
-        half: which of the draws make the first half (S,): maps are fitted to one half, and move the other.
+    ``log_weights`` (S,) are log p - log q up to a constant, None for draws of the posterior. ``half`` (S,) says which
+    draws make the first half: maps are fitted to one half, and move the other.
     """
 
     def __init__(self, density: LogDensity, flow: object, z: Tensor, log_weights: Tensor | None, half: Tensor) -> None:
-        self.density, self.half = density, half
-        self.bijection = flow.bijection if isinstance(flow, Flow) and flow.base != "uniform" else None
-        self.covers = self.bijection is None or log_weights is None  # a flow whose own draws do has no narrow part
-        self.like = z
+        self.latent, self.half = Latent(density, flow, z), half
+        self.whole = self.latent.bijection is None  # whether points are standardized by the whole covariance
+        self.covers = self.whole or log_weights is None  # a flow whose own draws do has no narrow part
         with torch.no_grad():
-            x, log_jacobian = (z, z.new_zeros(len(z))) if self.bijection is None else self._inverse(z)
+            x, log_jacobian = self.latent.back(z)
             self.height = (density(z) + log_jacobian).double().cpu()
         equal = torch.full_like(self.height, -math.log(len(z)))
         self.log_weights = equal if log_weights is None else torch.log_softmax(log_weights, 0)
@@ -83,23 +77,13 @@ class Space:
         self.fits = {side: Fit(self.frames[side].points[rows], self.weights[rows]) for side, rows in self._sides()}
 
     @staticmethod
-    def can_be(z: Tensor) -> bool:
-        """Whether there are enough draws (S, D) to fit a map to each half of them."""
-        return len(z) >= Space.fewest(z.shape[1])
-
-    @staticmethod
     def fewest(dim: int) -> int:
-        """How many draws it takes at least."""
-        return 2 * EACH * (dim + 1)
-
-    def _inverse(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        assert self.bijection is not None
-        x, log_jacobian = self.bijection.inverse_and_ladj(z)
-        return x, -log_jacobian
+        """How many draws it takes at least: ten for each coordinate of each half, to which a map is fitted."""
+        return 20 * (dim + 1)
 
     def _frame(self, x: Tensor, rows: Tensor) -> Frame:
         """Standardize all points (S, D) by the moments of one half: by those of all, a map would know what it moves."""
-        loc, root = _moments(x[rows], self.weights[rows] / self.weights[rows].sum(), whole=self.bijection is None)
+        loc, root = _moments(x[rows], self.weights[rows] / self.weights[rows].sum(), whole=self.whole)
         return Frame(loc, root, torch.linalg.solve_triangular(root, (x - loc).mT, upper=False).mT)
 
     def _sides(self) -> list[tuple[bool, Tensor]]:
@@ -176,12 +160,7 @@ class Space:
 
     def _at(self, frame: Frame, points: Tensor) -> tuple[Tensor, Tensor]:
         """Return z at standardized points (S, D), and log p there with the flow's Jacobian, -inf where not finite."""
-        x = (frame.loc + points @ frame.root.mT).to(self.like)
-        z, log_jacobian = (x, x.new_zeros(len(x))) if self.bijection is None else self.bijection.forward_and_ladj(x)
-        usable = torch.isfinite(z).all(1)
-        z = torch.where(usable[:, None], z, self.like[:1])
-        there = (self.density(z) + log_jacobian).double().cpu()
-        return z, torch.where(usable.cpu() & torch.isfinite(there), there, -torch.inf)
+        return self.latent.at(frame.loc + points @ frame.root.mT)
 
     @torch.no_grad()
     def _ratio(self, likelihood: Likelihood, affine: Affine, frame: Frame, rows: Tensor) -> Tensor:

@@ -152,10 +152,9 @@ def observations(posterior: Record, draws: Draws, sites: Sites) -> Observations:
         group = likelihood(posterior, z)
         rows, labels, places = _columns(group, _names(sites, group))
         parts.append(rows.to(posterior._used.dtype))
-    half = halves(draws, len(draws.z), posterior.chain_count)
-    values = torch.cat(parts)
-    given = Regression(draws.controls, half)
-    return Observations(draws, values, labels, places, half, given, posterior.chain_count)
+    half = _first_half(draws, posterior.chain_count)
+    regression = Regression(draws.controls, half)
+    return Observations(draws, torch.cat(parts), labels, places, half, regression, posterior.chain_count)
 
 
 def thinned(posterior: Record, given: Observations, step: int) -> Observations:
@@ -226,12 +225,12 @@ def moved(posterior: Record, given: Observations, which: Sequence[int]) -> Estim
     return Estimates(elpd, k_hat, k_moved, influences)
 
 
-def halves(draws: Draws, count: int, chains: int) -> Tensor:
+def _first_half(draws: Draws, chains: int) -> Tensor:
     """Return which draws (S,) make the first half: of each chain, or, copies of one together, of all."""
     if draws.copies is not None:
         return draws.copies % 2 == 0
-    each = count // chains
-    return torch.arange(count) % each < each // 2
+    each = len(draws.z) // chains
+    return torch.arange(len(draws.z)) % each < each // 2
 
 
 def log_score(values: Tensor, base: Tensor | None) -> Tensor:

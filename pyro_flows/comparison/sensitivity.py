@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 THRESHOLD = 0.05  # Kallioinen et al. 2024
 STRETCH = 1.5  # of a site and, inversely, of a scale: the product of both stays as it is
 SAME = 1e-3  # change of the log likelihood under both, relative to that under the first alone
-CONFLICT, STRONG, NOTHING = "prior and likelihood conflict", "strong prior or weak likelihood", "-"
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,11 +42,9 @@ class Sensitivity:
     >>> import torch, pyro, pyro.distributions as dist, pyro_flows as pf
     >>> def model(y):
     ...     mu = pyro.sample("mu", dist.Normal(0.0, 10.0))
-    ...     with pyro.plate("row", len(y)):
-    ...         pyro.sample("y", dist.Normal(mu, 1.0), obs=y)
-    >>> guide = lambda y: pyro.sample("mu", dist.Normal(y.sum() / 4.01, 4.01**-0.5))
-    >>> y = torch.tensor([0.4, 1.3, -0.2, 0.9])
-    >>> posterior = pf.diagnose(model, guide, y, draws=400)
+    ...     pyro.sample("y", dist.Normal(mu, 1.0), obs=y)
+    >>> guide = lambda y: pyro.sample("mu", dist.Normal(y / 1.01, 1.01**-0.5))
+    >>> posterior = pf.diagnose(model, guide, torch.tensor(1.0), draws=400)
     >>> found = posterior.sensitivity("mu")
     >>> found.prior_sites, bool(found.table.loc["mu", "prior"] < 0.05)
     (('mu',), True)
@@ -92,8 +89,8 @@ def _summed(values: Tensor) -> Tensor:
 
 def _diagnosis(prior: float, likelihood: float) -> str:
     if prior < THRESHOLD:
-        return NOTHING
-    return CONFLICT if likelihood >= THRESHOLD else STRONG
+        return "-"
+    return "prior and likelihood conflict" if likelihood >= THRESHOLD else "strong prior or weak likelihood"
 
 
 # which priors stand at the top ----------------------------------------------------------------------------------------

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from pyro_flows._progress import unseen
+from pyro_flows.comparison.controls import MOST_NUMBERS
 from pyro_flows.comparison.draws import Draws, can_draw, longer, more, most_draws, price
 from pyro_flows.comparison.moving import Space
 from pyro_flows.comparison.pointwise import (
@@ -40,19 +41,17 @@ from pyro_flows.comparison.pointwise import (
 if TYPE_CHECKING:
     from pyro_flows.results.record import Record
 
-# More draws are taken, or draws moved, until the Monte Carlo error is this share of the standard error over the
-# observations.
-# It adds .02 % to that error, which has itself a relative error of 1 / sqrt(2 N): .7 % for N = 10 000 observations.
+# More draws are taken, or moved, until the Monte Carlo error is this share of the standard error over observations. It
+# adds .02 % to that error, which has itself a relative error of 1 / sqrt(2 N): .7 % for N = 10 000 observations.
 RELATIVE = 1.0 / 50.0
-ERROR = 0.02  # nats; or until it is as small: one part in 50 of the odds that all data together speak for a model;
-MOST_DRAWS = 64_000  # or they are as many,
-NUMBERS = 20_000_000  # or their log likelihoods,
-MOVED_DRAWS, MOVED_NUMBERS = 2_000_000, 1_000_000_000  # or moved draws, or log likelihoods at these
+ERROR = 0.02  # nats: a Monte Carlo error that is small enough in any case, for it changes odds by one part in 50
+MOST_DRAWS = 64_000  # new draws
+MOVED_DRAWS, MOVED_NUMBERS = 2_000_000, 1_000_000_000  # moved draws for all observations, and log likelihoods at these
 KNOWN = 0.25  # k-hat of weights with a fourth moment: the variance of their mean has an estimate with a variance
-SHARE = 0.5  # of the squared error, for draws as they are and for moved ones
-FEW = 1000  # draws that are moved at first
-POWERS = (1.0, 2.0, 2.0, 2.0, 2.0, 2.0)  # of the error, with which the number of moved draws grows
-WORTH = 1.2  # times as many draws, to be drawn anew
+SHARE = 0.5  # of the squared error that observations with draws as they are may have, and those with moved ones
+FEW = 1000  # draws that are moved for an observation in the first round
+POWERS = (1.0, 2.0, 2.0, 2.0, 2.0, 2.0)  # of error / goal, by which the number of moved draws grows in each round
+WORTH = 1.2  # factor from which on more draws are worth their cost
 
 Part = tuple[list[int], Observations, Observations | None, Estimates]  # of which, from draws, or from some of them
 
@@ -105,7 +104,10 @@ class Work:
 
     def judged(self, given: Observations) -> Whole:
         """Judge the draws as they are."""
-        return _whole(given, plain(given))
+        found = plain(given)
+        empty = torch.zeros_like(found.elpd)
+        whole = Whole(given, empty, empty, empty, found.influence, math.inf)
+        return whole.with_part(range(len(empty)), found, given.error(found.influence))
 
     def moved(self, given: Observations) -> Whole:
         """Move draws for observations whose k-hat is too high; for more, if the Monte Carlo error is still too large.
@@ -119,10 +121,8 @@ class Work:
             return found
         order = _order(found)
         counts = _counts(high, self._most(given))
-        errors = errors_without(given, order, counts)
-        of_rest = goal * math.sqrt(SHARE)
-        enough = (count for count, error in zip(counts, errors, strict=True) if error <= of_rest)
-        which = order[: next(enough, counts[-1])]
+        pairs = zip(counts, errors_without(given, order, counts), strict=True)
+        which = order[: next((count for count, error in pairs if error <= goal * math.sqrt(SHARE)), counts[-1])]
         return self._with_parts(found.without(which), [(which, given, None, self._moved(given, which))])
 
     def precise(self, given: Observations, goal: float | None = None) -> Whole:
@@ -130,7 +130,7 @@ class Work:
         found = self.judged(given)
         goal = goal_of(found.elpd) if goal is None else goal
         high = _high(found)
-        if not (high or found.error > goal) or self._is_dear():
+        if not (high or found.error > goal) or self._by_rows():
             return found
         if not self._can_move(given):
             return self._by_draws(found, goal, [])
@@ -160,7 +160,7 @@ class Work:
 
     def _limit(self, given: Observations) -> float:
         """Return how many draws there can be."""
-        return max(min(MOST_DRAWS, NUMBERS / len(given.labels), most_draws(self.posterior)), len(given.values))
+        return max(min(MOST_DRAWS, MOST_NUMBERS / len(given.labels), most_draws(self.posterior)), len(given.values))
 
     def _by_draws(self, found: Whole, goal: float, without: list[int]) -> Whole:
         """Take so many draws that the error of the observations not in ``without`` comes to its goal."""
@@ -234,9 +234,10 @@ class Work:
         return min(max(FEW, Space.fewest(given.draws.z.shape[1])), len(given.values))
 
     def _can_move(self, given: Observations) -> bool:
-        return self.posterior.density is not None and not self._is_dear() and Space.can_be(given.draws.z)
+        enough = len(given.draws.z) >= Space.fewest(given.draws.z.shape[1])
+        return enough and self.posterior.density is not None and not self._by_rows()
 
-    def _is_dear(self) -> bool:
+    def _by_rows(self) -> bool:
         """Whether each further draw takes a pass over all rows."""
         return self.posterior.density is not None and self.posterior.density.by_rows
 
@@ -244,12 +245,6 @@ class Work:
         """Return for how many observations draws can be moved."""
         count = len(given.labels)
         return max(min(int(min(MOVED_DRAWS, MOVED_NUMBERS / count) / len(given.values)), count), 0)
-
-
-def _whole(given: Observations, found: Estimates) -> Whole:
-    empty = torch.zeros_like(found.elpd)
-    whole = Whole(given, empty, empty, empty, found.influence, math.inf)
-    return whole.with_part(range(len(empty)), found, given.error(found.influence))
 
 
 def over_observations(terms: Tensor) -> float:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.distributions import constraints
 
 from pyro_flows import _checks
-from pyro_flows._shapes import broadcast
+from pyro_flows._tensors import broadcast
 from pyro_flows.flows.flow import PIECE, Flow
 from pyro_flows.flows.stacked import Copies, Stacked, log_sum, stacked
 

@@ -16,7 +16,7 @@ from torch import Tensor, fx
 from torch.fx.node import Argument, Target
 
 from pyro_flows._fallbacks import Tried
-from pyro_flows._shapes import broadcast
+from pyro_flows._tensors import broadcast
 from pyro_flows.graphs.graph import copy_graph, graph_module, has_tag, int_at, ints_at, new_node, node_at, sweep
 from pyro_flows.graphs.sums import like_of, terms_of
 

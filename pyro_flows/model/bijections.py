@@ -22,7 +22,7 @@ from torch.distributions.transforms import (
     Transform,
 )
 
-from pyro_flows._shapes import broadcast
+from pyro_flows._tensors import broadcast
 from pyro_flows.model.supports import WRAPPERS, is_narrower
 
 GENERALIZED_PARETO: type[Distribution] | tuple[()] = getattr(torch.distributions, "GeneralizedPareto", ())  # in 2.8

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch._C import _functorch
 
-from pyro_flows._autograd import filled, pull
+from pyro_flows._tensors import filled, pull
 from pyro_flows.model.batching import batch
 
 

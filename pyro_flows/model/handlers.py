@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.distributions import Distribution, transform_to
 from torch.distributions.constraints import Constraint
 
-from pyro_flows._shapes import broadcast
+from pyro_flows._tensors import broadcast
 from pyro_flows.model.batching import apart
 from pyro_flows.model.sites import Latent, Model, Placed, Site, Structure, is_data, messages
 from pyro_flows.model.supports import guarded, missing

@@ -17,7 +17,7 @@ from torch.distributions import Distribution
 from torch.distributions.constraints import Constraint
 from torch.utils._pytree import tree_flatten_with_path
 
-from pyro_flows._shapes import broadcast
+from pyro_flows._tensors import broadcast
 from pyro_flows._warnings import outside
 from pyro_flows.model.batching import apart
 from pyro_flows.model.faults import at_a_point, where_it_runs

@@ -23,7 +23,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pyro_flows._squares import least_squares
+from pyro_flows._tensors import least_squares
 from pyro_flows.flows.flow import Flow
 from pyro_flows.flows.gaussian_conditionals import nested
 from pyro_flows.flows.gaussian_conditionals import nested_of as map_of

@@ -7,8 +7,7 @@ shows without shrinking them. ``plt.style.use("pyro_flows.style")`` gives figure
 its state are not used.
 """
 
-from pyro_flows.plots.calibration import plot_pit, plot_quantiles
-from pyro_flows.plots.densities import plot_losses, plot_points, plot_spectrum
+from pyro_flows.plots.densities import plot_losses, plot_pit, plot_points, plot_quantiles, plot_spectrum
 from pyro_flows.plots.elbo import plot_elbo
 from pyro_flows.plots.forest import plot_forest
 from pyro_flows.plots.images import plot_images, plot_interpolation, plot_nearest

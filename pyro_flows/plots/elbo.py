@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -16,9 +15,6 @@ from pyro_flows.results.record import Record
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
-WINDOW_SHARE = 0.04
-EDGES = 0.01  # of the run: a round that begins there began with it
 
 
 @styled
@@ -56,16 +52,16 @@ def plot_elbo(posterior: Record, *, width: float = WIDTH) -> Figure:
     if len(elbo):
         steps(axes, elbo, FLOW, "each step")
         at = np.arange(1, len(elbo) + 1)
-        axes.plot(at, running_median(elbo), color=FLOW, linestyle="-", linewidth=1.8, label="running median")
+        axes.plot(at, _running_median(elbo), color=FLOW, linestyle="-", linewidth=1.8, label="running median")
     supported = posterior.verdict.supports_evidence and math.isfinite(posterior.elbo)
     if supported:
         flow = posterior.flow
-    of = f", of a mixture of {len(flow.components)}" if isinstance(flow, FlowMixture) else ""
-    label = f"final {posterior.elbo:.2f}{of}"
-    axes.axhline(posterior.elbo, color=INK, linewidth=0.8, linestyle=(0, (4, 3)), zorder=3, label=label)
+        of = f", of a mixture of {len(flow.components)}" if isinstance(flow, FlowMixture) else ""
+        label = f"final {posterior.elbo:.2f}{of}"
+        axes.axhline(posterior.elbo, color=INK, linewidth=0.8, linestyle=(0, (4, 3)), zorder=3, label=label)
     axes.set(xlabel="optimization step", ylabel="ELBO (nats)")
     if len(elbo):
-        axes.set_ylim(*elbo_limits(elbo, posterior.elbo if supported else math.nan))
+        axes.set_ylim(*_limits(elbo, posterior.elbo if supported else math.nan))
         _rounds(axes, posterior, len(elbo))
     else:
         axes.set(xticks=[], xlabel="no optimization steps")
@@ -75,32 +71,26 @@ def plot_elbo(posterior: Record, *, width: float = WIDTH) -> Figure:
     return figure
 
 
-def _trained(posterior: Record) -> list[dict[str, object]]:
-    """Return the parts of training of the run whose steps are shown."""
-    found = [stage for stage in posterior.history if stage.get("steps") and stage.get("k_hat") is not None]
-    runs = [stage.get("run") for stage in found if stage["stage"] == posterior.settings.get("round")]
-    return [stage for stage in found if stage.get("run") in (runs[:1] or [None])]
-
-
 def _rounds(axes: Axes, posterior: Record, total: int) -> None:
-    """Draw where training went on. Its parts follow each other; a race, of which few steps are left, came before."""
-    lengths = [int(str(stage["steps"])) for stage in _trained(posterior)]
+    """Draw where training of the run that is shown went on: its stages follow each other, after short trial runs."""
+    trained = [stage for stage in posterior.history if stage.get("steps") and stage.get("k_hat") is not None]
+    runs = [stage.get("run") for stage in trained if stage["stage"] == posterior.settings.get("round")]
+    lengths = [int(stage["steps"]) for stage in trained if stage.get("run") in (runs[:1] or [None])]
     for begun in total - np.cumsum(lengths[::-1]):
-        if EDGES * total < begun < total and begun != total - sum(lengths):
+        if 0.01 * total < begun < total and begun != total - sum(lengths):  # a stage that begins earlier is the first
             axes.axvline(float(begun), color=LINE, linewidth=0.8, linestyle=(0, (1, 2)), zorder=0)
 
 
-def running_median(values: np.ndarray) -> np.ndarray:
+def _running_median(values: np.ndarray) -> np.ndarray:
     """Median over a centered window of a twenty-fifth of the run, shorter at both ends."""
-    half = max(1, round(WINDOW_SHARE * len(values) / 2))
-    padded = np.pad(np.where(np.isfinite(values), values, np.nan), half, constant_values=np.nan)
-    windows = np.lib.stride_tricks.sliding_window_view(padded, 2 * half + 1)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="All-NaN slice", category=RuntimeWarning)
-        return np.asarray(np.nanmedian(windows, axis=-1))
+    import pandas
+
+    half = max(1, round(len(values) / 50))
+    finite = pandas.Series(np.where(np.isfinite(values), values, np.nan))
+    return finite.rolling(2 * half + 1, center=True, min_periods=1).median().to_numpy()
 
 
-def elbo_limits(elbo: np.ndarray, final: float) -> tuple[float, float]:
+def _limits(elbo: np.ndarray, final: float) -> tuple[float, float]:
     """Return the range of the second half of a run and of the final value, and what else fits in."""
     late = elbo[len(elbo) // 2 :]
     late = late[np.isfinite(late)] if np.isfinite(late).any() else np.array([0.0])

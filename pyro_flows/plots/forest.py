@@ -11,9 +11,9 @@ import numpy as np
 from pyro_flows import _checks
 from pyro_flows._figures import INK, LINE, WIDTH, color_of, panels, styled
 from pyro_flows.plots import parts
-from pyro_flows.plots.scalars import Choice, Names, Posteriors, common, named, raw, raw_label
-from pyro_flows.results.labeled import named_draws
-from pyro_flows.results.labeled import posterior_group as used
+from pyro_flows.plots.scalars import Names, Posteriors, common, named, raw, raw_label, scalars_of
+from pyro_flows.results.arviz_groups import named_draws
+from pyro_flows.results.arviz_groups import posterior_group as used
 from pyro_flows.results.record import Record
 from pyro_flows.verdict.deciding import resample
 
@@ -23,8 +23,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-ROW = 0.17  # inches a line
-RAW, CORRECTED, REFINED = "raw: {}", "corrected: importance-resampled", "refined: Markov chains"
+CORRECTED, REFINED = "corrected: importance-resampled", "refined: Markov chains"
 
 
 @styled
@@ -60,25 +59,24 @@ def plot_forest(
 
     >>> import torch, pyro, pyro.distributions as dist, pyro_flows as pf
     >>> def model(y):
-    ...     mu = pyro.sample("mu", dist.Normal(0.0, 10.0))
-    ...     with pyro.plate("row", len(y)):
-    ...         pyro.sample("y", dist.Normal(mu, 1.0), obs=y)
-    >>> guide = lambda y: pyro.sample("mu", dist.Normal(y.sum() / 3.01, 3.01**-0.5))
-    >>> posterior = pf.diagnose(model, guide, torch.tensor([0.4, 1.3, -0.2]), draws=400)
+    ...     mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+    ...     pyro.sample("y", dist.Normal(mu, 1.0), obs=y)
+    >>> guide = lambda y: pyro.sample("mu", dist.Normal(y / 2, 0.5**0.5))
+    >>> posterior = pf.diagnose(model, guide, torch.tensor(1.0), draws=400)
     >>> len(pf.plots.plot_forest(posterior).axes)
     1
     """
-    posteriors, choice = named(posterior), Choice(var_names, filter_vars, coords)
+    posteriors = named(posterior)
     everything = _checks.choice("draws", draws, ("used", "all")) == "all"
     if everything and len(posteriors) > 1:
         raise ValueError(f"draws: expected 'used' for {len(posteriors)} posteriors; 'all' shows those of one.")
     first = next(iter(posteriors.values()))
     datasets = _stages(first) if everything else {name: used(each) for name, each in posteriors.items()}
-    layers = {name: choice.of(draws) for name, draws in datasets.items()}
+    layers = {name: scalars_of(draws, var_names, filter_vars, coords) for name, draws in datasets.items()}
     labels = common(layers)
     shown = labels[:max_rows]
     lines = len(shown) * (len(layers) + 0.8)
-    figure, (axes,) = panels(1, size=(width, ROW * lines + 1.0 + 0.2 * len(layers)))
+    figure, (axes,) = panels(1, size=(width, 0.17 * lines + 1.0 + 0.2 * len(layers)))
     handles = _rows(axes, [[layer[label] for layer in layers.values()] for label in shown])
     axes.set_yticks(range(len(shown)), list(map(parts.plain, shown)))
     axes.set_ylim(len(shown) - 0.5, -0.5)
@@ -95,11 +93,8 @@ def _stages(posterior: Record) -> dict[str, xr.Dataset]:
     status = posterior.verdict.status
     if posterior.density is None and posterior._replaced and "raw_posterior" not in (posterior._stored or ({},))[0]:
         return {status: used(posterior)}
-    found = (
-        {RAW.format(raw_label(posterior)): raw(posterior)}
-        if posterior.guide_name and posterior.log_q.isfinite().any()
-        else {}
-    )
+    has_guide = posterior.guide_name and bool(posterior.log_q.isfinite().any())
+    found = {f"raw: {raw_label(posterior)}": raw(posterior)} if has_guide else {}
     if status == "refined" and posterior.density is not None and bool(posterior.log_weights.isfinite().any()):
         index = resample(posterior.log_weights, len(posterior.z), seed=int(posterior.settings["seed"]))
         found[CORRECTED] = named_draws(posterior, posterior._need_density().constrain(posterior.z[index]))

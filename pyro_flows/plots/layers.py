@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from pyro_flows import _checks
 from pyro_flows._figures import WIDTH, grid_of, panels, styled
@@ -21,9 +20,6 @@ from pyro_flows.transforms import Bijection, Compose, DiagonalAffine, LowerTrian
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-PANEL = 1.9  # inches
-LIGHTEST = 0.85  # of the ramp of colors, so that it is seen on white
 
 
 @styled
@@ -62,6 +58,8 @@ def plot_layers(
     >>> len(plot_layers(pf.planar(2, layers=3), count=50).axes)
     4
     """
+    import matplotlib
+
     names = list(flow.coordinates) if isinstance(flow, Record) else None
     flow = _flow_of(flow) if isinstance(flow, Record) else flow
     if len(flow.event_shape) != 1 or flow.dim < 2 or flow.context_dim:
@@ -70,16 +68,22 @@ def plot_layers(
     stack = _stack(flow.bijection)
     total = len(stack)
     shown = sorted({round(k * total / min(total, 11)) for k in range(min(total, 11) + 1)}) if layers is None else layers
-    if not all(0 <= layer <= total for layer in shown):
+    if not all(0 <= number <= total for number in shown):
         raise ValueError(f"layers: expected numbers from 0 to {total}, got {list(shown)}.")
-    clouds = _clouds(flow, stack, count, seed)
+    with torch.no_grad(), seeded(seed, flow._like.device):
+        clouds = [flow.base_distribution().sample((count,))]
+        for layer in stack:
+            clouds.append(layer.forward_and_ladj(clouds[-1])[0])
     columns = grid_of(len(shown), width=width, narrowest=1.6, most=6)
-    height = (min(PANEL, width / columns) + 0.2) * math.ceil(len(shown) / columns)
+    height = (min(1.9, width / columns) + 0.2) * math.ceil(len(shown) / columns)
     figure, grid = panels(len(shown), columns=columns, size=(width, height))
-    colors = _ramp(clouds[0][:, dims[0]])
-    for axes, layer in zip(grid, shown, strict=True):
-        parts.cloud(axes, clouds[layer][:, dims], colors, equal=names is None)
-        axes.set_title(_layer_name(stack, layer), loc="center")
+    # A color for each draw by its rank, from dark to light, which color-blind readers can tell apart; the lightest
+    # colors are left out, since they are not seen on white.
+    ranks = clouds[0][:, dims[0]].argsort().argsort().double().cpu().numpy() / max(count - 1, 1)
+    colors = np.asarray(matplotlib.colormaps["viridis"](0.85 * ranks))
+    for axes, number in zip(grid, shown, strict=True):
+        parts.cloud(axes, clouds[number][:, dims], colors, equal=names is None)
+        axes.set_title(_layer_name(stack, number), loc="center")
     if names is not None:
         figure.supxlabel(f"{parts.plain(names[dims[0]])}, unconstrained", fontsize=9)
         figure.supylabel(f"{parts.plain(names[dims[1]])}, unconstrained", fontsize=9)
@@ -107,16 +111,6 @@ def _number(given: str | int, names: list[str] | None, dim: int) -> int:
     return given
 
 
-@torch.no_grad()
-def _clouds(flow: Flow, stack: list[Bijection], count: int, seed: int) -> list[Tensor]:
-    """Return draws of the base, and what they are after each layer."""
-    with seeded(seed, flow._like.device):
-        clouds = [flow.base_distribution().sample((count,))]
-        for layer in stack:
-            clouds.append(layer.forward_and_ladj(clouds[-1])[0])
-    return clouds
-
-
 def _stack(bijection: Bijection) -> list[Bijection]:
     """Return the layers of chains, and of chains in them, one by one."""
     if not isinstance(bijection, Compose):
@@ -129,15 +123,6 @@ def _layer_name(stack: list[Bijection], layer: int) -> str:
     if layer == 0:
         return "base"
     last = stack[layer - 1]
-    if isinstance(last, SinhArcsinh) and layer > 1:
-        return f"layer {layer}: tails"
-    affine = isinstance(last, (DiagonalAffine, LowerTriangularAffine)) and layer > 1
-    return f"layer {layer}: affine" if affine else f"layer {layer}"
-
-
-def _ramp(values: Tensor) -> np.ndarray:
-    """A color for each draw by its rank, from dark to light, which color-blind readers can tell apart."""
-    import matplotlib
-
-    ranks = values.argsort().argsort().double().cpu().numpy() / max(len(values) - 1, 1)
-    return np.asarray(matplotlib.colormaps["viridis"](LIGHTEST * ranks))
+    affine = isinstance(last, (DiagonalAffine, LowerTriangularAffine))
+    kind = ": tails" if isinstance(last, SinhArcsinh) else ": affine" if affine else ""
+    return f"layer {layer}{kind if layer > 1 else ''}"

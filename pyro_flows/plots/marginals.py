@@ -10,9 +10,9 @@ import numpy as np
 
 from pyro_flows._figures import INK, SHOWN, WIDTH, color_of, grid_of, panels, styled
 from pyro_flows.plots import parts
-from pyro_flows.plots.scalars import Choice, Names, Posteriors, common, named
-from pyro_flows.results.labeled import posterior_group as used
-from pyro_flows.results.labeled import prior_group
+from pyro_flows.plots.scalars import Names, Posteriors, common, named, scalars_of
+from pyro_flows.results.arviz_groups import posterior_group as used
+from pyro_flows.results.arviz_groups import prior_group
 from pyro_flows.results.record import Record
 
 if TYPE_CHECKING:
@@ -20,10 +20,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-COLUMNS, NARROWEST, HEIGHT, HIGHEST = 4, 1.7, 1.55, 2.4  # of panels; inches
 BINS = 45
 STEP = 0.06  # of a panel's height between the bars of two posteriors
-OUTSIDE = 1.0  # ranges of the posterior that are shown on either side of it, if the prior is wider
 
 
 @styled
@@ -62,8 +60,8 @@ def plot_posterior(
     >>> len(pf.plots.plot_posterior(posterior, "x").axes)
     1
     """
-    posteriors, choice = named(posterior), Choice(var_names, filter_vars, coords)
-    layers = {name: choice.of(used(each)) for name, each in posteriors.items()}
+    posteriors = named(posterior)
+    layers = {name: scalars_of(used(each), var_names, filter_vars, coords) for name, each in posteriors.items()}
     return _grid(posteriors, layers, "Posterior marginals", max_panels=max_panels, width=width)
 
 
@@ -97,17 +95,16 @@ def plot_prior_posterior(
 
     >>> import torch, pyro, pyro.distributions as dist, pyro_flows as pf
     >>> def model(y):
-    ...     mu = pyro.sample("mu", dist.Normal(0.0, 10.0))
-    ...     with pyro.plate("row", len(y)):
-    ...         pyro.sample("y", dist.Normal(mu, 1.0), obs=y)
-    >>> guide = lambda y: pyro.sample("mu", dist.Normal(y.sum() / 3.01, 3.01**-0.5))
-    >>> posterior = pf.diagnose(model, guide, torch.tensor([0.4, 1.3, -0.2]), draws=400)
+    ...     mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+    ...     pyro.sample("y", dist.Normal(mu, 1.0), obs=y)
+    >>> guide = lambda y: pyro.sample("mu", dist.Normal(y / 2, 0.5**0.5))
+    >>> posterior = pf.diagnose(model, guide, torch.tensor(1.0), draws=400)
     >>> len(pf.plots.plot_prior_posterior(posterior, "mu").axes)
     1
     """
-    posteriors, choice = named(posterior), Choice(var_names, filter_vars, coords)
-    prior = choice.of(prior_group(posterior))
-    layers = {name: choice.of(used(each)) for name, each in posteriors.items()}
+    posteriors = named(posterior)
+    prior = scalars_of(prior_group(posterior), var_names, filter_vars, coords)
+    layers = {name: scalars_of(used(each), var_names, filter_vars, coords) for name, each in posteriors.items()}
     return _grid(posteriors, layers, "Prior and posterior", max_panels=max_panels, width=width, prior=prior)
 
 
@@ -123,15 +120,14 @@ def _grid(
     """Draw a panel for each scalar that all layers have."""
     labels = common(layers if prior is None else {**layers, "prior": prior})
     shown = labels[:max_panels]
-    columns = grid_of(len(shown), width=width, narrowest=NARROWEST, most=COLUMNS)
-    height = max(HEIGHT, min(HIGHEST, 0.45 * width / columns))
+    columns = grid_of(len(shown), width=width, narrowest=1.7, most=4)
+    height = max(1.55, min(2.4, 0.45 * width / columns))  # inches of a panel
     foot = 0.5 if len(layers) == 1 and prior is None else 0.9
     figure, grid = panels(len(shown), columns=columns, size=(width, height * math.ceil(len(shown) / columns) + foot))
     handles: list[Artist] = []
     for axes, label in zip(grid, shown, strict=True):
         values = [layer[label] for layer in layers.values()]
-        found = _marginal(axes, label, values, None if prior is None else prior[label])
-        handles = found or handles
+        handles = _marginal(axes, label, values, None if prior is None else prior[label]) or handles
     names = parts.with_status(posteriors) if prior is None else ["posterior", "prior"]
     parts.foot(figure, "bar: central 89 %; dot: mean", handles, names, columns=int(width / 1.8))
     parts.heading(figure, posteriors, text + parts.cut(shown, labels))
@@ -164,13 +160,13 @@ def _marginal(axes: Axes, label: str, layers: list[np.ndarray], prior: np.ndarra
 
 
 def _range(layers: list[np.ndarray], prior: np.ndarray | None) -> tuple[float, float]:
-    """Return where the layers lie, and the prior, unless that is much wider."""
+    """Return where the layers lie, and the prior, up to a range of the layers on either side of them."""
     bounds = np.array([np.quantile(values, SHOWN) for values in layers])
     low, high = float(bounds[:, 0].min()), float(bounds[:, 1].max())
     finite = np.array([]) if prior is None else prior[np.isfinite(prior)]
     if len(finite):
         left, right = np.quantile(finite, SHOWN)
-        wide = OUTSIDE * (high - low)
+        wide = high - low
         low, high = max(min(low, left), low - wide), min(max(high, right), high + wide)
     return low, high
 

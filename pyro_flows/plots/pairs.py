@@ -12,7 +12,6 @@ import numpy as np
 from pyro_flows._figures import FLOW, WIDTH, color_of, limits, opaque, panels, styled
 from pyro_flows.plots import parts
 from pyro_flows.plots.scalars import (
-    Choice,
     Names,
     Posteriors,
     Transform,
@@ -22,10 +21,11 @@ from pyro_flows.plots.scalars import (
     raw,
     raw_label,
     scalar,
+    scalars_of,
     transformed,
     variable,
 )
-from pyro_flows.results.labeled import posterior_group as used
+from pyro_flows.results.arviz_groups import posterior_group as used
 from pyro_flows.results.record import Record
 
 if TYPE_CHECKING:
@@ -33,10 +33,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-SCATTERED = 2000
+SCATTERED = 2000  # points at most
 BINS = 40
-HIGHEST = 4.8  # inches of a figure of one panel
-LETTERS = 11  # of a legend, an inch
 Layer = dict[str, np.ndarray]
 
 
@@ -95,45 +93,32 @@ def plot_pairs(
     if scalars:
         layers = {name: {each: scalar(draws, each, transform) for each in scalars} for name, draws in datasets.items()}
     else:
-        choice = Choice(var_names, filter_vars, coords)
-        layers = {name: _chosen(choice.of(draws), transform) for name, draws in datasets.items()}
-    return _drawn(posteriors, layers, transform, max_scalars, width)
-
-
-def _chosen(layer: Layer, transform: Transform | None) -> Layer:
-    return {label: transformed(values, variable(label), transform) for label, values in layer.items()}
-
-
-def _drawn(
-    posteriors: Mapping[str, Record],
-    layers: Mapping[str, Layer],
-    transform: Transform | None,
-    most: int,
-    width: float,
-) -> Figure:
-    labels = common(layers)
-    if len(labels) < 2:
-        raise ValueError(f"posterior: expected two scalars or more, got {labels[0]!r}. Name others.")
-    shown = labels[:most]
+        chosen = {name: scalars_of(draws, var_names, filter_vars, coords) for name, draws in datasets.items()}
+        layers = {
+            name: {label: transformed(values, variable(label), transform) for label, values in layer.items()}
+            for name, layer in chosen.items()
+        }
+    every = common(layers)
+    if len(every) < 2:
+        raise ValueError(f"posterior: expected two scalars or more, got {every[0]!r}. Name others.")
+    shown = every[:max_scalars]
     titles = {label: axis_label(label, transform) for label in shown}
     if len(shown) == 2:
-        figure = _single(posteriors, layers, titles, width)
-    else:
-        figure = _triangle(posteriors, layers, titles, width, "Pairs" + parts.cut(shown, labels))
-    return figure
+        return _single(posteriors, layers, titles, width)
+    return _triangle(posteriors, layers, titles, width, "Pairs" + parts.cut(shown, every))
 
 
 def _single(
     posteriors: Mapping[str, Record], layers: Mapping[str, Layer], titles: dict[str, str], width: float
 ) -> Figure:
-    figure, (axes,) = panels(1, size=(width, min(0.93 * width, HIGHEST)))
+    figure, (axes,) = panels(1, size=(width, min(0.93 * width, 4.8)))
     handles = _panel(axes, list(layers.values()), *titles, size=3.5)
     for label, name in zip(titles.values(), ("x", "y"), strict=True):
         axes.set(**{f"{name}label": parts.plain(label)})
     if len(layers) > 1:
         first, *others = parts.with_status(posteriors)
         names = [f"{first}: all draws, 50 % and 90 %", *(f"{name}: 50 % and 90 % of its draws" for name in others)]
-        most = int(LETTERS * width)
+        most = int(11 * width)  # letters of a line
         narrow = width < parts.NARROW or len(names) > 2 or sum(map(len, names)) > most
         names = [textwrap.fill(name.replace(" %", "\xa0%"), most).replace("\xa0", " ") for name in names]
         opaque(figure.legend(handles, names, loc="outside lower center", markerscale=3, ncols=1 if narrow else 2))
@@ -166,11 +151,8 @@ def _triangle(
         if column == 0 < row:
             axes.set_ylabel(parts.short(titles[names[row]]), fontsize=7)
     if len(layers) > 1:
-        opaque(
-            figure.legend(
-                handles, list(map(parts.plain, layers)), loc="outside lower center", ncols=len(layers), markerscale=3
-            )
-        )
+        names = list(map(parts.plain, layers))
+        opaque(figure.legend(handles, names, loc="outside lower center", ncols=len(layers), markerscale=3))
     figure.align_ylabels([axes for axes in grid if axes.get_ylabel()])
     parts.heading(figure, dict([next(iter(posteriors.items()))]) if len(layers) == 1 else posteriors, text)
     return figure
@@ -181,18 +163,14 @@ def _panel(axes: Axes, layers: list[Layer], x: str, y: str, *, size: float) -> l
     clouds = [np.stack([layer[x], layer[y]], -1) for layer in layers]
     axes.set_xlim(*limits([cloud[:, 0] for cloud in clouds]))
     axes.set_ylim(*limits([cloud[:, 1] for cloud in clouds]))
-    across, upwards = clouds[0][_spread_out(len(clouds[0]))].T
+    step = max(1, math.ceil(len(clouds[0]) / SCATTERED))  # of draws of all chains, which stand one after the other
+    across, upwards = clouds[0][::step].T
     handles: list[Artist] = [
         *axes.plot(across, upwards, ".", color=FLOW, alpha=0.5, markersize=size, markeredgewidth=0, rasterized=True)
     ]
     if len(clouds) > 1:
         handles += [parts.regions(axes, cloud, number, color_of(number)[0]) for number, cloud in enumerate(clouds)][1:]
     return handles
-
-
-def _spread_out(count: int) -> slice:
-    """Return which draws are scattered: chains stand one after the other, so these are taken from all of them."""
-    return slice(None, None, max(1, math.ceil(count / SCATTERED)))
 
 
 def _diagonal(axes: Axes, layers: list[np.ndarray]) -> None:

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from pyro_flows import _arrays, _arviz
+from pyro_flows import _arviz
 from pyro_flows._figures import FLOW, INK, SHOWN, WIDTH, grid_of, panels, styled
 from pyro_flows.plots import parts
 from pyro_flows.plots.scalars import Names
-from pyro_flows.results.labeled import predictive_groups
+from pyro_flows.results.arviz_groups import predictive_groups
 from pyro_flows.results.record import Record
 
 if TYPE_CHECKING:
@@ -20,9 +20,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-REPLICATES = 500
 GRID = 120  # values at which distribution functions are compared
-BANDS = (((0.055, 0.945), 0.2), ((0.25, 0.75), 0.45))  # quantiles and opacity
 
 
 @styled
@@ -56,11 +54,10 @@ def plot_predictive(
 
     >>> import torch, pyro, pyro.distributions as dist, pyro_flows as pf
     >>> def model(y):
-    ...     mu = pyro.sample("mu", dist.Normal(0.0, 10.0))
-    ...     with pyro.plate("row", len(y)):
-    ...         pyro.sample("y", dist.Normal(mu, 1.0), obs=y)
-    >>> guide = lambda y: pyro.sample("mu", dist.Normal(y.sum() / 3.01, 3.01**-0.5))
-    >>> posterior = pf.diagnose(model, guide, torch.tensor([0.4, 1.3, -0.2]), draws=400)
+    ...     mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+    ...     pyro.sample("y", dist.Normal(mu, 1.0), obs=y)
+    >>> guide = lambda y: pyro.sample("mu", dist.Normal(y / 2, 0.5**0.5))
+    >>> posterior = pf.diagnose(model, guide, torch.tensor(1.0), draws=400)
     >>> len(pf.plots.plot_predictive(posterior).axes)
     1
     """
@@ -85,8 +82,8 @@ def predictive_data(
     coords: Mapping[str, object] | None = None,
 ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     """Return the data (N,) and replicates (R, N) of each observed site, the same entries of both."""
-    observed, replicates = predictive_groups(posterior, REPLICATES)
-    chosen = _arviz.select(_arrays.entries(replicates, coords), var_names, filter_vars)
+    observed, replicates = predictive_groups(posterior, 500)
+    chosen = _arviz.select(replicates, var_names, filter_vars, coords)
     names = [str(name) for name in chosen.data_vars if name in observed]
     wanted = {dim: chosen[dim] for dim in (coords or {}) if dim in observed.dims}
     observed = observed.sel(wanted)
@@ -98,12 +95,15 @@ def predictive_data(
 def _compare(axes: Axes, name: str, data: np.ndarray, replicates: np.ndarray) -> list[Artist]:
     low, high = _range(data, replicates)
     counts = parts.whole([data, replicates])
-    values = _whole_numbers(low, high) if counts else np.linspace(low, high, GRID)
+    values = np.linspace(low, high, GRID)
+    if counts:  # distribution functions of counts step at whole numbers
+        step = max(1, round((high - low) / (4 * GRID)))
+        values = np.concatenate([[low], np.arange(math.ceil(low), high, step), [high]])
     own = np.searchsorted(np.sort(data), values, side="right") / len(data)
     ordered = np.sort(replicates, axis=1)
     others = np.stack([np.searchsorted(row, values, side="right") for row in ordered]) / len(data)
     bands = []
-    for quantiles, alpha in BANDS:
+    for quantiles, alpha in ((parts.INTERVAL, 0.2), (parts.INNER, 0.45)):
         lower, upper = np.quantile(others, quantiles, axis=0)
         bands.append(axes.fill_between(values, lower, upper, step="post", color=FLOW, alpha=alpha, linewidth=0))
     (line,) = axes.step(values, own, where="post", color=INK, linestyle="-", linewidth=1.4)
@@ -111,12 +111,6 @@ def _compare(axes: Axes, name: str, data: np.ndarray, replicates: np.ndarray) ->
     axes.locator_params(axis="y", nbins=5)
     axes.locator_params(axis="x", nbins=5, integer=counts)
     return [line, bands[1], bands[0]]
-
-
-def _whole_numbers(low: float, high: float) -> np.ndarray:
-    """Return whole numbers between two ends, and these: where distribution functions of counts step."""
-    step = max(1, round((high - low) / (4 * GRID)))
-    return np.concatenate([[low], np.arange(math.ceil(low), high, step), [high]])
 
 
 def _range(data: np.ndarray, replicates: np.ndarray) -> tuple[float, float]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pyro_flows import _arrays, _arviz, _checks
-from pyro_flows.results.labeled import named_draws, posterior_group
+from pyro_flows.results.arviz_groups import named_draws, posterior_group
 from pyro_flows.results.record import Record
 from pyro_flows.verdict.methods import GUIDE
 
@@ -24,55 +23,37 @@ Names = str | Sequence[str] | None
 Transform = Mapping[str, Callable[[Tensor], Tensor]]
 
 
-@dataclass(frozen=True)
-class Choice:
-    """Which scalars are wanted, in ArviZ's words."""
-
-    var_names: Names = None
-    filter_vars: str | None = None
-    coords: Mapping[str, object] | None = None
-
-    def of(self, draws: xr.Dataset) -> dict[str, np.ndarray]:
-        """Return the draws (S,) of each scalar by its label, ``theta[Choate]``."""
-        found = _arviz.select(_arrays.entries(draws, self.coords), self.var_names, self.filter_vars)
-        return {label: column for values in found.data_vars.values() for label, column in _columns(values)}
+def scalars_of(
+    draws: xr.Dataset, var_names: Names, filter_vars: str | None, coords: _arrays.Coords
+) -> dict[str, np.ndarray]:
+    """Return the draws (S,) of each scalar by its label, ``theta[Choate]``, of those that are chosen as in ArviZ."""
+    found = _arviz.select(draws, var_names, filter_vars, coords)
+    return {label: column for values in found.data_vars.values() for label, column in _columns(values)}
 
 
 def named(posteriors: Posteriors) -> dict[str, Record]:
-    """Return posteriors by name; one that comes without is called by its method or guide.
-
-    Raises:
-        ValueError: for anything but a posterior, or a mapping with at least one.
-    """
+    """Return posteriors by name; one that comes without is called by its method or guide. Refuse anything else."""
     found = posteriors if isinstance(posteriors, Mapping) else {"": posteriors}
     if not found or not all(isinstance(posterior, Record) for posterior in found.values()):
         kinds = ", ".join(sorted({type(posterior).__name__ for posterior in found.values()})) or "none"
         raise ValueError(f"posterior: expected a Posterior, or several by name, {{'flow': a, 'NUTS': b}}, got {kinds}.")
     if isinstance(posteriors, Record):
-        return {label_of(posteriors): posteriors}
+        return {_label(posteriors, posteriors.method): posteriors}
     return {str(name): posterior for name, posterior in found.items()}
 
 
-def label_of(posterior: Record) -> str:
-    """Return what made the draws to use: the method, or the class of a guide or sampler that is the caller's."""
-    return _named(posterior, posterior.method)
+def _label(posterior: Record, method: str) -> str:
+    """Return what made draws: the method, or the class of a guide or sampler that is the caller's."""
+    return posterior.guide_name if posterior._of_mcmc or method == GUIDE else method
 
 
 def raw_label(posterior: Record) -> str:
     """Return what made the guide's own draws."""
-    return _named(posterior, posterior.verdict.guide_method)
-
-
-def _named(posterior: Record, method: str) -> str:
-    return posterior.guide_name if posterior._of_mcmc or method == GUIDE else method
+    return _label(posterior, posterior.verdict.guide_method)
 
 
 def raw(posterior: Record) -> xr.Dataset:
-    """The guide's own draws, before any resampling or sampler.
-
-    Raises:
-        ValueError: if these take the model, and the posterior has none.
-    """
+    """Return the guide's own draws, before any resampling or sampler; they may take the model."""
     if not posterior._replaced:
         return posterior_group(posterior)
     if posterior._stored is not None and "raw_posterior" in posterior._stored[0]:
@@ -83,11 +64,7 @@ def raw(posterior: Record) -> xr.Dataset:
 
 
 def common(layers: Mapping[str, Mapping[str, np.ndarray]]) -> list[str]:
-    """Return the labels that all layers have, in the first one's order.
-
-    Raises:
-        ValueError: if there are none.
-    """
+    """Return the labels that all layers have, in the first one's order, or raise a ValueError if there are none."""
     first, *others = layers.values()
     found = [label for label in first if all(label in other for other in others)]
     if not found:
@@ -99,19 +76,15 @@ def common(layers: Mapping[str, Mapping[str, np.ndarray]]) -> list[str]:
 
 
 def scalar(draws: xr.Dataset, label: str, transform: Transform | None = None) -> np.ndarray:
-    """Return the draws (S,) of one scalar, such as ``mu``, ``theta[3]`` or ``theta[Choate]``, transformed.
-
-    Raises:
-        ValueError: for a label that is none, with one that is.
-    """
+    """Return the draws (S,) of one scalar, such as ``mu``, ``theta[3]`` or ``theta[Choate]``, transformed."""
     name = label if label in draws else variable(label)
     values = draws[_checks.choice("var_names", name, map(str, draws.data_vars))]
     found = dict(_columns(values))
     key = re.sub(r",\s*", ", ", label)
+    shape = tuple(size for dim, size in values.sizes.items() if dim not in _arrays.SAMPLE_DIMS)
     if key not in found:  # by position, whatever the labels
-        key = dict(zip(_positions(values), found, strict=True)).get(key, key)
+        key = dict(zip(_arrays.indexed(name, map(range, shape)), found, strict=True)).get(key, key)
     if key not in found:
-        shape = tuple(size for dim, size in values.sizes.items() if dim not in _arrays.SAMPLE_DIMS)
         example = next(iter(found))
         raise ValueError(f"{label!r}: expected one scalar; site {name!r} has shape {shape}, so {example!r}, say.")
     return transformed(found[key], name, transform)
@@ -138,10 +111,3 @@ def _columns(values: xr.DataArray) -> list[tuple[str, np.ndarray]]:
     array = values.to_numpy()
     flat = array.reshape(array.shape[0] * array.shape[1], -1).astype(float)
     return list(zip(_arrays.entry_labels(values), flat.T, strict=True))
-
-
-def _positions(values: xr.DataArray) -> list[str]:
-    sizes = [size for dim, size in values.sizes.items() if dim not in _arrays.SAMPLE_DIMS]
-    return [
-        f"{values.name}[{', '.join(map(str, index))}]" if index else str(values.name) for index in np.ndindex(*sizes)
-    ]

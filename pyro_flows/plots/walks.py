@@ -102,16 +102,19 @@ def to_normal(flow: Flow, x: Tensor) -> Tensor:
     Raises:
         ValueError: for a base without a closed form in both tails.
 
-    Shapes: as ``x``. Cost: O(D) each.
+    Shapes: as ``x``. Cost: O(D) each. Those of a logistic base have no gradients.
 
     >>> import torch, pyro_flows as pf
     >>> to_normal(pf.realnvp(2, base="logistic"), torch.zeros(2)).round(decimals=6).abs().tolist()
     [0.0, 0.0]
     """
+    from scipy.special import ndtri_exp
+
     if _base(flow) == "normal":
         return x
     # log F(-|x|) = -softplus(|x|); the tail beyond float's smallest probability is reached through the logarithm
-    return torch.copysign(-_normal_quantile(-torch.nn.functional.softplus(x.abs())), x)
+    log_p = -torch.nn.functional.softplus(x.abs()).detach().double().cpu()
+    return torch.copysign(torch.as_tensor(ndtri_exp(log_p.numpy())).to(x), x)
 
 
 def from_normal(flow: Flow, z: Tensor) -> Tensor:
@@ -136,17 +139,6 @@ def _base(flow: Flow) -> str:
     if flow.base not in ("normal", "logistic"):
         raise ValueError(f"flow: expected a normal or logistic base, got {flow.base!r}.")
     return flow.base
-
-
-def _normal_quantile(log_p: Tensor) -> Tensor:
-    """Return z < 0 with ``log Phi(z) = log_p``, for ``log_p <= log 1/2``: Newton's method on the concave log_ndtr."""
-    work = log_p.double()
-    z = -torch.sqrt((-2.0 * (work + math.log(2.0))).clamp(min=0.0))
-    for _ in range(50):
-        lower = torch.special.log_ndtr(z)
-        slope = torch.exp(-0.5 * z.square() - 0.5 * math.log(2.0 * math.pi) - lower)
-        z = (z - (lower - work) / slope).clamp(max=0.0)
-    return z.to(log_p)
 
 
 @_checks.options

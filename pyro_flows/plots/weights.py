@@ -17,8 +17,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-BINS = 50
-
 
 @styled
 def plot_weights(posterior: Record, *, width: float = WIDTH) -> Figure:
@@ -42,11 +40,10 @@ def plot_weights(posterior: Record, *, width: float = WIDTH) -> Figure:
 
     >>> import torch, pyro, pyro.distributions as dist, pyro_flows as pf
     >>> def model(y):
-    ...     mu = pyro.sample("mu", dist.Normal(0.0, 10.0))
-    ...     with pyro.plate("row", len(y)):
-    ...         pyro.sample("y", dist.Normal(mu, 1.0), obs=y)
-    >>> guide = lambda y: pyro.sample("mu", dist.Normal(y.sum() / 3.01, 3.01**-0.5))
-    >>> posterior = pf.diagnose(model, guide, torch.tensor([0.4, 1.3, -0.2]), draws=400)
+    ...     mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+    ...     pyro.sample("y", dist.Normal(mu, 1.0), obs=y)
+    >>> guide = lambda y: pyro.sample("mu", dist.Normal(y / 2, 0.5**0.5))
+    >>> posterior = pf.diagnose(model, guide, torch.tensor(1.0), draws=400)
     >>> len(pf.plots.plot_weights(posterior).axes)
     2
     """
@@ -61,21 +58,16 @@ def plot_weights(posterior: Record, *, width: float = WIDTH) -> Figure:
     figure, (left, right) = panels(2, columns=columns, size=(width, 5.6 if narrow else 3.4))
     _histogram(left, (finite - level).numpy(), len(ratios) - len(finite))
     _tail(right, (finite - level).numpy(), len(ratios), tail, float(finite.max()) - level)
-    right.set_title(_words(posterior, tail, len(ratios)), loc="left", fontsize=8)
+    said = f"k-hat of these {len(ratios)} draws {tail.k_hat:.2f}\nthe verdict's {posterior.verdict.k_hat:.2f}, "
+    right.set_title(f"{said}threshold {posterior.verdict.k_threshold:.2f}", loc="left", fontsize=8)
     parts.heading(figure, {"": posterior}, "Importance weights")
     return figure
 
 
-def _words(posterior: Record, tail: Tail, count: int) -> str:
-    verdict = posterior.verdict
-    own = f"k-hat of these {count} draws {tail.k_hat:.2f}"
-    return f"{own}\nthe verdict's {verdict.k_hat:.2f}, threshold {verdict.k_threshold:.2f}"
-
-
 def _histogram(axes: Axes, logs: np.ndarray, broken: int) -> None:
     low, high = np.quantile(logs, 0.001), logs.max()
-    bins = np.linspace(low, high, BINS) if high - low > 1e-9 else np.linspace(low - 0.01, high + 0.01, BINS)
-    parts.histogram(axes, logs, bins)
+    margin = 0.0 if high - low > 1e-9 else 0.01
+    parts.histogram(axes, logs, np.linspace(low - margin, high + margin, 50))
     axes.axvline(0.0, color=INK, linewidth=0.8, linestyle=(0, (4, 3)))
     axes.set_ylim(0, None)
     parts.silence(axes)
@@ -85,6 +77,8 @@ def _histogram(axes: Axes, logs: np.ndarray, broken: int) -> None:
 
 def _tail(axes: Axes, logs: np.ndarray, count: int, tail: Tail, largest: float) -> None:
     """Draw the share of draws above each weight; the fit is of weights of which the largest is 1."""
+    from scipy.stats import genpareto
+
     ordered = np.sort(logs)[::-1]
     shares = (np.arange(len(ordered)) + 0.5) / count
     shown = slice(0, min(len(ordered), 4 * max(tail.size, 1)))
@@ -96,11 +90,9 @@ def _tail(axes: Axes, logs: np.ndarray, count: int, tail: Tail, largest: float) 
         return
     scale = math.exp(largest)
     span = np.geomspace(tail.cutoff * scale, max(weights.max(), tail.cutoff * scale * 1.001), 200)
-    x = (span / scale - tail.cutoff) / tail.scale
-    inside = 1.0 + tail.k_hat * x
-    with np.errstate(divide="ignore", invalid="ignore"):
-        fitted = np.exp(-x) if abs(tail.k_hat) < 1e-9 else np.where(inside > 0, inside, np.nan) ** (-1.0 / tail.k_hat)
-    axes.plot(span, tail.size / count * fitted, color=BASE, linestyle="-", linewidth=1.6, label="Pareto tail, fitted")
+    above = genpareto.sf((span / scale - tail.cutoff) / tail.scale, tail.k_hat)
+    fitted = tail.size / count * np.where(above > 0, above, np.nan)
+    axes.plot(span, fitted, color=BASE, linestyle="-", linewidth=1.6, label="Pareto tail, fitted")
     left, right = axes.get_xlim()
     axes.axvspan(tail.cutoff * scale, right, color=BASE, alpha=0.5 * FILLED, linewidth=0)
     axes.set_xlim(left, right)
@@ -117,11 +109,11 @@ def _few_ticks(axes: Axes) -> None:
     decades = math.log10(high / low)
     if decades > 2.0:
         return
-    axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 1.5, 2.0, 3.0, 5.0, 7.0) if decades > 0.3 else None, numticks=6))
     if decades <= 0.3:
         axes.set_xscale("linear")
         axes.locator_params(axis="x", nbins=4)
         return
+    axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 1.5, 2.0, 3.0, 5.0, 7.0), numticks=6))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_minor_formatter(NullFormatter())

@@ -1,1 +1,1 @@
-"""Yesterday's posterior as today's prior."""
+"""Priors for new data that are fitted to the draws of a posterior."""

@@ -65,8 +65,7 @@ class Sample(NamedTuple):
 
     def weighted(self, log_factor: Tensor) -> Sample:
         """Return the sample with weights multiplied by the exponentials of (S,) numbers."""
-        log_weights = self.weights.log() + log_factor
-        return self._replace(weights=torch.softmax(log_weights, 0))
+        return self._replace(weights=torch.softmax(self.weights.log() + log_factor, 0))
 
 
 class Moments(NamedTuple):
@@ -114,11 +113,10 @@ def compared(wanted: Sample, has: Sample, within: tuple[Tensor, Tensor], *, same
     Most errors cancel if both samples are the ``same`` draws but for weights and small moves.
     """
     one, other = moments(wanted, within), moments(has, within)
+    errors = [torch.hypot(*pair) for pair in zip(one[2:], other[2:], strict=True)]
     if same:
         pairs = zip(_influences(wanted, within)[2], _influences(has, within)[2], strict=True)
         errors = [(part - known).square().sum(0).sqrt() for part, known in pairs]
-    else:
-        errors = [torch.hypot(*pair) for pair in zip(one[2:], other[2:], strict=True)]
     return Moments((one.mean - other.mean) / one.sd, (one.sd / other.sd).log(), *errors)
 
 

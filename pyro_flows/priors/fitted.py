@@ -65,12 +65,10 @@ class FittedPrior(nn.Module):
 
     >>> import torch, pyro, pyro.distributions as dist, pyro_flows as pf
     >>> def model(y):
-    ...     mu = pyro.sample("mu", dist.Normal(0.0, 10.0))
-    ...     with pyro.plate("row", len(y)):
-    ...         pyro.sample("y", dist.Normal(mu, 1.0), obs=y)
-    >>> guide = lambda y: pyro.sample("mu", dist.Normal(y.sum() / 4.01, 4.01**-0.5))
-    >>> y = torch.tensor([0.4, 1.3, -0.2, 0.9])
-    >>> posterior = pf.diagnose(model, guide, y, draws=400)
+    ...     mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+    ...     pyro.sample("y", dist.Normal(mu, 1.0), obs=y)
+    >>> guide = lambda y: pyro.sample("mu", dist.Normal(y / 2, 0.5**0.5))
+    >>> posterior = pf.diagnose(model, guide, torch.tensor(1.0), draws=400)
     >>> prior = pf.prior_from(posterior, "mu", max_epochs=1)
     >>> prior.sites, prior().sample((5,)).shape
     (('mu',), torch.Size([5]))
@@ -84,14 +82,14 @@ class FittedPrior(nn.Module):
         self.mean_error, self.sd_error, self.links = error
 
     @classmethod
-    def _of(cls, posterior: Record, names: Sequence[str], *, door: str = "prior_from", **options: Any) -> FittedPrior:
+    def _of(cls, posterior: Record, names: Sequence[str], *, by: str = "prior_from", **options: Any) -> FittedPrior:
         """Make a prior of some latent sites; warn of one that may be too far off."""
-        made = make(posterior, names, **options)
-        posterior._hand_on(f"{door}()")
-        found = cls(*made[:2], status=posterior.verdict.status, verdict=str(posterior.verdict), error=made.error)
+        flow, parts, error = make(posterior, names, **options)
+        posterior._hand_on(f"{by}()")
+        found = cls(flow, parts, status=posterior.verdict.status, verdict=str(posterior.verdict), error=error)
         if PRIOR_ERROR_MOST < max(found.mean_error, found.sd_error) < math.inf:
             warnings.warn(
-                f"{door}: {found._how_far()}. Fit with more draws (draws=20_000), or refit all data at once by "
+                f"{by}: {found._how_far()}. Fit with more draws (draws=20_000), or refit all data at once by "
                 "prior.refresh(model, *data).",
                 stacklevel=outside(),
             )
@@ -167,7 +165,7 @@ class FittedPrior(nn.Module):
             got = ", ".join(site for own in of.values() for site in own)
             raise ValueError(f"model: expected the latent sites {', '.join(self.sites)}, got {got}.")
         seed, progress = options.get("seed", 0), options.get("progress", True)
-        found = self._of(posterior, names, door="refresh", seed=seed, max_epochs=None, progress=progress)
+        found = self._of(posterior, names, by="refresh", seed=seed, max_epochs=None, progress=progress)
         shapes, before = ({part.name: tuple(part.shape) for part in prior.parts} for prior in (found, self))
         if shapes != before:
             raise ValueError(f"model: expected sites of the shapes {before}, got {shapes}.")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -31,29 +31,19 @@ from pyro_flows.verdict.psis import psis
 if TYPE_CHECKING:
     from pyro_flows.results.record import Record
 
-LAYERS = 4
 DRAWS = 20_000
 OWN_ERROR_MOST = 0.02  # of a posterior's own flow, in sds; above, it is trained on
 STEPS, PARTICLES = 500, 256  # of this training, at most
 BATCH = 1024  # draws a step: a posterior is near to a normal distribution, and noise of small batches takes it away
-HELD_OUT = 0.15  # of the distinct draws
-LEAST_DRAWS = 100
-LOST = 0.01  # of the draws, at the edge of a support by rounding
 
 
-class Made(NamedTuple):
-    """What a fitted prior is made of."""
-
-    flow: Flow
-    parts: list[Part]
-    error: PriorError
-
-
-def make(posterior: Record, names: Sequence[str], *, seed: int, max_epochs: int | None, progress: bool) -> Made:
-    """Fit a flow to the draws to use of some sites, and say how far it may be off."""
+def make(
+    posterior: Record, names: Sequence[str], *, seed: int, max_epochs: int | None, progress: bool
+) -> tuple[Flow, list[Part], PriorError]:
+    """Fit a flow to the draws to use of some sites; return it with these sites, and how far it may be off."""
     density = posterior._need_density()
-    if len(posterior._used) < LEAST_DRAWS:
-        raise ValueError(f"posterior: expected at least {LEAST_DRAWS} draws, got {len(posterior._used)}.")
+    if len(posterior._used) < 100:
+        raise ValueError(f"posterior: expected at least 100 draws, got {len(posterior._used)}.")
     earlier = _earlier(density)
     links = 1 + max((fn.error.links for fn in earlier.values()), default=0)
     seed = derive(seed, f"prior {links}")  # of the same numbers at each link, errors would not average out
@@ -70,7 +60,7 @@ def make(posterior: Record, names: Sequence[str], *, seed: int, max_epochs: int 
     error = accumulated(errors, z.shape[1], [fn.error for fn in earlier.values()])
     if posterior.verdict.status == "unreliable":
         error = UNKNOWN._replace(links=error.links)
-    return Made(flow, [part for own_parts in by_name.values() for part in own_parts], error)
+    return flow, [part for own_parts in by_name.values() for part in own_parts], error
 
 
 def _earlier(density: LogDensity) -> dict[str, PriorDistribution]:
@@ -149,7 +139,7 @@ def _repaired(z: Tensor) -> Tensor:
     """Return coordinates (S, D) in which draws rounded onto the edge of a support are replaced by the ones before."""
     finite = torch.isfinite(z).all(1)
     lost = 1.0 - float(finite.double().mean())
-    if lost > LOST:
+    if lost > 0.01:
         raise ValueError(
             f"posterior: {100 * lost:.1f} % of the draws lie at the edge of a support by rounding; fit in float64."
         )
@@ -187,20 +177,12 @@ def _fitted(z: Tensor, weights: Tensor, seed: int, max_epochs: int | None, progr
     with alone(), seeded(derive(seed, "prior"), z.device):
         z = z[torch.multinomial(weights, len(z), replacement=True)]
         dim = z.shape[1]
-        options = {"layers": LAYERS, "base": "normal"}
+        options = {"layers": 4, "base": "normal"}
         inner = BUILDERS["planar"](1, **options) if dim == 1 else BUILDERS["realnvp"](dim, network="robust", **options)
         flow = with_affine(inner, "diagonal").to(z)
         distinct, copies = torch.unique(z, dim=0, return_inverse=True)
-        held_out = (torch.rand(len(distinct)) < HELD_OUT).to(z.device)[copies]
-    found = fit_density(
-        flow,
-        z[~held_out],
-        validation=z[held_out],
-        preprocess="whiten",
-        start="identity",
-        batch=max(1, min(BATCH, len(z) // 10)),
-        seed=seed,
-        max_epochs=max_epochs,
-        progress=progress,
-    )
-    return found.flow
+        held_out = (torch.rand(len(distinct)) < 0.15).to(z.device)[copies]
+    return fit_density(
+        flow, z[~held_out], validation=z[held_out], preprocess="whiten", start="identity",
+        batch=max(1, min(BATCH, len(z) // 10)), seed=seed, max_epochs=max_epochs, progress=progress,
+    ).flow  # fmt: skip

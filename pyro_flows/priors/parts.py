@@ -17,7 +17,7 @@ from torch.distributions.transforms import Transform
 
 from pyro_flows._bundles import Entries
 from pyro_flows._seeding import seeded
-from pyro_flows._shapes import broadcast
+from pyro_flows._tensors import broadcast
 from pyro_flows.flows.flow import Flow
 from pyro_flows.model.bijections import biject_to
 from pyro_flows.priors.errors import DRAWN, TINY, PriorError
@@ -115,11 +115,8 @@ def restore(text: Entries, dtype: torch.dtype) -> Constraint:
     if kind not in BOUNDED:
         raise ValueError(f"support: unknown kind {kind!r}.")
     cls, names = BOUNDED[kind]
-    return cls(*(_bound(text[name], dtype) for name in names))
-
-
-def _bound(value: float | list[float], dtype: torch.dtype) -> Tensor | float:
-    return torch.tensor(value, dtype=dtype) if isinstance(value, list) else float(value)
+    bounds = [text[name] for name in names]
+    return cls(*(torch.tensor(one, dtype=dtype) if isinstance(one, list) else float(one) for one in bounds))
 
 
 # several sites in one event -------------------------------------------------------------------------------------------
@@ -182,8 +179,7 @@ class JointTransform(Transform):
         return _flat([value for value, _ in placed(self.support.parts, x)], x.shape[:-1])
 
     def _inverse(self, y: Tensor) -> Tensor:
-        pieces = zip(self.support.parts, self.support.split(y), strict=True)
-        return torch.cat([part.inverse(piece)[0] for part, piece in pieces], -1)
+        return coordinates(self.support.parts, y)[0]
 
     def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
         return sum((ladj for _, ladj in placed(self.support.parts, x)), x.new_zeros(x.shape[:-1]))

@@ -4,31 +4,45 @@ from __future__ import annotations
 
 import io
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pyro
 
 from pyro_flows import plots
 from pyro_flows._arrays import Chosen
-from pyro_flows._display import STATUS_COLORS
 from pyro_flows._fallbacks import Tried, fallback
-from pyro_flows._figures import INK, LINE
+from pyro_flows._figures import INK, LINE, STATUS_COLORS
 from pyro_flows._seeding import seeded
 from pyro_flows._turns import alone
-from pyro_flows.results.labeled import NotThere
+from pyro_flows.results.arviz_groups import NotThere
 from pyro_flows.results.record import Record
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 WIDTH = 3.7  # inches: a phone's 390 pixels, less margins, at 96 to an inch
-DPI = 150  # of clouds of points, which are pictures inside of the SVG
-NAME, TITLE = "graph", "Model"  # of the graph of the model
-CAPTION = "Shaded sites are observed, boxes are plates."
 INSTALL = "install graphviz, and its Python package of the same name, to see it"
-LARGEST = 200_000  # characters of SVG
-PANELS, ROWS, PRIORS, SCALARS = 12, 24, 8, 3
+TEXTS = {  # title and caption
+    "marginals": ("Marginals", "The bar holds the central 89 % of the draws, the dot is their mean."),
+    "forest": (
+        "Intervals",
+        "The thick line holds the central 50 % of the draws, the thin one 89 %, and the dot is their mean.",
+    ),
+    "prior": ("Prior and posterior", "Where both are alike, the data have taught little."),
+    "pairs": ("Pairs", "Bends, funnels and separate clouds show what a Gaussian would miss."),
+    "weights": (
+        "Importance weights",
+        "Points along the line confirm k-hat. The flatter the line, the heavier the tail.",
+    ),
+    "elbo": ("Training", "The median of the last steps and the dashed line, of new draws, should meet."),
+    "replicates": (
+        "Data and replicates",
+        "The line is the distribution of the data. It stays in the bands where the model could have made them.",
+    ),
+    "graph": ("Model", "Shaded sites are observed, boxes are plates."),
+}
 VARIABLES = {
     INK: "--ink",
     LINE: "--line",
@@ -50,82 +64,49 @@ class Picture:
 
 def pictures(posterior: Record, chosen: Chosen, *, scalars: int) -> list[Picture]:
     """Draw those figures that this posterior has; ``chosen`` says of which variables, which have so many scalars."""
-    marginals = plots.plot_posterior(posterior, **chosen, width=WIDTH, max_panels=PANELS)
-    forest = plots.plot_forest(posterior, **chosen, width=WIDTH, max_rows=ROWS)
     found = [
-        _drawn(
-            "marginals", "Marginals", "The bar holds the central 89 % of the draws, the dot is their mean.", marginals
-        ),
-        _drawn(
-            "forest",
-            "Intervals",
-            "The thick line holds the central 50 % of the draws, the thin one 89 %, and the dot is their mean.",
-            forest,
-        ),
-        prior(posterior, chosen),
+        drawn("marginals", plots.plot_posterior, posterior, **chosen, max_panels=12),
+        drawn("forest", plots.plot_forest, posterior, **chosen, max_rows=24),
+        drawn("prior", plots.plot_prior_posterior, posterior, **chosen, max_panels=8),
     ]
     if scalars > 1:
-        about = "Bends, funnels and separate clouds show what a Gaussian would miss."
-        found.append(
-            _drawn("pairs", "Pairs", about, plots.plot_pairs(posterior, **chosen, width=WIDTH, max_scalars=SCALARS))
-        )
+        found.append(drawn("pairs", plots.plot_pairs, posterior, **chosen, max_scalars=3))
     if bool((posterior.log_p - posterior.log_q).isfinite().any()):
-        about = "Points along the line confirm k-hat. The flatter the line, the heavier the tail."
-        found.append(_drawn("weights", "Importance weights", about, plots.plot_weights(posterior, width=WIDTH)))
+        found.append(drawn("weights", plots.plot_weights, posterior))
     if len(posterior.losses):
-        about = "The median of the last steps and the dashed line, of new draws, should meet."
-        found.append(_drawn("elbo", "Training", about, plots.plot_elbo(posterior, width=WIDTH)))
+        found.append(drawn("elbo", plots.plot_elbo, posterior))
     return found
 
 
-def prior(posterior: Record, chosen: Chosen) -> Picture:
-    """Draw the prior behind the posterior, or say why it cannot be."""
-    name, title, about = "prior", "Prior and posterior", "Where both are alike, the data have taught little."
-    try:
-        return _drawn(
-            name, title, about, plots.plot_prior_posterior(posterior, **chosen, width=WIDTH, max_panels=PRIORS)
-        )
-    except NotThere as error:
-        return Picture(name, title, about, missing=f"Left out. {error}")
-
-
-def replicates(posterior: Record) -> Picture:
-    """Draw the data over replicates of them, or say why they cannot be."""
-    name, title = "replicates", "Data and replicates"
-    about = "The line is the distribution of the data. It stays in the bands where the model could have made them."
-    try:
-        return _drawn(name, title, about, plots.plot_predictive(posterior, width=WIDTH))
-    except NotThere as error:
-        return Picture(name, title, about, missing=f"Left out. {error}")
-
-
-def _drawn(name: str, title: str, caption: str, figure: Figure) -> Picture:
-    return Picture(name, title, caption, svg=inline(figure, name, f"{title}. {caption}"))
-
-
-def inline(figure: Figure, name: str, label: str) -> str:
-    """Return a figure as SVG for a page: text as text, colors as variables, identifiers with the figure's name."""
+def drawn(name: str, draw: Callable[..., Figure], posterior: Record, **options: Any) -> Picture:
+    """Draw a figure as SVG for a page, or say why it cannot be drawn."""
     import matplotlib
 
+    title, caption = TEXTS[name]
     text = io.StringIO()
+    try:
+        figure = draw(posterior, **options, width=WIDTH)
+    except NotThere as error:
+        return Picture(name, title, caption, missing=f"Left out. {error}")
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
-        figure.savefig(text, format="svg", transparent=True, dpi=DPI, metadata={"Date": None})
-    return themed(text.getvalue(), name, label)
+        # The resolution is that of clouds of points, which are pictures inside of the SVG.
+        figure.savefig(text, format="svg", transparent=True, dpi=150, metadata={"Date": None})
+    return Picture(name, title, caption, svg=themed(text.getvalue(), name, f"{title}. {caption}"))
 
 
 def themed(svg: str, name: str, label: str) -> str:
-    """Strip what belongs to a file of its own, and take the page's colors."""
+    """Return an SVG for a page: without what belongs to a file of its own, colors as the page's variables, and
+    identifiers with the figure's name.
+    """
     from markupsafe import escape
 
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>|<style[^>]*>.*?</style>|<!--.*?-->", "", svg, flags=re.DOTALL)
-    svg = re.sub(r"\bid=\"", f'id="{name}-', svg)
-    svg = re.sub(r"url\(#", f"url(#{name}-", svg)
-    svg = re.sub(r"href=\"#", f'href="#{name}-', svg)
+    svg = re.sub(r"(\bid=\"|url\(#|href=\"#)", rf"\g<1>{name}-", svg)
     for color, variable in VARIABLES.items():
         svg = re.sub(rf"(:\s*){color}\b", rf"\1var({variable})", svg, flags=re.IGNORECASE)
-    svg = re.sub(r"(<svg[^>]*?)\s+width=\"[^\"]*\"", r"\1", svg, count=1)
-    svg = re.sub(r"(<svg[^>]*?)\s+height=\"[^\"]*\"", r"\1", svg, count=1)
+    for side in ("width", "height"):
+        svg = re.sub(rf"(<svg[^>]*?)\s+{side}=\"[^\"]*\"", r"\1", svg, count=1)
     return svg.replace("<svg", f'<svg role="img" aria-label="{escape(label)}"', 1)
 
 
@@ -151,13 +132,14 @@ def graph(posterior: Record) -> Picture:
         return _without(f"Pyro could not draw it, for {str(tried.error).splitlines()[0]}")
     if tried.error is not None:  # Pyro reads the model in its own way, which may not know all that it does
         return _without(fallback("Pyro could not draw it", tried.error))
-    if len(svg) > LARGEST:
+    if len(svg) > 200_000:  # characters
         return _without("it has too many sites")
     width = re.search(r'width="(\d+)pt"', svg)
-    found = themed(svg, NAME, f"{TITLE}. {CAPTION}")
+    title, caption = TEXTS["graph"]
+    found = themed(svg, "graph", f"{title}. {caption}")
     style = f' style="max-width: {int(width[1]) * 4 // 3}px"' if width else ""
-    return Picture(NAME, TITLE, CAPTION, svg=found.replace("<svg", f"<svg{style}", 1))
+    return Picture("graph", title, caption, svg=found.replace("<svg", f"<svg{style}", 1))
 
 
 def _without(why: str) -> Picture:
-    return Picture(NAME, TITLE, CAPTION, missing=f"The graph of the model is left out: {why}.")
+    return Picture("graph", *TEXTS["graph"], missing=f"The graph of the model is left out: {why}.")

@@ -1,21 +1,202 @@
-"""From content to one HTML file."""
+"""What stands on the page, gathered from a posterior, and the file that it becomes."""
 
 from __future__ import annotations
 
+import inspect
+import math
 import os
+import platform
+import textwrap
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from pyro_flows._arrays import ALL, Chosen
+from pyro_flows._bundles import Entries
 from pyro_flows._files import replace_file
-from pyro_flows.report.content import Options, content
-from pyro_flows.results.record import Record
+from pyro_flows._progress import unseen
+from pyro_flows.plots.predictive import plot_predictive, predictive_data
+from pyro_flows.report import tables
+from pyro_flows.report.figures import Picture, drawn, graph, pictures
+from pyro_flows.results.methods_text import methods_text, references
+from pyro_flows.results.record import Record, attributes_of
+from pyro_flows.verdict.coverage import searched
+from pyro_flows.verdict.methods import METHODS
 
 if TYPE_CHECKING:
     import pandas as pd
 
-TEMPLATES = Path(__file__).with_name("templates")
 MARK = '<meta name="generator" content="pyro_flows report">'
-HEAD = 2000  # bytes in which the mark stands
+POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the caller wants on the page; see :meth:`~pyro_flows.Posterior.report`."""
+
+    title: str | None = None
+    comparison: Any = None  # a Comparison: its room stands beside this one
+    predictive: bool = True
+    source: bool = True
+    chosen: Chosen = field(default_factory=ALL.copy)
+    watch: Callable[[str], None] = unseen
+
+
+def content(posterior: Record, table: pd.DataFrame, options: Options) -> dict[str, object]:
+    """Return what the template is filled with."""
+    verdict, sites = posterior.verdict, ", ".join(posterior.samples)
+    options.watch("figures")
+    shown = pictures(posterior, options.chosen, scalars=len(table))
+    options.watch("replicates of the data")
+    checks = _checks(posterior) if options.predictive else None
+    options.watch("the page")
+    return {
+        "title": options.title or f"Posterior of {sites if len(sites) <= 60 else f'{len(posterior.samples)} sites'}",
+        "verdict": verdict,
+        "chains_of_others": posterior._of_mcmc,
+        "figures": tables.figures(posterior),
+        "about": _about(posterior),
+        "summary": tables.of_frame(table, "summary", "Summary of the draws to use", "variable"),
+        "pictures": shown,
+        "checks": checks,
+        "graph": graph(posterior),
+        "comparison": None if options.comparison is None else _comparison(options.comparison),
+        "history": tables.stages(posterior.history) if posterior.history else None,
+        "settings": tables.flat(posterior.settings),
+        "versions": _versions(posterior),
+        "recipe": recipe(posterior),
+        "methods_text": methods_text(posterior),
+        "references": references(posterior),
+        "source": _source(posterior) if options.source else None,
+        "written": f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
+    }
+
+
+def _about(posterior: Record) -> list[tuple[str, str]]:
+    """Return what was fitted, in a few lines."""
+    found = [
+        ("Sites", ", ".join(posterior.samples)),
+        ("Draws", f"{len(posterior._used)}"),
+        ("Dimensions", f"{posterior.z.shape[1]} unconstrained coordinates"),
+        ("Method", f"{posterior.described}: {METHODS[posterior.method].meaning}"),
+    ]
+    searched_for = not any("no search" in note for note in posterior.verdict.notes)
+    if searched_for and posterior.verdict.status != "unreliable":
+        found.append(("Search for modes", searched(posterior.z.shape[1])))
+    if not math.isnan(posterior.seconds):
+        found.append(("Time", f"{posterior.seconds:.1f} seconds"))
+    density = posterior.density
+    if density is not None and density.structure.observed:
+        sizes = [f"{name} ({values.numel()} values)" for name, values in density.structure.observed.items()]
+        found.append(("Data", ", ".join(sizes)))
+    return found
+
+
+def _checks(posterior: Record) -> tuple[Picture, tables.Table | None, str]:
+    """Return the figure of replicates, the table of their statistics, if the model can draw any, and what it says."""
+    picture = drawn("replicates", plot_predictive, posterior)
+    if picture.missing:
+        return picture, None, ""
+    table = tables.statistics(*predictive_data(posterior))
+    return picture, table, tables.not_reproduced(table)
+
+
+def _comparison(comparison: Any) -> dict[str, object]:
+    """Return a comparison as table and sentences."""
+    frame = comparison.table.round(3)
+    best, *others = comparison.names
+    said = [(name, *comparison.difference(best, name)) for name in others]
+    table = tables.of_frame(frame, "comparison", "Models of the same data, the best elpd first", "model")
+    return {"table": table, "best": best, "differences": said, "notes": comparison.notes}
+
+
+def _versions(posterior: Record) -> list[tuple[str, str]]:
+    """Return the software that made the posterior: as stored, if it was loaded."""
+    attrs = attributes_of(posterior)
+    found = [("pyro-flows", str(attrs.get("inference_library_version", "unknown")))]
+    for name, value in attrs.items():
+        if name.endswith("_version") and name != "inference_library_version":
+            found.append((name.removesuffix("_version").replace("_", "-"), str(value)))
+    if posterior._stored is None:
+        found.append(("Python", platform.python_version()))
+        found.append(("system", platform.platform()))
+    return [*found, ("device", str(attrs.get("device"))), ("dtype", str(attrs.get("dtype")))]
+
+
+# how to make it again -------------------------------------------------------------------------------------------------
+
+
+def recipe(posterior: Record) -> str:
+    """Return the call that makes this posterior, as it was asked for; data and a flow or guide are the caller's."""
+    settings, density = posterior.settings, posterior.density
+    model = "model" if density is None else getattr(density.model, "__name__", type(density.model).__name__)
+    names = list(filter(None, [_arguments(posterior)]))
+    names += ["model_kwargs=model_kwargs"] if density is not None and density.kwargs else []
+    known = {"seed": settings["seed"]}
+    if posterior._of_mcmc:
+        call = _call("from_mcmc", ["mcmc", model, *names], known)
+    elif settings.get("diagnosed"):
+        call = _call("diagnose", [model, "guide", *names], {"draws": settings["draws"], **known})
+    elif "side_by_side" in settings:  # one of many, whose own seed came of that of the call
+        call = _call("fit", [model, *names], {"draws": settings["draws"], **known, **settings.get("asked", {})})
+        call = f"# fitted side by side with {settings['side_by_side'] - 1} others by pf.fit_many; by itself:\n{call}"
+    else:
+        call = _call("fit", [model, *names], {"draws": settings["draws"], **known, **_asked(settings)})
+    for again in settings.get("refinements", ()):
+        call += f"posterior = posterior.refine({_words({k: v for k, v in again.items() if v is not None})})\n"
+    return f"import pyro_flows as pf\n\n{call}"
+
+
+def _asked(settings: Entries) -> dict[str, object]:
+    """Return the options of a fit; files of earlier versions do not tell which flow was asked for."""
+    if "asked" in settings:
+        return dict(settings["asked"])
+    usual = {"runs": 1, "max_steps": None, "max_seconds": None, "train_model": False}
+    return {name: settings[name] for name, value in usual.items() if settings.get(name) not in (None, value)}
+
+
+def _call(name: str, given: list[str], options: Entries) -> str:
+    usual = {"draws": 4000, "seed": 0}
+    words = _words({key: value for key, value in options.items() if usual.get(key) != value})
+    return f"posterior = pf.{name}({', '.join(filter(None, [*given, words]))})\n"
+
+
+def _arguments(posterior: Record) -> str:
+    """Return the names of the model's arguments, where it tells these."""
+    if posterior.density is None:
+        return "*data"
+    model = posterior.density.model
+    try:
+        count = len(posterior.density.args)
+        named = [one.name for one in inspect.signature(model).parameters.values() if one.kind in POSITIONAL]
+    except (TypeError, ValueError):  # no signature
+        return "*data"
+    return ", ".join(named[:count]) if len(named) >= count else "*data"
+
+
+def _words(options: Entries) -> str:
+    """Return options as they are written in a call; infinity and a flow of the caller's have no literal."""
+    found = {name: value for name, value in options.items() if value != math.inf}
+    if str(found.get("flow", "")).startswith("<"):
+        return f"flow=flow, {_words({name: value for name, value in found.items() if name != 'flow'})}"
+    return ", ".join(f"{name}={value!r}" for name, value in found.items())
+
+
+def _source(posterior: Record) -> str | None:
+    """Return the source of the model, where Python can find it."""
+    if posterior.density is None:
+        return None
+    model = posterior.density.model
+    try:
+        text = inspect.getsource(model if inspect.isroutine(model) else type(model))
+    except (OSError, TypeError):  # typed into a shell, or no Python
+        return None
+    return textwrap.dedent(text) if len(text) <= 20_000 else None  # more would fill the page
+
+
+# the file -------------------------------------------------------------------------------------------------------------
 
 
 def write(posterior: Record, path: str | os.PathLike[str], table: pd.DataFrame, options: Options) -> Path:
@@ -34,7 +215,7 @@ def check_target(path: str | os.PathLike[str]) -> Path:
         raise ValueError(f"path: expected a file, {str(target)!r} is a directory. Name a file in it, report.html.")
     if target.exists():
         with target.open("rb") as file:
-            head = file.read(HEAD)
+            head = file.read(2000)
         if MARK.encode() not in head:
             raise ValueError(f"path: {str(target)!r} is there and is no earlier report. Name another file.")
     return target
@@ -45,7 +226,7 @@ def render(values: dict[str, object]) -> str:
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
     from markupsafe import Markup
 
-    loader = FileSystemLoader(TEMPLATES)
+    loader = FileSystemLoader(Path(__file__).with_name("templates"))
     environment = Environment(
         loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )

@@ -1,4 +1,4 @@
-"""Tables of a page: cells as text, with the number that they sort by."""
+"""Tables of a page, with the number that each cell sorts by, and the figures that a verdict rests on."""
 
 from __future__ import annotations
 
@@ -11,11 +11,15 @@ import numpy as np
 
 from pyro_flows._bundles import Entries, plain
 from pyro_flows._progress import UNTOLD
+from pyro_flows.plots.parts import INTERVAL
+from pyro_flows.results.record import Record
+from pyro_flows.verdict import thresholds as limits
+from pyro_flows.verdict.chains import McmcDiagnostics
+from pyro_flows.verdict.verdict import SHOWN
 
 if TYPE_CHECKING:
     import pandas as pd
 
-ROWS = 1000
 EXTREME = 0.01  # of p, either side
 MEANINGS = {
     "mean": "mean of the draws to use",
@@ -37,9 +41,6 @@ MEANINGS = {
     "bf_se": "standard error of the log Bayes factor",
     "high_k": "observations whose k-hat is too high",
 }
-
-
-LONGEST = 200  # characters of a text
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ class Table:
 def of_frame(frame: pd.DataFrame, name: str, caption: str, first: str) -> Table:
     """Return a data frame as a table, of a thousand rows at most."""
     columns = tuple((str(column), _meaning(str(column))) for column in frame.columns)
-    shown = frame.head(ROWS)
+    shown = frame.head(1000)
     rows = tuple((str(label), tuple(map(_cell, row))) for label, row in zip(shown.index, shown.to_numpy(), strict=True))
     return Table(name, caption, first, columns, rows, len(frame) - len(shown))
 
@@ -100,7 +101,7 @@ def statistics(data: Mapping[str, np.ndarray], replicates: Mapping[str, np.ndarr
             if what == "sd" and len(values) == 1:
                 continue
             share = float(np.mean(others > own) + 0.5 * np.mean(others == own))
-            cells = (own, float(np.median(others)), *np.quantile(others, (0.055, 0.945)), share)
+            cells = (own, np.median(others), *np.quantile(others, INTERVAL), share)
             rows.append((f"{what} of {name}", tuple(Cell(f"{cell:.3g}", float(cell)) for cell in cells)))
     columns = (
         ("data", "of the data"),
@@ -117,9 +118,8 @@ def not_reproduced(table: Table) -> str:
     shares = [(name, cells[-1].value) for name, cells in table.rows]
     extreme = [name for name, p in shares if p is not None and min(p, 1.0 - p) < EXTREME]
     if not extreme:
-        return (
-            f"The model reproduces all {len(shares)} statistics of the data: p is between {EXTREME} and {1 - EXTREME}."
-        )
+        all_ = f"all {len(shares)} statistics of the data"
+        return f"The model reproduces {all_}: p is between {EXTREME} and {1 - EXTREME}."
     return f"The model does not reproduce the {', the '.join(extreme)}: p is below {EXTREME} or above {1 - EXTREME}."
 
 
@@ -138,7 +138,7 @@ def _text(value: object) -> str:
     if isinstance(value, float):
         return f"{value:.6g}"
     text = "none" if value is None or value == {} or value == [] else str(value)
-    return text if len(text) <= LONGEST else f"{text[: LONGEST - 1]}…"
+    return text if len(text) <= 200 else f"{text[:199]}…"
 
 
 def stages(history: Sequence[Entries]) -> Table:
@@ -157,3 +157,74 @@ def _figure(value: object) -> Cell:
     if value is None or (isinstance(value, float) and abs(value) > UNTOLD):
         return Cell("–")
     return _cell(round(value, 3) if isinstance(value, float) and math.isfinite(value) else value)
+
+
+# the figures of a verdict, each with its limit and what it means ------------------------------------------------------
+
+TAIL = "Tail of the importance weights: the higher, the rarer and larger the weights that matter."
+LEFT = "Share of the method's own draws that is left after weighting; 1 if they are the posterior's."
+OF_MEANS = "Largest difference that weighting makes to a mean, in posterior standard deviations."
+OF_SDS = "Largest absolute log ratio that weighting makes to a standard deviation."
+CLOSE = "Close to the ELBO for a good approximation."
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A number with its name, its limit in words, and what it means."""
+
+    name: str
+    value: str
+    limit: str
+    meaning: str
+
+
+def figures(posterior: Record) -> list[Figure]:
+    """Return the figures of a verdict, of a guide's draws or of chains."""
+    verdict = posterior.verdict
+    if posterior._of_mcmc and verdict.chains is not None:
+        return _of_mcmc(verdict.chains)
+    found = _of_guide(posterior) if not math.isnan(verdict.k_hat) else []
+    return [*(_of_chains(verdict.chains) if verdict.chains is not None else []), *found]
+
+
+def _of_guide(posterior: Record) -> list[Figure]:
+    verdict = posterior.verdict
+    at = f" at {verdict.where}" if verdict.mean_shift >= SHOWN else ""
+    found = [
+        ("k-hat", f"{verdict.k_hat:.2f}", f"below {verdict.k_threshold:.2f}", TAIL),
+        ("ESS/S", f"{verdict.ess_ratio:.2f}", f"{limits.ESS_SHARE_LEAST} or more", LEFT),
+        ("Change of a mean", f"{verdict.mean_shift:.2f} sd{at}", f"{limits.SHIFT_MOST} or less for ok", OF_MEANS),
+        ("Change of an sd", f"{verdict.sd_shift:.2f}", f"{limits.SHIFT_MOST} or less for ok", OF_SDS),
+    ]
+    if verdict.supports_evidence and not posterior._by_chains:
+        found.append(("ELBO", f"{posterior.elbo:.3f} nats", "", "Lower bound of the log evidence."))
+    if verdict.supports_evidence:
+        found.append(("Log evidence", f"{posterior.log_evidence:.3f} nats", "", CLOSE))
+    return [Figure(*parts) for parts in found]
+
+
+def _worth(chains: McmcDiagnostics, least: float) -> Figure:
+    worth = f"{chains.ess_bulk:.0f} bulk, {chains.ess_tail:.0f} tail"
+    meaning = f"Independent draws that the chains are worth, lowest at {chains.where}."
+    return Figure("Effective draws", worth, f"{least:.0f} or more", meaning)
+
+
+def _of_chains(chains: McmcDiagnostics) -> list[Figure]:
+    nested, single = f"{limits.R_HAT_CONVERGED} or less", f"{limits.R_HAT_OF_SHORT_CHAINS} or less"
+    return [
+        Figure("Nested R-hat", f"{chains.nested_r_hat:.3f}", nested, "1 if chains from all starts agree."),
+        Figure("R-hat", f"{chains.r_hat:.3f}", single, "1 if single chains agree."),
+        _worth(chains, limits.ESS_OF_CHAINS),
+        Figure("Divergences", f"{chains.divergences:.2%}", "hardly any", "Trajectories that went astray."),
+        Figure("Acceptance", f"{chains.acceptance:.2f}", "", "Share of trajectories that were accepted."),
+    ]
+
+
+def _of_mcmc(chains: McmcDiagnostics) -> list[Figure]:
+    diverged = "not known" if math.isnan(chains.divergences) else f"{chains.divergences:.2%}"
+    most = f"at most {limits.DIVERGENT_SHARE_OF_MCMC:.1%}"
+    return [
+        Figure("R-hat", f"{chains.r_hat:.3f}", f"below {limits.R_HAT_CONVERGED}", "1 if the chains agree."),
+        _worth(chains, limits.ESS_OF_MCMC),
+        Figure("Divergences", diverged, most, "Transitions that went astray."),
+    ]

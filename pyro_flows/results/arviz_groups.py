@@ -1,4 +1,4 @@
-"""From a posterior to labeled arrays: what goes into which group of the ArviZ object."""
+"""From a posterior to labeled arrays: what goes into which group of the ArviZ object, and its draws as labeled."""
 
 from __future__ import annotations
 
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     import xarray as xr
 
 
-PRIOR_DRAWS = 500
 UNDRAWABLE = (NotImplementedError, RuntimeError, ValueError)  # from distributions that have no sampler
 SAMPLER_STATS = ("acceptance_rate", "diverging", "energy", "energy_error", "n_steps", "step_size")
 FIGURES = ("chains", "draws", "r_hat", "ess_bulk", "ess_tail", "where", "divergences")  # of another sampler's chains
@@ -106,7 +105,10 @@ def all_groups(posterior: Record, density: LogDensity, *, predictive: bool, runs
         groups["log_prior"] = stack(labels, prior, lambda name: labels.latent(latents[name]).without_event(), chains)
         groups |= _predictive(labels, density, used, int(posterior.settings["seed"]), chains) if predictive else {}
         groups |= {"observed_data": observed_group(density), "constant_data": constants(density)}
-    cut = {latent.name: _cut(latent, used) for latent in density.structure.latents}
+    cut = {name: used[:, latent.offset : latent.offset + latent.size] for name, latent in latents.items()}
+    for name, latent in latents.items():
+        if latent.free is None:
+            cut[name] = cut[name].reshape(len(used), *latent.unconstrained_shape)
     groups["unconstrained_posterior"] = stack(labels, cut, lambda name: labels.unconstrained(latents[name]), chains)
     if posterior._replaced:
         if runs:
@@ -116,44 +118,31 @@ def all_groups(posterior: Record, density: LogDensity, *, predictive: bool, runs
     return {name: group for name, group in groups.items() if group.data_vars}
 
 
-def _drawn_from(posterior: Record) -> Tensor:
-    r"""Return the log density (S,) of what the draws to use come from, for importance ratios that other tools form.
-
-    That is the guide, or, of draws that were resampled or are a sampler's, the posterior itself,
-    :math:`\tilde p(z) / Z` with the estimated evidence Z: their ratios are constant, so that no tool weights them a
-    second time.
-    """
-    if not posterior._replaced:
-        return posterior._used_log_q
-    return posterior._used_log_p.double() - posterior.log_evidence
-
-
 def _double(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: value.double() for name, value in values.items()}
 
 
-def _cut(latent: Latent, z: Tensor) -> Tensor:
-    flat = z[:, latent.offset : latent.offset + latent.size]
-    return flat if latent.free is not None else flat.reshape(len(z), *latent.unconstrained_shape)
-
-
 def _used_stats(posterior: Record) -> xr.Dataset:
-    """The numbers of the draws to use; those of a sampler have more of them."""
+    r"""The numbers of the draws to use; those of a sampler have more of them.
+
+    ``log_q`` is the log density of what the draws come from, for importance ratios that other tools form. That is the
+    guide, or, of draws that were resampled or are a sampler's, the posterior itself, :math:`\tilde p(z) / Z` with the
+    estimated evidence Z: their ratios are constant, so that no tool weights them a second time.
+    """
     if posterior._of_mcmc and posterior.chains is not None:
         log_p = posterior._used_log_p.double().reshape(posterior.chain_count, -1)
         of_mcmc = {"lp": log_p, **posterior.chains.stats}
         return _arviz.dataset({name: value.cpu().numpy() for name, value in of_mcmc.items()}, {})
-    weights = posterior._used_log_weights
-    given, chains = (posterior._used_log_p, _drawn_from(posterior), weights), posterior.chain_count
-    if posterior.verdict.status != "refined" or posterior.chains is None:
-        return _stats(*given)
-    own = {name: posterior.chains.stats[name].flatten() for name in SAMPLER_STATS}
-    return _stats(*given, chains=chains, **own)
+    log_p, log_q = posterior._used_log_p, posterior._used_log_q
+    log_q = log_p.double() - posterior.log_evidence if posterior._replaced else log_q
+    own = {}
+    if posterior.verdict.status == "refined" and posterior.chains is not None:
+        own = {name: posterior.chains.stats[name].flatten() for name in SAMPLER_STATS}
+    return _stats(log_p, log_q, posterior._used_log_weights, chains=posterior.chain_count, **own)
 
 
 def _stats(log_p: Tensor, log_q: Tensor, log_weights: Tensor, *, chains: int = 1, **more: Tensor) -> xr.Dataset:
-    values = {name: value.double() for name, value in {"lp": log_p, "log_p": log_p, "log_q": log_q}.items()}
-    values |= {"log_weight": log_weights.double(), **more}
+    values = _double({"lp": log_p, "log_p": log_p, "log_q": log_q, "log_weight": log_weights}) | more
     return _arviz.dataset({name: _in_chains(value.cpu().numpy(), chains) for name, value in values.items()}, {})
 
 
@@ -165,7 +154,7 @@ def _predictive(labels: Labels, density: LogDensity, z: Tensor, seed: int, chain
     except UNDRAWABLE as error:
         logger.warning("no posterior_predictive: %s: %s", type(error).__name__, error)
     try:
-        prior = density.prior(PRIOR_DRAWS, seed=seed)
+        prior = density.prior(500, seed=seed)
     except UNDRAWABLE as error:
         logger.warning("no prior: %s: %s", type(error).__name__, error)
         return groups
@@ -246,9 +235,79 @@ def _fit(posterior: Record) -> xr.Dataset:
         return _arviz.dataset(values | figures, {}, sample_dims=())
     known = ("k_hat", "ess", *(("log_evidence",) if posterior.verdict.supports_evidence else ()))
     values |= {name: np.array(getattr(posterior, name)) for name in known}
-    seconds = posterior.seconds
-    if not math.isnan(seconds):
-        values["seconds"] = np.array(seconds)
+    if not math.isnan(posterior.seconds):
+        values["seconds"] = np.array(posterior.seconds)
     if len(posterior.losses):
         values["elbo"] = -posterior.losses.detach().double().cpu().numpy()
     return _arviz.dataset(values, {"elbo": ["step"]}, sample_dims=())
+
+
+# as the caller labeled them, stored ones or new ones ------------------------------------------------------------------
+
+
+class NotThere(ValueError):
+    """A posterior has no such draws, for a reason that its caller may know."""
+
+
+def posterior_group(posterior: Record) -> xr.Dataset:
+    """The draws to use, labeled as the caller asked for; of Markov chains one after the other, or as stored."""
+    if posterior._stored is not None:
+        return posterior._stored[0]["posterior"]
+    return named_draws(posterior, posterior.samples, posterior.chain_count)
+
+
+def named_draws(posterior: Record, samples: Mapping[str, Tensor], chains: int = 1) -> xr.Dataset:
+    """Other draws of a posterior's latent and deterministic sites, labeled as its own are."""
+    group = draws_group(Labels(posterior._need_model().structure), samples, chains)
+    return posterior._labeling.applied({"posterior": group})["posterior"]
+
+
+def prior_group(posterior: Record) -> xr.Dataset:
+    """Draws of the prior of all latent and deterministic sites, labeled as the posterior's."""
+    if posterior.density is None and posterior._stored is not None and "prior" in posterior._stored[0]:
+        return posterior._stored[0]["prior"]
+    density = _density(posterior)
+    try:
+        prior = density.prior(2000, seed=int(posterior.settings["seed"]))
+    except UNDRAWABLE as error:
+        raise NotThere(f"posterior: its prior cannot be drawn from ({error}).") from error
+    if prior is None:
+        raise NotThere("posterior: its prior cannot be drawn from: it is improper, or has factors.")
+    names = [*density.names, *(() if density.structure.enumerated else density.structure.deterministic)]
+    return named_draws(posterior, {name: prior[name] for name in names})
+
+
+def _density(posterior: Record) -> LogDensity:
+    try:
+        return posterior._need_density()
+    except ValueError as error:
+        raise NotThere(f"posterior: {error}") from None
+
+
+def predictive_groups(posterior: Record, draws: int) -> tuple[xr.Dataset, xr.Dataset]:
+    """The data, and replicates of them at draws to use, which are taken from all chains alike."""
+    stored = {} if posterior._stored is None else posterior._stored[0]
+    if "posterior_predictive" in stored and "observed_data" in stored:
+        found = stored["posterior_predictive"]
+        return stored["observed_data"], found.isel(draw=slice(None, None, max(1, found.sizes["draw"] // draws)))
+    density = _density(posterior)
+    if not density.structure.observed:
+        raise NotThere("posterior: the model observes nothing, so there are no data to compare with.")
+    chosen = posterior._used[:: max(1, len(posterior._used) // draws)]
+    try:
+        drawn = density.predictive(chosen, seed=int(posterior.settings["seed"]))
+    except UNDRAWABLE as error:
+        raise NotThere(f"posterior: the model cannot draw its data ({error}).") from error
+    labels = Labels(density.structure)
+    groups = {"data": observed_group(density), "replicates": stack(labels, drawn, labels.observed)}
+    labeled = posterior._labeling.applied(groups)
+    return labeled["data"], labeled["replicates"]
+
+
+def structural_groups(posterior: Record) -> dict[str, xr.Dataset]:
+    """Those groups that have all dimensions which a user may name, and take no evaluation of the model."""
+    if posterior._stored is not None:
+        return dict(posterior._stored[0])
+    density = posterior._need_model()
+    draws = draws_group(Labels(density.structure), posterior.samples, posterior.chain_count)
+    return {"posterior": draws, "observed_data": observed_group(density), "constant_data": constants(density)}

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from pyro_flows._bundles import Entries
+from pyro_flows._figures import STATUS_COLORS
 from pyro_flows._untrusted import check_tensor, require
 from pyro_flows.flows.flow import Flow
 from pyro_flows.flows.mixture import FlowMixture
 
-STATUSES = ("ok", "corrected", "refined", "unreliable")
 CHECKED = 8  # draws whose density is computed anew
 ROUNDED, ROUNDED_AT_LEAST = 1e-3, 1e-2  # relative, and nats: between machines and precisions
 
@@ -57,20 +57,19 @@ def _check_weights(tensors: Mapping[str, Tensor]) -> None:
     ratio = tensors["log_p"].double() - tensors["log_q"].double()
     weights = tensors["log_weights"].double()
     finite = torch.isfinite(ratio) & torch.isfinite(weights)
-    ratio = ratio[finite][weights[finite].argsort(stable=True)]
-    if len(ratio) < 2:
+    weights = weights[finite]
+    ratio = ratio[finite][weights.argsort(stable=True)]
+    if len(ratio) < 2 or not bool(weights.max() - weights.min() > ROUNDED_AT_LEAST):  # even weights have no order
         return
-    scale = tensors["log_p"][finite].double().abs().max()
-    falls = ratio.cummax(0).values - ratio
-    uneven = bool((weights[finite].max() - weights[finite].min()) > ROUNDED_AT_LEAST)
-    rises = not uneven or bool((falls <= ROUNDED_AT_LEAST + ROUNDED * (scale + ratio.abs().max())).all())
+    scale = tensors["log_p"][finite].double().abs().max() + ratio.abs().max()
+    rises = bool((ratio.cummax(0).values - ratio <= ROUNDED_AT_LEAST + ROUNDED * scale).all())
     require(rises, "log_weights are not those of log_p - log_q")
 
 
 def check_texts(description: Entries) -> None:
     """Refuse texts, numbers and lists of other kinds than a posterior has."""
     verdict, coordinates = description["verdict"], description["coordinates"]
-    require(isinstance(verdict, dict) and verdict.get("status") in STATUSES, "the verdict has no known status")
+    require(isinstance(verdict, dict) and verdict.get("status") in STATUS_COLORS, "the verdict has no known status")
     texts = [verdict["where"], *verdict.get("reasons", ()), *verdict.get("notes", ()), *coordinates]
     require(isinstance(coordinates, list) and all(isinstance(text, str) for text in texts), "a text is no text")
     require(all(_is_number(value) for value in description["numbers"].values()), "a number is no number")

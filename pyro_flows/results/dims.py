@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pyro_flows import _arrays
-from pyro_flows._shapes import broadcast
+from pyro_flows._tensors import broadcast
 from pyro_flows.model.sites import Latent, Plate, Structure, messages
 
 if TYPE_CHECKING:

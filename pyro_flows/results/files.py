@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import io
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -11,13 +10,12 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map, tree_map_only
 
 from pyro_flows import _arrays
 from pyro_flows._bundles import Bundle, Entries, plain
 from pyro_flows._seeding import seeded
-from pyro_flows._untrusted import reading, require, unpacked
-from pyro_flows.flows.flow import Flow
-from pyro_flows.flows.mixture import FlowMixture
+from pyro_flows._untrusted import packed, reading, require, unpacked
 from pyro_flows.flows.recipe_json import not_rebuilt, restored, to_json
 from pyro_flows.guides.autoflow import AutoFlow
 from pyro_flows.model.digits import ALLOWED
@@ -25,7 +23,15 @@ from pyro_flows.model.log_density import LogDensity
 from pyro_flows.model.sites import Keywords, Model, Positional
 from pyro_flows.model.unchanged import own
 from pyro_flows.results import older
-from pyro_flows.results.consistent import check_flow, check_groups, check_tensors, check_texts
+from pyro_flows.results.consistent import (
+    CHECKED,
+    ROUNDED,
+    ROUNDED_AT_LEAST,
+    check_flow,
+    check_groups,
+    check_tensors,
+    check_texts,
+)
 from pyro_flows.results.dims import Labeling, coordinate_names
 from pyro_flows.results.methods import guide_method
 from pyro_flows.results.record import Record
@@ -38,13 +44,7 @@ NETCDF, TENSORS, TEXT = "posterior.nc", "guide.pt", "posterior.json"
 FIELDS = ("z", "log_p", "log_q", "log_weights", "_used", "_used_log_p", "_used_log_q", "losses")
 TENSOR_FIELDS = {field.removeprefix("_"): field for field in FIELDS}  # nothing is private in files
 NUMBER_FIELDS = ("k_hat", "ess", "elbo", "log_evidence")
-CHECKED_DRAWS = 8
 FILES = Bundle("posterior", "pyro_flows posterior", TEXT, (NETCDF, TENSORS))
-
-
-def check_target(path: str | os.PathLike[str]) -> Path:
-    """Return the directory to write to, or say why it cannot be written."""
-    return FILES.check_target(path)
 
 
 def write(posterior: Record, groups: Entries, attrs: Mapping[str, str | float], path: Path) -> None:
@@ -78,9 +78,7 @@ def write(posterior: Record, groups: Entries, attrs: Mapping[str, str | float], 
     tensors["flow"] = {name: value.detach().cpu() for name, value in state.items()}
     if posterior.chains is not None:
         tensors["chains"] = posterior.chains.stored()
-    stored = io.BytesIO()
-    torch.save(tensors, stored)
-    FILES.write(path, plain(description), {NETCDF: _arrays.write(groups, attrs), TENSORS: stored.getvalue()})
+    FILES.write(path, plain(description), {NETCDF: _arrays.write(groups, attrs), TENSORS: packed(tensors)})
 
 
 def read(path: str | os.PathLike[str], model: Model | None, args: Positional, kwargs: Keywords) -> dict[str, Any]:
@@ -106,17 +104,23 @@ def _read(
         description, tensors = older.present(description, tensors)
         check_texts(description)
         check_tensors(tensors, len(description["coordinates"]), description["verdict"])
-        flow, guide, density = _flow(description["guide"], tensors), None, None
-        fields = _fields(description, flow)
+        flow, guide, density = None, None, None
+        if description["guide"]["flow"] is not None:
+            flow = restored(description["guide"]["flow"], tensors["flow"])
+            check_flow(flow, tensors)
+        settings = cast("Entries", _revived(description["settings"]))
+        verdict = _verdict(description["verdict"], guide_method(flow, settings))
+        history = tuple(cast("list[object]", _revived(description["history"])))
+        numbers = {name: float(description["numbers"][name]) for name in NUMBER_FIELDS}
     with reading(source, NETCDF):
         groups, attrs = _arrays.read(contents[NETCDF])
         attrs = older.attributes(attrs, description)
         check_groups(groups, tensors)
-    stored: tuple[object, object] | None = groups, {**attrs, "method": attrs.get("method", fields["verdict"].method)}
+    stored: tuple[object, object] | None = groups, {**attrs, "method": attrs.get("method", verdict.method)}
     if model is not None:
-        fitted = LogDensity(model, *own(args, kwargs), noncentered=fields["settings"].get("noncentered", []))
+        fitted = LogDensity(model, *own(args, kwargs), noncentered=settings.get("noncentered", []))
         density = _density(like(fitted, tensors["z"]), description["coordinates"], tensors)
-        tensors = _move(tensors, density.device)
+        tensors = tree_map_only(Tensor, lambda value: value.to(fitted.device), tensors)
         stored = None if description.get("without") else stored  # with the model all can be made
         if flow is not None:
             flow = flow.to(density.device)
@@ -124,7 +128,11 @@ def _read(
     return {
         "samples": tensors["samples"],
         **{field: tensors[name] for name, field in TENSOR_FIELDS.items()},
-        **fields,
+        **numbers,
+        "settings": settings,
+        "verdict": verdict,
+        "history": history,
+        "_labeling": Labeling(**description.get("labels", {})),
         "coordinates": tuple(description["coordinates"]),
         "guide": guide,
         "guide_name": description["guide"]["class"],
@@ -134,26 +142,6 @@ def _read(
         "_stored": stored,
         "chains": McmcDraws(**tensors["chains"]) if "chains" in tensors else None,
     }
-
-
-def _fields(description: Entries, flow: Flow | FlowMixture | None) -> dict[str, Any]:
-    settings = cast("Entries", _revived(description["settings"]))
-    return {
-        **{name: float(description["numbers"][name]) for name in NUMBER_FIELDS},
-        "settings": settings,
-        "verdict": _verdict(description["verdict"], guide_method(flow, settings)),
-        "history": tuple(cast("list[object]", _revived(description["history"]))),
-        "_labeling": Labeling(**description.get("labels", {})),
-    }
-
-
-def _flow(about: Entries, tensors: Entries) -> Flow | FlowMixture | None:
-    """Build the flow that was saved, if one was."""
-    if about["flow"] is None:
-        return None
-    flow: Flow | FlowMixture = restored(about["flow"], tensors["flow"])
-    check_flow(flow, tensors)
-    return flow
 
 
 def _missing(description: Entries, with_model: bool) -> dict[str, str]:
@@ -171,11 +159,7 @@ def _missing(description: Entries, with_model: bool) -> dict[str, str]:
 
 def _revived(value: object) -> object:
     """Make numbers again of those that JSON does not have; :func:`plain` turned them into strings."""
-    if isinstance(value, dict):
-        return {name: _revived(item) for name, item in value.items()}
-    if isinstance(value, list):
-        return [_revived(item) for item in value]
-    return float(value) if value in ("nan", "inf", "-inf") else value
+    return tree_map(lambda item: float(item) if item in ("nan", "inf", "-inf") else item, value)
 
 
 def _verdict(stored: Entries, method: str) -> Verdict:
@@ -199,19 +183,13 @@ def _density(density: LogDensity, coordinates: Sequence[str], tensors: Entries) 
     found = coordinate_names(density.structure)
     if list(coordinates) != found:
         raise ValueError(f"model: expected the unconstrained coordinates {list(coordinates)}, got {found}.")
-    z, saved = tensors["z"][:CHECKED_DRAWS].to(density.device), tensors["log_p"][:CHECKED_DRAWS].to(density.device)
+    z, saved = (tensors[name][:CHECKED].to(density.device) for name in ("z", "log_p"))
     with torch.no_grad():
         now = density(z)
-    if not torch.allclose(now.double(), saved.double(), rtol=1e-3, atol=1e-2, equal_nan=True):
+    if not torch.allclose(now.double(), saved.double(), rtol=ROUNDED, atol=ROUNDED_AT_LEAST, equal_nan=True):
         off = float((now - saved).abs().max())
         raise ValueError(
             f"model: its log density differs by up to {off:.3g} nats from the saved one. Pass the same model, the same "
             "data and, if it has parameters of its own, the same values of these."
         )
     return density
-
-
-def _move(value: Any, device: torch.device) -> Any:
-    if isinstance(value, Tensor):
-        return value.to(device)
-    return {name: _move(item, device) for name, item in value.items()} if isinstance(value, dict) else value

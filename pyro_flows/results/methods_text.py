@@ -59,9 +59,8 @@ def references(posterior: Record) -> str:
 
 def _text(posterior: Record) -> Text:
     text, versions = Text(), attributes_of(posterior)
-    own, pyro, torch = (
-        versions.get(f"{name}_version", "unknown") for name in ("inference_library", "pyro_ppl", "torch")
-    )
+    names = ("inference_library", "pyro_ppl", "torch")
+    own, pyro, torch = (versions.get(f"{name}_version", "unknown") for name in names)
     software = f"Pyro {pyro} {text.cite('Bingham2019')} and PyTorch {torch} {text.cite('Paszke2019')}"
     text.say(f"the posterior, of {counted(posterior)}, was computed with pyro_flows {own}, {software}")
     if posterior._of_mcmc:
@@ -171,12 +170,11 @@ def _base(flow: Flow | FlowMixture | None) -> str:
 
 
 def _trained(text: Text, flow: Flow | FlowMixture | None, base: str) -> str:
-    recipe = flow.recipe if isinstance(flow, Flow) else None
-    kind, key = (
-        LAYERS.get(recipe.builder, ("a custom map", FLOWS)) if recipe is not None and recipe.named else ("", FLOWS)
-    )
-    count = recipe.options.get("layers") if recipe is not None else None
-    layers = f" of {f'{count} ' if count else ''}{kind}" if kind else ""
+    recipe, layers, key = flow.recipe if isinstance(flow, Flow) else None, "", FLOWS
+    if recipe is not None and recipe.named:
+        kind, key = LAYERS.get(recipe.builder, ("a custom map", FLOWS))
+        count = recipe.options.get("layers")
+        layers = f" of {f'{count} ' if count else ''}{kind}"
     agrawal, *gradients, adam = made.METHODS[made.TRAINED].cites
     return (
         f"the approximation was a normalizing flow{layers} {text.cite(key, agrawal)} with an affine map, over {base}, "
@@ -263,9 +261,8 @@ def _chains(text: Text, posterior: Record) -> None:
     moves, keys = MOVES[numbers["moves"]]
     within = f"the latent space of this approximation {text.cite('Hoffman2019')}"
     space = "standardized coordinates" if posterior.flow is None else within
-    annealed = (
-        f", after annealing by sequential Monte Carlo {text.cite('DelMoral2006')}" if numbers["method"] == "smc" else ""
-    )
+    smc = numbers["method"] == "smc"
+    annealed = f", after annealing by sequential Monte Carlo {text.cite('DelMoral2006')}" if smc else ""
     text.say(
         f"the {figures.chains * figures.draws} draws reported are those of {figures.chains} Markov chains of {moves} "
         f"{text.cite(*keys)} in {space}{annealed}, which began at weighted draws of the approximation and at points "

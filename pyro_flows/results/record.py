@@ -62,15 +62,14 @@ class Record:
 
     def _raw_draws(self) -> Draw | None:
         """Return how to draw from the guide anew, n -> z (n, D), log q (n,); None without a guide or a model."""
-        flow = self.flow
-        if self.density is None or flow is None:
-            return self._drawer if self.density is not None else None
-        return flow.draw
+        if self.density is None:
+            return None
+        return self._drawer if self.flow is None else self.flow.draw
 
-    def _hand_on(self, door: str) -> None:
-        """Warn where draws that the verdict calls unreliable go out by ``door``."""
+    def _hand_on(self, function: str) -> None:
+        """Warn where draws that the verdict calls unreliable go out by ``function``."""
         if self.verdict.status == "unreliable":
-            warn_unreliable(self, door, self.verdict.reasons)
+            warn_unreliable(self, function, self.verdict.reasons)
 
     @property
     def method(self) -> str:
@@ -135,11 +134,7 @@ class Record:
         return float(self.settings.get("seconds", math.nan))
 
     def _need_density(self) -> LogDensity:
-        """Return the model as a log density, for it to be run again, on the data of the fit.
-
-        Raises:
-            ValueError: if there is no model, or its data have changed since.
-        """
+        """Return the model as a log density, for it to be run again, unless it is missing or its data have changed."""
         found = self._need_model()
         self._check_unchanged()
         return found
@@ -147,12 +142,11 @@ class Record:
     def _need_model(self) -> LogDensity:
         """Return the model as a log density, for its structure, or where its data have been checked already."""
         if self.density is None:
-            why = self.missing.get("density", "loaded without a model")
+            why, remedy = self.missing.get("density"), "load(path, model, *args) with the arguments of the fit."
+            if why in (None, "loaded without a model"):
+                raise ValueError(f"this needs the model: {remedy}")
             raise ValueError(
-                "this needs the model: load(path, model, *args) with the arguments of the fit."
-                if why == "loaded without a model"
-                else f"this needs the model, but the posterior was {why}. Save it where the model is, then "
-                "load(path, model, *args) with the arguments of the fit."
+                f"this needs the model, but the posterior was {why}. Save it where the model is, then {remedy}"
             )
         return self.density
 
@@ -179,8 +173,7 @@ PACKAGES = ("pyro-ppl", "torch", "arviz-base", "arviz-stats")
 def attributes(posterior: Record) -> dict[str, str | float]:
     """Return what the object says of itself, the verdict first: numbers and strings only."""
     kind = {"corrected": "psis-resampled", "refined": "chains"}.get(posterior.verdict.status, posterior.method)
-    kind = "mcmc" if posterior._of_mcmc else kind
-    found: dict[str, str | float] = {
+    return {
         "status": posterior.verdict.status,  # both first, where a display that is cut short still shows them
         "verdict": str(posterior.verdict),
         "method": posterior.method,
@@ -191,9 +184,8 @@ def attributes(posterior: Record) -> dict[str, str | float]:
         "seed": int(posterior.settings["seed"]),
         "device": str(posterior.z.device),
         "dtype": str(posterior.z.dtype).removeprefix("torch."),
-        "sampling": kind,
+        "sampling": "mcmc" if posterior._of_mcmc else kind,
     }
-    return found
 
 
 def attributes_of(posterior: Record) -> dict[str, str | float]:

@@ -19,15 +19,11 @@ from pyro_flows.verdict.deciding import CHECKED, POOL, Draw
 from pyro_flows.verdict.thresholds import ESS_SHARE_EVEN, K_HAT_GOOD
 from pyro_flows.verdict.weighing import weigh
 
-COPIES = 3  # of the pool that exist at once, and as many numbers beside it for each draw
 JUDGING = "computing importance weights"
 INFINITE, BEYOND = "the log density is +inf at", "the posterior lies far in the tail of"  # each begins a reason
 LASTING = (INFINITE, BEYOND, ON_BOUNDS)  # that no sampler takes away
 LEAST = 8  # draws, whatever the clock says
-SCORING = 0.7  # of the time left: the rest is for checks and for the constrained values
-SHORT = 0.05  # of the time left, for which a piece may be taken twice as large
 ROWS = 1024
-TRIED, SLOW = 64, 0.3  # draws that tell how long drawing takes; share of the time left, from which on that is long
 
 
 @runtime_checkable
@@ -54,20 +50,16 @@ class Pool(NamedTuple):
 
 def check_memory(density: LogDensity, draws: int) -> None:
     """Refuse more draws than the memory of this machine holds."""
-    memory = _memory()
-    size = torch.finfo(density.dtype).bits // 8 * POOL * COPIES * (density.dim + 1)
+    memory = 2.0**36
+    with suppress(AttributeError, OSError, ValueError):  # not on every system
+        memory = float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    # three copies of the pool exist at once, and as many numbers beside it for each draw
+    size = torch.finfo(density.dtype).bits // 8 * POOL * 3 * (density.dim + 1)
     if draws * size > memory:
         raise ValueError(
             f"draws: expected at most {int(memory / size)} of {density.dim} coordinates, for the "
             f"{memory / 2**30:.0f} GiB of memory here, got {draws}. Take fewer; guide.sample_posterior() makes more."
         )
-
-
-def _memory() -> float:
-    try:
-        return float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
-    except (AttributeError, OSError, ValueError):  # not on every system
-        return 2.0**36
 
 
 def seconds_to_judge(density: LogDensity, draws: int) -> float:
@@ -104,7 +96,7 @@ def score_pool(density: LogDensity, draw: Draw, count: int) -> Pool:
     clock = density.clock
     hurried = clock.hurried or _is_slow(density, draw, count)
     began = time.monotonic()
-    until = began + SCORING * clock.left
+    until = began + 0.7 * clock.left  # the rest is for checks and for the constrained values
     rows = LEAST if hurried or not density.batched else ROWS
     drawn = [] if hurried else [draw(count)]
     scored: list[Tensor] = []
@@ -123,11 +115,11 @@ def score_pool(density: LogDensity, draw: Draw, count: int) -> Pool:
             until, rows = time.monotonic(), LEAST
             continue
         done += many
-        if hurried and density.batched and time.monotonic() - before < SHORT * (until - before):
-            rows = min(2 * rows, ROWS)
+        if hurried and density.batched and time.monotonic() - before < 0.05 * (until - before):
+            rows = min(2 * rows, ROWS)  # a piece twice as large takes a tenth of the time left at most
     each = (time.monotonic() - began) / max(done, 1)
-    afford = (clock.left - each * done / POOL) / max(4.0 * each, 1e-9)
-    checked = CHECKED if not hurried else int(min(max(afford, 1.0), CHECKED))
+    affordable = (clock.left - each * done / POOL) / max(4.0 * each, 1e-9)
+    checked = CHECKED if not hurried else int(min(max(affordable, 1.0), CHECKED))
     done -= done % POOL if done < count else 0
     z, log_q = (torch.cat(list(parts))[:done] for parts in zip(*drawn, strict=True))
     return Pool(z, log_q, torch.cat(scored)[:done], checked, count)
@@ -170,10 +162,10 @@ def beyond_priors(density: LogDensity, z: Tensor, log_weights: Tensor) -> list[s
 
 
 def _is_slow(density: LogDensity, draw: Draw, count: int) -> bool:
-    """Whether drawing alone may take the time that is left; the random numbers that are tried do not count."""
+    """Whether drawing alone may take a third of the time that is left, by 64 draws, which leave no trace."""
     if not density.clock.finite:
         return False
     began = time.monotonic()
     with seeded(0, density.device):
-        draw(TRIED)
-    return (time.monotonic() - began) / TRIED * count > SLOW * density.clock.left
+        draw(64)
+    return (time.monotonic() - began) / 64 * count > 0.3 * density.clock.left

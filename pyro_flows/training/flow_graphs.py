@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, fx, nn
 
-from pyro_flows._autograd import pull
+from pyro_flows._tensors import pull
 from pyro_flows._batches import nearby
 from pyro_flows._cache import Cache
 from pyro_flows.flows import bases

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.distributions import Transform, constraints
 
 from pyro_flows import _checks
-from pyro_flows._shapes import broadcast
+from pyro_flows._tensors import broadcast
 
 
 class Bijection(TransformModule, ConditionalTransform):

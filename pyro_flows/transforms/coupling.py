@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pyro_flows import _checks
-from pyro_flows._shapes import broadcast
+from pyro_flows._tensors import broadcast
 from pyro_flows.transforms.base import Bijection
 from pyro_flows.transforms.conditioners import conditioner, forward_and_pull
 from pyro_flows.transforms.masks import channels, half

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import glu
 
-from pyro_flows._shapes import broadcast
+from pyro_flows._tensors import broadcast
 from pyro_flows.transforms.networks import ACTIVATIONS, Network, Paced, one_width
 
 TAPS = 3

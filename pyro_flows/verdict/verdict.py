@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from pyro_flows._display import verdict_html
+from pyro_flows._figures import verdict_html
 from pyro_flows.verdict.chains import McmcDiagnostics
 from pyro_flows.verdict.methods import GUIDE, MCMC
 from pyro_flows.verdict.next_step import IMPROPER, next_step

@@ -14,7 +14,7 @@ from torch import Tensor
 
 import pyro_flows as pf
 from pyro_flows import LogDensity
-from pyro_flows.calibration.untrained import CORRECTED_SLICES, _Trial, _weighed
+from pyro_flows.calibration.batch import CORRECTED_GRID, _Trial, _weighed
 from pyro_flows.fitting.laplace_grid import AT_ONCE
 from pyro_flows.flows.parts import location_scale
 from pyro_flows.model.stack import Stack
@@ -102,7 +102,7 @@ def test_no_flow_is_trained_and_each_is_right(sets):
         assert len(posterior.losses) == 0
         assert posterior.settings["side_by_side"] == COUNT
         assert posterior.flow.recipe.builder == "sliced"
-        assert posterior.history[-1]["why"] in (AT_ONCE, CORRECTED_SLICES)
+        assert posterior.history[-1]["why"] in (AT_ONCE, CORRECTED_GRID)
         assert posterior.verdict.status == "ok"
         assert posterior.log_evidence == pytest.approx(float(evidence), abs=0.02)
         log_sd = posterior.samples[SD].double().log()
@@ -235,7 +235,7 @@ def test_weights_may_correct_slices_and_then_nothing_counts_as_converged(trial):
     assert (converged.why, converged.converged) == (AT_ONCE, True)
     wider = replace(one.table, roots=0.85 * one.table.roots)
     _, corrected = one._on_grid(wider)
-    assert (corrected.why, corrected.converged) == (CORRECTED_SLICES, False)
+    assert (corrected.why, corrected.converged) == (CORRECTED_GRID, False)
 
 
 @pytest.mark.parametrize("factor", [3.0, 0.2])

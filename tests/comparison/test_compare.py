@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import pyro_flows as pf
-from pyro_flows._arviz import stacking_weights
+from pyro_flows.comparison.compare import stacking_weights
 from pyro_flows.comparison.sensitivity import top_level
 from tests.conjugate import COUNTS, PINE, counts, counts_guide, pine, pine_data, pine_guide
 from tests.posteriors import any_posterior, schools_posterior

@@ -9,9 +9,8 @@ import pytest
 import torch
 
 import pyro_flows as pf
-from pyro_flows.comparison.bridge import bridge
+from pyro_flows.comparison.bridge import bridge, fit_proposal
 from pyro_flows.comparison.evidence import convergence_rate, importance
-from pyro_flows.comparison.proposal import fit_proposal
 from pyro_flows.results.stage import Stage
 from tests.conjugate import (
     COUNTS,

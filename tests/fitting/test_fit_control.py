@@ -90,7 +90,7 @@ def test_numbers_beyond_reason_are_refused_before_the_model_is_run(options, mess
 
 
 def test_more_draws_than_the_memory_holds_are_refused_before_training(monkeypatch):
-    monkeypatch.setattr("pyro_flows.results.scoring._memory", lambda: 2.0**20)
+    monkeypatch.setattr("os.sysconf", lambda name: 2**10)
     monkeypatch.setattr(Trainer, "step", None)
     with pytest.raises(ValueError, match=r"draws: expected at most \d+ of 1 coordinates.*got 50000\. Take fewer"):
         pf.fit(model, Y, draws=50_000, progress=False)

@@ -13,8 +13,7 @@ import pyro_flows as pf
 from pyro_flows import cli, plots
 from pyro_flows._arrays import relabel
 from pyro_flows._arviz import pack
-from pyro_flows._exits import Ending
-from pyro_flows._interrupts import STATE
+from pyro_flows.results.arviz_groups import posterior_group
 from tests.posteriors import new_schools_posterior
 
 DOORS = {
@@ -98,7 +97,7 @@ def test_what_shows_the_verdict_itself_does_not_warn(unreliable, tmp_path, capsy
     plots.plot_posterior(unreliable)
     assert unreliable.samples["theta"].shape == (500, 8)
     fitted = type(unreliable)(**{**vars(unreliable), "losses": torch.tensor([3.0, 2.0])})
-    cli._write(fitted, tmp_path / "out", Ending(STATE))
+    cli._write(fitted, tmp_path / "out", cli.Ending())
     assert capsys.readouterr().out.startswith("unreliable: guide (k-hat")
 
 
@@ -133,7 +132,7 @@ def test_arvizs_own_copies_and_files_keep_it(unreliable, tmp_path):
 
 
 def test_objects_without_a_verdict_still_print():
-    groups = relabel({"posterior": new_schools_posterior("ok", draws=200)._draws()}, None, None)
+    groups = relabel({"posterior": posterior_group(new_schools_posterior("ok", draws=200))}, None, None)
     assert "posterior" in repr(pack(groups, {}))
     assert "posterior" in pack(groups, {})._repr_html_()
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from pyro_flows._squares import least_squares
+from pyro_flows._tensors import least_squares
 from tests.invariants import close
 from tests.registry import normal
 

@@ -61,6 +61,12 @@ def test_elbo_of_short_and_broken_runs(ok, losses, tmp_path):
     assert (tmp_path / "elbo.png").stat().st_size > 5000
 
 
+def test_elbo_of_an_unreliable_fit_has_no_final_line():
+    posterior = with_losses(schools_posterior("unreliable", draws=500), torch.linspace(50.0, 40.0, 60))
+    _, median = plots.plot_elbo(posterior).axes[0].lines
+    assert median.get_label() == "running median"
+
+
 def test_elbo_needs_steps(ok):
     with pytest.raises(
         ValueError, match=r"expected one with optimization steps, got none \(diagnose does not optimize\)"

@@ -14,9 +14,8 @@ import pyro_flows as pf
 from pyro_flows._fallbacks import strict
 from pyro_flows.report import figures as graphs
 from pyro_flows.report import tables
-from pyro_flows.report.content import Options, content, recipe
 from pyro_flows.report.figures import themed
-from pyro_flows.report.page import render
+from pyro_flows.report.page import Options, content, recipe, render
 from tests.posteriors import (
     SCHOOLS,
     Y,

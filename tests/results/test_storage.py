@@ -13,7 +13,7 @@ import torch
 from pyro.infer.autoguide import AutoNormal
 
 import pyro_flows as pf
-from pyro_flows.results.files import FILES, check_target
+from pyro_flows.results.files import FILES
 from tests.posteriors import (
     NETCDF,
     OFF,
@@ -213,8 +213,8 @@ def test_only_own_directories_are_overwritten(fitted, saved, tmp_path):
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / TEXT).write_text('{"format": "something else"}')
     with pytest.raises(ValueError, match="holds other files"):
-        check_target(tmp_path / "other")
-    assert check_target(tmp_path / "new" / "folder") == tmp_path / "new" / "folder"
+        FILES.check_target(tmp_path / "other")
+    assert FILES.check_target(tmp_path / "new" / "folder") == tmp_path / "new" / "folder"
 
 
 @pytest.mark.parametrize("lost", sorted(NAMES))

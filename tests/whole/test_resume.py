@@ -2,7 +2,7 @@
 
 import functools
 import hashlib
-import json
+import pickle
 import random
 import time
 import warnings
@@ -18,8 +18,9 @@ import torch
 import pyro_flows as pf
 from pyro_flows import _journal
 from pyro_flows._clock import Clock
+from pyro_flows._untrusted import packed
 from pyro_flows.calibration import checkpoint as simulations
-from pyro_flows.calibration.folder import Folder
+from pyro_flows.calibration.checkpoint import Folder
 from pyro_flows.density_estimation import fit_density as estimation
 from pyro_flows.model.unchanged import identity
 from pyro_flows.training.loop import Budget, train
@@ -218,15 +219,11 @@ def test_files_of_others_and_damaged_ones_are_refused_before_the_work(tmp_path):
     with _journal.keeping(path, lambda: {"seed": 1}):
         _journal.evaluated([torch.ones(3)], lambda: time.sleep(0.002) or [torch.zeros(3)])
     whole = path.read_bytes()
-    body = whole.split(b"\n", 2)[2]
-    text, _, data = body.partition(b"\n")
-    other = json.loads(text)
-    tensors = [["float64", [2**40]], ["float32", [-3]], ["float32", [True]], ["load", [3]], ["float32"], "float32"]
-    steps = [[[0], [[5, {"tensor": form}, 12]]] for form in tensors]
-    steps += [[[0], [["5", [], 0]]], [[0, 1], [[5, [], 0]]], {}, [[0], [[5, [], 12]]]]
-    forms = [sealed(json.dumps({**other, "steps": one}).encode() + b"\n" + data) for one in steps]
-    deep = sealed(b"[" * 100_000 + b"\n" + data)
-    for bad in (whole[:-1], whole[:60], whole.replace(b"seed", b"feed"), sealed(b"{}\n"), deep, *forms):
+    about = {"seed": 1}
+    steps = [{0: ["5", []]}, {0: [5, [], 12]}, {0: 5}, [[0], [[5, []]]], None]
+    forms = [sealed(packed({"about": about, "steps": one})) for one in steps]
+    forms += [sealed(packed({"about": 5, "steps": {}})), sealed(packed([])), sealed(pickle.dumps({"about": about}))]
+    for bad in (whole[:-1], whole[:60], whole.replace(b"seed", b"feed"), sealed(b"{}\n"), *forms):
         path.write_bytes(bad)
         with pytest.raises(
             ValueError, match=r"^checkpoint: expected a whole file, got .*kept', damaged \(.*to begin anew"
