@@ -1,4 +1,4 @@
-"""Operations of a recorded graph put into nests: loops over the same numbers, which are run block by block.
+"""Operations of a recorded graph put into nests of loops over the same numbers, which are run block by block.
 
 Each result is a *buffer* of double precision numbers, and a view of one is an offset, sizes and strides. What a run of
 the graph gave says which results share memory and how they lie there. An operation is a *task*: it is done for all
@@ -13,6 +13,7 @@ from __future__ import annotations
 import operator
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from typing import cast
 
 import torch
@@ -50,6 +51,7 @@ from pyro_flows.graphs.views import (
 
 _aten = torch.ops.aten
 NUMBERS = torch.float64, torch.float32, torch.bool  # all of them double precision here
+RULES = {**STRUCTURED, **MATRICES}
 
 
 class FusionGroups:
@@ -132,9 +134,9 @@ class FusionGroups:
     # what results are ---------------------------------------------------------------------------------------------
 
     @staticmethod
-    def whole(value: Tensor, buffer: Buffer) -> View:
+    def whole(value: Tensor, buffer: Buffer, offset: int = 0) -> View:
         """Return the view that lies in a buffer as a result lies in its memory."""
-        return View(buffer, 0, tuple(value.shape), value.stride(), value.dtype == torch.bool)
+        return View(buffer, offset, tuple(value.shape), value.stride(), value.dtype == torch.bool)
 
     def tensor(self, node: fx.Node) -> Tensor:
         """Return the result of an operation that has one."""
@@ -190,12 +192,9 @@ class FusionGroups:
 
     def _several(self, node: fx.Node, results: Sequence[Tensor]) -> list[View]:
         """Return the views of an operation with several results, of which the first may be all that is used."""
-        first = all(user.target is operator.getitem and user.args[1] == 0 for user in node.users)
-        if first:
-            try:
+        if all(user.target is operator.getitem and user.args[1] == 0 for user in node.users):
+            with suppress(Unsuited):
                 return [self._made(node, results[0])]
-            except Unsuited:
-                pass
         return self._leave(node, results)
 
     def _shared(self, value: object) -> View | None:
@@ -205,27 +204,23 @@ class FusionGroups:
         buffer, begin, dtype = self.owner[storage_of(value)]
         if value.dtype != dtype or value.is_conj() or value.is_neg():
             raise Unsuited  # such as parts of complex numbers
-        offset = int(value.storage_offset()) - begin
-        return View(buffer, offset, tuple(value.shape), value.stride(), value.dtype == torch.bool)
+        return self.whole(value, buffer, int(value.storage_offset()) - begin)
 
     def _leave(self, node: fx.Node, results: Sequence[Tensor]) -> list[View]:
         """Leave an operation to torch."""
         if not all(isinstance(part, Tensor) for part in results):
             raise Unsuited
-        args, kwargs = _mapped(node, {part: self._given(part) for part in node.all_input_nodes})
-        taken = [*views_in((args, kwargs))]
-        for view in taken:
-            view.buffer.kept = True
-        one = Foreign(node, args, kwargs, max((view.buffer.level for view in taken), default=-1))
+        given = {part: Given(self.view(part), self.tensor(part).dtype) for part in node.all_input_nodes}
+        one = Foreign(node, *_mapped(node, given))
+        one.level = max((view.buffer.level for view in one.taken), default=-1)
         self.foreign.append(one)
+        for view in one.taken:
+            view.buffer.kept = True
         for place, part in enumerate(results):
             buffer = Buffer(span(part), source=(node, place), level=one.level, kept=True)
             one.results.append(self.whole(part, buffer))
             self._own(part, one.results[-1])
         return one.results
-
-    def _given(self, node: fx.Node) -> Given:
-        return Given(self.view(node), self.tensor(node).dtype)
 
     # tasks --------------------------------------------------------------------------------------------------------
 
@@ -247,18 +242,14 @@ class FusionGroups:
         if not is_aten(node) or not result.numel() or result.dtype not in NUMBERS:
             raise Unsuited
         call = Call(node, *_mapped(node, self.views), result)
-        for write in (STRUCTURED.get(node.target), MATRICES.get(node.target)):
-            if write is not None:
-                return write(self, call)
-        return self._point(call)
-
-    def _point(self, call: Call) -> View:
-        if call.node.target not in POINTS:
+        if call.name in RULES:
+            return RULES[call.name](self, call)
+        if call.name not in POINTS:
             raise Unsuited
-        for part in call.node.all_input_nodes:
+        for part in node.all_input_nodes:
             self.need_numbers(part)
-        dtypes = {self.tensor(part).dtype for part in call.node.all_input_nodes}
-        truth = call.result.dtype == torch.bool
+        dtypes = {self.tensor(part).dtype for part in node.all_input_nodes}
+        truth = result.dtype == torch.bool
         if truth and len(dtypes & FLOATS) > 1:
             raise Unsuited  # torch may compare in either precision
 
@@ -270,9 +261,9 @@ class FusionGroups:
                 raise Unsuited  # such as the sum of truths
             if code in COMPARED and torch.float32 in dtypes:
                 number = float(torch.tensor(number, dtype=torch.float32))  # as it is compared there
-            return self.point(call.result, code, *views, number=number)
+            return self.point(result, code, *views, number=number)
 
-        return POINTS[call.node.target](emit, *call.args, **call.kwargs)
+        return POINTS[call.name](emit, *call.args, **call.kwargs)
 
     def need_numbers(self, node: fx.Node) -> None:
         """Raise :class:`Unsuited` if a value is none that tasks can read: it is empty, complex, or not precise."""

@@ -32,16 +32,16 @@ class Program:
     places: dict[Buffer, int]
 
 
-def program(nests: FusionGroups, arrays: dict[Buffer, int]) -> Program:
+def program(groups: FusionGroups, arrays: dict[Buffer, int]) -> Program:
     """Write nests in the order of their levels.
 
     Args:
-        nests: to write.
+        groups: to write.
         arrays: the number of the array of each buffer that is an input, a constant or a foreign result; constants that
             tasks read are added.
     """
-    ordered = _ordered(nests)
-    places, size = _places(nests, ordered)
+    ordered = _ordered(groups)
+    places, size = _places(groups, ordered)
     filled: set[Buffer] = set()
     steps: list[list[int] | Foreign] = []
     registers = most = 0
@@ -64,25 +64,16 @@ def program(nests: FusionGroups, arrays: dict[Buffer, int]) -> Program:
     return Program(steps, size, registers, registers * BLOCK + most, places)
 
 
-def _ordered(nests: FusionGroups) -> list[list[Task] | Foreign | Product]:
+def _ordered(groups: FusionGroups) -> list[list[Task] | Foreign | Product]:
     """Return nests and foreign operations in the order of their levels, nests first."""
-    groups: defaultdict[tuple[int, Sizes], list[Task]] = defaultdict(list)
-    for task in nests.tasks:
-        groups[task.level, task.nest].append(task)
-    foreign: defaultdict[int, list[Foreign | Product]] = defaultdict(list)
-    for one in nests.foreign:
-        foreign[one.level].append(one)
-    by_level: defaultdict[int, list[list[Task]]] = defaultdict(list)
-    for (level, _), tasks in groups.items():
-        by_level[level].append(tasks)
-    found: list[list[Task] | Foreign | Product] = []
-    for level in sorted({*by_level, *foreign}):
-        found += by_level[level]
-        found += foreign[level]
-    return found
+    nests: defaultdict[tuple[int, Sizes], list[Task]] = defaultdict(list)
+    for task in groups.tasks:
+        nests[task.level, task.nest].append(task)
+    by_level = [(level, tasks) for (level, _), tasks in nests.items()] + [(one.level, one) for one in groups.foreign]
+    return [one for _, one in sorted(by_level, key=lambda pair: pair[0])]
 
 
-def _places(nests: FusionGroups, ordered: Sequence[list[Task] | Foreign | Product]) -> tuple[dict[Buffer, int], int]:
+def _places(groups: FusionGroups, ordered: Sequence[list[Task] | Foreign | Product]) -> tuple[dict[Buffer, int], int]:
     """Return where each kept buffer of tasks begins, and how much is used at most: memory is used again."""
     first: dict[Buffer, int] = {}
     last: dict[Buffer, int] = {}
@@ -94,7 +85,7 @@ def _places(nests: FusionGroups, ordered: Sequence[list[Task] | Foreign | Produc
         taken = [view for task in one for view in task.operands] if isinstance(one, list) else one.taken
         for view in (*taken, *written):
             last[view.buffer] = step
-    for view, _ in nests.outputs:
+    for view, _ in groups.outputs:
         last[view.buffer] = len(ordered)
     born: defaultdict[int, list[Buffer]] = defaultdict(list)
     dying: defaultdict[int, list[Buffer]] = defaultdict(list)
@@ -102,7 +93,7 @@ def _places(nests: FusionGroups, ordered: Sequence[list[Task] | Foreign | Produc
         born[step].append(buffer)
         dying[last[buffer]].append(buffer)
     places: dict[Buffer, int] = {}
-    free: list[tuple[int, int]] = [(0, 2**62)]  # begin and end
+    free = [(0, 2**62)]  # begin and end
     most = 0
     for step in range(len(ordered)):
         for buffer in born[step]:
