@@ -22,17 +22,16 @@ import torch
 from torch import Tensor, fx
 
 from pyro_flows._fallbacks import fallback
-from pyro_flows.graphs.bindings import binding_of, turn
+from pyro_flows.graphs.bindings import binding_of, transpose_product
 from pyro_flows.graphs.fusion_groups import NUMBERS, FusionGroups
-from pyro_flows.graphs.graph import copy_graph, graph_module, is_aten, is_pure, name_of, operation_of, sweep
+from pyro_flows.graphs.graph import copy_graph, graph_module, has_tag, is_aten, is_pure, name_of, sweep
 from pyro_flows.graphs.native import library
+from pyro_flows.graphs.orders import MASKS
 from pyro_flows.graphs.programs import program
 from pyro_flows.graphs.rounding import rounds_alike, rounds_alike_where_tame
 from pyro_flows.graphs.views import Buffer, Foreign, Given, Product, Unsuited, View, span
 from pyro_flows.graphs.writing import BLOCK
 
-BOUND = {torch.Tag.nondeterministic_seeded, torch.Tag.dynamic_output_shape}
-MASKS = (torch.bool, torch.uint8)  # by which numbers are chosen
 THREADS, LARGE = 4, 2**16  # of torch's, and numbers of an operation in the mean, both at most
 # numbers of a run, and of each call or operation of torch's in it, that are worth a thread
 LONG, LONG_CALL = 2**18, 2**12
@@ -56,7 +55,7 @@ def fused(module: fx.GraphModule, inputs: Sequence[Tensor]) -> Fused | None:
     if any(node.target is torch.ops.aten.mm.default for node in module.graph.nodes):
         graph = copy_graph(module.graph)
         for node in list(graph.nodes):
-            turn(node)
+            transpose_product(node)
         sweep(graph)
         module = graph_module(module, graph)
     try:
@@ -86,7 +85,8 @@ def _is_bound(node: fx.Node) -> bool:
         indices = cast("Sequence[fx.Node | None]", node.args[1])
         found = [part.meta.get("val") for part in indices if part is not None]
         return any(value is None or value.dtype in MASKS for value in found)
-    return bool(BOUND.intersection(operation_of(node).tags)) or name_of(node).startswith("as_strided")
+    tags = (torch.Tag.nondeterministic_seeded, torch.Tag.dynamic_output_shape)
+    return any(has_tag(node, tag) for tag in tags) or name_of(node).startswith("as_strided")
 
 
 class _Run(NamedTuple):

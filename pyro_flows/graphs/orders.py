@@ -14,10 +14,11 @@ import torch
 from torch import Tensor, fx
 from torch.fx.node import Argument
 
-from pyro_flows.graphs.graph import graph_module, new_node, node_at, tidy
+from pyro_flows.graphs.graph import constant_node, graph_module, new_node, node_at, sweep, tidy
 from pyro_flows.graphs.sums import like_of
 
 _aten = torch.ops.aten
+MASKS = (torch.bool, torch.uint8)  # dtypes of indices that choose numbers
 
 
 class _Order(NamedTuple):
@@ -46,6 +47,7 @@ def ordered(module: fx.GraphModule) -> fx.GraphModule:
             graph.add(node)
     if not graph.constants:
         return module
+    sweep(module.graph)
     tidy(module.graph)  # the rows of one order are spread once
     return graph_module(module, module.graph)
 
@@ -76,7 +78,7 @@ class _Graph:
                 found = self._new(_aten.index_select.default, (flat, order.start, rows), value, sizes)
             if len(order.shape) != 1:
                 found = self._new(_aten.view.default, (found, [*shape]), value, shape)
-        self._replace(node, found)
+        node.replace_all_uses_with(found)
 
     def add(self, node: fx.Node) -> None:
         """Replace the addition of values to the places of an order, where each of these is a single number."""
@@ -96,7 +98,7 @@ class _Graph:
             found = self._new(_aten.index_add.default, (flat, order.start, rows, values), value, flat.meta["val"].shape)
             if order.axes != 1:
                 found = self._new(_aten.reshape.default, (found, [*value.shape]), value, value.shape)
-        self._replace(node, found)
+        node.replace_all_uses_with(found)
 
     def _order(self, node: fx.Node) -> _Order | None:
         """Return the order that constant indices stand for; None if they are no constants, or stand apart."""
@@ -126,10 +128,8 @@ class _Graph:
         """Return the rows of an order, which are the same for all operations by equal indices."""
         if order.key not in self.constants:
             name = f"order_{len(self.constants)}"
-            self.module.register_buffer(name, order.rows)
             with self.graph.inserting_before(next(iter(self.graph.nodes))):
-                self.constants[order.key] = self.graph.get_attr(name)
-            self.constants[order.key].meta["val"] = order.rows
+                self.constants[order.key] = constant_node(self.graph, self.module, name, order.rows)
         return self.constants[order.key]
 
     def _new(
@@ -137,11 +137,7 @@ class _Graph:
     ) -> fx.Node:  # fmt: skip
         return new_node(self.graph, target, args, like_of(like, *shape))
 
-    def _replace(self, node: fx.Node, found: fx.Node) -> None:
-        node.replace_all_uses_with(found)
-        self.graph.erase_node(node)
-
 
 def _whole(index: Tensor) -> tuple[Tensor, ...]:
     """Return whole numbers for each axis that an index stands for."""
-    return index.nonzero(as_tuple=True) if index.dtype in (torch.bool, torch.uint8) else (index.long(),)
+    return index.nonzero(as_tuple=True) if index.dtype in MASKS else (index.long(),)

@@ -105,7 +105,7 @@ class Recorder:
         z = z.contiguous()
         rows = self._size(z)
         if len(z) == rows:
-            return tuple(part.clone() for part in self._piece(z))  # not the graph's own constants
+            return tuple(part.clone() for part in self._pieces([z])[0])  # not the graph's own constants
         short = -len(z) % rows
         filled = torch.cat([z, z[-1:].expand(short, -1)]) if short else z
         parts = zip(*self._pieces(filled.split(rows)), strict=True)
@@ -170,9 +170,6 @@ class Recorder:
             for rows, dtype, device, count in counts:
                 counter[rows, getattr(torch, dtype.removeprefix("torch.")), torch.device(device)] = count
 
-    def _piece(self, z: Tensor) -> tuple[Tensor, ...]:
-        return self._pieces([z])[0]
-
     def _pieces(self, pieces: Sequence[Tensor]) -> list[tuple[Tensor, ...]]:
         """Return the results for pieces of one size: by the function until there is a graph, then all at once."""
         found = list[tuple[Tensor, ...]]()
@@ -218,7 +215,9 @@ class Recorder:
         fresh = nearby(z)
         self._before(z)
         with Tried(lambda error: not isinstance(error, torch.linalg.LinAlgError)) as tried:  # which is of these points
-            runner = Runner(self._graph(z))
+            whole = self._of_whole(z, due=True)
+            graph = record(self._function, z, *self.given) if whole is None else first_results(whole.module, 1)
+            runner = Runner(graph)
             recorded = runner(fresh, *self.given)
         if tried.error is not None:
             known = isinstance(tried.error, Unrecordable)
@@ -253,8 +252,3 @@ class Recorder:
             any(not agree(rows(other, place), rows(expected, number)) for other in moved)
             for place, number in enumerate(differ)
         )
-
-    def _graph(self, z: Tensor) -> fx.GraphModule:
-        """Return the graph for such batches: a part of the whole's, if it has one, or a new one."""
-        whole = self._of_whole(z, due=True)
-        return record(self._function, z, *self.given) if whole is None else first_results(whole.module, 1)

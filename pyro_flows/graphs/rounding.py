@@ -65,13 +65,12 @@ def rounds_alike(
     """
     made = [node.meta.get("val") for node in module.graph.nodes if node.op == "call_function"]
     if any(isinstance(value, Tensor) and value.dtype == torch.float32 for value in made):
-        found, expected = (tuple(map(_in_single, values)) for values in (found, expected))
+        found, expected = (
+            tuple(value.float() if value.dtype == torch.float64 else value for value in values)
+            for values in (found, expected)
+        )
     found = tuple(map(_comparable, found, expected))
     return agree(found, expected) or hangs_on_digits(module, inputs, found, expected)
-
-
-def _in_single(value: Tensor) -> Tensor:
-    return value.float() if value.dtype == torch.float64 else value
 
 
 def tame(inputs: Sequence[Tensor]) -> list[Tensor] | None:
@@ -80,7 +79,7 @@ def tame(inputs: Sequence[Tensor]) -> list[Tensor] | None:
     This fails at some points: where a scale is next to nothing, a sum forgets its smaller term, and whoever never adds
     the two up has other results, and the better ones. Such points do not tell whether two ways do the same.
     """
-    if not any(value.dtype == torch.float32 for value in inputs):
+    if all(value.dtype != torch.float32 for value in inputs):
         return None
     return [value.clamp(-TAME, TAME) if value.dtype == torch.float32 else value for value in inputs]
 

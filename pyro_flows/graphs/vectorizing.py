@@ -21,6 +21,7 @@ from torch import Tensor, fx
 from torch.fx.node import Argument
 
 from pyro_flows.graphs.graph import (
+    constant_node,
     copy_node,
     graph_module,
     has_tag,
@@ -56,8 +57,8 @@ def vectorize(module: fx.GraphModule) -> fx.GraphModule:
     read_rows(graph)
     sum_at_once(graph)
     sweep(graph)
-    for levels in (_from_inputs, _from_results):
-        groups = _groups(graph, levels(graph))
+    for from_results in (False, True):
+        groups = _groups(graph, _levels(graph, from_results=from_results))
         graph = _Writer(module, graph, groups).written if groups else graph
         sweep(graph)
     return graph_module(module, graph)
@@ -66,17 +67,12 @@ def vectorize(module: fx.GraphModule) -> fx.GraphModule:
 # groups ---------------------------------------------------------------------------------------------------------------
 
 
-def _from_inputs(graph: fx.Graph) -> dict[fx.Node, int]:
+def _levels(graph: fx.Graph, *, from_results: bool) -> dict[fx.Node, int]:
+    """Return the distance of each node from the inputs, or from the results."""
     levels: dict[fx.Node, int] = {}
-    for node in graph.nodes:
-        levels[node] = 1 + max((levels[part] for part in node.all_input_nodes), default=0)
-    return levels
-
-
-def _from_results(graph: fx.Graph) -> dict[fx.Node, int]:
-    levels: dict[fx.Node, int] = {}
-    for node in reversed(graph.nodes):
-        levels[node] = 1 + max((levels[user] for user in node.users), default=0)
+    for node in reversed(graph.nodes) if from_results else graph.nodes:
+        others = node.users if from_results else node.all_input_nodes
+        levels[node] = 1 + max((levels[other] for other in others), default=0)
     return levels
 
 
@@ -149,7 +145,7 @@ class _Writer:
         args = tuple(self._operand([node.args[place] for node in nodes], value.dim()) for place in places)
         like = like_of(value, count, *value.shape)
         whole = new_node(self.written, first.target, args, like, dict(first.kwargs))
-        parts = new_node(self.written, _aten.unbind.int, (whole, 0), None)
+        parts = new_node(self.written, _aten.unbind.int, (whole, 0))
         for place, node in enumerate(nodes):
             row = self._copies[node] = new_node(self.written, operator.getitem, (parts, place), value)
             self._rows[row] = whole, place
@@ -183,10 +179,7 @@ class _Writer:
         if any(isinstance(value, torch.nn.Parameter) for value in values):
             return None
         name = f"stack_{len(self.module._buffers)}"
-        self.module.register_buffer(name, torch.stack(values))
-        node = self.written.get_attr(name)
-        node.meta["val"] = getattr(self.module, name)
-        return node
+        return constant_node(self.written, self.module, name, torch.stack(values))
 
     def _range(self, parts: list[fx.Node], like: Tensor) -> fx.Node | None:
         """Return rows that follow each other in one tensor, forwards or backwards, as a part of it."""

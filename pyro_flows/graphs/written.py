@@ -15,6 +15,7 @@ from torch.fx.node import Argument
 
 from pyro_flows.graphs.graph import int_at, ints_at, new_node, node_at, sweep
 from pyro_flows.graphs.strides import by_selection
+from pyro_flows.graphs.sums import is_plain_sum
 
 _aten = torch.ops.aten
 _WRITES = (_aten.select_scatter.default, _aten.slice_scatter.default)
@@ -75,7 +76,10 @@ class _Resolver:
         for node in list(self.graph.nodes):
             found = self._settled(node)
             if found is not node:
-                self._replace(node, found)
+                for user in node.users:
+                    if user.target is _aten.view.default:  # of what may have another layout
+                        user.target = _aten.reshape.default
+                node.replace_all_uses_with(found)
             if self.left < 0:
                 return
 
@@ -94,12 +98,6 @@ class _Resolver:
                     if source in self.known:
                         node.replace_input_with(source, self._whole(self.known[source]))
         return node
-
-    def _replace(self, node: fx.Node, by: fx.Node) -> None:
-        for user in node.users:
-            if user.target is _aten.view.default:  # of what may have another layout
-                user.target = _aten.reshape.default
-        node.replace_all_uses_with(by)
 
     # rules: entries, a node of equal value, or None -------------------------------------------------------------------
 
@@ -150,11 +148,7 @@ class _Resolver:
 
     def _add(self, node: fx.Node) -> _Entries | None:
         one, other = node.args[:2]
-        if node.kwargs or not (isinstance(one, fx.Node) and isinstance(other, fx.Node)) or one is other:
-            return None
-        if any(part.meta["val"].shape != node.meta["val"].shape for part in (one, other)):
-            return None
-        if any(part.meta["val"].dtype != node.meta["val"].dtype for part in (one, other)):
+        if not is_plain_sum(node) or not (isinstance(one, fx.Node) and isinstance(other, fx.Node)) or one is other:
             return None
         few = next((part for part in (other, one) if part in self.known and self.known[part].base is None), None)
         if few is None:
@@ -162,8 +156,7 @@ class _Resolver:
         rest, added = (one if few is other else other), self.known[few]
         known = self._along(added.axis, rest, node)
         for index, part in added.at.items():
-            there = index in known.at or known.base is not None
-            if there:
+            if index in known.at or known.base is not None:
                 old = self._entry(known, index)
                 part = self._call(_aten.add.Tensor, (old, part), old.meta["val"])
             known.at[index] = part
@@ -237,7 +230,7 @@ class _Resolver:
 
 
 def _axis_of(node: fx.Node, given: int = 1) -> tuple[fx.Node, int, int]:
-    """Return the tensor that is selected from or written into, the axis and the index."""
+    """Return the tensor that is selected from or written into, the axis and the index, ``given`` from there on."""
     source = node_at(node, 0)
     shape = source.meta["val"].shape
     axis = int_at(node, given) % len(shape)
@@ -245,7 +238,7 @@ def _axis_of(node: fx.Node, given: int = 1) -> tuple[fx.Node, int, int]:
 
 
 def _range_of(node: fx.Node, given: int = 1) -> tuple[fx.Node, int, int, int, int]:
-    """Return the tensor that is sliced or written into, the axis, and the range, which are ``given`` from there on."""
+    """Return the tensor that is sliced or written into, the axis, and the range, likewise."""
     source = node_at(node, 0)
     shape = source.meta["val"].shape
     axis = int_at(node, given) % len(shape)
