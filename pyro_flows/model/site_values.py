@@ -14,7 +14,7 @@ from pyro_flows import _checks
 from pyro_flows._seeding import derive, seeded
 from pyro_flows._turns import turn
 from pyro_flows.graphs import Recorder
-from pyro_flows.model.batching import apart, quiet, redrawn
+from pyro_flows.model.batching import apart, quiet, redrawn, undefined
 from pyro_flows.model.digits import Digits
 from pyro_flows.model.faults import Undefined, defined, passing_over
 from pyro_flows.model.handlers import Resample, flatten_all
@@ -202,8 +202,3 @@ class SiteValues(Digits):
                     if not torch.isfinite(density).all():
                         bad.append(not_finite(site, density))
         return "; ".join(bad) or f"log Jacobian {float(ladj)}"
-
-
-def undefined(like: Tensor) -> Tensor:
-    """Return NaN of the shape of a tensor, or 0 for whole numbers."""
-    return torch.full_like(like, torch.nan if like.is_floating_point() else 0)

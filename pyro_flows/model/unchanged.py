@@ -25,9 +25,10 @@ from pyro_flows._seeding import seeded
 from pyro_flows._tensors import storage_of
 from pyro_flows._turns import alone
 from pyro_flows.graphs import interpreter_is_built
+from pyro_flows.model.arguments import names_of
 from pyro_flows.model.batching import quiet
 from pyro_flows.model.log_density import LogDensity
-from pyro_flows.model.sites import Keywords, Model, Positional
+from pyro_flows.model.sites import Keywords, Positional
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -95,8 +96,7 @@ def digests(density: LogDensity) -> dict[str, str]:
     functions and other objects are not. Cost: 10 million numbers take about a tenth of a second.
     """
     args, kwargs = density.args, density.kwargs
-    names = [*_names(density.model), *map(str, range(len(args)))][: len(args)]
-    given = [*zip(names, args, strict=False), *kwargs.items()]
+    given = [*zip(names_of(density.model, args), args, strict=True), *kwargs.items()]
     found = {f"argument {name!r}": digest_of(value) for name, value in given}
     known = {storage_of(leaf) for leaf in tree_leaves((args, kwargs)) if _is_strided(leaf)}
     for name, value in density.structure.observed.items():
@@ -107,14 +107,6 @@ def digests(density: LogDensity) -> dict[str, str]:
 
 def _is_strided(value: object) -> TypeGuard[Tensor]:
     return isinstance(value, Tensor) and value.layout is torch.strided
-
-
-def _names(model: Model) -> list[str]:
-    """Return the names of the parameters that positional arguments go to, as far as they have names of their own."""
-    with suppress(TypeError, ValueError):
-        positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-        return [name for name, one in inspect.signature(model).parameters.items() if one.kind in positional]
-    return []
 
 
 def digest_of(value: object) -> str:
