@@ -120,10 +120,8 @@ class Fused:
             for view in one.results if isinstance(one, Foreign) else []:
                 arrays.setdefault(view.buffer, len(arrays) + 1)
         self._program = done = program(groups, arrays)
-        self._words = [array.array("q", one) if isinstance(one, list) else one for one in done.steps]
         products = sum(isinstance(one, Product) for one in groups.foreign)
-        self.tasks, self.calls = len(groups.tasks) + products, sum(isinstance(one, list) for one in done.steps)
-        done.steps.clear()
+        self.tasks, self.calls = len(groups.tasks) + products, sum(isinstance(one, array.array) for one in done.steps)
         self.numbers = sum(math.prod(task.nest) for task in groups.tasks)
         self._taken = [(arrays[view.buffer], place) for place, view in enumerate(_inputs_of(groups, module))]
         self._given_back = [(view, value.dtype) for view, value in groups.outputs]
@@ -143,13 +141,13 @@ class Fused:
                 value = buffer.source.detach()
                 self._constants.append(value if buffer.positions else _precise(value))
                 self._arrays[number] = self._constants[-1].data_ptr()
-        self._steps = [self._step(one, arrays) for one in self._words]
+        self._steps = [self._step(one, arrays) for one in done.steps]
         self._results = [self._result(view, dtype) for view, dtype in self._given_back]
 
     @property
     def is_long(self) -> bool:
         """Whether a run takes so long, and so much of it in C, that two at once on two threads gain time."""
-        return self.numbers >= LONG and self.numbers >= LONG_CALL * len(self._words)
+        return self.numbers >= LONG and self.numbers >= LONG_CALL * len(self._steps)
 
     def twin(self) -> Fused:
         """Return one that does the same in memory of its own, so that both can run at once."""

@@ -40,12 +40,10 @@ from pyro_flows.graphs.views import (
     broadcast,
     dense,
     is_aligned,
-    level_for,
     reach,
     span,
     spread_over,
     strides_in_nest,
-    to_nest,
     views_in,
 )
 
@@ -274,22 +272,12 @@ class FusionGroups:
         if not buffer.constant and value.dtype not in ((torch.float64,) if buffer.changes else NUMBERS):
             raise Unsuited
 
-    def point(self, like: Tensor, code: int, *operands: View, number: float = 0.0) -> View:
-        """Add a task with one result for each number of its operands; all lie as those of ``like``."""
-        shapes = [view.sizes for view in operands] + ([tuple(like.shape)] if code == IDENTITY else [])
-        sizes = broadcast(shapes)
-        strides = like.stride() if sizes == like.shape else dense(sizes)
-        return self._point_to(code, operands, sizes, strides, like.dtype == torch.bool, number)
-
-    def numbers(self, code: int, *operands: View) -> View:
-        """Add a task whose results lie in the order of their sizes."""
-        sizes = broadcast([view.sizes for view in operands])
-        return self._point_to(code, operands, sizes, dense(sizes), False, 0.0)
-
-    def _point_to(
-        self, code: int, operands: Sequence[View], sizes: Sizes, strides: Sizes, boolean: bool, number: float
-    ) -> View:  # fmt: skip
-        to = View(Buffer(reach(sizes, strides)), 0, sizes, strides, boolean)
+    def point(self, like: Tensor | None, code: int, *operands: View, number: float = 0.0) -> View:
+        """Add a task with one result for each number of its operands, in memory as ``like``, or else in their order."""
+        shapes = [view.sizes for view in operands]
+        sizes = broadcast(shapes if like is None or code != IDENTITY else [*shapes, tuple(like.shape)])
+        strides = dense(sizes) if like is None or sizes != like.shape else like.stride()
+        to = View(Buffer(reach(sizes, strides)), 0, sizes, strides, like is not None and like.dtype == torch.bool)
         self.add(code, operands, to, STORE, number=number)
         to.buffer.maker = self.tasks[-1]
         return to
@@ -297,8 +285,8 @@ class FusionGroups:
     def add(self, code: int, operands: Sequence[View], to: View, action: int, *, number: float = 0.0) -> None:
         """Add a task for all numbers of ``to``."""
         taken = tuple(spread_over(view, to.sizes) for view in operands)
-        task = Task(code, taken, number, to, action, to_nest(to.sizes))
-        task.level = max(level_for(view, task.nest) for view in taken)
+        task = Task(code, taken, number, to, action, tuple(size for size in to.sizes if size > 1))
+        task.level = max(view.buffer.level + (not is_aligned(view, task.nest)) for view in taken)
         to.buffer.level = max(to.buffer.level, task.level)
         self.tasks.append(task)
 

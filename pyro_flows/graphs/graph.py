@@ -204,11 +204,11 @@ def _count(size: int, like: Tensor) -> Tensor:
     return torch.arange(size, dtype=like.dtype, device=like.device)
 
 
-def first_results(module: fx.GraphModule, count: int) -> fx.GraphModule:
-    """Return the part of a graph that leads to its first results."""
+def first_result(module: fx.GraphModule) -> fx.GraphModule:
+    """Return the part of a graph that leads to its first result."""
     graph = copy_graph(module.graph)
     (output,) = (node for node in graph.nodes if node.op == "output")
-    output.args = (tuple(output.args[0][:count]),)
+    output.args = (tuple(output.args[0][:1]),)
     sweep(graph)
     return graph_module(module, graph)
 

@@ -77,9 +77,9 @@ def _solved(groups: FusionGroups, call: Call) -> View:
         rest = right.at(axis, row)
         for known in found:
             entry = factor.at(first, row).at(second, known).widened(rank - 2)
-            rest = groups.numbers(SUB, rest, groups.numbers(MUL, entry, found[known]))
+            rest = groups.point(None, SUB, rest, groups.point(None, MUL, entry, found[known]))
         diagonal = factor.at(first, row).at(second, row).widened(rank - 2)
-        found[row] = rest if unit else groups.numbers(DIV, rest, diagonal)
+        found[row] = rest if unit else groups.point(None, DIV, rest, diagonal)
     return side_by_side(groups, [found[row].widened(axis) for row in range(size)], axis, result)
 
 
@@ -101,9 +101,11 @@ def _factored(groups: FusionGroups, call: Call) -> View:
         for row in range(column, size):
             entry = matrix.at(rank - 2, row).at(rank - 2, column)
             for known in range(column):
-                entry = groups.numbers(SUB, entry, groups.numbers(MUL, found[row, known], found[column, known]))
+                entry = groups.point(None, SUB, entry, groups.point(None, MUL, found[row, known], found[column, known]))
             found[row, column] = (
-                groups.numbers(SQRT, entry) if row == column else groups.numbers(DIV, entry, found[column, column])
+                groups.point(None, SQRT, entry)
+                if row == column
+                else groups.point(None, DIV, entry, found[column, column])
             )
     buffer, strides = Buffer(span(result), fill=0.0), result.stride()
     for (row, column), view in found.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import array
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,14 +19,14 @@ class Program:
     """What is run: words for the interpreter and foreign operations in turns.
 
     Attributes:
-        steps: each the words of nests, or a foreign operation.
+        steps: each the words of nests and products, or a foreign operation.
         arena: how many numbers tasks share.
         registers: how many blocks of numbers are needed.
         scratch: how many numbers these are, with those of a matrix behind them.
         places: where in the arena a buffer begins.
     """
 
-    steps: list[list[int] | Foreign]
+    steps: list[array.array[int] | Foreign]
     arena: int
     registers: int
     scratch: int
@@ -43,7 +44,7 @@ def program(groups: FusionGroups, arrays: dict[Buffer, int]) -> Program:
     ordered = _ordered(groups)
     places, size = _places(groups, ordered)
     filled: set[Buffer] = set()
-    steps: list[list[int] | Foreign] = []
+    steps: list[array.array[int] | Foreign] = []
     registers = most = 0
     for one in ordered:
         if isinstance(one, Foreign):
@@ -57,10 +58,10 @@ def program(groups: FusionGroups, arrays: dict[Buffer, int]) -> Program:
             words, registers = written.words, max(registers, written.registers)
         if registers > REGISTERS:
             raise Unsuited
-        if steps and isinstance(steps[-1], list):
-            steps[-1] += words
+        if steps and isinstance(steps[-1], array.array):
+            steps[-1].extend(words)
         else:
-            steps.append(words)
+            steps.append(array.array("q", words))
     return Program(steps, size, registers, registers * BLOCK + most, places)
 
 

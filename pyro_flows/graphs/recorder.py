@@ -15,7 +15,7 @@ from pyro_flows._batches import ROWS_AT_LEAST, nearby, rows_for
 from pyro_flows._cache import Cache
 from pyro_flows._fallbacks import Tried, fallback
 from pyro_flows._journal import evaluated
-from pyro_flows.graphs.graph import first_results, is_pure
+from pyro_flows.graphs.graph import first_result, is_pure
 from pyro_flows.graphs.recording import Unrecordable, record
 from pyro_flows.graphs.rounding import DIGITS, agree, moved_by
 from pyro_flows.graphs.runner import Runner
@@ -216,7 +216,7 @@ class Recorder:
         self._before(z)
         with Tried(lambda error: not isinstance(error, torch.linalg.LinAlgError)) as tried:  # which is of these points
             whole = self._of_whole(z, due=True)
-            graph = record(self._function, z, *self.given) if whole is None else first_results(whole.module, 1)
+            graph = record(self._function, z, *self.given) if whole is None else first_result(whole.module)
             runner = Runner(graph)
             recorded = runner(fresh, *self.given)
         if tried.error is not None:

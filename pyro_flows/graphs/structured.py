@@ -69,7 +69,7 @@ def _log_of_sum(groups: FusionGroups, call: Call) -> View:
     like = result.new_empty([1 if axis in gone else size for axis, size in enumerate(view.sizes)])
     largest = reduced(groups, view, [*gone], like, LARGEST, -inf)
     largest = groups.point(like, FILL, largest, groups.point(like, ISINF, largest))
-    total = reduced(groups, groups.numbers(EXP, groups.numbers(SUB, view, largest)), [*gone], like, ADD_UP, 0.0)
+    total = reduced(groups, groups.point(None, EXP, groups.point(None, SUB, view, largest)), [*gone], like, ADD_UP, 0.0)
     found = groups.point(like, ADD, groups.point(like, LOG, total), largest)
     if result.dim() == rank:
         return found
@@ -86,7 +86,7 @@ def _running(groups: FusionGroups, call: Call) -> View:
     code = ADD if call.name == "cumsum" else MUL
     parts = [view.at(axis, 0)]
     for place in range(1, view.sizes[axis]):
-        parts.append(groups.numbers(code, parts[-1], view.at(axis, place)))
+        parts.append(groups.point(None, code, parts[-1], view.at(axis, place)))
     return side_by_side(groups, [part.widened(axis) for part in parts], axis, result)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
 from typing import TYPE_CHECKING, NamedTuple, cast
@@ -77,7 +77,10 @@ class View:
 
 @dataclass(eq=False)
 class Task:
-    """One instruction for all numbers of a nest: operands, and the view of the buffer that the results go to."""
+    """One instruction for all numbers of a nest: operands, and the view of the buffer that the results go to.
+
+    A nest is given by its sizes, those above one.
+    """
 
     code: int
     operands: tuple[View, ...]
@@ -191,11 +194,6 @@ def broadcast(shapes: Sequence[Sizes]) -> Sizes:
     return whole
 
 
-def to_nest(sizes: Iterable[int]) -> Sizes:
-    """Return the sizes of a nest: those above one."""
-    return tuple(size for size in sizes if size > 1)
-
-
 def strides_in_nest(view: View) -> Sizes:
     return tuple(stride for size, stride in zip(view.sizes, view.strides, strict=True) if size > 1)
 
@@ -206,11 +204,6 @@ def is_aligned(view: View, nest: Sizes) -> bool:
     if maker is None or view.offset or view.index is not None or maker.nest != nest:
         return False
     return strides_in_nest(maker.to) == strides_in_nest(view)
-
-
-def level_for(view: View, nest: Sizes) -> int:
-    """Return the first level at which a view can be read in a nest."""
-    return view.buffer.level + (not is_aligned(view, nest))
 
 
 def views_in(value: object) -> Iterator[View]:

@@ -151,10 +151,7 @@ class Stack:
                 found.append(density.value_and_grad(z))
             else:
                 with quiet():
-                    curvature = where_possible(
-                        lambda z, one=density: (hessians(one.single, z),), z, (self.dim, self.dim)
-                    )
-                found.append(curvature)
+                    found.append(where_possible(partial(_curvature, density), z, (self.dim, self.dim)))
         return tuple(torch.stack(parts) for parts in zip(*found, strict=True))
 
     def _piece(self, name: str, function: Values, groups: Tensor) -> tuple[Tensor, ...]:
@@ -206,6 +203,10 @@ class Stack:
         given = [torch.stack([each[place] for each in leaves]) for place in self._where]
         with torch.no_grad():
             return self._all(z, given)
+
+
+def _curvature(density: LogDensity, z: Tensor) -> tuple[Tensor]:
+    return (hessians(density.single, z),)
 
 
 def signature(density: LogDensity) -> tuple[object, ...]:

@@ -153,7 +153,7 @@ def test_matrices(function):
 @pytest.mark.parametrize("function", [triangular, lambda x, y: (torch.where(torch.isfinite(x), x, 0.0),)])
 def test_nothing_is_left_to_torch(function):
     made = check(function, normal(40, 3, seed=1), normal(4, 3, seed=2), least=1e-12)
-    assert made.calls == len(made._words)
+    assert made.calls == len(made._steps)
 
 
 @needs_interpreter
