@@ -114,7 +114,7 @@ class Fused:
         self._run_program = run
         self._layouts = [(value.shape, value.stride()) for value in inputs]
         self._numbered = arrays = dict[Buffer, int]()
-        for view in _inputs_of(groups, module):
+        for view in groups.inputs:
             arrays.setdefault(view.buffer, len(arrays) + 1)
         for one in groups.foreign:
             for view in one.results if isinstance(one, Foreign) else []:
@@ -123,7 +123,7 @@ class Fused:
         products = sum(isinstance(one, Product) for one in groups.foreign)
         self.tasks, self.calls = len(groups.tasks) + products, sum(isinstance(one, array.array) for one in done.steps)
         self.numbers = sum(math.prod(task.nest) for task in groups.tasks)
-        self._taken = [(arrays[view.buffer], place) for place, view in enumerate(_inputs_of(groups, module))]
+        self._taken = [(arrays[view.buffer], place) for place, view in enumerate(groups.inputs)]
         self._given_back = [(view, value.dtype) for view, value in groups.outputs]
         self._allocate()
 
@@ -259,7 +259,3 @@ def _precise(value: Tensor) -> Tensor:
     if value.dtype == torch.float64 or value.is_complex():  # which no task reads
         return value
     return torch.as_strided(value, (span(value),), (1,)).double()
-
-
-def _inputs_of(groups: FusionGroups, module: fx.GraphModule) -> list[View]:
-    return [groups.view(node) for node in module.graph.nodes if node.op == "placeholder"]

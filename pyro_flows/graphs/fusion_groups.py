@@ -62,6 +62,7 @@ class FusionGroups:
     Attributes:
         tasks: in order.
         foreign: operations of torch's and products of matrices, in order.
+        inputs: a view for each.
         outputs: a view for each result, and the result itself.
         views: of the result of each operation.
         real: these results, of this run.
@@ -73,13 +74,14 @@ class FusionGroups:
         self.views: dict[fx.Node, View | list[View]] = {}
         self.real: dict[fx.Node, object] = {}
         self.owner: dict[int, tuple[Buffer, int, torch.dtype]] = {}  # of a storage: buffer, where it begins, and dtype
+        self.inputs: list[View] = []
         self.outputs: list[tuple[View, Tensor]] = []
-        left = iter(enumerate(inputs))
+        left = iter(inputs)
         for node in module.graph.nodes:
             if node.op == "placeholder":
-                number, value = next(left)
-                self.real[node] = value
-                self.views[node] = view = self.whole(value, Buffer(span(value), source=number))
+                self.real[node] = value = next(left)
+                self.views[node] = view = self.whole(value, Buffer(span(value), source=len(self.inputs)))
+                self.inputs.append(view)
                 self._own(value, view)
             elif node.op == "get_attr":
                 value = getattr(module, str(node.target))

@@ -58,11 +58,6 @@ def node_at(node: fx.Node, place: int) -> fx.Node:
     return part
 
 
-def nodes_at(node: fx.Node, place: int) -> list[fx.Node]:
-    """Return an argument of a node that is a sequence of nodes."""
-    return [*cast("Sequence[fx.Node]", node.args[place])]
-
-
 def int_at(node: fx.Node, place: int, otherwise: int = 0) -> int:
     """Return an argument of a node that is a whole number; another one where it is left out or None."""
     number = node.args[place] if place < len(node.args) else None

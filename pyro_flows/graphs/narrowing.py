@@ -29,7 +29,7 @@ from pyro_flows.graphs.graph import (
     node_at,
     sweep,
 )
-from pyro_flows.graphs.sums import like_of, terms_of
+from pyro_flows.graphs.sums import like_of, terms_of, zeros
 
 _aten = torch.ops.aten
 _SUM, _SLICE = _aten.sum.dim_IntList, _aten.slice_backward.default
@@ -227,20 +227,18 @@ def _joined(graph: fx.Graph, parts: Sequence[fx.Node], value: Tensor) -> fx.Node
     axis, place = int_at(parts[0], 2) % value.dim(), 0
     pieces: list[fx.Node] = []
     ends = [int_at(part, 3) for part in parts[1:]] + [value.shape[axis]]
-    spans = []
     for part, end in zip(parts, ends, strict=True):
         begin, length = int_at(part, 3), node_at(part, 0).meta["val"].shape[axis]
         if begin < place or begin + length > end:
-            return None
-        spans.append((place, begin))
+            return None  # what was written by then is swept
+        pieces += [*_zeros(graph, value, axis, begin - place), node_at(part, 0)]
         place = begin + length
-    for (before, begin), part in zip(spans, parts, strict=True):
-        pieces += [_zeros(graph, value, axis, begin - before)] * (begin > before) + [node_at(part, 0)]
-    pieces += [_zeros(graph, value, axis, value.shape[axis] - place)] * (value.shape[axis] > place)
+    pieces += _zeros(graph, value, axis, value.shape[axis] - place)
     return new_node(graph, _aten.cat.default, (pieces, axis), value)
 
 
-def _zeros(graph: fx.Graph, value: Tensor, axis: int, length: int) -> fx.Node:
+def _zeros(graph: fx.Graph, value: Tensor, axis: int, length: int) -> list[fx.Node]:
+    if not length:
+        return []
     shape = [*value.shape[:axis], length, *value.shape[axis + 1 :]]
-    kwargs: dict[str, Argument] = {"dtype": value.dtype, "device": value.device}
-    return new_node(graph, _aten.zeros.default, (shape,), like_of(value, *shape), kwargs)
+    return [zeros(graph, like_of(value, *shape))]

@@ -11,8 +11,6 @@ from pyro_flows.graphs.fusion_groups import FusionGroups
 from pyro_flows.graphs.views import Buffer, Foreign, Product, Sizes, Task, Unsuited
 from pyro_flows.graphs.writing import BLOCK, Written, product_in_words
 
-REGISTERS = 2**16  # at most: pointers to them lie on the stack
-
 
 @dataclass
 class Program:
@@ -56,7 +54,7 @@ def program(groups: FusionGroups, arrays: dict[Buffer, int]) -> Program:
         else:
             written = Written(one, places, arrays, filled)
             words, registers = written.words, max(registers, written.registers)
-        if registers > REGISTERS:
+        if registers > 2**16:  # whose pointers lie on the stack
             raise Unsuited
         if steps and isinstance(steps[-1], array.array):
             steps[-1].extend(words)

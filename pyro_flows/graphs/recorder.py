@@ -20,7 +20,6 @@ from pyro_flows.graphs.recording import Unrecordable, record
 from pyro_flows.graphs.rounding import DIGITS, agree, moved_by
 from pyro_flows.graphs.runner import Runner
 
-KINDS_KEPT = 8
 RECORDED_FROM = 2  # the piece at which it is recorded: recording takes as long as ten calls, and a fit makes hundreds
 A_PIECE = 2**12  # numbers that each operation might handle in the time that a call of a graph takes besides
 RECORDING = 2**20  # the same for the time that it takes to record a graph of one more size
@@ -82,7 +81,7 @@ class Recorder:
         self.rows = most if unit is None else min(unit, most)
         self.large = self.rows if large is None else max(self.rows, min(large, most))
         self.reason: str | None = None
-        self.runners: Cache[Kind, Runner] = Cache(KINDS_KEPT)
+        self.runners: Cache[Kind, Runner] = Cache(8)
         self._calls: Counter[Kind] = Counter()  # with a unit, by the size of a piece; otherwise all under size 0
         self._wasted: Counter[Kind] = Counter()  # numbers, by the size of a batch that had no graph of its own
         self._examples: dict[Kind, Tensor] = {}  # a row (1, D) of the batches that graphs were recorded for

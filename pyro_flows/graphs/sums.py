@@ -27,6 +27,12 @@ def like_of(value: Tensor, *shape: int) -> Tensor:
     return torch.empty((), dtype=value.dtype, device=value.device).expand(shape)
 
 
+def zeros(graph: fx.Graph, like: Tensor) -> fx.Node:
+    """Add zeros of this shape, dtype and device."""
+    kwargs: dict[str, Argument] = {"dtype": like.dtype, "device": like.device}
+    return new_node(graph, _aten.zeros.default, ([*like.shape],), like, kwargs)
+
+
 def read_rows(graph: fx.Graph) -> None:
     """Take a tensor apart once, where many of its rows (or columns) are selected one by one."""
     selected: defaultdict[tuple[fx.Node, int], list[fx.Node]] = defaultdict(list)

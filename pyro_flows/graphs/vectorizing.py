@@ -15,6 +15,7 @@ import heapq
 import operator
 from collections import defaultdict
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, fx
@@ -30,7 +31,6 @@ from pyro_flows.graphs.graph import (
     key_of,
     new_node,
     node_at,
-    nodes_at,
     sweep,
 )  # fmt: skip
 from pyro_flows.graphs.sums import FEWEST, PERMUTED, SMALL, STACKED, Kind, like_of, read_rows, sum_at_once
@@ -122,9 +122,12 @@ class _Writer:
 
     def _copy(self, node: fx.Node) -> fx.Node:
         if node.target is STACKED and not node.kwargs:
-            rows = [self._copies[part] for part in nodes_at(node, 0)]
+            rows = [self._copies[part] for part in cast("Sequence[fx.Node]", node.args[0])]
             if all(row in self._rows for row in rows):
-                return self._along(self._stack(rows), int_at(node, 1), node.meta["val"])
+                stack, like = self._stack(rows), node.meta["val"]
+                axis = int_at(node, 1) % like.dim()
+                order = [*range(1, axis + 1), 0, *range(axis + 1, like.dim())]
+                return new_node(self.written, PERMUTED, (stack, order), like) if axis else stack
         copy = copy_node(self.written, node, self._copies)
         if node.target is operator.getitem:
             source = node_at(copy, 0)
@@ -132,25 +135,17 @@ class _Writer:
                 self._rows[copy] = node_at(source, 0), int_at(copy, 1)
         return copy
 
-    def _along(self, stack: fx.Node, axis: int, like: Tensor) -> fx.Node:
-        """Return a stack along another axis than the first."""
-        order = [*range(1, like.dim())]
-        order.insert(axis % like.dim(), 0)
-        return stack if axis % like.dim() == 0 else new_node(self.written, PERMUTED, (stack, order), like)
-
     def _at_once(self, nodes: list[fx.Node]) -> None:
         first, count = nodes[0], len(nodes)
         value: Tensor = first.meta["val"]
-        places = range(len(first.args))
-        args = tuple(self._operand([node.args[place] for node in nodes], value.dim()) for place in places)
-        like = like_of(value, count, *value.shape)
-        whole = new_node(self.written, first.target, args, like, dict(first.kwargs))
+        args = tuple(self._operand(given, value.dim()) for given in zip(*(node.args for node in nodes), strict=True))
+        whole = new_node(self.written, first.target, args, like_of(value, count, *value.shape), dict(first.kwargs))
         parts = new_node(self.written, _aten.unbind.int, (whole, 0))
         for place, node in enumerate(nodes):
             row = self._copies[node] = new_node(self.written, operator.getitem, (parts, place), value)
             self._rows[row] = whole, place
 
-    def _operand(self, given: list[Argument], axes: int) -> Argument:
+    def _operand(self, given: tuple[Argument, ...], axes: int) -> Argument:
         """Return one operand of all: what they share as it is, else a stack, with axes of length one in the middle."""
         parts = [self._copies[part] for part in given if isinstance(part, fx.Node)]
         if not parts:

@@ -15,7 +15,7 @@ from pyro_flows.graphs.graph import name_of, node_at
 if TYPE_CHECKING:
     from pyro_flows.graphs.fusion_groups import FusionGroups
 
-STORE, ADD_UP, LARGEST, SMALLEST = 1, 3, 4, 5  # what is done with results; see interpreter.c
+LOAD, STORE, STORE_AT_ONCE, ADD_UP, LARGEST, SMALLEST = range(6)  # what is done with memory; see interpreter.c
 Sizes = tuple[int, ...]
 
 

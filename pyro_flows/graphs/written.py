@@ -14,7 +14,7 @@ from torch import Tensor, fx
 from torch.fx.node import Argument
 
 from pyro_flows.graphs.graph import int_at, ints_at, new_node, node_at, sweep
-from pyro_flows.graphs.sums import is_plain_sum
+from pyro_flows.graphs.sums import is_plain_sum, zeros
 
 _aten = torch.ops.aten
 _WRITES = (_aten.select_scatter.default, _aten.slice_scatter.default)
@@ -202,9 +202,8 @@ class _Resolver:
         return known.at[index]
 
     def _zeros(self, like: Tensor) -> fx.Node:
-        zeros = self._call(_aten.zeros.default, ([*like.shape],), like)
-        zeros.kwargs = {"dtype": like.dtype, "device": like.device}
-        return zeros
+        self.left -= 1
+        return self._settled(zeros(self.graph, like))
 
     def _whole(self, known: _Entries) -> fx.Node:
         """Return the tensor, put together from its entries and from what lies between these."""

@@ -30,7 +30,6 @@ BESIDE = (
     "Pyro: two threads use it at once, pyro_flows in one and other code in another. Its handlers belong to the whole "
     "process, so both may have got wrong numbers. Run one after the other, or in processes of their own."
 )
-REDRAWS = 10  # of draws at which a model raises an error
 
 
 @contextmanager
@@ -230,7 +229,7 @@ def redrawn(draw: Callable[[int], dict[str, Tensor]], draws: int) -> dict[str, T
     Where all of them have NaN, it belongs to them.
     """
     found = draw(draws)
-    for _ in range(REDRAWS):
+    for _ in range(10):
         floats = [value for value in found.values() if value.is_floating_point()]
         bad = torch.stack([value.reshape(draws, -1).isnan().any(1) for value in floats]).any(0) if floats else None
         if bad is None or not bool(bad.any()) or bool(bad.all()):

@@ -92,6 +92,7 @@ def used(run: Callable[[], object], trace: poutine.Trace) -> dict[str, Tensor]:
             left_out[name] = mask
     if not left_out:
         return {}
+    everything = {name: ~mask for name, mask in left_out.items()}
     sites = {name: messages(trace)[name] for name in left_out}
     bases = {name: bijection(site["fn"]).inv(site["value"]).detach() for name, site in sites.items()}
 
@@ -106,7 +107,7 @@ def used(run: Callable[[], object], trace: poutine.Trace) -> dict[str, Tensor]:
     with at_a_point() as tried, torch.no_grad():
         here, *others = (density({name: base + shift for name, base in bases.items()}) for shift in (0.0, *SHIFTS))
     if tried.error is not None:
-        return {name: ~mask for name, mask in left_out.items()}  # it hangs on these values
+        return everything  # it depends on these values
     if all(torch.equal(here.nan_to_num(), other.nan_to_num()) for other in others):
         return {}
     found = {name: torch.zeros_like(mask) for name, mask in left_out.items()}
@@ -115,8 +116,8 @@ def used(run: Callable[[], object], trace: poutine.Trace) -> dict[str, Tensor]:
         slopes = torch.autograd.grad(density(leaves), [*leaves.values()], allow_unused=True)
         for (name, mask), slope in zip(left_out.items(), slopes, strict=True):
             if slope is not None:
-                found[name] = ~mask & (slope != 0.0).reshape(*mask.shape, -1).any(-1)
-    return found if any(bool(mask.any()) for mask in found.values()) else {n: ~mask for n, mask in left_out.items()}
+                found[name] = everything[name] & (slope != 0.0).reshape(*mask.shape, -1).any(-1)
+    return found if any(bool(mask.any()) for mask in found.values()) else everything
 
 
 class _At(Messenger):

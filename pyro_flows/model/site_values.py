@@ -101,16 +101,12 @@ class SiteValues(Digits):
         if self.batched and not self._parameters and not self.long and names:
             if names not in self._densities:
                 numbers = max(self.numbers, self.work.largest // 2)
-                self._densities[names] = Recorder(partial(self._densities_of, names), numbers)
+                at = partial(self._densities_at, names)
+                self._densities[names] = Recorder(lambda z: tuple(self.strictly(at, z).values()), numbers)
             with turn(), passing_over():
                 return dict(zip(names, self._densities[names](z), strict=True))
         with torch.no_grad():
             return self.map(partial(self._densities_at, names), z, instead=partial(self._no_densities, names))
-
-    def _densities_of(self, names: Sequence[str], z: Tensor) -> tuple[Tensor, ...]:
-        with torch.no_grad():
-            found = self.strictly(partial(self._densities_at, names), z)
-        return tuple(found[name] for name in names)
 
     def _densities_at(self, names: Sequence[str], row: Tensor) -> dict[str, Tensor]:
         trace, _ = self._run(row, enumerate_sites=True)

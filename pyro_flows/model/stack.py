@@ -24,7 +24,6 @@ KINDS_KEPT = 16
 RECORDED_FROM = 2  # the call with one number of points from which on it is recorded
 SIZES_COMPARED = 0.5, 0.2  # of the points of a data set at which the stack is compared with the model itself
 COMPARED = 2 * len(SIZES_COMPARED)  # such points
-DIFFERENTIATED = 8  # data sets at which gradients are compared too
 CHUNK = 2**21  # numbers that a call handles at once, about: more fill the memory and save nothing
 
 Values = Callable[..., tuple[Tensor, ...]]
@@ -176,7 +175,7 @@ class Stack:
             why = f"the model cannot take its data as inputs: {tried.error}".splitlines()[0]
             raise NotStackable(why) from tried.error
         self.evaluations = 0
-        some = range(0, len(self), max(1, len(self) // DIFFERENTIATED))
+        some = range(0, len(self), max(1, len(self) // 8))  # at which gradients are compared too
         for number, density in enumerate(self.densities):
             first, derived = number * COMPARED, number in some
             part = slice(first, first + COMPARED if derived else first + 1)

@@ -36,8 +36,6 @@ if TYPE_CHECKING:
 COPIED = 2**24  # bytes of all arguments of a call; more are not copied
 ROUNDED = {torch.float32: 1e-3, torch.float64: 1e-6}  # relative differences of one log density, by other operations
 ROUNDED_AT_LEAST = 1e-2  # nats
-SCALAR = 32  # bytes of a number of Python in a list, about
-MARSHAL = 2  # the last version whose bytes do not depend on how often an object is referred to
 
 Digests = Mapping[str, str]
 Feed = Callable[[bytes | memoryview], None]  # of a digest
@@ -70,7 +68,7 @@ def _size(value: object) -> int:
         return value.numel() * value.element_size()
     if _is_table(value):
         return int(np.sum(value.memory_usage()))
-    return int(getattr(value, "nbytes", SCALAR))
+    return int(getattr(value, "nbytes", 32))  # about, of a number of Python in a list
 
 
 def _is_table(value: object) -> TypeGuard[pd.DataFrame]:
@@ -144,7 +142,8 @@ def _feed(total: Feed, value: object) -> None:
 def _plain(total: Feed, value: object) -> bool:
     """Feed a digest with numbers, text, and lists and dicts of them alone; return whether it is such a value."""
     try:
-        total(marshal.dumps(cast("list[object]", value), MARSHAL))  # which says itself what else it takes
+        # which says itself what else it takes; 2 is the last version whose bytes do not count references to an object
+        total(marshal.dumps(cast("list[object]", value), 2))
     except ValueError:
         return False
     return True

@@ -149,13 +149,12 @@ def _bare(value: Tensor) -> Tensor:
 def _place() -> Place:
     """Return where the program, or a distribution of torch's, called torch."""
     frame = sys._getframe(2)
-    while frame.f_back is not None and _is_torch(str(frame.f_globals.get("__name__", ""))):
+    while frame.f_back is not None:
+        module = str(frame.f_globals.get("__name__", ""))
+        if module.partition(".")[0] != "torch" or module.startswith("torch.distributions."):
+            break
         frame = frame.f_back
     return frame.f_code, frame.f_lasti
-
-
-def _is_torch(module: str) -> bool:
-    return module.partition(".")[0] == "torch" and not module.startswith("torch.distributions.")
 
 
 # boolean masks --------------------------------------------------------------------------------------------------------

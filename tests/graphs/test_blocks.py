@@ -185,5 +185,5 @@ def test_codes_are_those_of_the_interpreter():
     constants = dict(re.findall(r"\b([A-Z]+) = (-?\d+)", source))
     assert constants == {key: str(getattr(writing, key)) for key in ("BLOCK", "DIMS", "WIDE", "PRODUCT")}
     assert "enum { LOAD, STORE, STORE_AT_ONCE, ADD_UP, LARGEST, SMALLEST }" in source
-    actions = writing.LOAD, views.STORE, writing.STORE_AT_ONCE, views.ADD_UP, views.LARGEST, views.SMALLEST
+    actions = views.LOAD, views.STORE, views.STORE_AT_ONCE, views.ADD_UP, views.LARGEST, views.SMALLEST
     assert actions == (0, 1, 2, 3, 4, 5)
