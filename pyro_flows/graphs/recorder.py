@@ -24,7 +24,7 @@ RECORDED_FROM = 2  # the piece at which it is recorded: recording takes as long 
 A_PIECE = 2**12  # numbers that each operation might handle in the time that a call of a graph takes besides
 RECORDING = 2**20  # the same for the time that it takes to record a graph of one more size
 BORROWED = 100  # pieces that a graph with further results serves: one of its own takes seconds, where it is long
-ROUNDED = 0.02  # of the points that a graph is checked at, that may be where the function hangs on rounding
+ROUNDED = 0.02  # of the points that a graph is checked at, that may be where the function depends on rounding
 SMALL = 0.25  # of such a piece, up to which a batch goes through in small ones
 
 Kind = tuple[int, torch.dtype, torch.device]
@@ -232,7 +232,7 @@ class Recorder:
         return True
 
     def _repeats(self, recorded: tuple[Tensor, ...], z: Tensor) -> bool:
-        """Whether recorded results are the function's own, but at few points where those hang on rounding as well.
+        """Whether recorded results are the function's own, but at few points where those depend on rounding as well.
 
         At the edge of a support, the last digit of a point makes the density finite or not.
         """

@@ -86,7 +86,7 @@ def _groups(graph: fx.Graph, levels: dict[fx.Node, int]) -> list[list[fx.Node]]:
 
 
 def _is_small_pointwise(node: fx.Node) -> bool:
-    """Whether it does the same to each number, without a change of dtype that hangs on the number of axes."""
+    """Whether it does the same to each number, without a change of dtype that depends on the number of axes."""
     if not has_tag(node, torch.Tag.pointwise):
         return False
     value = node.meta.get("val")

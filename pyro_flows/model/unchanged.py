@@ -175,7 +175,7 @@ def _feed_table(total: Feed, value: pd.DataFrame) -> None:
 
 
 def identity(density: LogDensity) -> dict[str, object]:
-    """Return what tells a model with its arguments from others, in another process too, and what its numbers hang on.
+    """Return what tells a model with its arguments from others, in another process too, and what its numbers depend on.
 
     These are digests of arguments and parameters, the log density at two points to the last digit, the packages, this
     package's code, and the processor.
