@@ -25,10 +25,12 @@ from pyro_flows._fallbacks import fallback
 from pyro_flows.graphs.bindings import binding_of, transpose_product
 from pyro_flows.graphs.fusion_groups import NUMBERS, FusionGroups
 from pyro_flows.graphs.graph import copy_graph, graph_module, has_tag, is_aten, is_pure, name_of, sweep
+from pyro_flows.graphs.matrices import MATRICES
 from pyro_flows.graphs.native import library
 from pyro_flows.graphs.orders import MASKS
 from pyro_flows.graphs.programs import program
 from pyro_flows.graphs.rounding import rounds_alike, rounds_alike_where_tame
+from pyro_flows.graphs.structured import STRUCTURED
 from pyro_flows.graphs.views import Buffer, Foreign, Given, Product, Unsuited, View, span
 from pyro_flows.graphs.writing import BLOCK
 
@@ -110,7 +112,7 @@ class Fused:
 
     def __init__(self, module: fx.GraphModule, inputs: Sequence[Tensor], run: Callable[..., object]) -> None:
         inputs = [value.clone() for value in inputs]  # later ones may share no memory, and have no numbers in one place
-        self.groups = groups = FusionGroups(module, inputs)
+        self.groups = groups = FusionGroups(module, inputs, {**STRUCTURED, **MATRICES})
         self._run_program = run
         self._layouts = [(value.shape, value.stride()) for value in inputs]
         self._numbered = arrays = dict[Buffer, int]()

@@ -22,10 +22,8 @@ from torch.fx.node import Argument
 
 from pyro_flows._tensors import storage_of
 from pyro_flows.graphs.graph import int_at, is_aten, node_at, operation_of
-from pyro_flows.graphs.matrices import MATRICES
 from pyro_flows.graphs.operations import kind_of
 from pyro_flows.graphs.points import COMPARED, FLOATS, IDENTITY, POINTS, Operand, is_truth
-from pyro_flows.graphs.structured import STRUCTURED
 from pyro_flows.graphs.views import (
     STORE,
     Buffer,
@@ -49,7 +47,7 @@ from pyro_flows.graphs.views import (
 
 _aten = torch.ops.aten
 NUMBERS = torch.float64, torch.float32, torch.bool  # all of them double precision here
-RULES = {**STRUCTURED, **MATRICES}
+Rule = Callable[["FusionGroups", Call], View]  # adds the tasks of an operation, and returns its result
 
 
 class FusionGroups:
@@ -58,6 +56,7 @@ class FusionGroups:
     Args:
         module: a graph without changes in place.
         inputs: to run it with.
+        rules: for operations that do not act on each number by itself, by name.
 
     Attributes:
         tasks: in order.
@@ -68,7 +67,8 @@ class FusionGroups:
         real: these results, of this run.
     """
 
-    def __init__(self, module: fx.GraphModule, inputs: Sequence[Tensor]) -> None:
+    def __init__(self, module: fx.GraphModule, inputs: Sequence[Tensor], rules: Mapping[str, Rule]) -> None:
+        self.rules = rules
         self.tasks: list[Task] = []
         self.foreign: list[Foreign | Product] = []
         self.views: dict[fx.Node, View | list[View]] = {}
@@ -242,8 +242,8 @@ class FusionGroups:
         if not is_aten(node) or not result.numel() or result.dtype not in NUMBERS:
             raise Unsuited
         call = Call(node, *_mapped(node, self.views), result)
-        if call.name in RULES:
-            return RULES[call.name](self, call)
+        if call.name in self.rules:
+            return self.rules[call.name](self, call)
         if call.name not in POINTS:
             raise Unsuited
         for part in node.all_input_nodes:
@@ -264,6 +264,11 @@ class FusionGroups:
             return self.point(result, code, *views, number=number)
 
         return POINTS[call.name](emit, *call.args, **call.kwargs)
+
+    def read(self, call: Call, place: int = 0) -> View:
+        """Return an argument whose numbers tasks can read; raise :class:`Unsuited` if they cannot."""
+        self.need_numbers(node_at(call.node, place))
+        return call.view(place)
 
     def need_numbers(self, node: fx.Node) -> None:
         """Raise :class:`Unsuited` if a value is none that tasks can read: it is empty, complex, or not precise."""

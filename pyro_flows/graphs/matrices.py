@@ -6,14 +6,11 @@ Torch calls a library for each matrix of a batch, which takes a microsecond for 
 from __future__ import annotations
 
 from math import prod
-from typing import TYPE_CHECKING
 
+from pyro_flows.graphs.fusion_groups import FusionGroups, Rule
 from pyro_flows.graphs.points import ADD, DIV, IDENTITY, MUL, SQRT, SUB
 from pyro_flows.graphs.structured import side_by_side
-from pyro_flows.graphs.views import STORE, Buffer, Call, Product, Rule, Unsuited, View, dense, read, span
-
-if TYPE_CHECKING:
-    from pyro_flows.graphs.fusion_groups import FusionGroups
+from pyro_flows.graphs.views import STORE, Buffer, Call, Product, Unsuited, View, dense, span
 
 SMALL = 6  # rows or columns of a matrix that is taken apart
 BATCH = 16  # matrices at least
@@ -22,7 +19,7 @@ PRODUCTS, PACKED = 2**20, 2**15  # numbers multiplied for one product, and numbe
 
 def _product(groups: FusionGroups, call: Call) -> View:
     """Multiply one pair of matrices, or add their product to something."""
-    *added, first, second = (read(groups, call, place) for place in range(len(call.args)))
+    *added, first, second = (groups.read(call, place) for place in range(len(call.args)))
     if call.kwargs:
         raise Unsuited
     view = _multiplied(groups, first.widened(0), second.widened(0)).at(0, 0)
@@ -47,7 +44,7 @@ def _multiplied(groups: FusionGroups, first: View, second: View) -> View:
 
 def _products(groups: FusionGroups, call: Call) -> View:
     """Multiply matrices of a batch: number by number where rows and columns meet in few places."""
-    first, second = read(groups, call, 0), read(groups, call, 1)
+    first, second = groups.read(call, 0), groups.read(call, 1)
     rows, inner, columns = first.sizes[-2], first.sizes[-1], second.sizes[-1]
     if first.sizes[0] < BATCH or inner > SMALL or min(rows, columns) > SMALL or first.index or second.index:
         return _multiplied(groups, first, second)
@@ -62,7 +59,7 @@ def _products(groups: FusionGroups, call: Call) -> View:
 
 def _solved(groups: FusionGroups, call: Call) -> View:
     """Solve triangular systems, A X = B or X A = B, one row or column of X after the other."""
-    factor, right, result = read(groups, call, 0), read(groups, call, 1), call.result
+    factor, right, result = groups.read(call, 0), groups.read(call, 1), call.result
     size, rank, kwargs = factor.sizes[-1], result.dim(), call.kwargs
     if size > SMALL or prod(factor.sizes[:-2]) < BATCH or factor.index or right.index:
         raise Unsuited
@@ -92,7 +89,7 @@ def _over(view: View, batch: tuple[int, ...]) -> View:
 
 def _factored(groups: FusionGroups, call: Call) -> View:
     """Return Cholesky factors, whose entries are not numbers where a matrix is not positive definite."""
-    matrix, result = read(groups, call), call.result
+    matrix, result = groups.read(call), call.result
     size, rank = matrix.sizes[-1], result.dim()
     if any(call.kwargs.values()) or size > SMALL or prod(matrix.sizes[:-2]) < BATCH or matrix.index:
         raise Unsuited

@@ -7,17 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from math import inf, prod
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, fx
 
+from pyro_flows.graphs.fusion_groups import FusionGroups, Rule
 from pyro_flows.graphs.graph import int_at, node_at
 from pyro_flows.graphs.points import ADD, EXP, FILL, IDENTITY, ISINF, LOG, MUL, ROUNDED, SUB, TIMES, WHERE
-from pyro_flows.graphs.views import ADD_UP, LARGEST, SMALLEST, STORE, Buffer, Call, Rule, Unsuited, View, read, span
-
-if TYPE_CHECKING:
-    from pyro_flows.graphs.fusion_groups import FusionGroups
+from pyro_flows.graphs.views import ADD_UP, LARGEST, SMALLEST, STORE, Buffer, Call, Unsuited, View, span
 
 AT_MOST = 16  # places along an axis, for running sums to be written one by one
 REDUCED = {  # what is done with numbers along axes, and with which number it begins
@@ -40,7 +37,7 @@ def _along_axes(groups: FusionGroups, call: Call) -> View:
         raise Unsuited
     if name in ("all", "any") and groups.tensor(node_at(node, 0)).dtype != torch.bool:
         raise Unsuited
-    view, axes = read(groups, call), call.integers(1) if len(call.args) > 1 and call.args[1] is not None else None
+    view, axes = groups.read(call), call.integers(1) if len(call.args) > 1 and call.args[1] is not None else None
     found = reduced(groups, view, axes, call.result, *REDUCED[name])
     if name != "mean":
         return found
@@ -63,7 +60,7 @@ def reduced(
 
 def _log_of_sum(groups: FusionGroups, call: Call) -> View:
     """Add exponentials of numbers without the largest of each sum, if that is finite."""
-    view, result = read(groups, call), call.result
+    view, result = groups.read(call), call.result
     rank = len(view.sizes)
     gone = {axis % rank for axis in call.integers(1) if rank} or set(range(rank))
     like = result.new_empty([1 if axis in gone else size for axis, size in enumerate(view.sizes)])
@@ -79,7 +76,7 @@ def _log_of_sum(groups: FusionGroups, call: Call) -> View:
 
 def _running(groups: FusionGroups, call: Call) -> View:
     """Add or multiply up along a short axis."""
-    view, result = read(groups, call), call.result
+    view, result = groups.read(call), call.result
     axis = int_at(call.node, 1) % max(result.dim(), 1)
     if call.kwargs or not result.dim() or view.sizes[axis] > AT_MOST:
         raise Unsuited
@@ -116,7 +113,7 @@ def _joined(groups: FusionGroups, call: Call) -> View:
 
 def _placed(groups: FusionGroups, call: Call) -> View:
     """Put the gradient of a part of a tensor where the part is, and zeros elsewhere."""
-    view, result = read(groups, call), call.result
+    view, result = groups.read(call), call.result
     strides, rank = [*result.stride()], result.dim()
     if call.name == "slice_backward":
         axis, step = int_at(call.node, 2) % rank, int_at(call.node, 5)
@@ -139,7 +136,7 @@ def _placed(groups: FusionGroups, call: Call) -> View:
 
 def _padded(groups: FusionGroups, call: Call) -> View:
     """Put a tensor into a larger one that is filled with a number, or leave out its edges."""
-    view, pads, result = read(groups, call), call.integers(1), call.result
+    view, pads, result = groups.read(call), call.integers(1), call.result
     number = call.args[2] if len(call.args) > 2 else 0.0
     if not isinstance(number, (int, float)):
         raise Unsuited
@@ -160,7 +157,7 @@ def _padded(groups: FusionGroups, call: Call) -> View:
 
 def _flipped(groups: FusionGroups, call: Call) -> View:
     """Read a tensor backwards along some axes."""
-    view, rank = read(groups, call), call.result.dim()
+    view, rank = groups.read(call), call.result.dim()
     if view.index is not None:
         raise Unsuited
     strides, offset = [*view.strides], view.offset
@@ -172,7 +169,7 @@ def _flipped(groups: FusionGroups, call: Call) -> View:
 
 def _triangle(groups: FusionGroups, call: Call) -> View:
     """Keep what is on one side of a diagonal."""
-    view = read(groups, call)
+    view = groups.read(call)
     mask = getattr(torch, call.name)(torch.ones(call.result.shape[-2:], dtype=torch.float64), int_at(call.node, 1))
     kept, zero = (
         groups.whole(value, Buffer(span(value), source=value)) for value in (mask, mask.new_zeros((1,) * mask.dim()))
@@ -182,7 +179,7 @@ def _triangle(groups: FusionGroups, call: Call) -> View:
 
 def _same(groups: FusionGroups, call: Call) -> View:
     """Take a copy for what it is a copy of, if it lies in memory as that does."""
-    view, result = read(groups, call), call.result
+    view, result = groups.read(call), call.result
     boolean = result.dtype == torch.bool
     if boolean and not view.boolean:
         raise Unsuited
@@ -195,7 +192,7 @@ def _same(groups: FusionGroups, call: Call) -> View:
 
 
 def _copied(groups: FusionGroups, call: Call) -> View:
-    view = read(groups, call, 1)
+    view = groups.read(call, 1)
     if call.result.dtype == torch.bool and not view.boolean:
         raise Unsuited
     return groups.point(call.result, IDENTITY, view)
@@ -206,7 +203,7 @@ def _copied(groups: FusionGroups, call: Call) -> View:
 
 def _picked(groups: FusionGroups, call: Call) -> View:
     """Read entries along one dimension, in the order of constant indices."""
-    source, result = read(groups, call), call.result
+    source, result = groups.read(call), call.result
     axis = int_at(call.node, 1) % max(result.dim(), 1)
     index = _positions(groups, node_at(call.node, 2), axis, call.name == "gather")
     if source.index is not None or len(source.sizes) != result.dim() or call.kwargs:
@@ -217,7 +214,7 @@ def _picked(groups: FusionGroups, call: Call) -> View:
 
 def _spread(groups: FusionGroups, call: Call) -> View:
     """Add rows to zeros, at constant indices."""
-    view, result = read(groups, call, 3), call.result
+    view, result = groups.read(call, 3), call.result
     axis = int_at(call.node, 1) % max(result.dim(), 1)
     if call.kwargs or not call.view(0).buffer.constant or bool(groups.tensor(node_at(call.node, 0)).any()):
         raise Unsuited

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
-from typing import TYPE_CHECKING, NamedTuple, cast
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, fx
 
-from pyro_flows.graphs.graph import name_of, node_at
-
-if TYPE_CHECKING:
-    from pyro_flows.graphs.fusion_groups import FusionGroups
+from pyro_flows.graphs.graph import name_of
 
 LOAD, STORE, STORE_AT_ONCE, ADD_UP, LARGEST, SMALLEST = range(6)  # what is done with memory; see interpreter.c
 Sizes = tuple[int, ...]
@@ -215,12 +212,3 @@ def views_in(value: object) -> Iterator[View]:
             yield from views_in(part)
     elif isinstance(value, dict):
         yield from views_in([*value.values()])
-
-
-def read(groups: FusionGroups, call: Call, place: int = 0) -> View:
-    """Return an argument whose numbers tasks can read; raise :class:`Unsuited` if they cannot."""
-    groups.need_numbers(node_at(call.node, place))
-    return call.view(place)
-
-
-Rule = Callable[["FusionGroups", Call], View]  # adds the tasks of an operation, and returns its result
