@@ -103,7 +103,9 @@ class _Graph:
         given = [index for index in indices[start:] if index is not None and index.op == "get_attr"]
         if value.device.type != "cpu" or len(given) != len(indices) - start or not given:
             return None
-        whole = [part for index in given for part in _whole(getattr(self.module, str(index.target)))]
+        whole = list[Tensor]()  # numbers for each axis
+        for numbers in (getattr(self.module, str(index.target)) for index in given):
+            whole += numbers.nonzero(as_tuple=True) if numbers.dtype in MASKS else (numbers.long(),)
         sizes = value.shape[start : start + len(whole)]
         rows = torch.zeros((), dtype=torch.long)
         for part, size in zip(whole, sizes, strict=True):
@@ -129,8 +131,3 @@ class _Graph:
         if value.shape == tuple(sizes):
             return x
         return new_node(self.graph, _aten.reshape.default, (x, [*sizes]), like_of(value, *sizes))
-
-
-def _whole(index: Tensor) -> tuple[Tensor, ...]:
-    """Return whole numbers for each axis that an index stands for."""
-    return index.nonzero(as_tuple=True) if index.dtype in MASKS else (index.long(),)

@@ -177,9 +177,6 @@ def _read(x: object, index: object, value: object = None) -> _Write | None:
     return _Write(x, parts, masks[0], value) if len(masks) == 1 and plain and isinstance(x, Tensor) else None
 
 
-_WRITES = (Tensor.__setitem__, Tensor.index_put_)
-
-
 def _written(func: Function, args: Args, kwargs: Keywords) -> _Write | None:
     """Return what is written through a mask; None if this is no such operation."""
     if func is Tensor.__setitem__:
@@ -212,7 +209,8 @@ def _through_mask(func: Function, args: Args, kwargs: Keywords) -> tuple[bool, o
     chosen_by = next((mask for mask in by if mask is not None), None)
     if chosen_by is None:
         return False, None
-    operation = None if func in _WRITES else _ON_CHOSEN.get(getattr(func, "__name__", "").strip("_"))
+    writes = func in (Tensor.__setitem__, Tensor.index_put_)
+    operation = None if writes else _ON_CHOSEN.get(getattr(func, "__name__", "").strip("_"))
     vectors = [part for part in tensors_in(args) if getattr(part, _CHOSEN, None) is not chosen_by and part.dim()]
     if operation is None or vectors or kwargs:
         raise RuntimeError("indexing with a boolean mask that depends on a latent: its result has a dynamic shape")
