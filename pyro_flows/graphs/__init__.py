@@ -1,19 +1,7 @@
 """Functions of tensors as flat graphs: recorded once, rewritten, put together, and run by an interpreter in C.
 
-Other rooms import these names, and nothing else of this room:
-
-* :func:`record` runs a function and returns its tensor operations as a graph.
-* :class:`Runner` runs a graph: block by block by the interpreter in C, or by torch.
-* :class:`Recorder` does both for a function of a batch of points: it keeps graphs for few batch sizes, compares each
-  with the function, and calls the function itself where there is no graph; a :class:`RecorderState` is for checkpoints.
-* :func:`refuse_recording` lets code say, while it is recorded, that it is not worth a graph.
-* :func:`agree` compares results but for rounding: check a graph at points where it was not recorded.
-* :class:`Stitcher` joins graphs into one.
-* :func:`partition` splits a joint graph of two passes into forward and backward.
-* :func:`stacked` batches a graph over a new first axis, for many sets of inputs.
-* :func:`interpreter_is_built` says whether the extension in C is there.
-
-The page "The room graphs" of the documentation says how they work together.
+Other rooms import these names, and nothing else of this room. The page "The room graphs" of the documentation says what
+each does, who uses it, and how they work together.
 
 >>> import torch
 >>> def log_density(z):

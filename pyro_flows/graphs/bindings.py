@@ -11,6 +11,7 @@ from torch import Tensor, fx
 
 from pyro_flows.graphs.graph import (
     LIKE,
+    constant_node,
     copy_graph,
     graph_module,
     int_at,
@@ -34,7 +35,7 @@ _ELSEWHERE: dict[str, Binding] = {
 }
 _OTHERWISE = ("index", "index_put", "scalar_tensor")  # whose bindings take other arguments
 _BY_NUMBER = (_aten.add.Tensor, _aten.sub.Tensor, _aten.mul.Tensor, _aten.div.Tensor, _aten.rsub.Scalar)
-NARROW, LARGE = 12, 2**13  # columns of a product, and numbers in its first factor, that make it better turned around
+NARROW, LARGE = 12, 2**13  # columns of a product, and numbers in its first factor, that make it faster transposed
 
 
 def peephole(module: fx.GraphModule) -> Callable[..., tuple[Tensor, ...]]:
@@ -48,9 +49,14 @@ def peephole(module: fx.GraphModule) -> Callable[..., tuple[Tensor, ...]]:
         for node in list(graph.nodes):
             value = _value(node)
             if isinstance(value, Tensor) and value.device.type == "cpu":
-                _hasten(quick, node, value)
+                if node.target in _BY_NUMBER:
+                    _hold_number(quick, node, value)
+                elif node.target is _aten.view.default:
+                    _sum_at_once(node, value)
+                elif node.target is _aten.addmm.default:
+                    _as_linear(node)
                 _multiply_and_add(node, value)
-            turn(node)
+            transpose_product(node)
         sweep(graph)
     for node in graph.nodes:
         if is_aten(node):
@@ -60,16 +66,6 @@ def peephole(module: fx.GraphModule) -> Callable[..., tuple[Tensor, ...]]:
     quick._buffers.clear()
     quick.__dict__.update(constants)  # plain attributes, which Python finds at once
     return quick.forward
-
-
-def _hasten(module: fx.GraphModule, node: fx.Node, value: Tensor) -> None:
-    """Put something that takes less time in place of an operation, where something is known."""
-    if node.target in _BY_NUMBER:
-        _hold_number(module, node, value)
-    elif node.target is _aten.view.default:
-        _sum_at_once(node, value)
-    elif node.target is _aten.addmm.default:
-        _as_linear(node)
 
 
 def _hold_number(module: fx.GraphModule, node: fx.Node, value: Tensor) -> None:
@@ -84,11 +80,9 @@ def _hold_number(module: fx.GraphModule, node: fx.Node, value: Tensor) -> None:
         return
     if node.target is _aten.mul.Tensor and first.target is _aten.neg.default:
         first, number = node_at(first, 0), -number
-    name = f"number_{len(module._buffers)}"
-    module.register_buffer(name, torch.tensor(number, dtype=value.dtype, device=value.device))
+    constant = torch.tensor(number, dtype=value.dtype, device=value.device)
     with node.graph.inserting_before(node):
-        held = node.graph.get_attr(name)
-    held.meta["val"] = module._buffers[name]
+        held = constant_node(node.graph, module, f"number_{len(module._buffers)}", constant)
     if node.target is _aten.rsub.Scalar:
         node.target, node.args = _aten.sub.Tensor, (held, first)
         node.kwargs = {"alpha": factor[0]} if factor else {}
@@ -132,7 +126,7 @@ def _as_linear(node: fx.Node) -> None:
         node.target, node.args = _aten.linear.default, (x, weight.args[0], bias)
 
 
-def turn(node: fx.Node) -> None:
+def transpose_product(node: fx.Node) -> None:
     """Compute a product of few columns as one of few rows, which takes half of the time on a processor."""
     value = _value(node)
     if node.target is not _aten.mm.default or not isinstance(value, Tensor) or value.device.type != "cpu":

@@ -15,29 +15,28 @@ import copy
 import ctypes
 import math
 import threading
-from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple, cast
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, fx
 
 from pyro_flows._fallbacks import fallback
-from pyro_flows.graphs.bindings import binding_of, turn
+from pyro_flows.graphs.bindings import binding_of, transpose_product
 from pyro_flows.graphs.fusion_groups import NUMBERS, FusionGroups
-from pyro_flows.graphs.graph import copy_graph, graph_module, is_aten, is_pure, name_of, operation_of, sweep
+from pyro_flows.graphs.graph import copy_graph, graph_module, has_tag, is_aten, is_pure, name_of, sweep
+from pyro_flows.graphs.matrices import MATRICES
 from pyro_flows.graphs.native import library
+from pyro_flows.graphs.orders import MASKS
 from pyro_flows.graphs.programs import program
 from pyro_flows.graphs.rounding import rounds_alike, rounds_alike_where_tame
+from pyro_flows.graphs.structured import STRUCTURED
 from pyro_flows.graphs.views import Buffer, Foreign, Given, Product, Unsuited, View, span
 from pyro_flows.graphs.writing import BLOCK
 
-BOUND = {torch.Tag.nondeterministic_seeded, torch.Tag.dynamic_output_shape}
-MASKS = (torch.bool, torch.uint8)  # by which numbers are chosen
 THREADS, LARGE = 4, 2**16  # of torch's, and numbers of an operation in the mean, both at most
-LONG, LONG_CALL = (
-    2**18,
-    2**12,
-)  # numbers of a run, and of each call or operation of torch's in it, that are worth a thread
+# numbers of a run, and of each call or operation of torch's in it, that are worth a thread
+LONG, LONG_CALL = 2**18, 2**12
 TASKS_FOR_A_CALL = 2  # that a call of the interpreter has to do in the mean, to gain time
 
 
@@ -58,7 +57,7 @@ def fused(module: fx.GraphModule, inputs: Sequence[Tensor]) -> Fused | None:
     if any(node.target is torch.ops.aten.mm.default for node in module.graph.nodes):
         graph = copy_graph(module.graph)
         for node in list(graph.nodes):
-            turn(node)
+            transpose_product(node)
         sweep(graph)
         module = graph_module(module, graph)
     try:
@@ -66,17 +65,18 @@ def fused(module: fx.GraphModule, inputs: Sequence[Tensor]) -> Fused | None:
             made = Fused(module, inputs, run)
             if not made.tasks or made.tasks < TASKS_FOR_A_CALL * made.calls:
                 return None
-            if torch.get_num_threads() > THREADS and made.numbers > LARGE * len(made.nests.tasks):
+            if torch.get_num_threads() > THREADS and made.numbers > LARGE * len(made.groups.tasks):
                 return None  # torch divides operations on so many numbers among its threads
-            found, expected = made(*inputs), tuple(value for _, value in made.nests.outputs)
+            found, expected = made(*inputs), tuple(value for _, value in made.groups.outputs)
             agrees = rounds_alike(module, inputs, found, expected) or rounds_alike_where_tame(module, inputs, made)
     except Unsuited:
         return None
-    del made.nests
+    del made.groups
     if not agrees:
         fallback("not run block by block: other values")
+        return None
     made.first = expected
-    return made if agrees else None
+    return made
 
 
 def _is_bound(node: fx.Node) -> bool:
@@ -87,7 +87,8 @@ def _is_bound(node: fx.Node) -> bool:
         indices = cast("Sequence[fx.Node | None]", node.args[1])
         found = [part.meta.get("val") for part in indices if part is not None]
         return any(value is None or value.dtype in MASKS for value in found)
-    return bool(BOUND.intersection(operation_of(node).tags)) or name_of(node).startswith("as_strided")
+    tags = (torch.Tag.nondeterministic_seeded, torch.Tag.dynamic_output_shape)
+    return any(has_tag(node, tag) for tag in tags) or name_of(node).startswith("as_strided")
 
 
 class _Run(NamedTuple):
@@ -111,23 +112,21 @@ class Fused:
 
     def __init__(self, module: fx.GraphModule, inputs: Sequence[Tensor], run: Callable[..., object]) -> None:
         inputs = [value.clone() for value in inputs]  # later ones may share no memory, and have no numbers in one place
-        self.nests = nests = FusionGroups(module, inputs)
+        self.groups = groups = FusionGroups(module, inputs, {**STRUCTURED, **MATRICES})
         self._run_program = run
         self._layouts = [(value.shape, value.stride()) for value in inputs]
         self._numbered = arrays = dict[Buffer, int]()
-        for view in _inputs_of(nests, module):
+        for view in groups.inputs:
             arrays.setdefault(view.buffer, len(arrays) + 1)
-        for one in nests.foreign:
+        for one in groups.foreign:
             for view in one.results if isinstance(one, Foreign) else []:
                 arrays.setdefault(view.buffer, len(arrays) + 1)
-        self._program = done = program(nests, arrays)
-        self._words = [array.array("q", one) if isinstance(one, list) else one for one in done.steps]
-        products = sum(isinstance(one, Product) for one in nests.foreign)
-        self.tasks, self.calls = len(nests.tasks) + products, sum(isinstance(one, list) for one in done.steps)
-        done.steps.clear()
-        self.numbers = sum(math.prod(task.nest) for task in nests.tasks)
-        self._taken = [(arrays[view.buffer], place) for place, view in enumerate(_inputs_of(nests, module))]
-        self._given_back = [(view, value.dtype) for view, value in nests.outputs]
+        self._program = done = program(groups, arrays)
+        products = sum(isinstance(one, Product) for one in groups.foreign)
+        self.tasks, self.calls = len(groups.tasks) + products, sum(isinstance(one, array.array) for one in done.steps)
+        self.numbers = sum(math.prod(task.nest) for task in groups.tasks)
+        self._taken = [(arrays[view.buffer], place) for place, view in enumerate(groups.inputs)]
+        self._given_back = [(view, value.dtype) for view, value in groups.outputs]
         self._allocate()
 
     def _allocate(self) -> None:
@@ -138,30 +137,25 @@ class Fused:
         self._scratch = torch.zeros(done.scratch + BLOCK, dtype=torch.float64)
         self._arrays = (ctypes.c_void_p * (len(arrays) + 1))()
         self._arrays[0] = self._arena.data_ptr()
-        self._held = [*self._constants(arrays)]
-        self._steps = [self._step(one, arrays) for one in self._words]
+        self._constants = list[Tensor]()  # those that tasks read, which stay where they are
+        for buffer, number in arrays.items():
+            if isinstance(buffer.source, Tensor):
+                value = buffer.source.detach()
+                self._constants.append(value if buffer.positions else _precise(value))
+                self._arrays[number] = self._constants[-1].data_ptr()
+        self._steps = [self._step(one, arrays) for one in done.steps]
         self._results = [self._result(view, dtype) for view, dtype in self._given_back]
 
     @property
     def is_long(self) -> bool:
         """Whether a run takes so long, and so much of it in C, that two at once on two threads gain time."""
-        return self.numbers >= LONG and self.numbers >= LONG_CALL * len(self._words)
+        return self.numbers >= LONG and self.numbers >= LONG_CALL * len(self._steps)
 
     def twin(self) -> Fused:
         """Return one that does the same in memory of its own, so that both can run at once."""
         other = copy.copy(self)
         other._allocate()
         return other
-
-    def _constants(self, arrays: dict[Buffer, int]) -> list[Tensor]:
-        """Point to the constants that tasks read; return them, so that they stay."""
-        held = []
-        for buffer, number in arrays.items():
-            if isinstance(buffer.source, Tensor):
-                value = buffer.source.detach()
-                held.append(value if buffer.positions else _precise(value))
-                self._arrays[number] = held[-1].data_ptr()
-        return held
 
     def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         """Run, without autograd."""
@@ -183,30 +177,24 @@ class Fused:
 
     # what is done ---------------------------------------------------------------------------------------------------
 
-    def _step(self, one: array.array[int] | Foreign, arrays: dict[Buffer, int]) -> Callable[[_Run], None]:
+    def _step(self, one: array.array[int] | Foreign, arrays: dict[Buffer, int]) -> Callable[[_Run], object]:
         if isinstance(one, Foreign):
             return self._called(one, arrays)
-        begin, count = one.buffer_info()
-        numbers, scratch, registers = ctypes.addressof(self._arrays), self._scratch.data_ptr(), self._program.registers
+        words = one.buffer_info()
+        memory = ctypes.addressof(self._arrays), self._scratch.data_ptr(), self._program.registers
         run_program = self._run_program
-
-        def interpreted(run: _Run) -> None:
-            run_program(begin, count, numbers, scratch, registers)
-
-        return interpreted
+        return lambda run: run_program(*words, *memory)
 
     def _called(self, one: Foreign, arrays: dict[Buffer, int]) -> Callable[[_Run], None]:
         function = binding_of(one.node)
-        fill_args = _filled([self._template(part) for part in one.args])
-        fill_kwargs = _filled_by_name({name: self._template(part) for name, part in one.kwargs.items()})
-        results = [((view.buffer.source), arrays[view.buffer]) for view in one.results]
-        layouts = [(view.sizes, view.strides) for view in one.results]
+        args, named = self._argument(one.args), self._argument([*one.kwargs.values()])
+        results = [(view.buffer.source, arrays[view.buffer], view.sizes, view.strides) for view in one.results]
         table = self._arrays
 
         def called(run: _Run) -> None:
-            found = function(*fill_args(run), **fill_kwargs(run))
+            found = function(*_at(run, args), **dict(zip(one.kwargs, _at(run, named), strict=True)))
             parts = (found,) if isinstance(found, Tensor) else found
-            for part, (key, number), (sizes, strides) in zip(parts, results, layouts, strict=True):
+            for part, (key, number, sizes, strides) in zip(parts, results, strict=True):
                 if part.shape != sizes:
                     raise RuntimeError(f"expected {one.node} of shape {tuple(sizes)}, got {tuple(part.shape)}.")
                 if part.stride() != strides:
@@ -217,26 +205,55 @@ class Fused:
 
         return called
 
-    def _template(self, value: object) -> object:
-        """Return an argument with tensors in the place of views, or with what finds them in a run."""
+    def _argument(self, value: object) -> object:
+        """Return an argument with tensors in the place of views, or what finds it in a run."""
         if isinstance(value, Given):
             return self._tensor(*value)
-        return type(value)(map(self._template, value)) if isinstance(value, (list, tuple)) else value
+        if not isinstance(value, (list, tuple)):
+            return value
+        parts = [*map(self._argument, value)]
+        changing = [(place, part) for place, part in enumerate(parts) if isinstance(part, _Found)]
+        if not changing:
+            return parts
+
+        def filled(run: _Run) -> Sequence[object]:
+            found = [*parts]
+            for place, part in changing:
+                found[place] = part.read(run)
+            return found
+
+        return _Found(filled)
 
     def _tensor(self, view: View, dtype: torch.dtype) -> Tensor | _Found:
         source = view.buffer.source
         if isinstance(source, Tensor):
             return torch.as_strided(source, view.sizes, view.strides, source.storage_offset() + view.offset).to(dtype)
         if source is None:
-            fixed = torch.as_strided(
-                self._arena, view.sizes, view.strides, self._program.places[view.buffer] + view.offset
-            )
+            begin = self._program.places[view.buffer] + view.offset
+            fixed = torch.as_strided(self._arena, view.sizes, view.strides, begin)
             return fixed if dtype == torch.float64 else _Found(lambda run: fixed.to(dtype))
-        return _Found(_reader(source, view, dtype))
 
-    def _result(self, view: View, dtype: torch.dtype) -> Callable[[_Run], Tensor]:
+        def read(run: _Run) -> Tensor:
+            value = run.given[source] if isinstance(source, int) else run.foreign[source]
+            if view.offset != 0 or value.shape != view.sizes or value.stride() != view.strides:
+                value = torch.as_strided(value, view.sizes, view.strides, value.storage_offset() + view.offset)
+            return value if value.dtype == dtype else value.to(dtype)
+
+        return _Found(read)
+
+    def _result(self, view: View, dtype: torch.dtype) -> Callable[[_Run], Any]:
         found = self._tensor(view, dtype)
         return found.read if isinstance(found, _Found) else lambda run: found.clone()
+
+
+class _Found(NamedTuple):
+    """What is known in a run only."""
+
+    read: Callable[[_Run], Any]
+
+
+def _at(run: _Run, value: object) -> Any:
+    return value.read(run) if isinstance(value, _Found) else value
 
 
 def _precise(value: Tensor) -> Tensor:
@@ -244,55 +261,3 @@ def _precise(value: Tensor) -> Tensor:
     if value.dtype == torch.float64 or value.is_complex():  # which no task reads
         return value
     return torch.as_strided(value, (span(value),), (1,)).double()
-
-
-class _Found:
-    """A tensor that is known in a run only."""
-
-    def __init__(self, read: Callable[[_Run], Tensor]) -> None:
-        self.read = read
-
-
-def _reader(source: int | tuple[fx.Node, int], view: View, dtype: torch.dtype) -> Callable[[_Run], Tensor]:
-    def read(run: _Run) -> Tensor:
-        value = run.given[source] if isinstance(source, int) else run.foreign[source]
-        if view.offset != 0 or value.shape != view.sizes or value.stride() != view.strides:
-            value = torch.as_strided(value, view.sizes, view.strides, value.storage_offset() + view.offset)
-        return value if value.dtype == dtype else value.to(dtype)
-
-    return read
-
-
-def _filled(parts: Sequence[object]) -> Callable[[_Run], Sequence[object]]:
-    """Return what gives arguments in a run."""
-    changing = [
-        (place, part.read if isinstance(part, _Found) else _filled(part))
-        for place, part in enumerate(parts)
-        if isinstance(part, (_Found, list, tuple)) and _changes(part)
-    ]
-    if not changing:
-        return lambda run: parts
-
-    def filled(run: _Run) -> Sequence[object]:
-        found = [*parts]
-        for place, fill in changing:
-            found[place] = fill(run)
-        return found
-
-    return filled
-
-
-def _filled_by_name(parts: Mapping[str, object]) -> Callable[[_Run], Mapping[str, object]]:
-    """Return what gives arguments with names in a run."""
-    if not any(map(_changes, parts.values())):
-        return lambda run: parts
-    fill = _filled([*parts.values()])
-    return lambda run: dict(zip(parts, fill(run), strict=True))
-
-
-def _changes(value: object) -> bool:
-    return any(map(_changes, value)) if isinstance(value, (list, tuple)) else isinstance(value, _Found)
-
-
-def _inputs_of(nests: FusionGroups, module: fx.GraphModule) -> list[View]:
-    return [nests.view(node) for node in module.graph.nodes if node.op == "placeholder"]

@@ -1,4 +1,4 @@
-"""Operations of a recorded graph put into nests: loops over the same numbers, which are run block by block.
+"""Operations of a recorded graph put into nests of loops over the same numbers, which are run block by block.
 
 Each result is a *buffer* of double precision numbers, and a view of one is an offset, sizes and strides. What a run of
 the graph gave says which results share memory and how they lie there. An operation is a *task*: it is done for all
@@ -13,6 +13,7 @@ from __future__ import annotations
 import operator
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from typing import cast
 
 import torch
@@ -21,10 +22,8 @@ from torch.fx.node import Argument
 
 from pyro_flows._tensors import storage_of
 from pyro_flows.graphs.graph import int_at, is_aten, node_at, operation_of
-from pyro_flows.graphs.matrices import MATRICES
 from pyro_flows.graphs.operations import kind_of
 from pyro_flows.graphs.points import COMPARED, FLOATS, IDENTITY, POINTS, Operand, is_truth
-from pyro_flows.graphs.structured import STRUCTURED
 from pyro_flows.graphs.views import (
     STORE,
     Buffer,
@@ -39,17 +38,16 @@ from pyro_flows.graphs.views import (
     broadcast,
     dense,
     is_aligned,
-    level_for,
     reach,
     span,
     spread_over,
     strides_in_nest,
-    to_nest,
     views_in,
 )
 
 _aten = torch.ops.aten
 NUMBERS = torch.float64, torch.float32, torch.bool  # all of them double precision here
+Rule = Callable[["FusionGroups", Call], View]  # adds the tasks of an operation, and returns its result
 
 
 class FusionGroups:
@@ -58,28 +56,32 @@ class FusionGroups:
     Args:
         module: a graph without changes in place.
         inputs: to run it with.
+        rules: for operations that do not act on each number by itself, by name.
 
     Attributes:
         tasks: in order.
         foreign: operations of torch's and products of matrices, in order.
+        inputs: a view for each.
         outputs: a view for each result, and the result itself.
         views: of the result of each operation.
         real: these results, of this run.
     """
 
-    def __init__(self, module: fx.GraphModule, inputs: Sequence[Tensor]) -> None:
+    def __init__(self, module: fx.GraphModule, inputs: Sequence[Tensor], rules: Mapping[str, Rule]) -> None:
+        self.rules = rules
         self.tasks: list[Task] = []
         self.foreign: list[Foreign | Product] = []
         self.views: dict[fx.Node, View | list[View]] = {}
         self.real: dict[fx.Node, object] = {}
         self.owner: dict[int, tuple[Buffer, int, torch.dtype]] = {}  # of a storage: buffer, where it begins, and dtype
+        self.inputs: list[View] = []
         self.outputs: list[tuple[View, Tensor]] = []
-        left = iter(enumerate(inputs))
+        left = iter(inputs)
         for node in module.graph.nodes:
             if node.op == "placeholder":
-                number, value = next(left)
-                self.real[node] = value
-                self.views[node] = view = self.whole(value, Buffer(span(value), source=number))
+                self.real[node] = value = next(left)
+                self.views[node] = view = self.whole(value, Buffer(span(value), source=len(self.inputs)))
+                self.inputs.append(view)
                 self._own(value, view)
             elif node.op == "get_attr":
                 value = getattr(module, str(node.target))
@@ -132,9 +134,9 @@ class FusionGroups:
     # what results are ---------------------------------------------------------------------------------------------
 
     @staticmethod
-    def whole(value: Tensor, buffer: Buffer) -> View:
+    def whole(value: Tensor, buffer: Buffer, offset: int = 0) -> View:
         """Return the view that lies in a buffer as a result lies in its memory."""
-        return View(buffer, 0, tuple(value.shape), value.stride(), value.dtype == torch.bool)
+        return View(buffer, offset, tuple(value.shape), value.stride(), value.dtype == torch.bool)
 
     def tensor(self, node: fx.Node) -> Tensor:
         """Return the result of an operation that has one."""
@@ -190,12 +192,9 @@ class FusionGroups:
 
     def _several(self, node: fx.Node, results: Sequence[Tensor]) -> list[View]:
         """Return the views of an operation with several results, of which the first may be all that is used."""
-        first = all(user.target is operator.getitem and user.args[1] == 0 for user in node.users)
-        if first:
-            try:
+        if all(user.target is operator.getitem and user.args[1] == 0 for user in node.users):
+            with suppress(Unsuited):
                 return [self._made(node, results[0])]
-            except Unsuited:
-                pass
         return self._leave(node, results)
 
     def _shared(self, value: object) -> View | None:
@@ -205,27 +204,23 @@ class FusionGroups:
         buffer, begin, dtype = self.owner[storage_of(value)]
         if value.dtype != dtype or value.is_conj() or value.is_neg():
             raise Unsuited  # such as parts of complex numbers
-        offset = int(value.storage_offset()) - begin
-        return View(buffer, offset, tuple(value.shape), value.stride(), value.dtype == torch.bool)
+        return self.whole(value, buffer, int(value.storage_offset()) - begin)
 
     def _leave(self, node: fx.Node, results: Sequence[Tensor]) -> list[View]:
         """Leave an operation to torch."""
         if not all(isinstance(part, Tensor) for part in results):
             raise Unsuited
-        args, kwargs = _mapped(node, {part: self._given(part) for part in node.all_input_nodes})
-        taken = [*views_in((args, kwargs))]
-        for view in taken:
-            view.buffer.kept = True
-        one = Foreign(node, args, kwargs, max((view.buffer.level for view in taken), default=-1))
+        given = {part: Given(self.view(part), self.tensor(part).dtype) for part in node.all_input_nodes}
+        one = Foreign(node, *_mapped(node, given))
+        one.level = max((view.buffer.level for view in one.taken), default=-1)
         self.foreign.append(one)
+        for view in one.taken:
+            view.buffer.kept = True
         for place, part in enumerate(results):
             buffer = Buffer(span(part), source=(node, place), level=one.level, kept=True)
             one.results.append(self.whole(part, buffer))
             self._own(part, one.results[-1])
         return one.results
-
-    def _given(self, node: fx.Node) -> Given:
-        return Given(self.view(node), self.tensor(node).dtype)
 
     # tasks --------------------------------------------------------------------------------------------------------
 
@@ -247,18 +242,14 @@ class FusionGroups:
         if not is_aten(node) or not result.numel() or result.dtype not in NUMBERS:
             raise Unsuited
         call = Call(node, *_mapped(node, self.views), result)
-        for write in (STRUCTURED.get(node.target), MATRICES.get(node.target)):
-            if write is not None:
-                return write(self, call)
-        return self._point(call)
-
-    def _point(self, call: Call) -> View:
-        if call.node.target not in POINTS:
+        if call.name in self.rules:
+            return self.rules[call.name](self, call)
+        if call.name not in POINTS:
             raise Unsuited
-        for part in call.node.all_input_nodes:
+        for part in node.all_input_nodes:
             self.need_numbers(part)
-        dtypes = {self.tensor(part).dtype for part in call.node.all_input_nodes}
-        truth = call.result.dtype == torch.bool
+        dtypes = {self.tensor(part).dtype for part in node.all_input_nodes}
+        truth = result.dtype == torch.bool
         if truth and len(dtypes & FLOATS) > 1:
             raise Unsuited  # torch may compare in either precision
 
@@ -270,9 +261,14 @@ class FusionGroups:
                 raise Unsuited  # such as the sum of truths
             if code in COMPARED and torch.float32 in dtypes:
                 number = float(torch.tensor(number, dtype=torch.float32))  # as it is compared there
-            return self.point(call.result, code, *views, number=number)
+            return self.point(result, code, *views, number=number)
 
-        return POINTS[call.node.target](emit, *call.args, **call.kwargs)
+        return POINTS[call.name](emit, *call.args, **call.kwargs)
+
+    def read(self, call: Call, place: int = 0) -> View:
+        """Return an argument whose numbers tasks can read; raise :class:`Unsuited` if they cannot."""
+        self.need_numbers(node_at(call.node, place))
+        return call.view(place)
 
     def need_numbers(self, node: fx.Node) -> None:
         """Raise :class:`Unsuited` if a value is none that tasks can read: it is empty, complex, or not precise."""
@@ -283,22 +279,12 @@ class FusionGroups:
         if not buffer.constant and value.dtype not in ((torch.float64,) if buffer.changes else NUMBERS):
             raise Unsuited
 
-    def point(self, like: Tensor, code: int, *operands: View, number: float = 0.0) -> View:
-        """Add a task with one result for each number of its operands; all lie as those of ``like``."""
-        shapes = [view.sizes for view in operands] + ([tuple(like.shape)] if code == IDENTITY else [])
-        sizes = broadcast(shapes)
-        strides = like.stride() if sizes == like.shape else dense(sizes)
-        return self._point_to(code, operands, sizes, strides, like.dtype == torch.bool, number)
-
-    def numbers(self, code: int, *operands: View) -> View:
-        """Add a task whose results lie in the order of their sizes."""
-        sizes = broadcast([view.sizes for view in operands])
-        return self._point_to(code, operands, sizes, dense(sizes), False, 0.0)
-
-    def _point_to(
-        self, code: int, operands: Sequence[View], sizes: Sizes, strides: Sizes, boolean: bool, number: float
-    ) -> View:  # fmt: skip
-        to = View(Buffer(reach(sizes, strides)), 0, sizes, strides, boolean)
+    def point(self, like: Tensor | None, code: int, *operands: View, number: float = 0.0) -> View:
+        """Add a task with one result for each number of its operands, in memory as ``like``, or else in their order."""
+        shapes = [view.sizes for view in operands]
+        sizes = broadcast(shapes if like is None or code != IDENTITY else [*shapes, tuple(like.shape)])
+        strides = dense(sizes) if like is None or sizes != like.shape else like.stride()
+        to = View(Buffer(reach(sizes, strides)), 0, sizes, strides, like is not None and like.dtype == torch.bool)
         self.add(code, operands, to, STORE, number=number)
         to.buffer.maker = self.tasks[-1]
         return to
@@ -306,8 +292,8 @@ class FusionGroups:
     def add(self, code: int, operands: Sequence[View], to: View, action: int, *, number: float = 0.0) -> None:
         """Add a task for all numbers of ``to``."""
         taken = tuple(spread_over(view, to.sizes) for view in operands)
-        task = Task(code, taken, number, to, action, to_nest(to.sizes))
-        task.level = max(level_for(view, task.nest) for view in taken)
+        task = Task(code, taken, number, to, action, tuple(size for size in to.sizes if size > 1))
+        task.level = max(view.buffer.level + (not is_aligned(view, task.nest)) for view in taken)
         to.buffer.level = max(to.buffer.level, task.level)
         self.tasks.append(task)
 

@@ -40,16 +40,22 @@ def new_node(
     return node
 
 
+def constant_node(graph: fx.Graph, root: nn.Module, name: str, value: Tensor) -> fx.Node:
+    """Add a tensor that stays what it is, under a name of the module that holds the constants of a graph."""
+    if isinstance(value, nn.Parameter):
+        root.register_parameter(name, value)
+    else:
+        root.register_buffer(name, value)
+    node = graph.get_attr(name)
+    node.meta["val"] = value
+    return node
+
+
 def node_at(node: fx.Node, place: int) -> fx.Node:
     """Return an argument of a node that is a node."""
     part = node.args[place]
     assert isinstance(part, fx.Node)
     return part
-
-
-def nodes_at(node: fx.Node, place: int) -> list[fx.Node]:
-    """Return an argument of a node that is a sequence of nodes."""
-    return [*cast("Sequence[fx.Node]", node.args[place])]
 
 
 def int_at(node: fx.Node, place: int, otherwise: int = 0) -> int:
@@ -107,7 +113,7 @@ class Stitcher:
 
     def __init__(self) -> None:
         self.graph, self._constants, self._inputs = fx.Graph(), nn.Module(), 0
-        self._names: dict[int, str] = {}  # of constants
+        self._names: dict[int, str] = {}  # of constants: one tensor has one name
 
     def input(self, like: Tensor) -> fx.Node:
         """Add an input of the whole, of the shape, dtype and device of ``like``."""
@@ -118,9 +124,8 @@ class Stitcher:
 
     def constant(self, value: Tensor) -> fx.Node:
         """Add a tensor that stays what it is."""
-        node = self.graph.get_attr(self._constant(value))
-        node.meta["val"] = value
-        return node
+        name = self._names.setdefault(id(value), f"constant_{len(self._names)}")
+        return constant_node(self.graph, self._constants, name, value)
 
     def add(self, module: fx.GraphModule, inputs: Sequence[fx.Node]) -> list[fx.Node]:
         """Add a graph that returns a tuple of tensors; return their nodes."""
@@ -139,9 +144,7 @@ class Stitcher:
 
     def call(self, operation: Callable[..., object], arguments: tuple[Argument, ...], like: Tensor) -> fx.Node:
         """Add one operation whose result has the shape, dtype and device of ``like``."""
-        node = self.graph.call_function(operation, arguments)
-        node.meta["val"] = like
-        return node
+        return new_node(self.graph, operation, arguments, like)
 
     def join(self, nodes: Iterable[fx.Node]) -> fx.Node:
         """Add tensors of any shapes, flattened and one after the other."""
@@ -191,26 +194,16 @@ class Stitcher:
         value = getattr(self._constants, str(node.target)) if node.op == "get_attr" else None
         return value if value is not None and value.dim() == 1 else None
 
-    def _constant(self, value: Tensor) -> str:
-        """Return the name of a constant; one tensor has one name."""
-        if id(value) not in self._names:
-            name = self._names[id(value)] = f"constant_{len(self._names)}"
-            if isinstance(value, nn.Parameter):
-                self._constants.register_parameter(name, value)
-            else:
-                self._constants.register_buffer(name, value)
-        return self._names[id(value)]
-
 
 def _count(size: int, like: Tensor) -> Tensor:
     return torch.arange(size, dtype=like.dtype, device=like.device)
 
 
-def first_results(module: fx.GraphModule, count: int) -> fx.GraphModule:
-    """Return the part of a graph that leads to its first results."""
+def first_result(module: fx.GraphModule) -> fx.GraphModule:
+    """Return the part of a graph that leads to its first result."""
     graph = copy_graph(module.graph)
     (output,) = (node for node in graph.nodes if node.op == "output")
-    output.args = (tuple(output.args[0][:count]),)
+    output.args = (tuple(output.args[0][:1]),)
     sweep(graph)
     return graph_module(module, graph)
 

@@ -7,28 +7,26 @@ from __future__ import annotations
 
 from math import prod
 
-import torch
-
+from pyro_flows.graphs.fusion_groups import FusionGroups, Rule
 from pyro_flows.graphs.points import ADD, DIV, IDENTITY, MUL, SQRT, SUB
-from pyro_flows.graphs.structured import stacked
-from pyro_flows.graphs.views import STORE, Adding, Buffer, Call, Product, Rule, Unsuited, View, dense, read, span
+from pyro_flows.graphs.structured import side_by_side
+from pyro_flows.graphs.views import STORE, Buffer, Call, Product, Unsuited, View, dense, span
 
-_aten = torch.ops.aten
 SMALL = 6  # rows or columns of a matrix that is taken apart
 BATCH = 16  # matrices at least
 PRODUCTS, PACKED = 2**20, 2**15  # numbers multiplied for one product, and numbers of its second factor, at most
 
 
-def _product(nests: Adding, call: Call) -> View:
+def _product(groups: FusionGroups, call: Call) -> View:
     """Multiply one pair of matrices, or add their product to something."""
-    *added, first, second = (read(nests, call, place) for place in range(len(call.args)))
+    *added, first, second = (groups.read(call, place) for place in range(len(call.args)))
     if call.kwargs:
         raise Unsuited
-    view = _multiplied(nests, first.widened(0), second.widened(0)).at(0, 0)
-    return nests.point(call.result, ADD, *added, view) if added else view
+    view = _multiplied(groups, first.widened(0), second.widened(0)).at(0, 0)
+    return groups.point(call.result, ADD, *added, view) if added else view
 
 
-def _multiplied(nests: Adding, first: View, second: View) -> View:
+def _multiplied(groups: FusionGroups, first: View, second: View) -> View:
     """Multiply matrices (B, M, K) and (B, K, N), if these are not so large that torch does it faster."""
     batch, rows, inner = first.sizes
     columns = second.sizes[2]
@@ -40,28 +38,28 @@ def _multiplied(nests: Adding, first: View, second: View) -> View:
     for view in one.taken:
         view.buffer.kept = True
     to.buffer.level = one.level
-    nests.foreign.append(one)
+    groups.foreign.append(one)
     return to
 
 
-def _products(nests: Adding, call: Call) -> View:
+def _products(groups: FusionGroups, call: Call) -> View:
     """Multiply matrices of a batch: number by number where rows and columns meet in few places."""
-    first, second = read(nests, call, 0), read(nests, call, 1)
+    first, second = groups.read(call, 0), groups.read(call, 1)
     rows, inner, columns = first.sizes[-2], first.sizes[-1], second.sizes[-1]
     if first.sizes[0] < BATCH or inner > SMALL or min(rows, columns) > SMALL or first.index or second.index:
-        return _multiplied(nests, first, second)
+        return _multiplied(groups, first, second)
     total: View | None = None
     for place in range(inner):
-        one = nests.point(call.result, MUL, first.at(2, place).widened(2), second.at(1, place).widened(1))
-        total = one if total is None else nests.point(call.result, ADD, total, one)
+        one = groups.point(call.result, MUL, first.at(2, place).widened(2), second.at(1, place).widened(1))
+        total = one if total is None else groups.point(call.result, ADD, total, one)
     if total is None:
         raise Unsuited
     return total
 
 
-def _solved(nests: Adding, call: Call) -> View:
+def _solved(groups: FusionGroups, call: Call) -> View:
     """Solve triangular systems, A X = B or X A = B, one row or column of X after the other."""
-    factor, right, result = read(nests, call, 0), read(nests, call, 1), call.result
+    factor, right, result = groups.read(call, 0), groups.read(call, 1), call.result
     size, rank, kwargs = factor.sizes[-1], result.dim(), call.kwargs
     if size > SMALL or prod(factor.sizes[:-2]) < BATCH or factor.index or right.index:
         raise Unsuited
@@ -76,10 +74,10 @@ def _solved(nests: Adding, call: Call) -> View:
         rest = right.at(axis, row)
         for known in found:
             entry = factor.at(first, row).at(second, known).widened(rank - 2)
-            rest = nests.numbers(SUB, rest, nests.numbers(MUL, entry, found[known]))
+            rest = groups.point(None, SUB, rest, groups.point(None, MUL, entry, found[known]))
         diagonal = factor.at(first, row).at(second, row).widened(rank - 2)
-        found[row] = rest if unit else nests.numbers(DIV, rest, diagonal)
-    return stacked(nests, [found[row] for row in range(size)], axis, result)
+        found[row] = rest if unit else groups.point(None, DIV, rest, diagonal)
+    return side_by_side(groups, [found[row].widened(axis) for row in range(size)], axis, result)
 
 
 def _over(view: View, batch: tuple[int, ...]) -> View:
@@ -89,9 +87,9 @@ def _over(view: View, batch: tuple[int, ...]) -> View:
     return view
 
 
-def _factored(nests: Adding, call: Call) -> View:
+def _factored(groups: FusionGroups, call: Call) -> View:
     """Return Cholesky factors, whose entries are not numbers where a matrix is not positive definite."""
-    matrix, result = read(nests, call), call.result
+    matrix, result = groups.read(call), call.result
     size, rank = matrix.sizes[-1], result.dim()
     if any(call.kwargs.values()) or size > SMALL or prod(matrix.sizes[:-2]) < BATCH or matrix.index:
         raise Unsuited
@@ -100,21 +98,23 @@ def _factored(nests: Adding, call: Call) -> View:
         for row in range(column, size):
             entry = matrix.at(rank - 2, row).at(rank - 2, column)
             for known in range(column):
-                entry = nests.numbers(SUB, entry, nests.numbers(MUL, found[row, known], found[column, known]))
+                entry = groups.point(None, SUB, entry, groups.point(None, MUL, found[row, known], found[column, known]))
             found[row, column] = (
-                nests.numbers(SQRT, entry) if row == column else nests.numbers(DIV, entry, found[column, column])
+                groups.point(None, SQRT, entry)
+                if row == column
+                else groups.point(None, DIV, entry, found[column, column])
             )
     buffer, strides = Buffer(span(result), fill=0.0), result.stride()
     for (row, column), view in found.items():
         begin = row * strides[-2] + column * strides[-1]
-        nests.add(IDENTITY, [view], View(buffer, begin, view.sizes, strides[:-2]), STORE)
-    return nests.whole(result, buffer)
+        groups.add(IDENTITY, [view], View(buffer, begin, view.sizes, strides[:-2]), STORE)
+    return groups.whole(result, buffer)
 
 
-MATRICES: dict[object, Rule] = {
-    _aten.mm.default: _product,
-    _aten.addmm.default: _product,
-    _aten.bmm.default: _products,
-    _aten.linalg_solve_triangular.default: _solved,
-    _aten.linalg_cholesky_ex.default: _factored,
+MATRICES: dict[str, Rule] = {
+    "mm": _product,
+    "addmm": _product,
+    "bmm": _products,
+    "linalg_solve_triangular": _solved,
+    "linalg_cholesky_ex": _factored,
 }

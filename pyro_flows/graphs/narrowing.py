@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, fx
@@ -17,8 +18,18 @@ from torch.fx.node import Argument, Target
 
 from pyro_flows._fallbacks import Tried
 from pyro_flows._tensors import broadcast
-from pyro_flows.graphs.graph import copy_graph, graph_module, has_tag, int_at, ints_at, new_node, node_at, sweep
-from pyro_flows.graphs.sums import like_of, terms_of
+from pyro_flows.graphs.graph import (
+    constant_node,
+    copy_graph,
+    graph_module,
+    has_tag,
+    int_at,
+    ints_at,
+    new_node,
+    node_at,
+    sweep,
+)
+from pyro_flows.graphs.sums import like_of, terms_of, zeros
 
 _aten = torch.ops.aten
 _SUM, _SLICE = _aten.sum.dim_IntList, _aten.slice_backward.default
@@ -73,7 +84,9 @@ class _Narrower:
             if node.op == "get_attr":
                 self._constant(node)
             elif node.target is _aten.expand.default:
-                self._expansion(node)
+                source = node_at(node, 0)
+                if source.meta["val"].dim() == node.meta["val"].dim():
+                    self.core[node] = self.core.get(source, source)
             elif node.target is _SUM and not node.kwargs:
                 self._sum(node)
             elif _is_pointwise(node):
@@ -107,15 +120,8 @@ class _Narrower:
         if part.numel() == value.numel():
             return
         name = f"narrow_{len(self.module._buffers)}"
-        self.module.register_buffer(name, part.clone())
         with self.graph.inserting_after(node):
-            self.core[node] = self.graph.get_attr(name)
-        self.core[node].meta["val"] = getattr(self.module, name)
-
-    def _expansion(self, node: fx.Node) -> None:
-        source = node_at(node, 0)
-        if source.meta["val"].dim() == node.meta["val"].dim():
-            self.core[node] = self.core.get(source, source)
+            self.core[node] = constant_node(self.graph, self.module, name, part.clone())
 
     def _sum(self, node: fx.Node) -> None:
         """A sum of equal numbers is one of them times how many there are."""
@@ -154,26 +160,22 @@ class _Narrower:
         if node.target not in (_aten.mul.Tensor, _aten.add.Tensor, _aten.div.Tensor) or node.kwargs:
             return None
         nothing = 0.0 if node.target is _aten.add.Tensor else 1.0
-        places = (1,) if node.target is _aten.div.Tensor else (0, 1)
-        for place in places:
+        for place in (1,) if node.target is _aten.div.Tensor else (0, 1):
             other = node.args[1 - place]
-            if not isinstance(other, fx.Node) or other.meta["val"].dtype != node.meta["val"].dtype:
-                continue
-            if self._is(node.args[place], nothing):
-                return other
+            same = isinstance(other, fx.Node) and other.meta["val"].dtype == node.meta["val"].dtype
+            if same and self._is(node.args[place], nothing):
+                return cast("fx.Node", other)
         return None
 
     def _is(self, part: Argument, number: float) -> bool:
         """Whether an operand is this number everywhere."""
-        if isinstance(part, (int, float)) and not isinstance(part, bool):
-            return part == number
         if not isinstance(part, fx.Node):
-            return False
+            return isinstance(part, (int, float)) and not isinstance(part, bool) and part == number
         core = self.core.get(part, part)
-        value = getattr(self.module, str(core.target)) if core.op == "get_attr" else None
-        return (
-            value is not None and not isinstance(value, torch.nn.Parameter) and value.numel() == 1 and value == number
-        )
+        if core.op != "get_attr":
+            return False
+        value = getattr(self.module, str(core.target))
+        return not isinstance(value, torch.nn.Parameter) and value.numel() == 1 and bool(value == number)
 
     def _becomes(self, node: fx.Node, other: fx.Node) -> None:
         """Let a node be another one, or an expansion of it where that is narrower."""
@@ -225,20 +227,18 @@ def _joined(graph: fx.Graph, parts: Sequence[fx.Node], value: Tensor) -> fx.Node
     axis, place = int_at(parts[0], 2) % value.dim(), 0
     pieces: list[fx.Node] = []
     ends = [int_at(part, 3) for part in parts[1:]] + [value.shape[axis]]
-    spans = []
     for part, end in zip(parts, ends, strict=True):
         begin, length = int_at(part, 3), node_at(part, 0).meta["val"].shape[axis]
         if begin < place or begin + length > end:
-            return None
-        spans.append((place, begin))
+            return None  # what was written by then is swept
+        pieces += [*_zeros(graph, value, axis, begin - place), node_at(part, 0)]
         place = begin + length
-    for (before, begin), part in zip(spans, parts, strict=True):
-        pieces += [_zeros(graph, value, axis, begin - before)] * (begin > before) + [node_at(part, 0)]
-    pieces += [_zeros(graph, value, axis, value.shape[axis] - place)] * (value.shape[axis] > place)
+    pieces += _zeros(graph, value, axis, value.shape[axis] - place)
     return new_node(graph, _aten.cat.default, (pieces, axis), value)
 
 
-def _zeros(graph: fx.Graph, value: Tensor, axis: int, length: int) -> fx.Node:
+def _zeros(graph: fx.Graph, value: Tensor, axis: int, length: int) -> list[fx.Node]:
+    if not length:
+        return []
     shape = [*value.shape[:axis], length, *value.shape[axis + 1 :]]
-    kwargs: dict[str, Argument] = {"dtype": value.dtype, "device": value.device}
-    return new_node(graph, _aten.zeros.default, (shape,), like_of(value, *shape), kwargs)
+    return [zeros(graph, like_of(value, *shape))]

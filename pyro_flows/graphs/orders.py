@@ -7,17 +7,17 @@ as long as ``index_add``. A regression on groups spends half of its time there.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, fx
-from torch.fx.node import Argument
 
-from pyro_flows.graphs.graph import graph_module, new_node, node_at, tidy
+from pyro_flows.graphs.graph import constant_node, graph_module, new_node, node_at, sweep, tidy
 from pyro_flows.graphs.sums import like_of
 
 _aten = torch.ops.aten
+MASKS = (torch.bool, torch.uint8)  # dtypes of indices that choose numbers
 
 
 class _Order(NamedTuple):
@@ -46,6 +46,7 @@ def ordered(module: fx.GraphModule) -> fx.GraphModule:
             graph.add(node)
     if not graph.constants:
         return module
+    sweep(module.graph)
     tidy(module.graph)  # the rows of one order are spread once
     return graph_module(module, module.graph)
 
@@ -67,16 +68,15 @@ class _Graph:
         sizes = [*lead, len(order.rows), *trail]
         with self.graph.inserting_before(node):
             flat, rows = self._flat(x, order), self._constant(order)
+            operation = _aten.index_select.default
             if math.prod(trail) == 1 and value.dtype == torch.float64:
-                unit = [1] * len(lead) + [len(order.rows)] + [1] * len(trail)
-                rows = self._new(_aten.view.default, (rows, unit), order.rows, unit)
-                rows = self._new(_aten.expand.default, (rows, sizes), order.rows, sizes)
-                found = self._new(_aten.gather.default, (flat, order.start, rows), value, sizes)
-            else:
-                found = self._new(_aten.index_select.default, (flat, order.start, rows), value, sizes)
-            if len(order.shape) != 1:
-                found = self._new(_aten.view.default, (found, [*shape]), value, shape)
-        self._replace(node, found)
+                operation = _aten.gather.default
+                rows = self._reshaped(rows, [1] * len(lead) + [len(order.rows)] + [1] * len(trail))
+                rows = new_node(self.graph, _aten.expand.default, (rows, sizes), like_of(order.rows, *sizes))
+            found = self._reshaped(
+                new_node(self.graph, operation, (flat, order.start, rows), like_of(value, *sizes)), shape
+            )
+        node.replace_all_uses_with(found)
 
     def add(self, node: fx.Node) -> None:
         """Replace the addition of values to the places of an order, where each of these is a single number."""
@@ -90,13 +90,11 @@ class _Graph:
             return
         with self.graph.inserting_before(node):
             flat, rows = self._flat(x, order), self._constant(order)
-            if len(order.shape) != 1:
-                sizes = [*lead, len(order.rows), *trail]
-                values = self._new(_aten.reshape.default, (values, sizes), value, sizes)
-            found = self._new(_aten.index_add.default, (flat, order.start, rows, values), value, flat.meta["val"].shape)
-            if order.axes != 1:
-                found = self._new(_aten.reshape.default, (found, [*value.shape]), value, value.shape)
-        self._replace(node, found)
+            values = self._reshaped(values, [*lead, len(order.rows), *trail])
+            args = (flat, order.start, rows, values)
+            found = new_node(self.graph, _aten.index_add.default, args, flat.meta["val"])
+            found = self._reshaped(found, value.shape)
+        node.replace_all_uses_with(found)
 
     def _order(self, node: fx.Node) -> _Order | None:
         """Return the order that constant indices stand for; None if they are no constants, or stand apart."""
@@ -105,7 +103,9 @@ class _Graph:
         given = [index for index in indices[start:] if index is not None and index.op == "get_attr"]
         if value.device.type != "cpu" or len(given) != len(indices) - start or not given:
             return None
-        whole = [part for index in given for part in _whole(getattr(self.module, str(index.target)))]
+        whole = list[Tensor]()  # numbers for each axis
+        for numbers in (getattr(self.module, str(index.target)) for index in given):
+            whole += numbers.nonzero(as_tuple=True) if numbers.dtype in MASKS else (numbers.long(),)
         sizes = value.shape[start : start + len(whole)]
         rows = torch.zeros((), dtype=torch.long)
         for part, size in zip(whole, sizes, strict=True):
@@ -115,33 +115,19 @@ class _Graph:
 
     def _flat(self, x: fx.Node, order: _Order) -> fx.Node:
         """Return ``x`` with the axes of an order as one."""
-        if order.axes == 1:
-            return x
-        value, end = x.meta["val"], order.start + order.axes
-        size = math.prod(value.shape[order.start : end])
-        sizes = [*value.shape[: order.start], size, *value.shape[end:]]
-        return self._new(_aten.reshape.default, (x, sizes), value, sizes)
+        shape, end = x.meta["val"].shape, order.start + order.axes
+        return self._reshaped(x, [*shape[: order.start], math.prod(shape[order.start : end]), *shape[end:]])
 
     def _constant(self, order: _Order) -> fx.Node:
         """Return the rows of an order, which are the same for all operations by equal indices."""
         if order.key not in self.constants:
             name = f"order_{len(self.constants)}"
-            self.module.register_buffer(name, order.rows)
             with self.graph.inserting_before(next(iter(self.graph.nodes))):
-                self.constants[order.key] = self.graph.get_attr(name)
-            self.constants[order.key].meta["val"] = order.rows
+                self.constants[order.key] = constant_node(self.graph, self.module, name, order.rows)
         return self.constants[order.key]
 
-    def _new(
-        self, target: Callable[..., object], args: tuple[Argument, ...], like: Tensor, shape: Sequence[int]
-    ) -> fx.Node:  # fmt: skip
-        return new_node(self.graph, target, args, like_of(like, *shape))
-
-    def _replace(self, node: fx.Node, found: fx.Node) -> None:
-        node.replace_all_uses_with(found)
-        self.graph.erase_node(node)
-
-
-def _whole(index: Tensor) -> tuple[Tensor, ...]:
-    """Return whole numbers for each axis that an index stands for."""
-    return index.nonzero(as_tuple=True) if index.dtype in (torch.bool, torch.uint8) else (index.long(),)
+    def _reshaped(self, x: fx.Node, sizes: Sequence[int]) -> fx.Node:
+        value = x.meta["val"]
+        if value.shape == tuple(sizes):
+            return x
+        return new_node(self.graph, _aten.reshape.default, (x, [*sizes]), like_of(value, *sizes))

@@ -1,4 +1,4 @@
-"""Operations that act on each number by itself: torch's, written with instructions of ``interpreter.c``.
+"""Operations that act on each number by itself: torch's, by name, written with instructions of ``interpreter.c``.
 
 An instruction takes registers, or a register and a number. What a code does stands in ``interpreter.c``; both
 must agree.
@@ -13,7 +13,6 @@ import torch
 
 from pyro_flows.graphs.views import Unsuited, View
 
-_aten = torch.ops.aten
 IDENTITY, NEG, ABS, EXP, LOG, LOG1P, EXPM1, SQRT, INVERSE, RSQRT, SQUARE, SIGMOID, TANH = range(13)
 SIN, COS, ATAN, ERF, ERFC, SIGN, ISNAN, ISINF, IS_ZERO, IS_NOT_ZERO = range(13, 23)
 TIMES, PLUS, FROM, OVER, UNDER, POWER, AT_LEAST, AT_MOST = range(23, 31)  # with a number
@@ -67,8 +66,8 @@ def _with_number(
     return write
 
 
-def _one(code: int) -> Written:
-    return lambda emit, x: emit(code, x)
+def _instruction(code: int) -> Written:
+    return lambda emit, *operands: emit(code, *operands)
 
 
 _times = _with_number(MUL, TIMES, TIMES)
@@ -85,10 +84,6 @@ def _taken(emit: Writer, x: Operand, y: Operand, alpha: float = 1) -> View:
     return _minus(emit, x, y if alpha == 1 else _times(emit, y, alpha))
 
 
-def _taken_from(emit: Writer, x: Operand, y: Operand, alpha: float = 1) -> View:
-    return _taken(emit, y, x, alpha)
-
-
 def _power(emit: Writer, x: Operand, y: Operand) -> View:
     if not _is_number(y):
         return emit(POW, x, y)
@@ -103,10 +98,6 @@ def _clamped(emit: Writer, x: View, low: Operand = None, high: Operand = None) -
         elif limit is not None:
             x = emit(pair, x, limit)
     return x
-
-
-def _chosen(emit: Writer, condition: Operand, x: Operand, y: Operand) -> View:
-    return emit(WHERE, x, y, condition)
 
 
 def _filled(emit: Writer, x: Operand, mask: Operand, number: Operand) -> View:
@@ -158,90 +149,48 @@ def _between(emit: Writer, x: Operand, y: Operand, weight: Operand) -> View:
     return emit(WHERE, from_x, from_y, emit(LT, emit(ABS, weight), number=0.5))
 
 
-POINTS: dict[object, Written] = {
-    _aten.neg.default: _one(NEG),
-    _aten.abs.default: _one(ABS),
-    _aten.exp.default: _one(EXP),
-    _aten.log.default: _one(LOG),
-    _aten.log1p.default: _one(LOG1P),
-    _aten.expm1.default: _one(EXPM1),
-    _aten.sqrt.default: _one(SQRT),
-    _aten.rsqrt.default: _one(RSQRT),
-    _aten.reciprocal.default: _one(INVERSE),
-    _aten.square.default: _one(SQUARE),
-    _aten.sigmoid.default: _one(SIGMOID),
-    _aten.tanh.default: _one(TANH),
-    _aten.sin.default: _one(SIN),
-    _aten.cos.default: _one(COS),
-    _aten.tan.default: _one(TAN),
-    _aten.atan.default: _one(ATAN),
-    _aten.sinh.default: _one(SINH),
-    _aten.cosh.default: _one(COSH),
-    _aten.asinh.default: _one(ASINH),
-    _aten.erf.default: _one(ERF),
-    _aten.erfc.default: _one(ERFC),
-    _aten.sign.default: _one(SIGN),
-    _aten.sgn.default: _one(SIGN),
-    _aten.floor.default: _one(FLOOR),
-    _aten.isnan.default: _one(ISNAN),
-    _aten.isinf.default: _one(ISINF),
-    _aten.logical_not.default: _one(IS_ZERO),
-    _aten.bitwise_not.default: _one(IS_ZERO),
-    _aten.add.Tensor: _added,
-    _aten.add.Scalar: _added,
-    _aten.sub.Tensor: _taken,
-    _aten.sub.Scalar: _taken,
-    _aten.rsub.Tensor: _taken_from,
-    _aten.rsub.Scalar: _taken_from,
-    _aten.mul.Tensor: _times,
-    _aten.mul.Scalar: _times,
-    _aten.div.Tensor: _over,
-    _aten.div.Scalar: _over,
-    _aten.pow.Tensor_Scalar: _power,
-    _aten.pow.Tensor_Tensor: _power,
-    _aten.addcmul.default: _added_to(_times),
-    _aten.addcdiv.default: _added_to(_over),
-    _aten.maximum.default: lambda emit, x, y: emit(MAXIMUM, x, y),
-    _aten.minimum.default: lambda emit, x, y: emit(MINIMUM, x, y),
-    _aten.clamp.default: _clamped,
-    _aten.clamp.Tensor: _clamped,
-    _aten.clamp_min.default: _clamped,
-    _aten.clamp_min.Tensor: _clamped,
-    _aten.clamp_max.default: lambda emit, x, high: _clamped(emit, x, None, high),
-    _aten.clamp_max.Tensor: lambda emit, x, high: _clamped(emit, x, None, high),
-    _aten.where.self: _chosen,
-    _aten.masked_fill.Scalar: _filled,
-    _aten.masked_fill.Tensor: _filled,
-    _aten.nan_to_num.default: _finite,
-    _aten.logical_and.default: lambda emit, x, y: emit(AND, x, y),
-    _aten.logical_or.default: lambda emit, x, y: emit(OR, x, y),
-    _aten.bitwise_and.Tensor: lambda emit, x, y: emit(AND, x, y),
-    _aten.bitwise_or.Tensor: lambda emit, x, y: emit(OR, x, y),
-    _aten.sigmoid_backward.default: lambda emit, cotangent, y: _times(
-        emit, cotangent, _times(emit, _minus(emit, 1.0, y), y)
-    ),
-    _aten.tanh_backward.default: lambda emit, cotangent, y: _times(emit, cotangent, _minus(emit, 1.0, emit(SQUARE, y))),
-    _aten.softplus.default: _softplus,
-    _aten.softplus_backward.default: _softplus_backward,
-    _aten.silu.default: lambda emit, x: _over(emit, x, _plus(emit, emit(EXP, emit(NEG, x)), 1.0)),
-    _aten.silu_backward.default: _silu_backward,
-    _aten.lerp.Tensor: _between,
-    _aten.lerp.Scalar: _between,
-    _aten.relu.default: lambda emit, x: emit(AT_LEAST, x, number=0.0),
-    _aten.xlogy.Tensor: lambda emit, x, y: emit(XLOGY, x, y),
-    _aten.log_sigmoid_forward.default: _log_sigmoid,
-    _aten.log_sigmoid_backward.default: lambda emit, cotangent, x, _: _times(
-        emit, cotangent, emit(SIGMOID, emit(NEG, x))
-    ),
+_OF_THE_SAME_NAME = (  # each is one instruction
+    "neg abs exp log log1p expm1 sqrt rsqrt square sigmoid tanh sin cos tan atan sinh cosh asinh erf erfc sign floor "
+    "isnan isinf maximum minimum xlogy"
+)
+POINTS: dict[str, Written] = {
+    **{name: _instruction(globals()[name.upper()]) for name in _OF_THE_SAME_NAME.split()},
+    "reciprocal": _instruction(INVERSE),
+    "sgn": _instruction(SIGN),
+    "logical_not": _instruction(IS_ZERO),
+    "bitwise_not": _instruction(IS_ZERO),
+    "logical_and": _instruction(AND),
+    "logical_or": _instruction(OR),
+    "bitwise_and": _instruction(AND),
+    "bitwise_or": _instruction(OR),
+    "lt": _with_number(LT2, LT),
+    "le": _with_number(LE2, LE),
+    "gt": _with_number(GT2, GT),
+    "ge": _with_number(GE2, GE),
+    "eq": _with_number(EQ2, EQ),
+    "ne": _with_number(NE2, NE),
+    "add": _added,
+    "sub": _taken,
+    "rsub": lambda emit, x, y, alpha=1: _taken(emit, y, x, alpha),
+    "mul": _times,
+    "div": _over,
+    "pow": _power,
+    "addcmul": _added_to(_times),
+    "addcdiv": _added_to(_over),
+    "clamp": _clamped,
+    "clamp_min": _clamped,
+    "clamp_max": lambda emit, x, high: _clamped(emit, x, None, high),
+    "where": lambda emit, condition, x, y: emit(WHERE, x, y, condition),
+    "masked_fill": _filled,
+    "nan_to_num": _finite,
+    "sigmoid_backward": lambda emit, cotangent, y: _times(emit, cotangent, _times(emit, _minus(emit, 1.0, y), y)),
+    "tanh_backward": lambda emit, cotangent, y: _times(emit, cotangent, _minus(emit, 1.0, emit(SQUARE, y))),
+    "softplus": _softplus,
+    "softplus_backward": _softplus_backward,
+    "silu": lambda emit, x: _over(emit, x, _plus(emit, emit(EXP, emit(NEG, x)), 1.0)),
+    "silu_backward": _silu_backward,
+    "lerp": _between,
+    "relu": lambda emit, x: emit(AT_LEAST, x, number=0.0),
+    "log_sigmoid_forward": _log_sigmoid,
+    "log_sigmoid_backward": lambda emit, cotangent, x, _: _times(emit, cotangent, emit(SIGMOID, emit(NEG, x))),
 }
-_COMPARISONS = {
-    "lt": (LT, LT2),
-    "le": (LE, LE2),
-    "gt": (GT, GT2),
-    "ge": (GE, GE2),
-    "eq": (EQ, EQ2),
-    "ne": (NE, NE2),
-}
-for _name, (_single, _pair) in _COMPARISONS.items():
-    for _kind in ("Scalar", "Tensor"):
-        POINTS[getattr(getattr(_aten, _name), _kind)] = _with_number(_pair, _single)

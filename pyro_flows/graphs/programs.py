@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import array
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,40 +11,38 @@ from pyro_flows.graphs.fusion_groups import FusionGroups
 from pyro_flows.graphs.views import Buffer, Foreign, Product, Sizes, Task, Unsuited
 from pyro_flows.graphs.writing import BLOCK, Written, product_in_words
 
-REGISTERS = 2**16  # at most: pointers to them lie on the stack
-
 
 @dataclass
 class Program:
     """What is run: words for the interpreter and foreign operations in turns.
 
     Attributes:
-        steps: each the words of nests, or a foreign operation.
+        steps: each the words of nests and products, or a foreign operation.
         arena: how many numbers tasks share.
         registers: how many blocks of numbers are needed.
         scratch: how many numbers these are, with those of a matrix behind them.
         places: where in the arena a buffer begins.
     """
 
-    steps: list[list[int] | Foreign]
+    steps: list[array.array[int] | Foreign]
     arena: int
     registers: int
     scratch: int
     places: dict[Buffer, int]
 
 
-def program(nests: FusionGroups, arrays: dict[Buffer, int]) -> Program:
+def program(groups: FusionGroups, arrays: dict[Buffer, int]) -> Program:
     """Write nests in the order of their levels.
 
     Args:
-        nests: to write.
+        groups: to write.
         arrays: the number of the array of each buffer that is an input, a constant or a foreign result; constants that
             tasks read are added.
     """
-    ordered = _ordered(nests)
-    places, size = _places(nests, ordered)
+    ordered = _ordered(groups)
+    places, size = _places(groups, ordered)
     filled: set[Buffer] = set()
-    steps: list[list[int] | Foreign] = []
+    steps: list[array.array[int] | Foreign] = []
     registers = most = 0
     for one in ordered:
         if isinstance(one, Foreign):
@@ -55,34 +54,25 @@ def program(nests: FusionGroups, arrays: dict[Buffer, int]) -> Program:
         else:
             written = Written(one, places, arrays, filled)
             words, registers = written.words, max(registers, written.registers)
-        if registers > REGISTERS:
+        if registers > 2**16:  # whose pointers lie on the stack
             raise Unsuited
-        if steps and isinstance(steps[-1], list):
-            steps[-1] += words
+        if steps and isinstance(steps[-1], array.array):
+            steps[-1].extend(words)
         else:
-            steps.append(words)
+            steps.append(array.array("q", words))
     return Program(steps, size, registers, registers * BLOCK + most, places)
 
 
-def _ordered(nests: FusionGroups) -> list[list[Task] | Foreign | Product]:
+def _ordered(groups: FusionGroups) -> list[list[Task] | Foreign | Product]:
     """Return nests and foreign operations in the order of their levels, nests first."""
-    groups: defaultdict[tuple[int, Sizes], list[Task]] = defaultdict(list)
-    for task in nests.tasks:
-        groups[task.level, task.nest].append(task)
-    foreign: defaultdict[int, list[Foreign | Product]] = defaultdict(list)
-    for one in nests.foreign:
-        foreign[one.level].append(one)
-    by_level: defaultdict[int, list[list[Task]]] = defaultdict(list)
-    for (level, _), tasks in groups.items():
-        by_level[level].append(tasks)
-    found: list[list[Task] | Foreign | Product] = []
-    for level in sorted({*by_level, *foreign}):
-        found += by_level[level]
-        found += foreign[level]
-    return found
+    nests: defaultdict[tuple[int, Sizes], list[Task]] = defaultdict(list)
+    for task in groups.tasks:
+        nests[task.level, task.nest].append(task)
+    by_level = [(level, tasks) for (level, _), tasks in nests.items()] + [(one.level, one) for one in groups.foreign]
+    return [one for _, one in sorted(by_level, key=lambda pair: pair[0])]
 
 
-def _places(nests: FusionGroups, ordered: Sequence[list[Task] | Foreign | Product]) -> tuple[dict[Buffer, int], int]:
+def _places(groups: FusionGroups, ordered: Sequence[list[Task] | Foreign | Product]) -> tuple[dict[Buffer, int], int]:
     """Return where each kept buffer of tasks begins, and how much is used at most: memory is used again."""
     first: dict[Buffer, int] = {}
     last: dict[Buffer, int] = {}
@@ -94,7 +84,7 @@ def _places(nests: FusionGroups, ordered: Sequence[list[Task] | Foreign | Produc
         taken = [view for task in one for view in task.operands] if isinstance(one, list) else one.taken
         for view in (*taken, *written):
             last[view.buffer] = step
-    for view, _ in nests.outputs:
+    for view, _ in groups.outputs:
         last[view.buffer] = len(ordered)
     born: defaultdict[int, list[Buffer]] = defaultdict(list)
     dying: defaultdict[int, list[Buffer]] = defaultdict(list)
@@ -102,7 +92,7 @@ def _places(nests: FusionGroups, ordered: Sequence[list[Task] | Foreign | Produc
         born[step].append(buffer)
         dying[last[buffer]].append(buffer)
     places: dict[Buffer, int] = {}
-    free: list[tuple[int, int]] = [(0, 2**62)]  # begin and end
+    free = [(0, 2**62)]  # begin and end
     most = 0
     for step in range(len(ordered)):
         for buffer in born[step]:

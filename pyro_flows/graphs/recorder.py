@@ -15,17 +15,16 @@ from pyro_flows._batches import ROWS_AT_LEAST, nearby, rows_for
 from pyro_flows._cache import Cache
 from pyro_flows._fallbacks import Tried, fallback
 from pyro_flows._journal import evaluated
-from pyro_flows.graphs.graph import first_results, is_pure
+from pyro_flows.graphs.graph import first_result, is_pure
 from pyro_flows.graphs.recording import Unrecordable, record
 from pyro_flows.graphs.rounding import DIGITS, agree, moved_by
 from pyro_flows.graphs.runner import Runner
 
-KINDS_KEPT = 8
 RECORDED_FROM = 2  # the piece at which it is recorded: recording takes as long as ten calls, and a fit makes hundreds
 A_PIECE = 2**12  # numbers that each operation might handle in the time that a call of a graph takes besides
 RECORDING = 2**20  # the same for the time that it takes to record a graph of one more size
 BORROWED = 100  # pieces that a graph with further results serves: one of its own takes seconds, where it is long
-ROUNDED = 0.02  # of the points that a graph is checked at, that may be where the function hangs on rounding
+ROUNDED = 0.02  # of the points that a graph is checked at, that may be where the function depends on rounding
 SMALL = 0.25  # of such a piece, up to which a batch goes through in small ones
 
 Kind = tuple[int, torch.dtype, torch.device]
@@ -82,7 +81,7 @@ class Recorder:
         self.rows = most if unit is None else min(unit, most)
         self.large = self.rows if large is None else max(self.rows, min(large, most))
         self.reason: str | None = None
-        self.runners: Cache[Kind, Runner] = Cache(KINDS_KEPT)
+        self.runners: Cache[Kind, Runner] = Cache(8)
         self._calls: Counter[Kind] = Counter()  # with a unit, by the size of a piece; otherwise all under size 0
         self._wasted: Counter[Kind] = Counter()  # numbers, by the size of a batch that had no graph of its own
         self._examples: dict[Kind, Tensor] = {}  # a row (1, D) of the batches that graphs were recorded for
@@ -105,7 +104,7 @@ class Recorder:
         z = z.contiguous()
         rows = self._size(z)
         if len(z) == rows:
-            return tuple(part.clone() for part in self._piece(z))  # not the graph's own constants
+            return tuple(part.clone() for part in self._pieces([z])[0])  # not the graph's own constants
         short = -len(z) % rows
         filled = torch.cat([z, z[-1:].expand(short, -1)]) if short else z
         parts = zip(*self._pieces(filled.split(rows)), strict=True)
@@ -170,9 +169,6 @@ class Recorder:
             for rows, dtype, device, count in counts:
                 counter[rows, getattr(torch, dtype.removeprefix("torch.")), torch.device(device)] = count
 
-    def _piece(self, z: Tensor) -> tuple[Tensor, ...]:
-        return self._pieces([z])[0]
-
     def _pieces(self, pieces: Sequence[Tensor]) -> list[tuple[Tensor, ...]]:
         """Return the results for pieces of one size: by the function until there is a graph, then all at once."""
         found = list[tuple[Tensor, ...]]()
@@ -218,7 +214,9 @@ class Recorder:
         fresh = nearby(z)
         self._before(z)
         with Tried(lambda error: not isinstance(error, torch.linalg.LinAlgError)) as tried:  # which is of these points
-            runner = Runner(self._graph(z))
+            whole = self._of_whole(z, due=True)
+            graph = record(self._function, z, *self.given) if whole is None else first_result(whole.module)
+            runner = Runner(graph)
             recorded = runner(fresh, *self.given)
         if tried.error is not None:
             known = isinstance(tried.error, Unrecordable)
@@ -234,7 +232,7 @@ class Recorder:
         return True
 
     def _repeats(self, recorded: tuple[Tensor, ...], z: Tensor) -> bool:
-        """Whether recorded results are the function's own, but at few points where those hang on rounding as well.
+        """Whether recorded results are the function's own, but at few points where those depend on rounding as well.
 
         At the edge of a support, the last digit of a point makes the density finite or not.
         """
@@ -253,8 +251,3 @@ class Recorder:
             any(not agree(rows(other, place), rows(expected, number)) for other in moved)
             for place, number in enumerate(differ)
         )
-
-    def _graph(self, z: Tensor) -> fx.GraphModule:
-        """Return the graph for such batches: a part of the whole's, if it has one, or a new one."""
-        whole = self._of_whole(z, due=True)
-        return record(self._function, z, *self.given) if whole is None else first_results(whole.module, 1)

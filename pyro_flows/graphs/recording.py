@@ -5,7 +5,6 @@ from __future__ import annotations
 import operator
 from collections import defaultdict
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from typing import cast
 
 import torch
@@ -18,7 +17,7 @@ from pyro_flows import _stages
 from pyro_flows._ledger import counted
 from pyro_flows._tensors import Args, Dispatch, Kwargs, Memories, storage_of, tensors_in
 from pyro_flows.graphs.garbage import uncollected
-from pyro_flows.graphs.graph import graph_module, new_node, out_of_place, sweep, through_copies, tidy
+from pyro_flows.graphs.graph import constant_node, graph_module, new_node, out_of_place, sweep, through_copies, tidy
 from pyro_flows.graphs.narrowing import narrow
 from pyro_flows.graphs.operations import Kind, kind_of
 from pyro_flows.graphs.orders import ordered
@@ -77,10 +76,12 @@ def record(function: Callable[..., object], *inputs: Tensor, joint: bool = False
     except _ChangesConstants as error:
         recorded = _run(function, inputs, error.made_by)
     pure = out_of_place(recorded.graph)
-    for again in (_replayed(recorded), function) if not pure else ():
-        with suppress(_Unsupported):
-            recorded, pure = _functionalized(again, inputs), True
-            break
+    if not pure:
+        # Autograd in the function itself would import torch's compiler, inside of a transform (a second): what was
+        # recorded is run instead. But a gradient that depends on no input is written into constants there.
+        through_copies(recorded.graph)
+        found = _functionalized(graph_module(recorded, recorded.graph), inputs) or _functionalized(function, inputs)
+        recorded, pure = found or recorded, found is not None
     if pure:
         tidy(recorded.graph)
     sweep(recorded.graph)
@@ -91,28 +92,14 @@ def record(function: Callable[..., object], *inputs: Tensor, joint: bool = False
     return module if joint else ordered(vectorize(module))
 
 
-class _Unsupported(RuntimeError):
-    """Changes in place that cannot be undone."""
-
-
-def _replayed(recorded: _Recorded) -> fx.GraphModule:
-    """Return what was recorded as a function.
-
-    Autograd in the function itself would import torch's compiler, inside of a transform (a second). But a gradient that
-    depends on no input is written into constants here.
-    """
-    through_copies(recorded.graph)
-    return graph_module(recorded, recorded.graph)
-
-
-def _functionalized(function: Callable[..., object], inputs: tuple[Tensor, ...]) -> _Recorded:
-    """Record without changes in place, views of changed tensors included."""
+def _functionalized(function: Callable[..., object], inputs: tuple[Tensor, ...]) -> _Recorded | None:
+    """Record without changes in place, views of changed tensors included; None if that cannot be done."""
     try:
         recorded = _run(torch.func.functionalize(function), inputs)
-    except RuntimeError as error:  # torch knows no such form of some operation
-        raise _Unsupported(str(error)) from error
+    except RuntimeError:  # torch knows no such form of some operation
+        return None
     if not out_of_place(recorded.graph):
-        raise _Unsupported("changes in place are left")
+        return None
     resolve(recorded.graph)
     return recorded
 
@@ -205,9 +192,9 @@ class _Tape(Dispatch):
     def _needs_node(self, kind: Kind, result: object, tensors: list[Tensor], numbers: list[int | None]) -> bool:
         """Whether a result that does not depend on the inputs has a node all the same."""
         most = FOLDED if kind.by_shape else max([FOLDED, *(part.numel() for part in tensors)])
-        if kind.new or self._done in self._changed or any(part.numel() > most for part in tensors_in((result,))):
-            return True
-        return kind.view and any(number is not None for number in numbers)
+        large = any(part.numel() > most for part in tensors_in((result,)))
+        of_node = kind.view and any(number is not None for number in numbers)
+        return kind.new or self._done in self._changed or large or of_node
 
     def _change(
         self, func: OpOverload, args: Args, kwargs: Mapping[str, object], kind: Kind, depends: bool
@@ -299,13 +286,7 @@ class _Tape(Dispatch):
 
     def _attribute(self, value: Tensor) -> fx.Node:
         name = f"constant_{len(self._root._buffers) + len(self._root._parameters)}"
-        if isinstance(value, nn.Parameter):
-            self._root.register_parameter(name, value)
-        else:
-            self._root.register_buffer(name, value)
-        node = self._graph.get_attr(name)
-        node.meta["val"] = value
-        return node
+        return constant_node(self._graph, self._root, name, value)
 
     def _example(self, value: Tensor) -> Tensor:
         """Return a tensor of the same shape, dtype and device that takes no memory."""

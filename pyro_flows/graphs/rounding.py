@@ -11,7 +11,7 @@ from torch import Tensor, fx
 IN_A_ROW = 1e-2  # part of a relative tolerance that counts against the largest number in a row
 HUGE = 1e6  # in units of a log density, or of a gradient in coordinates of about one
 DIGITS = tuple(sign * 2.0**power for power in range(6) for sign in (1.0, -1.0))  # of the last place, by which points
-# are moved to see how much hangs on rounding
+# are moved to see how much depends on rounding
 FARTHER = tuple(2.0 ** (16 + half / 2) for half in range(20))  # such digits of double precision, to both sides
 SINGLE, MOST = 1e-3, 0.9  # tolerance in single precision, and the share of results that has to be within it
 ALIKE, CLOSE = 10.0, 1e-12  # times the change of results by that, and part of them, that rounding may make
@@ -65,13 +65,12 @@ def rounds_alike(
     """
     made = [node.meta.get("val") for node in module.graph.nodes if node.op == "call_function"]
     if any(isinstance(value, Tensor) and value.dtype == torch.float32 for value in made):
-        found, expected = (tuple(map(_in_single, values)) for values in (found, expected))
+        found, expected = (
+            tuple(value.float() if value.dtype == torch.float64 else value for value in values)
+            for values in (found, expected)
+        )
     found = tuple(map(_comparable, found, expected))
-    return agree(found, expected) or hangs_on_digits(module, inputs, found, expected)
-
-
-def _in_single(value: Tensor) -> Tensor:
-    return value.float() if value.dtype == torch.float64 else value
+    return agree(found, expected) or within_rounding(module, inputs, found, expected)
 
 
 def tame(inputs: Sequence[Tensor]) -> list[Tensor] | None:
@@ -80,7 +79,7 @@ def tame(inputs: Sequence[Tensor]) -> list[Tensor] | None:
     This fails at some points: where a scale is next to nothing, a sum forgets its smaller term, and whoever never adds
     the two up has other results, and the better ones. Such points do not tell whether two ways do the same.
     """
-    if not any(value.dtype == torch.float32 for value in inputs):
+    if all(value.dtype != torch.float32 for value in inputs):
         return None
     return [value.clamp(-TAME, TAME) if value.dtype == torch.float32 else value for value in inputs]
 
@@ -97,7 +96,7 @@ def rounds_alike_where_tame(
     return finite and rounds_alike(module, others, made(*others), expected)
 
 
-def hangs_on_digits(
+def within_rounding(
     module: fx.GraphModule, inputs: Sequence[Tensor], found: Sequence[Tensor], expected: Sequence[Tensor]
 ) -> bool:
     """Whether results differ no more than they do if inputs change by last digits, as with a matrix near singular.

@@ -67,12 +67,13 @@ class Runner:
         self.runs += len(batches)
         count = min(most, len(batches))
         self._twins += [whole.twin() for _ in range(count - 1 - len(self._twins))]
-        shares = [
-            functools.partial(_each, one, batches[first::count])
-            for first, one in enumerate([whole, *self._twins[: count - 1]])
-        ]
+
+        def each(one: Fused, share: Sequence[tuple[Tensor, ...]]) -> list[Results]:
+            return [one(*inputs) for inputs in share]
+
+        both = enumerate([whole, *self._twins[: count - 1]])
         try:
-            found = at_once(shares)
+            found = at_once([functools.partial(each, one, batches[first::count]) for first, one in both])
         except RuntimeError:
             return [self(*inputs) for inputs in batches]  # which says what is wrong
         return [found[place % count][place // count] for place in range(len(batches))]
@@ -94,7 +95,3 @@ class Runner:
         self._fused = found
         expected, found.first = found.first, ()
         return expected
-
-
-def _each(function: Callable[..., Results], batches: Sequence[tuple[Tensor, ...]]) -> list[Results]:
-    return [function(*inputs) for inputs in batches]

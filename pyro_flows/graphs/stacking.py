@@ -42,10 +42,6 @@ def stacked(module: fx.GraphModule, *inputs: Tensor) -> fx.GraphModule:
         return record(whole, *(part.clone() for part in inputs))
 
 
-def _full(x: Tensor, value: float) -> Tensor:
-    return torch.full_like(x, value)
-
-
 def _median(x: Tensor) -> Tensor:
     return x.reshape(-1).nanmedian(0).values
 
@@ -54,7 +50,7 @@ def _median(x: Tensor) -> Tensor:
 _OTHERWISE: dict[object, Callable[..., Tensor]] = {
     _aten.view.default: torch.reshape,
     _aten._unsafe_view.default: torch.reshape,
-    _aten.fill.Scalar: _full,
+    _aten.fill.Scalar: torch.full_like,
     _aten.nanmedian.default: _median,
 }
 

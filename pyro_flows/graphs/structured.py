@@ -1,70 +1,51 @@
 """Operations that move numbers, sum them or choose among them, as tasks: joins, gradients of parts, indices, sums.
 
-Each function takes the nests to add to and the operation, and returns the view of its result.
+Each rule takes the groups to add to and the operation, and returns the view of its result.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from math import inf, prod
 
 import torch
 from torch import Tensor, fx
 
-from pyro_flows.graphs.graph import node_at
+from pyro_flows.graphs.fusion_groups import FusionGroups, Rule
+from pyro_flows.graphs.graph import int_at, node_at
 from pyro_flows.graphs.points import ADD, EXP, FILL, IDENTITY, ISINF, LOG, MUL, ROUNDED, SUB, TIMES, WHERE
-from pyro_flows.graphs.views import (
-    ADD_UP,
-    MAXIMUM,
-    MINIMUM,
-    STORE,
-    Adding,
-    Buffer,
-    Call,
-    Rule,
-    Unsuited,
-    View,
-    read,
-    span,
-)  # fmt: skip
+from pyro_flows.graphs.views import ADD_UP, LARGEST, SMALLEST, STORE, Buffer, Call, Unsuited, View, span
 
-_aten = torch.ops.aten
 AT_MOST = 16  # places along an axis, for running sums to be written one by one
+REDUCED = {  # what is done with numbers along axes, and with which number it begins
+    "sum": (ADD_UP, 0.0),
+    "mean": (ADD_UP, 0.0),
+    "amax": (LARGEST, -inf),
+    "amin": (SMALLEST, inf),
+    "all": (SMALLEST, 1.0),
+    "any": (LARGEST, 0.0),
+}
 
 
 # sums -----------------------------------------------------------------------------------------------------------------
 
 
-def _summed(nests: Adding, call: Call) -> View:
-    view = read(nests, call)
-    total = reduced(nests, view, _axes(call), call.result, ADD_UP, 0.0)
-    if call.node.target in (_aten.sum.dim_IntList, _aten.sum.default):
-        return total
-    return nests.point(call.result, TIMES, total, number=call.result.numel() / prod(view.sizes))
-
-
-def _largest(nests: Adding, call: Call) -> View:
-    action, fill = (MAXIMUM, -inf) if call.node.target is _aten.amax.default else (MINIMUM, inf)
-    return reduced(nests, read(nests, call), _axes(call), call.result, action, fill)
-
-
-def _every(nests: Adding, call: Call) -> View:
-    """Say whether all truths along an axis hold, or any of them."""
-    if nests.tensor(node_at(call.node, 0)).dtype != torch.bool:
-        raise Unsuited
-    every = call.node.target in (_aten.all.dim, _aten.all.default)
-    action, fill = (MINIMUM, 1.0) if every else (MAXIMUM, 0.0)
-    return reduced(nests, read(nests, call), _axes(call), call.result, action, fill)
-
-
-def _axes(call: Call) -> Sequence[int] | None:
+def _along_axes(groups: FusionGroups, call: Call) -> View:
+    """Reduce numbers along axes to sum, mean, largest or smallest, and truths to whether all or any of them hold."""
+    name, node = call.name, call.node
     if call.kwargs.get("dtype") is not None or "dim" in call.kwargs:
         raise Unsuited
-    return call.integers(1) if len(call.args) > 1 and call.args[1] is not None else None
+    if name in ("all", "any") and groups.tensor(node_at(node, 0)).dtype != torch.bool:
+        raise Unsuited
+    view, axes = groups.read(call), call.integers(1) if len(call.args) > 1 and call.args[1] is not None else None
+    found = reduced(groups, view, axes, call.result, *REDUCED[name])
+    if name != "mean":
+        return found
+    return groups.point(call.result, TIMES, found, number=call.result.numel() / prod(view.sizes))
 
 
 def reduced(
-    nests: Adding, view: View, axes: Sequence[int] | None, result: Tensor, action: int, fill: float
+    groups: FusionGroups, view: View, axes: Sequence[int] | None, result: Tensor, action: int, fill: float
 ) -> View:  # fmt: skip
     """Add a task that adds up numbers along some axes, or takes the largest or the smallest of them."""
     rank = len(view.sizes)
@@ -73,95 +54,89 @@ def reduced(
     strides = iter(result.stride() if result.dim() == len(kept) else [result.stride()[axis] for axis in kept])
     onto = tuple(0 if axis in gone else next(strides) for axis in range(rank))
     buffer = Buffer(span(result), fill=fill)
-    nests.add(IDENTITY, [view], View(buffer, 0, view.sizes, onto), action)
-    return nests.whole(result, buffer)
+    groups.add(IDENTITY, [view], View(buffer, 0, view.sizes, onto), action)
+    return groups.whole(result, buffer)
 
 
-def _log_of_sum(nests: Adding, call: Call) -> View:
+def _log_of_sum(groups: FusionGroups, call: Call) -> View:
     """Add exponentials of numbers without the largest of each sum, if that is finite."""
-    view, result = read(nests, call), call.result
+    view, result = groups.read(call), call.result
     rank = len(view.sizes)
     gone = {axis % rank for axis in call.integers(1) if rank} or set(range(rank))
     like = result.new_empty([1 if axis in gone else size for axis, size in enumerate(view.sizes)])
-    largest = reduced(nests, view, [*gone], like, MAXIMUM, -inf)
-    largest = nests.point(like, FILL, largest, nests.point(like, ISINF, largest))
-    total = reduced(nests, nests.numbers(EXP, nests.numbers(SUB, view, largest)), [*gone], like, ADD_UP, 0.0)
-    found = nests.point(like, ADD, nests.point(like, LOG, total), largest)
+    largest = reduced(groups, view, [*gone], like, LARGEST, -inf)
+    largest = groups.point(like, FILL, largest, groups.point(like, ISINF, largest))
+    total = reduced(groups, groups.point(None, EXP, groups.point(None, SUB, view, largest)), [*gone], like, ADD_UP, 0.0)
+    found = groups.point(like, ADD, groups.point(like, LOG, total), largest)
     if result.dim() == rank:
         return found
     strides = tuple(stride for axis, stride in enumerate(found.strides) if axis not in gone)
-    return nests.point(result, IDENTITY, View(found.buffer, 0, tuple(result.shape), strides))
+    return groups.point(result, IDENTITY, View(found.buffer, 0, tuple(result.shape), strides))
 
 
-def _running(nests: Adding, call: Call) -> View:
+def _running(groups: FusionGroups, call: Call) -> View:
     """Add or multiply up along a short axis."""
-    view, result = read(nests, call), call.result
-    axis = call.integer(1) % max(result.dim(), 1)
+    view, result = groups.read(call), call.result
+    axis = int_at(call.node, 1) % max(result.dim(), 1)
     if call.kwargs or not result.dim() or view.sizes[axis] > AT_MOST:
         raise Unsuited
-    code = ADD if call.node.target is _aten.cumsum.default else MUL
+    code = ADD if call.name == "cumsum" else MUL
     parts = [view.at(axis, 0)]
     for place in range(1, view.sizes[axis]):
-        parts.append(nests.numbers(code, parts[-1], view.at(axis, place)))
-    return stacked(nests, parts, axis, result)
+        parts.append(groups.point(None, code, parts[-1], view.at(axis, place)))
+    return side_by_side(groups, [part.widened(axis) for part in parts], axis, result)
 
 
-def stacked(nests: Adding, parts: Sequence[View], axis: int, result: Tensor) -> View:
-    """Put views next to each other along a new axis."""
-    buffer, strides = Buffer(span(result)), result.stride()
-    sizes, left = ((*part[:axis], *part[axis + 1 :]) for part in (result.shape, strides))
-    for place, view in enumerate(parts):
-        to = View(buffer, place * strides[axis], sizes, left, view.boolean)
-        nests.add(IDENTITY, [view], to, STORE)
-    return nests.whole(result, buffer)
+def side_by_side(groups: FusionGroups, parts: Iterable[View], axis: int, result: Tensor) -> View:
+    """Put views next to each other along an axis."""
+    buffer, strides, begin = Buffer(span(result)), result.stride(), 0
+    for view in parts:
+        sizes = (*result.shape[:axis], view.sizes[axis], *result.shape[axis + 1 :])
+        to = View(buffer, begin * strides[axis], sizes, strides, view.boolean)
+        groups.add(IDENTITY, [view], to, STORE)
+        begin += view.sizes[axis]
+    return groups.whole(result, buffer)
 
 
 # parts of tensors -----------------------------------------------------------------------------------------------------
 
 
-def _joined(nests: Adding, call: Call) -> View:
+def _joined(groups: FusionGroups, call: Call) -> View:
     for part in call.node.all_input_nodes:
-        nests.need_numbers(part)
-    result = call.result
-    axis = call.integer(1) % result.dim()
+        groups.need_numbers(part)
     if "dim" in call.kwargs:
         raise Unsuited
-    if call.node.target is _aten.stack.default:
-        return stacked(nests, call.views(0), axis, result)
-    buffer, strides, begin = Buffer(span(result)), result.stride(), 0
-    for view in call.views(0):
-        to = View(buffer, begin * strides[axis], view.sizes, strides, view.boolean)
-        nests.add(IDENTITY, [view], to, STORE)
-        begin += view.sizes[axis]
-    return nests.whole(result, buffer)
+    axis = int_at(call.node, 1) % call.result.dim()
+    parts = [view.widened(axis) if call.name == "stack" else view for view in call.views(0)]
+    return side_by_side(groups, parts, axis, call.result)
 
 
-def _placed(nests: Adding, call: Call) -> View:
+def _placed(groups: FusionGroups, call: Call) -> View:
     """Put the gradient of a part of a tensor where the part is, and zeros elsewhere."""
-    view, result = read(nests, call), call.result
+    view, result = groups.read(call), call.result
     strides, rank = [*result.stride()], result.dim()
-    if call.node.target is _aten.slice_backward.default:
-        axis, step = call.integer(2) % rank, call.integer(5)
-        begin = slice(call.integer(3), None, step).indices(result.shape[axis])[0] * strides[axis]
+    if call.name == "slice_backward":
+        axis, step = int_at(call.node, 2) % rank, int_at(call.node, 5)
+        begin = slice(int_at(call.node, 3), None, step).indices(result.shape[axis])[0] * strides[axis]
         strides[axis] *= step
-    elif call.node.target is _aten.select_backward.default:
-        axis = call.integer(2) % rank
-        begin = (call.integer(3) % result.shape[axis]) * strides.pop(axis)
+    elif call.name == "select_backward":
+        axis = int_at(call.node, 2) % rank
+        begin = (int_at(call.node, 3) % result.shape[axis]) * strides.pop(axis)
     else:
-        offset, places = call.integer(2), (call.integer(3) % rank, call.integer(4) % rank)
+        offset, places = int_at(call.node, 2), (int_at(call.node, 3) % rank, int_at(call.node, 4) % rank)
         first, second = strides[places[0]], strides[places[1]]
         begin = offset * second if offset >= 0 else -offset * first
         for axis in sorted(places, reverse=True):
             del strides[axis]
         strides.append(first + second)
     buffer = Buffer(span(result), fill=0.0)
-    nests.add(IDENTITY, [view], View(buffer, begin, view.sizes, tuple(strides)), ADD_UP)
-    return nests.whole(result, buffer)
+    groups.add(IDENTITY, [view], View(buffer, begin, view.sizes, tuple(strides)), ADD_UP)
+    return groups.whole(result, buffer)
 
 
-def _padded(nests: Adding, call: Call) -> View:
+def _padded(groups: FusionGroups, call: Call) -> View:
     """Put a tensor into a larger one that is filled with a number, or leave out its edges."""
-    view, pads, result = read(nests, call), call.integers(1), call.result
+    view, pads, result = groups.read(call), call.integers(1), call.result
     number = call.args[2] if len(call.args) > 2 else 0.0
     if not isinstance(number, (int, float)):
         raise Unsuited
@@ -176,84 +151,83 @@ def _padded(nests: Adding, call: Call) -> View:
     if view.index is not None or not prod(sizes):
         raise Unsuited
     taken = View(view.buffer, offset, tuple(sizes), view.strides, view.boolean)
-    nests.add(IDENTITY, [taken], View(buffer, begin, taken.sizes, result.stride()), STORE)
-    return nests.whole(result, buffer)
+    groups.add(IDENTITY, [taken], View(buffer, begin, taken.sizes, result.stride()), STORE)
+    return groups.whole(result, buffer)
 
 
-def _flipped(nests: Adding, call: Call) -> View:
+def _flipped(groups: FusionGroups, call: Call) -> View:
     """Read a tensor backwards along some axes."""
-    view, rank = read(nests, call), call.result.dim()
+    view, rank = groups.read(call), call.result.dim()
     if view.index is not None:
         raise Unsuited
     strides, offset = [*view.strides], view.offset
     for axis in {axis % rank for axis in call.integers(1) if rank}:
         offset += (view.sizes[axis] - 1) * strides[axis]
         strides[axis] = -strides[axis]
-    return nests.point(call.result, IDENTITY, View(view.buffer, offset, view.sizes, tuple(strides), view.boolean))
+    return groups.point(call.result, IDENTITY, View(view.buffer, offset, view.sizes, tuple(strides), view.boolean))
 
 
-def _triangle(nests: Adding, call: Call) -> View:
+def _triangle(groups: FusionGroups, call: Call) -> View:
     """Keep what is on one side of a diagonal."""
-    view = read(nests, call)
-    function = torch.tril if call.node.target is _aten.tril.default else torch.triu
-    mask = function(torch.ones(call.result.shape[-2:], dtype=torch.float64), call.integer(1))
+    view = groups.read(call)
+    mask = getattr(torch, call.name)(torch.ones(call.result.shape[-2:], dtype=torch.float64), int_at(call.node, 1))
     kept, zero = (
-        nests.whole(value, Buffer(span(value), source=value)) for value in (mask, mask.new_zeros((1,) * mask.dim()))
+        groups.whole(value, Buffer(span(value), source=value)) for value in (mask, mask.new_zeros((1,) * mask.dim()))
     )
-    return nests.point(call.result, WHERE, view, zero, kept)
+    return groups.point(call.result, WHERE, view, zero, kept)
 
 
-def _same(nests: Adding, call: Call) -> View:
+def _same(groups: FusionGroups, call: Call) -> View:
     """Take a copy for what it is a copy of, if it lies in memory as that does."""
-    view, result = read(nests, call), call.result
+    view, result = groups.read(call), call.result
     boolean = result.dtype == torch.bool
     if boolean and not view.boolean:
         raise Unsuited
-    if result.dtype == torch.float32 and nests.tensor(node_at(call.node, 0)).dtype == torch.float64:
-        return nests.point(result, ROUNDED, view)
+    if result.dtype == torch.float32 and groups.tensor(node_at(call.node, 0)).dtype == torch.float64:
+        return groups.point(result, ROUNDED, view)
     alike = view.strides == result.stride() and view.offset == 0 and view.buffer.span == span(result)
     if alike and (view.buffer.source is None or view.boolean == boolean):  # torch knows others by their own types
         return View(view.buffer, 0, view.sizes, view.strides, boolean)
-    return nests.point(result, IDENTITY, view)
+    return groups.point(result, IDENTITY, view)
 
 
-def _copied(nests: Adding, call: Call) -> View:
-    view = read(nests, call, 1)
+def _copied(groups: FusionGroups, call: Call) -> View:
+    view = groups.read(call, 1)
     if call.result.dtype == torch.bool and not view.boolean:
         raise Unsuited
-    return nests.point(call.result, IDENTITY, view)
+    return groups.point(call.result, IDENTITY, view)
 
 
 # constant indices -----------------------------------------------------------------------------------------------------
 
 
-def _picked(nests: Adding, call: Call) -> View:
+def _picked(groups: FusionGroups, call: Call) -> View:
     """Read entries along one dimension, in the order of constant indices."""
-    source, result = read(nests, call), call.result
-    axis = call.integer(1) % max(result.dim(), 1)
-    index = _positions(nests, node_at(call.node, 2), axis, call.node.target is _aten.gather.default)
+    source, result = groups.read(call), call.result
+    axis = int_at(call.node, 1) % max(result.dim(), 1)
+    index = _positions(groups, node_at(call.node, 2), axis, call.name == "gather")
     if source.index is not None or len(source.sizes) != result.dim() or call.kwargs:
         raise Unsuited
     taken = View(source.buffer, source.offset, tuple(result.shape), source.strides, source.boolean, index, axis)
-    return nests.point(result, IDENTITY, taken)
+    return groups.point(result, IDENTITY, taken)
 
 
-def _spread(nests: Adding, call: Call) -> View:
+def _spread(groups: FusionGroups, call: Call) -> View:
     """Add rows to zeros, at constant indices."""
-    view, result = read(nests, call, 3), call.result
-    axis = call.integer(1) % max(result.dim(), 1)
-    if call.kwargs or not call.view(0).buffer.constant or bool(nests.tensor(node_at(call.node, 0)).any()):
+    view, result = groups.read(call, 3), call.result
+    axis = int_at(call.node, 1) % max(result.dim(), 1)
+    if call.kwargs or not call.view(0).buffer.constant or bool(groups.tensor(node_at(call.node, 0)).any()):
         raise Unsuited
-    index = _positions(nests, node_at(call.node, 2), axis, False)
+    index = _positions(groups, node_at(call.node, 2), axis, False)
     buffer = Buffer(span(result), fill=0.0)
-    nests.add(IDENTITY, [view], View(buffer, 0, view.sizes, result.stride(), False, index, axis), ADD_UP)
-    return nests.whole(result, buffer)
+    groups.add(IDENTITY, [view], View(buffer, 0, view.sizes, result.stride(), False, index, axis), ADD_UP)
+    return groups.whole(result, buffer)
 
 
-def _positions(nests: Adding, node: fx.Node, axis: int, spread: bool) -> Buffer:
+def _positions(groups: FusionGroups, node: fx.Node, axis: int, spread: bool) -> Buffer:
     """Return constant indices along an axis, of which there may be copies along the others."""
-    value = nests.tensor(node)
-    if not nests.view(node).buffer.constant:
+    value = groups.tensor(node)
+    if not groups.view(node).buffer.constant:
         raise Unsuited
     if spread and value.dim() > 1:
         first = value[tuple(slice(None) if place == axis else slice(0, 1) for place in range(value.dim()))]
@@ -266,35 +240,26 @@ def _positions(nests: Adding, node: fx.Node, axis: int, spread: bool) -> Buffer:
     return Buffer(len(value), source=value, positions=True)
 
 
-STRUCTURED: dict[object, Rule] = {
-    _aten.sum.dim_IntList: _summed,
-    _aten.sum.default: _summed,
-    _aten.mean.dim: _summed,
-    _aten.mean.default: _summed,
-    _aten.amax.default: _largest,
-    _aten.amin.default: _largest,
-    _aten.all.dim: _every,
-    _aten.all.default: _every,
-    _aten.any.dim: _every,
-    _aten.any.default: _every,
-    _aten.logsumexp.default: _log_of_sum,
-    _aten.cumsum.default: _running,
-    _aten.cumprod.default: _running,
-    _aten.cat.default: _joined,
-    _aten.stack.default: _joined,
-    _aten.slice_backward.default: _placed,
-    _aten.select_backward.default: _placed,
-    _aten.diagonal_backward.default: _placed,
-    _aten.constant_pad_nd.default: _padded,
-    _aten.flip.default: _flipped,
-    _aten.tril.default: _triangle,
-    _aten.triu.default: _triangle,
-    _aten.clone.default: _same,
-    _aten.alias.default: _same,
-    _aten.detach.default: _same,
-    _aten._to_copy.default: _same,
-    _aten.copy.default: _copied,
-    _aten.index_select.default: _picked,
-    _aten.gather.default: _picked,
-    _aten.index_add.default: _spread,
+STRUCTURED: dict[str, Rule] = {
+    **dict.fromkeys(REDUCED, _along_axes),
+    "logsumexp": _log_of_sum,
+    "cumsum": _running,
+    "cumprod": _running,
+    "cat": _joined,
+    "stack": _joined,
+    "slice_backward": _placed,
+    "select_backward": _placed,
+    "diagonal_backward": _placed,
+    "constant_pad_nd": _padded,
+    "flip": _flipped,
+    "tril": _triangle,
+    "triu": _triangle,
+    "clone": _same,
+    "alias": _same,
+    "detach": _same,
+    "_to_copy": _same,
+    "copy": _copied,
+    "index_select": _picked,
+    "gather": _picked,
+    "index_add": _spread,
 }

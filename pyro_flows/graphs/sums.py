@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor, fx
+from torch.fx.node import Argument
 
 from pyro_flows.graphs.graph import int_at, ints_at, new_node, node_at
 
@@ -26,6 +27,12 @@ def like_of(value: Tensor, *shape: int) -> Tensor:
     return torch.empty((), dtype=value.dtype, device=value.device).expand(shape)
 
 
+def zeros(graph: fx.Graph, like: Tensor) -> fx.Node:
+    """Add zeros of this shape, dtype and device."""
+    kwargs: dict[str, Argument] = {"dtype": like.dtype, "device": like.device}
+    return new_node(graph, _aten.zeros.default, ([*like.shape],), like, kwargs)
+
+
 def read_rows(graph: fx.Graph) -> None:
     """Take a tensor apart once, where many of its rows (or columns) are selected one by one."""
     selected: defaultdict[tuple[fx.Node, int], list[fx.Node]] = defaultdict(list)
@@ -37,27 +44,22 @@ def read_rows(graph: fx.Graph) -> None:
         if len(nodes) == 1 or FEWEST * len(nodes) < value.shape[axis]:
             continue
         with graph.inserting_before(nodes[0]):
-            given = _rows(graph, source, axis) if len(nodes) >= FEWEST else (source, axis)
-            parts = new_node(graph, _aten.unbind.int, given, None)
+            given: tuple[Argument, ...] = (source, axis)
+            if len(nodes) >= FEWEST:  # each row is put together in memory
+                order = [axis, *(place for place in range(value.dim()) if place != axis)]
+                like = like_of(value, *(value.shape[place] for place in order))
+                rows = new_node(graph, PERMUTED, (source, order), like) if axis else source
+                rows = new_node(graph, _aten.clone.default, (rows,), like, {"memory_format": torch.contiguous_format})
+                given = (rows, 0)
+            parts = new_node(graph, _aten.unbind.int, given)
         for node in nodes:
             node.target, node.args = operator.getitem, (parts, node.args[2] % value.shape[axis])
-
-
-def _rows(graph: fx.Graph, source: fx.Node, axis: int) -> tuple[fx.Node, int]:
-    """Return a tensor with an axis in front, where each row is together in memory."""
-    value = source.meta["val"]
-    order = [axis, *(place for place in range(value.dim()) if place != axis)]
-    like = like_of(value, *(value.shape[place] for place in order))
-    turned = new_node(graph, PERMUTED, (source, order), like) if axis else source
-    rows = new_node(graph, _aten.clone.default, (turned,), like)
-    rows.kwargs = {"memory_format": torch.contiguous_format}
-    return rows, 0
 
 
 def terms_of(graph: fx.Graph) -> Iterator[tuple[fx.Node, list[tuple[fx.Node, int]]]]:
     """Yield each sum that is no term of another one, and its terms with their signs."""
     for node in list(graph.nodes):
-        if _is_sum(node) and not (len(node.users) == 1 and _is_sum(next(iter(node.users)))):
+        if is_plain_sum(node) and not (len(node.users) == 1 and is_plain_sum(next(iter(node.users)))):
             yield node, _terms(node)
 
 
@@ -66,7 +68,8 @@ def sum_at_once(graph: fx.Graph) -> None:
     for node, terms in terms_of(graph):
         kinds: defaultdict[Kind, list[fx.Node]] = defaultdict(list)
         for term, sign in terms:
-            kinds[sign, *_kind_of_term(term)].append(term)
+            of_row = (tuple(ints_at(term, 1)), term.args[2]) if term.target is _GRADIENT else ()
+            kinds[sign, term.target, *of_row].append(term)
         with graph.inserting_before(node):
             parts = [(part, kind[0]) for kind, alike in kinds.items() for part in _summed(graph, alike)]
             if len(parts) == len(terms):
@@ -79,7 +82,7 @@ def sum_at_once(graph: fx.Graph) -> None:
         node.replace_all_uses_with(whole)
 
 
-def _is_sum(node: fx.Node) -> bool:
+def is_plain_sum(node: fx.Node) -> bool:
     """Whether it is a sum or a difference of two tensors of one shape and dtype."""
     if node.target not in (_ADDED, _TAKEN) or node.kwargs or not all(isinstance(part, fx.Node) for part in node.args):
         return False
@@ -93,17 +96,11 @@ def _terms(node: fx.Node) -> list[tuple[fx.Node, int]]:
     left = [(node, 1)]
     while left:
         part, sign = left.pop()
-        if part is node or (_is_sum(part) and len(part.users) == 1 and part.args[0] is not part.args[1]):
+        if part is node or (is_plain_sum(part) and len(part.users) == 1 and part.args[0] is not part.args[1]):
             left += [(node_at(part, 0), sign), (node_at(part, 1), sign if part.target is _ADDED else -sign)]
         else:
             found.append((part, sign))
     return found[::-1]
-
-
-def _kind_of_term(node: fx.Node) -> Kind:
-    if node.target is _GRADIENT:
-        return node.target, tuple(ints_at(node, 1)), node.args[2]
-    return (node.target,)
 
 
 def _summed(graph: fx.Graph, terms: list[fx.Node]) -> list[fx.Node]:

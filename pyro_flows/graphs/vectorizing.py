@@ -15,12 +15,14 @@ import heapq
 import operator
 from collections import defaultdict
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, fx
 from torch.fx.node import Argument
 
 from pyro_flows.graphs.graph import (
+    constant_node,
     copy_node,
     graph_module,
     has_tag,
@@ -29,7 +31,6 @@ from pyro_flows.graphs.graph import (
     key_of,
     new_node,
     node_at,
-    nodes_at,
     sweep,
 )  # fmt: skip
 from pyro_flows.graphs.sums import FEWEST, PERMUTED, SMALL, STACKED, Kind, like_of, read_rows, sum_at_once
@@ -56,8 +57,8 @@ def vectorize(module: fx.GraphModule) -> fx.GraphModule:
     read_rows(graph)
     sum_at_once(graph)
     sweep(graph)
-    for levels in (_from_inputs, _from_results):
-        groups = _groups(graph, levels(graph))
+    for from_results in (False, True):
+        groups = _groups(graph, _levels(graph, from_results=from_results))
         graph = _Writer(module, graph, groups).written if groups else graph
         sweep(graph)
     return graph_module(module, graph)
@@ -66,17 +67,12 @@ def vectorize(module: fx.GraphModule) -> fx.GraphModule:
 # groups ---------------------------------------------------------------------------------------------------------------
 
 
-def _from_inputs(graph: fx.Graph) -> dict[fx.Node, int]:
+def _levels(graph: fx.Graph, *, from_results: bool) -> dict[fx.Node, int]:
+    """Return the distance of each node from the inputs, or from the results."""
     levels: dict[fx.Node, int] = {}
-    for node in graph.nodes:
-        levels[node] = 1 + max((levels[part] for part in node.all_input_nodes), default=0)
-    return levels
-
-
-def _from_results(graph: fx.Graph) -> dict[fx.Node, int]:
-    levels: dict[fx.Node, int] = {}
-    for node in reversed(graph.nodes):
-        levels[node] = 1 + max((levels[user] for user in node.users), default=0)
+    for node in reversed(graph.nodes) if from_results else graph.nodes:
+        others = node.users if from_results else node.all_input_nodes
+        levels[node] = 1 + max((levels[other] for other in others), default=0)
     return levels
 
 
@@ -90,7 +86,7 @@ def _groups(graph: fx.Graph, levels: dict[fx.Node, int]) -> list[list[fx.Node]]:
 
 
 def _is_small_pointwise(node: fx.Node) -> bool:
-    """Whether it does the same to each number, without a change of dtype that hangs on the number of axes."""
+    """Whether it does the same to each number, without a change of dtype that depends on the number of axes."""
     if not has_tag(node, torch.Tag.pointwise):
         return False
     value = node.meta.get("val")
@@ -126,9 +122,12 @@ class _Writer:
 
     def _copy(self, node: fx.Node) -> fx.Node:
         if node.target is STACKED and not node.kwargs:
-            rows = [self._copies[part] for part in nodes_at(node, 0)]
+            rows = [self._copies[part] for part in cast("Sequence[fx.Node]", node.args[0])]
             if all(row in self._rows for row in rows):
-                return self._along(self._stack(rows), int_at(node, 1), node.meta["val"])
+                stack, like = self._stack(rows), node.meta["val"]
+                axis = int_at(node, 1) % like.dim()
+                order = [*range(1, axis + 1), 0, *range(axis + 1, like.dim())]
+                return new_node(self.written, PERMUTED, (stack, order), like) if axis else stack
         copy = copy_node(self.written, node, self._copies)
         if node.target is operator.getitem:
             source = node_at(copy, 0)
@@ -136,25 +135,17 @@ class _Writer:
                 self._rows[copy] = node_at(source, 0), int_at(copy, 1)
         return copy
 
-    def _along(self, stack: fx.Node, axis: int, like: Tensor) -> fx.Node:
-        """Return a stack along another axis than the first."""
-        order = [*range(1, like.dim())]
-        order.insert(axis % like.dim(), 0)
-        return stack if axis % like.dim() == 0 else new_node(self.written, PERMUTED, (stack, order), like)
-
     def _at_once(self, nodes: list[fx.Node]) -> None:
         first, count = nodes[0], len(nodes)
         value: Tensor = first.meta["val"]
-        places = range(len(first.args))
-        args = tuple(self._operand([node.args[place] for node in nodes], value.dim()) for place in places)
-        like = like_of(value, count, *value.shape)
-        whole = new_node(self.written, first.target, args, like, dict(first.kwargs))
-        parts = new_node(self.written, _aten.unbind.int, (whole, 0), None)
+        args = tuple(self._operand(given, value.dim()) for given in zip(*(node.args for node in nodes), strict=True))
+        whole = new_node(self.written, first.target, args, like_of(value, count, *value.shape), dict(first.kwargs))
+        parts = new_node(self.written, _aten.unbind.int, (whole, 0))
         for place, node in enumerate(nodes):
             row = self._copies[node] = new_node(self.written, operator.getitem, (parts, place), value)
             self._rows[row] = whole, place
 
-    def _operand(self, given: list[Argument], axes: int) -> Argument:
+    def _operand(self, given: tuple[Argument, ...], axes: int) -> Argument:
         """Return one operand of all: what they share as it is, else a stack, with axes of length one in the middle."""
         parts = [self._copies[part] for part in given if isinstance(part, fx.Node)]
         if not parts:
@@ -183,10 +174,7 @@ class _Writer:
         if any(isinstance(value, torch.nn.Parameter) for value in values):
             return None
         name = f"stack_{len(self.module._buffers)}"
-        self.module.register_buffer(name, torch.stack(values))
-        node = self.written.get_attr(name)
-        node.meta["val"] = getattr(self.module, name)
-        return node
+        return constant_node(self.written, self.module, name, torch.stack(values))
 
     def _range(self, parts: list[fx.Node], like: Tensor) -> fx.Node | None:
         """Return rows that follow each other in one tensor, forwards or backwards, as a part of it."""

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
-from typing import NamedTuple, Protocol, cast
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, fx
 
-from pyro_flows.graphs.graph import node_at
+from pyro_flows.graphs.graph import name_of
 
-STORE, ADD_UP, MAXIMUM, MINIMUM = 1, 3, 4, 5  # what is done with results; see interpreter.c
+LOAD, STORE, STORE_AT_ONCE, ADD_UP, LARGEST, SMALLEST = range(6)  # what is done with memory; see interpreter.c
 Sizes = tuple[int, ...]
 
 
@@ -74,7 +74,10 @@ class View:
 
 @dataclass(eq=False)
 class Task:
-    """One instruction for all numbers of a nest: operands, and the view of the buffer that the results go to."""
+    """One instruction for all numbers of a nest: operands, and the view of the buffer that the results go to.
+
+    A nest is given by its sizes, those above one.
+    """
 
     code: int
     operands: tuple[View, ...]
@@ -92,7 +95,7 @@ class Foreign:
     node: fx.Node
     args: Sequence[object]
     kwargs: Mapping[str, object]
-    level: int
+    level: int = -1
     results: list[View] = field(default_factory=list)
 
     @property
@@ -123,6 +126,11 @@ class Call:
     kwargs: Mapping[str, object]
     result: Tensor
 
+    @property
+    def name(self) -> str:
+        """Name of the operation."""
+        return name_of(self.node)
+
     def view(self, place: int) -> View:
         """Return an argument that is a tensor."""
         view = self.args[place]
@@ -133,11 +141,6 @@ class Call:
     def views(self, place: int) -> list[View]:
         """Return an argument that is a sequence of tensors."""
         return [*cast("Sequence[View]", self.args[place])]
-
-    def integer(self, place: int, otherwise: int = 0) -> int:
-        """Return an argument that is a whole number; another one where it is left out or None."""
-        number = self.args[place] if place < len(self.args) else None
-        return otherwise if number is None else int(cast("int", number))
 
     def integers(self, place: int) -> list[int]:
         """Return an argument that is one whole number or a sequence of them."""
@@ -188,11 +191,6 @@ def broadcast(shapes: Sequence[Sizes]) -> Sizes:
     return whole
 
 
-def to_nest(sizes: Iterable[int]) -> Sizes:
-    """Return the sizes of a nest: those above one."""
-    return tuple(size for size in sizes if size > 1)
-
-
 def strides_in_nest(view: View) -> Sizes:
     return tuple(stride for size, stride in zip(view.sizes, view.strides, strict=True) if size > 1)
 
@@ -205,11 +203,6 @@ def is_aligned(view: View, nest: Sizes) -> bool:
     return strides_in_nest(maker.to) == strides_in_nest(view)
 
 
-def level_for(view: View, nest: Sizes) -> int:
-    """Return the first level at which a view can be read in a nest."""
-    return view.buffer.level + (not is_aligned(view, nest))
-
-
 def views_in(value: object) -> Iterator[View]:
     """Yield the views in arguments of an operation."""
     if isinstance(value, View):
@@ -219,33 +212,3 @@ def views_in(value: object) -> Iterator[View]:
             yield from views_in(part)
     elif isinstance(value, dict):
         yield from views_in([*value.values()])
-
-
-class Adding(Protocol):
-    """What operations add their tasks to: see :class:`~pyro_flows.graphs.fusion_groups.FusionGroups`."""
-
-    foreign: list[Foreign | Product]
-
-    @staticmethod
-    def whole(value: Tensor, buffer: Buffer) -> View: ...
-
-    def tensor(self, node: fx.Node) -> Tensor: ...
-
-    def view(self, node: fx.Node) -> View: ...
-
-    def need_numbers(self, node: fx.Node) -> None: ...
-
-    def point(self, like: Tensor, code: int, *operands: View, number: float = 0.0) -> View: ...
-
-    def numbers(self, code: int, *operands: View) -> View: ...
-
-    def add(self, code: int, operands: Sequence[View], to: View, action: int, *, number: float = 0.0) -> None: ...
-
-
-def read(nests: Adding, call: Call, place: int = 0) -> View:
-    """Return an argument whose numbers tasks can read; raise :class:`Unsuited` if they cannot."""
-    nests.need_numbers(node_at(call.node, place))
-    return call.view(place)
-
-
-Rule = Callable[[Adding, Call], View]

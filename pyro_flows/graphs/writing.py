@@ -10,10 +10,9 @@ from dataclasses import dataclass
 from math import prod
 
 from pyro_flows.graphs.points import IDENTITY, WHERE
-from pyro_flows.graphs.views import STORE, Buffer, Product, Task, Unsuited, View, is_aligned
+from pyro_flows.graphs.views import LOAD, STORE, STORE_AT_ONCE, Buffer, Product, Task, Unsuited, View, is_aligned
 
 BLOCK, DIMS = 128, 6  # of interpreter.c
-LOAD, STORE_AT_ONCE = 0, 2
 ARENA = 0  # the number of the array that tasks share
 WORDS = 9  # of an instruction
 WIDE, PRODUCT = 8, -1  # of interpreter.c

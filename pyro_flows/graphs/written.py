@@ -14,7 +14,7 @@ from torch import Tensor, fx
 from torch.fx.node import Argument
 
 from pyro_flows.graphs.graph import int_at, ints_at, new_node, node_at, sweep
-from pyro_flows.graphs.strides import by_selection
+from pyro_flows.graphs.sums import is_plain_sum, zeros
 
 _aten = torch.ops.aten
 _WRITES = (_aten.select_scatter.default, _aten.slice_scatter.default)
@@ -49,7 +49,10 @@ def resolve(graph: fx.Graph) -> None:
     Cost: about that of writing the graph down; it stops where the whole of a tensor is needed again and again.
     """
     sweep(graph)
-    by_selection(graph)
+    for node in list(graph.nodes):
+        if node.target in (_aten.as_strided.default, _aten.as_strided_scatter.default):
+            _select(graph, node)
+    sweep(graph)
     _Resolver(graph).run()
     sweep(graph)
 
@@ -75,7 +78,10 @@ class _Resolver:
         for node in list(self.graph.nodes):
             found = self._settled(node)
             if found is not node:
-                self._replace(node, found)
+                for user in node.users:
+                    if user.target is _aten.view.default:  # of what may have another layout
+                        user.target = _aten.reshape.default
+                node.replace_all_uses_with(found)
             if self.left < 0:
                 return
 
@@ -94,12 +100,6 @@ class _Resolver:
                     if source in self.known:
                         node.replace_input_with(source, self._whole(self.known[source]))
         return node
-
-    def _replace(self, node: fx.Node, by: fx.Node) -> None:
-        for user in node.users:
-            if user.target is _aten.view.default:  # of what may have another layout
-                user.target = _aten.reshape.default
-        node.replace_all_uses_with(by)
 
     # rules: entries, a node of equal value, or None -------------------------------------------------------------------
 
@@ -150,11 +150,7 @@ class _Resolver:
 
     def _add(self, node: fx.Node) -> _Entries | None:
         one, other = node.args[:2]
-        if node.kwargs or not (isinstance(one, fx.Node) and isinstance(other, fx.Node)) or one is other:
-            return None
-        if any(part.meta["val"].shape != node.meta["val"].shape for part in (one, other)):
-            return None
-        if any(part.meta["val"].dtype != node.meta["val"].dtype for part in (one, other)):
+        if not is_plain_sum(node) or not (isinstance(one, fx.Node) and isinstance(other, fx.Node)) or one is other:
             return None
         few = next((part for part in (other, one) if part in self.known and self.known[part].base is None), None)
         if few is None:
@@ -162,8 +158,7 @@ class _Resolver:
         rest, added = (one if few is other else other), self.known[few]
         known = self._along(added.axis, rest, node)
         for index, part in added.at.items():
-            there = index in known.at or known.base is not None
-            if there:
+            if index in known.at or known.base is not None:
                 old = self._entry(known, index)
                 part = self._call(_aten.add.Tensor, (old, part), old.meta["val"])
             known.at[index] = part
@@ -207,9 +202,8 @@ class _Resolver:
         return known.at[index]
 
     def _zeros(self, like: Tensor) -> fx.Node:
-        zeros = self._call(_aten.zeros.default, ([*like.shape],), like)
-        zeros.kwargs = {"dtype": like.dtype, "device": like.device}
-        return zeros
+        self.left -= 1
+        return self._settled(zeros(self.graph, like))
 
     def _whole(self, known: _Entries) -> fx.Node:
         """Return the tensor, put together from its entries and from what lies between these."""
@@ -237,7 +231,7 @@ class _Resolver:
 
 
 def _axis_of(node: fx.Node, given: int = 1) -> tuple[fx.Node, int, int]:
-    """Return the tensor that is selected from or written into, the axis and the index."""
+    """Return the tensor that is selected from or written into, the axis and the index, ``given`` from there on."""
     source = node_at(node, 0)
     shape = source.meta["val"].shape
     axis = int_at(node, given) % len(shape)
@@ -245,10 +239,62 @@ def _axis_of(node: fx.Node, given: int = 1) -> tuple[fx.Node, int, int]:
 
 
 def _range_of(node: fx.Node, given: int = 1) -> tuple[fx.Node, int, int, int, int]:
-    """Return the tensor that is sliced or written into, the axis, and the range, which are ``given`` from there on."""
+    """Return the tensor that is sliced or written into, the axis, and the range, likewise."""
     source = node_at(node, 0)
     shape = source.meta["val"].shape
     axis = int_at(node, given) % len(shape)
     size = shape[axis]
     first, last, _ = slice(int_at(node, given + 1), int_at(node, given + 2, size)).indices(size)
     return source, axis, first, max(first, last), int_at(node, given + 3, 1)
+
+
+# strides, by which autograd takes and writes parts of a contiguous tensor that was written into -----------------------
+
+
+def _select(graph: fx.Graph, node: fx.Node) -> None:
+    """Write what takes or writes a part by strides of a contiguous tensor as selections, one axis after the other."""
+    written = node.target is _aten.as_strided_scatter.default
+    if len(node.args) != 4 + written:
+        return
+    source = whole = node_at(node, 0)
+    sizes, strides = ints_at(node, 1 + written), ints_at(node, 2 + written)
+    while whole.target is _aten.select_scatter.default:
+        whole = node_at(whole, 0)
+    made = node_at(whole, 0) if whole.target is _aten.copy.default else whole
+    if made.target is not _aten.new_empty_strided.default or ints_at(made, 2) != _contiguous(ints_at(made, 1)):
+        return
+    chosen = _chosen(ints_at(made, 1), list(zip(sizes, strides, strict=True)), int_at(node, 3 + written))
+    if not chosen:
+        return
+    parts, like = [source], source.meta["val"]
+    with graph.inserting_before(node):
+        for axis, index in chosen:
+            like = like.select(axis, index)
+            parts.append(new_node(graph, _aten.select.int, (parts[-1], axis, index), like))
+        if not written:
+            node.replace_all_uses_with(parts[-1])
+            return
+        new = node_at(node, 1)
+        for part, (axis, index) in zip(reversed(parts[:-1]), reversed(chosen), strict=True):
+            new = new_node(graph, _aten.select_scatter.default, (part, new, axis, index), part.meta["val"])
+    node.replace_all_uses_with(new)
+
+
+def _chosen(shape: list[int], left: list[tuple[int, int]], offset: int) -> list[tuple[int, int]]:
+    """Return axes of a contiguous tensor and an index along each, in turn, that leave these sizes and strides."""
+    found = list[tuple[int, int]]()
+    kept = list(left)
+    for size, step in zip(shape, _contiguous(shape), strict=True):
+        if kept and kept[0] == (size, step):
+            kept.pop(0)
+        else:
+            found.append((len(left) - len(kept), (offset // step) % size))
+            offset -= found[-1][1] * step
+    return found if not kept and offset == 0 else []
+
+
+def _contiguous(shape: list[int]) -> list[int]:
+    steps = [1]
+    for size in reversed(shape[1:]):
+        steps.insert(0, steps[0] * max(size, 1))
+    return steps

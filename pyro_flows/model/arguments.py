@@ -153,14 +153,17 @@ def _converted(
 
         return tree_map_with_path(tensor, value, is_leaf=_may_become_a_tensor) if kinds else value
 
+    positional = tuple(converted(name, value) for name, value in zip(names_of(model, args), args, strict=True))
+    return positional, {name: converted(name, value) for name, value in kwargs.items()}
+
+
+def names_of(model: Model, args: Positional) -> list[str]:
+    """Return the names of positional arguments: those of the parameters that they go to, or else their numbers."""
     names = list[str]()
     with suppress(TypeError, ValueError):
-        names = list(inspect.signature(model).parameters)
-    names += map(str, range(len(names), len(args)))
-    return (
-        tuple(converted(name, value) for name, value in zip(names, args, strict=False)),
-        {name: converted(name, value) for name, value in kwargs.items()},
-    )
+        positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+        names = [name for name, one in inspect.signature(model).parameters.items() if one.kind in positional]
+    return [*names, *map(str, range(len(args)))][: len(args)]
 
 
 def _tensor(name: str, value: object) -> Tensor:

@@ -30,7 +30,6 @@ BESIDE = (
     "Pyro: two threads use it at once, pyro_flows in one and other code in another. Its handlers belong to the whole "
     "process, so both may have got wrong numbers. Run one after the other, or in processes of their own."
 )
-REDRAWS = 10  # of draws at which a model raises an error
 
 
 @contextmanager
@@ -93,24 +92,21 @@ def pieces(rows: Rows, size: int | None, look: Callable[[], None]) -> Iterator[R
 def advice(reason: str) -> str:
     """Say what it costs that a model cannot be batched for some reason, and what to change in it."""
     cost = "It is run draw by draw, which takes about as many times longer as there are draws (40 times, with 64)"
-    for word, remedy in REMEDIES.items():
-        if word in reason:
+    for words, remedy in REMEDIES.items():
+        if any(word in reason for word in words):
             return f"{cost}; {remedy}."
     return f"{cost}; write it with tensor operations that torch.func.vmap can batch."
 
 
 REMEDIES = {
-    "data-dependent control flow": "it takes a number out of a latent (.item(), float()) or branches on one: keep it a "
-    "tensor, and write `if` as torch.where, or as a mixture",
-    ".item()": "it takes a number out of a latent (.item(), float()): keep it a tensor",
-    "in-place": "x[t] = ... writes into a tensor from outside of the model: make it in the model, or build a list and "
-    "torch.stack it",
-    "inplace": "x[t] = ... writes into a tensor from outside of the model: make it in the model, or build a list and "
-    "torch.stack it",
-    "numpy": "it hands a latent to numpy: use the torch functions of the same name",
-    "storage": "it hands a latent to numpy: use the torch functions of the same name",
-    "dynamic shape": "the shape of a value depends on a latent: use torch.where, or a mask, in place of an index",
-    "random operation": "it draws random numbers: take them out of the model",
+    ("data-dependent control flow",): "it takes a number out of a latent (.item(), float()) or branches on one: keep "
+    "it a tensor, and write `if` as torch.where, or as a mixture",
+    (".item()",): "it takes a number out of a latent (.item(), float()): keep it a tensor",
+    ("in-place", "inplace"): "x[t] = ... writes into a tensor from outside of the model: make it in the model, or "
+    "build a list and torch.stack it",
+    ("numpy", "storage"): "it hands a latent to numpy: use the torch functions of the same name",
+    ("dynamic shape",): "the shape of a value depends on a latent: use torch.where, or a mask, in place of an index",
+    ("random operation",): "it draws random numbers: take them out of the model",
 }
 
 
@@ -217,9 +213,14 @@ def filled_up(found: list[tuple[int, Found | None]], faults: Faults) -> Found:
     if len(found) == 1:
         return known
     leaves, form = tree_flatten(known)
-    nowhere = [torch.full_like(leaf[:1], torch.nan if leaf.is_floating_point() else 0) for leaf in leaves]
+    nowhere = [undefined(leaf[:1]) for leaf in leaves]
     rows = [nowhere if part is None else tree_flatten(part)[0] for _, part in found]
     return cast(Found, tree_unflatten([torch.cat(parts) for parts in zip(*rows, strict=True)], form))
+
+
+def undefined(like: Tensor) -> Tensor:
+    """Return NaN of the shape of a tensor, or 0 for whole numbers."""
+    return torch.full_like(like, torch.nan if like.is_floating_point() else 0)
 
 
 def redrawn(draw: Callable[[int], dict[str, Tensor]], draws: int) -> dict[str, Tensor]:
@@ -228,7 +229,7 @@ def redrawn(draw: Callable[[int], dict[str, Tensor]], draws: int) -> dict[str, T
     Where all of them have NaN, it belongs to them.
     """
     found = draw(draws)
-    for _ in range(REDRAWS):
+    for _ in range(10):
         floats = [value for value in found.values() if value.is_floating_point()]
         bad = torch.stack([value.reshape(draws, -1).isnan().any(1) for value in floats]).any(0) if floats else None
         if bad is None or not bool(bad.any()) or bool(bad.all()):
@@ -255,25 +256,17 @@ def join(parts: Iterable[Found], rows: int) -> Found:
     Without autograd they are copied as they come, so that results never take twice their memory. Pieces that differ in
     more than their number of rows are an error.
     """
-    pieces = iter(parts)
-    first = next(pieces)
-    every = chain([first], pieces)
-    if isinstance(first, dict):
-        return cast(Found, _filled(cast(Iterable[dict[str, Tensor]], every), first, rows))
-    single = ({"": piece} for piece in cast(Iterable[Tensor], every))
-    return cast(Found, _filled(single, {"": cast(Tensor, first)}, rows)[""])
-
-
-def _filled(pieces: Iterable[dict[str, Tensor]], first: dict[str, Tensor], rows: int) -> dict[str, Tensor]:
-    if any(part.requires_grad for part in first.values()):
-        listed = list(pieces)
-        return {name: torch.cat([piece[name] for piece in listed]) for name in first}
-    whole = {name: part.new_empty(rows, *part.shape[1:]) for name, part in first.items()}
+    left = iter(parts)
+    first, form = tree_flatten(next(left))
+    every = chain([first], map(tree_leaves, left))
+    if any(part.requires_grad for part in first):
+        return tree_unflatten([torch.cat(column) for column in zip(*every, strict=True)], form)
+    whole = [part.new_empty(rows, *part.shape[1:]) for part in first]
     done = 0
-    for piece in pieces:
-        for name, part in piece.items():
-            if part.shape[1:] != whole[name].shape[1:] or part.dtype != whole[name].dtype:
-                raise RuntimeError(f"{name}: {part.shape[1:]}, {part.dtype} after {first[name].shape[1:]} in one batch")
-            whole[name][done : done + len(part)] = part
-        done += max(map(len, piece.values()), default=0)
-    return whole
+    for piece in every:
+        for part, to in zip(piece, whole, strict=True):
+            if part.shape[1:] != to.shape[1:] or part.dtype != to.dtype:
+                raise RuntimeError(f"{part.shape[1:]}, {part.dtype} after {to.shape[1:]}, {to.dtype} in one batch")
+            to[done : done + len(part)] = part
+        done += max(map(len, piece), default=0)
+    return tree_unflatten(whole, form)

@@ -52,9 +52,8 @@ class Heavy:
         scale = torch.where(chosen, self.scale, 1.0)
         size = inner.abs()
         log_cosh = size + torch.log1p(torch.exp(-2.0 * size)) - math.log(2.0)
-        return torch.where(chosen, self.loc + scale * torch.sinh(inner), u), torch.where(
-            chosen, scale.log() + log_cosh, 0.0
-        )
+        y = torch.where(chosen, self.loc + scale * torch.sinh(inner), u)
+        return y, torch.where(chosen, scale.log() + log_cosh, 0.0)
 
     def inverse(self, y: Tensor) -> Tensor:
         chosen = self.scale > 0.0
@@ -69,29 +68,26 @@ class Walls:
     low: Tensor
     high: Tensor
 
-    def _sides(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Return which entries have a wall below and above, and the walls, 0 and 1 where there is none."""
+    def _sides(self, like: Tensor) -> tuple[Tensor, ...]:
+        """Return which entries have both walls, and which one; the wall of one, its sign, the lower one, the width."""
         below, above = torch.isfinite(self.low), torch.isfinite(self.high)
-        return below, above, torch.where(below, self.low, 0.0), torch.where(above, self.high, 1.0)
+        low, high, both = torch.where(below, self.low, 0.0), torch.where(above, self.high, 1.0), below & above
+        sign = torch.where(above, -1.0, 1.0).to(like)
+        return both, below ^ above, torch.where(above, high, low), sign, low, torch.where(both, high - low, 1.0)
 
     def forward(self, u: Tensor) -> tuple[Tensor, Tensor]:
-        below, above, low, high = self._sides()
-        both, one = below & above, below ^ above
-        sign = torch.where(above, -1.0, 1.0).to(u)
+        both, one, wall, sign, low, width = self._sides(u)
         inner = torch.where(one, sign * u, 0.0)
-        beside = torch.where(above, high, low) + sign * inner.exp()
-        width = torch.where(both, high - low, 1.0)
+        beside = wall + sign * inner.exp()
         between = low + width * torch.sigmoid(u)
         ladj = torch.where(both, width.log() + logsigmoid(u) + logsigmoid(-u), torch.where(one, inner, 0.0))
         return torch.where(both, between, torch.where(one, beside, u)), ladj
 
     def inverse(self, y: Tensor) -> Tensor:
         """Return the coordinates of values; of those beyond a wall, the coordinates of their images inside."""
-        below, above, low, high = self._sides()
-        both, one = below & above, below ^ above
-        sign = torch.where(above, -1.0, 1.0).to(y)
-        away = torch.where(one, (y - torch.where(above, high, low)).abs(), 1.0)
-        share = torch.where(both, (y - low) / torch.where(both, high - low, 1.0), 0.5)
+        both, one, wall, sign, low, width = self._sides(y)
+        away = torch.where(one, (y - wall).abs(), 1.0)
+        share = torch.where(both, (y - low) / width, 0.5)
         inside = torch.where((share > 0.0) & (share < 1.0), share, 0.5)
         return torch.where(both, torch.logit(inside), torch.where(one, sign * away.log(), y))
 

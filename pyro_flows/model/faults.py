@@ -63,16 +63,8 @@ def defined(place: Callable[[], str]) -> Iterator[None]:
 
 
 at_a_point = partial(Tried, is_of_a_point)  # a context that keeps errors of a point
-
-
-@contextmanager
-def passing_over() -> Iterator[None]:
-    """Leave what is inside where an error of a point is raised: the points are looked at one by one after it."""
-    try:
-        yield
-    except RuntimeError as error:
-        if not is_of_a_point(error):
-            raise
+# one that leaves what is inside at an error of a point: the points are looked at one by one after it
+passing_over = partial(Tried, lambda error: isinstance(error, RuntimeError) and is_of_a_point(error))
 
 
 def place_of(last: str | None, order: Sequence[str]) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from itertools import pairwise
@@ -218,8 +218,7 @@ class LogDensity(SiteValues):
         recorded = self.batched and not torch.is_grad_enabled() and not self._parameters
         if recorded:
             with turn(), passing_over():
-                parts = [self._values(part)[0] for part in self._portions(z, self._values)]
-                values = parts[0] if len(parts) == 1 else torch.cat(parts)
+                (values,) = self._by_graph(self._values, z)
                 self._note(z, values)
                 return values.to(z.dtype)
         with suppress(Undefined):
@@ -261,19 +260,19 @@ class LogDensity(SiteValues):
         self.spend(len(z))
         if self.batched:
             with turn(), passing_over():
-                found = [self._with_gradients(part) for part in self._portions(z, self._with_gradients)]
-                value, grad = found[0] if len(found) == 1 else map(torch.cat, zip(*found, strict=True))
+                value, grad = self._by_graph(self._with_gradients, z)
                 return value.to(z.dtype), grad
         value, grad = evaluated([z], lambda: self.unrecorded(z), self.faults)
         return value, grad
 
-    def _portions(self, z: Tensor, recorder: Recorder) -> Iterator[Tensor]:
-        """Yield ``z`` in whole numbers of the recorder's pieces, with a look at the clock before each."""
-        rows = PORTION * recorder.large
+    def _by_graph(self, recorder: Recorder, z: Tensor) -> tuple[Tensor, ...]:
+        """Return results by whole numbers of the recorder's pieces, with a look at the clock before each portion."""
+        rows, found = PORTION * recorder.large, list[tuple[Tensor, ...]]()
         cuts = [*range(0, max(len(z) - rows, 0), rows), len(z)]  # the last one is the longest: no new size of a piece
         for first, last in pairwise(cuts) if len(cuts) > 1 else [(0, len(z))]:
             self.clock.look()
-            yield z[first:last]
+            found.append(recorder(z[first:last]))
+        return found[0] if len(found) == 1 else tuple(map(torch.cat, zip(*found, strict=True)))
 
     def graph(self, z: Tensor) -> fx.GraphModule | None:
         """Return the recorded graph of :meth:`value_and_grad` for batches like ``z``, to be made part of a larger one.

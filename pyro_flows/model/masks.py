@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 
 import pyro
@@ -17,17 +17,7 @@ from pyro_flows.model.batching import apart
 from pyro_flows.model.bijections import bijection
 from pyro_flows.model.faults import OF_POINTS, at_a_point
 from pyro_flows.model.handlers import masks_over
-from pyro_flows.model.sites import (
-    Keywords,
-    Model,
-    Positional,
-    Site,
-    innermost,
-    is_enumerated,
-    is_open,
-    is_subsample,
-    messages,
-)
+from pyro_flows.model.sites import Site, innermost, is_enumerated, is_open, is_subsample, messages
 
 SHIFTS = 1.0, -0.5  # of the unconstrained values of all such entries, to see whether the density changes
 
@@ -88,10 +78,11 @@ def _numbers(mask: Tensor, axes: int, site: Site, unconstrained: Tensor) -> Tens
     return mask.expand(shape).reshape(shape + (1,) * (unconstrained.dim() - batch)).expand(unconstrained.shape)
 
 
-def used(model: Model, args: Positional, kwargs: Keywords, trace: poutine.Trace) -> dict[str, Tensor]:
+def used(run: Callable[[], object], trace: poutine.Trace) -> dict[str, Tensor]:
     """Return, for sites under a mask, which of the elements without a prior the rest of the density depends on.
 
-    These have a flat prior. The others, such as those that pad a ragged array, would be flat altogether.
+    ``run`` calls the model, and ``trace`` is that of a run. These elements have a flat prior. The others, such as those
+    that pad a ragged array, would be flat altogether.
     """
     left_out = {}
     for name, site in messages(trace).items():
@@ -101,6 +92,7 @@ def used(model: Model, args: Positional, kwargs: Keywords, trace: poutine.Trace)
             left_out[name] = mask
     if not left_out:
         return {}
+    everything = {name: ~mask for name, mask in left_out.items()}
     sites = {name: messages(trace)[name] for name in left_out}
     bases = {name: bijection(site["fn"]).inv(site["value"]).detach() for name, site in sites.items()}
 
@@ -110,12 +102,12 @@ def used(model: Model, args: Positional, kwargs: Keywords, trace: poutine.Trace)
             has_prior = left_out[name].reshape(left_out[name].shape + (1,) * site["fn"].event_dim)
             values[name] = torch.where(has_prior, site["value"], bijection(site["fn"])(free[name]))
         with apart(), seeded(0, next(iter(bases.values())).device), pyro.validation_enabled(False), _At(values):
-            return torch.as_tensor(poutine.trace(model).get_trace(*args, **kwargs).log_prob_sum())
+            return torch.as_tensor(poutine.trace(run).get_trace().log_prob_sum())
 
     with at_a_point() as tried, torch.no_grad():
         here, *others = (density({name: base + shift for name, base in bases.items()}) for shift in (0.0, *SHIFTS))
     if tried.error is not None:
-        return {name: ~mask for name, mask in left_out.items()}  # it hangs on these values
+        return everything  # it depends on these values
     if all(torch.equal(here.nan_to_num(), other.nan_to_num()) for other in others):
         return {}
     found = {name: torch.zeros_like(mask) for name, mask in left_out.items()}
@@ -124,8 +116,8 @@ def used(model: Model, args: Positional, kwargs: Keywords, trace: poutine.Trace)
         slopes = torch.autograd.grad(density(leaves), [*leaves.values()], allow_unused=True)
         for (name, mask), slope in zip(left_out.items(), slopes, strict=True):
             if slope is not None:
-                found[name] = ~mask & (slope != 0.0).reshape(*mask.shape, -1).any(-1)
-    return found if any(bool(mask.any()) for mask in found.values()) else {n: ~mask for n, mask in left_out.items()}
+                found[name] = everything[name] & (slope != 0.0).reshape(*mask.shape, -1).any(-1)
+    return found if any(bool(mask.any()) for mask in found.values()) else everything
 
 
 class _At(Messenger):

@@ -73,7 +73,8 @@ def spread(fn: Distribution, x: Tensor, data: Information | None) -> Spread:
     x = x.to(own.root.dtype)
     value = own.middle + _times(own.root, x, own.middle)
     residual = x if own.prior is None else _times(own.prior[0], x, own.middle) + own.prior[1]
-    return Spread(value, _summed(own.log_diagonal.expand(value.shape), len(fn.event_shape)), residual)
+    ladj, axes = own.log_diagonal.expand(value.shape), len(fn.event_shape)
+    return Spread(value, ladj.flatten(-axes).sum(-1) if axes else ladj, residual)
 
 
 def standardize(fn: Distribution, y: Tensor, data: Information | None) -> Tensor:
@@ -187,7 +188,3 @@ def _parts(fn: Distribution) -> tuple[Tensor, Tensor]:
     parts = location_scale(fn)
     assert parts is not None  # sites are chosen by ``moves``
     return parts
-
-
-def _summed(values: Tensor, event_dim: int) -> Tensor:
-    return values.flatten(-event_dim).sum(-1) if event_dim else values

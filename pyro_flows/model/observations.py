@@ -24,6 +24,7 @@ from pyro_flows.model.faults import at_a_point, where_it_runs
 from pyro_flows.model.sites import Latent, Model, Positional, Site, Structure, messages
 from pyro_flows.model.supports import (
     WRAPPERS,
+    elementary,
     family,
     inside,
     is_narrower,
@@ -35,6 +36,7 @@ from pyro_flows.model.supports import (
 
 SHOWN = 3  # entries, or names, in a message
 NUMBERS = 4  # of one event in a message
+BOUNDS = "lower_bound", "upper_bound"  # of an interval
 Run = Callable[[Tensor], poutine.Trace]
 
 
@@ -105,10 +107,11 @@ def _is_unchecked(fn: Distribution) -> bool:
 def support_moves(one: Site, other: Site) -> bool:
     """Whether the support of an observed site, or its value, differs between two runs."""
     pairs = [[*signature(site["fn"]), site["value"]] for site in (one, other)]
-    return len(pairs[0]) != len(pairs[1]) or any(not _same(a, b) for a, b in zip(*pairs, strict=True))
+    return len(pairs[0]) != len(pairs[1]) or any(not same(a, b) for a, b in zip(*pairs, strict=True))
 
 
-def _same(one: object, other: object) -> bool:
+def same(one: object, other: object) -> bool:
+    """Whether two numbers, or all numbers of two tensors, are equal, or both NaN."""
     if isinstance(one, Tensor) and isinstance(other, Tensor):
         return one.shape == other.shape and torch.allclose(one, other, rtol=0.0, atol=0.0, equal_nan=True)
     return type(one) is type(other) and bool(one == other)
@@ -160,20 +163,14 @@ def _number(value: Tensor) -> str:
 
 def _distances(fn: Distribution, value: Tensor) -> Tensor | None:
     """How far numbers lie outside of the bounds of an interval, or from a whole number; None for other supports."""
-    support = _elementary(cast(Constraint, support_of(fn)))
+    support = cast(Constraint, elementary(support_of(fn)))
     number = value.double()
-    parts = [getattr(support, name, None) for name in ("lower_bound", "upper_bound")]
-    if all(bound is None for bound in parts) or support.event_dim:
+    lower, upper = (getattr(support, name, None) for name in BOUNDS)
+    if (lower is None and upper is None) or support.event_dim:
         return None
-    low = torch.zeros_like(number) if parts[0] is None else parts[0] - number
-    high = torch.zeros_like(number) if parts[1] is None else number - parts[1]
+    low = torch.zeros_like(number) if lower is None else lower - number
+    high = torch.zeros_like(number) if upper is None else number - upper
     return torch.maximum(torch.maximum(low, high), (number - number.round()).abs() if support.is_discrete else low)
-
-
-def _elementary(support: Constraint) -> Constraint:
-    while hasattr(support, "base_constraint"):
-        support = support.base_constraint
-    return support
 
 
 def _stated(fn: Distribution) -> str:
@@ -181,8 +178,8 @@ def _stated(fn: Distribution) -> str:
     if is_narrower(fn):
         base = family(fn.base_dist)
         return f"what its transforms make of {type(base).__name__}, {_stated(base)}"
-    support = _elementary(cast(Constraint, support_of(fn)))
-    bounds = {key: getattr(support, key) for key in ("lower_bound", "upper_bound") if hasattr(support, key)}
+    support = cast(Constraint, elementary(support_of(fn)))
+    bounds = {key: getattr(support, key) for key in BOUNDS if hasattr(support, key)}
     name = type(support).__name__.lstrip("_")
     return f"{name}: {', '.join(f'{key} {_range(bound)}' for key, bound in bounds.items())}" if bounds else name
 

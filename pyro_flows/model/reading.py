@@ -41,10 +41,10 @@ def read_structure(
     model: Model, args: Positional, kwargs: Keywords, start: Callable[[Site], Tensor] = initial_value
 ) -> Structure:
     """Run ``model`` once at a starting value (``start`` of each latent site's message) and read its structure."""
-    trace = first_run(model, args, kwargs, start)
-    structure = _structure(trace, used(model, args, kwargs, trace))
+    run, trace = functools.partial(model, *args, **kwargs), first_run(model, args, kwargs, start)
+    structure = _structure(trace, used(run, trace))
     try:
-        return _dependence(model, args, kwargs, structure)
+        return _dependence(run, structure)
     except RuntimeError as error:
         own = functools.reduce(
             torch.promote_types, [messages(trace)[latent.name]["value"].dtype for latent in structure.latents]
@@ -52,7 +52,7 @@ def read_structure(
         if own == structure.dtype or not is_about_dtypes(error):
             raise
     structure = replace(structure, dtype=own)  # wider data, and a model that does not mix
-    return _dependence(model, args, kwargs, structure)
+    return _dependence(run, structure)
 
 
 def _structure(trace: poutine.Trace, unmasked: Mapping[str, Tensor]) -> Structure:
@@ -153,21 +153,21 @@ def check_observed(site: Site) -> None:
         )
 
 
-def _dependence(model: Model, args: Positional, kwargs: Keywords, structure: Structure) -> Structure:
+def _dependence(run: Callable[[], object], structure: Structure) -> Structure:
     """Find out, from a run near a draw of the prior, whether supports move, and which locations and scales.
 
     Where there is no such run, supports are taken to move, which costs a run of the model wherever they are needed.
     """
     like = torch.zeros((), dtype=structure.dtype, device=structure.device)
-    drawn = prior_run(model, args, kwargs, structure.trace, like)
+    drawn = prior_run(run, structure.trace, like)
     if drawn is not None:
         structure = replace(structure, drawn={latent.name: _there(drawn, latent.name) for latent in structure.latents})
 
-    def run(point: Tensor) -> tuple[Tensor, poutine.Trace]:
+    def at(point: Tensor) -> tuple[Tensor, poutine.Trace]:
         with apart(), torch.no_grad(), pyro.validation_enabled(False), Place(structure.latents, point):
-            return point, poutine.trace(model).get_trace(*args, **kwargs)
+            return point, poutine.trace(run).get_trace()
 
-    found = where_it_runs(run, structure.points)
+    found = where_it_runs(at, structure.points)
     if not found:
         return replace(structure, dependent=True)
     point, second = found[0]

@@ -144,7 +144,10 @@ class Runs:
 
     @contextmanager
     def writing(self, z: Tensor) -> Iterator[None]:
-        """Give tensors that the model writes into the batch axis of ``z``, if it has one; no factorization raises."""
+        """Compute in the model's precision, without errors of factorizations.
+
+        Tensors that the model writes into have the batch axis of ``z``, if it has one.
+        """
         writes = nullcontext() if self._writes is None else Batchable(self._writes, z)
         with Factorizations() if self._factorizes else nullcontext(), writes, self.precisely():
             yield

@@ -14,7 +14,7 @@ from pyro_flows import _checks
 from pyro_flows._seeding import derive, seeded
 from pyro_flows._turns import turn
 from pyro_flows.graphs import Recorder
-from pyro_flows.model.batching import apart, quiet, redrawn
+from pyro_flows.model.batching import apart, quiet, redrawn, undefined
 from pyro_flows.model.digits import Digits
 from pyro_flows.model.faults import Undefined, defined, passing_over
 from pyro_flows.model.handlers import Resample, flatten_all
@@ -101,16 +101,12 @@ class SiteValues(Digits):
         if self.batched and not self._parameters and not self.long and names:
             if names not in self._densities:
                 numbers = max(self.numbers, self.work.largest // 2)
-                self._densities[names] = Recorder(partial(self._densities_of, names), numbers)
+                at = partial(self._densities_at, names)
+                self._densities[names] = Recorder(lambda z: tuple(self.strictly(at, z).values()), numbers)
             with turn(), passing_over():
                 return dict(zip(names, self._densities[names](z), strict=True))
         with torch.no_grad():
             return self.map(partial(self._densities_at, names), z, instead=partial(self._no_densities, names))
-
-    def _densities_of(self, names: Sequence[str], z: Tensor) -> tuple[Tensor, ...]:
-        with torch.no_grad():
-            found = self.strictly(partial(self._densities_at, names), z)
-        return tuple(found[name] for name in names)
 
     def _densities_at(self, names: Sequence[str], row: Tensor) -> dict[str, Tensor]:
         trace, _ = self._run(row, enumerate_sites=True)
@@ -202,8 +198,3 @@ class SiteValues(Digits):
                     if not torch.isfinite(density).all():
                         bad.append(not_finite(site, density))
         return "; ".join(bad) or f"log Jacobian {float(ladj)}"
-
-
-def undefined(like: Tensor) -> Tensor:
-    """Return NaN of the shape of a tensor, or 0 for whole numbers."""
-    return torch.full_like(like, torch.nan if like.is_floating_point() else 0)

@@ -106,9 +106,9 @@ class Latent:
             unconstrained = spreading.value
         transform = bijection(fn)
         value = transform(unconstrained)
-        ladj = transform.log_abs_det_jacobian(unconstrained, value)
-        ladj = by_event(ladj, value.dim() - self.event_dim)
-        ladj = ladj if charted is None else ladj + by_event(charted, value.dim() - self.event_dim)
+        batch = value.dim() - self.event_dim
+        ladj = by_event(transform.log_abs_det_jacobian(unconstrained, value), batch)
+        ladj = ladj if charted is None else ladj + by_event(charted, batch)
         if spreading is not None:
             ladj, fn = ladj + spreading.ladj, exact(fn, value, spreading)
         return Placed(value, ladj if self.mask is None else torch.where(self.mask.to(ladj.device), ladj, 0.0), fn)

@@ -18,12 +18,12 @@ from pyro_flows.graphs import Recorder, Runner, agree, record
 from pyro_flows.model.batching import batch, quiet, where_possible
 from pyro_flows.model.gradients import batch_and_grads, batch_hessians, hessians, values_and_grads
 from pyro_flows.model.log_density import LogDensity
+from pyro_flows.model.observations import same
 
 KINDS_KEPT = 16
 RECORDED_FROM = 2  # the call with one number of points from which on it is recorded
 SIZES_COMPARED = 0.5, 0.2  # of the points of a data set at which the stack is compared with the model itself
 COMPARED = 2 * len(SIZES_COMPARED)  # such points
-DIFFERENTIATED = 8  # data sets at which gradients are compared too
 CHUNK = 2**21  # numbers that a call handles at once, about: more fill the memory and save nothing
 
 Values = Callable[..., tuple[Tensor, ...]]
@@ -56,13 +56,14 @@ class Stack:
         self._leaves = tree_flatten((first.args, first.kwargs))[0]
         unit, large = first.work.rows(2)
         self._recorders = (
-            Recorder(self._quietly, self.numbers, unit=unit, large=large),
-            Recorder(self._quiet_gradients, self.numbers, unit=unit),
+            Recorder(self._values, self.numbers, unit=unit, large=large),
+            Recorder(self._gradients, self.numbers, unit=unit),
         )
         self._runners: Cache[tuple[str, int], Runner] = Cache(KINDS_KEPT)
         self._calls: Counter[tuple[str, int]] = Counter()
         self._check()
-        self._share()
+        for density, given in zip(self.densities, self._given, strict=True):
+            self._share(density, given)
 
     def __len__(self) -> int:
         return len(self.densities)
@@ -78,16 +79,18 @@ class Stack:
         return self._bare
 
     def _values(self, z: Tensor, *given: Tensor) -> tuple[Tensor]:
-        return (batch(self._with(given).single)(z),)
+        with quiet():
+            return (batch(self._with(given).single)(z),)
 
     def _gradients(self, z: Tensor, *given: Tensor) -> tuple[Tensor, Tensor]:
-        return values_and_grads(self._with(given).single, z)
+        with torch.no_grad(), quiet():
+            return values_and_grads(self._with(given).single, z)
 
     def graph(self, points: int, *, gradients: bool) -> fx.GraphModule:
         """Return the graph of one data set, ``(z, *given)`` to values, or values and gradients, at so many points."""
         function = self._gradients if gradients else self._values
         z = torch.zeros(points, self.dim, dtype=self.dtype, device=self.device)
-        with torch.no_grad(), quiet():
+        with torch.no_grad():
             return record(function, z, *self._given[0])
 
     # all data sets --------------------------------------------------------------------------------------------------
@@ -154,10 +157,9 @@ class Stack:
         kind = (name, groups.shape[1])
         if kind not in self._runners:
             self._calls[kind] += 1
-            if self._calls[kind] < RECORDED_FROM:
-                with quiet():
-                    return function(groups, *self.given)
             with quiet():
+                if self._calls[kind] < RECORDED_FROM:
+                    return function(groups, *self.given)
                 self._runners.put(kind, Runner(record(function, groups, *self.given)))
         return tuple(part.clone() for part in self._runners[kind](groups, *self.given))
 
@@ -173,25 +175,18 @@ class Stack:
             why = f"the model cannot take its data as inputs: {tried.error}".splitlines()[0]
             raise NotStackable(why) from tried.error
         self.evaluations = 0
-        some = range(0, len(self), max(1, len(self) // DIFFERENTIATED))
+        some = range(0, len(self), max(1, len(self) // 8))  # at which gradients are compared too
         for number, density in enumerate(self.densities):
             first, derived = number * COMPARED, number in some
             part = slice(first, first + COMPARED if derived else first + 1)
             ours = (value[part], grad[part]) if derived else (value[part],)
-            if not agree(ours, self._alone(density, points, derived)):
+            with quiet():
+                theirs = density.unrecorded(points) if derived else (density.single(points[0])[None],)
+            if not agree(ours, theirs):
                 raise NotStackable("side by side, the model gave other values than by itself")
 
-    def _alone(self, density: LogDensity, points: Tensor, derived: bool) -> tuple[Tensor, ...]:
-        """Return what the model itself gives: values and gradients at all points, or the value at the first."""
-        if derived:
-            return density.unrecorded(points)
-        with quiet():
-            return (density.single(points[0])[None],)
-
-    def _share(self) -> None:
-        """Let the densities of all data sets take the same graphs."""
-        for density, given in zip(self.densities, self._given, strict=True):
-            density.take(*(recorder.sharing(given) for recorder in self._recorders))
+    def _share(self, density: LogDensity, given: Sequence[Tensor]) -> None:
+        density.take(*(recorder.sharing(given) for recorder in self._recorders))
 
     # further data sets ----------------------------------------------------------------------------------------------
 
@@ -199,23 +194,14 @@ class Stack:
         """Let the density of a further data set take these graphs; it differs where those of the stack differ only."""
         _check_alike(density, self.densities[0])
         leaves = tree_flatten((density.args, density.kwargs))[0]
-        given = [leaves[place] for place in self._where]
-        density.take(*(recorder.sharing(given) for recorder in self._recorders))
+        self._share(density, [leaves[place] for place in self._where])
 
     def at(self, z: Tensor, arguments: Sequence[tuple[object, object]]) -> Tensor:
         """Return the log densities (K, m) of groups of points (K, m, D), each with arguments ``(args, kwargs)``."""
         leaves = [tree_flatten(each)[0] for each in arguments]
         given = [torch.stack([each[place] for each in leaves]) for place in self._where]
-        with torch.no_grad(), quiet():
+        with torch.no_grad():
             return self._all(z, given)
-
-    def _quietly(self, z: Tensor, *given: Tensor) -> tuple[Tensor]:
-        with quiet():
-            return self._values(z, *given)
-
-    def _quiet_gradients(self, z: Tensor, *given: Tensor) -> tuple[Tensor, Tensor]:
-        with torch.no_grad(), quiet():
-            return self._gradients(z, *given)
 
 
 def _curvature(density: LogDensity, z: Tensor) -> tuple[Tensor]:
@@ -261,10 +247,4 @@ def _check_alike(density: LogDensity, first: LogDensity) -> None:
 
 def _differ(parts: Sequence[object]) -> bool:
     tensors = [part for part in parts if isinstance(part, Tensor)]
-    return any(part is not tensors[0] and not _same(part, tensors[0]) for part in tensors)
-
-
-def _same(one: Tensor, other: Tensor) -> bool:
-    if not one.is_floating_point():
-        return torch.equal(one, other)
-    return torch.equal(torch.nan_to_num(one), torch.nan_to_num(other)) and torch.equal(one.isnan(), other.isnan())
+    return any(part is not tensors[0] and not same(part, tensors[0]) for part in tensors)

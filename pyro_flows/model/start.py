@@ -32,6 +32,7 @@ from pyro_flows.model.sites import (
     is_subsample,
     messages,
 )
+from pyro_flows.model.supports import elementary
 
 Result = TypeVar("Result")
 
@@ -45,8 +46,9 @@ def initial_value(site: Site) -> Tensor:
     transform = transform_of(site)
     draws = _prior_draws(fn)
     if draws is None:
-        shape = real_shape(transform, fn.shape())
-        return transform(torch.zeros(shape).to(_like(cast(Constraint, fn.support))))
+        bounds = [value for value in vars(elementary(fn.support)).values() if isinstance(value, Tensor)]
+        like = next((bound for bound in bounds if bound.is_floating_point()), torch.empty(()))
+        return transform(torch.zeros(real_shape(transform, fn.shape())).to(like))
     middle = transform.inv(draws).median(0).values
     return transform(torch.where(torch.isfinite(middle), middle, torch.zeros_like(middle)))
 
@@ -63,14 +65,6 @@ def _prior_draws(fn: TorchDistribution) -> Tensor | None:
             return torch.stack([fn.sample() for _ in range(MEDIAN_DRAWS)])
     except NotImplementedError:
         return None
-
-
-def _like(support: Constraint) -> Tensor:
-    """Return a bound of a support, where it has tensor bounds, for its dtype and device."""
-    for bound in vars(getattr(support, "base_constraint", support)).values():
-        if isinstance(bound, Tensor) and bound.is_floating_point():
-            return bound
-    return torch.empty(())
 
 
 def transform_of(site: Site) -> Transform:
@@ -193,14 +187,12 @@ def _likes(args: Positional, kwargs: Keywords) -> tuple[Tensor, Tensor]:
     return torch.zeros((), dtype=dtype, device=device), torch.zeros((), dtype=other, device=device)
 
 
-def prior_run(
-    model: Model, args: Positional, kwargs: Keywords, around: poutine.Trace, like: Tensor
-) -> poutine.Trace | None:
-    """Run the model at a draw of its prior; None if it raises an error at each of several draws."""
+def prior_run(run: Callable[[], object], around: poutine.Trace, like: Tensor) -> poutine.Trace | None:
+    """Run a model at a draw of its prior; None if it raises an error at each of several draws."""
     for number in range(TRIES):
         drawing = seeded(derive(number, "a prior run"), like.device)
         with at_a_point(), apart(), torch.no_grad(), quiet(), drawing, FromPrior(like, around):
-            return poutine.trace(model).get_trace(*args, **kwargs)
+            return poutine.trace(run).get_trace()
     return None
 
 

@@ -31,8 +31,8 @@ def family(fn: Distribution) -> Distribution:
 
 
 def elementary(support: Constraint | None) -> Constraint | None:
-    """Return the constraint of single numbers, or of what depends on each other, inside of ``independent`` ones."""
-    while isinstance(support, constraints.independent):
+    """Return the constraint of single numbers, or of what depends on each other, inside of others."""
+    while support is not None and hasattr(support, "base_constraint"):  # of independent ones, and of a mixture
         support = support.base_constraint
     return support
 
@@ -105,9 +105,7 @@ def missing(fn: Distribution) -> tuple[Tensor, int] | None:
     if isinstance(fn, MaskedDistribution):
         mask = torch.as_tensor(fn._mask)
         return (mask, 0) if found is None else (mask.reshape(mask.shape + (1,) * found[1]) & found[0], found[1])
-    if found is None:
-        return None
-    return found[0], found[1] + getattr(fn, "reinterpreted_batch_ndims", 0)
+    return None if found is None else (found[0], found[1] + getattr(fn, "reinterpreted_batch_ndims", 0))
 
 
 # which values lie inside ----------------------------------------------------------------------------------------------
@@ -133,9 +131,8 @@ def inside(fn: Distribution, value: Tensor) -> tuple[Tensor, int]:
         found = events_inside(fn.component_distribution, value.unsqueeze(-1 - fn._event_ndims))
         return found.any(-1), 0
     if isinstance(fn, dist.MaskedMixture):
-        return torch.where(
-            vars(fn)["mask"], events_inside(fn.component1, value), events_inside(fn.component0, value)
-        ), 0
+        other, first = (events_inside(part, value) for part in (fn.component0, fn.component1))
+        return torch.where(vars(fn)["mask"], first, other), 0
     support = elementary(support_of(fn))
     depth = len(fn.event_shape)
     if support is None:

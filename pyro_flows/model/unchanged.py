@@ -25,9 +25,10 @@ from pyro_flows._seeding import seeded
 from pyro_flows._tensors import storage_of
 from pyro_flows._turns import alone
 from pyro_flows.graphs import interpreter_is_built
+from pyro_flows.model.arguments import names_of
 from pyro_flows.model.batching import quiet
 from pyro_flows.model.log_density import LogDensity
-from pyro_flows.model.sites import Keywords, Model, Positional
+from pyro_flows.model.sites import Keywords, Positional
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -35,8 +36,6 @@ if TYPE_CHECKING:
 COPIED = 2**24  # bytes of all arguments of a call; more are not copied
 ROUNDED = {torch.float32: 1e-3, torch.float64: 1e-6}  # relative differences of one log density, by other operations
 ROUNDED_AT_LEAST = 1e-2  # nats
-SCALAR = 32  # bytes of a number of Python in a list, about
-MARSHAL = 2  # the last version whose bytes do not depend on how often an object is referred to
 
 Digests = Mapping[str, str]
 Feed = Callable[[bytes | memoryview], None]  # of a digest
@@ -69,7 +68,7 @@ def _size(value: object) -> int:
         return value.numel() * value.element_size()
     if _is_table(value):
         return int(np.sum(value.memory_usage()))
-    return int(getattr(value, "nbytes", SCALAR))
+    return int(getattr(value, "nbytes", 32))  # about, of a number of Python in a list
 
 
 def _is_table(value: object) -> TypeGuard[pd.DataFrame]:
@@ -95,8 +94,7 @@ def digests(density: LogDensity) -> dict[str, str]:
     functions and other objects are not. Cost: 10 million numbers take about a tenth of a second.
     """
     args, kwargs = density.args, density.kwargs
-    names = [*_names(density.model), *map(str, range(len(args)))][: len(args)]
-    given = [*zip(names, args, strict=False), *kwargs.items()]
+    given = [*zip(names_of(density.model, args), args, strict=True), *kwargs.items()]
     found = {f"argument {name!r}": digest_of(value) for name, value in given}
     known = {storage_of(leaf) for leaf in tree_leaves((args, kwargs)) if _is_strided(leaf)}
     for name, value in density.structure.observed.items():
@@ -107,14 +105,6 @@ def digests(density: LogDensity) -> dict[str, str]:
 
 def _is_strided(value: object) -> TypeGuard[Tensor]:
     return isinstance(value, Tensor) and value.layout is torch.strided
-
-
-def _names(model: Model) -> list[str]:
-    """Return the names of the parameters that positional arguments go to, as far as they have names of their own."""
-    with suppress(TypeError, ValueError):
-        positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-        return [name for name, one in inspect.signature(model).parameters.items() if one.kind in positional]
-    return []
 
 
 def digest_of(value: object) -> str:
@@ -152,7 +142,8 @@ def _feed(total: Feed, value: object) -> None:
 def _plain(total: Feed, value: object) -> bool:
     """Feed a digest with numbers, text, and lists and dicts of them alone; return whether it is such a value."""
     try:
-        total(marshal.dumps(cast("list[object]", value), MARSHAL))  # which says itself what else it takes
+        # which says itself what else it takes; 2 is the last version whose bytes do not count references to an object
+        total(marshal.dumps(cast("list[object]", value), 2))
     except ValueError:
         return False
     return True
@@ -184,7 +175,7 @@ def _feed_table(total: Feed, value: pd.DataFrame) -> None:
 
 
 def identity(density: LogDensity) -> dict[str, object]:
-    """Return what tells a model with its arguments from others, in another process too, and what its numbers hang on.
+    """Return what tells a model with its arguments from others, in another process too, and what its numbers depend on.
 
     These are digests of arguments and parameters, the log density at two points to the last digit, the packages, this
     package's code, and the processor.

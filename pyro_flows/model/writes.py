@@ -149,13 +149,12 @@ def _bare(value: Tensor) -> Tensor:
 def _place() -> Place:
     """Return where the program, or a distribution of torch's, called torch."""
     frame = sys._getframe(2)
-    while frame.f_back is not None and _is_torch(str(frame.f_globals.get("__name__", ""))):
+    while frame.f_back is not None:
+        module = str(frame.f_globals.get("__name__", ""))
+        if module.partition(".")[0] != "torch" or module.startswith("torch.distributions."):
+            break
         frame = frame.f_back
     return frame.f_code, frame.f_lasti
-
-
-def _is_torch(module: str) -> bool:
-    return module.partition(".")[0] == "torch" and not module.startswith("torch.distributions.")
 
 
 # boolean masks --------------------------------------------------------------------------------------------------------
@@ -176,9 +175,6 @@ def _read(x: object, index: object, value: object = None) -> _Write | None:
     others = [part for part in parts if not (isinstance(part, Tensor) and part.dtype == torch.bool)]
     plain = all(part is None or part is Ellipsis or type(part) in (int, slice) for part in others)
     return _Write(x, parts, masks[0], value) if len(masks) == 1 and plain and isinstance(x, Tensor) else None
-
-
-_WRITES = (Tensor.__setitem__, Tensor.index_put_)
 
 
 def _written(func: Function, args: Args, kwargs: Keywords) -> _Write | None:
@@ -213,7 +209,8 @@ def _through_mask(func: Function, args: Args, kwargs: Keywords) -> tuple[bool, o
     chosen_by = next((mask for mask in by if mask is not None), None)
     if chosen_by is None:
         return False, None
-    operation = None if func in _WRITES else _ON_CHOSEN.get(getattr(func, "__name__", "").strip("_"))
+    writes = func in (Tensor.__setitem__, Tensor.index_put_)
+    operation = None if writes else _ON_CHOSEN.get(getattr(func, "__name__", "").strip("_"))
     vectors = [part for part in tensors_in(args) if getattr(part, _CHOSEN, None) is not chosen_by and part.dim()]
     if operation is None or vectors or kwargs:
         raise RuntimeError("indexing with a boolean mask that depends on a latent: its result has a dynamic shape")

@@ -145,7 +145,7 @@ class Sums(TorchFunctionMode):
 def _joined(parts: Iterable[Tensor]) -> Tensor:
     """Return terms (..., K) of several sums, side by side."""
     parts = list(parts)
-    shape = torch.broadcast_shapes(*(part.shape[:-1] for part in parts))
+    shape = broadcast(*(part.shape[:-1] for part in parts))
     return torch.cat([part.expand(*shape, -1) for part in parts], -1)
 
 

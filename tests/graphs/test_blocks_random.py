@@ -30,7 +30,7 @@ def test_random_programs(first):
             for part, copy in before:
                 assert torch.equal(part, copy)
             before = [(part, part.clone()) for part in found]
-        tasks += len(made.nests.tasks)
-        foreign += sum(isinstance(one, Foreign) for one in made.nests.foreign)
+        tasks += len(made.groups.tasks)
+        foreign += sum(isinstance(one, Foreign) for one in made.groups.foreign)
     assert tasks > 10 * TOGETHER
     assert foreign > 0
