@@ -19,6 +19,8 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from pyro_flows._tensors import broadcast
+
 _SUMS = (torch.logsumexp, torch.Tensor.logsumexp, torch.special.logsumexp)
 _PAIRS = (torch.logaddexp, torch.Tensor.logaddexp)
 _GREATER = (torch.maximum, torch.Tensor.maximum, torch.max, torch.Tensor.max)  # the last two of two tensors
