@@ -22,9 +22,9 @@ def changed_values(values: Mapping[str, Tensor], log_weights: Tensor, draws: int
 
     A scale or a bound is the exponential of its coordinate. Its draws may have a tail that is too heavy by far, where
     the coordinate's hardly differ. Of values that have no fourth moment under the weights, quantiles are compared, and
-    those of the draws to use, the first ``draws`` of all. Where a fourth moment exists, the draws to use are held to the
-    moments as well, by the error that as many exact draws would have: a few draws of hardly any weight can double an
-    sd. ``log_weights`` (S,) are normalized.
+    those of the draws to use, the first ``draws`` of all. Where a fourth moment exists, their means and sds are compared
+    as well, with the error of as many exact draws: a few draws of hardly any weight can double an sd. ``log_weights``
+    (S,) are normalized.
     """
     weights = log_weights.double().exp()
     chosen = resample(log_weights.double(), len(weights), seed=0)
@@ -62,13 +62,11 @@ def _moments(values: Tensor, weights: Tensor, draws: int) -> Compared:
     in_shift = (weight * (values - mean) - even * (values - middle)) / variance.sqrt()
     in_ratio = 0.5 * (weight * (apart / variance - 1.0) - even * (raw_apart / raw - 1.0))
     by_chance = (1.0 / draws + float(weights.square().sum())) ** 0.5
-    kurtosis = (weight * (apart / variance).square()).sum(0)
+    spread = (weight * (apart / variance - 1.0).square()).sum(0)
     shift = torch.stack([(middle - mean).abs(), (own - mean).abs()]) / variance.sqrt()
     ratio = 0.5 * torch.stack([raw / variance, used / variance]).log()
     shift_error = torch.stack([in_shift.square().sum(0).sqrt(), torch.full_like(mean, by_chance)])
-    ratio_error = torch.stack(
-        [in_ratio.square().sum(0).sqrt(), 0.5 * (kurtosis - 1.0).clamp(min=0.0).sqrt() * by_chance]
-    )
+    ratio_error = torch.stack([in_ratio.square().sum(0).sqrt(), 0.5 * spread.sqrt() * by_chance])
     beyond = torch.maximum(shift - SHIFT_ERRORS * shift_error, ratio.abs() - SHIFT_ERRORS * ratio_error)
     excess, among = beyond.max(0)
 

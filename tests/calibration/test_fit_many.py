@@ -135,12 +135,13 @@ def test_what_is_normal_along_a_coordinate_takes_slices_of_it():
 
 @pytest.mark.slow
 def test_data_sets_of_other_shapes_are_fitted_by_themselves():
+    """So is [0, 0, 1], whose weights do not pass: its posterior is too skewed for the Gaussian of the four."""
     sets = [torch.tensor(y) for y in ([1, 2, 0], [3, 3], [0, 0, 1], [4, 5, 7], [2, 2, 2])]
     found = pf.fit_many(counts, sets, draws=500, progress=False)
     for y, posterior in zip(sets, found, strict=True):
         shape, rate = 2.0 + float(y.sum()), 1.0 + len(y)
         assert float(posterior.samples["rate"].mean()) == pytest.approx(shape / rate, abs=0.2 * shape**0.5 / rate)
-    assert ["side_by_side" in posterior.settings for posterior in found] == [True, False, True, True, True]
+    assert ["side_by_side" in posterior.settings for posterior in found] == [True, False, False, True, True]
 
 
 def test_keyword_arguments_and_what_data_sets_share():

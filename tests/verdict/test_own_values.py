@@ -72,7 +72,7 @@ def test_a_small_change_of_an_sd_that_weights_tell_exactly_shows():
 
 
 def test_a_few_draws_without_weight_do_not_widen_the_draws_to_use():
-    """Three draws of 4,000 with weights of e^-9 made the sd of an inverse-gamma site 24 % too large: a lie found by hand."""
+    """A lie found by hand: three draws had weights of e^-9, and the sd of an inverse-gamma site was 24 % too large."""
     u = -0.63 + 0.72 * normal(S, seed=11)
     u[:5] = torch.tensor([2.728, 2.785, 2.808, 2.728, 2.785])
     log_p = -0.5 * u - 0.5 * (-u).exp() - u.exp()
