@@ -22,9 +22,9 @@ def changed_values(values: Mapping[str, Tensor], log_weights: Tensor, draws: int
 
     A scale or a bound is the exponential of its coordinate. Its draws may have a tail that is too heavy by far, where
     the coordinate's hardly differ. Of values that have no fourth moment under the weights, quantiles are compared, and
-    those of the draws to use, the first ``draws`` of all. Where a fourth moment exists, their means and sds are compared
-    as well, with the error of as many exact draws: a few draws of hardly any weight can double an sd. ``log_weights``
-    (S,) are normalized.
+    those of the draws to use, the first ``draws`` of all. Where a fourth moment exists, their mean and sd are compared
+    too, with the error of as many exact draws: a few draws of hardly any weight can double an sd. ``log_weights`` (S,)
+    are normalized.
     """
     weights = log_weights.double().exp()
     chosen = resample(log_weights.double(), len(weights), seed=0)
