@@ -117,7 +117,7 @@ def test_few_coordinates_are_held_before_chains_and_many_after(hierarchical, dim
 
 @pytest.mark.slow
 def test_a_model_that_is_non_centered_by_hand_holds_its_scales():
-    """Whether a fit takes these draws depends on its seed: k-hat is near its threshold, for a scale may be near zero."""
+    """Whether a fit takes these draws depends on its seed: a scale may be near zero, so k-hat is near its threshold."""
     density = LogDensity(walk, (SERIES,))
     with seeded(1):
         flow, held = conditionals_flow(density, seed=1)
