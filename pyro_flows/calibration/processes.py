@@ -46,7 +46,9 @@ def run_all(tasks: Sequence[Callable[[], T]], jobs: int | None) -> Iterator[T]:
         return
     import joblib
 
-    with joblib.Parallel(n_jobs=jobs, return_as="generator") as parallel:
+    # Ray's backend gives all results at the end only.
+    as_they_come = joblib.Parallel(n_jobs=jobs)._backend.supports_return_generator
+    with joblib.Parallel(n_jobs=jobs, return_as="generator" if as_they_come else "list") as parallel:
         yield from parallel(joblib.delayed(task)() for task in tasks)
 
 
