@@ -14,7 +14,7 @@ import pyro_flows as pf
 from pyro_flows._seeding import seeded
 from pyro_flows.calibration import batch
 from pyro_flows.calibration.cases import Case
-from pyro_flows.calibration.processes import with_model
+from pyro_flows.calibration.processes import run_all, with_model
 from pyro_flows.flows.recipe import latent_recipe, start_at
 from pyro_flows.model.stack import Stack
 from pyro_flows.modes import together as modes_together
@@ -271,6 +271,28 @@ def test_the_backend_that_joblib_was_told_is_taken():
     with joblib.parallel_config(backend="threading", n_jobs=2):
         found = pf.fit_many(regression, data_sets(2), draws=200, progress=False, max_steps=300, escalate=False)
     assert all(posterior.verdict.status in ("ok", "corrected") for posterior in found)
+
+
+class Waiting:
+    """A task without a hash, as a data class of a dictionary."""
+
+    __hash__ = None
+
+    def __call__(self):
+        return 1
+
+
+@pytest.mark.parametrize("at_the_end", [False, True])
+def test_tasks_need_no_hash_and_backends_no_generator(monkeypatch, at_the_end):
+    """Dask hashes what it calls, and Ray gives all results at the end."""
+    joblib = pytest.importorskip("joblib")
+    delayed, called = joblib.delayed, []
+    monkeypatch.setattr(joblib, "delayed", lambda function: called.append(hash(function)) or delayed(function))
+    if at_the_end:
+        monkeypatch.setattr("joblib._parallel_backends.ThreadingBackend.supports_return_generator", False)
+    with joblib.parallel_config(backend="threading", n_jobs=2):
+        assert list(run_all([Waiting(), Waiting()], None)) == [1, 1]
+    assert len(called) == 2
 
 
 @pytest.mark.slow
