@@ -73,7 +73,7 @@ def _elbos(runs: Runs) -> str:
 
 
 def _pair(values: Sequence[float]) -> str:
-    return f"{_elbo(max(values))} / {_elbo(min(values))}" if values else ""
+    return " / ".join(_elbo(value) for value in (max(values), min(values))[: len(values)]) if values else ""
 
 
 def _elbo(value: float) -> str:

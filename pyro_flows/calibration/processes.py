@@ -46,8 +46,15 @@ def run_all(tasks: Sequence[Callable[[], T]], jobs: int | None) -> Iterator[T]:
         return
     import joblib
 
-    with joblib.Parallel(n_jobs=jobs, return_as="generator") as parallel:
-        yield from parallel(joblib.delayed(task)() for task in tasks)
+    # Ray's backend gives all results at the end only.
+    as_they_come = joblib.Parallel(n_jobs=jobs)._backend.supports_return_generator
+    with joblib.Parallel(n_jobs=jobs, return_as="generator" if as_they_come else "list") as parallel:
+        yield from parallel(joblib.delayed(_called)(task) for task in tasks)
+
+
+def _called(task: Callable[[], T]) -> T:
+    """Call a task. Dask hashes what it calls, and tasks have no hash: it waited for ever."""
+    return task()
 
 
 def _is_configured(joblib: ModuleType) -> bool:

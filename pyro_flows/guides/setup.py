@@ -25,6 +25,7 @@ from pyro_flows.flows.mixture import FlowMixture
 from pyro_flows.flows.recipe import FlowLike, affine_of, begin_at, latent_recipe, start_at
 from pyro_flows.guides.store import Named, Whole, copy_stored, in_svi, param_statement, place, was_loaded
 from pyro_flows.model.log_density import LogDensity
+from pyro_flows.model.precision import LostDigits
 from pyro_flows.model.reading import read_structure
 from pyro_flows.model.sites import Keywords, Latent, Model, Noncentered, Positional, Structure, messages
 from pyro_flows.model.start import initial_value
@@ -335,13 +336,16 @@ def best_start(
     try:
         with poutine.block():
             density = LogDensity(model, args, kwargs, noncentered=noncentered)
-            start = portfolio(density, seed=0)[0]
+            try:
+                start = portfolio(density, seed=0)[0]
+            except LostDigits:
+                start = portfolio(density.in_double(), seed=0)[0]
     except Exception as error:  # a model's own code may raise anything
         passed_over("the guide starts at the prior", error)
         return None
     places = {latent.name: range(latent.offset, latent.offset + latent.size) for latent in density.structure.latents}
     chosen = [place for latent in among for place in places[latent.name]]
-    loc, scale = start.loc[chosen], start.scale[chosen]
+    loc, scale = (part[chosen].to(density.dtype) for part in (start.loc, start.scale))
     if scale.dim() == 1 or chosen == [*range(density.dim)]:
         return loc, scale
     rows = scale.double()  # of a triangle; what is left of it is none

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -23,8 +22,9 @@ def changed_values(values: Mapping[str, Tensor], log_weights: Tensor, draws: int
 
     A scale or a bound is the exponential of its coordinate. Its draws may have a tail that is too heavy by far, where
     the coordinate's hardly differ. Of values that have no fourth moment under the weights, quantiles are compared, and
-    those of the draws to use, the first ``draws`` of all: in a long tail, an unlucky sample is as far off as a poor
-    guide. ``log_weights`` (S,) are normalized.
+    those of the draws to use, the first ``draws`` of all. Where a fourth moment exists, their mean and sd are compared
+    too, with the error of as many exact draws: a few draws of hardly any weight can double an sd. ``log_weights`` (S,)
+    are normalized.
     """
     weights = log_weights.double().exp()
     chosen = resample(log_weights.double(), len(weights), seed=0)
@@ -34,11 +34,11 @@ def changed_values(values: Mapping[str, Tensor], log_weights: Tensor, draws: int
         if not value.is_floating_point() or not flat.shape[1]:
             continue
         heavy = heavy_tails(flat[chosen], index=TAIL_INDEX_FOURTH)
-        for columns, compared in ((~heavy, _moments), (heavy, partial(_quantiles, draws=draws or len(flat)))):
+        for columns, compare in ((~heavy, _moments), (heavy, _quantiles)):
             among = columns.nonzero()[:, 0]
             if not len(among):
                 continue
-            beyond, about = compared(flat[:, among], weights)
+            beyond, about = compare(flat[:, among], weights, draws or len(flat))
             excess = torch.where(torch.isfinite(beyond), beyond - SHIFT_MOST, -torch.inf)
             place = int(excess.argmax())
             if float(excess[place]) > worst:
@@ -49,24 +49,34 @@ def changed_values(values: Mapping[str, Tensor], log_weights: Tensor, draws: int
     return said
 
 
-def _moments(values: Tensor, weights: Tensor) -> Compared:
-    """Compare means and sds; their errors are those of differences, since raw and weighted draws are the same ones."""
+def _moments(values: Tensor, weights: Tensor, draws: int) -> Compared:
+    """Compare means and sds of all draws, and of the draws to use.
+
+    The errors of the first are those of differences, since raw and weighted draws are the same ones. Those of the
+    second are the errors of exact draws, from the weighted kurtosis.
+    """
     weight, even = weights[:, None], 1.0 / len(values)
-    mean, middle = (weight * values).sum(0), values.mean(0)
+    mean, middle, own = (weight * values).sum(0), values.mean(0), values[:draws].mean(0)
     apart, raw_apart = (values - mean).square(), (values - middle).square()
-    variance, raw = (weight * apart).sum(0), raw_apart.mean(0)
-    ratio, shift = 0.5 * (raw / variance).log(), (middle - mean).abs() / variance.sqrt()
+    variance, raw, used = (weight * apart).sum(0), raw_apart.mean(0), (values[:draws] - own).square().mean(0)
     in_shift = (weight * (values - mean) - even * (values - middle)) / variance.sqrt()
     in_ratio = 0.5 * (weight * (apart / variance - 1.0) - even * (raw_apart / raw - 1.0))
-    shift_error, ratio_error = (SHIFT_ERRORS * part.square().sum(0).sqrt() for part in (in_shift, in_ratio))
+    by_chance = (1.0 / draws + float(weights.square().sum())) ** 0.5
+    spread = (weight * (apart / variance - 1.0).square()).sum(0)
+    shift = torch.stack([(middle - mean).abs(), (own - mean).abs()]) / variance.sqrt()
+    ratio = 0.5 * torch.stack([raw / variance, used / variance]).log()
+    shift_error = torch.stack([in_shift.square().sum(0).sqrt(), torch.full_like(mean, by_chance)])
+    ratio_error = torch.stack([in_ratio.square().sum(0).sqrt(), 0.5 * spread.sqrt() * by_chance])
+    beyond = torch.maximum(shift - SHIFT_ERRORS * shift_error, ratio.abs() - SHIFT_ERRORS * ratio_error)
+    excess, among = beyond.max(0)
 
     def said(place: int) -> tuple[str, str]:
-        by, log_factor = float(shift[place]), float(ratio[place])
+        by, log_factor = float(shift[among[place], place]), float(ratio[among[place], place])
         if by > abs(log_factor):
             return "mean", f"by {in_words(by)} sd"
         return "sd", f"by a factor {in_words(math.exp(-log_factor))}"
 
-    return torch.maximum(shift - shift_error, ratio.abs() - ratio_error), said
+    return excess, said
 
 
 def _quantiles(values: Tensor, weights: Tensor, draws: int) -> Compared:

@@ -14,7 +14,7 @@ import pyro_flows as pf
 from pyro_flows._seeding import seeded
 from pyro_flows.calibration import batch
 from pyro_flows.calibration.cases import Case
-from pyro_flows.calibration.processes import with_model
+from pyro_flows.calibration.processes import run_all, with_model
 from pyro_flows.flows.recipe import latent_recipe, start_at
 from pyro_flows.model.stack import Stack
 from pyro_flows.modes import together as modes_together
@@ -135,12 +135,13 @@ def test_what_is_normal_along_a_coordinate_takes_slices_of_it():
 
 @pytest.mark.slow
 def test_data_sets_of_other_shapes_are_fitted_by_themselves():
+    """So is [0, 0, 1], whose weights do not pass: its posterior is too skewed for the Gaussian of the four."""
     sets = [torch.tensor(y) for y in ([1, 2, 0], [3, 3], [0, 0, 1], [4, 5, 7], [2, 2, 2])]
     found = pf.fit_many(counts, sets, draws=500, progress=False)
     for y, posterior in zip(sets, found, strict=True):
         shape, rate = 2.0 + float(y.sum()), 1.0 + len(y)
         assert float(posterior.samples["rate"].mean()) == pytest.approx(shape / rate, abs=0.2 * shape**0.5 / rate)
-    assert ["side_by_side" in posterior.settings for posterior in found] == [True, False, True, True, True]
+    assert ["side_by_side" in posterior.settings for posterior in found] == [True, False, False, True, True]
 
 
 def test_keyword_arguments_and_what_data_sets_share():
@@ -272,6 +273,28 @@ def test_the_backend_that_joblib_was_told_is_taken():
     assert all(posterior.verdict.status in ("ok", "corrected") for posterior in found)
 
 
+class Waiting:
+    """A task without a hash, as a data class of a dictionary."""
+
+    __hash__ = None
+
+    def __call__(self):
+        return 1
+
+
+@pytest.mark.parametrize("at_the_end", [False, True])
+def test_tasks_need_no_hash_and_backends_no_generator(monkeypatch, at_the_end):
+    """Dask hashes what it calls, and Ray gives all results at the end."""
+    joblib = pytest.importorskip("joblib")
+    delayed, called = joblib.delayed, []
+    monkeypatch.setattr(joblib, "delayed", lambda function: called.append(hash(function)) or delayed(function))
+    if at_the_end:
+        monkeypatch.setattr("joblib._parallel_backends.ThreadingBackend.supports_return_generator", False)
+    with joblib.parallel_config(backend="threading", n_jobs=2):
+        assert list(run_all([Waiting(), Waiting()], None)) == [1, 1]
+    assert len(called) == 2
+
+
 @pytest.mark.slow
 def test_dask_on_one_machine():
     joblib = pytest.importorskip("joblib")
@@ -282,6 +305,22 @@ def test_dask_on_one_machine():
         joblib.parallel_config(backend="dask"),
     ):
         found = pf.fit_many(regression, data_sets(3), draws=200, progress=False, together=False)
+    assert [posterior.verdict.status for posterior in found] == ["ok"] * 3
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # of Ray's own code
+def test_ray_on_one_machine():
+    joblib = pytest.importorskip("joblib")
+    ray = pytest.importorskip("ray")
+    register = pytest.importorskip("ray.util.joblib").register_ray
+    ray.init(num_cpus=2, include_dashboard=False, configure_logging=False)
+    try:
+        register()
+        with joblib.parallel_config(backend="ray"):
+            found = pf.fit_many(regression, data_sets(3), draws=200, progress=False, together=False)
+    finally:
+        ray.shutdown()
     assert [posterior.verdict.status for posterior in found] == ["ok"] * 3
 
 

@@ -8,8 +8,12 @@ import pytest
 import torch
 
 import pyro_flows as pf
+from pyro_flows._seeding import seeded
 from pyro_flows._stages import PARAMETERIZATION
+from pyro_flows.fitting.gaussian_conditionals import conditionals_flow
 from pyro_flows.fitting.methods import AS_READ, METHODS
+from pyro_flows.model.log_density import LogDensity
+from pyro_flows.results.dims import coordinate_names
 from pyro_flows.verdict.methods import CONDITIONALS, MCMC
 
 STAGE = "Gaussian conditionals"  # as the history calls it
@@ -113,12 +117,15 @@ def test_few_coordinates_are_held_before_chains_and_many_after(hierarchical, dim
 
 @pytest.mark.slow
 def test_a_model_that_is_non_centered_by_hand_holds_its_scales():
-    posterior = pf.fit(walk, SERIES, seed=1, progress=False)
-    held = [stage["details"]["held"] for stage in posterior.history if stage["stage"] == STAGE]
-    assert held == [["step", "noise"]]
-    assert (posterior.verdict.status, len(posterior.losses)) == ("ok", 0)
-    for site, mean in zip(("step", "noise"), walk_means(), strict=True):
-        assert posterior.samples[site].log().mean() == pytest.approx(mean, abs=0.05)
+    """Whether a fit takes these draws depends on its seed: a scale may be near zero, so k-hat is near its threshold."""
+    density = LogDensity(walk, (SERIES,))
+    with seeded(1):
+        flow, held = conditionals_flow(density, seed=1)
+        z, log_q = flow.draw(4000)
+    weights = torch.softmax(density(z) - log_q, 0)
+    assert [coordinate_names(density.structure)[number] for number in held] == ["step", "noise"]
+    assert float(1.0 / weights.square().sum()) > 0.95 * len(z)
+    assert (weights @ z[:, held]).tolist() == pytest.approx(walk_means(), abs=0.05)
 
 
 @pytest.mark.slow

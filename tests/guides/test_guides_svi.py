@@ -335,6 +335,21 @@ def test_cautious_is_for_guides_and_not_for_fit():
 # the arguments of Pyro's guides --------------------------------------------------------------------------------------
 
 
+def test_a_start_for_which_single_precision_has_no_digits_is_found_in_double():
+    """Counts of a million: a guide of 500 counts began at the prior, and ended 10 nats below its best."""
+
+    def large(y):
+        z = pyro.sample("z", dist.Normal(torch.zeros(2), 10.0).to_event(1))
+        pyro.sample("y", dist.Poisson(z.exp()).to_event(1), obs=y)
+
+    y = torch.tensor([1e6, 2e6])
+    guide = pf.AutoRealNVP(large)
+    guide(y)
+    found = guide.median(y)["z"]
+    assert found.dtype == torch.float32
+    assert found.tolist() == pytest.approx(y.log().tolist(), abs=0.01)
+
+
 @pytest.mark.parametrize(
     "start",
     [

@@ -71,6 +71,18 @@ def test_a_small_change_of_an_sd_that_weights_tell_exactly_shows():
     assert said.startswith("importance weighting changes the sd of the values of x by a factor 0.8")
 
 
+def test_a_few_draws_without_weight_do_not_widen_the_draws_to_use():
+    """A lie found by hand: three draws had weights of e^-9, and the sd of an inverse-gamma site was 24 % too large."""
+    u = -0.63 + 0.72 * normal(S, seed=11)
+    u[:5] = torch.tensor([2.728, 2.785, 2.808, 2.728, 2.785])
+    log_p = -0.5 * u - 0.5 * (-u).exp() - u.exp()
+    weights = torch.log_softmax(log_p + 0.5 * ((u + 0.63) / 0.72) ** 2, 0)
+    calm = torch.cat([u[5:], u[:5]])
+    assert changed_values({"t": calm.exp()}, weights.roll(-5), S // 4) == []
+    (said,) = changed_values({"t": u.exp()}, weights, S // 4)
+    assert said.startswith("importance weighting changes the sd of the values of t by a factor 0.")
+
+
 def test_the_worst_of_several_is_named():
     a, b = normal(S, seed=6), normal(S, seed=7)
     weights = torch.log_softmax(0.2 * a + 0.5 * b, 0)
