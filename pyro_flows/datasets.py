@@ -254,14 +254,17 @@ def idx(path: str | os.PathLike[str]) -> Tensor:
     return torch.frombuffer(bytearray(content[head:]), dtype=torch.uint8).reshape(shape)
 
 
-def prompts(folder: str | os.PathLike[str] = PROMPTS) -> dict[str, Tensor]:
-    """Return recorded prompts by name, in alphabetical order: one speaker, 8000 samples a second, int16, ``(T,)`` each.
+def prompts(folder: str | os.PathLike[str] = PROMPTS, *, rate: int = 8000) -> dict[str, Tensor]:
+    """Return recorded utterances by name, in alphabetical order: int16, ``(T,)`` each.
 
     The English ones are Debian's ``asterisk-core-sounds-en-wav`` (18 MB, Allison Smith, CC-BY-SA-3.0): 558 utterances,
-    24.6 minutes. There are others in Spanish, French, Italian and Russian. Recordings of silence are left out.
+    24.6 minutes. There are others in Spanish, French, Italian and Russian. Recordings of silence are left out. Debian's
+    ``festvox-ru`` (179 MB, Nickolay V. Shmyrev, BSD) has 620 Russian sentences, 99.5 minutes at ``rate=16000``, in
+    ``/usr/share/festival/voices/russian/msu_ru_nsh_clunits/wav``.
 
     Args:
         folder: with files in the WAV format, and folders of them.
+        rate: samples a second of all files.
 
     Raises:
         FileNotFoundError: if there are none; the message says what to install.
@@ -282,8 +285,12 @@ def prompts(folder: str | os.PathLike[str] = PROMPTS) -> dict[str, Tensor]:
         if path.parent.name == "silence":
             continue
         with wave.open(str(path)) as file:
-            if (file.getnchannels(), file.getsampwidth(), file.getframerate()) != (1, 2, 8000):
-                raise ValueError(f"folder: expected one channel of 16 bits at 8 kHz, {str(path)!r} has others.")
+            channels, width, samples = file.getparams()[:3]
+            if (channels, width, samples) != (1, 2, rate):
+                raise ValueError(
+                    f"folder: expected 1 channel of 16 bits at rate={rate}, got {channels} of {8 * width} bits at "
+                    f"{samples} in {str(path)!r}; convert it, or pass its rate."
+                )
             content = bytearray(file.readframes(file.getnframes()))
         found[str(path.relative_to(source).with_suffix(""))] = torch.frombuffer(content, dtype=torch.int16)
     if not found:

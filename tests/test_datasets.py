@@ -174,8 +174,13 @@ def test_prompts_are_read_by_name(tmp_path):
     found = datasets.prompts(tmp_path)
     assert {name: values.tolist() for name, values in found.items()} == {"b": [-32768, 32767], "digits/a": [5]}
     record(tmp_path / "c.wav", [1], rate=16000)
-    with pytest.raises(ValueError, match=r"folder: expected one channel of 16 bits at 8 kHz.*c\.wav"):
+    with pytest.raises(
+        ValueError, match=r"folder: expected 1 channel of 16 bits at rate=8000, got 1 .* at 16000 in .*c\.wav"
+    ):
         datasets.prompts(tmp_path)
+    (tmp_path / "c.wav").rename(tmp_path / "digits" / "c.wav")
+    (tmp_path / "digits" / "a.wav").unlink()
+    assert datasets.prompts(tmp_path / "digits", rate=16000)["c"].tolist() == [1]
     with pytest.raises(FileNotFoundError, match="apt-get install asterisk-core-sounds-en-wav"):
         datasets.prompts(tmp_path / "nothing")
 

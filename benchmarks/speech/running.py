@@ -1,12 +1,13 @@
 """WaveGlow on recorded prompts, given their mel spectrograms: nats a sample, and reconstruction against Griffin-Lim.
 
-    python -m benchmarks.speech --seconds 2400 --out speech --sounds /usr/share/asterisk/sounds/en_US_f_Allison
+    python -m benchmarks.speech --voice Russian --seconds 2400 --out speech
 
-The prompts are Debian's package asterisk-core-sounds-en-wav, the spectrograms librosa's (pip install
-'pyro-flows[speech]'). Every tenth utterance is held out whole for the test, and a few of the others to stop by. A
-training that was broken off goes on from its checkpoint. A row of the CSV file is what one method makes of the test:
-nats a sample of amplitudes between -1 and 1, with noise of one level of 16 bits; the mean difference of log mel
-spectrograms, in nats; the log spectral distance, in decibels; seconds of the processor for a second of sound.
+The recordings are Debian's packages asterisk-core-sounds-en-wav and festvox-ru, at 8 kHz, and the spectrograms
+librosa's (pip install 'pyro-flows[speech]'). Every tenth utterance is held out whole for the test, and a few of the
+others to stop by. A training that was broken off goes on from its checkpoint. A row of the CSV file is what one method
+makes of a test: nats a sample of amplitudes between -1 and 1, with noise of one level of 16 bits; the mean difference
+of log mel spectrograms, in nats; the log spectral distance, in decibels; seconds of the processor for a second of
+sound.
 """
 
 from __future__ import annotations
@@ -39,7 +40,12 @@ FLOOR, DIM = 1e-5, 1e-3  # of mel magnitudes and of magnitudes, under the logari
 TEMPERATURES = (1.0, 0.7)
 ROUNDS = 32  # of the correction of bands
 ORDER = 16  # of linear prediction
+RUSSIAN = "/usr/share/festival/voices/russian/msu_ru_nsh_clunits/wav"
+VOICES = {"English": (datasets.PROMPTS, RATE), "Russian": (RUSSIAN, 2 * RATE)}  # folder, and samples a second
 FIELDS = (
+    "voice",
+    "recordings",
+    "held_out",
     "method",
     "seconds",
     "steps",
@@ -67,6 +73,16 @@ def log_mel(sound: np.ndarray) -> np.ndarray:
     return np.log(np.maximum(librosa.feature.melspectrogram(y=padded, **options), FLOOR)).T
 
 
+def resampled(levels: Tensor, rate: int) -> Tensor:
+    """Return levels recorded at another rate as they would be at ours."""
+    if rate == RATE:
+        return levels
+    import librosa
+
+    sound = librosa.resample(levels.numpy().astype(np.float32), orig_sr=rate, target_sr=RATE)
+    return torch.from_numpy(np.round(sound).clip(-32768, 32767).astype(np.int16))
+
+
 def amplitudes(levels: Tensor) -> np.ndarray:
     """Return waves between -1 and 1, in the middle of their levels."""
     return (levels.numpy().astype(np.float32) + 0.5) / 32768.0
@@ -75,8 +91,9 @@ def amplitudes(levels: Tensor) -> np.ndarray:
 class Speech:
     """Utterances of whole frames with log mel spectrograms, and which of them serve for what."""
 
-    def __init__(self, folder: str) -> None:
-        self.recordings = {name: k[: len(k) // HOP * HOP] for name, k in datasets.prompts(folder).items()}
+    def __init__(self, folder: str, rate: int = RATE) -> None:
+        found = {name: resampled(k, rate) for name, k in datasets.prompts(folder, rate=rate).items()}
+        self.recordings = {name: k[: len(k) // HOP * HOP] for name, k in found.items()}
         names = list(self.recordings)
         self.test, self.validation = names[9::10], names[4::20]
         self.train = [name for name in names if name not in {*self.test, *self.validation}]
@@ -229,6 +246,7 @@ def judge(speech: Speech, fit: pf.DensityFit) -> list[dict[str, object]]:
             known = trained if label.startswith("WaveGlow") else {}
             rows.append({"method": label + more, **known, **reconstructed(speech, way)})
     said = {"version": records.code_version(), "machine": records.machine(), "software": records.software()}
+    said |= {"recordings": len(speech.recordings), "held_out": len(speech.test)}
     return [
         {key: f"{value:.5g}" if isinstance(value, float) else value for key, value in {**row, **said}.items()}
         for row in rows
@@ -262,18 +280,22 @@ def _spectrograms(sounds: Mapping[str, np.ndarray]) -> Figure:
 
 def section(rows: Sequence[records.Row]) -> str:
     """Return the text and the table."""
-    header = ("method", "nats a sample", "log mel", "log spectrum, dB", "CPU s for a second")
+    header = ("voice, method", "nats a sample", "log mel", "log spectrum, dB", "CPU s for a second")
     digits = {"nats": 2, "log_mel": 3, "log_spectrum": 2, "real_time": 3}
     body = [
-        [row["method"], *(number(float(row[key] or math.nan), count) for key, count in digits.items())] for row in rows
+        [f"{row['voice']}, {row['method']}", *(number(float(row[key] or math.nan), n) for key, n in digits.items())]
+        for row in rows
     ]
-    seconds = max(float(row["seconds"] or 0.0) for row in rows)
+    trained = [row for row in rows if row["seconds"]]
+    held_out = {row["voice"]: f"{row['held_out']} of {row['recordings']} {row['voice']} ones" for row in trained}
+    seconds = {row["voice"]: f"{float(row['seconds']):.0f}" for row in trained}
+    versions = dict.fromkeys(f"pyro_flows {row['version']}" for row in rows)
     text = (
-        f"55 of 558 recorded prompts were held out whole. The flow was trained for {seconds:.0f} CPU seconds, given "
-        f"mel spectrograms of {BANDS} bands, with frames of {1000 * HOP // RATE} ms. Nats are those of amplitudes "
-        "between -1 and 1, with noise of one level of 16 bits. Distances are those of reconstructions to recordings, "
-        "by mel spectrograms and by spectra, of every third prompt. "
-        f"{about(list(rows))} pyro_flows {rows[0]['version']}."
+        f"Of the recordings, {' and '.join(held_out.values())} were held out whole. The flow was trained for "
+        f"{' and '.join(seconds.values())} CPU seconds, given mel spectrograms of {BANDS} bands, with frames of "
+        f"{1000 * HOP // RATE} ms. Nats are those of amplitudes between -1 and 1, with noise of one level of 16 bits. "
+        "Distances are those of reconstructions to recordings, by mel spectrograms and by spectra, of every third "
+        f"recording that was held out. {about(list(rows))} {' and '.join(versions)}."
     )
     return f"{fingerprints.stated(text, 'density')}\n\n{table(header, body)}"
 
@@ -285,16 +307,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--seconds", type=float, default=2400.0, help="of training, of the processor")
     parser.add_argument("--out", type=Path, default=Path("speech"), help="folder of checkpoint and density")
-    parser.add_argument("--sounds", default=datasets.PROMPTS, help="folder of the recordings")
+    parser.add_argument("--voice", choices=VOICES, default="English", help="whose rows of the CSV file are written")
+    parser.add_argument("--sounds", help="another folder of recordings, of the same rate")
     parser.add_argument("--csv", type=Path, default=OUT, help="the CSV file")
     parser.add_argument("--page", type=Path, default=PAGE, help="the page with the table")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    speech = Speech(options.sounds)
+    folder, rate = VOICES[options.voice]
+    speech = Speech(options.sounds or folder, rate)
     fit = train(speech, options.out, options.seconds)
     print(fit.summary())
+    others = [row for row in records.read(options.csv) if row["voice"] != options.voice]
     rows = judge(speech, fit)
-    records.write(options.csv, FIELDS, rows)
+    records.write(options.csv, FIELDS, others)
+    for row in rows:
+        records.append(options.csv, FIELDS, {"voice": options.voice, **row})
     listen(speech, fit, options.out, min(speech.test, key=lambda name: abs(len(speech.recordings[name]) - 2 * RATE)))
     page = tables.replace(options.page.read_text(encoding="utf-8"), "speech", section(records.read(options.csv)))
     options.page.write_text(page, encoding="utf-8")

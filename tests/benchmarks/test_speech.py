@@ -52,4 +52,4 @@ def test_a_flow_is_trained_and_judged(folder, tmp_path):
     rows = {row["method"]: row for row in running.records.read(tmp_path / "speech.csv")}
     assert float(rows["WaveGlow, temperature 1.0"]["nats"]) > float(rows["Gaussian"]["nats"])
     assert float(rows["Griffin-Lim"]["log_mel"]) > 0.0
-    assert "| WaveGlow, temperature 0.7 |" in page.read_text()
+    assert "| English, WaveGlow, temperature 0.7 |" in page.read_text()

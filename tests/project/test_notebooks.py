@@ -81,7 +81,8 @@ def test_a_notebook_holds_its_text(path):
 @pytest.mark.parametrize("path", TEXTS, ids=lambda path: path.stem)
 def test_a_notebook_runs_from_a_clean_kernel(path):
     """On this Python and this ArviZ, whichever those are."""
-    for name in ("jupytext", "nbclient", "ipykernel"):
+    imported = re.findall(r"^(?:import|from) (\w+)", path.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    for name in ("jupytext", "nbclient", "ipykernel", *imported):
         pytest.importorskip(name, reason=JUPYTER)
     notebook = execute.read(path)
     seconds = execute.execute(notebook)
