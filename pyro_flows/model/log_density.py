@@ -125,9 +125,11 @@ class LogDensity(SiteValues):
         """Return how many of so many draws a check may evaluate: fewer where evaluations write many numbers."""
         return min(draws, max(DRAWS_AT_LEAST, int(WRITTEN_FOR_A_CHECK / max(self.written, 1))))
 
-    def lost_digits(self, z: Tensor, *, most: int = COMPARED_ONE_BY_ONE) -> tuple[list[str], list[str]]:
+    def lost_digits(
+        self, z: Tensor, *, most: int = COMPARED_ONE_BY_ONE, log_p: Tensor | None = None
+    ) -> tuple[list[str], list[str]]:
         """Say what rounding does at draws ``z`` (S, D), to densities and next to bounds; see :class:`Digits`."""
-        lost, notes = super().lost_digits(z, most=most)
+        lost, notes = super().lost_digits(z, most=most, log_p=log_p)
         return [*self._on_bounds(z), *lost], notes
 
     @torch.no_grad()
@@ -155,9 +157,9 @@ class LogDensity(SiteValues):
         shown = f"{MISSED_MASS_OF_TAILS:.0%}"
         return [f"{ON_BOUNDS} {name} onto a bound in more than {shown} of the draws, so mass next to the bound is lost"]
 
-    def take(self, values: Recorder, gradients: Recorder) -> None:
+    def take(self, values: Recorder, gradients: Recorder, constrained: Recorder) -> None:
         """Evaluate by these recorders from now on: those that densities of one model with many data sets share."""
-        self._values, self._with_gradients = values, gradients
+        self._values, self._with_gradients, self._constrained = values, gradients, constrained
 
     def under(self, clock: Clock) -> None:
         """Look at ``clock`` as evaluations go on."""

@@ -58,6 +58,7 @@ class Stack:
         self._recorders = (
             Recorder(self._quietly, self.numbers, unit=unit, large=large),
             Recorder(self._quiet_gradients, self.numbers, unit=unit),
+            Recorder(self._constrained, self.numbers, unit=unit),
         )
         self._runners: Cache[tuple[str, int], Runner] = Cache(KINDS_KEPT)
         self._calls: Counter[tuple[str, int]] = Counter()
@@ -212,6 +213,10 @@ class Stack:
     def _quietly(self, z: Tensor, *given: Tensor) -> tuple[Tensor]:
         with quiet():
             return self._values(z, *given)
+
+    def _constrained(self, z: Tensor, *given: Tensor) -> tuple[Tensor, ...]:
+        with torch.no_grad(), quiet():
+            return tuple(batch(self._with(given).constrained)(z).values())
 
     def _quiet_gradients(self, z: Tensor, *given: Tensor) -> tuple[Tensor, Tensor]:
         with torch.no_grad(), quiet():
