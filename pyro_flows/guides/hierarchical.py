@@ -198,7 +198,8 @@ class AutoHierarchicalFlow(AutoMessenger):  # type: ignore[metaclass]
             for name in names:
                 _checks.choice(option, name, [site["name"] for site in latents])
         self._sizes = {frame.name: frame.full_size or frame.size for frame in every}
-        self._nesting = max(_batch_axes(site) for site in sites)  # of which some may be in no plate
+        axes = [max(len(site["fn"].batch_shape), site["value"].dim() - site["fn"].event_dim) for site in sites]
+        self._nesting = max(axes)  # of which some may be in no plate
         self._shapes = {site["name"]: (len(site["fn"].batch_shape), site["fn"].event_dim) for site in latents}
         self.sizes = {site["name"]: transform_of(site).inv(site["value"]).numel() for site in latents}
         self.subsampled = any(map(conditional.is_part, every))
@@ -609,10 +610,6 @@ class AutoHierarchicalFlow(AutoMessenger):  # type: ignore[metaclass]
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             return quantiles_of(self.sample_posterior(QUANTILE_DRAWS, *args, **kwargs), levels)
-
-
-def _batch_axes(site: Site) -> int:
-    return max(len(site["fn"].batch_shape), site["value"].dim() - site["fn"].event_dim)
 
 
 class _Plates(Messenger):
