@@ -43,6 +43,7 @@ STUCK = 1e-3  # of the longest step, below which a step ends a climb
 FARTHER = 4.0  # times as long as steps before; also what a step is divided by
 ROUNDING = 1e-3  # of curvatures, as a part of the largest one
 OFF_CENTER = 0.3  # of the way to a draw of the prior
+OF_THESE_ROWS = "Write `with pyro.plate(...) as rows:`, and pass the data of these rows, as in `obs=y[rows]`."
 
 Chosen = Mapping[str, Tensor]  # rows of plates, by the plates' names
 Start = Callable[[Site, "At"], Tensor]  # unconstrained value of a site, from its message
@@ -517,16 +518,14 @@ def check_plates(site: Site) -> None:
         if frame.dim is None:
             raise ValueError(
                 f"site {site['name']!r}: expected a vectorized plate, got a loop over the subsampled plate "
-                f"{frame.name!r}. Write `with pyro.plate(...) as rows:`, and pass the data of these rows, as in "
-                "`obs=y[rows]`."
+                f"{frame.name!r}. {OF_THESE_ROWS}"
             )
         shape = site["value"].shape[: site["value"].dim() - site["fn"].event_dim]
         got = shape[frame.dim] if len(shape) >= -frame.dim else 1
         if site["is_observed"] and got not in (1, frame.size):
             raise ValueError(
                 f"site {site['name']!r}: expected data of the {frame.size} rows that plate {frame.name!r} takes of "
-                f"{frame.full_size}, got data of {got} rows. Write `with pyro.plate(...) as rows:`, and pass the data "
-                "of these rows, as in `obs=y[rows]`."
+                f"{frame.full_size}, got data of {got} rows. {OF_THESE_ROWS}"
             )
 
 
