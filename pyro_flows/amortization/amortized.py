@@ -288,10 +288,11 @@ class Amortized:
 
     def _density(self, case: Case) -> LogDensity:
         """Return the model's log density of a data set, which takes the graphs of all others where it can."""
-        density = self._parts.lead.beside(case.args, case.kwargs)
-        if self._parts.stack is not None:
+        stack = self._parts.stack
+        density = self._parts.lead.beside(case.args, case.kwargs, moves_alike=stack is not None)
+        if stack is not None:
             with suppress(NotStackable):  # its own graph is recorded then
-                self._parts.stack.join(density)
+                stack.join(density)
         return density
 
     @torch.no_grad()

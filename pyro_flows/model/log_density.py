@@ -192,18 +192,20 @@ class LogDensity(SiteValues):
             other.model, other._double = vars(self.model)["__wrapped__"], False
         return other
 
-    def beside(self, args: Sequence[object], kwargs: Mapping[str, object]) -> LogDensity:
+    def beside(self, args: Sequence[object], kwargs: Mapping[str, object], *, moves_alike: bool = False) -> LogDensity:
         """Return the log density of the same model with other data of equal shapes, in the same coordinates.
 
         Its structure is read, and its data are checked. Whether it can be batched is not: who calls this compares
-        values, as :class:`~pyro_flows.model.stack.Stack` does.
+        values, as :class:`~pyro_flows.model.stack.Stack` does. With ``moves_alike``, what moves with latents (supports,
+        locations, scales) is not found out anew: data that are inputs of one graph do not change it.
 
         Raises:
             ValueError: as for a new log density.
         """
         other = copy.copy(self)
         other.args, other.kwargs, other.faults, other.proper = tuple(args), dict(kwargs), Faults(), False
-        other._settle(other._read(self.model).noncenter(self.structure.noncentered), self)
+        like = self._as_read if moves_alike else None
+        other._settle(other._read(self.model, like).noncenter(self.structure.noncentered), self)
         return other
 
     def __call__(self, z: Tensor) -> Tensor:
