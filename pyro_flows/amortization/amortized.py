@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple, Self
 
 import torch
@@ -43,13 +44,14 @@ LEARNED = f"{UNSEARCHED}, since the flow learned from draws of parameters and da
 OUTSIDE = "the data are outside of what the prior predicts"
 
 
-class Predicted(NamedTuple):
+@dataclass(frozen=True)
+class Predicted:
     """What simulated data sets come to: log densities on the common scale, if there are any, and farthest entries."""
 
     log_density: Tensor
     farthest: Tensor
 
-    @property
+    @cached_property
     def limits(self) -> tuple[float, float, float]:
         """Return the log densities between which, and the distance within which, data are as the prior predicts."""
         far = float(self.farthest.quantile(1.0 - PREDICTIVE_TAIL))
@@ -247,7 +249,8 @@ class Amortized:
         """
         parts = self._parts
         states = {"flow": parts.conditional.flow.state_dict(), "scale": parts.scale.state_dict()}
-        curves = {"losses": self.losses, **self._predicted._asdict()}
+        curves = {name: getattr(self._predicted, name) for name in ("log_density", "farthest")}
+        curves["losses"] = self.losses
         text = {"settings": self.settings, "validation": self.validation}
         files.write(path, {**states, **curves, "probe": self._probe}, text)
 
@@ -285,10 +288,11 @@ class Amortized:
 
     def _density(self, case: Case) -> LogDensity:
         """Return the model's log density of a data set, which takes the graphs of all others where it can."""
-        density = self._parts.lead.beside(case.args, case.kwargs)
-        if self._parts.stack is not None:
+        stack = self._parts.stack
+        density = self._parts.lead.beside(case.args, case.kwargs, moves_alike=stack is not None)
+        if stack is not None:
             with suppress(NotStackable):  # its own graph is recorded then
-                self._parts.stack.join(density)
+                stack.join(density)
         return density
 
     @torch.no_grad()

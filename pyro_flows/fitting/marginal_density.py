@@ -16,6 +16,7 @@ from pyro_flows.guides.conditional import Rows
 from pyro_flows.guides.crossed import CrossedMarginal
 from pyro_flows.guides.marginal import ALL, Marginal
 from pyro_flows.model.bijections import bijection
+from pyro_flows.model.digits import COMPARED_ONE_BY_ONE
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.model.sites import Model, Site, is_open, messages
 
@@ -41,6 +42,10 @@ class MarginalDensity(LogDensity):
     def under(self, clock: Clock) -> None:
         super().under(clock)
         self.marginal.clock = clock
+
+    def rounding(self, z: Tensor, *, most: int = COMPARED_ONE_BY_ONE, log_p: Tensor | None = None) -> float:
+        """Return by how many nats rounding changes the log density of globals alone."""
+        return super().rounding(z, most=most)
 
     def known_rounding(self, z: Tensor) -> float:
         """Return what rounding and the likelihoods of rows do to the log density at all points alike, nats."""

@@ -29,6 +29,7 @@ from pyro_flows.transforms.coupling import Coupling
 AFFINE = (DiagonalAffine, LowerTriangularAffine)
 ALONE = 4.0  # times larger gains where no affine map is trained with the flow
 PIECE = 2**17  # numbers that are drawn together, so that what comes between fits a cache
+WIDTH = 64  # numbers of a draw in a layer of a network, at least: tensors of a megabyte are mapped anew by each layer
 MIXTURE = "mixture"  # the name of a base that is a mixture
 BASES = ("logistic", "normal", "student_t", "uniform")
 
@@ -151,7 +152,7 @@ class Flow(nn.Module):
         r"""Return n draws, shaped (n, \*event_shape), and their log density (n,), without gradients."""
         base = self.base_distribution()
         found = []
-        for x in base.sample(torch.Size((n,))).split(max(1, PIECE // self.dim)):
+        for x in base.sample(torch.Size((n,))).split(max(1, PIECE // max(self.dim, WIDTH))):
             y, ladj = self.bijection.forward_and_ladj(x)
             found.append((y, base.log_prob(x) - ladj))
         return found[0] if len(found) == 1 else (torch.cat([y for y, _ in found]), torch.cat([q for _, q in found]))

@@ -20,7 +20,7 @@ import itertools
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol, cast
+from typing import Any, Protocol, cast
 
 import pyro
 import torch
@@ -43,6 +43,7 @@ STUCK = 1e-3  # of the longest step, below which a step ends a climb
 FARTHER = 4.0  # times as long as steps before; also what a step is divided by
 ROUNDING = 1e-3  # of curvatures, as a part of the largest one
 OFF_CENTER = 0.3  # of the way to a draw of the prior
+OF_THESE_ROWS = "Write `with pyro.plate(...) as rows:`, and pass the data of these rows, as in `obs=y[rows]`."
 
 Chosen = Mapping[str, Tensor]  # rows of plates, by the plates' names
 Start = Callable[[Site, "At"], Tensor]  # unconstrained value of a site, from its message
@@ -55,13 +56,6 @@ class Frame(Protocol):
     dim: int
     size: int  # rows of this run,
     full_size: int  # and of the plate
-
-
-class _Subsample(Protocol):
-    """Pyro's distribution of the rows of a plate."""
-
-    size: int
-    subsample_size: int | None
 
 
 @dataclass
@@ -115,7 +109,11 @@ class At(Place):
             if msg["name"] in self.names and not msg["is_observed"]:
                 self._put(msg)
         elif is_open(msg):
-            self._choose(msg)
+            name, (size, rows) = msg["name"], rows_in(msg)
+            if rows < size:
+                self.drawn[name] = size, rows
+            if name in self.chosen:
+                msg["value"] = self.chosen[name]
 
     def _pyro_post_sample(self, msg: Site) -> None:
         if is_subsample(msg):
@@ -143,14 +141,6 @@ class At(Place):
         """Size, and rows of the run, of the subsampled plates whose rows the caller gives."""
         frames = [frame for frame in all_frames(self.trace) if is_part(frame)]
         return {frame.name: (frame.full_size, frame.size) for frame in frames if frame.name not in self.drawn}
-
-    def _choose(self, msg: Site) -> None:
-        """Take the rows of a plate that are given; let the model draw others."""
-        name, (size, rows) = msg["name"], rows_in(msg)
-        if rows < size:
-            self.drawn[name] = size, rows
-        if name in self.chosen:
-            msg["value"] = self.chosen[name]
 
     def _put(self, msg: Site) -> None:
         fn, transform = msg["fn"], bijection(msg["fn"])
@@ -359,19 +349,17 @@ def _numbers(sites: Sequence[Local], total: Tensor, graph: bool) -> list[Number]
     """Return gradients and curvatures of the log density, number by number."""
     if not sites:
         return []
-    gradients = torch.autograd.grad(total, [site.value for site in sites], create_graph=True, allow_unused=True)
+    gradients = torch.autograd.grad(total, [site.value for site in sites], create_graph=True, materialize_grads=True)
     numbers: list[Number] = []
     for site, gradient in zip(sites, gradients, strict=True):
-        rows = site.rows(torch.zeros_like(site.value) if gradient is None else gradient)
-        numbers += [Number(site, k, raw, torch.zeros_like(raw), raw, raw) for k, raw in enumerate(rows.unbind(-1))]
+        parts = enumerate(site.rows(gradient).unbind(-1))
+        numbers += [Number(site, place, raw, torch.zeros_like(raw), raw, raw) for place, raw in parts]
     for index, number in enumerate(numbers):
         curved = _curvatures(number, [site for site in sites if site.inside(number.site)], graph)
-        for other, after in enumerate(numbers[index:], index):
-            column = curved.get(after.site.name)
-            if column is not None and other > index:
-                after.couplings[index] = column[..., after.place]
-            elif column is not None:
-                number.curvature = number.own = column[..., number.place]
+        number.curvature = number.own = curved[number.site.name][..., number.place]
+        for after in numbers[index + 1 :]:
+            if after.site.name in curved:
+                after.couplings[index] = curved[after.site.name][..., after.place]
     if not graph:
         for number in numbers:
             number.gradient, number.own = number.gradient.detach(), number.own.detach()
@@ -383,10 +371,15 @@ def _curvatures(number: Number, sites: Sequence[Local], graph: bool) -> dict[str
     """Return the negative derivatives of a number's gradient with respect to sites in its rows: (*rows, numbers)."""
     if not number.raw.requires_grad:
         return {site.name: torch.zeros_like(site.rows(site.value)) for site in sites}
-    values = [site.value for site in sites]
-    found = torch.autograd.grad(number.raw.sum(), values, create_graph=graph, retain_graph=True, allow_unused=True)
-    pairs = zip(sites, found, strict=True)
-    return {site.name: site.rows(torch.zeros_like(site.value) if part is None else -part) for site, part in pairs}
+    values, total = [site.value for site in sites], number.raw.sum()
+    found = torch.autograd.grad(total, values, create_graph=graph, retain_graph=True, materialize_grads=True)
+    return {site.name: -site.rows(part) for site, part in zip(sites, found, strict=True)}
+
+
+def slope(total: Tensor, site: Local) -> Tensor:
+    """Return the derivative of a number by the values of a site (*batch, numbers); its graph is kept."""
+    (found,) = torch.autograd.grad(total, [site.value], retain_graph=True, materialize_grads=True)
+    return site.rows(found)
 
 
 def _eliminate(numbers: list[Number]) -> None:
@@ -419,8 +412,7 @@ def coupled(first: Conditional) -> list[Local]:
     for index, number in enumerate(first.numbers):
         if number.raw.requires_grad and number.site not in found:
             signs = _signs(number.raw, index)
-            (product,) = torch.autograd.grad((signs * number.raw).sum(), [number.site.value], retain_graph=True)
-            column = number.site.rows(-product)[..., number.place]
+            column = -slope((signs * number.raw).sum(), number.site)[..., number.place]
             if not _close(column, signs * number.curvature, number.curvature):
                 found.append(number.site)
     return found
@@ -439,29 +431,22 @@ def _read_in_other_rows(first: Conditional, site: Local) -> bool:
         if not part.requires_grad or name in first.at.without_local_parents or math.prod(shape) == 1:
             continue
         signs = _signs(site.value.new_zeros(shape), index)
-        sums = part.sum(), (signs * part).sum()
-        slopes = [torch.autograd.grad(total, site.value, retain_graph=True, allow_unused=True)[0] for total in sums]
-        if any(slope is None for slope in slopes):
-            continue
-        slope, signed = map(site.rows, slopes)
-        if not _close(signed, signs.unsqueeze(-1) * slope, slope):
+        own = slope(part.sum(), site)
+        if not _close(slope((signs * part).sum(), site), signs.unsqueeze(-1) * own, own):
             return True
     return False
 
 
 def crossed(first: Conditional) -> list[tuple[Local, Local]]:
     """Return the pairs of sites that depend on each other given all else, and of which none is inside of the other."""
-    found = []
-    for before, after in itertools.combinations(first.sites, 2):
-        for number in first.numbers:
-            if after.inside(before) or number.site is not before or not number.raw.requires_grad:
-                continue
-            signed = (_signs(number.raw, number.place) * number.raw).sum()
-            (product,) = torch.autograd.grad(signed, [after.value], retain_graph=True, allow_unused=True)
-            if product is not None and not _close(product, torch.zeros_like(product), number.curvature):
-                found.append((before, after))
-                break
-    return found
+
+    def depends(number: Number, other: Local) -> bool:
+        product = slope((_signs(number.raw, number.place) * number.raw).sum(), other)
+        return not _close(product, torch.zeros_like(product), number.curvature)
+
+    pairs = [(one, other) for one, other in itertools.combinations(first.sites, 2) if not other.inside(one)]
+    bent = [number for number in first.numbers if number.raw.requires_grad]
+    return [(one, other) for one, other in pairs if any(depends(own, other) for own in bent if own.site is one)]
 
 
 def read_elsewhere(first: Conditional) -> list[Local]:
@@ -486,13 +471,12 @@ def parents(first: Conditional) -> list[Local]:
 def _read_by(first: Conditional, site: Local, names: Collection[str]) -> bool:
     """Whether the log densities of sites of these names depend on a site."""
     parts = [part.sum() for name, part in first.at.densities().items() if name in names and part.requires_grad]
-    slopes = torch.autograd.grad(parts, site.value, retain_graph=True, allow_unused=True) if parts else (None,)
-    return slopes[0] is not None and bool((slopes[0] != 0.0).any())
+    return bool(parts) and bool((slope(torch.stack(parts).sum(), site) != 0.0).any())
 
 
 def rows_in(subsample: Site) -> tuple[int, int]:
     """Return how many rows a plate has, and how many of them the model draws."""
-    fn = cast(_Subsample, subsample["fn"])
+    fn: Any = subsample["fn"]
     return fn.size, min(fn.subsample_size or fn.size, fn.size)
 
 
@@ -534,16 +518,14 @@ def check_plates(site: Site) -> None:
         if frame.dim is None:
             raise ValueError(
                 f"site {site['name']!r}: expected a vectorized plate, got a loop over the subsampled plate "
-                f"{frame.name!r}. Write `with pyro.plate(...) as rows:`, and pass the data of these rows, as in "
-                "`obs=y[rows]`."
+                f"{frame.name!r}. {OF_THESE_ROWS}"
             )
         shape = site["value"].shape[: site["value"].dim() - site["fn"].event_dim]
         got = shape[frame.dim] if len(shape) >= -frame.dim else 1
         if site["is_observed"] and got not in (1, frame.size):
             raise ValueError(
                 f"site {site['name']!r}: expected data of the {frame.size} rows that plate {frame.name!r} takes of "
-                f"{frame.full_size}, got data of {got} rows. Write `with pyro.plate(...) as rows:`, and pass the data "
-                "of these rows, as in `obs=y[rows]`."
+                f"{frame.full_size}, got data of {got} rows. {OF_THESE_ROWS}"
             )
 
 

@@ -146,10 +146,10 @@ class AutoHierarchicalFlow(AutoMessenger):  # type: ignore[metaclass]
         self._children: list[str] = []  # sites of the flow whose priors depend on latents in plates
         self.reason: str | None = None
         self.top: AutoFlow | None = None
-        self._modes: dict[str, tuple[Tensor, Tensor]] = {}
-        self._sizes: dict[str, int] = {}
-        self._events: dict[str, int] = {}
-        self._shapes: dict[str, tuple[int, int]] = {}
+        self._modes: dict[str, tuple[Tensor, Tensor]] = {}  # of all rows of sites in plates, and which rows have one
+        self._plate_sizes: dict[str, int] = {}  # all rows of each plate
+        self._axes: dict[str, tuple[int, int]] = {}  # of each latent site: batch axes, and axes of an event
+        self._events: dict[str, int] = {}  # axes of an unconstrained event of sites in plates
         self.sizes: dict[str, int] = {}
         self.subsampled = False
         self._z: Tensor | None = None  # the globals of this run
@@ -197,9 +197,10 @@ class AutoHierarchicalFlow(AutoMessenger):  # type: ignore[metaclass]
         for option, names in ((self._option, self._joint), ("normal", self._own)):
             for name in names:
                 _checks.choice(option, name, [site["name"] for site in latents])
-        self._sizes = {frame.name: frame.full_size or frame.size for frame in every}
-        self._nesting = max(_batch_axes(site) for site in sites)  # of which some may be in no plate
-        self._shapes = {site["name"]: (len(site["fn"].batch_shape), site["fn"].event_dim) for site in latents}
+        self._plate_sizes = {frame.name: frame.full_size or frame.size for frame in every}
+        axes = [max(len(site["fn"].batch_shape), site["value"].dim() - site["fn"].event_dim) for site in sites]
+        self._nesting = max(axes)  # of which some may be in no plate
+        self._axes = {site["name"]: (len(site["fn"].batch_shape), site["fn"].event_dim) for site in latents}
         self.sizes = {site["name"]: transform_of(site).inv(site["value"]).numel() for site in latents}
         self.subsampled = any(map(conditional.is_part, every))
         joint = set(self._joint)
@@ -273,7 +274,7 @@ class AutoHierarchicalFlow(AutoMessenger):  # type: ignore[metaclass]
         raise ValueError(reason)
 
     def _fits(self, site: conditional.Local) -> bool:
-        whole = all(self._sizes[name] == site.batch[axis] for name, axis in site.plates.items())
+        whole = all(self._plate_sizes[name] == site.batch[axis] for name, axis in site.plates.items())
         return whole and site.value.numel() <= JOINT_UP_TO
 
     def _globals(self, args: Positional, kwargs: Keywords) -> AutoFlow:
@@ -491,7 +492,7 @@ class AutoHierarchicalFlow(AutoMessenger):  # type: ignore[metaclass]
                 value = value.mean(0)
             full = [1] * rank
             for plate, axis in site.plates.items():
-                full[axis] = self._sizes[plate]
+                full[axis] = self._plate_sizes[plate]
             kept, seen = self._modes.get(site.name, (value, value.new_ones(())))
             if kept.dtype != value.dtype or list(seen.shape) != full:
                 kept, seen = value.new_zeros(*full, *value.shape[rank:]), value.new_zeros(full, dtype=torch.bool)
@@ -580,14 +581,14 @@ class AutoHierarchicalFlow(AutoMessenger):  # type: ignore[metaclass]
     def _run_once(self, args: Positional, kwargs: Keywords, chosen: Chosen) -> dict[str, Tensor]:
         with poutine.condition(data=dict(chosen)) if chosen else nullcontext():
             found = self(*args, **kwargs)
-        return {name: found[name] for name in self._shapes}
+        return {name: found[name] for name in self._axes}
 
     def _many(self, count: int, args: Positional, kwargs: Keywords, chosen: Chosen) -> dict[str, Tensor]:
         """Draw in an outer plate."""
         with pyro.plate("_draws", count, dim=-1 - self._nesting):
             found = self._run_once(args, kwargs, chosen)
         draws = {}
-        for name, (batch, event_dim) in self._shapes.items():
+        for name, (batch, event_dim) in self._axes.items():
             value, rank = found[name], 1 + self._nesting + event_dim
             value = value.reshape(*[1] * (rank - value.dim()), *value.shape)
             cut = 1 + self._nesting - batch
@@ -609,10 +610,6 @@ class AutoHierarchicalFlow(AutoMessenger):  # type: ignore[metaclass]
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             return quantiles_of(self.sample_posterior(QUANTILE_DRAWS, *args, **kwargs), levels)
-
-
-def _batch_axes(site: Site) -> int:
-    return max(len(site["fn"].batch_shape), site["value"].dim() - site["fn"].event_dim)
 
 
 class _Plates(Messenger):

@@ -661,8 +661,8 @@ def check_masks(rows: Rows, z: Tensor, chosen: Mapping[str, Tensor]) -> None:
             mask = messages(at.trace)[site.name]["mask"]
             if name == site.name or mask is None or not part.requires_grad:
                 continue
-            (slope,) = torch.autograd.grad(part.sum(), site.value, retain_graph=True, allow_unused=True)
-            if slope is not None and bool(((site.rows(slope) != 0.0).any(-1) & ~torch.as_tensor(mask)).any()):
+            read = (conditional.slope(part.sum(), site) != 0.0).any(-1)
+            if bool((read & ~torch.as_tensor(mask)).any()):
                 raise ValueError(
                     f"site {site.name!r}: expected a prior in each row that is read, got a mask on it where site "
                     f"{name!r} reads it. Give these rows a wide prior, or mask {name!r} there, too."

@@ -51,10 +51,8 @@ class Digits(Runs):
         vars(self).update(now, _has_double=False)
         return False
 
-    def _in_both(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """Return log densities (S,) at ``z`` (S, D), in single precision and in double, without recording.
-
-        Points of the latter are some that single precision rounds to ``z``.
+    def _doubly(self, z: Tensor) -> Tensor:
+        """Return log densities (S,) in double precision, at some points that single precision rounds to ``z`` (S, D).
 
         Raises:
             Exception: what the model's own code raises in double precision.
@@ -66,10 +64,13 @@ class Digits(Runs):
             with in_double():
                 return self.single(row)
 
-        return self._at(self.single, z).double(), self._at(doubly, z.double() * (1.0 + rounding))
+        return self._at(doubly, z.double() * (1.0 + rounding))
 
     def _at(self, single: Callable[[Tensor], Tensor], z: Tensor) -> Tensor:
-        """Return the values (S,) of a function of one point at ``z`` (S, D), NaN where the model raises an error."""
+        """Return the values (S,) of a function of one point at ``z`` (S, D), NaN where the model raises an error.
+
+        They are not recorded.
+        """
         with quiet():
             return where_possible(
                 lambda rows: (over_rows(single, rows, batched=self.batched, size=self._rows),),
@@ -94,7 +95,8 @@ class Digits(Runs):
         for number, latent in enumerate(sites):
             points[number, :, latent.offset : latent.offset + latent.size] = points.new_tensor(FAR)[:, None]
         with Tried() as tried:
-            single, double = self._in_both(torch.cat([points.flatten(0, 1), points.new_zeros(1, self.dim)]))
+            z = torch.cat([points.flatten(0, 1), points.new_zeros(1, self.dim)])
+            single, double = self._at(self.single, z).double(), self._doubly(z)
         if tried.error is not None:
             passed_over("precisions not compared far out", tried.error)
             return False
@@ -103,31 +105,34 @@ class Digits(Runs):
         off = (single - double).abs() > LOST + LOST_SHARE * double.abs()
         return bool((torch.maximum(single, double)[off] >= double.max()).any()) if bool(off.any()) else False
 
-    def rounding(self, z: Tensor, *, most: int = COMPARED_ONE_BY_ONE) -> float:
+    def rounding(self, z: Tensor, *, most: int = COMPARED_ONE_BY_ONE, log_p: Tensor | None = None) -> float:
         """Return by how many nats rounding changes the log density at draws ``z`` (S, D), as far as that can be told.
 
         At a few of them, the model as it is written is compared with itself in double precision: whole numbers and
         torch's defaults are in single where latents are in double. Of double precision, and of models that do not run
-        in it, the last digit of the log density is what can be told. The result is kept.
+        in it, the last digit of the log density is what can be told. The result is kept. ``log_p`` (S,) are the log
+        densities at ``z``, where they are known.
 
         Cost: 64 densities in either precision; 8, or ``most`` if that is less, where they are evaluated one by one.
         """
         few = COMPARED if self.batched else min(most, COMPARED_ONE_BY_ONE)
-        z = z[torch.isfinite(z).all(1)]
-        self._off = self._off_by(z[:: max(1, len(z) // few)][:few]) if len(z) else 0.0
+        there = torch.isfinite(z).all(1).nonzero()[:, 0]
+        some = there[:: max(1, len(there) // few)][:few]
+        self._off = self._off_by(z[some], None if log_p is None else log_p[some]) if len(some) else 0.0
         return self._off
 
     @torch.no_grad()
-    def _off_by(self, z: Tensor) -> float:
+    def _off_by(self, z: Tensor, log_p: Tensor | None) -> float:
+        log_p = self._at(self.single, z) if log_p is None else log_p
         if self._has_double and not self._double:
             with Tried() as tried:
-                single, double = self._in_both(z)
+                single, double = log_p.double(), self._doubly(z)
                 there = torch.isfinite(double)
                 return float((single - double)[there].abs().nan_to_num(nan=torch.inf).amax()) if there.any() else 0.0
             if tried.error is not None:
                 passed_over("precisions not compared", tried.error)
                 self._has_double = False
-        size = self._at(self.single, z).abs()
+        size = log_p.abs()
         return float(size[torch.isfinite(size)].median().nan_to_num(nan=0.0)) * torch.finfo(self.dtype).eps
 
     def known_rounding(self, z: Tensor) -> float:
@@ -146,9 +151,11 @@ class Digits(Runs):
         if not (self._double or pure) and self.rounding(z) > ALLOWED and self._has_double:
             raise LostDigits
 
-    def lost_digits(self, z: Tensor, *, most: int = COMPARED_ONE_BY_ONE) -> tuple[list[str], list[str]]:
+    def lost_digits(
+        self, z: Tensor, *, most: int = COMPARED_ONE_BY_ONE, log_p: Tensor | None = None
+    ) -> tuple[list[str], list[str]]:
         """Say what rounding does at draws ``z`` (S, D): what speaks against figures, and what is to be noted."""
-        off = self.rounding(z, most=most)
+        off = self.rounding(z, most=most, log_p=log_p)
         if off <= ALLOWED:
             return [], []
         other = "" if self._has_double else ": the model does not run in double precision throughout"

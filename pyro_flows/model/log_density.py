@@ -125,9 +125,11 @@ class LogDensity(SiteValues):
         """Return how many of so many draws a check may evaluate: fewer where evaluations write many numbers."""
         return min(draws, max(DRAWS_AT_LEAST, int(WRITTEN_FOR_A_CHECK / max(self.written, 1))))
 
-    def lost_digits(self, z: Tensor, *, most: int = COMPARED_ONE_BY_ONE) -> tuple[list[str], list[str]]:
+    def lost_digits(
+        self, z: Tensor, *, most: int = COMPARED_ONE_BY_ONE, log_p: Tensor | None = None
+    ) -> tuple[list[str], list[str]]:
         """Say what rounding does at draws ``z`` (S, D), to densities and next to bounds; see :class:`Digits`."""
-        lost, notes = super().lost_digits(z, most=most)
+        lost, notes = super().lost_digits(z, most=most, log_p=log_p)
         return [*self._on_bounds(z), *lost], notes
 
     @torch.no_grad()
@@ -155,9 +157,9 @@ class LogDensity(SiteValues):
         shown = f"{MISSED_MASS_OF_TAILS:.0%}"
         return [f"{ON_BOUNDS} {name} onto a bound in more than {shown} of the draws, so mass next to the bound is lost"]
 
-    def take(self, values: Recorder, gradients: Recorder) -> None:
+    def take(self, values: Recorder, gradients: Recorder, constrained: Recorder) -> None:
         """Evaluate by these recorders from now on: those that densities of one model with many data sets share."""
-        self._values, self._with_gradients = values, gradients
+        self._values, self._with_gradients, self._constrained = values, gradients, constrained
 
     def under(self, clock: Clock) -> None:
         """Look at ``clock`` as evaluations go on."""
@@ -190,18 +192,20 @@ class LogDensity(SiteValues):
             other.model, other._double = vars(self.model)["__wrapped__"], False
         return other
 
-    def beside(self, args: Sequence[object], kwargs: Mapping[str, object]) -> LogDensity:
+    def beside(self, args: Sequence[object], kwargs: Mapping[str, object], *, moves_alike: bool = False) -> LogDensity:
         """Return the log density of the same model with other data of equal shapes, in the same coordinates.
 
         Its structure is read, and its data are checked. Whether it can be batched is not: who calls this compares
-        values, as :class:`~pyro_flows.model.stack.Stack` does.
+        values, as :class:`~pyro_flows.model.stack.Stack` does. With ``moves_alike``, what moves with latents (supports,
+        locations, scales) is not found out anew: data that are inputs of one graph do not change it.
 
         Raises:
             ValueError: as for a new log density.
         """
         other = copy.copy(self)
         other.args, other.kwargs, other.faults, other.proper = tuple(args), dict(kwargs), Faults(), False
-        other._settle(other._read(self.model).noncenter(self.structure.noncentered), self)
+        like = self._as_read if moves_alike else None
+        other._settle(other._read(self.model, like).noncenter(self.structure.noncentered), self)
         return other
 
     def __call__(self, z: Tensor) -> Tensor:

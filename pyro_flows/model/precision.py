@@ -78,10 +78,10 @@ def doubled(model: Model) -> Model:
     return within(model, in_double)
 
 
-def read_in_double(model: Model, args: Positional, kwargs: Keywords) -> Structure:
+def read_in_double(model: Model, args: Positional, kwargs: Keywords, like: Structure | None = None) -> Structure:
     """Read the structure of a model that runs in double precision, and score its sites once."""
     with in_double():
-        found = read_structure(model, args, kwargs)
+        found = read_structure(model, args, kwargs, like=like)
         with torch.no_grad():
             for site in messages(found.trace).values():  # densities are scored when the model has run
                 if site["type"] == "sample" and not (is_subsample(site) or is_refused(site)):
@@ -89,7 +89,9 @@ def read_in_double(model: Model, args: Positional, kwargs: Keywords) -> Structur
     return found
 
 
-def read_in_one_precision(model: Model, args: Positional, kwargs: Keywords) -> tuple[Structure, bool]:
+def read_in_one_precision(
+    model: Model, args: Positional, kwargs: Keywords, like: Structure | None = None
+) -> tuple[Structure, bool]:
     """Read the structure of a model, and say whether it is to run in double precision.
 
     ``dist.Gamma(2.0, 1.0)`` is in single precision, torch's default. With data in double, a model rounds in the middle:
@@ -99,7 +101,7 @@ def read_in_one_precision(model: Model, args: Positional, kwargs: Keywords) -> t
     """
     failed: RuntimeError | None = None
     try:
-        structure = read_structure(model, args, kwargs)
+        structure = read_structure(model, args, kwargs, like=like)
         if not _mixes(structure):
             return structure, False
     except RuntimeError as error:
@@ -107,7 +109,7 @@ def read_in_one_precision(model: Model, args: Positional, kwargs: Keywords) -> t
             raise
         failed = error
     with Tried() as tried:
-        return read_in_double(model, args, kwargs), True
+        return read_in_double(model, args, kwargs, like), True
     if failed is not None and tried.error is not None:
         raise (failed if is_about_dtypes(tried.error) else tried.error) from None
     return structure, False

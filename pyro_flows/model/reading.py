@@ -38,11 +38,22 @@ from pyro_flows.model.supports import check_density, family
 
 
 def read_structure(
-    model: Model, args: Positional, kwargs: Keywords, start: Callable[[Site], Tensor] = initial_value
+    model: Model,
+    args: Positional,
+    kwargs: Keywords,
+    start: Callable[[Site], Tensor] = initial_value,
+    *,
+    like: Structure | None = None,
 ) -> Structure:
-    """Run ``model`` once at a starting value (``start`` of each latent site's message) and read its structure."""
+    """Run ``model`` once at a starting value (``start`` of each latent site's message) and read its structure.
+
+    What moves with the latents is as in ``like``, the structure with other data, or is found out by further runs.
+    """
     run, trace = functools.partial(model, *args, **kwargs), first_run(model, args, kwargs, start)
     structure = _structure(trace, used(run, trace))
+    if like is not None:
+        moves = {name: getattr(like, name) for name in ("dtype", "dependent", "hierarchical", "drawn")}
+        return replace(structure, **moves)
     try:
         return _dependence(run, structure)
     except RuntimeError as error:

@@ -67,15 +67,15 @@ class Runs:
         self.faults = Faults()
         self._settle(self._read(model).noncenter(noncentered))
 
-    def _read(self, model: Model) -> Structure:
+    def _read(self, model: Model, like: Structure | None = None) -> Structure:
         """Read the structure of a model with these arguments, and tie it to its parameters."""
         with seeded(0):
-            self._as_read, double = read_in_one_precision(model, self.args, self.kwargs)
+            self._as_read, double = read_in_one_precision(model, self.args, self.kwargs, like)
             nodes = messages(self._as_read.trace)
             refused = frozenset(name for name in self._as_read.observed if is_refused(nodes[name]))
             if refused:
                 model = in_floats(model, refused)
-                self._as_read, double = read_in_one_precision(model, self.args, self.kwargs)
+                self._as_read, double = read_in_one_precision(model, self.args, self.kwargs, like)
         self.model, self._parameters = hold(model, self._as_read.trace)
         if double:
             self.model, self._double = doubled(self.model), True

@@ -29,6 +29,7 @@ class SiteValues(Digits):
     def _settle(self, structure: Structure, like: Runs | None = None) -> None:
         super()._settle(structure, like)
         self._densities: dict[tuple[str, ...], Recorder] = {}  # by the sites that they are of
+        self._constrained: Recorder | None = None  # the graph of constrained values that many data sets share
 
     def constrain(self, z: Tensor) -> dict[str, Tensor]:
         """Return latent and deterministic sites as the model sees them: ``{name: (S, *shape)}``.
@@ -36,23 +37,31 @@ class SiteValues(Digits):
         A long model runs only if it has deterministic sites, or if supports depend on other sites or on parameters.
         """
         z = self._check(z)
-        deterministic = () if self.structure.enumerated else tuple(self.structure.deterministic)
-        if self.long and not (deterministic or self.structure.dependent or self._parameters):
+        if self.long and not (self._shown[len(self.names) :] or self.structure.dependent or self._parameters):
             with torch.no_grad():
                 return self.map(lambda row: {name: placed.value for name, placed in self.placed(row).items()}, z)
-
-        def values(row: Tensor) -> dict[str, Tensor]:
-            trace, _ = self._run(row, enumerate_sites=True)
-            return {name: messages(trace)[name]["value"] for name in (*self.names, *deterministic)}
+        if self._constrained is not None and not self._factorizes:
+            with turn(), passing_over():
+                return dict(zip(self._shown, self._constrained(z), strict=True))
 
         def instead(rows: Tensor) -> dict[str, Tensor]:
             known = {} if self.structure.dependent or self._parameters else self.placed(rows[0])
-            sites = {name: messages(self.structure.trace)[name]["value"] for name in (*self.names, *deterministic)}
+            sites = {name: messages(self.structure.trace)[name]["value"] for name in self._shown}
             found = {name: known[name].value if name in known else undefined(value) for name, value in sites.items()}
             return {name: value[None] for name, value in found.items()}
 
         with torch.no_grad():
-            return self.map(values, z, instead=instead)
+            return self.map(self.constrained, z, instead=instead)
+
+    @property
+    def _shown(self) -> tuple[str, ...]:
+        """The sites of :meth:`constrain`: latent ones first, then deterministic ones."""
+        return (*self.names, *(() if self.structure.enumerated else self.structure.deterministic))
+
+    def constrained(self, row: Tensor) -> dict[str, Tensor]:
+        """Return what :meth:`constrain` does, at one point (D,)."""
+        trace, _ = self._run(row, enumerate_sites=True)
+        return {name: messages(trace)[name]["value"] for name in self._shown}
 
     def unconstrain(self, values: Mapping[str, Tensor]) -> Tensor:
         """Return ``z`` (S, D) for constrained latents ``{name: (S, *shape)}``: the inverse of :meth:`constrain`.

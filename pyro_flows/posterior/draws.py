@@ -53,7 +53,8 @@ def from_draws(
         pool = pool_of(density, draw, draws, times)
         scored = len(pool.log_p)
         failed, cut = _cut(density.clock, scored, pool.wanted, stopped, moving=moving)
-        draws, (lost, rounded) = scored * draws // pool.wanted, density.lost_digits(pool.z, most=pool.checked)
+        draws = scored * draws // pool.wanted
+        lost, rounded = density.lost_digits(pool.z, most=pool.checked, log_p=pool.log_p)
         lost += infinite_places(density, pool.z, pool.log_p)
         lost += beyond_priors(density, pool.z, pool.log_p - pool.log_q)
         checked = min(checked, pool.checked)

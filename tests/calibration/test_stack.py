@@ -191,3 +191,27 @@ def test_a_density_beside_another_that_is_of_another_kind_is_not_stacked(model):
     others = [first.beside((torch.tensor(y),), {}) for y in (2.0, 60.0)]
     with pytest.raises(NotStackable):
         Stack([first, *others])
+
+
+def test_constrained_values_that_share_a_graph_are_those_of_each_density():
+    """One is of the data, one has a support that moves, and one is whole."""
+
+    def model(y):
+        top = pyro.sample("top", dist.HalfNormal(2.0))
+        pyro.sample("below", dist.Uniform(0.0, top))
+        pyro.deterministic("shifted", top + y.mean())
+        pyro.deterministic("above", (top > 1.0).long())
+        with pyro.plate("row", len(y)):
+            pyro.sample("y", dist.Normal(top, 1.0), obs=y)
+
+    data = torch.randn(3, 6, generator=torch.Generator().manual_seed(2))
+    stack = Stack([LogDensity(model, (y,)) for y in data])
+    z = points(stack, 40)[:40]
+    for y, density in zip(data, stack.densities, strict=True):
+        expected = LogDensity(model, (y,)).constrain(z)
+        for _ in range(3):  # it is recorded at the second call
+            found = density.constrain(z)
+        assert list(found) == list(expected)
+        for name, value in expected.items():
+            torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-6)
+        assert density._constrained.reason is None
