@@ -36,6 +36,7 @@ def multiscale_realnvp(
     hidden: Sequence[int] = (32, 32),
     activation: str = "relu",
     network: str = "robust",
+    dense: Sequence[int] = (),
     log_scale_bound: float = 8.0,
     alpha: float | None = None,
     base: str = "logistic",
@@ -62,6 +63,7 @@ def multiscale_realnvp(
         activation: their activation.
         network: ``"robust"`` (convolutions of asinh(x): a few images far from all others, such as white ones, else send
             the density of their batch to zero), ``"convolution"``, or ``"residual"`` (weight-normed, as published).
+        dense: widths of perceptrons that take the place of convolutions at the last scale, each of all its pixels.
         log_scale_bound: smooth bound of one coupling's log scale, in nats.
         alpha: None for data on the real line; for data in [0, 1], that of a final :class:`Logit`.
         base: see :class:`Flow`.
@@ -88,20 +90,22 @@ def multiscale_realnvp(
         "log_scale_bound": log_scale_bound,
     }  # fmt: skip
 
+    last: Couplings = {**options, "network": "dense", "hidden": dense} if dense else options
+
     def scale(shape: Shape, left: int) -> list[Bijection]:
         """In the order of sampling, the coarser scale first."""
         if left == 1 and (shape[1] % 2 or shape[2] % 2):
-            return _couplings(shape, layers + 1, masks.checkerboard, options)
+            return _couplings(shape, layers + 1, masks.checkerboard, last)
         deep, half = _halved(shape)
         if left == 1:
-            inner = _couplings(deep, layers + 1, _board, options)
+            inner = _couplings(deep, layers + 1, _board, last)
         else:
             inner = [MultiScale(Compose(scale(half, left - 1))), *_couplings(deep, layers, _rows, options)]
             inner += _couplings(deep, layers, _board, options)
         return [Squeeze(shape), *inner, Squeeze(shape).inv]
 
     stack = [*scale(shape, levels), *_ending(shape, alpha)]
-    more = {"dim": shape, "levels": levels, "layers": layers, "alpha": alpha}
+    more = {"dim": shape, "levels": levels, "layers": layers, "alpha": alpha, "dense": dense}
     return build(stack, base, df, builder="multiscale_realnvp", **options, **more)
 
 
