@@ -1,7 +1,6 @@
 """Are samples digits? Flows of MNIST, without and with noise, and the share of their samples that a classifier names.
 
-    python -m benchmarks.density.recognition --seconds 80
-    python -m benchmarks.density.recognition --seconds 600 --only "noise, dense" --fits fits
+    python -m benchmarks.density.recognition --fits fits
 
 A classifier names an image if one digit has a probability of .9. A plain one, trained on digits alone, names much that
 is none. So there is a strict one too: it also knows a class of images that are stitched of quarters of four digits, and
@@ -45,10 +44,12 @@ FIELDS = (*KEY, "noise", "steps", "nats", "named", "strict", "accuracy", "strict
 
 @dataclass(frozen=True)
 class Variant:
-    """Options of :func:`pyro_flows.multiscale_realnvp`, and the noise."""
+    """Options of :func:`pyro_flows.multiscale_realnvp`, the noise, and how long it is trained, in CPU seconds."""
 
     noise: float | None
     options: dict[str, Any] = field(default_factory=dict)
+    learning_rate: float = 3e-3
+    seconds: float = 80.0
 
     def flow(self) -> pf.Flow:
         """Return it, new; without noise it ends in a logit, as in the density benchmark."""
@@ -62,6 +63,7 @@ VARIANTS = {
     "no noise, dense": Variant(None, {"dense": (256, 256)}),
     "noise": Variant(0.1),
     "noise, dense": Variant(0.1, DENSE),
+    "noise, wide dense": Variant(0.1, {**DENSE, "dense": (512, 512)}, 2e-3, 600.0),
     "noise, dense, three levels": Variant(0.1, {**DENSE, "levels": 3}),
 }
 
@@ -131,9 +133,14 @@ def accuracy(net: nn.Module, images: Tensor, labels: Tensor) -> float:
 # flows ----------------------------------------------------------------------------------------------------------------
 
 
+def folder(name: str, seed: int, seconds: float) -> str:
+    """Return the name of a fit's folder."""
+    return f"{name}-{seed}-{seconds:g}".replace(", ", "-").replace(" ", "-")
+
+
 def fitted(name: str, split: Split, seconds: float, seed: int, fits: Path | None) -> pf.DensityFit:
     """Train a variant, or load it from the folder."""
-    kept = None if fits is None else fits / f"{name}-{seed}-{seconds:g}".replace(", ", "-").replace(" ", "-")
+    kept = None if fits is None else fits / folder(name, seed, seconds)
     if kept is not None and kept.exists():
         return pf.DensityFit.load(kept)
     variant = VARIANTS[name]
@@ -142,14 +149,14 @@ def fitted(name: str, split: Split, seconds: float, seed: int, fits: Path | None
     flow.bijection.start_from(first + (variant.noise or 0.0) * torch.randn_like(first))
     fit = pf.fit_density(
         flow, split.train, validation=split.validation[:2000], levels=LEVELS, noise=variant.noise, batch=BATCH,
-        learning_rate=3e-3, max_seconds=seconds, clock="cpu", seed=seed, progress=False,
+        learning_rate=variant.learning_rate, max_seconds=seconds, clock="cpu", seed=seed, progress=False,
     )  # fmt: skip
     if kept is not None:
         fit.save(kept)
     return fit
 
 
-def pictures(fit: pf.DensityFit, count: int, temperature: float) -> Tensor:
+def pictures(fit: pf.DensityFit, count: int, temperature: float = 1.0) -> Tensor:
     """Return samples, denoised if the fit has noise."""
     drawn = fit.sample(count, temperature=temperature, seed=0)
     return fit.denoise(drawn) if fit.noise else drawn
@@ -162,7 +169,7 @@ def gaussian(train: Tensor, count: int) -> Tensor:
     return base.sample((count,)).float().unflatten(1, SHAPE)
 
 
-def measure(names: Sequence[str], seconds: float, seed: int, fits: Path | None) -> Iterator[dict[str, Any]]:
+def measure(names: Sequence[str], seconds: float | None, seed: int, fits: Path | None) -> Iterator[dict[str, Any]]:
     """Train the classifiers, then each variant; yield a row for each temperature, and two of what is no flow."""
     torch.set_num_threads(1)
     torch.optim.Adam([torch.zeros(1, requires_grad=True)])  # the first one imports for seconds, which are no training
@@ -183,11 +190,12 @@ def measure(names: Sequence[str], seconds: float, seed: int, fits: Path | None) 
     torch.manual_seed(seed)
     yield row(GAUSSIAN, gaussian(split.train, 2000))
     for name in names:
-        fit = fitted(name, split, seconds, seed, fits)
+        budget = VARIANTS[name].seconds if seconds is None else seconds
+        fit = fitted(name, split, budget, seed, fits)
         nats = fit.nats(split.test[:2000])
         for temperature in TEMPERATURES:
             drawn = pictures(fit, DRAWS, temperature)
-            more = {"budget": f"{seconds:g}", "temperature": temperature, "noise": fit.noise or ""}
+            more = {"budget": f"{budget:g}", "temperature": temperature, "noise": fit.noise or ""}
             yield row(name, drawn, **more, steps=fit.settings["steps"], nats=f"{nats:.2f}")
 
 
@@ -226,7 +234,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--only", nargs="+", choices=list(VARIANTS), default=list(VARIANTS), help="variants")
-    parser.add_argument("--seconds", type=float, default=80.0, help="CPU seconds of each training (default: 80)")
+    parser.add_argument("--seconds", type=float, help="CPU seconds of each training (default: by variant)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--fits", type=Path, help="folder to keep our fits in")
     parser.add_argument("--out", type=Path, default=OUT, help="the CSV file")

@@ -62,8 +62,10 @@ def multiscale_realnvp(
         hidden: channels of the convolutions of each coupling (or of the residual blocks, which are equal).
         activation: their activation.
         network: ``"robust"`` (convolutions of asinh(x): a few images far from all others, such as white ones, else send
-            the density of their batch to zero), ``"convolution"``, or ``"residual"`` (weight-normed, as published).
-        dense: widths of perceptrons that take the place of convolutions at the last scale, each of all its pixels.
+            the density of their batch to zero), ``"convolution"``, ``"residual"`` (weight-normed, as published), or
+            ``"dense"`` (perceptrons of all pixels).
+        dense: widths of perceptrons of all pixels that take the place of convolutions at the last scale. A convolution
+            sees 5 x 5 pixels of its scale, and few of them make strokes, but no digit.
         log_scale_bound: smooth bound of one coupling's log scale, in nats.
         alpha: None for data on the real line; for data in [0, 1], that of a final :class:`Logit`.
         base: see :class:`Flow`.
