@@ -119,7 +119,9 @@ def drawings(fits: Path) -> Drawn:
     found["nice-spectrum"] = lambda: plots.plot_spectrum(pf.DensityFit.load(fits / nice).flow)
     found["nice-inpainting"] = of(nice, "mnist", inpainting)
     found["nice-walk"] = of(nice, "mnist", walk, (0, 1, 2, 4))
-    found["mnist-noise-samples"] = of(recognition.folder(NOISY, 0, recognition.VARIANTS[NOISY].seconds), "mnist images", samples)
+    found["mnist-noise-samples"] = of(
+        recognition.folder(NOISY, 0, recognition.VARIANTS[NOISY].seconds), "mnist images", samples
+    )
     for problem, corners in CORNERS.items():
         short = problem.removesuffix(" images")
         for kind in ("multiscale", "glow"):
