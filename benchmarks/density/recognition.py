@@ -62,7 +62,6 @@ VARIANTS = {
     "no noise": Variant(None),
     "no noise, dense": Variant(None, {"dense": (256, 256)}),
     "noise": Variant(0.1),
-    "noise, dense": Variant(0.1, DENSE),
     "noise, wide dense": Variant(0.1, {**DENSE, "dense": (512, 512)}, 2e-3, 600.0),
     "noise, dense, three levels": Variant(0.1, {**DENSE, "levels": 3}),
 }

@@ -45,11 +45,11 @@ def test_classifiers_name_what_they_know_and_no_empty_image():
 def test_a_fit_is_kept_and_its_samples_are_denoised(tmp_path, monkeypatch):
     images, _ = blobs(400)
     split, small = Split(images[:300], images[300:350], images[350:]), {"hidden": (4,), "layers": 1, "dense": (8,)}
-    monkeypatch.setitem(recognition.VARIANTS, "noise, dense", recognition.Variant(0.3, small))
-    fit = recognition.fitted("noise, dense", split, 2.0, 0, tmp_path)
+    monkeypatch.setitem(recognition.VARIANTS, "noise, wide dense", recognition.Variant(0.3, small))
+    fit = recognition.fitted("noise, wide dense", split, 2.0, 0, tmp_path)
     assert fit.noise == 0.3
-    assert (tmp_path / "noise-dense-0-2").is_dir()
-    again = recognition.fitted("noise, dense", split, 2.0, 0, tmp_path)
+    assert (tmp_path / "noise-wide-dense-0-2").is_dir()
+    again = recognition.fitted("noise, wide dense", split, 2.0, 0, tmp_path)
     drawn = recognition.pictures(again, 6)
     assert torch.equal(drawn, fit.denoise(fit.sample(6, seed=0)))
 
