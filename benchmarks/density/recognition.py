@@ -60,7 +60,6 @@ class Variant:
 DENSE: dict[str, Any] = {"hidden": (32, 32), "dense": (256, 256)}
 VARIANTS = {
     "no noise": Variant(None),
-    "no noise, dense": Variant(None, {"dense": (256, 256)}),
     "noise": Variant(0.1),
     "noise, wide dense": Variant(0.1, {**DENSE, "dense": (512, 512)}, 2e-3, 600.0),
     "noise, dense, three levels": Variant(0.1, {**DENSE, "levels": 3}),

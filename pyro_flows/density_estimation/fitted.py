@@ -247,12 +247,13 @@ class DensityFit:
         """Say in a few lines what was fitted, how long it took and how good it is."""
         about, last = self.settings, float(self.losses[-1]) if len(self.losses) else math.nan
         bits = bits_per_dim(self.validation, self.flow, self.levels)
+        seen = f"with noise of {self.noise:g}" if self.noise else f"{bits:.4f} bits/dim"
         lines = [
             f"{about['flow']} on {about['points']} points of shape {tuple(about['event_shape'])}, "
             f"preprocess {about['preprocess']!r}",
             f"{about['steps']} steps of {about['batch']} in {about['seconds']:.1f} s, step size "
             f"{about['learning_rate']:g}: {self.why}",
-            f"held out: {self.validation:.4f} nats, {bits:.4f} bits/dim"
+            f"held out: {self.validation:.4f} nats, {seen}"
             if math.isfinite(self.validation)
             else f"nothing held out; last training loss {last:.4f} nats",
         ]

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from pyro_flows import _checks
+from pyro_flows._arguments import widths
 from pyro_flows.flows.flow import Flow
 from pyro_flows.flows.recipe import Couplings, build, of_images
 from pyro_flows.transforms import (
@@ -73,7 +74,7 @@ def multiscale_realnvp(
 
     Raises:
         ValueError: for a shape that cannot be halved that often or is down to one pixel then, ``levels`` or ``layers``
-            below 1, an unknown base.
+            below 1, an unknown base, wrong widths.
 
     Reference: Dinh, Sohl-Dickstein and Bengio, *Density estimation using Real NVP*, ICLR 2017
     (arXiv 1605.08803).
@@ -92,6 +93,8 @@ def multiscale_realnvp(
         "log_scale_bound": log_scale_bound,
     }  # fmt: skip
 
+    if dense:
+        dense = widths("dense", dense)
     last: Couplings = {**options, "network": "dense", "hidden": dense} if dense else options
 
     def scale(shape: Shape, left: int) -> list[Bijection]:

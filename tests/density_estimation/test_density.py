@@ -295,6 +295,7 @@ def test_a_density_of_noisy_data_and_their_means():
     found = fit.denoise(noisy)
     assert torch.allclose(found, expected, atol=0.04)
     assert not found.requires_grad
+    assert f"held out: {fit.validation:.4f} nats, with noise of 0.4" in fit.summary()
     assert (found - y).square().mean() < 0.7 * (noisy - y).square().mean()
     entropy = (2.0 * math.pi * math.e * (variance + 0.16)).log().mul(0.5).sum()
     assert fit.nats(y) == pytest.approx(-float(entropy), abs=0.05)
