@@ -17,7 +17,7 @@ from benchmarks.amortized.tables import section as amortized_section
 from benchmarks.calibration import running as calibration
 from benchmarks.calibration.tables import section as calibration_section
 from benchmarks.cold import __main__ as cold
-from benchmarks.density import augmentation, conditional
+from benchmarks.density import augmentation, conditional, recognition
 from benchmarks.density import running as density
 from benchmarks.density import tables as density_tables
 from benchmarks.guides import running as guides
@@ -75,6 +75,7 @@ TITLES = {
     "density": "Densities of data",
     "conditional": "Conditional densities",
     "augmentation": "Synthetic data for classifiers",
+    "recognition": "Samples that a classifier names",
     "chains": "Chains of batches",
     "autoencoders": "Autoencoders",
     "guides": "When is a flow worth its seconds?",
@@ -84,6 +85,7 @@ KINDS = {
     "density": "density",
     "conditional": "density",
     "augmentation": "density",
+    "recognition": "density",
     "autoencoders": "density",
     "guides": "step",
 }  # what decides about tables that are not of fits
@@ -111,6 +113,7 @@ def write_tables(
     guides_csv: Path = guides.OUT,
     conditional_csv: Path = conditional.OUT,
     augmentation_csv: Path = augmentation.OUT,
+    recognition_csv: Path = recognition.OUT,
     chains_csv: Path = chains.OUT,
     autoencoders_csv: Path = autoencoders.OUT,
     sensitivity_csv: Path = sensitivity.OUT,
@@ -152,6 +155,7 @@ def write_tables(
         ("density", density_csv, density_section),
         ("conditional", conditional_csv, lambda rows: conditional.section(rows, table, about)),
         ("augmentation", augmentation_csv, augmentation.section),
+        ("recognition", recognition_csv, recognition.section),
         ("chains", chains_csv, chains.section),
         ("autoencoders", autoencoders_csv, autoencoders.section),
         ("guides", guides_csv, guides_section),

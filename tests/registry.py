@@ -250,6 +250,7 @@ IMAGE_TRANSFORMS: dict[str, tuple[Callable[[tuple, int], pf.transforms.Bijection
     "AffineCoupling-checkerboard": (_image(pf.transforms.AffineCoupling, masks.checkerboard), {}),
     "AffineCoupling-residual": (_image(pf.transforms.AffineCoupling, masks.checkerboard, network="residual"), {}),
     "AffineCoupling-robust-image": (_image(pf.transforms.AffineCoupling, network="robust"), {}),
+    "AffineCoupling-dense": (_image(pf.transforms.AffineCoupling, masks.checkerboard, network="dense"), {}),
     "AffineCoupling-every-other-channel": (_image(pf.transforms.AffineCoupling, _every_other_channel), {}),
     "AffineCoupling-rows": (_image(pf.transforms.AffineCoupling, _rows), {}),
     "BatchNorm-started": (lambda s, c: _batch_norm(s), {"identity": False}),

@@ -53,18 +53,18 @@ def run(problem: Problem, method: str, kind: str, seed: int, seconds: float, kee
     about = {"dim": split.train[0].numel()}
     if method == OURS:
         return about | _ours(problem, split, kind, seed, seconds, keep)
-    train = _spread(split.train, problem.levels).flatten(1)
+    train = spread(split.train, problem.levels).flatten(1)
     loc, scale = train.mean(0), train.std(0)
     if kind in problem.images:
         loc, scale = loc.mean().expand(loc.shape), train.std().expand(scale.shape)
-    held_out, test = ((_spread(part, problem.levels).flatten(1) - loc) / scale for part in split[1:])
+    held_out, test = ((spread(part, problem.levels).flatten(1) - loc) / scale for part in split[1:])
     if method in (GAUSSIAN, MIXTURE):
         scores, steps = _humble((train - loc) / scale, held_out, test, (1,) if method == GAUSSIAN else COMPONENTS)
     else:
         made = density_peers.make(method, problem, kind, split.train.shape[1:])
 
         def rows(places: Tensor) -> Tensor:
-            return (_spread(split.train[places], problem.levels).flatten(1) - loc) / scale
+            return (spread(split.train[places], problem.levels).flatten(1) - loc) / scale
 
         steps = density_peers.train(
             made, rows, held_out[:5000], points=len(train), batch=problem.batch, seconds=seconds
@@ -74,7 +74,7 @@ def run(problem: Problem, method: str, kind: str, seed: int, seconds: float, kee
     return about | _scored(scores.double() - scale.double().log().sum()) | {"steps": steps}
 
 
-def _spread(values: Tensor, levels: int | None) -> Tensor:
+def spread(values: Tensor, levels: int | None) -> Tensor:
     return values if levels is None else (values + torch.rand(values.shape)) / levels
 
 
@@ -85,7 +85,7 @@ def _scored(scores: Tensor) -> Result:
 def _ours(problem: Problem, split: Split, kind: str, seed: int, seconds: float, keep: Path | None) -> Result:
     flow = problem.flow(kind, split.train.shape[1:])
     if isinstance(flow, pf.Flow) and kind in problem.images:
-        flow.bijection.start_from(_spread(split.train[:500], problem.levels))
+        flow.bijection.start_from(spread(split.train[:500], problem.levels))
     fit = pf.fit_density(
         flow,
         split.train,
@@ -99,7 +99,7 @@ def _ours(problem: Problem, split: Split, kind: str, seed: int, seconds: float, 
     )
     if keep is not None:
         fit.save(keep)
-    scores = fit.log_prob(_spread(split.test, problem.levels)).double()
+    scores = fit.log_prob(spread(split.test, problem.levels)).double()
     checks = fit.checks[:-1].tolist()  # the last one is of the weights that were chosen
     values = [value for _, value in checks]
     found = {"best": round(max(values), 3), "last": round(values[-1], 3)} if values else {}

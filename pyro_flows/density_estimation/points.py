@@ -34,6 +34,12 @@ class Levels:
         return (y / self.step + torch.rand_like(y)) / self.count
 
 
+def noisy(y: Tensor, levels: Levels | None, noise: float) -> Tensor:
+    """Return points with the noise that spreads levels, and normal noise of a standard deviation; both are fresh."""
+    y = y if levels is None else levels.spread(y)
+    return y + noise * torch.randn_like(y) if noise else y
+
+
 @dataclass(frozen=True)
 class Rows:
     """Points by index, in memory or on disk, with their context, as numbers of ``like``'s dtype on its device."""
@@ -43,6 +49,7 @@ class Rows:
     like: Tensor
     indices: Tensor | None = None
     levels: Levels | None = None
+    noise: float = 0.0
 
     def __len__(self) -> int:
         return len(self.values) if self.indices is None else len(self.indices)
@@ -55,7 +62,7 @@ class Rows:
         indices = places if self.indices is None else self.indices[places]
         y = _look_up(self.values, indices, self.like)
         context = None if self.context is None else _look_up(self.context, indices, self.like)
-        return y if self.levels is None else self.levels.spread(y), context
+        return noisy(y, self.levels, self.noise), context
 
     def ordered(self, size: int) -> Iterator[Batch]:
         for places in torch.arange(len(self)).split(size):
@@ -126,6 +133,7 @@ class Stream:
     like: Tensor
     paired: bool
     levels: Levels | None = None
+    noise: float = 0.0
 
     def ordered(self, size: int) -> Iterator[Batch]:
         """Go through the loader once; ``size`` is the loader's own."""
@@ -137,7 +145,7 @@ class Stream:
             if not bool(torch.isfinite(y).all()):
                 raise ValueError(f"data: batch {number} of the loader holds missing or infinite values.")
             context = torch.as_tensor(parts[1]).to(self.like) if self.paired else None
-            yield y if self.levels is None else self.levels.spread(y), context
+            yield noisy(y, self.levels, self.noise), context
 
     shuffled = ordered
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -71,12 +72,13 @@ def _default(dim: int, options: Entries) -> Flow:
 
 
 def sources(
-    flow: Flow, data: object, context: object, validation: object, levels: int | None
+    flow: Flow, data: object, context: object, validation: object, levels: int | None, noise: float
 ) -> tuple[Source, Source | None]:
     """Make what is trained on and what is held out."""
     train = points_for(flow, "data", data, context)
     if levels is not None:
         train = train.quantized(levels)
+    train = replace(train, noise=noise)
     if validation is None:
         return train, None
     if isinstance(validation, NUMBER):
@@ -91,7 +93,9 @@ def sources(
     if len(pair) != 2:
         raise ValueError(f"validation: expected data, or a pair (data, context), got {len(pair)} items.")
     held_out = points_for(flow, "validation", *pair)
-    return train, held_out if levels is None else held_out.quantized(levels)
+    if levels is not None:
+        held_out = held_out.quantized(levels)
+    return train, replace(held_out, noise=noise)
 
 
 def with_scale(flow: Flow, train: Source, kind: str | None) -> tuple[Flow, str | None]:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from pyro_flows import _checks
+from pyro_flows._arguments import widths
 from pyro_flows.flows.flow import Flow
 from pyro_flows.flows.recipe import Couplings, build, of_images
 from pyro_flows.transforms import (
@@ -36,6 +37,7 @@ def multiscale_realnvp(
     hidden: Sequence[int] = (32, 32),
     activation: str = "relu",
     network: str = "robust",
+    dense: Sequence[int] = (),
     log_scale_bound: float = 8.0,
     alpha: float | None = None,
     base: str = "logistic",
@@ -61,7 +63,10 @@ def multiscale_realnvp(
         hidden: channels of the convolutions of each coupling (or of the residual blocks, which are equal).
         activation: their activation.
         network: ``"robust"`` (convolutions of asinh(x): a few images far from all others, such as white ones, else send
-            the density of their batch to zero), ``"convolution"``, or ``"residual"`` (weight-normed, as published).
+            the density of their batch to zero), ``"convolution"``, ``"residual"`` (weight-normed, as published), or
+            ``"dense"`` (perceptrons of all pixels).
+        dense: widths of perceptrons of all pixels that take the place of convolutions at the last scale. A convolution
+            sees 5 x 5 pixels of its scale, and few of them make strokes, but no digit.
         log_scale_bound: smooth bound of one coupling's log scale, in nats.
         alpha: None for data on the real line; for data in [0, 1], that of a final :class:`Logit`.
         base: see :class:`Flow`.
@@ -69,7 +74,7 @@ def multiscale_realnvp(
 
     Raises:
         ValueError: for a shape that cannot be halved that often or is down to one pixel then, ``levels`` or ``layers``
-            below 1, an unknown base.
+            below 1, an unknown base, wrong widths.
 
     Reference: Dinh, Sohl-Dickstein and Bengio, *Density estimation using Real NVP*, ICLR 2017
     (arXiv 1605.08803).
@@ -88,20 +93,24 @@ def multiscale_realnvp(
         "log_scale_bound": log_scale_bound,
     }  # fmt: skip
 
+    if dense:
+        dense = widths("dense", dense)
+    last: Couplings = {**options, "network": "dense", "hidden": dense} if dense else options
+
     def scale(shape: Shape, left: int) -> list[Bijection]:
         """In the order of sampling, the coarser scale first."""
         if left == 1 and (shape[1] % 2 or shape[2] % 2):
-            return _couplings(shape, layers + 1, masks.checkerboard, options)
+            return _couplings(shape, layers + 1, masks.checkerboard, last)
         deep, half = _halved(shape)
         if left == 1:
-            inner = _couplings(deep, layers + 1, _board, options)
+            inner = _couplings(deep, layers + 1, _board, last)
         else:
             inner = [MultiScale(Compose(scale(half, left - 1))), *_couplings(deep, layers, _rows, options)]
             inner += _couplings(deep, layers, _board, options)
         return [Squeeze(shape), *inner, Squeeze(shape).inv]
 
     stack = [*scale(shape, levels), *_ending(shape, alpha)]
-    more = {"dim": shape, "levels": levels, "layers": layers, "alpha": alpha}
+    more = {"dim": shape, "levels": levels, "layers": layers, "alpha": alpha, "dense": dense}
     return build(stack, base, df, builder="multiscale_realnvp", **options, **more)
 
 

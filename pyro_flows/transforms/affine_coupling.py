@@ -25,8 +25,8 @@ class AdditiveCoupling(Coupling):
         context_dim: width of the context.
         hidden: widths of the network's hidden layers.
         activation: its activation.
-        network: ``"mlp"``, ``"robust"`` or ``"residual"``; for images ``"convolution"``, ``"robust"`` or ``"residual"``
-            (``None``: the first); for signals ``"wavenet"``.
+        network: ``"mlp"``, ``"robust"`` or ``"residual"``; for images ``"convolution"``, ``"robust"``,
+            ``"residual"`` or ``"dense"``, of all pixels (``None``: the first); for signals ``"wavenet"``.
         frames: how many frames of a signal have their own part of the context, one after the other.
 
     Raises:
@@ -70,8 +70,8 @@ class AffineCoupling(Coupling):
         context_dim: width of the context.
         hidden: widths of the network's hidden layers.
         activation: its activation.
-        network: ``"mlp"``, ``"robust"`` or ``"residual"``; for images ``"convolution"``, ``"robust"`` or ``"residual"``
-            (``None``: the first); for signals ``"wavenet"``.
+        network: ``"mlp"``, ``"robust"`` or ``"residual"``; for images ``"convolution"``, ``"robust"``,
+            ``"residual"`` or ``"dense"``, of all pixels (``None``: the first); for signals ``"wavenet"``.
         frames: how many frames of a signal have their own part of the context, one after the other.
         log_scale_bound: B, in nats.
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from pyro_flows import _checks
 from pyro_flows._arguments import widths
-from pyro_flows.transforms.networks import ACTIVATIONS, NETWORKS, Free, Linear, Network, Robust, beside
+from pyro_flows.transforms.networks import ACTIVATIONS, NETWORKS, Dense, Free, Linear, Network, Robust, beside
 from pyro_flows.transforms.wavenet import WaveNet
 
 KINDS: dict[int, dict[str, type[Network]]] = {**NETWORKS, 2: {"wavenet": WaveNet}}
@@ -41,6 +41,7 @@ def conditioner(
     network: str | None = None,
     axes: int = 1,
     frames: int = 1,
+    sides: Sequence[int] = (),
     start: Tensor | None = None,
 ) -> Free | Network:
     """Return free parameters if there is nothing to condition on, a network otherwise.
@@ -52,9 +53,10 @@ def conditioner(
         hidden: widths of the hidden layers, or of residual blocks.
         activation: one of ``elu``, ``relu``, ``silu``, ``softplus``, ``tanh``.
         network: ``mlp`` (the default), ``robust`` or ``residual`` for vectors, ``wavenet`` for signals,
-            ``convolution`` (the default), ``robust`` or ``residual`` for images.
+            ``convolution`` (the default), ``robust``, ``residual`` or ``dense`` for images.
         axes: of an event: 1 of vectors, 2 of signals, 3 of images.
         frames: how many parts of a signal have a context of their own.
+        sides: height and width of an image.
         start: the ``out`` numbers that come out before any training (default: zeros).
     """
     _checks.integer("context_dim", context_dim, 0)
@@ -66,6 +68,8 @@ def conditioner(
         return Free(out, start)
     if issubclass(kind, WaveNet):
         return kind(kept, context_dim, out, hidden, activation, start, frames=frames)
+    if issubclass(kind, Dense):
+        return kind(kept, context_dim, out, hidden, activation, start, sides=sides)
     return kind(kept, context_dim, out, hidden, activation, start)
 
 

@@ -51,6 +51,7 @@ class Coupling(Bijection):
         self.conditioner = conditioner(
             kept, context_dim, self.per * moved, axes=len(shape), hidden=hidden, activation=activation, network=network,
             frames=_checks.divisor("frames", frames, shape[1], context_dim) if len(shape) == 2 else 1,
+            sides=shape[1:],
         )  # fmt: skip
 
     def slow(self, count: float) -> None:

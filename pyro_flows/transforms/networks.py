@@ -298,6 +298,30 @@ class NormedConv2d(nn.Conv2d):
         return conv2d(x, self.length * self.weight / size, self.bias, padding="same")
 
 
+class Dense(Robust):
+    """A perceptron of asinh of all kept pixels and the context: each number that comes out depends on all of them."""
+
+    def __init__(
+        self,
+        kept: int,
+        context_dim: int,
+        out: int,
+        hidden: Sequence[int],
+        activation: str,
+        start: Tensor | None = None,
+        *,
+        sides: Sequence[int],
+    ) -> None:
+        pixels = math.prod(sides)
+        start = None if start is None else start.repeat_interleave(pixels)
+        super().__init__(kept * pixels, context_dim, out * pixels, hidden, activation, start)
+        self.sides = tuple(sides)
+
+    def forward(self, kept: Tensor | None, context: Tensor | None) -> Tensor:
+        assert kept is not None
+        return super().forward(kept.flatten(-3), context).unflatten(-1, (-1, *self.sides))
+
+
 def beside(kept: Tensor | None, context: Tensor | None) -> Tensor:
     """Return both as one input."""
     if context is None or kept is None:
@@ -310,7 +334,7 @@ def beside(kept: Tensor | None, context: Tensor | None) -> Tensor:
 
 NETWORKS: dict[int, dict[str, type[Network]]] = {
     1: {"mlp": Network, "robust": Robust, "residual": Residual},
-    3: {"convolution": Convolution, "robust": RobustConvolution, "residual": ResidualConvolution},
+    3: {"convolution": Convolution, "robust": RobustConvolution, "residual": ResidualConvolution, "dense": Dense},
 }  # by the number of axes of an event; the default comes first
 
 

@@ -109,8 +109,8 @@ class Dequantize(nn.Module):
         variational: whether the noise is learned.
         hidden: widths of its network's hidden layers.
         activation: their activation.
-        network: ``"mlp"``, ``"robust"`` or ``"residual"``; for images ``"convolution"``, ``"robust"`` or ``"residual"``
-            (``None``: the first); for signals ``"wavenet"``.
+        network: ``"mlp"``, ``"robust"`` or ``"residual"``; for images ``"convolution"``, ``"robust"``,
+            ``"residual"`` or ``"dense"``, of all pixels (``None``: the first); for signals ``"wavenet"``.
 
     Cost: O(D) a point, and one evaluation of the network if the noise is learned.
 

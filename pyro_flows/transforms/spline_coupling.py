@@ -35,8 +35,8 @@ class SplineCoupling(Coupling):
         context_dim: width of the context.
         hidden: widths of the network's hidden layers.
         activation: its activation.
-        network: ``"mlp"``, ``"robust"`` or ``"residual"``; for images ``"convolution"``, ``"robust"`` or ``"residual"``
-            (``None``: the first); for signals ``"wavenet"``.
+        network: ``"mlp"``, ``"robust"`` or ``"residual"``; for images ``"convolution"``, ``"robust"``,
+            ``"residual"`` or ``"dense"``, of all pixels (``None``: the first); for signals ``"wavenet"``.
         log_scale_bound: bound of the affine map's log scale, in nats.
 
     Raises:

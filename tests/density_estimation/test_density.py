@@ -285,6 +285,44 @@ def test_levels_and_bits_per_dim():
     assert float(((draws > 0) & (draws < 1)).float().mean()) > 0.9
 
 
+def test_a_density_of_noisy_data_and_their_means():
+    """Of a Gaussian the mean is known: what is left of a deviation is the share of its variance that is no noise."""
+    y = torch.randn(4000, 2, generator=torch.Generator().manual_seed(0)) * 0.5 + 3.0
+    fit = pf.fit_density(pf.realnvp(2, layers=2), y, noise=0.4, start="identity", learning_rate=1e-9, **QUICK)
+    variance = y.var(0)
+    noisy = y + 0.4 * torch.randn(4000, 2, generator=torch.Generator().manual_seed(1))
+    expected = y.mean(0) + (noisy - y.mean(0)) * variance / (variance + 0.16)
+    found = fit.denoise(noisy)
+    assert torch.allclose(found, expected, atol=0.04)
+    assert not found.requires_grad
+    assert f"held out: {fit.validation:.4f} nats, with noise of 0.4" in fit.summary()
+    assert (found - y).square().mean() < 0.7 * (noisy - y).square().mean()
+    entropy = (2.0 * math.pi * math.e * (variance + 0.16)).log().mul(0.5).sum()
+    assert fit.nats(y) == pytest.approx(-float(entropy), abs=0.05)
+    assert fit.sample(4000, seed=0).var(0).div(variance + 0.16).log().abs().max() < 0.15
+
+
+def test_noise_and_levels_are_added_to_what_the_fit_sees():
+    y = torch.randint(2, (3000, 2), generator=torch.Generator().manual_seed(0))
+    fit = pf.fit_density("nice", y, levels=2, noise=2.0, **QUICK)
+    assert fit.flow.bijection.layers[-1].scale.sub(math.sqrt(4.0 + 1.0 / 12.0)).abs().max() < 0.1
+    loader = DataLoader(TensorDataset(y.float()), batch_size=500)
+    fit = pf.fit_density(pf.nice(2), loader, levels=2, noise=2.0, validation=None, **QUICK)
+    assert fit.flow.bijection.layers[-1].scale.sub(math.sqrt(4.0 + 1.0 / 12.0)).abs().max() < 0.1
+
+
+def test_noise_that_does_not_fit_is_refused():
+    y = datasets.toy("moons", 100)
+    with pytest.raises(ValueError, match=r"^noise: "):
+        pf.fit_density("nice", y, noise=-1.0, **QUICK)
+    images = torch.randint(256, (50, 1, 4, 4))
+    flow = pf.multiscale_realnvp((1, 4, 4), layers=1, hidden=(4,), alpha=0.05)
+    with pytest.raises(ValueError, match=r"^noise: .*; pass a flow without alpha="):
+        pf.fit_density(flow, images, levels=256, noise=0.1, **QUICK)
+    with pytest.raises(ValueError, match=r"^denoise: "):
+        pf.fit_density("nice", y, **QUICK).denoise(y)
+
+
 def test_levels_given_as_fractions_are_the_same_as_integers():
     y = torch.randint(256, (200, 4), generator=torch.Generator().manual_seed(0))
     fits = [pf.fit_density("nice", values, levels=256, **QUICK) for values in (y, y / 255.0, y.to(torch.uint8))]

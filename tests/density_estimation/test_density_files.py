@@ -117,6 +117,16 @@ def test_context_and_images_keep_one_map(tmp_path):
         pf.DensityFit.load(tmp_path / name)
 
 
+def test_a_saved_density_knows_its_noise(tmp_path):
+    y = cloud()
+    fit = pf.fit_density("nice", y, noise=0.3, **QUICK)
+    fit.save(tmp_path / "fit")
+    found = pf.DensityFit.load(tmp_path / "fit")
+    assert found.noise == 0.3
+    assert torch.equal(found.denoise(y), fit.denoise(y))
+    assert found.nats(y) == fit.nats(y)
+
+
 def test_a_flow_that_could_not_be_loaded_is_not_saved(tmp_path):
     fit = pf.fit_density("nice", cloud(), **QUICK)
     fit.flow.bijection.layers[0], fit.flow.bijection.layers[1] = (

@@ -11,6 +11,7 @@ import pyro_flows as pf
 from pyro_flows.flows.recipe import BUILDERS
 from pyro_flows.flows.recipe_json import to_json
 from pyro_flows.transforms import base, masks
+from pyro_flows.transforms.networks import Dense, Network, RobustConvolution
 from tests.invariants import check_path_gradient, check_score, close, jacobian
 from tests.registry import HIDDEN, IMAGE, IMAGE_FLOWS, SIGNAL, SIGNAL_FLOWS, built, make_flow, normal
 from tests.state_invariants import check_evaluations, copies
@@ -234,6 +235,22 @@ def test_a_scale_parts_images_by_checkerboards_and_by_rows():
     assert [(unfold(mask.float()) == 1.0).tolist() for mask in found] == [part.tolist() for part in expected]
 
 
+@pytest.mark.parametrize(("shape", "sides"), [((1, 8, 8), (2, 2)), ((1, 12, 12), (3, 3))])
+def test_the_last_scale_may_be_dense(shape, sides):
+    """Its perceptrons see all pixels of that scale, and convolutions are left above it."""
+    levels = 2 if shape[1] == 8 else 3
+    options = {"levels": levels, "layers": 1, "hidden": (4,), "dense": (5,)}
+    flow = built(lambda: pf.multiscale_realnvp(shape, **options), dtype=torch.float64, sd=0.1, seed=0)
+    kinds = [type(part) for part in flow.modules() if isinstance(part, Network)]
+    assert kinds == [Dense] * 2 + [RobustConvolution] * 2 * (levels - 1)
+    assert {part.sides for part in flow.modules() if isinstance(part, Dense)} == {sides}
+    x = normal(3, *shape, seed=1)
+    y, ladj = flow.bijection.forward_and_ladj(x)
+    close(flow.bijection.inverse_and_ladj(y)[0], x, 1e-10)
+    close(ladj, torch.linalg.slogdet(jacobian(flow.bijection, x, 3))[1], 1e-9)
+    assert flow.recipe.options["dense"] == (5,)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", IMAGE_FLOWS)
 def test_a_flow_of_images_learns(name):
@@ -286,6 +303,7 @@ def test_a_flow_of_images_in_a_plate():
         ("levels", lambda: pf.glow(IMAGE, levels=0)),
         ("layers", lambda: pf.glow(IMAGE, layers=0)),
         ("layers", lambda: pf.multiscale_realnvp(IMAGE, layers=0)),
+        ("dense", lambda: pf.multiscale_realnvp(IMAGE, dense=(0,))),
         ("alpha", lambda: pf.glow(IMAGE, alpha=0.5)),
         ("base", lambda: pf.glow(IMAGE, base="gauss")),
         ("seed", lambda: pf.glow(IMAGE, seed=-1)),

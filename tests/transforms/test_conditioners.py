@@ -11,6 +11,7 @@ from pyro_flows.transforms.conditioners import forward_and_pull
 from pyro_flows.transforms.networks import (
     ACTIVATIONS,
     Convolution,
+    Dense,
     Network,
     NormedConv2d,
     NormedLinear,
@@ -87,7 +88,20 @@ def test_couplings_of_vectors_take_either_network(network, kind):
     assert {type(part) for part in flow.modules() if isinstance(part, Network)} == {kind}
 
 
-IMAGE_KINDS = {"convolution": Convolution, "robust": RobustConvolution, "residual": ResidualConvolution}
+def test_a_dense_network_of_images_sees_all_kept_pixels():
+    network = built(lambda: Dense(2, 3, 4, (6,), "silu", sides=(3, 5)), dtype=torch.float64, sd=0.3, seed=0)
+    kept, context = normal(2, 3, 5, seed=1).requires_grad_(), normal(3, seed=2).requires_grad_()
+    out = network(kept, context)
+    assert out.shape == (4, 3, 5)
+    for pixel in out.flatten()[::7]:
+        for gradient in torch.autograd.grad(pixel, (kept, context), retain_graph=True):
+            assert gradient.abs().min() > 0.0
+    start = torch.arange(4.0)
+    fresh = Dense(2, 0, 4, (6,), "relu", start, sides=(3, 5))(torch.randn(7, 2, 3, 5), None)
+    assert torch.equal(fresh, start[:, None, None].expand(7, 4, 3, 5))
+
+
+IMAGE_KINDS = {"convolution": Convolution, "robust": RobustConvolution, "residual": ResidualConvolution, "dense": Dense}
 
 
 @pytest.mark.parametrize("network", [None, *IMAGE_KINDS])

@@ -1,0 +1,76 @@
+"""The benchmark of samples that a classifier names: stitched images, classifiers, a fit that is kept, the table."""
+
+import pytest
+import torch
+
+from benchmarks.density import recognition
+from pyro_flows.datasets import Split
+
+
+def blobs(count, seed=0):
+    """Ten classes of bytes: a bright square of four pixels a side, at a place of its own."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.randint(10, (count,), generator=generator)
+    images = torch.zeros(count, *recognition.SHAPE, dtype=torch.uint8)
+    for image, label in zip(images, labels.tolist(), strict=True):
+        top, left = 6 * (label // 4) + 4, 6 * (label % 4) + 2
+        image[0, top : top + 4, left : left + 4] = 255
+    return images, labels
+
+
+def test_stitched_images_have_quarters_of_others():
+    images = torch.arange(1.0, 9.0)[:, None, None, None].expand(8, 1, 9, 12)
+    torch.manual_seed(0)
+    found = recognition.stitched(images)
+    assert found.shape == images.shape
+    corners = torch.stack([found[:, 0, top, left] for top in (0, -1) for left in (0, -1)])
+    assert all(sorted(corner.tolist()) == list(range(1, 9)) for corner in corners)
+    assert (corners[1:] != corners[:1]).any(1).all()
+    assert {len(image.unique()) for image in found} <= {1, 2, 3, 4}
+
+
+@pytest.mark.slow
+def test_classifiers_name_what_they_know_and_no_empty_image():
+    images, labels = blobs(2000)
+    plain, strict = (recognition.classifier(images, labels, strict=kind, epochs=3) for kind in (False, True))
+    x = images[:200].float() / 255.0
+    assert recognition.accuracy(plain, x, labels[:200]) > 0.95
+    assert recognition.named(plain, x) > 0.8
+    assert plain(x).shape[1] == 10
+    assert strict(x).shape[1] == 11
+    assert recognition.named(plain, torch.zeros(4, *recognition.SHAPE)) == 0.0
+
+
+@pytest.mark.slow
+def test_a_fit_is_kept_and_its_samples_are_denoised(tmp_path, monkeypatch):
+    images, _ = blobs(400)
+    split, small = Split(images[:300], images[300:350], images[350:]), {"hidden": (4,), "layers": 1, "dense": (8,)}
+    monkeypatch.setitem(recognition.VARIANTS, "noise, wide dense", recognition.Variant(0.3, small))
+    fit = recognition.fitted("noise, wide dense", split, 2.0, 0, tmp_path)
+    assert fit.noise == 0.3
+    assert (tmp_path / "noise-wide-dense-0-2").is_dir()
+    again = recognition.fitted("noise, wide dense", split, 2.0, 0, tmp_path)
+    drawn = recognition.pictures(again, 6)
+    assert torch.equal(drawn, fit.denoise(fit.sample(6, seed=0)))
+
+
+def test_the_table_has_a_line_for_each_fit_and_two_of_no_flow():
+    same = {
+        "seed": "0",
+        "version": "v",
+        "machine": "m",
+        "software": "s",
+        "accuracy": "0.985",
+        "strict accuracy": "0.98",
+    }
+    blank = dict.fromkeys(recognition.FIELDS, "")
+    rows = [blank | same | {"variant": recognition.IMAGES, "named": "0.95", "strict": "0.9"}]
+    for name, noise, nats in (("no noise", "", "3649.9"), ("noise", "0.1", "545.9")):
+        for temperature, share in (("1.0", "0.25"), ("0.8", "0.5")):
+            about = {"variant": name, "budget": "80", "steps": "7", "noise": noise, "nats": nats}
+            rows.append(blank | same | about | {"temperature": temperature, "named": share, "strict": "0.01"})
+    text = recognition.section(rows)
+    assert "(98.5 % right on test images)" in text
+    assert "| test images |  |  |  |  | 95 | 90 |  |  |" in text
+    assert "| no noise | 80 | 7 | 1.28 |  | 25 | 1 | 50 | 1 |" in text
+    assert "| noise | 80 | 7 |  | 546 | 25 | 1 | 50 | 1 |" in text
