@@ -165,7 +165,7 @@ def changed(version: str, kind: str, folder: Path = KEPT, since: str | None = No
         return 0.0
     before, after = load(version, folder), today() if since is None else load(since, folder)
     ends = [(0.0, before)]  # of ways over pairs that are the same, the older pair first: what has changed up to there
-    for one, other in same() if kind == "fit" and since is None else []:
+    for one, other in same() if kind == "fit" else []:
         to = load(one, folder)
         ends.append((min(past + _between(end, to, kind) for past, end in ends), load(other, folder)))
     return min(*(past + _between(end, after, kind) for past, end in ends), UNKNOWN)

@@ -122,7 +122,7 @@ class Clock:
 
     def reasons(self, *, short: bool = False) -> list[str]:
         """Why the work was ended; nothing if all was done. With ``short``, there were too few seconds for judging."""
-        if not (self.cut or short):
+        if self.interrupted is None and not (self.cut or short):
             return []
         if self.interrupted is None:
             return [f"stopped at max_seconds={self.asked:g}"]

@@ -15,6 +15,7 @@ from torch import Tensor
 from pyro_flows.verdict.deciding import judge
 from pyro_flows.verdict.thresholds import (
     ESS_SHARE_COLLAPSED,
+    ESS_SHARE_EVEN,
     ESS_SHARE_GOOD,
     ESS_SHARE_PROMISING,
     EVIDENCE_GAP_GOOD,
@@ -22,6 +23,7 @@ from pyro_flows.verdict.thresholds import (
     EVIDENCE_GAP_SMALL,
     EVIDENCE_GAP_SMALL_A_DIM,
     K_HAT_GOOD,
+    K_HAT_MOST,
     SHIFT_SEEN,
     SHIFT_SEEN_ERRORS,
 )
@@ -29,8 +31,12 @@ from pyro_flows.verdict.weighing import Weighing
 
 
 def weights_correct(ess_share: float, k_hat: float) -> bool:
-    """Say whether importance weights correct draws, by their effective share and k-hat."""
-    return ess_share >= ESS_SHARE_PROMISING and k_hat < K_HAT_GOOD
+    """Say whether importance weights correct draws, by their effective share and k-hat.
+
+    Of nearly even weights, k-hat is that of rounding or of the cells of a table: the threshold of the verdict does.
+    """
+    limit = K_HAT_MOST if ess_share >= ESS_SHARE_EVEN else K_HAT_GOOD
+    return ess_share >= ESS_SHARE_PROMISING and k_hat < limit
 
 
 def raw_weights(log_ratios: Tensor) -> Tensor | None:

@@ -357,9 +357,9 @@ BUGS = [
     (arviz_groups, "_stats", '"log_p": log_p', '"log_p": log_q', conversion),
     (
         arviz_groups,
-        "_drawn_from",
-        "posterior._used_log_p.double()",
-        "posterior._used_log_q",
+        "_used_stats",
+        "log_p.double() - posterior.log_evidence if",
+        "log_q - posterior.log_evidence if",
         conversion,
     ),
 ]
