@@ -81,7 +81,7 @@ def _elbo(value: float) -> str:
 
 
 def _summary(runs: Runs) -> str:
-    best, near, of, rates = 0, 0, 0, 0
+    best, near, of, rates, several = 0, 0, 0, 0, 0
     for model in MODELS:
         ours = elbos(runs, model, "ours")
         theirs = [max(found) for name in NAMES if name not in guides.OURS and (found := elbos(runs, model, name))]
@@ -90,12 +90,15 @@ def _summary(runs: Runs) -> str:
         of += 1
         best += max(ours) >= max(theirs)
         near += max(ours) >= max(theirs) - NEAR_BEST
-        rates += min(ours) >= max(ours) - NEAR_RATES
-    return (
+        several += len(ours) > 1
+        rates += len(ours) > 1 and min(ours) >= max(ours) - NEAR_RATES
+    said = (
         f"With `PathELBO`, `AutoRealNVP` is better than all guides of Pyro and zuko on {best} of {of} models, and "
-        f"within {NEAR_BEST} nats of the best of them on {near}. Its worst learning rate is within {NEAR_RATES} nats "
-        f"of its best one on {rates}."
+        f"within {NEAR_BEST} nats of the best of them on {near}."
     )
+    if several:
+        said += f" Its worst learning rate is within {NEAR_RATES} nats of its best one on {rates} of {several}."
+    return said
 
 
 def _steps(runs: Runs) -> str:
