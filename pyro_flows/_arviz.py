@@ -148,8 +148,9 @@ def _frame(columns: Mapping[str, xr.Dataset]) -> pd.DataFrame:
     import xarray
     from arviz_base import dataset_to_dataframe
 
-    parts = [part.expand_dims(column=[name]) for name, part in columns.items()]
-    return dataset_to_dataframe(xarray.concat(parts, dim="column"), sample_dims=["column"]).T
+    figure = "_figure"  # a dimension that no plate has: theirs are called row, column, summary
+    parts = [part.expand_dims({figure: [name]}) for name, part in columns.items()]
+    return dataset_to_dataframe(xarray.concat(parts, dim=figure), sample_dims=[figure]).T
 
 
 # comparison and chains ------------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from pyro_flows._seeding import derive, seeded
 from pyro_flows.fitting.flow_training import begin
 from pyro_flows.fitting.multimodal import weighed
 from pyro_flows.fitting.plan import SHARE_OF_SECONDS, Plan
-from pyro_flows.fitting.rounds import untrained
+from pyro_flows.fitting.rounds import Round, untrained
 from pyro_flows.fitting.state import Run, Sampler
 from pyro_flows.flows.flow import Flow
 from pyro_flows.model.log_density import LogDensity
@@ -35,8 +35,8 @@ AT_ONCE = "converged: draws from the conditional Laplace grid pass the checks"
 LIGHTER = 120.0, 30.0  # degrees of freedom of the base, in turn
 
 
-def grid_at_start(run: Run, density: LogDensity, start: Start) -> str | None:
-    """Try a grid about a start, before any training; the run takes it if it is accepted."""
+def grid_at_start(run: Run, density: LogDensity, start: Start) -> Round | None:
+    """Return a grid about a start that is accepted, before any training; None if there is none."""
     plan = run.plan
     with plan.clock.part(GRID, share=SHARE_OF_SECONDS), torch.no_grad():
         if not grid_comes_first(plan, density):
@@ -48,9 +48,7 @@ def grid_at_start(run: Run, density: LogDensity, start: Start) -> str | None:
         if flow is None:
             return None
         outcome = untrained(GRID, flow, density, start.elbo, AT_ONCE)
-        if outcome.enough:
-            run.take(outcome)
-            return GRID
+        return outcome if outcome.enough else None
     return None
 
 

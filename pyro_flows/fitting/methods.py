@@ -75,18 +75,24 @@ def _grid_of_hierarchy(run: Run) -> str | None:
     if not grid_comes_first(run.plan, run.density):
         return None
     wholly = state.climbed = climbed(state.density, True, seed=run.seed)
-    if not math.isfinite(wholly.elbo) or grid_at_start(run, wholly.density, wholly.start) is None:
+    found = grid_at_start(run, wholly.density, wholly.start) if math.isfinite(wholly.elbo) else None
+    if found is None:
         return None
     wholly.density.evaluations += state.density.evaluations
     state.density = wholly.density
     chosen = wholly.density.structure.noncentered
     details = {"noncentered": chosen, "elbo_centered": None, "elbo_noncentered": wholly.elbo}
     state.history.append(Stage(_stages.PARAMETERIZATION, elbo=wholly.elbo, details=details))
+    run.take(found)  # last: a signal that comes before leaves no flow in other coordinates than those of the state
     return GRID
 
 
 def _grid_at_best(run: Run) -> str | None:
-    return grid_at_start(run, run.density, run.starts[0])
+    found = grid_at_start(run, run.density, run.starts[0])
+    if found is None:
+        return None
+    run.take(found)
+    return GRID
 
 
 def _is_hierarchical(run: Run) -> bool:

@@ -93,7 +93,7 @@ def multiscale_realnvp(
         "log_scale_bound": log_scale_bound,
     }  # fmt: skip
 
-    if dense:
+    if not (isinstance(dense, (tuple, list)) and not dense):
         dense = widths("dense", dense)
     last: Couplings = {**options, "network": "dense", "hidden": dense} if dense else options
 

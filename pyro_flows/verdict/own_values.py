@@ -68,7 +68,7 @@ def _moments(values: Tensor, weights: Tensor, draws: int) -> Compared:
     shift_error = torch.stack([in_shift.square().sum(0).sqrt(), torch.full_like(mean, by_chance)])
     ratio_error = torch.stack([in_ratio.square().sum(0).sqrt(), 0.5 * spread.sqrt() * by_chance])
     beyond = torch.maximum(shift - SHIFT_ERRORS * shift_error, ratio.abs() - SHIFT_ERRORS * ratio_error)
-    excess, among = beyond.max(0)
+    excess, among = beyond.nan_to_num(nan=-torch.inf, posinf=-torch.inf).max(0)
 
     def said(place: int) -> tuple[str, str]:
         by, log_factor = float(shift[among[place], place]), float(ratio[among[place], place])

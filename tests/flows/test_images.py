@@ -304,6 +304,7 @@ def test_a_flow_of_images_in_a_plate():
         ("layers", lambda: pf.glow(IMAGE, layers=0)),
         ("layers", lambda: pf.multiscale_realnvp(IMAGE, layers=0)),
         ("dense", lambda: pf.multiscale_realnvp(IMAGE, dense=(0,))),
+        ("dense", lambda: pf.multiscale_realnvp(IMAGE, dense=0)),
         ("alpha", lambda: pf.glow(IMAGE, alpha=0.5)),
         ("base", lambda: pf.glow(IMAGE, base="gauss")),
         ("seed", lambda: pf.glow(IMAGE, seed=-1)),
