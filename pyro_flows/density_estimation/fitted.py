@@ -164,14 +164,15 @@ class DensityFit:
         r"""Return probability integral transforms :math:`F(y_d \mid c)` of each coordinate, (N, D).
 
         They are uniform on (0, 1) if the density is calibrated. Of several coordinates, each is the share of ``draws``
-        draws from the row's density that are smaller.
+        draws from the row's density that are smaller. With ``noise=``, the rows get the noise of the fit first.
 
         Reference: Gneiting, Balabdaoui and Raftery 2007, doi:10.1111/j.1467-9868.2007.00587.x.
         """
-        given = points_for(self.flow, "data", y, self._encoded(context))
-        if self.flow.event_shape == (1,):
-            return torch.cat([self._placed(*batch) for batch in given.ordered(CHUNK)])
-        values = torch.cat([batch for batch, _ in given.ordered(CHUNK)])
+        given = replace(points_for(self.flow, "data", y, self._encoded(context)), noise=self.noise)
+        with seeded(derive(seed, "pit"), like(self.flow).device):
+            if self.flow.event_shape == (1,):
+                return torch.cat([self._placed(*batch) for batch in given.ordered(CHUNK)])
+            values = torch.cat([batch for batch, _ in given.ordered(CHUNK)])
         drawn = self._drawn(self._contexts(context).expand(len(values), -1), draws, seed)
         pairs = zip(drawn, values.split(rows_at_once(draws)), strict=True)
         return torch.cat([((y < own).double().sum(0) + 0.5) / (draws + 1.0) for y, own in pairs])

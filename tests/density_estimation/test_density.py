@@ -299,6 +299,7 @@ def test_a_density_of_noisy_data_and_their_means():
     assert (found - y).square().mean() < 0.7 * (noisy - y).square().mean()
     entropy = (2.0 * math.pi * math.e * (variance + 0.16)).log().mul(0.5).sum()
     assert fit.nats(y) == pytest.approx(-float(entropy), abs=0.05)
+    assert fit.pit(y).std(0).mul(12.0**0.5).log().abs().max() < 0.05, "rows get the noise first"
     assert fit.sample(4000, seed=0).var(0).div(variance + 0.16).log().abs().max() < 0.15
 
 
