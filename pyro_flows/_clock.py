@@ -122,11 +122,9 @@ class Clock:
 
     def reasons(self, *, short: bool = False) -> list[str]:
         """Why the work was ended; nothing if all was done. With ``short``, there were too few seconds for judging."""
-        if self.interrupted is None and not (self.cut or short):
-            return []
-        if self.interrupted is None:
-            return [f"stopped at max_seconds={self.asked:g}"]
-        return [f"interrupted ({STATE.name}) during: {self.interrupted}"]
+        if self.interrupted is not None:
+            return [f"interrupted ({STATE.name}) during: {self.interrupted}"]
+        return [f"stopped at max_seconds={self.asked:g}"] if self.cut or short else []
 
     def notes(self) -> list[str]:
         """Which parts were cut, in words; that of Ctrl-C is in the reason."""

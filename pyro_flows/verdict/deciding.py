@@ -24,6 +24,7 @@ from pyro_flows.verdict.verdict import Verdict
 from pyro_flows.verdict.weighing import Weighing, in_words, weigh
 
 MENDED = f"is not below {K_HAT_GOOD} and weighting changes the results"
+LEAST_DRAWS = 100  # below, weights say nothing
 TOO_MUCH = "too much to correct"
 POOL = 4
 # draws by which a candidate is accepted, draws by which it is dropped at once, and draws that a search begins at
@@ -48,7 +49,7 @@ def judge(
     """
     if improper := [failure for failure in failures if failure.startswith(IMPROPER)]:
         return _unweighed(weighing, names, improper)
-    if (count := len(weighing.log_weights)) < 100:
+    if (count := len(weighing.log_weights)) < LEAST_DRAWS:
         few = f"too few draws to judge ({count})"
         return _unweighed(weighing, names, [*failures, few, *doubts, *warnings], notes)
     ratio = weighing.ess / len(weighing.log_weights)
