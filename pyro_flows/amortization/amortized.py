@@ -288,12 +288,12 @@ class Amortized:
 
     def _density(self, case: Case) -> LogDensity:
         """Return the model's log density of a data set, which takes the graphs of all others where it can."""
-        stack = self._parts.stack
-        density = self._parts.lead.beside(case.args, case.kwargs, moves_alike=stack is not None)
-        if stack is not None:
-            with suppress(NotStackable):  # its own graph is recorded then
-                stack.join(density)
-        return density
+        if self._parts.stack is not None:
+            with suppress(NotStackable):  # it is read by itself then, and its own graph is recorded
+                density = self._parts.lead.beside(case.args, case.kwargs, moves_alike=True)
+                self._parts.stack.join(density)
+                return density
+        return self._parts.lead.beside(case.args, case.kwargs)
 
     @torch.no_grad()
     def _flow(self, features: Tensor, density: LogDensity) -> tuple[Flow, Weighing]:
