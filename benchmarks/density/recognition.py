@@ -5,7 +5,8 @@
 A classifier names an image if one digit has a probability of .9. A plain one, trained on digits alone, names much that
 is none. So there is a strict one too: it also knows a class of images that are stitched of quarters of four digits, and
 names none of these. Both see training images with shifts and noise, so that they judge shapes. Samples of a flow that
-was trained with noise are denoised. A fit that is in the folder is not trained again.
+was trained with noise are denoised. Those of a flow given the digit are as many of each digit, and its nats are those
+of an image given its digit. A fit that is in the folder is not trained again.
 """
 
 from __future__ import annotations
@@ -44,24 +45,31 @@ FIELDS = (*KEY, "noise", "steps", "nats", "named", "strict", "accuracy", "strict
 
 @dataclass(frozen=True)
 class Variant:
-    """Options of :func:`pyro_flows.multiscale_realnvp`, the noise, and how long it is trained, in CPU seconds."""
+    """Options of :func:`pyro_flows.multiscale_realnvp`, the noise, and how long it is trained, in CPU seconds.
+
+    ``given`` says that images are conditional on their digit.
+    """
 
     noise: float | None
     options: dict[str, Any] = field(default_factory=dict)
     learning_rate: float = 3e-3
     seconds: float = 80.0
+    given: bool = False
 
     def flow(self) -> pf.Flow:
         """Return it, new; without noise it ends in a logit, as in the density benchmark."""
         options = {"levels": 2, "layers": 3, "hidden": (48, 48), "base": "normal", **self.options}
+        options["context_dim"] = KNOWN if self.given else 0
         return pf.multiscale_realnvp(SHAPE, alpha=0.05 if self.noise is None else None, **options)
 
 
 DENSE: dict[str, Any] = {"hidden": (32, 32), "dense": (256, 256)}
+WIDE: dict[str, Any] = {**DENSE, "dense": (512, 512)}
 VARIANTS = {
     "no noise": Variant(None),
     "noise": Variant(0.1),
-    "noise, wide dense": Variant(0.1, {**DENSE, "dense": (512, 512)}, 2e-3, 600.0),
+    "noise, wide dense": Variant(0.1, WIDE, 2e-3, 600.0),
+    "noise, wide dense, given the digit": Variant(0.1, WIDE, 2e-3, 600.0, given=True),
     "noise, dense, three levels": Variant(0.1, {**DENSE, "levels": 3}),
 }
 
@@ -136,7 +144,12 @@ def folder(name: str, seed: int, seconds: float) -> str:
     return f"{name}-{seed}-{seconds:g}".replace(", ", "-").replace(" ", "-")
 
 
-def fitted(name: str, split: Split, seconds: float, seed: int, fits: Path | None) -> pf.DensityFit:
+def about_digits(labels: Tensor) -> Tensor:
+    """Return the context of digits (N,), a column for each (N, 10)."""
+    return torch.nn.functional.one_hot(labels.long(), KNOWN).float()
+
+
+def fitted(name: str, split: Split, labels: Split, seconds: float, seed: int, fits: Path | None) -> pf.DensityFit:
     """Train a variant, or load it from the folder."""
     kept = None if fits is None else fits / folder(name, seed, seconds)
     if kept is not None and kept.exists():
@@ -144,9 +157,13 @@ def fitted(name: str, split: Split, seconds: float, seed: int, fits: Path | None
     variant = VARIANTS[name]
     torch.manual_seed(seed)
     flow, first = variant.flow(), spread(split.train[:500], LEVELS)
-    flow.bijection.start_from(first + (variant.noise or 0.0) * torch.randn_like(first))
+    context, held_out = None, split.validation[:2000]
+    if variant.given:
+        context, held_out = about_digits(labels.train), (held_out, about_digits(labels.validation[:2000]))
+    about_first = None if context is None else context[:500]
+    flow.bijection.start_from(first + (variant.noise or 0.0) * torch.randn_like(first), about_first)
     fit = pf.fit_density(
-        flow, split.train, validation=split.validation[:2000], levels=LEVELS, noise=variant.noise, batch=BATCH,
+        flow, split.train, context=context, validation=held_out, levels=LEVELS, noise=variant.noise, batch=BATCH,
         learning_rate=variant.learning_rate, max_seconds=seconds, clock="cpu", seed=seed, progress=False,
     )  # fmt: skip
     if kept is not None:
@@ -155,9 +172,10 @@ def fitted(name: str, split: Split, seconds: float, seed: int, fits: Path | None
 
 
 def pictures(fit: pf.DensityFit, count: int, temperature: float = 1.0) -> Tensor:
-    """Return samples, denoised if the fit has noise."""
-    drawn = fit.sample(count, temperature=temperature, seed=0)
-    return fit.denoise(drawn) if fit.noise else drawn
+    """Return samples, denoised if the fit has noise; given the digits in turn if it is conditional."""
+    context = about_digits(torch.arange(count) % KNOWN) if fit.flow.context_dim else None
+    drawn = fit.sample(count, context, temperature=temperature, seed=0)
+    return fit.denoise(drawn, context) if fit.noise else drawn
 
 
 def gaussian(train: Tensor, count: int) -> Tensor:
@@ -174,8 +192,9 @@ def measure(names: Sequence[str], seconds: float | None, seed: int, fits: Path |
     folder = Path(os.environ.get(MNIST, ""))
     split = PROBLEMS[PROBLEM].make(seed)
     train, test = (datasets.idx(next(iter(sorted(folder.glob(f"{part}-labels*"))))) for part in ("train", "t10k"))
-    labels = train[order(len(train), seed)][: len(split.train)]
-    judges = {kind: classifier(split.train, labels, strict=kind == "strict") for kind in ("named", "strict")}
+    mixed = train[order(len(train), seed)]
+    labels = Split(mixed[: len(split.train)], mixed[len(split.train) :], test)
+    judges = {kind: classifier(split.train, labels.train, strict=kind == "strict") for kind in ("named", "strict")}
     images = split.test.float() / (LEVELS - 1.0)
     right = {kind: accuracy(judge, images, test) for kind, judge in judges.items()}
     common = {"seed": seed, "accuracy": f"{right['named']:.4f}", "strict accuracy": f"{right['strict']:.4f}"}
@@ -189,8 +208,8 @@ def measure(names: Sequence[str], seconds: float | None, seed: int, fits: Path |
     yield row(GAUSSIAN, gaussian(split.train, 2000))
     for name in names:
         budget = VARIANTS[name].seconds if seconds is None else seconds
-        fit = fitted(name, split, budget, seed, fits)
-        nats = fit.nats(split.test[:2000])
+        fit = fitted(name, split, labels, budget, seed, fits)
+        nats = fit.nats(split.test[:2000], about_digits(test[:2000]) if VARIANTS[name].given else None)
         for temperature in TEMPERATURES:
             drawn = pictures(fit, DRAWS, temperature)
             more = {"budget": f"{budget:g}", "temperature": temperature, "noise": fit.noise or ""}
