@@ -98,7 +98,7 @@ EDITS = (
          "estimate.standard_error", "tests/comparison tests/fitting/test_digits.py"),
     Edit("verdict/psis.py", "math.floor(3.0 * math.sqrt(count))", "math.floor(6.0 * math.sqrt(count))",
          "tests/verdict"),
-    Edit("verdict/psis.py", "PRIOR_DRAWS * PRIOR_SHAPE) / (count", "0.0) / (count", "tests/verdict"),
+    Edit("verdict/psis.py", "10 * 0.5) / (count", "0.0) / (count", "tests/verdict"),
     Edit("comparison/loo.py", "p = log_score(given.values, given.draws.ratio) - elpd",
          "p = log_score(given.values, None) - elpd", "tests/comparison/test_loo.py"),
     Edit("comparison/working.py", "math.sqrt(len(terms) * float(terms.var()))", "math.sqrt(float(terms.var()))",

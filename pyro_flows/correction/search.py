@@ -24,6 +24,7 @@ from pyro_flows.modes.truncated_tails import with_truncated_tails
 from pyro_flows.modes.under_covered import Space
 from pyro_flows.modes.units import in_units
 from pyro_flows.results.stage import Stage
+from pyro_flows.starts.curvature import SMALL_UP_TO
 from pyro_flows.verdict.bridge import bridge_value
 from pyro_flows.verdict.chains import McmcDraws
 from pyro_flows.verdict.deciding import LOOKED_AT_DRAWS, SEARCHED_DRAWS
@@ -65,7 +66,7 @@ def noted(search: Search | None, stage: str = _stages.SEARCH) -> list[Stage]:
     if search is None or not missed:
         return []
     scales = [region.start.scale for region in missed]
-    spreads = [s.norm(dim=1) if s.dim() == 2 and len(s) > 50 else s for s in scales]
+    spreads = [s.norm(dim=1) if s.dim() == 2 and len(s) > SMALL_UP_TO else s for s in scales]
     places = [region.start.loc.tolist() for region in missed]
     details = {"sentence": search.sentence, "places": places, "spreads": [spread.tolist() for spread in spreads]}
     return [Stage(stage, details=details)]

@@ -16,7 +16,7 @@ from torch import Tensor
 from pyro_flows._seeding import derive, seeded
 from pyro_flows.fitting.flow_training import begin
 from pyro_flows.fitting.multimodal import weighed
-from pyro_flows.fitting.plan import SHARE_OF_SECONDS, Plan
+from pyro_flows.fitting.plan import LIGHTER, SHARE_OF_SECONDS, Plan
 from pyro_flows.fitting.rounds import Round, untrained
 from pyro_flows.fitting.state import Run, Sampler
 from pyro_flows.flows.flow import Flow
@@ -32,7 +32,6 @@ from pyro_flows.verdict.methods import GRID
 from pyro_flows.verdict.thresholds import ESS_SHARE_PROMISING
 
 AT_ONCE = "converged: draws from the conditional Laplace grid pass the checks"
-LIGHTER = 120.0, 30.0  # degrees of freedom of the base, in turn
 
 
 def grid_at_start(run: Run, density: LogDensity, start: Start) -> Round | None:
@@ -92,9 +91,9 @@ def _of_grid(density: LogDensity, grid: Marginal) -> tuple[float, float, Flow] |
     The base has the lightest tails that are accepted.
     """
     found: tuple[float, float, Flow] | None = None
-    for df in LIGHTER:
+    for lighter in LIGHTER:
         try:
-            sampler = flow_along(grid, df=df).to(density.device, density.dtype)
+            sampler = flow_along(grid, lighter=lighter).to(density.device, density.dtype)
         except ValueError:
             return None
         found = (*weighed(density, sampler), sampler)

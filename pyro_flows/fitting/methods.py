@@ -19,7 +19,7 @@ from pyro_flows.fitting.flow_training import begin, is_improper, train_flow
 from pyro_flows.fitting.gaussian_conditionals import conditionals_at_start
 from pyro_flows.fitting.laplace_grid import grid_at_start, grid_comes_first
 from pyro_flows.fitting.multimodal import multimodal
-from pyro_flows.fitting.plan import SHARE_OF_SECONDS
+from pyro_flows.fitting.plan import LIGHTER, SHARE_OF_SECONDS
 from pyro_flows.fitting.rounds import untrained, weighed, weights_collapse
 from pyro_flows.fitting.state import Run
 from pyro_flows.flows.parts import affine_base_of
@@ -36,7 +36,6 @@ from pyro_flows.verdict.thresholds import ESS_SHARE_COLLAPSED, ESS_SHARE_PROMISI
 
 AS_READ, AT_MODES, AT_THE_BEST, AFTER = "as read", "at modes", "at the best start", "after a flow"
 AT_FIRST = 80  # dimensions up to which Gaussian conditionals are tried before chains, which cost less above
-LIGHTER = (4.0, 1.0)  # times the base's degrees of freedom: what a nearly normal posterior bears, first
 AT_ONCE = "converged: weighting changes no result at the start"
 SAMPLED_FROM, SAMPLED_UP_TO = 30, 1500  # dimensions in which a sampler is tried before a flow is trained
 SURVEYED_FROM = 500  # draws from which a survey of modes begins

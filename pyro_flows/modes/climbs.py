@@ -30,11 +30,12 @@ from pyro_flows.starts.pathfinder import Paths, pathfinder
 from pyro_flows.starts.portfolio import SAME_END, SEARCHES_UNBATCHED
 from pyro_flows.starts.prior import prior_draws
 from pyro_flows.starts.start import Start
+from pyro_flows.verdict.deciding import SEARCHED_DRAWS
 from pyro_flows.verdict.psis import psis
 from pyro_flows.verdict.thresholds import K_HAT_MOST, MISSED_MASS_SHARE
 
-INFLATED = (3.0, 10.0, 30.0)
-SCREENED, SCREENED_AT = 1000, (1.5, 2.5, 4.0, 8.0)  # draws, and factors by which they are moved outwards
+INFLATED = (3.0, 10.0, 30.0)  # factors by which a few draws are moved outwards
+SCREENED_AT = (1.5, 2.5, 4.0, 8.0)  # factors by which all draws are moved outwards
 CLIMBERS = 6  # for each factor, and from the guide's own draws
 PRIOR_CLIMBERS = 24  # paths from draws of the prior; half of them, where a density has many terms
 WEIGHED, WEIGHED_UNBATCHED = 400, 50  # draws from the normal at the end of a path; at least
@@ -205,7 +206,7 @@ def _dispersed(guide: Guide, modes: Sequence[Start], z: Tensor, *, seed: int) ->
     parts = zip(INFLATED, z.split(CLIMBERS), strict=False)
     outwards = [center + factor * (part - center) for factor, part in parts]
     if density.batched:
-        some = z[: density.affordable(SCREENED * len(SCREENED_AT)) // len(SCREENED_AT)]
+        some = z[: density.affordable(SEARCHED_DRAWS * len(SCREENED_AT)) // len(SCREENED_AT)]
         outwards += [_denser(guide, center + factor * (some - center)) for factor in SCREENED_AT]
     flipped = []
     for latent in density.structure.latents[:CLIMBERS]:

@@ -28,18 +28,16 @@ from pyro_flows._seeding import derive, seeded
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.model.sites import Structure
 from pyro_flows.modes.propriety import finer
-from pyro_flows.modes.tables import OUTSIDE, Table
+from pyro_flows.modes.tables import EMPTY, OUTSIDE, Table
 from pyro_flows.modes.tops import CUT_AT, Tails, Tops
 from pyro_flows.modes.under_covered import is_usable
-from pyro_flows.starts.curvature import second_derivatives
+from pyro_flows.starts.curvature import SMALL_UP_TO, second_derivatives
 from pyro_flows.starts.prior import spread_of
-from pyro_flows.verdict.deciding import resample
+from pyro_flows.verdict.deciding import ESTIMATED_DRAWS, resample
 
 STEPS = (0.3, 0.6, 1.0, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0, 6.5, 8.0, 11.0, 15.0, 20.0)  # spreads from the middle
 CLOSE = (*(0.3 * number for number in range(1, 28)), 9.0, 10.0, 11.5, 13.0, 15.0, 17.5, 20.0)  # for a flow
-UP_TO = 50  # dimensions
 MOST_COORDINATES = 4  # that get a grid
-DRAWS_USED = 2000  # by which coordinates, and units along them, are chosen
 PREDICTS_SPREAD = 0.02  # sum of squared correlations with the distances of other coordinates from their medians
 MOST_SITES, MOST_BENT = 16, 2  # sites of one coordinate that are compared by curvature, and that get a grid
 CURVATURE_CHANGE = 0.05  # of log curvatures over two spreads: less is none
@@ -48,7 +46,6 @@ ERROR_REDRAWN, REDRAWN = 0.1, 2048  # a grid point with a larger error gets so m
 STRETCH = 5.0  # by which steps are stretched, up to four times, where the marginal has not fallen off at the last
 FEWEST_DRAWS = 500  # by which coordinates are chosen
 FEWEST_POINTS = 8  # of a grid
-EMPTY = 60.0  # nats below the highest grid point: the mass there counts as zero
 
 
 @dataclass(frozen=True)
@@ -70,7 +67,7 @@ class Marginal(Table):
 
 def can_have_grid(density: LogDensity) -> bool:
     """Whether hundreds of paths, and Hessians at their ends, can be had."""
-    return density.batched and 1 < density.dim <= UP_TO
+    return density.batched and 1 < density.dim <= SMALL_UP_TO
 
 
 @torch.no_grad()
@@ -83,7 +80,7 @@ def all_grids(density: LogDensity, z: Tensor, log_weights: Tensor, *, seed: int)
     log_mass = torch.log_softmax(log_weights.double(), 0)
     if not can_have_grid(density) or len(z) < FEWEST_DRAWS or not is_usable(log_mass):
         return []
-    sample = finer(density, z[resample(log_mass, DRAWS_USED, seed=derive(seed, "looked at"))])
+    sample = finer(density, z[resample(log_mass, ESTIMATED_DRAWS, seed=derive(seed, "looked at"))])
     return _grids(density, sample, predictors_of_spread(sample), seed=seed)
 
 
@@ -102,7 +99,7 @@ def grids_about(density: LogDensity, loc: Tensor, z: Tensor, *, seed: int) -> li
     curvatures = second_derivatives(density, torch.cat([loc + away, loc - away]))
     strength, order = bending(curvatures.unflatten(0, (2, -1)), alone).topk(min(MOST_BENT, len(alone)))
     coordinates = [alone[number] for number in order[strength > CURVATURE_CHANGE].tolist()]
-    return _grids(density, finer(density, z[:DRAWS_USED]), coordinates, seed=seed)
+    return _grids(density, finer(density, z[:ESTIMATED_DRAWS]), coordinates, seed=seed)
 
 
 def sites_of_one(structure: Structure) -> list[int]:
@@ -236,7 +233,7 @@ def _drawn(tails: Tails, points: Tensor, roots: Tensor, held: Tensor, count: int
     noise[torch.arange(len(points)), :, held] = 0.0
     away = torch.linalg.solve_triangular(roots.mT, noise.mT, upper=True).mT
     z = (points[:, None] + away).to(tails.middle).flatten(0, 1)
-    values = torch.cat([tails.density(part) for part in z.split(DRAWS_USED)]).double()
+    values = torch.cat([tails.density(part) for part in z.split(ESTIMATED_DRAWS)]).double()
     ratios = values.view(len(points), -1).nan_to_num(nan=-math.inf) + 0.5 * noise.square().sum(2)
     size = roots.diagonal(dim1=1, dim2=2).log().sum(1)
     mean = torch.logsumexp(ratios, 1) - math.log(count)

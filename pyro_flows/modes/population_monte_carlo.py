@@ -24,17 +24,17 @@ from torch import Tensor
 
 from pyro_flows._seeding import derive, seeded
 from pyro_flows.model.log_density import LogDensity
+from pyro_flows.modes.hyperparameter_marginal import DF
 from pyro_flows.starts.prior import prior_draws
 from pyro_flows.verdict.deciding import resample
 from pyro_flows.verdict.psis import psis
-from pyro_flows.verdict.thresholds import ESS_SHARE_COLLAPSED, ESS_SHARE_GOOD, K_HAT_GOOD
+from pyro_flows.verdict.thresholds import ESS_SHARE_COLLAPSED, ESS_SHARE_GOOD, ESS_SHARE_LEAST, K_HAT_GOOD
 
 GENERATIONS = 4  # between two additions of parts
 ADDITIONS, IN_VAIN = 6, 2  # at most; in a row without a gain, after which the fit ends
 MOST_PARTS = 64
 FROM_PRIOR = 8000  # draws at each temperature
-EFFECTIVE_SHARE = 0.1  # of the draws at each temperature
-KERNELS, KERNEL_DF = 32, 5.0  # parts at tempered draws
+KERNELS = 32  # parts at tempered draws
 
 
 @dataclass(frozen=True)
@@ -152,7 +152,7 @@ def _about(draws: Tensor, count: int) -> Parts | None:
     if int(fault) or not bool(torch.isfinite(root).all()):
         return None
     if count == 1:
-        return Parts(draws.mean(0, keepdim=True), root.to(draws)[None], draws.new_zeros(1), KERNEL_DF)
+        return Parts(draws.mean(0, keepdim=True), root.to(draws)[None], draws.new_zeros(1), DF)
     x = torch.linalg.solve_triangular(root, draws.double().mT, upper=False).mT
     chosen = torch.randperm(len(draws))[: count // 2].to(draws.device)
     away, nearest = torch.cdist(x, x[chosen]).min(1)
@@ -162,7 +162,7 @@ def _about(draws: Tensor, count: int) -> Parts | None:
         nearest = torch.where(to_new < away, number, nearest)
         away = torch.minimum(away, to_new)
     mass = torch.bincount(nearest, minlength=count).to(draws) + 1.0
-    return Parts(draws[chosen], root.to(draws).expand(count, -1, -1).clone(), (mass / mass.sum()).log(), KERNEL_DF)
+    return Parts(draws[chosen], root.to(draws).expand(count, -1, -1).clone(), (mass / mass.sum()).log(), DF)
 
 
 def _power(ratios: Tensor) -> float:
@@ -172,11 +172,11 @@ def _power(ratios: Tensor) -> float:
         return float(1.0 / torch.softmax(power * ratios, 0).square().sum()) / len(ratios)
 
     low, high = 0.0, 1.0
-    if share(high) >= EFFECTIVE_SHARE:
+    if share(high) >= ESS_SHARE_LEAST:
         return high
     for _ in range(30):  # bisection
         middle = 0.5 * (low + high)
-        low, high = (middle, high) if share(middle) > EFFECTIVE_SHARE else (low, middle)
+        low, high = (middle, high) if share(middle) > ESS_SHARE_LEAST else (low, middle)
     return low
 
 

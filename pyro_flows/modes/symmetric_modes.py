@@ -22,8 +22,7 @@ from pyro_flows.modes.units import units_of
 from pyro_flows.modes.unverified_modes import MEASURED_PLACES, TOPS_APART, distinct
 from pyro_flows.starts.climb import climb
 from pyro_flows.starts.pathfinder import Paths
-
-CUT_BELOW = 20.0  # nats below a top, to which log densities are cut; an image below that has no mass
+from pyro_flows.verdict.thresholds import DENSITY_GAP_OF_LOST
 
 
 @torch.no_grad()
@@ -42,7 +41,7 @@ def symmetric_modes_of(
     if not mine:
         return []
     home = max(mine, key=lambda number: float(heights[number]))
-    least = float(heights[home]) - CUT_BELOW
+    least = float(heights[home]) - DENSITY_GAP_OF_LOST
     others = [number for number in at_rest if number != home and float(heights[number]) > least]
     others.sort(key=lambda number: -float(heights[number]))
     places = [paths.ends[number] for number in (home, *others)]
@@ -127,4 +126,4 @@ def _profiles(density: LogDensity, top: Tensor, steps: Tensor) -> Tensor:
     offsets = torch.cat([-steps.flip(0), steps])
     points = top + offsets[:, None, None] * torch.eye(len(top), dtype=top.dtype, device=top.device)
     heights = density(points.flatten(0, 1)).reshape(len(offsets), -1).mT - density(top[None])
-    return heights.nan_to_num(nan=-CUT_BELOW).clamp(-CUT_BELOW, CUT_BELOW)
+    return heights.nan_to_num(nan=-DENSITY_GAP_OF_LOST).clamp(-DENSITY_GAP_OF_LOST, DENSITY_GAP_OF_LOST)

@@ -13,6 +13,7 @@ from pyro_flows.flows.flow import Flow
 from pyro_flows.flows.laplace_grid import of_grid
 
 POINTS = 4001  # at which the density is tabulated
+EMPTY = 60.0  # nats below the highest density: the mass there counts as zero
 OUTSIDE = 1e-4  # share of the mass that may lie beyond the ends of a flow's table
 
 
@@ -71,8 +72,8 @@ def covariance_roots(table: Table) -> Tensor:
 
 
 @torch.no_grad()
-def flow_along(table: Table, *, df: float = 30.0) -> Flow:
-    """Return the flow of the grid, with a base of so many degrees of freedom.
+def flow_along(table: Table, *, lighter: float = 1.0) -> Flow:
+    """Return the flow of the grid, with a base of 30 degrees of freedom, times a factor that makes its tails lighter.
 
     Raises:
         ValueError: for a marginal that is too narrow for a table, or has mass beyond it: no draw would come there, and
@@ -81,4 +82,5 @@ def flow_along(table: Table, *, df: float = 30.0) -> Flow:
     if not table.beyond() < OUTSIDE:
         raise ValueError("grid: expected a density that has fallen off at both ends.")
     places, height = table.density()
+    df = 30.0 * lighter
     return of_grid(table.coordinate, (places, height), table.places, table.tops, covariance_roots(table), df=df)

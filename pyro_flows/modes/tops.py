@@ -16,7 +16,7 @@ from pyro_flows.starts.prior import spread_of
 NEGLIGIBLE_GAIN = 0.1  # nats
 NUMBERS_AT_ONCE = 2e7  # in Hessians that are computed together
 NEWTON = 4  # steps at most
-CUT_AT = 6.0  # units, to which draws are cut
+CUT_AT = 6.0  # units, to which draws are cut, and beyond which a tail begins
 
 
 class Held:

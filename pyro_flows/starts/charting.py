@@ -18,7 +18,6 @@ from pyro_flows.starts.pathfinder import pathfinder
 from pyro_flows.starts.prior import path_starts, possible_points, prior_draws, spread_of
 from pyro_flows.starts.start import CARRIED, Start
 
-TURN = 2.0 * math.pi
 PRIOR_DRAWS = 100
 FAR = (3e2, 1e3, 3e3)  # spreads of the prior, where a heavy tail falls off like a power
 HEAVY = 9.0  # power up to which a tail counts as heavy: eight degrees of freedom
@@ -89,7 +88,7 @@ def _charted(
 def _options(latent: Latent, angles: Tensor, heavy: Tensor, loc: Tensor, scale: Tensor) -> dict[str, object]:
     """Return the chart of a site as plain numbers; a site is an angle as a whole, or not."""
     if bool(angles.any()):
-        return {"turn_about": _full(latent, torch.remainder(loc + math.pi, TURN) - math.pi, 0.0)}
+        return {"turn_about": _full(latent, torch.remainder(loc + math.pi, math.tau) - math.pi, 0.0)}
     if not bool(heavy.any()):
         return {}
     return {"heavy_about": _full(latent, loc, 0.0), "heavy_scale": _full(latent, torch.where(heavy, scale, 0.0), 0.0)}
@@ -120,8 +119,8 @@ def _angles(density: LogDensity, draws: Tensor) -> Tensor:
         moved = usable[:, None] + size * directions
         return (density(moved.flatten(0, 1)).unflatten(0, moved.shape[:2]) - heights).abs()
 
-    period = ((changes(TURN) <= tolerance) & (changes(-TURN) <= tolerance)).all(0)
-    varies = (changes(0.3 * TURN) > 10.0 * tolerance).any(0)
+    period = ((changes(math.tau) <= tolerance) & (changes(-math.tau) <= tolerance)).all(0)
+    varies = (changes(0.3 * math.tau) > 10.0 * tolerance).any(0)
     found[free] = period & varies
     return found
 
@@ -183,7 +182,7 @@ def _turned(density: LogDensity, loc: Tensor, angles: Tensor) -> Tensor:
     """
     if not bool(angles.any()):
         return loc
-    turns = TURN / 64 * torch.arange(64, dtype=loc.dtype, device=loc.device)
+    turns = math.tau / 64 * torch.arange(64, dtype=loc.dtype, device=loc.device)
     directions = torch.eye(density.dim, dtype=loc.dtype, device=loc.device)[angles]
     points = loc + turns[:, None, None] * directions
     heights = density(points.flatten(0, 1)).unflatten(0, points.shape[:2]).nan_to_num(nan=-torch.inf)

@@ -18,19 +18,18 @@ from pyro_flows.flows.flow import Flow
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.training.convergence import WINDOW, Monitor
 from pyro_flows.training.trainer import LOOK_EVERY, Trainer
-from pyro_flows.verdict.thresholds import ESS_SHARE_COLLAPSED
+from pyro_flows.verdict.deciding import COMPARED_DRAWS
+from pyro_flows.verdict.thresholds import DENSITY_GAP_OF_LOST, ESS_SHARE_COLLAPSED
 
 BATCH = 64
 STEP_SIZE = 1e-2
 WARM_UP = 50
 CHECK_EVERY = 40
-CHECK_DRAWS = 256
 COOL_SHARE = 0.6
 COOL_AT_LEAST = 600
-COOL_TRIED = 300
+COOL_TRIED = 300  # steps of a cool-down that is tried, and of one of many flows
 COOL_EARLY = 200  # steps, where a look at the weights ended the training
 AVERAGED_SHARE = 0.2
-FALL = 20.0  # nats below the best check: go back to it with half the step size
 
 LIGHT = "weighting changes no result"
 STALLED = "training ended early: the importance weights hardly improved"
@@ -91,7 +90,7 @@ class Check:
     def __init__(self, flow: Flow, density: LogDensity, *, seed: int) -> None:
         self.flow, self.density = flow, density
         with seeded(seed, density.device):
-            self.noise = flow.base_distribution().sample((CHECK_DRAWS,))
+            self.noise = flow.base_distribution().sample((COMPARED_DRAWS,))
 
     @torch.no_grad()
     def __call__(self) -> tuple[Tensor, Tensor]:
@@ -175,7 +174,7 @@ class _Run:
             kept.end(self._state)
             return self._finished(self.ended)
         last = self.trainer.losses[-LOOK_EVERY:]  # no time for a check
-        lost = last and not -sum(last) / len(last) > self.best - FALL
+        lost = last and not -sum(last) / len(last) > self.best - DENSITY_GAP_OF_LOST
         self.trainer.assign(self.kept if lost else self.trainer.keep())
         done, few = self.done, len(self.monitor.elbos) < WINDOW
         why = f"{STOPPED} after {done} steps and did not converge" + (f" ({self.why})" if done else "")
@@ -219,7 +218,7 @@ class _Run:
         """
         if elbo >= self.best:
             self.kept, self.best = self.trainer.keep(), elbo
-        elif not elbo > self.best - FALL:
+        elif not elbo > self.best - DENSITY_GAP_OF_LOST:
             self.trainer.restore(self.kept)
             self.falls += 1
             return self.best

@@ -29,6 +29,8 @@ TOO_MUCH = "too much to correct"
 POOL = 4
 # draws by which a candidate is accepted, draws by which it is dropped at once, and draws that a search begins at
 JUDGED_DRAWS, LOOKED_AT_DRAWS, SEARCHED_DRAWS = 20_000, 4000, 1000
+ESTIMATED_DRAWS = 2000  # draws by which a mean is estimated: an ELBO, a mass, an evidence, moments
+COMPARED_DRAWS = 256  # draws of common random numbers by which the ELBOs of flows and starts are compared
 CHECKED = 50  # draws run with Pyro's argument checks on
 
 
