@@ -31,7 +31,7 @@ from pyro_flows.verdict.chains import McmcDiagnostics, McmcDraws, objections
 from pyro_flows.verdict.deciding import LOOKED_AT_DRAWS
 from pyro_flows.verdict.thresholds import ESS_OF_MCMC, R_HAT_CONVERGED
 
-ATTEMPT, LAST = 600_000, 1_500_000  # gradients: in the place of training, or after it; at the end
+ATTEMPT = 600_000  # gradients of chains, in the place of training or after it
 CHEAPEST = 4.0  # times as many cheap gradients as costly ones, at most
 
 
@@ -68,7 +68,8 @@ def fallback_sampler(
     own.asked = clock.asked
     seed = int(posterior.settings["seed"])
     begun = posterior if chains is None else replace(posterior, chains=chains)
-    work = Work(method, "they were not good enough", most=LAST, searched=searched, passed=passed)
+    most = 2.5 * ATTEMPT  # nothing comes after it
+    work = Work(method, "they were not good enough", most=most, searched=searched, passed=passed)
     found = refined(begun, work, CHAINS, MAX_STEPS if chains is None else 0, seed, own, bar)
     if chains is None and found.verdict.status == "refined":
         accepted("MCMC at the end")

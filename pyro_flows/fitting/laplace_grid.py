@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from pyro_flows._seeding import derive, seeded
+from pyro_flows.correction.latent import WRITTEN_DEAR
 from pyro_flows.fitting.flow_training import begin
 from pyro_flows.fitting.multimodal import weighed
 from pyro_flows.fitting.plan import LIGHTER, SHARE_OF_SECONDS, Plan
@@ -55,7 +56,7 @@ def grid_comes_first(plan: Plan, density: LogDensity) -> bool:
     """Whether grids are tried before any training: they are cheap, and the caller has named no flow."""
     if not (plan.open and can_have_grid(density)):
         return False
-    return density.written <= 30_000 and density.work.operations <= 500  # numbers and operations of an evaluation
+    return density.written <= WRITTEN_DEAR and density.work.operations <= 500  # of an evaluation
 
 
 def with_tails_checked(search: Search, density: LogDensity, sampler: Sampler, *, seed: int) -> Search:

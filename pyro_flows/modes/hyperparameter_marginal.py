@@ -33,7 +33,6 @@ from pyro_flows.verdict.thresholds import ESS_OF_CHAINS, ESS_SHARE_GOOD, K_HAT_G
 DRAWS, MOST_ROUNDS = 400, 16  # of a round; at most
 DF = 5.0  # of Student-t distributions that are drawn from in a few dimensions
 FITTED_WITHIN = 25.0  # nats below the top: draws of lower density are left out of the first fit
-DRAWS_KEPT = 6000  # the latest draws, to which a flow is fitted
 
 
 class Sample(NamedTuple):
@@ -131,8 +130,9 @@ def fit_flow(
         fresh = torch.softmax(ratios[usable], 0)
         effective = 1.0 / weights.square().sum(), 1.0 / fresh.square().sum()
         weights = torch.cat([effective[0] * weights, effective[1] * fresh]) / sum(effective)
-        theta, log_p = torch.cat([theta, own])[-DRAWS_KEPT:], torch.cat([log_p, values])[-DRAWS_KEPT:]
-        weights = weights[-DRAWS_KEPT:] / weights[-DRAWS_KEPT:].sum()
+        latest = slice(-3 * ESTIMATED_DRAWS, None)  # the draws of three fits
+        theta, log_p = torch.cat([theta, own])[latest], torch.cat([log_p, values])[latest]
+        weights = weights[latest] / weights[latest].sum()
     flow.load_state_dict(best[3])
     return best[1], best[2]
 

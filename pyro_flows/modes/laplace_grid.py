@@ -42,7 +42,7 @@ PREDICTS_SPREAD = 0.02  # sum of squared correlations with the distances of othe
 MOST_SITES, MOST_BENT = 16, 2  # sites of one coordinate that are compared by curvature, and that get a grid
 CURVATURE_CHANGE = 0.05  # of log curvatures over two spreads: less is none
 DRAWS, ERROR_MOST = 128, 0.15  # at a grid point; relative standard error of a mass that counts as known
-ERROR_REDRAWN, REDRAWN = 0.1, 2048  # a grid point with a larger error gets so many draws in place of those
+ERROR_REDRAWN = 0.1  # a grid point with a larger error gets sixteen times as many draws in place of those
 STRETCH = 5.0  # by which steps are stretched, up to four times, where the marginal has not fallen off at the last
 FEWEST_DRAWS = 500  # by which coordinates are chosen
 FEWEST_POINTS = 8  # of a grid
@@ -220,7 +220,7 @@ def _weighed(tails: Tails, tops: Tops) -> tuple[Tensor, Tensor]:
     unsure = ((relative > ERROR_REDRAWN) & (masses > masses.nan_to_num(nan=-math.inf).max() - EMPTY)).nonzero()[:, 0]
     for number in unsure.tolist():
         one = slice(number, number + 1)
-        masses[one], relative[one] = _drawn(tails, points[one], roots[one], held[one], REDRAWN)
+        masses[one], relative[one] = _drawn(tails, points[one], roots[one], held[one], 16 * DRAWS)
     log_masses[known], errors[known] = masses, relative
     return log_masses, errors
 

@@ -20,10 +20,9 @@ from pyro_flows._seeding import derive, seeded
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.modes.terms import tops_of_terms
 from pyro_flows.modes.units import SAME, factors, unit_of_modes, units_of
-from pyro_flows.starts.charting import PRIOR_DRAWS
 from pyro_flows.starts.climb import FEW_TICKS, climb
 from pyro_flows.starts.curvature import FULL_HESSIAN_UP_TO, inverse_roots, lower_triangular
-from pyro_flows.starts.prior import prior_draws
+from pyro_flows.starts.prior import PRIOR_DRAWS, prior_draws
 
 CLIMBS = 256  # of a round
 NUMBERS = 500_000  # that the climbs of a round handle at each step, at most
@@ -125,7 +124,7 @@ def _ends(
     cost = max(density.dim * max(1, len(found)), density.numbers) * (1 if known is None else 4)  # a guide costs more
     affordable = min(SCREENED_NUMBERS / cost, SCREENED_WRITTEN / max(1, density.written)) / count
     many = int(max(1, min(SCREENED, affordable))) if len(found) else 1
-    prior = prior_draws(density, PRIOR_DRAWS, seed=seed)
+    prior = prior_draws(density, PRIOR_DRAWS // 2, seed=seed)
     points = torch.cat([z[:8], _broad(density, found, prior, z, count * (1 + many) // 2)])
     points, heights = _finite(density, points)
     plain, screened, promise = points[: count // 2], points[count // 2 :], heights[count // 2 :]

@@ -12,7 +12,6 @@ from pyro_flows._cubic import between, smooth_slopes
 from pyro_flows.flows.flow import Flow
 from pyro_flows.flows.laplace_grid import of_grid
 
-POINTS = 4001  # at which the density is tabulated
 EMPTY = 60.0  # nats below the highest density: the mass there counts as zero
 OUTSIDE = 1e-4  # share of the mass that may lie beyond the ends of a flow's table
 
@@ -29,7 +28,7 @@ class Table:
 
     def density(self) -> tuple[Tensor, Tensor]:
         """Return values of the coordinate (G,), as many between any two places, and normalized log densities there."""
-        height, each = self.log_masses - self.log_masses.max(), POINTS // (len(self.places) - 1)
+        height, each = self.log_masses - self.log_masses.max(), 4001 // (len(self.places) - 1)  # points of a quadrature
         parts = self.places[:-1, None] + self.places.diff()[:, None] * torch.arange(each).to(self.places) / each
         grid = torch.cat([parts.flatten(), self.places[-1:]])
         slopes = smooth_slopes(self.places, height, limited=True)

@@ -24,7 +24,6 @@ from pyro_flows.modes.units import SAME, unit_of_modes, units_of
 from pyro_flows.starts.climb import TICKS, climb
 from pyro_flows.starts.curvature import differences, inverse_roots_of, lower_triangular
 
-BRANCHES = 128  # densities in all
 SUMS, FEW = 16, 2  # at most, and with several results: with more, a model sums over paths, as those of Markov chains do
 
 
@@ -52,7 +51,7 @@ class Terms:
         ]
         width = max((len(row) for row in rows), default=1)
         self._sums = frozenset(number for number, _ in sums)
-        filled = [row + [0] * (width - len(row)) for row in rows[:BRANCHES]]
+        filled = [row + [0] * (width - len(row)) for row in rows[: 2 * MOST_TERMS]]  # densities in all
         self.branches = torch.tensor(filled, dtype=torch.long, device=z.device).reshape(-1, width)
 
     def value_and_grad(self, z: Tensor, /) -> tuple[Tensor, Tensor]:

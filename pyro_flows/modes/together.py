@@ -123,8 +123,8 @@ def _full(units: Tensor) -> Tensor:
 def _own_points(one: _FlowDraws) -> Tensor:
     """Draws of the guide, and draws moved outwards."""
     center = one.z.median(0).values
-    rows = torch.arange(FEW + FEW * len(OUTWARDS), device=one.z.device) % len(one.z)
-    own, *far = one.z[rows].split([FEW, *[FEW] * len(OUTWARDS)])
+    rows = torch.arange(FEW * (1 + len(OUTWARDS)), device=one.z.device) % len(one.z)
+    own, *far = one.z[rows].split(FEW)
     return torch.cat([own, *(center + factor * (part - center) for factor, part in zip(OUTWARDS, far, strict=True))])
 
 

@@ -15,10 +15,9 @@ from pyro_flows.model.log_density import LogDensity
 from pyro_flows.model.sites import Latent, messages
 from pyro_flows.starts.curvature import FULL_HESSIAN_UP_TO
 from pyro_flows.starts.pathfinder import pathfinder
-from pyro_flows.starts.prior import path_starts, possible_points, prior_draws, spread_of
+from pyro_flows.starts.prior import PRIOR_DRAWS, path_starts, possible_points, prior_draws, spread_of
 from pyro_flows.starts.start import CARRIED, Start
 
-PRIOR_DRAWS = 100
 FAR = (3e2, 1e3, 3e3)  # spreads of the prior, where a heavy tail falls off like a power
 HEAVY = 9.0  # power up to which a tail counts as heavy: eight degrees of freedom
 WALL_MATTERS = 50.0  # nats: a wall at a lower density, compared with some point, does not matter
@@ -33,7 +32,7 @@ def choose_charts(density: LogDensity, start: Start | None, *, seed: int) -> tup
     """
     if not density.batched:
         return density, start, []
-    draws = prior_draws(density, PRIOR_DRAWS, seed=derive(seed, "charts"))
+    draws = prior_draws(density, PRIOR_DRAWS // 2, seed=derive(seed, "charts"))
     low, high = _walls(density, draws)
     walled = torch.isfinite(low) | torch.isfinite(high)
     if bool(walled.any()):
@@ -44,7 +43,7 @@ def choose_charts(density: LogDensity, start: Start | None, *, seed: int) -> tup
                 walls = Walls(*(torch.as_tensor(_full(latent, side[part], math.inf)) for side in (low, high)))
                 charts[latent.name] = write_chart(walls)
         density, start = _charted(density, start, charts, seed=seed)
-        draws = prior_draws(density, PRIOR_DRAWS, seed=derive(seed, "charts"))
+        draws = prior_draws(density, PRIOR_DRAWS // 2, seed=derive(seed, "charts"))
     angles, heavy = _angles(density, draws[:3]) & ~walled, _heavy(density, draws) & ~walled
     heavy &= ~angles
     if not bool((angles | heavy).any()):

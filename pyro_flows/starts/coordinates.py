@@ -28,8 +28,7 @@ from pyro_flows.model.noncentered import Information
 from pyro_flows.model.sites import Latent, Noncentered
 from pyro_flows.starts.curvature import FULL_HESSIAN_UP_TO, lower_triangular, scales
 from pyro_flows.starts.pathfinder import Paths, pathfinder
-from pyro_flows.starts.portfolio import PRIOR_DRAWS
-from pyro_flows.starts.prior import path_starts, possible_points, prior_draws, spread_of
+from pyro_flows.starts.prior import PRIOR_DRAWS, path_starts, possible_points, prior_draws, spread_of
 from pyro_flows.starts.start import CARRIED, Start
 from pyro_flows.verdict.deciding import ESTIMATED_DRAWS
 from pyro_flows.verdict.thresholds import DENSITY_GAP_OF_LOST

@@ -17,12 +17,11 @@ from pyro_flows.starts.climb import TICKS
 from pyro_flows.starts.curvature import FULL_HESSIAN_UP_TO, SMALL_UP_TO, inverse_roots, lower_triangular, scales
 from pyro_flows.starts.laplace import laplace
 from pyro_flows.starts.pathfinder import pathfinder, pool
-from pyro_flows.starts.prior import PATHS, SEARCHES, possible_points, prior_draws, spread_of, without_noise
+from pyro_flows.starts.prior import PATHS, PRIOR_DRAWS, SEARCHES, possible_points, prior_draws, spread_of, without_noise
 from pyro_flows.starts.start import Start, divergence, standard
 from pyro_flows.verdict.deciding import COMPARED_DRAWS
 from pyro_flows.verdict.thresholds import K_HAT_MOST
 
-PRIOR_DRAWS = 200
 SEARCHES_UNBATCHED = 3
 SAME_END = 0.1  # sds between ends of paths that are one place
 STEPS_AFTER_PATHS = 10  # of Newton's method

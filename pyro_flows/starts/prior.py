@@ -13,10 +13,11 @@ from pyro_flows.model.log_density import LogDensity
 from pyro_flows.model.sites import messages
 from pyro_flows.model.start import FromPrior
 
+PRIOR_DRAWS = 200  # that starts begin with; charts, and each round of a survey, with half of them
 SEARCHES, PATHS = 8, 4  # draws of the prior from which modes are looked for; points from which normals are
-TRIED_VALUES = 40
-TRIES = 16
-NOISE = 0.5  # nats
+TRIED_VALUES = 40  # of each coordinate, where no draw is possible
+TRIES = 16  # moves by last digits
+NOISE = 0.5  # nats that they may change
 
 
 def path_starts(draws: Tensor) -> Tensor:

@@ -10,8 +10,8 @@ from pyro_flows._seeding import derive, seeded
 from pyro_flows.model.stack import NotStackable, Stack
 from pyro_flows.starts.curvature import FULL_HESSIAN_UP_TO, inverse_roots, lower_triangular
 from pyro_flows.starts.pathfinder import pathfinder
-from pyro_flows.starts.portfolio import PRIOR_DRAWS, TRIM
-from pyro_flows.starts.prior import PATHS, path_starts, prior_draws
+from pyro_flows.starts.portfolio import TRIM
+from pyro_flows.starts.prior import PATHS, PRIOR_DRAWS, path_starts, prior_draws
 from pyro_flows.starts.start import Start
 from pyro_flows.verdict.deciding import COMPARED_DRAWS
 

@@ -16,13 +16,12 @@ from pyro_flows.objectives import BasePoints
 from pyro_flows.training.adam import Moments
 from pyro_flows.training.convergence import Monitor
 from pyro_flows.training.flow_graphs import Passes, flat, is_order, points, state_of
-from pyro_flows.training.loop import AVERAGED_SHARE, COOL_EARLY, COOL_TRIED, WARM_UP, Training
+from pyro_flows.training.loop import AVERAGED_SHARE, CHECK_EVERY, COOL_EARLY, COOL_TRIED, WARM_UP, Training
 from pyro_flows.training.step_graph import stitched
 from pyro_flows.training.trainer import BLEND, DEFENSIVE, LOOK_EVERY
 from pyro_flows.verdict.deciding import COMPARED_DRAWS
 from pyro_flows.verdict.thresholds import DENSITY_GAP_OF_LOST, ESS_SHARE_PROMISING, EVIDENCE_GAP_VISIBLE
 
-CHECK_EVERY = 20
 STEADY = 800  # steps at most, before the cool-down
 NEARLY_ALL = 0.9  # of the flows stand still: the rest is not waited for
 
@@ -201,7 +200,7 @@ def train_together(flows: Lockstep, *, report: Report) -> list[Training]:
     while done < STEADY and not float((still | good).double().mean()) >= NEARLY_ALL:
         flows.step(min(1.0, (done + 1) / WARM_UP))
         done += 1
-        if done % CHECK_EVERY == 0:
+        if done % (CHECK_EVERY // 2) == 0:
             still = still | run.check()  # what comes after is the cool-down, in ``loop.train`` too
             good = torch.tensor([monitor.promises(EVIDENCE_GAP_VISIBLE) for monitor in run.monitors])
             report(done, int((still | good).sum()), "converging")
@@ -213,7 +212,7 @@ def train_together(flows: Lockstep, *, report: Report) -> list[Training]:
         if step >= (1.0 - AVERAGED_SHARE) * cool:
             count = step + 1 - math.ceil((1.0 - AVERAGED_SHARE) * cool)
             average = flows.weights.clone() if average is None else average.lerp_(flows.weights, 1.0 / (count + 1))
-        if (step + 1) % (4 * CHECK_EVERY) == 0:
+        if (step + 1) % (2 * CHECK_EVERY) == 0:
             run.rescue(run.elbos())
             report(done + step + 1, int(still.sum()), "cooling")
     elbos = run.finish(average)

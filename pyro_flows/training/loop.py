@@ -21,15 +21,15 @@ from pyro_flows.training.trainer import LOOK_EVERY, Trainer
 from pyro_flows.verdict.deciding import COMPARED_DRAWS
 from pyro_flows.verdict.thresholds import DENSITY_GAP_OF_LOST, ESS_SHARE_COLLAPSED
 
-BATCH = 64
-STEP_SIZE = 1e-2
-WARM_UP = 50
-CHECK_EVERY = 40
-COOL_SHARE = 0.6
-COOL_AT_LEAST = 600
+BATCH = 64  # draws of a step
+STEP_SIZE = 1e-2  # of Adam
+WARM_UP = 50  # steps
+CHECK_EVERY = 40  # steps; many flows are looked at twice as often
+COOL_SHARE = 0.6  # of the steps before, for the cool-down
+COOL_AT_LEAST = 600  # steps
 COOL_TRIED = 300  # steps of a cool-down that is tried, and of one of many flows
 COOL_EARLY = 200  # steps, where a look at the weights ended the training
-AVERAGED_SHARE = 0.2
+AVERAGED_SHARE = 0.2  # of a cool-down, the last steps
 
 LIGHT = "weighting changes no result"
 STALLED = "training ended early: the importance weights hardly improved"
