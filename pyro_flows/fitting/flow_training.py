@@ -28,7 +28,6 @@ from pyro_flows.verdict.deciding import LOOKED_AT_DRAWS
 from pyro_flows.verdict.thresholds import EVIDENCE_GAP_OF_TRIALS, SHIFT_SEEN, SHIFT_SEEN_IN_TRAINING
 
 STEP_SIZES = (STEP_SIZE, 3e-3)
-ELSEWHERE = 1.0  # nats of divergence between two starts, from which they are not next to the same
 
 
 class Entrant(NamedTuple):
@@ -93,7 +92,7 @@ def _wider(best: Start, others: Sequence[Start]) -> list[Start]:
     """Return the widest of other starts that are close, if it reaches where the best one does not."""
     close = [start for start in others if best.elbo - start.elbo < CLOSE and start.volume > best.volume]
     widest = max(close, key=lambda start: start.volume, default=None)
-    return [] if widest is None or divergence(widest, best) < ELSEWHERE else [widest]
+    return [] if widest is None or divergence(widest, best) < EVIDENCE_GAP_OF_TRIALS else [widest]
 
 
 def train_flow(run: Run) -> str | None:

@@ -30,7 +30,7 @@ from pyro_flows.results.stage import Stage
 from pyro_flows.starts.coordinates import climbed
 from pyro_flows.starts.prior import prior_draws
 from pyro_flows.verdict.acceptance import shift_is_noise
-from pyro_flows.verdict.deciding import JUDGED_DRAWS, LOOKED_AT_DRAWS
+from pyro_flows.verdict.deciding import JUDGED_DRAWS, LOOKED_AT_DRAWS, SEARCHED_DRAWS
 from pyro_flows.verdict.methods import CONDITIONALS, GAUSSIAN, GRID, MCMC, MIXTURE, TRAINED
 from pyro_flows.verdict.thresholds import ESS_SHARE_COLLAPSED, ESS_SHARE_PROMISING
 
@@ -38,7 +38,6 @@ AS_READ, AT_MODES, AT_THE_BEST, AFTER = "as read", "at modes", "at the best star
 AT_FIRST = 80  # dimensions up to which Gaussian conditionals are tried before chains, which cost less above
 AT_ONCE = "converged: weighting changes no result at the start"
 SAMPLED_FROM, SAMPLED_UP_TO = 30, 1500  # dimensions in which a sampler is tried before a flow is trained
-SURVEYED_FROM = 500  # draws from which a survey of modes begins
 
 
 class Method(NamedTuple):
@@ -144,9 +143,9 @@ def _mixture(run: Run, *, barrier: float = 3.0) -> str | None:
         return None
     with plan.clock.part(_stages.SEVERAL):
         if run.best is None:
-            z, hopeless = prior_draws(run.density, SURVEYED_FROM, seed=run.seed), False
+            z, hopeless = prior_draws(run.density, SEARCHED_DRAWS // 2, seed=run.seed), False
         else:
-            z, weighing = run.flow().draw(SURVEYED_FROM)[0], run.best.weighing
+            z, weighing = run.flow().draw(SEARCHED_DRAWS // 2)[0], run.best.weighing
             hopeless = weighing.ess < ESS_SHARE_COLLAPSED * len(weighing.log_weights)
         run.multimodal = multimodal(run.density, z, seed=run.seed, bar=plan.bar, barrier=barrier, ridges=hopeless)
     if run.multimodal is None:

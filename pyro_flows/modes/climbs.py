@@ -30,15 +30,15 @@ from pyro_flows.starts.pathfinder import Paths, pathfinder
 from pyro_flows.starts.portfolio import SAME_END, SEARCHES_UNBATCHED
 from pyro_flows.starts.prior import prior_draws
 from pyro_flows.starts.start import Start
-from pyro_flows.verdict.deciding import SEARCHED_DRAWS
+from pyro_flows.verdict.deciding import SEARCHED_DRAWS, WEIGHED_DRAWS
 from pyro_flows.verdict.psis import psis
 from pyro_flows.verdict.thresholds import K_HAT_MOST, MISSED_MASS_SHARE
 
 INFLATED = (3.0, 10.0, 30.0)  # factors by which a few draws are moved outwards
 SCREENED_AT = (1.5, 2.5, 4.0, 8.0)  # factors by which all draws are moved outwards
-CLIMBERS = 6  # for each factor, and from the guide's own draws
-PRIOR_CLIMBERS = 24  # paths from draws of the prior; half of them, where a density has many terms
-WEIGHED, WEIGHED_UNBATCHED = 400, 50  # draws from the normal at the end of a path; at least
+# paths for each factor, and from the guide's own draws; four times as many from draws of the prior, or half of that
+CLIMBERS = 6
+WEIGHED_UNBATCHED = 50  # draws from the normal at the end of a path, at least
 
 
 def climbed(
@@ -54,7 +54,7 @@ def climbed(
     if not len(far):
         return []
     units = units_of(z)
-    again = far[-PRIOR_CLIMBERS:] if _is_cheap(density) else far[:0]
+    again = far[-4 * CLIMBERS :] if _is_cheap(density) else far[:0]
     points = torch.cat([own, far, again])
     shares = torch.ones(len(points), *[1] * units.dim()).to(units)
     shares[len(own) + len(far) :] = 0.01  # a second path from each: long first steps leap over modes
@@ -133,7 +133,7 @@ def _weighed(
     chosen = own + torch.tensor(_ends(paths, own, units), dtype=torch.long, device=ends.device)
     best = paths.best.some(chosen)
     with seeded(derive(seed, "weighing"), density.device), torch.no_grad():
-        each = density.affordable(WEIGHED * len(chosen)) // max(len(chosen), 1)
+        each = density.affordable(WEIGHED_DRAWS * len(chosen)) // max(len(chosen), 1)
         count = max(each, WEIGHED_UNBATCHED) if density.batched else WEIGHED_UNBATCHED
         noise = torch.randn(count, density.dim, dtype=ends.dtype, device=ends.device)
         draws, log_q = best.map(noise)
@@ -213,7 +213,7 @@ def _dispersed(guide: Guide, modes: Sequence[Start], z: Tensor, *, seed: int) ->
         changed = z[-1:].clone()
         changed[:, latent.offset : latent.offset + latent.size] *= -1.0
         flipped.append(changed)
-    count = PRIOR_CLIMBERS if _is_cheap(density) else PRIOR_CLIMBERS // 2
+    count = (4 if _is_cheap(density) else 2) * CLIMBERS
     prior = prior_draws(density, count, seed=derive(seed, "modes from the prior"))
     terms = prior[:0] if can_be_surveyed(density) else places_of_terms(density, prior)
     terms = terms[distinct([*terms], units_of(z), by=1.0)[:count]]

@@ -26,11 +26,11 @@ from torch import Tensor, nn
 
 from pyro_flows.flows.flow import Flow
 from pyro_flows.modes.tables import EMPTY
-from pyro_flows.verdict.deciding import ESTIMATED_DRAWS
+from pyro_flows.verdict.deciding import ESTIMATED_DRAWS, WEIGHED_DRAWS
 from pyro_flows.verdict.psis import psis
 from pyro_flows.verdict.thresholds import ESS_OF_CHAINS, ESS_SHARE_GOOD, K_HAT_GOOD
 
-DRAWS, MOST_ROUNDS = 400, 16  # of a round; at most
+MOST_ROUNDS = 16
 DF = 5.0  # of Student-t distributions that are drawn from in a few dimensions
 FITTED_WITHIN = 25.0  # nats below the top: draws of lower density are left out of the first fit
 
@@ -60,8 +60,8 @@ def sampled(log_density: Callable[[Tensor], Tensor], loc: Tensor, root: Tensor) 
     theta, log_p, proposals = loc.new_zeros(0, k), loc.new_zeros(0), list[tuple[Tensor, Tensor]]()
     while True:
         proposals.append((loc, root))
-        chi = torch.distributions.Chi2(loc.new_tensor(DF)).sample((DRAWS, 1))
-        fresh = loc + (torch.randn(DRAWS, k).to(loc) * (DF / chi).sqrt()) @ root.mT
+        chi = torch.distributions.Chi2(loc.new_tensor(DF)).sample((WEIGHED_DRAWS, 1))
+        fresh = loc + (torch.randn(WEIGHED_DRAWS, k).to(loc) * (DF / chi).sqrt()) @ root.mT
         theta, log_p = torch.cat([theta, fresh]), torch.cat([log_p, log_density(fresh)])
         if not bool(torch.isfinite(log_p).any()):
             return None

@@ -33,7 +33,7 @@ from pyro_flows.modes.tops import CUT_AT, Tails, Tops
 from pyro_flows.modes.under_covered import is_usable
 from pyro_flows.starts.curvature import SMALL_UP_TO, second_derivatives
 from pyro_flows.starts.prior import spread_of
-from pyro_flows.verdict.deciding import ESTIMATED_DRAWS, resample
+from pyro_flows.verdict.deciding import ESTIMATED_DRAWS, SEARCHED_DRAWS, resample
 
 STEPS = (0.3, 0.6, 1.0, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0, 6.5, 8.0, 11.0, 15.0, 20.0)  # spreads from the middle
 CLOSE = (*(0.3 * number for number in range(1, 28)), 9.0, 10.0, 11.5, 13.0, 15.0, 17.5, 20.0)  # for a flow
@@ -44,7 +44,6 @@ CURVATURE_CHANGE = 0.05  # of log curvatures over two spreads: less is none
 DRAWS, ERROR_MOST = 128, 0.15  # at a grid point; relative standard error of a mass that counts as known
 ERROR_REDRAWN = 0.1  # a grid point with a larger error gets sixteen times as many draws in place of those
 STRETCH = 5.0  # by which steps are stretched, up to four times, where the marginal has not fallen off at the last
-FEWEST_DRAWS = 500  # by which coordinates are chosen
 FEWEST_POINTS = 8  # of a grid
 
 
@@ -78,7 +77,7 @@ def all_grids(density: LogDensity, z: Tensor, log_weights: Tensor, *, seed: int)
     up to ten times that where a marginal has not fallen off, and 2048 densities for a noisy grid point.
     """
     log_mass = torch.log_softmax(log_weights.double(), 0)
-    if not can_have_grid(density) or len(z) < FEWEST_DRAWS or not is_usable(log_mass):
+    if not can_have_grid(density) or len(z) < SEARCHED_DRAWS // 2 or not is_usable(log_mass):
         return []
     sample = finer(density, z[resample(log_mass, ESTIMATED_DRAWS, seed=derive(seed, "looked at"))])
     return _grids(density, sample, predictors_of_spread(sample), seed=seed)

@@ -26,15 +26,13 @@ from pyro_flows._seeding import derive, seeded
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.modes.hyperparameter_marginal import DF
 from pyro_flows.starts.prior import prior_draws
-from pyro_flows.verdict.deciding import resample
+from pyro_flows.verdict.deciding import LOOKED_AT_DRAWS, resample
 from pyro_flows.verdict.psis import psis
 from pyro_flows.verdict.thresholds import ESS_SHARE_COLLAPSED, ESS_SHARE_GOOD, ESS_SHARE_LEAST, K_HAT_GOOD
 
 GENERATIONS = 4  # between two additions of parts
-ADDITIONS, IN_VAIN = 6, 2  # at most; in a row without a gain, after which the fit ends
-MOST_PARTS = 64
-FROM_PRIOR = 8000  # draws at each temperature
-KERNELS = 32  # parts at tempered draws
+IN_VAIN = 2  # additions in a row without a gain, after which the fit ends
+MOST_PARTS = 64  # half of them at tempered draws: as many may be added
 
 
 @dataclass(frozen=True)
@@ -124,15 +122,15 @@ def tempered_mixture(density: LogDensity, *, seed: int) -> Parts | None:
         for _ in range(12):  # temperatures, at most
             if parts is None:
                 return None
-            z = parts.draw(FROM_PRIOR)
+            z = parts.draw(2 * LOOKED_AT_DRAWS)
             ratios = density(z).double() - torch.logsumexp(parts.log_prob(z), 0)
             usable = torch.isfinite(ratios)
             z, ratios = z[usable], ratios[usable]
-            if len(z) < KERNELS:
+            if len(z) < MOST_PARTS // 2:
                 return None
             power = _power(ratios)
-            chosen = resample(torch.log_softmax(power * ratios, 0), FROM_PRIOR, seed=0)
-            parts = _about(z[chosen], KERNELS)
+            chosen = resample(torch.log_softmax(power * ratios, 0), 2 * LOOKED_AT_DRAWS, seed=0)
+            parts = _about(z[chosen], MOST_PARTS // 2)
             if power == 1.0:
                 break
     return parts
@@ -191,7 +189,7 @@ def fitted(
     with seeded(derive(seed, "a population"), density.device):
         best = last = _evolved(density, parts)
         in_vain = 0
-        for _ in range(ADDITIONS):
+        while in_vain < IN_VAIN:
             if best is None or last is None or best.share < ESS_SHARE_COLLAPSED or best.worth >= ESS_SHARE_GOOD:
                 break
             if len(last.parts) >= MOST_PARTS:
@@ -200,8 +198,6 @@ def fitted(
             last = _evolved(density, _joined(last))
             in_vain = 0 if last is not None and last.worth >= best.worth + ESS_SHARE_COLLAPSED else in_vain + 1
             best = last if last is not None and last.worth > best.worth else best
-            if in_vain == IN_VAIN:
-                break
     return best
 
 
@@ -220,7 +216,7 @@ def _evolved(density: LogDensity, parts: Parts) -> Generation | None:
 def generation(density: LogDensity, parts: Parts) -> Generation | None:
     """Draw from a mixture, and weight the draws; None if no draw has any weight."""
     parts = parts.even(0.1)  # so that no part is left without draws
-    z = parts.draw(min(max(4000, 200 * len(parts)), 16_000))
+    z = parts.draw(min(max(LOOKED_AT_DRAWS, 200 * len(parts)), 4 * LOOKED_AT_DRAWS))
     log_parts = parts.log_prob(z)
     ratios = density(z).double() - torch.logsumexp(log_parts, 0)
     ratios = torch.where(torch.isfinite(ratios), ratios, -torch.inf)

@@ -16,7 +16,8 @@ from pyro_flows.model.sites import Latent, messages
 from pyro_flows.starts.curvature import FULL_HESSIAN_UP_TO
 from pyro_flows.starts.pathfinder import pathfinder
 from pyro_flows.starts.prior import PRIOR_DRAWS, path_starts, possible_points, prior_draws, spread_of
-from pyro_flows.starts.start import CARRIED, Start
+from pyro_flows.starts.start import Start
+from pyro_flows.verdict.deciding import COMPARED_DRAWS
 
 FAR = (3e2, 1e3, 3e3)  # spreads of the prior, where a heavy tail falls off like a power
 HEAVY = 9.0  # power up to which a tail counts as heavy: eight degrees of freedom
@@ -79,7 +80,7 @@ def _charted(
     if start is None:
         return found, None
     with seeded(derive(seed, "carried over"), density.device):
-        noise = torch.randn(CARRIED, density.dim, dtype=density.dtype, device=density.device)
+        noise = torch.randn(2 * COMPARED_DRAWS, density.dim, dtype=density.dtype, device=density.device)
     z = torch.nan_to_num(found.unconstrain(density.constrain(start.map(noise))))
     return found, Start(start.name, z.median(0).values, spread_of(z))
 

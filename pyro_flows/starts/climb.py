@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pyro_flows._batches import rows_for
+from pyro_flows._batches import ROWS_AT_LEAST, rows_for
 from pyro_flows.model.stack import Stack
 from pyro_flows.starts.curvature import FULL_HESSIAN_UP_TO, Differentiable
 from pyro_flows.starts.gaussians import (
@@ -24,7 +24,7 @@ from pyro_flows.starts.gaussians import (
 TICKS, FEW_TICKS = 100, 60  # of a path, and of one of many; steps of Newton's method
 SETTLED = 1e-8  # nats still to gain
 STALLED = 1e-3  # nats that a path has to rise by between two looks at whether it does
-WRITTEN, LEAST_TOGETHER = 2**22, 16  # numbers that are written for paths that are looked at together; paths, at least
+WRITTEN = 2**22  # numbers that are written for paths that are looked at together
 
 
 class Met(NamedTuple):
@@ -60,7 +60,7 @@ def climb(density: Differentiable, points: Tensor, units: Tensor, *, ticks: int 
 def _together(density: Differentiable) -> int:
     """Return how many paths are looked at together: fewer where each costs much, so that none is that is over."""
     rows = WRITTEN // max(density.written, 1)
-    return min(rows_for(density.numbers), max(1 << (max(rows, 1).bit_length() - 1), LEAST_TOGETHER))
+    return min(rows_for(density.numbers), max(1 << (max(rows, 1).bit_length() - 1), ROWS_AT_LEAST))
 
 
 class Climb:

@@ -29,8 +29,8 @@ from pyro_flows.model.sites import Latent, Noncentered
 from pyro_flows.starts.curvature import FULL_HESSIAN_UP_TO, lower_triangular, scales
 from pyro_flows.starts.pathfinder import Paths, pathfinder
 from pyro_flows.starts.prior import PRIOR_DRAWS, path_starts, possible_points, prior_draws, spread_of
-from pyro_flows.starts.start import CARRIED, Start
-from pyro_flows.verdict.deciding import ESTIMATED_DRAWS
+from pyro_flows.starts.start import Start
+from pyro_flows.verdict.deciding import COMPARED_DRAWS, ESTIMATED_DRAWS
 from pyro_flows.verdict.thresholds import DENSITY_GAP_OF_LOST
 
 STEPS = 400
@@ -135,7 +135,7 @@ def _normals(family: _Family, side: Climbed, *, learned_from: bool) -> tuple[Lea
     if not math.isfinite(side.elbo) or not candidate.batched:
         return None, None
     with seeded(seed, candidate.device):
-        noise = torch.randn(CARRIED, candidate.dim, dtype=candidate.dtype, device=candidate.device)
+        noise = torch.randn(2 * COMPARED_DRAWS, candidate.dim, dtype=candidate.dtype, device=candidate.device)
     found = paths.best.map(noise)[0][best]
     plain = [_diagonal(candidate, paths.best.loc[best], found.std(0), seed=seed)]
     if candidate.dim <= FULL_HESSIAN_UP_TO:

@@ -28,8 +28,7 @@ from pyro_flows.starts.gaussians import Gaussians
 from pyro_flows.starts.start import CLOSE
 from pyro_flows.verdict.psis import psis
 
-DRAWS = 10
-POOLED = 100
+DRAWS = 10  # of a Gaussian on the way; ten times as many of the best one of each path
 
 
 @dataclass(frozen=True)
@@ -146,7 +145,7 @@ def pool(density: LogDensity, gaussians: Gaussians, *, seed: int) -> Pool:
     """
     with seeded(derive(seed, "pool"), density.device):
         count = len(gaussians.loc)
-        shape = (count, density.affordable(POOLED * count) // count, density.dim)
+        shape = (count, density.affordable(10 * DRAWS * count) // count, density.dim)
         noise = torch.randn(shape, dtype=density.dtype, device=density.device)
     z, log_q = gaussians.map(noise)
     with torch.no_grad():

@@ -11,7 +11,6 @@ from torch import Tensor
 from pyro_flows.model.log_density import LogDensity
 
 CLOSE = 10.0  # nats of ELBO between starts of which none is left out: they are pooled, and raced
-CARRIED = 512  # draws of a normal distribution by which it is carried over to other coordinates
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from pyro_flows.objectives import BasePoints
 from pyro_flows.training.adam import Moments
 from pyro_flows.training.convergence import Monitor
 from pyro_flows.training.flow_graphs import Passes, flat, is_order, points, state_of
-from pyro_flows.training.loop import AVERAGED_SHARE, CHECK_EVERY, COOL_EARLY, COOL_TRIED, WARM_UP, Training
+from pyro_flows.training.loop import AVERAGED_SHARE, CHECK_EVERY, COOL, WARM_UP, Training
 from pyro_flows.training.step_graph import stitched
 from pyro_flows.training.trainer import BLEND, DEFENSIVE, LOOK_EVERY
 from pyro_flows.verdict.deciding import COMPARED_DRAWS
@@ -190,8 +190,8 @@ def train_together(flows: Lockstep, *, report: Report) -> list[Training]:
     """Train all flows for as many steps; say of each whether it converged, by the rule of ``loop.train``.
 
     Checks are on common random numbers, 20 steps apart. The step size is constant until nine tenths of the flows stand
-    still or have weights that correct them, or for `STEADY` steps; then it falls to zero along a cosine over
-    `COOL_TRIED` steps (`COOL_EARLY` if weights ended it), the last fifth of which is averaged. A flow whose ELBO falls
+    still or have weights that correct them, or for `STEADY` steps; then it falls to zero along a cosine over half
+    of `COOL` steps (a third if weights ended it), the last fifth of which is averaged. A flow whose ELBO falls
     far goes back to its best check, with half the step size.
     """
     run = _Together(flows)
@@ -204,7 +204,7 @@ def train_together(flows: Lockstep, *, report: Report) -> list[Training]:
             still = still | run.check()  # what comes after is the cool-down, in ``loop.train`` too
             good = torch.tensor([monitor.promises(EVIDENCE_GAP_VISIBLE) for monitor in run.monitors])
             report(done, int((still | good).sum()), "converging")
-    cool = COOL_TRIED if float(still.double().mean()) >= NEARLY_ALL else COOL_EARLY
+    cool = COOL // 2 if float(still.double().mean()) >= NEARLY_ALL else COOL // 3
     why = [monitor.stationary()[1] for monitor in run.monitors]
     average: Tensor | None = None
     for step in range(cool):

@@ -26,9 +26,7 @@ STEP_SIZE = 1e-2  # of Adam
 WARM_UP = 50  # steps
 CHECK_EVERY = 40  # steps; many flows are looked at twice as often
 COOL_SHARE = 0.6  # of the steps before, for the cool-down
-COOL_AT_LEAST = 600  # steps
-COOL_TRIED = 300  # steps of a cool-down that is tried, and of one of many flows
-COOL_EARLY = 200  # steps, where a look at the weights ended the training
+COOL = 600  # steps at least; half of them in a try and of many flows, a third where a look at the weights ended it
 AVERAGED_SHARE = 0.2  # of a cool-down, the last steps
 
 LIGHT = "weighting changes no result"
@@ -190,7 +188,7 @@ class _Run:
             if self.done % CHECK_EVERY == 0:
                 self._look_at_all(settle)
         else:
-            self._cool("", max(COOL_AT_LEAST, min(int(COOL_SHARE * done), 1500)))
+            self._cool("", max(COOL, min(int(COOL_SHARE * done), 1500)))
 
     def _look_at_all(self, settle: bool) -> None:
         """Look at the functionals, and at the weights: these may end the training, or begin a cool-down."""
@@ -207,9 +205,9 @@ class _Run:
                 self.ended = ENDLESS
                 return
         if self.monitor.promises(self.look.gap) and self.look.weigh()[0]:
-            self._cool(LIGHT, COOL_EARLY)
+            self._cool(LIGHT, COOL // 3)
         elif self.done >= self.try_from and self.monitor.level():
-            self._cool(STALLED, COOL_TRIED)
+            self._cool(STALLED, COOL // 2)
 
     def _compare(self, elbo: float) -> float:
         """Keep the present parameters if they are the best, go back if they are far from it; return their ELBO.
@@ -299,4 +297,4 @@ class _Run:
 
 def _steady_share(steps: int) -> int:
     """How many of ``steps`` may pass before the cool-down has to begin."""
-    return max(steps - max(COOL_AT_LEAST, int(steps * COOL_SHARE / (1.0 + COOL_SHARE))), steps // 2)
+    return max(steps - max(COOL, int(steps * COOL_SHARE / (1.0 + COOL_SHARE))), steps // 2)

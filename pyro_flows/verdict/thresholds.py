@@ -137,7 +137,8 @@ EVIDENCE_GAP_SMALL_SHARE = 0.25
 # Nats of ELBO that do not matter: a drift of training, and what the noise of a full covariance may cost. Source:
 # chosen.
 EVIDENCE_GAP_NEGLIGIBLE = 0.02
-# Trial runs: below this, no other learning rate is tried. Source: chosen.
+# Trial runs: below this, no other learning rate is tried; nor a start whose divergence from the best one is less.
+# Source: chosen.
 EVIDENCE_GAP_OF_TRIALS = 1.0
 # Runs of a fit: between the largest and the smallest log evidence, at most. Source: chosen.
 EVIDENCE_GAP_OF_RUNS = 0.3
