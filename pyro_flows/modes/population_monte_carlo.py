@@ -31,7 +31,7 @@ from pyro_flows.verdict.psis import psis
 from pyro_flows.verdict.thresholds import ESS_SHARE_COLLAPSED, ESS_SHARE_GOOD, ESS_SHARE_LEAST, K_HAT_GOOD
 
 GENERATIONS = 4  # between two additions of parts
-IN_VAIN = 2  # additions in a row without a gain, after which the fit ends
+ADDITIONS, IN_VAIN = 6, 2  # at most; in a row without a gain, after which the fit ends
 MOST_PARTS = 64  # half of them at tempered draws: as many may be added
 
 
@@ -189,7 +189,7 @@ def fitted(
     with seeded(derive(seed, "a population"), density.device):
         best = last = _evolved(density, parts)
         in_vain = 0
-        while in_vain < IN_VAIN:
+        for _ in range(ADDITIONS):
             if best is None or last is None or best.share < ESS_SHARE_COLLAPSED or best.worth >= ESS_SHARE_GOOD:
                 break
             if len(last.parts) >= MOST_PARTS:
@@ -198,6 +198,8 @@ def fitted(
             last = _evolved(density, _joined(last))
             in_vain = 0 if last is not None and last.worth >= best.worth + ESS_SHARE_COLLAPSED else in_vain + 1
             best = last if last is not None and last.worth > best.worth else best
+            if in_vain == IN_VAIN:
+                break
     return best
 
 
