@@ -32,6 +32,7 @@ from pyro_flows.verdict.psis import psis
 from pyro_flows.verdict.thresholds import (
     DENSITY_GAP_OF_WALKERS,
     K_HAT_MOST,
+    MISSED_MASS_ERRORS,
     MISSED_MASS_SHARE,
     R_HAT_OF_SHORT_CHAINS,
     REGION_MASS_SHARE,
@@ -239,7 +240,7 @@ class _Regions:
             return MISSED_MASS_SHARE, math.inf
         k_hat = psis(ratios)[1]
         weights = (ratios - self.evidence).exp()
-        mean, error = float(weights.mean()), 2.0 * float(weights.std()) / math.sqrt(LOOKED_AT_DRAWS)
+        mean, error = float(weights.mean()), MISSED_MASS_ERRORS * float(weights.std()) / math.sqrt(LOOKED_AT_DRAWS)
         needed = REGION_MASS_SHARE * min(mean - error, 1.0)
         return (needed, mean + error) if k_hat < K_HAT_MOST else (max(MISSED_MASS_SHARE, needed), math.inf)
 

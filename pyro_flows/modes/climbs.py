@@ -16,9 +16,9 @@ from pyro_flows.modes.symmetric_modes import symmetric_modes_of
 from pyro_flows.modes.symmetries import MOVED_DRAWS
 from pyro_flows.modes.tempering import temper
 from pyro_flows.modes.terms import places_of_terms
+from pyro_flows.modes.tops import MODE_REACHES
 from pyro_flows.modes.units import in_units, units_of
 from pyro_flows.modes.unverified_modes import (
-    TOPS_APART,
     UnverifiedMode,
     by_curvature,
     distinct,
@@ -30,7 +30,7 @@ from pyro_flows.starts.pathfinder import Paths, pathfinder
 from pyro_flows.starts.portfolio import SAME_END, SEARCHES_UNBATCHED
 from pyro_flows.starts.prior import prior_draws
 from pyro_flows.starts.start import Start
-from pyro_flows.verdict.deciding import SEARCHED_DRAWS, WEIGHED_DRAWS
+from pyro_flows.verdict.deciding import CHECKED, SEARCHED_DRAWS, WEIGHED_DRAWS
 from pyro_flows.verdict.psis import psis
 from pyro_flows.verdict.thresholds import K_HAT_MOST, MISSED_MASS_SHARE
 
@@ -38,7 +38,6 @@ INFLATED = (3.0, 10.0, 30.0)  # factors by which a few draws are moved outwards
 SCREENED_AT = (1.5, 2.5, 4.0, 8.0)  # factors by which all draws are moved outwards
 # paths for each factor, and from the guide's own draws; four times as many from draws of the prior, or half of that
 CLIMBERS = 6
-WEIGHED_UNBATCHED = 50  # draws from the normal at the end of a path, at least
 
 
 def climbed(
@@ -75,7 +74,7 @@ def climbed(
                 more, poor = _weighed(guide, curved, 1, units, seed=seed)
                 more = more or _tempered(guide, curved, *worth_measuring(guide, curved, 1, poor, units), seed=seed)
             found += more
-    return [found[number] for number in distinct([region.place for region in found], units, by=TOPS_APART)]
+    return [found[number] for number in distinct([region.place for region in found], units, by=MODE_REACHES)]
 
 
 def _are_beside(missed: Sequence[MissedRegion]) -> bool:
@@ -134,7 +133,7 @@ def _weighed(
     best = paths.best.some(chosen)
     with seeded(derive(seed, "weighing"), density.device), torch.no_grad():
         each = density.affordable(WEIGHED_DRAWS * len(chosen)) // max(len(chosen), 1)
-        count = max(each, WEIGHED_UNBATCHED) if density.batched else WEIGHED_UNBATCHED
+        count = max(each, CHECKED) if density.batched else CHECKED
         noise = torch.randn(count, density.dim, dtype=ends.dtype, device=ends.device)
         draws, log_q = best.map(noise)
         log_p = density(draws.flatten(0, 1)).unflatten(0, draws.shape[:2])

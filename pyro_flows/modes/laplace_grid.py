@@ -29,7 +29,7 @@ from pyro_flows.model.log_density import LogDensity
 from pyro_flows.model.sites import Structure
 from pyro_flows.modes.propriety import finer
 from pyro_flows.modes.tables import EMPTY, OUTSIDE, Table
-from pyro_flows.modes.tops import CUT_AT, Tails, Tops
+from pyro_flows.modes.tops import MODE_REACHES, Tails, Tops
 from pyro_flows.modes.under_covered import is_usable
 from pyro_flows.starts.curvature import SMALL_UP_TO, second_derivatives
 from pyro_flows.starts.prior import spread_of
@@ -127,7 +127,7 @@ def closer(density: LogDensity, marginal: Marginal, *, seed: int) -> Marginal | 
 def predictors_of_spread(z: Tensor) -> list[int]:
     """Return the coordinates of draws (S, D) that best predict how far the others are from their medians."""
     away = z.double() - z.double().median(0).values
-    away = (away / away.abs().median(0).values.clamp_min(1e-300)).clamp(-1.5 * CUT_AT, 1.5 * CUT_AT)
+    away = (away / away.abs().median(0).values.clamp_min(1e-300)).clamp(-1.5 * MODE_REACHES, 1.5 * MODE_REACHES)
     signed, size = ((part - part.mean(0)) / part.std(0).clamp_min(1e-300) for part in (away, away.abs()))
     correlation = (signed.mT @ size / len(z)).fill_diagonal_(0.0)
     correlation = torch.where(correlation.abs() > 5.0 / math.sqrt(len(z)), correlation, 0.0)  # standard errors

@@ -18,8 +18,9 @@ from torch import Tensor
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.modes.missed_regions import Guide, MissedRegion, missed_regions_of
 from pyro_flows.modes.symmetries import SignedPermutation, are_the_same, identity, image_of, product
+from pyro_flows.modes.tops import MODE_REACHES
 from pyro_flows.modes.units import units_of
-from pyro_flows.modes.unverified_modes import MEASURED_PLACES, TOPS_APART, distinct
+from pyro_flows.modes.unverified_modes import MEASURED_PLACES, distinct
 from pyro_flows.starts.climb import climb
 from pyro_flows.starts.pathfinder import Paths
 from pyro_flows.verdict.thresholds import DENSITY_GAP_OF_LOST
@@ -45,7 +46,7 @@ def symmetric_modes_of(
     others = [number for number in at_rest if number != home and float(heights[number]) > least]
     others.sort(key=lambda number: -float(heights[number]))
     places = [paths.ends[number] for number in (home, *others)]
-    chosen = distinct(places, units, by=TOPS_APART)[1 : 1 + MEASURED_PLACES]
+    chosen = distinct(places, units, by=MODE_REACHES)[1 : 1 + MEASURED_PLACES]
     return [region for number in chosen for region in _region_about(guide, places[0], places[number], z, log_q)]
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 MATRICES_UP_TO = 100  # dimensions, for full units and for Hessians at hundreds of places
+LEVEL = 2.0  # nats: heights that differ by less are one level, and a valley that is deeper is a barrier
 SAME = 0.5  # of :func:`unit_of_modes`: places nearer than that are one mode
 
 

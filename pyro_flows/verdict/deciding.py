@@ -32,8 +32,8 @@ POOL = 4
 JUDGED_DRAWS, LOOKED_AT_DRAWS, SEARCHED_DRAWS = 20_000, 4000, 1000
 ESTIMATED_DRAWS = 2000  # draws by which a mean is estimated: an ELBO, a mass, an evidence, moments
 WEIGHED_DRAWS = 400  # draws of one normal or Student-t distribution of several, by which its weights are known
-COMPARED_DRAWS = 256  # draws of common random numbers by which the ELBOs of flows and starts are compared
-CHECKED = 50  # draws run with Pyro's argument checks on
+COMPARED_DRAWS = 256  # draws of common random numbers by which ELBOs are compared; and of a first look at weights
+CHECKED = 50  # draws run one by one: with Pyro's argument checks on, and to weigh a normal of a model that runs so
 
 
 def judge(

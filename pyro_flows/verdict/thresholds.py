@@ -183,7 +183,7 @@ PRIOR_ERROR_MOST = 0.15
 # Missed mode: share of the mass that the guide covers; a region with more is missed. Source: chosen.
 MISSED_MASS_SHARE = 0.02
 # Missed mass next to the guide, and draws that rounding puts onto a bound: standard errors that the share has to
-# exceed. Source: chosen.
+# exceed; and of the mass of a region that chains have to visit. Source: chosen.
 MISSED_MASS_ERRORS = 2.0
 # Short tail: share of the mass beyond a quantile that draws may lack. Comparison of chains: share of their draws beyond
 # each of two quantiles. Draws that rounding puts onto a bound: their share, at most. Source: chosen.
