@@ -37,9 +37,9 @@ from pyro_flows.verdict.deciding import ESTIMATED_DRAWS, SEARCHED_DRAWS, resampl
 
 STEPS = (0.3, 0.6, 1.0, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0, 6.5, 8.0, 11.0, 15.0, 20.0)  # spreads from the middle
 CLOSE = (*(0.3 * number for number in range(1, 28)), 9.0, 10.0, 11.5, 13.0, 15.0, 17.5, 20.0)  # for a flow
-MOST_COORDINATES = 4  # that get a grid
+MOST_COORDINATES = 4  # that get a grid; half as many before there is a flow
 PREDICTS_SPREAD = 0.02  # sum of squared correlations with the distances of other coordinates from their medians
-MOST_SITES, MOST_BENT = 16, 2  # sites of one coordinate that are compared by curvature, and that get a grid
+MOST_SITES = 16  # sites of one coordinate that are compared by curvature
 CURVATURE_CHANGE = 0.05  # of log curvatures over two spreads: less is none
 DRAWS, ERROR_MOST = 128, 0.15  # at a grid point; relative standard error of a mass that counts as known
 ERROR_REDRAWN = 0.1  # a grid point with a larger error gets sixteen times as many draws in place of those
@@ -96,7 +96,7 @@ def grids_about(density: LogDensity, loc: Tensor, z: Tensor, *, seed: int) -> li
         return []
     away = spread_of(z).diag()[alone]
     curvatures = second_derivatives(density, torch.cat([loc + away, loc - away]))
-    strength, order = bending(curvatures.unflatten(0, (2, -1)), alone).topk(min(MOST_BENT, len(alone)))
+    strength, order = bending(curvatures.unflatten(0, (2, -1)), alone).topk(min(MOST_COORDINATES // 2, len(alone)))
     coordinates = [alone[number] for number in order[strength > CURVATURE_CHANGE].tolist()]
     return _grids(density, finer(density, z[:ESTIMATED_DRAWS]), coordinates, seed=seed)
 
