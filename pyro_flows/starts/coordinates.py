@@ -28,15 +28,14 @@ from pyro_flows.model.noncentered import Information
 from pyro_flows.model.sites import Latent, Noncentered
 from pyro_flows.starts.curvature import FULL_HESSIAN_UP_TO, lower_triangular, scales
 from pyro_flows.starts.pathfinder import Paths, pathfinder
-from pyro_flows.starts.portfolio import PRIOR_DRAWS
-from pyro_flows.starts.prior import path_starts, possible_points, prior_draws, spread_of
-from pyro_flows.starts.start import CARRIED, Start
+from pyro_flows.starts.prior import PRIOR_DRAWS, path_starts, possible_points, prior_draws, spread_of
+from pyro_flows.starts.start import Start
+from pyro_flows.verdict.deciding import COMPARED_DRAWS, ESTIMATED_DRAWS
+from pyro_flows.verdict.thresholds import DENSITY_GAP_OF_LOST
 
 STEPS = 400
 BATCH = 32  # pairs of opposite noise
 LEARNING_RATE = 0.05
-ELBO_DRAWS = 2000
-BEHIND = 20.0  # nats of ELBO: the best path in one sort of coordinates is left out if it is so far below the other
 UNINFORMATIVE = 0.05  # precision of the data over that of the posterior; less counts as no information
 
 
@@ -62,7 +61,7 @@ def choose_coordinates(
     family = _Family(density)
     both = climbed(density, False, seed=seed), wholly or climbed(density, True, seed=seed)
     best = max(path.elbo for path in both)
-    sides = [_normals(family, path, learned_from=path.elbo > best - BEHIND) for path in both]
+    sides = [_normals(family, path, learned_from=path.elbo > best - DENSITY_GAP_OF_LOST) for path in both]
     learned = max((found for found, _ in sides if found), key=lambda found: found.start.elbo, default=None)
     start = None if learned is None else learned.start
     kept: Noncentered = both[1].elbo >= both[0].elbo and both[1].elbo > -math.inf
@@ -136,7 +135,7 @@ def _normals(family: _Family, side: Climbed, *, learned_from: bool) -> tuple[Lea
     if not math.isfinite(side.elbo) or not candidate.batched:
         return None, None
     with seeded(seed, candidate.device):
-        noise = torch.randn(CARRIED, candidate.dim, dtype=candidate.dtype, device=candidate.device)
+        noise = torch.randn(2 * COMPARED_DRAWS, candidate.dim, dtype=candidate.dtype, device=candidate.device)
     found = paths.best.map(noise)[0][best]
     plain = [_diagonal(candidate, paths.best.loc[best], found.std(0), seed=seed)]
     if candidate.dim <= FULL_HESSIAN_UP_TO:
@@ -150,7 +149,7 @@ def _normals(family: _Family, side: Climbed, *, learned_from: bool) -> tuple[Lea
 def _diagonal(density: LogDensity, loc: Tensor, scale: Tensor, *, seed: int) -> Start:
     """Return the normal with this location and these scales (D,), and its ELBO."""
     with seeded(derive(seed, "a diagonal normal"), density.device):
-        noise = torch.randn(ELBO_DRAWS, density.dim, dtype=density.dtype, device=density.device)
+        noise = torch.randn(ESTIMATED_DRAWS, density.dim, dtype=density.dtype, device=density.device)
     return Start("coordinates", loc, scale, _elbo(density(loc + scale * noise), noise, scale))
 
 
@@ -222,7 +221,7 @@ class _Family:
             for step in range(STEPS):
                 noise = torch.randn(BATCH, density.dim, dtype=density.dtype, device=density.device)
                 ascent.step(self.evaluate, torch.cat([noise, -noise]), step)
-            noise = torch.randn(ELBO_DRAWS, density.dim, dtype=density.dtype, device=density.device)
+            noise = torch.randn(ESTIMATED_DRAWS, density.dim, dtype=density.dtype, device=density.device)
         loc, scale, said = ascent.result()
         with torch.no_grad():
             terms = self.evaluate(loc + scale * noise, said)[0]
