@@ -173,9 +173,9 @@ class Amortized:
         Draws of :math:`q(\theta \mid y)` are weighted by :math:`p(\theta, y) / q(\theta \mid y)`. The base of q has
         heavier tails than in the training, so that tails of the posterior are drawn. Draws are used as they are,
         resampled by these weights, or called unreliable, by the rules of :func:`diagnose`. They are resampled wherever
-        ESS/S is below 0.98, too. Where it is below 0.5, four times as many are weighed. Missed modes are not searched
-        for, and the verdict notes this. Data that are outside of what the prior predicts are named in the verdict,
-        which is then never ``ok``.
+        ESS/S is below 0.98, too. Where that of the first 512 is below 0.5, four times as many are weighed. Missed modes
+        are not searched for, and the verdict notes this. Data that are outside of what the prior predicts are named in
+        the verdict, which is then never ``ok``.
 
         Args:
             args: the arguments of the model, as :func:`amortize` was given them, with other data.
