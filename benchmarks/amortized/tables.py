@@ -21,11 +21,15 @@ HEADER = (
     ),
     *("training, CPU s", "p of ranks", "named: as predicted", "named: changed", "`ok`: changed"),
 )
-BESIDE = ("model", "method", "usable and right", "wrong and usable", "ms each, median (95 %)", "training, CPU s")
+BESIDE = (
+    *("model", "method", "usable and right", "wrong and usable", "largest error of a mean, sds", "of an sd"),
+    *("ms each, median (95 %)", "training, CPU s"),
+)
 PEERS = (
     "Other packages, trained on the same simulations, with the same coordinates and scale of the data, for as many "
     "seconds. All else is their default: sbi's masked autoregressive flow and BayesFlow's affine couplings. They have "
-    "no verdict, so that all of their answers count as usable. An answer is 4000 draws."
+    "no verdict, so that all of their answers count as usable. An answer is 4000 draws. The largest error is that of "
+    "the worst coordinate; its median over usable answers is shown."
 )
 
 
@@ -46,7 +50,9 @@ def section(rows: Sequence[records.Row]) -> str:
 def _beside(row: records.Row) -> list[str]:
     method = OURS if row["method"] == OURS else f"{row['method']} {row['version']}"
     right = f"{row['right']} of {row['data_sets']}"
-    return [row["model"], method, right, row["lies"], f"{row['ms_median']} ({row['ms_95']})", row["train_cpu_seconds"]]
+    sd_off = f"{float(row['sd_off']):.0%}" if row["sd_off"] else "–"
+    times = f"{row['ms_median']} ({row['ms_95']})"
+    return [row["model"], method, right, row["lies"], row["mean_off"] or "–", sd_off, times, row["train_cpu_seconds"]]
 
 
 def _line(row: records.Row) -> list[str]:
