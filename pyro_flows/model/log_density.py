@@ -157,9 +157,10 @@ class LogDensity(SiteValues):
         shown = f"{MISSED_MASS_OF_TAILS:.0%}"
         return [f"{ON_BOUNDS} {name} onto a bound in more than {shown} of the draws, so mass next to the bound is lost"]
 
-    def take(self, values: Recorder, gradients: Recorder, constrained: Recorder) -> None:
+    def take(self, values: Recorder, gradients: Recorder, constrained: Recorder, doubles: Recorder) -> None:
         """Evaluate by these recorders from now on: those that densities of one model with many data sets share."""
         self._values, self._with_gradients, self._constrained = values, gradients, constrained
+        self._doubles = doubles
 
     def under(self, clock: Clock) -> None:
         """Look at ``clock`` as evaluations go on."""
