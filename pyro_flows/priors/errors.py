@@ -1,15 +1,18 @@
 r"""How far a fitted prior may be from the posterior that it stands for: what each link of a chain adds, and what stays.
 
 The flow q of a link is moved to the means and sds of the draws of the posterior p, so these have the errors of the
-draws. To them comes what other differences of shape do to the posteriors of further data y. If draws of q have weights,
-that is at most
+draws. To them comes what other differences of shape do to the posteriors of further data. If draws of q have weights,
+their size is
 
-.. math::
-    \epsilon^2 = \operatorname{E}_q (p / q)^2 - 1 = S / \text{ESS} - 1 \ge 2 \operatorname{KL}(p \| q) \ge
-    2 \operatorname{E}_y \operatorname{KL}(p_y \| q_y) \ge \operatorname{E}_y (\delta_y^2 + 2 \sigma_y^2)
+.. math:: \epsilon^2 = \operatorname{E}_q (p / q)^2 - 1 = S / \text{ESS} - 1 = \sum_n \epsilon_n^2
 
-for a small difference, by the chain rule of KL and its value for two normal distributions. :math:`\delta` is the
-difference of means in sds, in length over all coordinates, and :math:`\sigma` that of log sds. So :math:`\epsilon` is a
+with the parts of p / q - 1 by Hermite polynomials of degree n, for a posterior that is about normal. Further data leave
+a share s of the variances, alike in all directions, as batches of one kind do. The difference of means in sds, in
+length over all coordinates, then has the mean square over data
+
+.. math:: \sum_{n \ge 2} n (1 - s)^{n - 1} s\, \epsilon_n^2 \le \epsilon^2 / 2
+
+where n = 1 is missing, since means agree; that of log sds is at most half of it. So :math:`\epsilon / \sqrt 2` is a
 standard error over further data, and 1.96 of it are stated: a length of normal errors with this mean square exceeds
 them with at most 5 % (Szekely and Bakirov 2003). Where draws come from no flow over the sites, both are compared under
 further data. Errors of links add up in squares. Data of later batches make an error of a mean smaller, and bring out
@@ -198,8 +201,8 @@ def _move(flow: Flow, center: Tensor, to: Tensor, factor: Tensor) -> None:
 def accumulated(own: tuple[float, float, float], dim: int, earlier: list[PriorError]) -> PriorError:
     """Return the error of a prior: its own, see :func:`matched`, and those of earlier priors."""
     times, once = (_two_sided((1.0 - CONFIDENCE) / parts) for parts in (2 * dim, 1))  # the third is of all coordinates
-    mean = math.hypot(times * own[0], once * own[2], *(error.mean for error in earlier))
-    sd = math.hypot(times * own[1], once * own[2] / math.sqrt(2.0), *(error.sd for error in earlier))
+    mean = math.hypot(times * own[0], once * own[2] / math.sqrt(2.0), *(error.mean for error in earlier))
+    sd = math.hypot(times * own[1], once * own[2] / 2.0, *(error.sd for error in earlier))
     return PriorError(mean, sd, 1 + max((error.links for error in earlier), default=0))
 
 
