@@ -130,10 +130,10 @@ class LogDensity(SiteValues):
     ) -> tuple[list[str], list[str]]:
         """Say what rounding does at draws ``z`` (S, D), to densities and next to bounds; see :class:`Digits`."""
         lost, notes = super().lost_digits(z, most=most, log_p=log_p)
-        return [*self._on_bounds(z), *lost], notes
+        return [*self.on_bounds(z), *lost], notes
 
     @torch.no_grad()
-    def _on_bounds(self, z: Tensor) -> list[str]:
+    def on_bounds(self, z: Tensor) -> list[str]:
         """Say which site rounding puts onto a bound in too large a share of the draws z (S, D).
 
         A sigmoid has no values between 1 - eps and 1, and torch cuts it there, so mass that is nearer to 1 is lost. A

@@ -192,4 +192,4 @@ def test_digits_that_a_sum_loses_are_no_bound():
     density = pf.LogDensity(far_away, noncentered=("a",))
     z = normal(1000, 2, seed=8).float() + torch.tensor([1e5, 0.0])
     assert density.structure.noncentered
-    assert not density._on_bounds(z)
+    assert not density.on_bounds(z)
