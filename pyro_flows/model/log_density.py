@@ -23,7 +23,7 @@ from pyro_flows._turns import turn
 from pyro_flows.graphs import Recorder, RecorderState
 from pyro_flows.model.batching import quiet, where_possible
 from pyro_flows.model.digits import COMPARED_ONE_BY_ONE
-from pyro_flows.model.faults import Faults, Undefined, passing_over
+from pyro_flows.model.faults import Faults, Refused, Undefined, passing_over
 from pyro_flows.model.gradients import values_and_grads
 from pyro_flows.model.runs import Runs
 from pyro_flows.model.site_values import SiteValues
@@ -332,7 +332,12 @@ class LogDensity(SiteValues):
             for row in self._pieces(z, one_by_one=True):
                 leaf = row.clone().requires_grad_()
                 value = self.single(leaf)
-                grads.append(torch.autograd.grad(value, leaf)[0])
+                try:
+                    grads.append(torch.autograd.grad(value, leaf)[0])
+                except NotImplementedError as error:
+                    expected = "expected a log density with a derivative by each latent that it reads"
+                    remedy = "write this function by operations that torch differentiates"
+                    raise Refused(f"model: {expected}, got torch's '{error}'; {remedy}") from error
                 values.append(value.detach())
         return torch.stack(values).to(z.dtype), torch.stack(grads)
 
