@@ -33,8 +33,8 @@ def from_mcmc(
     r"""Judge the output of Pyro's ``MCMC``, and hand it over to ArviZ as a fit's.
 
     ``ok`` takes rank-normalized split R-hat below 1.01 in all unconstrained coordinates, at least 400 effective draws
-    (bulk and tail), finite log densities, divergences in at most one draw of a thousand, and at most one draw of a
-    hundred that rounding puts onto a bound. The many short chains of :meth:`Posterior.refine` may have 1.05: of N draws
+    (bulk and tail), finite log densities, divergences in at most one draw of a thousand, and no mass lost where
+    rounding puts draws onto a bound. The many short chains of :meth:`Posterior.refine` may have 1.05: of N draws
     with autocorrelation time t, R-hat is about :math:`\sqrt{1 + (t - 1) / N}`, converged or not, and they are held to
     nested R-hat, which other chains have not.
 

@@ -23,12 +23,12 @@ from pyro_flows._turns import turn
 from pyro_flows.graphs import Recorder, RecorderState
 from pyro_flows.model.batching import quiet, where_possible
 from pyro_flows.model.digits import COMPARED_ONE_BY_ONE
-from pyro_flows.model.faults import Faults, Undefined, passing_over
+from pyro_flows.model.faults import Faults, Refused, Undefined, passing_over
 from pyro_flows.model.gradients import values_and_grads
 from pyro_flows.model.runs import Runs
 from pyro_flows.model.site_values import SiteValues
 from pyro_flows.model.sites import Noncentered, Structure
-from pyro_flows.verdict.thresholds import MISSED_MASS_ERRORS, MISSED_MASS_OF_TAILS
+from pyro_flows.verdict.thresholds import SHIFT_MOST
 
 LARGER = 4  # times the numbers of data and coordinates, that a few results may have
 WRITTEN_FOR_A_CHECK, DRAWS_AT_LEAST = 2e9, 400  # numbers that a check may write, a second or so; and its draws
@@ -134,28 +134,43 @@ class LogDensity(SiteValues):
 
     @torch.no_grad()
     def on_bounds(self, z: Tensor) -> list[str]:
-        """Say which site rounding puts onto a bound in too large a share of the draws z (S, D).
+        """Say which site rounding puts onto a bound, if the mass that is lost there changes a mean or an sd; z (S, D).
 
-        A sigmoid has no values between 1 - eps and 1, and torch cuts it there, so mass that is nearer to 1 is lost. A
-        draw at the cut does not return to the same coordinate. The share of such draws tells of the lost mass.
+        A sigmoid has no values between 1 - eps and 1, and torch cuts it there. A draw at the cut does not return to the
+        same coordinate, and the density decays with the Jacobian alone. If it went on to decay at the rate before the
+        cut, the mass beyond would be as many times as large as that rate is smaller: draws there get this weight.
         """
-        limit = -math.log(torch.finfo(z.dtype).eps) - 1.0
-        far = z[(z.abs() > limit).any(1)]
-        if len(far) <= MISSED_MASS_OF_TAILS * len(z):
-            return []
-        some = far[: SENT_BACK if self.batched else SENT_BACK_ONE_BY_ONE]
+        limit = -math.log(torch.finfo(z.dtype).eps)
+        far = (z.abs() > limit).any(1).nonzero()[:, 0]
+        first = far[: SENT_BACK if self.batched else SENT_BACK_ONE_BY_ONE]
+
+        def lost_at(points: Tensor) -> Tensor:
+            back = self.unconstrain(self.constrain(points)).to(points)
+            return ~(torch.isclose(back, points, rtol=1e-3, atol=1e-3) | back.isnan()) & (points.abs() > limit)
+
         with quiet(), Tried() as tried:
-            back = self.unconstrain(self.constrain(some)).to(some)
+            if not (len(first) and bool(lost_at(z[first]).any())):
+                return []
+            lost = lost_at(z[far])
+            far, lost = far[lost.any(1)], lost[lost.any(1)]
+            some = z[far]
+            before, beyond = (
+                -some.sign() * self.unrecorded(points)[1]
+                for points in (some.clamp(1.0 - limit, limit - 1.0), some + some.sign())
+            )
+            times = torch.where(lost, beyond / before.clamp_min(torch.finfo(z.dtype).eps), 1.0).nan_to_num(1.0)
+            weights = torch.ones_like(z[:, :1]).index_copy_(0, far, times.prod(1, keepdim=True)).double()
+            worst = int(lost.sum(0).argmax())
+            name = next(one.name for one in self.structure.latents if one.offset <= worst < one.offset + one.size)
+            values = self.constrain(z)[name].reshape(len(z), -1).double()
         if tried.error is not None:  # in the model's own code
             return []
-        lost = ~(torch.isclose(back, some, rtol=1e-3, atol=1e-3) | back.isnan()) & (some.abs() > limit)
-        share = float(lost.any(1).double().mean()) * len(far) / len(z)
-        if share - MISSED_MASS_ERRORS * math.sqrt(share / len(z)) <= MISSED_MASS_OF_TAILS:
+        mean = (weights * values).sum(0) / weights.sum()
+        sd = ((weights * (values - mean).square()).sum(0) / weights.sum()).sqrt()
+        shifts = torch.stack([(values.mean(0) - mean).abs() / sd, (values.std(0) / sd).log().abs()])
+        if not float(shifts.nan_to_num(0.0).max()) > SHIFT_MOST:
             return []
-        worst = int(lost.sum(0).argmax())
-        name = next(one.name for one in self.structure.latents if one.offset <= worst < one.offset + one.size)
-        shown = f"{MISSED_MASS_OF_TAILS:.0%}"
-        return [f"{ON_BOUNDS} {name} onto a bound in more than {shown} of the draws, so mass next to the bound is lost"]
+        return [f"{ON_BOUNDS} {name} onto a bound, and the mass that is lost next to it would change its mean or sd"]
 
     def take(self, values: Recorder, gradients: Recorder, constrained: Recorder, doubles: Recorder) -> None:
         """Evaluate by these recorders from now on: those that densities of one model with many data sets share."""
@@ -318,7 +333,12 @@ class LogDensity(SiteValues):
             for row in self._pieces(z, one_by_one=True):
                 leaf = row.clone().requires_grad_()
                 value = self.single(leaf)
-                grads.append(torch.autograd.grad(value, leaf)[0])
+                try:
+                    grads.append(torch.autograd.grad(value, leaf)[0])
+                except NotImplementedError as error:
+                    expected = "expected a log density with a derivative by each latent that it reads"
+                    remedy = "write this function by operations that torch differentiates"
+                    raise Refused(f"model: {expected}, got torch's '{error}'; {remedy}") from error
                 values.append(value.detach())
         return torch.stack(values).to(z.dtype), torch.stack(grads)
 

@@ -100,8 +100,9 @@ SD_ERROR_OF_FEW_DRAWS = 0.02
 # ---- shifts of means and standard deviations -------------------------------------------------------------------------
 
 # Sds by which weighting may shift a mean, and log ratio by which it may change an sd, of draws that are used as they
-# are. The same of the model's own values, and of chains against weighted draws, beyond SHIFT_ERRORS. Standard error of
-# an sd of chains, as a part of it, above which the verdict on them has a reason. Source: chosen.
+# are. The same of mass that rounding loses next to a bound. The same of the model's own values, and of chains against
+# weighted draws, beyond SHIFT_ERRORS. Standard error of an sd of chains, as a part of it, above which the verdict on
+# them has a reason. Source: chosen.
 SHIFT_MOST = 0.1
 # Standard errors that SHIFT_MOST is counted beyond, where it is compared with noise. Source: chosen.
 SHIFT_ERRORS = 3.0
@@ -182,11 +183,11 @@ PRIOR_ERROR_MOST = 0.15
 
 # Missed mode: share of the mass that the guide covers; a region with more is missed. Source: chosen.
 MISSED_MASS_SHARE = 0.02
-# Missed mass next to the guide, and draws that rounding puts onto a bound: standard errors that the share has to
-# exceed; and of the mass of a region that chains have to visit. Source: chosen.
+# Missed mass next to the guide: standard errors that the share has to exceed; and of the mass of a region that chains
+# have to visit. Source: chosen.
 MISSED_MASS_ERRORS = 2.0
 # Short tail: share of the mass beyond a quantile that draws may lack. Comparison of chains: share of their draws beyond
-# each of two quantiles. Draws that rounding puts onto a bound: their share, at most. Source: chosen.
+# each of two quantiles. Source: chosen.
 MISSED_MASS_OF_TAILS = 0.01
 # Short tail: share of the draws beyond each of two quantiles. Missed mass next to the guide: share of the walkers that
 # get out; with fewer, the search ends. Source: chosen.
