@@ -268,8 +268,9 @@ class LogDensity(SiteValues):
 
         A training run that has begun keeps the graph that it began with.
         """
-        for recorder in (self._values, self._with_gradients, *self._densities.values()):
-            recorder.forget()
+        for recorder in (self._values, self._with_gradients, self._constrained, *self._densities.values()):
+            if recorder is not None:
+                recorder.forget()
 
     def value_and_grad(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """Return the log density (S,) and its gradient (S, D), both without a graph; cost: S gradient evaluations."""

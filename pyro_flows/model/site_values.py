@@ -11,6 +11,7 @@ from pyro import poutine
 from torch import Tensor
 
 from pyro_flows import _checks
+from pyro_flows._batches import ROWS_AT_MOST
 from pyro_flows._seeding import derive, seeded
 from pyro_flows._turns import turn
 from pyro_flows.graphs import Recorder
@@ -29,17 +30,21 @@ class SiteValues(Digits):
     def _settle(self, structure: Structure, like: Runs | None = None) -> None:
         super()._settle(structure, like)
         self._densities: dict[tuple[str, ...], Recorder] = {}  # by the sites that they are of
-        self._constrained: Recorder | None = None  # the graph of constrained values that many data sets share
+        self._constrained: Recorder | None = None  # of constrained values, which many data sets may share
 
     def constrain(self, z: Tensor) -> dict[str, Tensor]:
         """Return latent and deterministic sites as the model sees them: ``{name: (S, *shape)}``.
 
         A long model runs only if it has deterministic sites, or if supports depend on other sites or on parameters.
+        Of a model with many numbers, what constrained values depend on is recorded: most often no row of the data.
         """
         z = self._check(z)
         if self.long and not (self._shown[len(self.names) :] or self.structure.dependent or self._parameters):
             with torch.no_grad():
                 return self.map(lambda row: {name: placed.value for name, placed in self.placed(row).items()}, z)
+        if self._constrained is None and self.batched and self._rows < ROWS_AT_MOST and not self._parameters:
+            values = partial(self.strictly, self.constrained)
+            self._constrained = Recorder(lambda z: tuple(values(z).values()), self.numbers, changed=self.faults)
         if self._constrained is not None and not self._factorizes:
             with turn(), passing_over():
                 return dict(zip(self._shown, self._constrained(z), strict=True))

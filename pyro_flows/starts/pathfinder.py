@@ -61,10 +61,11 @@ def pathfinder(density: LogDensity | Stack, points: Tensor, units: Tensor, *, se
     highest of these, or below the highest top that paths from there came to, go on for up to three hundred ticks: one
     that is under way tells nothing.
 
-    ELBOs come from ten draws, with the same noise at each point; where the density vanishes for some of them, it is
-    that of the Gaussian cut to the rest, and where it vanishes for all of them, -inf. Paths of many data sets climb
-    together on a :class:`Stack`, as many for each, one data set after the other. Cost: at most 101 K gradients, 300
-    more for each path that is still under way, and ten densities for each step.
+    ELBOs come from ten draws, or fewer where a density writes many numbers, with the same noise at each point; where
+    the density vanishes for some of them, it is that of the Gaussian cut to the rest, and where it vanishes for all of
+    them, -inf. Paths of many data sets climb together on a :class:`Stack`, as many for each, one data set after the
+    other. Cost: at most 101 K gradients, 300 more for each path that is still under way, and ten densities for each
+    step.
 
     >>> import torch, pyro, pyro.distributions as dist, pyro_flows as pf
     >>> density = pf.LogDensity(lambda: pyro.sample("x", dist.Normal(torch.tensor(3.0), 2.0)))
@@ -72,8 +73,11 @@ def pathfinder(density: LogDensity | Stack, points: Tensor, units: Tensor, *, se
     >>> print(f"{found.best.loc.item():.2f} {found.best.scale().item():.2f}")
     3.00 2.00
     """
+    count = DRAWS
+    if isinstance(density, LogDensity) and len(points):
+        count = max(density.affordable(DRAWS * len(points)) // len(points), 1)
     with seeded(derive(seed, "pathfinder"), density.device):
-        noise = torch.randn(DRAWS, density.dim, dtype=density.dtype, device=density.device)
+        noise = torch.randn(count, density.dim, dtype=density.dtype, device=density.device)
     climb = Climb(density, points, units)
     drawn = climb.height[:own].clone()
     found = [climb.gaussians(torch.ones_like(climb.over))]

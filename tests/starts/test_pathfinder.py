@@ -231,3 +231,20 @@ def test_cost():
     unbounded = density_of(lambda z: z.sum() + z.square().sum(), 3)
     pathfinder(unbounded, starts(unbounded), torch.ones(4, 3, dtype=torch.float64), seed=0)
     assert 4 * 50 < unbounded.evaluations <= 4 * (1 + module.TICKS)
+
+
+def test_fewer_densities_are_taken_where_each_writes_many_numbers(monkeypatch):
+    density, _, _ = gaussian(WIDE)
+    points, drawn = starts(density), set()
+    units = lower_triangular(inverse_roots(density, points)[0])
+    best = module._best
+
+    def counted(density, noise, *rest):
+        drawn.add(len(noise))
+        return best(density, noise, *rest)
+
+    monkeypatch.setattr(module, "_best", counted)
+    pathfinder(density, points, units, seed=0)
+    monkeypatch.setattr(type(density), "affordable", lambda self, draws: draws // 4)
+    pathfinder(density, points, units, seed=0)
+    assert drawn == {module.DRAWS, module.DRAWS // 4}
