@@ -34,9 +34,9 @@ def from_mcmc(
 
     ``ok`` takes rank-normalized split R-hat below 1.01 in all unconstrained coordinates, at least 400 effective draws
     (bulk and tail), finite log densities, divergences in at most one draw of a thousand, and no mass lost where
-    rounding puts draws onto a bound. The many short chains of :meth:`Posterior.refine` may have 1.05: of N draws
-    with autocorrelation time t, R-hat is about :math:`\sqrt{1 + (t - 1) / N}`, converged or not, and they are held to
-    nested R-hat, which other chains have not.
+    rounding, in the precision of the model, puts draws onto a bound. The many short chains of
+    :meth:`Posterior.refine` may have 1.05: of N draws with autocorrelation time t, R-hat is about
+    :math:`\sqrt{1 + (t - 1) / N}`, converged or not, and they are held to nested R-hat, which other chains have not.
 
     Args:
         mcmc: a ``pyro.infer.MCMC`` that has run; or draws of all latent sites, constrained,

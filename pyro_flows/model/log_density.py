@@ -8,7 +8,6 @@ import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from functools import partial
-from itertools import pairwise
 from typing import TypedDict
 
 import pyro
@@ -32,7 +31,6 @@ from pyro_flows.verdict.thresholds import SHIFT_MOST
 
 LARGER = 4  # times the numbers of data and coordinates, that a few results may have
 WRITTEN_FOR_A_CHECK, DRAWS_AT_LEAST = 2e9, 400  # numbers that a check may write, a second or so; and its draws
-PORTION = 16  # pieces of a recorded graph between two looks at the clock
 SENT_BACK, SENT_BACK_ONE_BY_ONE = 1024, 64  # draws whose values are turned into coordinates again
 ON_BOUNDS = "rounding puts"  # begins a reason
 
@@ -155,18 +153,21 @@ class LogDensity(SiteValues):
             far, lost = far[lost.any(1)], lost[lost.any(1)]
             some = z[far]
             before, beyond = (
-                -some.sign() * self.unrecorded(points)[1]
-                for points in (some.clamp(1.0 - limit, limit - 1.0), some + some.sign())
+                -some.sign() * self.unrecorded(torch.where(lost, moved, some))[1].double()
+                for moved in (some.clamp(1.0 - limit, limit - 1.0), some + some.sign())
             )
             times = torch.where(lost, beyond / before.clamp_min(torch.finfo(z.dtype).eps), 1.0).nan_to_num(1.0)
-            weights = torch.ones_like(z[:, :1]).index_copy_(0, far, times.prod(1, keepdim=True)).double()
+            log_weights = z.new_zeros(len(z), dtype=torch.float64)
+            log_weights[far] = times.clamp_min(0.0).log().sum(1)
             worst = int(lost.sum(0).argmax())
             name = next(one.name for one in self.structure.latents if one.offset <= worst < one.offset + one.size)
             values = self.constrain(z)[name].reshape(len(z), -1).double()
         if tried.error is not None:  # in the model's own code
             return []
-        mean = (weights * values).sum(0) / weights.sum()
-        sd = ((weights * (values - mean).square()).sum(0) / weights.sum()).sqrt()
+        usable = torch.isfinite(values).all(1)
+        values, weights = values[usable], torch.softmax(log_weights[usable], 0)[:, None]
+        mean = (weights * values).sum(0)
+        sd = (weights * (values - mean).square()).sum(0).sqrt()
         shifts = torch.stack([(values.mean(0) - mean).abs() / sd, (values.std(0) / sd).log().abs()])
         if not float(shifts.nan_to_num(0.0).max()) > SHIFT_MOST:
             return []
@@ -264,7 +265,8 @@ class LogDensity(SiteValues):
         return (self.strictly(self.single, z),)
 
     def forget(self) -> None:
-        """Drop the recorded graphs: call it after the model's own parameters, or its data, have changed in place.
+        """Drop the recorded graphs: call it after the model's own parameters, its data, or modules and globals that it
+        reads have changed in place.
 
         A training run that has begun keeps the graph that it began with.
         """
@@ -285,15 +287,6 @@ class LogDensity(SiteValues):
                 return value.to(z.dtype), grad
         value, grad = evaluated([z], lambda: self.unrecorded(z), self.faults)
         return value, grad
-
-    def _by_graph(self, recorder: Recorder, z: Tensor) -> tuple[Tensor, ...]:
-        """Return results by whole numbers of the recorder's pieces, with a look at the clock before each portion."""
-        rows, found = PORTION * recorder.large, list[tuple[Tensor, ...]]()
-        cuts = [*range(0, max(len(z) - rows, 0), rows), len(z)]  # the last one is the longest: no new size of a piece
-        for first, last in pairwise(cuts) if len(cuts) > 1 else [(0, len(z))]:
-            self.clock.look()
-            found.append(recorder(z[first:last]))
-        return found[0] if len(found) == 1 else tuple(map(torch.cat, zip(*found, strict=True)))
 
     def graph(self, z: Tensor) -> fx.GraphModule | None:
         """Return the recorded graph of :meth:`value_and_grad` for batches like ``z``, to be made part of a larger one.

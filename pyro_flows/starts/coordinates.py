@@ -174,7 +174,7 @@ def _diagonal(density: LogDensity, loc: Tensor, scale: Tensor, *, seed: int) -> 
     z = loc + scale * noise
     log_p = density(z)
     weighing = weigh(z, log_p, -0.5 * noise.square().sum(1) - scale.log().sum() - 0.5 * math.log(math.tau) * len(scale))
-    close = weighing.log_evidence - weighing.elbo < acceptable_gap(len(scale))
+    close = not weighing.broken and weighing.log_evidence - weighing.elbo < acceptable_gap(len(scale))
     enough = close and weights_correct(weighing.ess / len(z), weighing.k_hat)
     return _Plain(Start("coordinates", loc, scale, _elbo(log_p, noise, scale)), enough)
 

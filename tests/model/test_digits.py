@@ -1,5 +1,7 @@
 """Models of which single precision loses the digits: computed in double, wherever the numbers come from."""
 
+import math
+
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -199,3 +201,30 @@ def test_digits_that_a_sum_loses_are_no_bound():
     z = normal(1000, 2, seed=8).float() + torch.tensor([1e5, 0.0])
     assert density.structure.noncentered
     assert not density.on_bounds(z)
+
+
+def test_only_coordinates_on_a_bound_are_moved():
+    """A rate before the bound is that at the draw itself, however far away its other coordinates are."""
+
+    def model():
+        mu = pyro.sample("mu", dist.Normal(torch.tensor(170.0), 1.0))
+        pyro.sample("p", dist.Beta(1.0, 0.25 * torch.exp((mu - 170.0) / 10.0)))
+
+    torch.manual_seed(0)
+    mu = 170.0 + torch.randn(4000)
+    p = dist.Beta(torch.ones(4000), 0.25 * torch.exp((mu - 170.0) / 10.0)).sample()
+    density = pf.LogDensity(model)
+    z = density.unconstrain({"mu": mu, "p": p})
+    assert not density.on_bounds(z + 0.1 * z.sign())
+
+
+@pytest.mark.parametrize("count", [1, 100])
+def test_many_coordinates_on_a_bound_are_named_and_a_draw_without_values_hides_none(count):
+    """Weights of hundreds of coordinates are beyond single precision."""
+    half = torch.full((count,), 0.02)
+    density = pf.LogDensity(lambda: pyro.sample("p", dist.Beta(half, half).to_event(1)))
+    torch.manual_seed(0)
+    z = density.unconstrain({"p": dist.Beta(half, half).sample((500,))})
+    z = z + 0.1 * z.sign()
+    z[3] = math.nan
+    assert ["p onto a bound" in reason for reason in density.on_bounds(z)] == [True]

@@ -150,6 +150,18 @@ def test_nothing_is_learned_where_the_elbo_of_a_plain_normal_is_the_log_evidence
     assert (density.structure.noncentered == {}) == (learned == 0)  # centered: rows say where each group is
 
 
+def test_a_normal_with_impossible_draws_is_never_enough():
+    """Its ELBO is minus infinity, however good the weights of its possible draws are."""
+
+    def model():
+        x = pyro.sample("x", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        pyro.factor("half", torch.where(x[0] > -0.4, 0.0, -math.inf))
+
+    found = coordinates._diagonal(pf.LogDensity(model), torch.zeros(2), torch.ones(2), seed=0)
+    assert found.start.elbo == -math.inf
+    assert not found.is_enough
+
+
 def test_other_coordinates_are_those_of_a_density_made_anew():
     """The structure is read once for all coordinates, and those of one density are not changed by those of another."""
     density = pf.LogDensity(effects, (torch.tensor([1.0, 0.3, -2.0, 0.5]),))
