@@ -34,7 +34,7 @@ from benchmarks.posteriors import stopping
 from benchmarks.posteriors.tables import posteriordb_section, stopping_section
 from benchmarks.priors import autoencoders, chains
 from benchmarks.records import Row
-from benchmarks.scale import numbers
+from benchmarks.scale import numbers, regressions
 from benchmarks.search import running as search
 from benchmarks.search import tables as search_tables
 from benchmarks.speed import running as speed
@@ -66,6 +66,7 @@ TITLES = {
     "toys": "Toy targets",
     "nuts": "Against NUTS",
     "larger": "Larger models against NUTS",
+    "regressions": "Regressions of many rows",
     "alone": "Flows on their own",
     "calibration": "Calibration",
     "amortized": "Amortized posteriors",
@@ -104,6 +105,7 @@ def write_tables(
     posteriordb_csv: Path = posteriordb.OUT,
     nuts_csv: Path = nuts.OUT,
     larger_csv: Path = larger.OUT,
+    regressions_csv: Path = regressions.OUT,
     alone_csv: Path = alone.OUT,
     calibration_csv: Path = calibration.OUT,
     amortized_csv: Path = amortized.OUT,
@@ -147,6 +149,7 @@ def write_tables(
         ("posteriordb", posteriordb_csv, posteriordb_section),
         ("nuts", nuts_csv, nuts_section),
         ("larger", larger_csv, larger_section),
+        ("regressions", regressions_csv, regressions.section),
         ("alone", alone_csv, alone.section),
         ("calibration", calibration_csv, calibration_section),
         ("amortized", amortized_csv, amortized_section),

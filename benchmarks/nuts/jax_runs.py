@@ -28,9 +28,10 @@ from numpyro.infer.util import initialize_model, potential_energy
 from benchmarks.clock import Stopwatch
 from benchmarks.larger import numpyro_models as larger
 from benchmarks.nuts import numpyro_models as seventeen
+from benchmarks.scale import numpyro_models as scale
 
 Model = Callable[..., None]
-MODELS: dict[str, Model] = {**seventeen.MODELS, **larger.MODELS}
+MODELS: dict[str, Model] = {**seventeen.MODELS, **larger.MODELS, **scale.MODELS}
 CHAINS, LENGTH = 4, 1000
 TUNE = 800  # of nutpie with a low-rank mass matrix, by its default
 ANYWHERE = 2.0  # a chain starts in (-2, 2)

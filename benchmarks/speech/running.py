@@ -6,8 +6,8 @@ The recordings are Debian's packages asterisk-core-sounds-en-wav and festvox-ru,
 librosa's (pip install 'pyro-flows[speech]'). Every tenth utterance is held out whole for the test, and a few of the
 others to stop by. A training that was broken off goes on from its checkpoint. A row of the CSV file is what one method
 makes of a test: nats a sample of amplitudes between -1 and 1, with noise of one level of 16 bits; the mean difference
-of log mel spectrograms, in nats; the log spectral distance, in decibels; seconds of the processor for a second of
-sound.
+of log mel spectrograms, in nats; the log spectral distance, in decibels; the spectral convergence, which is the norm
+of the difference of magnitudes over that of the recording's; seconds of the processor for a second of sound.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import math
 import time
 import wave
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -39,6 +40,7 @@ LENGTH, BATCH = 50 * HOP, 2  # of a crop; crops a step
 FLOOR, DIM = 1e-5, 1e-3  # of mel magnitudes and of magnitudes, under the logarithm
 TEMPERATURES = (1.0, 0.7)
 ROUNDS = 32  # of the correction of bands
+DRAWS, ITERATIONS = 8, 200  # whose log spectra have a mean; of the sound that fits it
 ORDER = 16  # of linear prediction
 RUSSIAN = "/usr/share/festival/voices/russian/msu_ru_nsh_clunits/wav"
 VOICES = {"English": (datasets.PROMPTS, RATE), "Russian": (RUSSIAN, 2 * RATE)}  # folder, and samples a second
@@ -52,6 +54,7 @@ FIELDS = (
     "nats",
     "log_mel",
     "log_spectrum",
+    "convergence",
     "real_time",
     "version",
     "machine",
@@ -59,6 +62,7 @@ FIELDS = (
 )
 OUT = records.RESULTS / "speech.csv"
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "evidence" / "densities.md"
+Make = Callable[[str, int], Sequence[np.ndarray]]  # some sounds for an utterance's spectrogram
 
 
 # data -----------------------------------------------------------------------------------------------------------------
@@ -141,14 +145,28 @@ def nats(fit: pf.DensityFit, speech: Speech, names: Sequence[str]) -> float:
     return total / count
 
 
-def synthesized(fit: pf.DensityFit, frames: Tensor, temperature: float) -> np.ndarray:
-    """Return a wave of the flow for standardized frames."""
-    drawn = fit.at_length(len(frames) * HOP).sample(1, frames.reshape(1, -1), temperature=temperature, seed=0)
-    return drawn.flatten().clamp(-1.0, 1.0).numpy()
+def synthesized(fit: pf.DensityFit, frames: Tensor, temperature: float, count: int = 1) -> np.ndarray:
+    """Return waves of the flow for standardized frames, (count, T)."""
+    drawn = fit.at_length(len(frames) * HOP).sample(count, frames.reshape(1, -1), temperature=temperature, seed=0)
+    return drawn.flatten(1).clamp(-1.0, 1.0).numpy()
 
 
-def corrected(sound: np.ndarray, mels: Tensor) -> np.ndarray:
+def missing(speech: Speech, make: Make) -> np.ndarray:
+    """Return the gain of each frequency that made sounds with corrected bands lack, by power of training recordings.
+
+    No band tells the lowest and the highest frequencies, and the highest band has a steep slope.
+    """
+    power = np.zeros((2, WINDOW // 2 + 1))
+    for name in speech.train[::40]:
+        sounds = amplitudes(speech.recordings[name]), corrected(make(name, 1)[0], speech.mels[name])
+        power += [np.square(_magnitudes(sound)).sum(1) for sound in sounds]
+    return np.sqrt(power[0] / np.maximum(power[1], 1e-12))
+
+
+def corrected(sound: np.ndarray, mels: Tensor, gains: np.ndarray | None = None) -> np.ndarray:
     """Return the sound with the energy of each band and frame moved to its log mel spectrogram, in some rounds.
+
+    Gains of the frequencies are applied first.
 
     A flow's draw has about the spectrogram that it was given. What is left is a gain for each band, by Fourier
     transforms of overlapping windows, which is why one round is not enough.
@@ -158,12 +176,43 @@ def corrected(sound: np.ndarray, mels: Tensor) -> np.ndarray:
     basis = librosa.filters.mel(sr=RATE, n_fft=WINDOW, n_mels=BANDS)
     share = (basis / np.maximum(basis.sum(0), 1e-12)).T
     padded = np.pad(sound, BEYOND, mode="reflect")
+    options = {"n_fft": WINDOW, "hop_length": HOP, "center": False}
+    if gains is not None:
+        padded = librosa.istft(librosa.stft(padded, **options) * gains[:, None], length=len(padded), **options)
     for _ in range(ROUNDS):
-        spectrum = librosa.stft(padded, n_fft=WINDOW, hop_length=HOP, center=False)
+        spectrum = librosa.stft(padded, **options)
         wanted = mels.numpy().T - np.log(np.maximum(basis @ np.abs(spectrum), FLOOR))
-        options = {"n_fft": WINDOW, "hop_length": HOP, "center": False, "length": len(padded)}
-        padded = librosa.istft(spectrum * np.exp(share @ wanted), **options)
+        padded = librosa.istft(spectrum * np.exp(share @ wanted), length=len(padded), **options)
     return np.clip(padded[BEYOND : BEYOND + len(sound)], -1.0, 1.0)
+
+
+def decibels(sounds: Tensor) -> Tensor:
+    """Return the log spectra of sounds (..., T), two windows a frame, in decibels: (..., frequencies, times)."""
+    options = {"window": torch.hann_window(WINDOW), "pad_mode": "constant", "return_complex": True}
+    spectrum = torch.stft(sounds, WINDOW, HOP // 2, **options)
+    return 20.0 * torch.log10((spectrum.real.square() + spectrum.imag.square() + 1e-12).sqrt() + DIM)
+
+
+def decoded(sounds: Sequence[np.ndarray]) -> np.ndarray:
+    r"""Return the sound x nearest to the mean log spectrum of draws y_k, by L-BFGS from the first one.
+
+    .. math:: \operatorname{argmin}_x \lVert L(x) - \tfrac{1}{K} \sum_k L(y_k) \rVert^2
+
+    If the y_k are draws of the posterior, this has the least expected squared distance of log spectra L.
+    """
+    given = torch.from_numpy(np.stack(sounds).astype(np.float32))
+    target, sound = decibels(given).mean(0), given[0].clone().requires_grad_()
+    options = {"max_iter": ITERATIONS, "history_size": 10, "tolerance_grad": 0.0, "tolerance_change": 0.0}
+    optimizer = torch.optim.LBFGS([sound], line_search_fn="strong_wolfe", **options)
+
+    def loss() -> Tensor:
+        optimizer.zero_grad()
+        value = (decibels(sound) - target).square().mean()
+        value.backward()
+        return value
+
+    optimizer.step(loss)
+    return np.clip(sound.detach().numpy(), -1.0, 1.0)
 
 
 # what others make of it -----------------------------------------------------------------------------------------------
@@ -193,41 +242,72 @@ def _before(sound: Tensor) -> Tensor:
     return torch.nn.functional.pad(sound, (ORDER, -1)).unfold(0, ORDER, 1)
 
 
-def griffin_lim(mels: Tensor) -> np.ndarray:
-    """Return a wave for a log mel spectrogram by librosa: least squares for magnitudes, then phases by 60 rounds."""
+def griffin_lim(mels: Tensor, count: int = 1) -> list[np.ndarray]:
+    """Return waves for a log mel spectrogram by librosa: least squares for magnitudes, 60 rounds for random phases."""
     import librosa
 
     magnitudes = librosa.feature.inverse.mel_to_stft(mels.exp().numpy().T, sr=RATE, n_fft=WINDOW, power=1.0)
     length = len(mels) * HOP
-    options = {"n_iter": 60, "hop_length": HOP, "n_fft": WINDOW, "center": False, "random_state": 0}
-    padded = librosa.griffinlim(magnitudes, length=length + 2 * BEYOND, **options)
-    return np.clip(padded[BEYOND : BEYOND + length], -1.0, 1.0)
+    options = {"n_iter": 60, "hop_length": HOP, "n_fft": WINDOW, "center": False, "length": length + 2 * BEYOND}
+    padded = [librosa.griffinlim(magnitudes, random_state=seed, **options) for seed in range(count)]
+    return [np.clip(one[BEYOND : BEYOND + length], -1.0, 1.0) for one in padded]
 
 
-def distances(sound: np.ndarray, other: np.ndarray) -> tuple[float, float]:
-    """Return the mean difference of log mel spectrograms, in nats, and the log spectral distance, in decibels."""
+def _magnitudes(sound: np.ndarray) -> np.ndarray:
     import librosa
 
-    levels = [20.0 * np.log10(np.abs(librosa.stft(one, n_fft=WINDOW, hop_length=HOP)) + DIM) for one in (sound, other)]
-    apart = np.sqrt(np.square(levels[0] - levels[1]).mean(0)).mean()
-    return float(np.abs(log_mel(sound) - log_mel(other)).mean()), float(apart)
+    return np.abs(librosa.stft(sound, n_fft=WINDOW, hop_length=HOP))
+
+
+def distances(sound: np.ndarray, other: np.ndarray) -> dict[str, float]:
+    """Return how far another sound is by log mel spectrograms, by log spectra, and by magnitudes."""
+    first, second = _magnitudes(sound), _magnitudes(other)
+    apart = 20.0 * (np.log10(first + DIM) - np.log10(second + DIM))
+    return {
+        "log_mel": float(np.abs(log_mel(sound) - log_mel(other)).mean()),
+        "log_spectrum": float(np.sqrt(np.square(apart).mean(0)).mean()),
+        "convergence": float(np.linalg.norm(first - second) / np.linalg.norm(first)),
+    }
 
 
 # rows -----------------------------------------------------------------------------------------------------------------
 
 
-def reconstructed(speech: Speech, make: Callable[[str], np.ndarray]) -> dict[str, float]:
+def reconstructed(speech: Speech, way: Callable[[str], np.ndarray]) -> dict[str, float]:
     """Return how far every third utterance of the test is from what is made of its spectrogram, and the time taken."""
-    make(speech.test[0])  # what is compiled or loaded at the first call
-    spent, found, length = 0.0, [], 0
+    way(speech.test[0])  # what is compiled or loaded at the first call
+    spent, length, found = 0.0, 0, {}
     for name in speech.test[::3]:
         began = time.process_time()
-        sound = make(name)
+        sound = way(name)
         spent += time.process_time() - began
-        found.append([len(sound) * value for value in distances(amplitudes(speech.recordings[name]), sound)])
         length += len(sound)
-    mel, spectrum = (float(value) for value in np.sum(found, 0) / length)
-    return {"log_mel": mel, "log_spectrum": spectrum, "real_time": spent / (length / RATE)}
+        for key, value in distances(amplitudes(speech.recordings[name]), sound).items():
+            found[key] = found.get(key, 0.0) + len(sound) * value
+    return {key: value / length for key, value in found.items()} | {"real_time": spent / (length / RATE)}
+
+
+def makers(speech: Speech, fit: pf.DensityFit) -> dict[str, Make]:
+    """Return what makes sounds of spectrograms, by name."""
+
+    def drawn(heat: float, name: str, count: int) -> np.ndarray:
+        return synthesized(fit, speech.frames[name], heat, count)
+
+    others: dict[str, Make] = {"Griffin-Lim": lambda name, count: griffin_lim(speech.mels[name], count)}
+    return others | {f"WaveGlow, temperature {heat}": partial(drawn, heat) for heat in TEMPERATURES}
+
+
+def ways(speech: Speech, make: Make) -> dict[str, Callable[[str], np.ndarray]]:
+    """Return what becomes of made sounds: nothing, corrections, and the sound nearest to their mean log spectrum."""
+    gains, mels = missing(speech, make), speech.mels
+    return {
+        "": lambda name: make(name, 1)[0],
+        ", bands corrected": lambda name: corrected(make(name, 1)[0], mels[name]),
+        ", frequencies and bands corrected": lambda name: corrected(make(name, 1)[0], mels[name], gains),
+        f", mean log spectrum of {DRAWS}": lambda name: decoded(
+            [corrected(sound, mels[name], gains) for sound in make(name, DRAWS)]
+        ),
+    }
 
 
 def judge(speech: Speech, fit: pf.DensityFit) -> list[dict[str, object]]:
@@ -237,13 +317,9 @@ def judge(speech: Speech, fit: pf.DensityFit) -> list[dict[str, object]]:
     ]
     trained = {"seconds": fit.settings["seconds"], "steps": fit.settings["steps"]}
     trained["nats"] = nats(fit, speech, speech.test)
-    makers: dict[str, Callable[[str], np.ndarray]] = {"Griffin-Lim": lambda name: griffin_lim(speech.mels[name])}
-    for heat in TEMPERATURES:
-        makers[f"WaveGlow, temperature {heat}"] = lambda name, heat=heat: synthesized(fit, speech.frames[name], heat)
-    for label, make in makers.items():
-        ways = {"": make, ", bands corrected": lambda name, make=make: corrected(make(name), speech.mels[name])}
-        for more, way in ways.items():
-            known = trained if label.startswith("WaveGlow") else {}
+    for label, make in makers(speech, fit).items():
+        known = trained if label.startswith("WaveGlow") else {}
+        for more, way in ways(speech, make).items():
             rows.append({"method": label + more, **known, **reconstructed(speech, way)})
     said = {"version": records.code_version(), "machine": records.machine(), "software": records.software()}
     said |= {"recordings": len(speech.recordings), "held_out": len(speech.test)}
@@ -255,10 +331,10 @@ def judge(speech: Speech, fit: pf.DensityFit) -> list[dict[str, object]]:
 
 def listen(speech: Speech, fit: pf.DensityFit, out: Path, chosen: str) -> None:
     """Write what is made of one spectrogram as sound files and a picture."""
-    frames, mels = speech.frames[chosen], speech.mels[chosen]
-    drawn = synthesized(fit, frames, 1.0)
-    sounds = {"recorded": amplitudes(speech.recordings[chosen]), "WaveGlow": drawn}
-    sounds |= {"WaveGlow, bands corrected": corrected(drawn, mels), "Griffin-Lim": griffin_lim(mels)}
+    sounds = {"recorded": amplitudes(speech.recordings[chosen])}
+    flow = ways(speech, makers(speech, fit)[f"WaveGlow, temperature {TEMPERATURES[0]}"])
+    sounds |= {f"WaveGlow{more}": way(chosen) for more, way in flow.items() if more != ", bands corrected"}
+    sounds["Griffin-Lim"] = griffin_lim(speech.mels[chosen])[0]
     for name, sound in sounds.items():
         with wave.open(str(out / f"{name.replace(', ', '-').replace(' ', '-')}.wav"), "wb") as file:
             file.setparams((1, 2, RATE, 0, "NONE", ""))
@@ -280,8 +356,8 @@ def _spectrograms(sounds: Mapping[str, np.ndarray]) -> Figure:
 
 def section(rows: Sequence[records.Row]) -> str:
     """Return the text and the table."""
-    header = ("voice, method", "nats a sample", "log mel", "log spectrum, dB", "CPU s for a second")
-    digits = {"nats": 2, "log_mel": 3, "log_spectrum": 2, "real_time": 3}
+    header = ("voice, method", "nats a sample", "log mel", "log spectrum, dB", "convergence", "CPU s for a second")
+    digits = {"nats": 2, "log_mel": 3, "log_spectrum": 2, "convergence": 2, "real_time": 3}
     body = [
         [f"{row['voice']}, {row['method']}", *(number(float(row[key] or math.nan), n) for key, n in digits.items())]
         for row in rows

@@ -197,8 +197,9 @@ show({name: made[name] for name in ("recorded", "temperature 0.5, corrected", "G
 listen({name: made[name] for name in ("temperature 0.5, corrected", "Griffin-Lim")})
 
 # %% [markdown]
-# The corrected draw is nearer to the mel spectrogram than Griffin-Lim's sound. By the full spectrum, with all
-# frequencies, Griffin-Lim's is nearer: a draw has random gaps where a band does not tell.
+# The corrected draw is nearer to the mel spectrogram than Griffin-Lim's sound. By the full spectrum, Griffin-Lim's is
+# nearer. No band tells the highest frequencies, and there a draw is too loud. `benchmarks/speech` corrects these by a
+# gain for each frequency, from recordings. Then a draw is nearer than this sound, which gains by the same too.
 #
 # ## Other frames
 #

@@ -20,7 +20,7 @@ from pyro_flows._threads import few_threads
 from pyro_flows._turns import alone
 from pyro_flows.amortization import files
 from pyro_flows.amortization.building import simulate, stacked
-from pyro_flows.amortization.form import Form, Scale, bound, log_mean
+from pyro_flows.amortization.form import Form, Scale, bound, ess_share, log_mean
 from pyro_flows.amortization.networks import Conditional
 from pyro_flows.calibration.cases import Case
 from pyro_flows.flows.flow import Flow
@@ -30,15 +30,14 @@ from pyro_flows.model.sites import Keywords
 from pyro_flows.model.stack import NotStackable, Stack
 from pyro_flows.posterior.draws import from_draws
 from pyro_flows.posterior.posterior import Posterior
-from pyro_flows.verdict.deciding import POOL
+from pyro_flows.verdict.deciding import POOL, Draw
 from pyro_flows.verdict.mcmc import UNSEARCHED
 from pyro_flows.verdict.thresholds import ESS_SHARE_EVEN, ESS_SHARE_PROMISING, PREDICTIVE_TAIL
-from pyro_flows.verdict.weighing import Weighing, weigh
 
 TOGETHER = 2**19  # numbers of data and draws that are handled at once
 FEW = 64  # simulations that a loaded model is read with
 TRIED = 32  # draws of the flow that estimate the density of a simulated data set,
-PILOT = 512  # and of one in hand: these also tell how many draws are needed
+PILOT = 512  # and of one in hand: the first draws, which also tell how many are needed
 CHECKED = 1  # draws of each data set that are run with Pyro's checks: these are a matter of the model
 LEARNED = f"{UNSEARCHED}, since the flow learned from draws of parameters and data together"
 OUTSIDE = "the data are outside of what the prior predicts"
@@ -98,6 +97,30 @@ class Parts(NamedTuple):
         return Predicted(log_density[torch.isfinite(log_density)], farthest)
 
 
+class Pilot(NamedTuple):
+    """The first draws of a flow (n, D), their log densities (n,) under it, and their log importance weights (n,)."""
+
+    z: Tensor
+    log_q: Tensor
+    log_weights: Tensor
+
+
+def _going_on(pilot: Pilot, draw: Draw) -> Draw:
+    """Return a function that draws, whose first draws are those that there are already."""
+    left = [pilot]
+
+    def drawn(count: int) -> tuple[Tensor, Tensor]:
+        if not left:
+            return draw(count)
+        z, log_q, _ = left.pop()
+        if count <= len(z):
+            return z[:count], log_q[:count]
+        more, more_log_q = draw(count - len(z))
+        return torch.cat([z, more]), torch.cat([log_q, more_log_q])
+
+    return drawn
+
+
 @_checks.methods
 @dataclass(frozen=True, eq=False, repr=False)
 class Amortized:
@@ -150,9 +173,9 @@ class Amortized:
         Draws of :math:`q(\theta \mid y)` are weighted by :math:`p(\theta, y) / q(\theta \mid y)`. The base of q has
         heavier tails than in the training, so that tails of the posterior are drawn. Draws are used as they are,
         resampled by these weights, or called unreliable, by the rules of :func:`diagnose`. They are resampled wherever
-        ESS/S is below 0.98, too. Where it is below 0.5, four times as many are weighed. Missed modes are not searched
-        for, and the verdict notes this. Data that are outside of what the prior predicts are named in the verdict,
-        which is then never ``ok``.
+        ESS/S is below 0.98, too. Where that of the first 512 is below 0.5, four times as many are weighed. Missed modes
+        are not searched for, and the verdict notes this. Data that are outside of what the prior predicts are named in
+        the verdict, which is then never ``ok``.
 
         Args:
             args: the arguments of the model, as :func:`amortize` was given them, with other data.
@@ -170,19 +193,19 @@ class Amortized:
         case, features = self._read(args, model_kwargs)
         with alone(), few_threads(self._parts.lead.numbers), seeded(derive(seed, "amortized"), self._parts.lead.device):
             density = self._density(case)
-            flow, weighing = self._flow(features, density)
+            flow, pilot = self._flow(features, density)
             found = from_draws(
                 density,
-                flow.draw,
+                _going_on(pilot, flow.draw),
                 draws=draws,
                 seed=seed,
                 guide=AutoFlow.of(flow, density.structure, self.model, density.args, density.kwargs),
                 losses=self.losses,
                 settings={"amortized": self.settings},
-                doubts=self._outside(features, weighing.log_evidence),
+                doubts=self._outside(features, pilot),
                 notes=(LEARNED,),
                 checked=CHECKED,
-                times=1 if weighing.ess >= ESS_SHARE_PROMISING * PILOT else POOL,
+                times=1 if ess_share(pilot.log_weights) >= ESS_SHARE_PROMISING else POOL,
                 least=ESS_SHARE_EVEN,
             )
         if escalate and found.verdict.status == "unreliable":
@@ -238,7 +261,7 @@ class Amortized:
         """
         case, features = self._read(args, model_kwargs)
         with alone(), seeded(derive(seed, "outside"), self._parts.lead.device):
-            return self._outside(features, self._flow(features, self._density(case))[1].log_evidence)
+            return self._outside(features, self._flow(features, self._density(case))[1])
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a directory of tensors and JSON; neither the model nor its data, nor an encoder of your own.
@@ -296,17 +319,17 @@ class Amortized:
         return self._parts.lead.beside(case.args, case.kwargs)
 
     @torch.no_grad()
-    def _flow(self, features: Tensor, density: LogDensity) -> tuple[Flow, Weighing]:
-        """Return the flow of a data set with features (1, n), and how a few of its draws are weighed."""
+    def _flow(self, features: Tensor, density: LogDensity) -> tuple[Flow, Pilot]:
+        """Return the flow of a data set with features (1, n), and its first draws."""
         flow = self._parts.conditional.given(features[0], density.dtype)
         z, log_q = flow.draw(PILOT)
-        return flow, weigh(z, density(z), log_q)
+        return flow, Pilot(z, log_q, (density(z) - log_q).double())
 
-    def _outside(self, features: Tensor, log_evidence: float) -> tuple[str, ...]:
+    def _outside(self, features: Tensor, pilot: Pilot) -> tuple[str, ...]:
         """Say in which way features (1, n) of a data set are outside of what the prior predicts."""
         low, high, far = self._predicted.limits
         away, number = features.abs().max(1)
-        value = log_evidence - float(self._parts.scale.log_slope(features))
+        value = float(log_mean(pilot.log_weights)) - float(self._parts.scale.log_slope(features))
         if not float(away) <= far:
             how = f"{self._parts.form.entry(int(number))} is farther out"
         elif not low <= value <= high:

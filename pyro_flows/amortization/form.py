@@ -163,6 +163,13 @@ def _measured(part: Tensor, exchangeable: int) -> tuple[Tensor, Tensor, Tensor]:
     return loc.repeat(exchangeable), scale.repeat(exchangeable), heavy
 
 
+def ess_share(log_weights: Tensor) -> float:
+    """Return the effective share of draws with these log weights (S,); 0 where none is finite."""
+    log_weights = torch.where(torch.isfinite(log_weights), log_weights, -torch.inf)
+    share = (2.0 * log_weights.logsumexp(0) - (2.0 * log_weights).logsumexp(0)).exp() / len(log_weights)
+    return float(share.nan_to_num(nan=0.0))
+
+
 def log_mean(log_weights: Tensor) -> Tensor:
     """Return the log of the mean of weights along the last axis; -inf for those that are not finite."""
     finite = torch.where(torch.isfinite(log_weights), log_weights, -torch.inf)

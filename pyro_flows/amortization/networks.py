@@ -129,7 +129,7 @@ class Conditional:
         for layer, own in zip([*_layers(couplings), affine], [*_layers(own_couplings), own_affine], strict=True):
             _fold(layer.conditioner, own.conditioner, context)
         own_scale.loc = scale.loc + features @ scale.slope
-        return found.to(dtype)
+        return found if scale.loc.dtype == dtype else found.to(dtype)
 
     def _without_context(self) -> Flow:
         """Return the flow at a context of zeros, to which that of a data set is added."""
@@ -174,9 +174,11 @@ def _layers(module: Any) -> list[Any]:
 def _cloned(module: Module) -> Module:
     """Return a copy of a module with tensors of its own; ``copy.deepcopy`` takes twenty times as long."""
     new = copy.copy(module)
-    new._parameters = {name: _own(value) for name, value in module._parameters.items()}
-    new._buffers = {name: None if value is None else value.clone() for name, value in module._buffers.items()}
-    new._modules = {name: None if child is None else _cloned(child) for name, child in module._modules.items()}
+    vars(new).update(  # what sets attributes of a module looks at each of them, which takes as long as all else
+        _parameters={name: _own(value) for name, value in module._parameters.items()},
+        _buffers={name: None if value is None else value.clone() for name, value in module._buffers.items()},
+        _modules={name: None if child is None else _cloned(child) for name, child in module._modules.items()},
+    )
     return new
 
 

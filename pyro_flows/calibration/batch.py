@@ -15,9 +15,8 @@ from pyro_flows._threads import few_threads
 from pyro_flows.fitting.conclude import conclude
 from pyro_flows.fitting.flow_training import begin
 from pyro_flows.fitting.laplace_grid import AT_ONCE as GRID_AT_ONCE
-from pyro_flows.fitting.laplace_grid import LIGHTER as GRID_LIGHTER
-from pyro_flows.fitting.methods import AT_ONCE, LIGHTER
-from pyro_flows.fitting.plan import Plan
+from pyro_flows.fitting.methods import AT_ONCE
+from pyro_flows.fitting.plan import LIGHTER, Plan
 from pyro_flows.fitting.rounds import Round, unweighed, weighed
 from pyro_flows.fitting.run import prepare
 from pyro_flows.fitting.state import FitState
@@ -232,9 +231,9 @@ class _Trial:
     def _on_grid(self, table: Table) -> Fitted | None:
         """Return the flow of the grid, if weights correct it."""
         with seeded(derive(self.plan.seed, "a look at slices"), self.density.device):
-            for df in GRID_LIGHTER:
+            for lighter in LIGHTER:
                 try:
-                    flow = flow_along(table, df=df).to(self.density.device, self.density.dtype)
+                    flow = flow_along(table, lighter=lighter).to(self.density.device, self.density.dtype)
                 except ValueError:
                     return None
                 weighing = _weighed(flow, self.density)

@@ -17,22 +17,21 @@ from pyro_flows._progress import Bar
 from pyro_flows._seeding import derive
 from pyro_flows.correction.judging import Work, around, covered_by, evidence_of
 from pyro_flows.correction.latent import Latent
-from pyro_flows.correction.refine import CHAINS, MAX_STEPS, METHODS, refined
-from pyro_flows.correction.sampler import SUBCHAINS, Sampler
+from pyro_flows.correction.refine import MAX_STEPS, METHODS, refined
+from pyro_flows.correction.sampler import CHAINS, SUBCHAINS, Sampler
 from pyro_flows.correction.search import MISS, missed_by_chains
 from pyro_flows.correction.starts import dispersed_points
 from pyro_flows.flows.flow import Flow
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.results.record import Recorded
 from pyro_flows.results.scoring import LASTING
+from pyro_flows.starts.curvature import SMALL_UP_TO
 from pyro_flows.verdict.acceptance import raw_weights
 from pyro_flows.verdict.chains import McmcDiagnostics, McmcDraws, objections
 from pyro_flows.verdict.deciding import LOOKED_AT_DRAWS
 from pyro_flows.verdict.thresholds import ESS_OF_MCMC, R_HAT_CONVERGED
 
-UNTRAINED, ATTEMPT, LAST = 300_000, 600_000, 1_500_000  # gradients: in the place of training, after it, last
-TRAINED = 1_200_000  # gradients that training, the race before and a sampler after it take, where dimensions are many
-FEW = 50  # dimensions; with more, training takes several times as long
+ATTEMPT = 600_000  # gradients of chains, in the place of training or after it
 CHEAPEST = 4.0  # times as many cheap gradients as costly ones, at most
 
 
@@ -69,7 +68,8 @@ def fallback_sampler(
     own.asked = clock.asked
     seed = int(posterior.settings["seed"])
     begun = posterior if chains is None else replace(posterior, chains=chains)
-    work = Work(method, "they were not good enough", most=LAST, searched=searched, passed=passed)
+    most = 2.5 * ATTEMPT  # nothing comes after it
+    work = Work(method, "they were not good enough", most=most, searched=searched, passed=passed)
     found = refined(begun, work, CHAINS, MAX_STEPS if chains is None else 0, seed, own, bar)
     if chains is None and found.verdict.status == "refined":
         accepted("MCMC at the end")
@@ -128,12 +128,13 @@ def _only_lacks_draws(found: McmcDiagnostics) -> bool:
 def _gone_on(sampler: Sampler, found: McmcDiagnostics, spent: float, bar: Bar, patient: bool) -> McmcDiagnostics:
     """Go on with chains that will have draws enough before a flow could be trained; return their figures.
 
-    In all they take `TRAINED` gradients at most, more if these are cheap. Chains that have converged, but whose
-    standard deviations have too large errors, go on to that (`ATTEMPT` up to `FEW` dimensions). ``patient`` chains go
-    on for this alone.
+    In all they take twice `ATTEMPT` gradients at most, more if these are cheap. Chains that have converged, but whose
+    standard deviations have too large errors, go on to that (`ATTEMPT` up to 50 dimensions). ``patient`` chains go on
+    for this alone.
     """
-    trained, attempted = (gradient_budget(sampler.latent.density, count) for count in (TRAINED, ATTEMPT))
-    most = trained if sampler.latent.dim > FEW else attempted
+    attempted = gradient_budget(sampler.latent.density, ATTEMPT)
+    trained = 2.0 * attempted  # training and the race before take as many as a sampler after it, if not small
+    most = trained if sampler.latent.dim > SMALL_UP_TO else attempted
     while not sampler.resolved:
         more = most - spent
         if objections(found):

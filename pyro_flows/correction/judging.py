@@ -24,7 +24,7 @@ from pyro_flows.results.record import Record, Recorded
 from pyro_flows.results.scoring import LASTING
 from pyro_flows.results.stage import Stage
 from pyro_flows.verdict.chains import McmcDiagnostics, McmcDraws, as_numbers, objections
-from pyro_flows.verdict.deciding import CHECKED
+from pyro_flows.verdict.deciding import CHECKED, ESTIMATED_DRAWS
 from pyro_flows.verdict.mcmc import UNSEARCHED
 from pyro_flows.verdict.methods import METHODS
 from pyro_flows.verdict.next_step import IMPROPER
@@ -42,7 +42,6 @@ TRIED = "the chains have not converged: "
 DISAGREE = "the chains and the weighted draws of the guide disagree"
 REPLACED = " own draws were replaced, because "
 TRIED_BEFORE = (TRIED, "a sampler has not finished: ")  # the second is in older files
-BRIDGED = 2000  # draws from each end
 LEAST_DRAWS = 8  # of each chain, for its figures
 
 
@@ -129,7 +128,7 @@ def around(chains: McmcDraws) -> Flow:
 @torch.no_grad()
 def covered_by(flow: Flow | FlowMixture, density: LogDensity) -> float:
     """Return the log of the mass that a flow covers, estimated by its own draws."""
-    z, log_q = flow.draw(BRIDGED)
+    z, log_q = flow.draw(ESTIMATED_DRAWS)
     return _middle(density(z) - log_q)
 
 
@@ -145,7 +144,7 @@ def evidence_of(flow: Flow | FlowMixture, moments: Flow | FlowMixture, chains: M
     """
     z, log_p = chains.z.flatten(0, 1), chains.stats["lp"].flatten()
     halves = flow, moments
-    drawn = torch.cat([part.draw(BRIDGED)[0] for part in halves])
+    drawn = torch.cat([part.draw(ESTIMATED_DRAWS)[0] for part in halves])
 
     def log_half(points: Tensor) -> Tensor:
         parts = [part.log_prob(points).nan_to_num(nan=-math.inf) for part in halves]

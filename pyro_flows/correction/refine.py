@@ -18,7 +18,7 @@ from pyro_flows._threads import few_threads
 from pyro_flows._turns import alone
 from pyro_flows.correction.judging import Work, concluded
 from pyro_flows.correction.latent import Latent
-from pyro_flows.correction.sampler import HAMILTONIAN, KEPT, MICROCANONICAL, SUBCHAINS, Sampler
+from pyro_flows.correction.sampler import CHAINS, HAMILTONIAN, MICROCANONICAL, SUBCHAINS, Sampler
 from pyro_flows.correction.smc import anneal
 from pyro_flows.correction.starts import NoStart, can_be_resumed, dispersed_points, flow_of
 from pyro_flows.flows.mixture import FlowMixture
@@ -31,7 +31,6 @@ from pyro_flows.verdict.thresholds import ESS_SHARE_COLLAPSED
 from pyro_flows.verdict.weighing import weigh
 
 METHODS = ("auto", "hmc", "imh", "smc")
-CHAINS = 64  # no more than the draws of each: ArviZ takes the longer axis for that of draws
 MAX_STEPS = 2000  # sweeps of each chain
 
 
@@ -138,7 +137,7 @@ def go_on(posterior: Record, chains: McmcDraws, each: int, *, seed: int) -> Tens
     with alone(), seeded(seed, density.device), few_threads(density.numbers, chains.count), torch.no_grad():
         own = derive(seed, f"more draws {chains.numbers['seed']}")
         latent = Latent(flow_of(posterior), density)
-        return Sampler(latent, posterior.coordinates, chains, kept=KEPT, seed=own).more(each)
+        return Sampler(latent, posterior.coordinates, chains, kept=CHAINS, seed=own).more(each)
 
 
 def more_draws(posterior: Record, count: int, *, seed: int) -> Tensor:

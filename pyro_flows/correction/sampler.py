@@ -41,10 +41,10 @@ from pyro_flows.verdict.thresholds import (
     R_HAT_OF_SHORT_CHAINS,
 )
 
+CHAINS = 64  # of a fit, and draws of each at least: R-hat splits them, and ArviZ takes the longer axis for theirs
 SUBCHAINS = 8  # chains of a superchain, with one starting point
 ROUND = 30  # sweeps of a round of warm-up
 ROUNDS = 2, 12  # at least, at most
-KEPT = 64  # draws of a chain, at least: R-hat splits them into halves
 HALVINGS = 4  # of the step size, where trajectories diverge
 WATCHED = 16  # coordinates, the worst of the last look at all
 HAMILTONIAN, MICROCANONICAL = "Hamiltonian", "microcanonical"  # moves; the latter take two dimensions
@@ -55,7 +55,7 @@ class Sampler:
     """Chains under way, from where others stand: ``kept`` to twice as many draws of each are kept."""
 
     def __init__(self, latent: Latent, names: Sequence[str], chains: McmcDraws, *, kept: int, seed: int) -> None:
-        self.latent, self.names, self.kept, self.seed = latent, list(names), max(kept, KEPT), seed
+        self.latent, self.names, self.kept, self.seed = latent, list(names), max(kept, CHAINS), seed
         state, numbers = chains.state, dict(chains.numbers)
         self.points = latent.look(state["x"], state["k"])
         self.superchain, self.began = state["superchain"], state["began"]
@@ -178,7 +178,7 @@ class Sampler:
 
     def _needed(self, step: float = 1.0) -> float:
         """Return how many gradients the draws to be kept take at least, by the kernel, or with a part of its step."""
-        return self._gradients(max(ROUNDS[0] * ROUND - self.numbers["sweeps"], 0) + KEPT, step)
+        return self._gradients(max(ROUNDS[0] * ROUND - self.numbers["sweeps"], 0) + CHAINS, step)
 
     def gradients_needed(self, found: McmcDiagnostics) -> float:
         """Return how many gradients it takes until draws are enough; from anew where trajectories diverge."""

@@ -24,6 +24,7 @@ from pyro_flows.modes.truncated_tails import with_truncated_tails
 from pyro_flows.modes.under_covered import Space
 from pyro_flows.modes.units import in_units
 from pyro_flows.results.stage import Stage
+from pyro_flows.starts.curvature import SMALL_UP_TO
 from pyro_flows.verdict.bridge import bridge_value
 from pyro_flows.verdict.chains import McmcDraws
 from pyro_flows.verdict.deciding import LOOKED_AT_DRAWS, SEARCHED_DRAWS
@@ -31,6 +32,7 @@ from pyro_flows.verdict.psis import psis
 from pyro_flows.verdict.thresholds import (
     DENSITY_GAP_OF_WALKERS,
     K_HAT_MOST,
+    MISSED_MASS_ERRORS,
     MISSED_MASS_SHARE,
     R_HAT_OF_SHORT_CHAINS,
     REGION_MASS_SHARE,
@@ -65,7 +67,7 @@ def noted(search: Search | None, stage: str = _stages.SEARCH) -> list[Stage]:
     if search is None or not missed:
         return []
     scales = [region.start.scale for region in missed]
-    spreads = [s.norm(dim=1) if s.dim() == 2 and len(s) > 50 else s for s in scales]
+    spreads = [s.norm(dim=1) if s.dim() == 2 and len(s) > SMALL_UP_TO else s for s in scales]
     places = [region.start.loc.tolist() for region in missed]
     details = {"sentence": search.sentence, "places": places, "spreads": [spread.tolist() for spread in spreads]}
     return [Stage(stage, details=details)]
@@ -238,7 +240,7 @@ class _Regions:
             return MISSED_MASS_SHARE, math.inf
         k_hat = psis(ratios)[1]
         weights = (ratios - self.evidence).exp()
-        mean, error = float(weights.mean()), 2.0 * float(weights.std()) / math.sqrt(LOOKED_AT_DRAWS)
+        mean, error = float(weights.mean()), MISSED_MASS_ERRORS * float(weights.std()) / math.sqrt(LOOKED_AT_DRAWS)
         needed = REGION_MASS_SHARE * min(mean - error, 1.0)
         return (needed, mean + error) if k_hat < K_HAT_MOST else (max(MISSED_MASS_SHARE, needed), math.inf)
 

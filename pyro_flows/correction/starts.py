@@ -14,12 +14,13 @@ from pyro_flows.correction.sampler import Sampler
 from pyro_flows.flows.flow import Flow
 from pyro_flows.flows.mixture import FlowMixture
 from pyro_flows.model.log_density import LogDensity
-from pyro_flows.modes.under_covered import level_of, walked
+from pyro_flows.modes.missed_regions import PLACES
+from pyro_flows.modes.under_covered import HIGH, level_of, walked
 from pyro_flows.results.record import Record
 from pyro_flows.transforms.linear import LowerTriangularAffine
 from pyro_flows.verdict.chains import McmcDraws
 from pyro_flows.verdict.deciding import resample
-from pyro_flows.verdict.thresholds import R_HAT_OF_SHORT_CHAINS
+from pyro_flows.verdict.thresholds import DENSITY_GAP_OF_WALKERS, R_HAT_OF_SHORT_CHAINS
 
 PERIODS = (16, 16), (32, 64)  # sweeps until the start is forgotten, and sweeps that are compared: once, and again
 
@@ -72,7 +73,7 @@ def dispersed_points(latent: Latent, z: Tensor, log_weights: Tensor, count: int,
         points = latent.look(*latent.place(begun))
         points = walked(latent, points, 4, level=0.0)  # under the posterior at first
         level = level_of(points)
-        for height in (5.0, 3.0):  # nats
+        for height in (HIGH, DENSITY_GAP_OF_WALKERS):
             points = walked(latent, points, 12, level=level, height=height)
         usable = torch.isfinite(points.log_pi).nonzero()[:, 0]
         chosen = usable[torch.randperm(len(usable), device=usable.device)[: count // 2]]
@@ -123,7 +124,7 @@ def mixes_with_others(sampler: Sampler, places: Tensor) -> bool:
     the others are after few sweeps need no more of them.
     """
     density = sampler.latent.density
-    best = places[density(places).topk(min(8, len(places))).indices]
+    best = places[density(places).topk(min(PLACES, len(places))).indices]
     many = len(sampler.points.x)  # chains as the sampler has, whose graphs are there already
     group = torch.arange(many) * len(best) // many
     z = best[group.to(best.device)]

@@ -14,9 +14,9 @@ from pyro_flows.verdict.chains import McmcDiagnostics, worst_of
 from pyro_flows.verdict.thresholds import (
     ESS_OF_CHAINS,
     ESS_OF_CHAINS_MOST,
-    SD_ERROR_MOST,
     SD_ERROR_OF_CHAINS,
     SD_ERROR_OF_FEW_DRAWS,
+    SHIFT_MOST,
 )
 
 LOG_DENSITY = "the log density"
@@ -123,7 +123,7 @@ def unresolved(z: Tensor, found: McmcDiagnostics, names: Sequence[str]) -> list[
     """
     errors = _mixing.sd_errors(z).nan_to_num(nan=0.0)
     worst = int(errors.argmax())
-    if float(errors[worst]) <= SD_ERROR_MOST or _least(found) >= ESS_OF_CHAINS_MOST:
+    if float(errors[worst]) <= SHIFT_MOST or _least(found) >= ESS_OF_CHAINS_MOST:
         return []
     return [f"the sd of the chains at {names[worst]} has a Monte Carlo error of {100 * float(errors[worst]):.0f}%"]
 

@@ -13,11 +13,11 @@ from torch import Tensor
 from pyro_flows import _stages
 from pyro_flows._ledger import counted
 from pyro_flows._progress import Bar
-from pyro_flows.correction.fallback import ATTEMPT, FEW, UNTRAINED, chains_from, gradient_budget
+from pyro_flows.correction.fallback import ATTEMPT, chains_from, gradient_budget
 from pyro_flows.correction.hmc import exchange_of
 from pyro_flows.correction.judging import around, covered_by, evidence_of
 from pyro_flows.correction.latent import Latent
-from pyro_flows.correction.refine import CHAINS
+from pyro_flows.correction.sampler import CHAINS
 from pyro_flows.correction.search import MissedByChains, missed_by_chains
 from pyro_flows.flows.flow import Flow
 from pyro_flows.flows.mixture import FlowMixture
@@ -30,6 +30,7 @@ from pyro_flows.modes.missed_modes import mirrored
 from pyro_flows.modes.missed_regions import Guide, MissedRegion
 from pyro_flows.modes.symmetric_modes import with_symmetric_modes
 from pyro_flows.modes.symmetries import MOVED_DRAWS, SignedPermutation, group, identity, image_of, product
+from pyro_flows.starts.curvature import SMALL_UP_TO
 from pyro_flows.starts.start import Start
 from pyro_flows.verdict.chains import McmcDraws
 from pyro_flows.verdict.deciding import LOOKED_AT_DRAWS
@@ -107,7 +108,7 @@ def _chains(
 
     None if they have not converged.
     """
-    most = gradient_budget(density, UNTRAINED if density.dim <= FEW else ATTEMPT)
+    most = gradient_budget(density, 0.5 * ATTEMPT if density.dim <= SMALL_UP_TO else ATTEMPT)  # training is short
     latent = Latent(begun.sampler, density)
     if begun.exact and exchange_of(latent, latent.look(*latent.place(begun.z[:CHAINS])), None) is None:
         return None

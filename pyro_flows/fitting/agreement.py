@@ -14,7 +14,7 @@ from pyro_flows.flows.flow import Flow
 from pyro_flows.model.batching import quiet
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.results.stage import Stage
-from pyro_flows.verdict.deciding import LOOKED_AT_DRAWS
+from pyro_flows.verdict.deciding import ESTIMATED_DRAWS, LOOKED_AT_DRAWS
 from pyro_flows.verdict.psis import psis
 from pyro_flows.verdict.thresholds import EVIDENCE_GAP_OF_RUNS, R_HAT_CONVERGED
 
@@ -74,7 +74,7 @@ def balanced(flows: Sequence[Flow], density: LogDensity, weights: Sequence[float
     Reference: Cappé, Douc, Guillin, Marin and Robert 2008, "Adaptive importance sampling in general mixture classes"
     (arXiv 0710.4242).
     """
-    z = torch.cat([flow().sample((2000,)) for flow in flows])
+    z = torch.cat([flow().sample((ESTIMATED_DRAWS,)) for flow in flows])
     with quiet():  # draws that overflow have no density
         log_q = torch.stack([flow.log_prob(z) for flow in flows]).double().nan_to_num(nan=-torch.inf)
     ratios = density(z).double() - (torch.logsumexp(log_q, 0) - math.log(len(flows)))

@@ -37,9 +37,9 @@ from pyro_flows.model.precision import LostDigits
 from pyro_flows.model.unchanged import identity, own
 from pyro_flows.posterior.posterior import Posterior
 from pyro_flows.results.scoring import check_memory, seconds_to_judge
+from pyro_flows.starts.curvature import SMALL_UP_TO
 
-MAX_STEPS = 6000
-STEPS_GROW_FROM = 50  # dimensions
+MAX_STEPS = 6000  # of a run
 
 
 @_checks.options
@@ -195,7 +195,7 @@ def _close(bar: Bar, clock: Clock, posterior: Posterior) -> None:
 
 def default_steps(dim: int) -> int:
     """Return how many steps a run may take at most, if nothing is said: 6000, and more from 50 dimensions on."""
-    return round(MAX_STEPS * min(max(dim / STEPS_GROW_FROM, 1.0), 4.0) ** 0.5)
+    return round(MAX_STEPS * min(max(dim / SMALL_UP_TO, 1.0), 4.0) ** 0.5)
 
 
 def _fit(plan: Plan, grow: bool, checkpoint: str | os.PathLike[str] | None) -> Posterior:

@@ -19,18 +19,15 @@ from pyro_flows.flows.recipe import begin_at
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.modes.propriety import improper_tails
 from pyro_flows.results.stage import Stage
-from pyro_flows.starts.start import Start, divergence
+from pyro_flows.starts.start import CLOSE, Start, divergence
 from pyro_flows.training.convergence import Monitor
-from pyro_flows.training.loop import BATCH, STEP_SIZE, Budget, Check, Look, train
+from pyro_flows.training.loop import BATCH, STEP_SIZE, WARM_UP, Budget, Check, Look, train
 from pyro_flows.training.trainer import Trainer
 from pyro_flows.verdict.acceptance import acceptable_gap, shift_is_noise
 from pyro_flows.verdict.deciding import LOOKED_AT_DRAWS
 from pyro_flows.verdict.thresholds import EVIDENCE_GAP_OF_TRIALS, SHIFT_SEEN, SHIFT_SEEN_IN_TRAINING
 
-RACE_STEPS = 100
 STEP_SIZES = (STEP_SIZE, 3e-3)
-CLOSE = 10.0  # nats between two starts that are worth racing
-ELSEWHERE = 1.0  # nats of divergence between two starts, from which they are not next to the same
 
 
 class Entrant(NamedTuple):
@@ -52,7 +49,7 @@ class Entrant(NamedTuple):
         monitor = Monitor()
         with density.clock.part(_stages.TRIAL):
             for step in range(steps):
-                trainer.step(size * min(1.0, (step + 1) / (0.5 * RACE_STEPS)))
+                trainer.step(size * min(1.0, (step + 1) / WARM_UP))
             trainer.write()
             monitor.add(*Check(flow, density, seed=seed)())
         finished = bool(monitor.elbos)
@@ -65,8 +62,8 @@ def begin(flow: Flow, start: Start) -> None:
 
 
 def share(max_steps: int) -> int:
-    """Steps of each entrant, so that all of them together take at most half of the budget."""
-    return max(1, min(RACE_STEPS, max_steps // (2 * (len(STEP_SIZES) + 1))))
+    """Steps of each entrant, a warm-up and as many; all of them together take at most half of the budget."""
+    return max(1, min(2 * WARM_UP, max_steps // (2 * (len(STEP_SIZES) + 1))))
 
 
 def race(
@@ -95,7 +92,7 @@ def _wider(best: Start, others: Sequence[Start]) -> list[Start]:
     """Return the widest of other starts that are close, if it reaches where the best one does not."""
     close = [start for start in others if best.elbo - start.elbo < CLOSE and start.volume > best.volume]
     widest = max(close, key=lambda start: start.volume, default=None)
-    return [] if widest is None or divergence(widest, best) < ELSEWHERE else [widest]
+    return [] if widest is None or divergence(widest, best) < EVIDENCE_GAP_OF_TRIALS else [widest]
 
 
 def train_flow(run: Run) -> str | None:

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from pyro_flows._seeding import derive, seeded
+from pyro_flows.correction.latent import WRITTEN_DEAR
 from pyro_flows.fitting.flow_training import begin
 from pyro_flows.fitting.multimodal import weighed
-from pyro_flows.fitting.plan import SHARE_OF_SECONDS, Plan
+from pyro_flows.fitting.plan import LIGHTER, SHARE_OF_SECONDS, Plan
 from pyro_flows.fitting.rounds import Round, untrained
 from pyro_flows.fitting.state import Run, Sampler
 from pyro_flows.flows.flow import Flow
@@ -32,7 +33,6 @@ from pyro_flows.verdict.methods import GRID
 from pyro_flows.verdict.thresholds import ESS_SHARE_PROMISING
 
 AT_ONCE = "converged: draws from the conditional Laplace grid pass the checks"
-LIGHTER = 120.0, 30.0  # degrees of freedom of the base, in turn
 
 
 def grid_at_start(run: Run, density: LogDensity, start: Start) -> Round | None:
@@ -56,7 +56,7 @@ def grid_comes_first(plan: Plan, density: LogDensity) -> bool:
     """Whether grids are tried before any training: they are cheap, and the caller has named no flow."""
     if not (plan.open and can_have_grid(density)):
         return False
-    return density.written <= 30_000 and density.work.operations <= 500  # numbers and operations of an evaluation
+    return density.written <= WRITTEN_DEAR and density.work.operations <= 500  # of an evaluation
 
 
 def with_tails_checked(search: Search, density: LogDensity, sampler: Sampler, *, seed: int) -> Search:
@@ -92,9 +92,9 @@ def _of_grid(density: LogDensity, grid: Marginal) -> tuple[float, float, Flow] |
     The base has the lightest tails that are accepted.
     """
     found: tuple[float, float, Flow] | None = None
-    for df in LIGHTER:
+    for lighter in LIGHTER:
         try:
-            sampler = flow_along(grid, df=df).to(density.device, density.dtype)
+            sampler = flow_along(grid, lighter=lighter).to(density.device, density.dtype)
         except ValueError:
             return None
         found = (*weighed(density, sampler), sampler)

@@ -19,7 +19,7 @@ from pyro_flows.fitting.flow_training import begin, is_improper, train_flow
 from pyro_flows.fitting.gaussian_conditionals import conditionals_at_start
 from pyro_flows.fitting.laplace_grid import grid_at_start, grid_comes_first
 from pyro_flows.fitting.multimodal import multimodal
-from pyro_flows.fitting.plan import SHARE_OF_SECONDS
+from pyro_flows.fitting.plan import LIGHTER, SHARE_OF_SECONDS
 from pyro_flows.fitting.rounds import untrained, weighed, weights_collapse
 from pyro_flows.fitting.state import Run
 from pyro_flows.flows.parts import affine_base_of
@@ -30,16 +30,14 @@ from pyro_flows.results.stage import Stage
 from pyro_flows.starts.coordinates import climbed
 from pyro_flows.starts.prior import prior_draws
 from pyro_flows.verdict.acceptance import shift_is_noise
-from pyro_flows.verdict.deciding import JUDGED_DRAWS, LOOKED_AT_DRAWS
+from pyro_flows.verdict.deciding import JUDGED_DRAWS, LOOKED_AT_DRAWS, SEARCHED_DRAWS
 from pyro_flows.verdict.methods import CONDITIONALS, GAUSSIAN, GRID, MCMC, MIXTURE, TRAINED
 from pyro_flows.verdict.thresholds import ESS_SHARE_COLLAPSED, ESS_SHARE_PROMISING
 
 AS_READ, AT_MODES, AT_THE_BEST, AFTER = "as read", "at modes", "at the best start", "after a flow"
 AT_FIRST = 80  # dimensions up to which Gaussian conditionals are tried before chains, which cost less above
-LIGHTER = (4.0, 1.0)  # times the base's degrees of freedom: what a nearly normal posterior bears, first
 AT_ONCE = "converged: weighting changes no result at the start"
 SAMPLED_FROM, SAMPLED_UP_TO = 30, 1500  # dimensions in which a sampler is tried before a flow is trained
-SURVEYED_FROM = 500  # draws from which a survey of modes begins
 
 
 class Method(NamedTuple):
@@ -145,9 +143,9 @@ def _mixture(run: Run, *, barrier: float = 3.0) -> str | None:
         return None
     with plan.clock.part(_stages.SEVERAL):
         if run.best is None:
-            z, hopeless = prior_draws(run.density, SURVEYED_FROM, seed=run.seed), False
+            z, hopeless = prior_draws(run.density, SEARCHED_DRAWS // 2, seed=run.seed), False
         else:
-            z, weighing = run.flow().draw(SURVEYED_FROM)[0], run.best.weighing
+            z, weighing = run.flow().draw(SEARCHED_DRAWS // 2)[0], run.best.weighing
             hopeless = weighing.ess < ESS_SHARE_COLLAPSED * len(weighing.log_weights)
         run.multimodal = multimodal(run.density, z, seed=run.seed, bar=plan.bar, barrier=barrier, ridges=hopeless)
     if run.multimodal is None:

@@ -27,6 +27,7 @@ USUAL = {
     "refine": "auto",
     "runs": 1,
 }
+LIGHTER = (4.0, 1.0)  # times the base's degrees of freedom: what a nearly normal posterior bears, first
 SHARE_OF_SECONDS = 0.5  # that are left, for each part of a fit, if there is a bound
 TRAINED = "realnvp"  # where a fit is not told which flow
 

@@ -15,7 +15,7 @@ from pyro_flows.results.stage import Stage
 from pyro_flows.training.loop import BATCH, STEP_SIZE, Training
 from pyro_flows.training.trainer import Trainer
 from pyro_flows.verdict.acceptance import nothing_to_gain, raw_weights, status_of
-from pyro_flows.verdict.deciding import JUDGED_DRAWS, LOOKED_AT_DRAWS
+from pyro_flows.verdict.deciding import COMPARED_DRAWS, JUDGED_DRAWS, LOOKED_AT_DRAWS
 from pyro_flows.verdict.thresholds import (
     ESS_SHARE_EVEN,
     ESS_SHARE_GOOD,
@@ -80,7 +80,7 @@ def weighed(flow: Flow, density: LogDensity, draws: int) -> Weighing:
 def weights_collapse(flow: Flow, density: LogDensity) -> bool:
     """Whether the weights of a few draws of a flow collapse: next to none of them has weight."""
     with density.clock.watching():
-        z, log_q = flow.draw(256)
+        z, log_q = flow.draw(COMPARED_DRAWS)
     return raw_weights(density(z) - log_q) is None
 
 

@@ -9,10 +9,13 @@ from torch import Tensor
 
 from pyro_flows._fallbacks import Tried, passed_over
 from pyro_flows._seeding import seeded
+from pyro_flows._turns import turn
+from pyro_flows.graphs import Recorder
 from pyro_flows.model.batching import over_rows, quiet, where_possible
+from pyro_flows.model.faults import passing_over
 from pyro_flows.model.precision import LostDigits, doubled, in_double, read_in_double
 from pyro_flows.model.runs import Runs
-from pyro_flows.model.sites import Keywords, Model, Noncentered, Positional
+from pyro_flows.model.sites import Keywords, Model, Noncentered, Positional, Structure
 
 FAR, FAR_SITES = (-20.0, -10.0, 10.0, 20.0), 16  # where all coordinates of a site are put, to compare precisions
 LOST, LOST_SHARE = 1.0, 1e-4  # nats by which single precision may be off there, and as a share of the log density
@@ -34,6 +37,10 @@ class Digits(Runs):
         super().__init__(model, args, kwargs, noncentered=noncentered)
         if self.dtype == torch.float32 and self._loses_digits_far_out():
             self._become_double()
+
+    def _settle(self, structure: Structure, like: Runs | None = None) -> None:
+        super()._settle(structure, like)
+        self._doubles: Recorder | None = None  # the graph in double precision that many data sets share
 
     def _become_double(self) -> bool:
         """Run the model in double precision from now on; return whether it can. Its structure is read anew."""
@@ -60,11 +67,16 @@ class Digits(Runs):
         with seeded(0, z.device):
             rounding = (torch.rand(z.shape, dtype=torch.float64, device=z.device) - 0.5) * torch.finfo(z.dtype).eps
 
-        def doubly(row: Tensor) -> Tensor:
-            with in_double():
-                return self.single(row)
+        points = z.double() * (1.0 + rounding)
+        if self._doubles is not None and not self._factorizes:
+            with turn(), passing_over():
+                return self._doubles(points)[0]
+        return self._at(self.doubly, points)
 
-        return self._at(doubly, z.double() * (1.0 + rounding))
+    def doubly(self, z: Tensor) -> Tensor:
+        """Return the log density of one point (D,) in double precision."""
+        with in_double():
+            return self.single(z)
 
     def _at(self, single: Callable[[Tensor], Tensor], z: Tensor) -> Tensor:
         """Return the values (S,) of a function of one point at ``z`` (S, D), NaN where the model raises an error.

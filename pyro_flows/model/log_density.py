@@ -8,7 +8,6 @@ import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from functools import partial
-from itertools import pairwise
 from typing import TypedDict
 
 import pyro
@@ -23,16 +22,15 @@ from pyro_flows._turns import turn
 from pyro_flows.graphs import Recorder, RecorderState
 from pyro_flows.model.batching import quiet, where_possible
 from pyro_flows.model.digits import COMPARED_ONE_BY_ONE
-from pyro_flows.model.faults import Faults, Undefined, passing_over
+from pyro_flows.model.faults import Faults, Refused, Undefined, passing_over
 from pyro_flows.model.gradients import values_and_grads
 from pyro_flows.model.runs import Runs
 from pyro_flows.model.site_values import SiteValues
 from pyro_flows.model.sites import Noncentered, Structure
-from pyro_flows.verdict.thresholds import MISSED_MASS_ERRORS, MISSED_MASS_OF_TAILS
+from pyro_flows.verdict.thresholds import SHIFT_MOST
 
 LARGER = 4  # times the numbers of data and coordinates, that a few results may have
 WRITTEN_FOR_A_CHECK, DRAWS_AT_LEAST = 2e9, 400  # numbers that a check may write, a second or so; and its draws
-PORTION = 16  # pieces of a recorded graph between two looks at the clock
 SENT_BACK, SENT_BACK_ONE_BY_ONE = 1024, 64  # draws whose values are turned into coordinates again
 ON_BOUNDS = "rounding puts"  # begins a reason
 
@@ -130,36 +128,55 @@ class LogDensity(SiteValues):
     ) -> tuple[list[str], list[str]]:
         """Say what rounding does at draws ``z`` (S, D), to densities and next to bounds; see :class:`Digits`."""
         lost, notes = super().lost_digits(z, most=most, log_p=log_p)
-        return [*self._on_bounds(z), *lost], notes
+        return [*self.on_bounds(z), *lost], notes
 
     @torch.no_grad()
-    def _on_bounds(self, z: Tensor) -> list[str]:
-        """Say which site rounding puts onto a bound in too large a share of the draws z (S, D).
+    def on_bounds(self, z: Tensor) -> list[str]:
+        """Say which site rounding puts onto a bound, if the mass that is lost there changes a mean or an sd; z (S, D).
 
-        A sigmoid has no values between 1 - eps and 1, and torch cuts it there, so mass that is nearer to 1 is lost. A
-        draw at the cut does not return to the same coordinate. The share of such draws tells of the lost mass.
+        A sigmoid has no values between 1 - eps and 1, and torch cuts it there. A draw at the cut does not return to the
+        same coordinate, and the density decays with the Jacobian alone. If it went on to decay at the rate before the
+        cut, the mass beyond would be as many times as large as that rate is smaller: draws there get this weight.
         """
-        limit = -math.log(torch.finfo(z.dtype).eps) - 1.0
-        far = z[(z.abs() > limit).any(1)]
-        if len(far) <= MISSED_MASS_OF_TAILS * len(z):
-            return []
-        some = far[: SENT_BACK if self.batched else SENT_BACK_ONE_BY_ONE]
+        limit = -math.log(torch.finfo(z.dtype).eps)
+        far = (z.abs() > limit).any(1).nonzero()[:, 0]
+        first = far[: SENT_BACK if self.batched else SENT_BACK_ONE_BY_ONE]
+
+        def lost_at(points: Tensor) -> Tensor:
+            back = self.unconstrain(self.constrain(points)).to(points)
+            return ~(torch.isclose(back, points, rtol=1e-3, atol=1e-3) | back.isnan()) & (points.abs() > limit)
+
         with quiet(), Tried() as tried:
-            back = self.unconstrain(self.constrain(some)).to(some)
+            if not (len(first) and bool(lost_at(z[first]).any())):
+                return []
+            lost = lost_at(z[far])
+            far, lost = far[lost.any(1)], lost[lost.any(1)]
+            some = z[far]
+            before, beyond = (
+                -some.sign() * self.unrecorded(torch.where(lost, moved, some))[1].double()
+                for moved in (some.clamp(1.0 - limit, limit - 1.0), some + some.sign())
+            )
+            times = torch.where(lost, beyond / before.clamp_min(torch.finfo(z.dtype).eps), 1.0).nan_to_num(1.0)
+            log_weights = z.new_zeros(len(z), dtype=torch.float64)
+            log_weights[far] = times.clamp_min(0.0).log().sum(1)
+            worst = int(lost.sum(0).argmax())
+            name = next(one.name for one in self.structure.latents if one.offset <= worst < one.offset + one.size)
+            values = self.constrain(z)[name].reshape(len(z), -1).double()
         if tried.error is not None:  # in the model's own code
             return []
-        lost = ~(torch.isclose(back, some, rtol=1e-3, atol=1e-3) | back.isnan()) & (some.abs() > limit)
-        share = float(lost.any(1).double().mean()) * len(far) / len(z)
-        if share - MISSED_MASS_ERRORS * math.sqrt(share / len(z)) <= MISSED_MASS_OF_TAILS:
+        usable = torch.isfinite(values).all(1)
+        values, weights = values[usable], torch.softmax(log_weights[usable], 0)[:, None]
+        mean = (weights * values).sum(0)
+        sd = (weights * (values - mean).square()).sum(0).sqrt()
+        shifts = torch.stack([(values.mean(0) - mean).abs() / sd, (values.std(0) / sd).log().abs()])
+        if not float(shifts.nan_to_num(0.0).max()) > SHIFT_MOST:
             return []
-        worst = int(lost.sum(0).argmax())
-        name = next(one.name for one in self.structure.latents if one.offset <= worst < one.offset + one.size)
-        shown = f"{MISSED_MASS_OF_TAILS:.0%}"
-        return [f"{ON_BOUNDS} {name} onto a bound in more than {shown} of the draws, so mass next to the bound is lost"]
+        return [f"{ON_BOUNDS} {name} onto a bound, and the mass that is lost next to it would change its mean or sd"]
 
-    def take(self, values: Recorder, gradients: Recorder, constrained: Recorder) -> None:
+    def take(self, values: Recorder, gradients: Recorder, constrained: Recorder, doubles: Recorder) -> None:
         """Evaluate by these recorders from now on: those that densities of one model with many data sets share."""
         self._values, self._with_gradients, self._constrained = values, gradients, constrained
+        self._doubles = doubles
 
     def under(self, clock: Clock) -> None:
         """Look at ``clock`` as evaluations go on."""
@@ -248,12 +265,14 @@ class LogDensity(SiteValues):
         return (self.strictly(self.single, z),)
 
     def forget(self) -> None:
-        """Drop the recorded graphs: call it after the model's own parameters, or its data, have changed in place.
+        """Drop the recorded graphs: call it after the model's own parameters, its data, or modules and globals that it
+        reads have changed in place.
 
         A training run that has begun keeps the graph that it began with.
         """
-        for recorder in (self._values, self._with_gradients, *self._densities.values()):
-            recorder.forget()
+        for recorder in (self._values, self._with_gradients, self._constrained, *self._densities.values()):
+            if recorder is not None:
+                recorder.forget()
 
     def value_and_grad(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """Return the log density (S,) and its gradient (S, D), both without a graph; cost: S gradient evaluations."""
@@ -268,15 +287,6 @@ class LogDensity(SiteValues):
                 return value.to(z.dtype), grad
         value, grad = evaluated([z], lambda: self.unrecorded(z), self.faults)
         return value, grad
-
-    def _by_graph(self, recorder: Recorder, z: Tensor) -> tuple[Tensor, ...]:
-        """Return results by whole numbers of the recorder's pieces, with a look at the clock before each portion."""
-        rows, found = PORTION * recorder.large, list[tuple[Tensor, ...]]()
-        cuts = [*range(0, max(len(z) - rows, 0), rows), len(z)]  # the last one is the longest: no new size of a piece
-        for first, last in pairwise(cuts) if len(cuts) > 1 else [(0, len(z))]:
-            self.clock.look()
-            found.append(recorder(z[first:last]))
-        return found[0] if len(found) == 1 else tuple(map(torch.cat, zip(*found, strict=True)))
 
     def graph(self, z: Tensor) -> fx.GraphModule | None:
         """Return the recorded graph of :meth:`value_and_grad` for batches like ``z``, to be made part of a larger one.
@@ -317,7 +327,12 @@ class LogDensity(SiteValues):
             for row in self._pieces(z, one_by_one=True):
                 leaf = row.clone().requires_grad_()
                 value = self.single(leaf)
-                grads.append(torch.autograd.grad(value, leaf)[0])
+                try:
+                    grads.append(torch.autograd.grad(value, leaf)[0])
+                except NotImplementedError as error:
+                    expected = "expected a log density with a derivative by each latent that it reads"
+                    remedy = "write this function by operations that torch differentiates"
+                    raise Refused(f"model: {expected}, got torch's '{error}'; {remedy}") from error
                 values.append(value.detach())
         return torch.stack(values).to(z.dtype), torch.stack(grads)
 

@@ -5,22 +5,26 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
+from itertools import pairwise
 
 import torch
 from pyro import poutine
 from torch import Tensor
 
 from pyro_flows import _checks
+from pyro_flows._batches import ROWS_AT_MOST
 from pyro_flows._seeding import derive, seeded
 from pyro_flows._turns import turn
 from pyro_flows.graphs import Recorder
-from pyro_flows.model.batching import apart, quiet, redrawn, undefined
+from pyro_flows.model.batching import apart, join, quiet, redrawn, undefined
 from pyro_flows.model.digits import Digits
 from pyro_flows.model.faults import Undefined, defined, passing_over
 from pyro_flows.model.handlers import Resample, flatten_all
 from pyro_flows.model.observations import not_finite
 from pyro_flows.model.runs import Runs
 from pyro_flows.model.sites import Structure, messages
+
+PORTION = 16  # pieces of a recorded graph between two looks at the clock
 
 
 class SiteValues(Digits):
@@ -29,20 +33,25 @@ class SiteValues(Digits):
     def _settle(self, structure: Structure, like: Runs | None = None) -> None:
         super()._settle(structure, like)
         self._densities: dict[tuple[str, ...], Recorder] = {}  # by the sites that they are of
-        self._constrained: Recorder | None = None  # the graph of constrained values that many data sets share
+        self._constrained: Recorder | None = None  # of constrained values, which many data sets may share
 
     def constrain(self, z: Tensor) -> dict[str, Tensor]:
         """Return latent and deterministic sites as the model sees them: ``{name: (S, *shape)}``.
 
         A long model runs only if it has deterministic sites, or if supports depend on other sites or on parameters.
+        Of a model with many numbers, what constrained values depend on is recorded: most often no row of the data. See
+        :meth:`~pyro_flows.LogDensity.forget` where data or modules change in place.
         """
         z = self._check(z)
         if self.long and not (self._shown[len(self.names) :] or self.structure.dependent or self._parameters):
             with torch.no_grad():
                 return self.map(lambda row: {name: placed.value for name, placed in self.placed(row).items()}, z)
+        if self._constrained is None and self.batched and self._rows < ROWS_AT_MOST and not self._parameters:
+            values = partial(self.strictly, self.constrained)
+            self._constrained = Recorder(lambda z: tuple(values(z).values()), self.numbers, changed=self.faults)
         if self._constrained is not None and not self._factorizes:
             with turn(), passing_over():
-                return dict(zip(self._shown, self._constrained(z), strict=True))
+                return dict(zip(self._shown, self._by_graph(self._constrained, z), strict=True))
 
         def instead(rows: Tensor) -> dict[str, Tensor]:
             known = {} if self.structure.dependent or self._parameters else self.placed(rows[0])
@@ -52,6 +61,19 @@ class SiteValues(Digits):
 
         with torch.no_grad():
             return self.map(self.constrained, z, instead=instead)
+
+    def _by_graph(self, recorder: Recorder, z: Tensor) -> tuple[Tensor, ...]:
+        """Return results by whole numbers of the recorder's pieces, with a look at the clock before each portion."""
+        rows = PORTION * recorder.large
+        cuts = [*range(0, max(len(z) - rows, 0), rows), len(z)]  # the last one is the longest: no new size of a piece
+
+        def portion(first: int, last: int) -> tuple[Tensor, ...]:
+            self.clock.look()
+            return recorder(z[first:last])
+
+        if len(cuts) < 3:
+            return portion(0, len(z))
+        return join((portion(*ends) for ends in pairwise(cuts)), len(z))
 
     @property
     def _shown(self) -> tuple[str, ...]:

@@ -59,6 +59,7 @@ class Stack:
             Recorder(self._values, self.numbers, unit=unit, large=large),
             Recorder(self._gradients, self.numbers, unit=unit),
             Recorder(self._constrained, self.numbers, unit=unit),
+            Recorder(self._doubles, self.numbers, unit=unit),
         )
         self._runners: Cache[tuple[str, int], Runner] = Cache(KINDS_KEPT)
         self._calls: Counter[tuple[str, int]] = Counter()
@@ -86,6 +87,10 @@ class Stack:
     def _constrained(self, z: Tensor, *given: Tensor) -> tuple[Tensor, ...]:
         with torch.no_grad(), quiet():
             return tuple(batch(self._with(given).constrained)(z).values())
+
+    def _doubles(self, z: Tensor, *given: Tensor) -> tuple[Tensor]:
+        with quiet():
+            return (batch(self._with(given).doubly)(z),)
 
     def _gradients(self, z: Tensor, *given: Tensor) -> tuple[Tensor, Tensor]:
         with torch.no_grad(), quiet():

@@ -6,11 +6,10 @@ import torch
 from torch import Tensor
 
 from pyro_flows.model.log_density import LogDensity
-from pyro_flows.modes.units import units_of
+from pyro_flows.modes.units import LEVEL, units_of
 from pyro_flows.starts.climb import TICKS, climb
 
 CLIMBERS = 64  # draws that are compared with each place
-BARRIER = 2.0  # nats from the lower of two tops down to the valley between them
 
 
 @torch.no_grad()
@@ -39,7 +38,7 @@ def are_separated(density: LogDensity, places: Tensor, z: Tensor, near: Tensor |
         lines = ends.points[number] + share * (tops[compared] - ends.points[number])
         lowest = density(lines.flatten(0, 1)).nan_to_num(nan=-torch.inf).reshape(len(share), -1).amin(0)
         least = torch.minimum(heights[compared], ends.heights[number])
-        answers.append(bool((lowest < least - BARRIER).all()))
+        answers.append(bool((lowest < least - LEVEL).all()))
     return answers
 
 

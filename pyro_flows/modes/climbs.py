@@ -16,9 +16,9 @@ from pyro_flows.modes.symmetric_modes import symmetric_modes_of
 from pyro_flows.modes.symmetries import MOVED_DRAWS
 from pyro_flows.modes.tempering import temper
 from pyro_flows.modes.terms import places_of_terms
+from pyro_flows.modes.tops import MODE_REACHES
 from pyro_flows.modes.units import in_units, units_of
 from pyro_flows.modes.unverified_modes import (
-    TOPS_APART,
     UnverifiedMode,
     by_curvature,
     distinct,
@@ -30,14 +30,14 @@ from pyro_flows.starts.pathfinder import Paths, pathfinder
 from pyro_flows.starts.portfolio import SAME_END, SEARCHES_UNBATCHED
 from pyro_flows.starts.prior import prior_draws
 from pyro_flows.starts.start import Start
+from pyro_flows.verdict.deciding import CHECKED, SEARCHED_DRAWS, WEIGHED_DRAWS
 from pyro_flows.verdict.psis import psis
 from pyro_flows.verdict.thresholds import K_HAT_MOST, MISSED_MASS_SHARE
 
-INFLATED = (3.0, 10.0, 30.0)
-SCREENED, SCREENED_AT = 1000, (1.5, 2.5, 4.0, 8.0)  # draws, and factors by which they are moved outwards
-CLIMBERS = 6  # for each factor, and from the guide's own draws
-PRIOR_CLIMBERS = 24  # paths from draws of the prior; half of them, where a density has many terms
-WEIGHED, WEIGHED_UNBATCHED = 400, 50  # draws from the normal at the end of a path; at least
+INFLATED = (3.0, 10.0, 30.0)  # factors by which a few draws are moved outwards
+SCREENED_AT = (1.5, 2.5, 4.0, 8.0)  # factors by which all draws are moved outwards
+# paths for each factor, and from the guide's own draws; four times as many from draws of the prior, or half of that
+CLIMBERS = 6
 
 
 def climbed(
@@ -53,7 +53,7 @@ def climbed(
     if not len(far):
         return []
     units = units_of(z)
-    again = far[-PRIOR_CLIMBERS:] if _is_cheap(density) else far[:0]
+    again = far[-4 * CLIMBERS :] if _is_cheap(density) else far[:0]
     points = torch.cat([own, far, again])
     shares = torch.ones(len(points), *[1] * units.dim()).to(units)
     shares[len(own) + len(far) :] = 0.01  # a second path from each: long first steps leap over modes
@@ -74,7 +74,7 @@ def climbed(
                 more, poor = _weighed(guide, curved, 1, units, seed=seed)
                 more = more or _tempered(guide, curved, *worth_measuring(guide, curved, 1, poor, units), seed=seed)
             found += more
-    return [found[number] for number in distinct([region.place for region in found], units, by=TOPS_APART)]
+    return [found[number] for number in distinct([region.place for region in found], units, by=MODE_REACHES)]
 
 
 def _are_beside(missed: Sequence[MissedRegion]) -> bool:
@@ -132,8 +132,8 @@ def _weighed(
     chosen = own + torch.tensor(_ends(paths, own, units), dtype=torch.long, device=ends.device)
     best = paths.best.some(chosen)
     with seeded(derive(seed, "weighing"), density.device), torch.no_grad():
-        each = density.affordable(WEIGHED * len(chosen)) // max(len(chosen), 1)
-        count = max(each, WEIGHED_UNBATCHED) if density.batched else WEIGHED_UNBATCHED
+        each = density.affordable(WEIGHED_DRAWS * len(chosen)) // max(len(chosen), 1)
+        count = max(each, CHECKED) if density.batched else CHECKED
         noise = torch.randn(count, density.dim, dtype=ends.dtype, device=ends.device)
         draws, log_q = best.map(noise)
         log_p = density(draws.flatten(0, 1)).unflatten(0, draws.shape[:2])
@@ -205,14 +205,14 @@ def _dispersed(guide: Guide, modes: Sequence[Start], z: Tensor, *, seed: int) ->
     parts = zip(INFLATED, z.split(CLIMBERS), strict=False)
     outwards = [center + factor * (part - center) for factor, part in parts]
     if density.batched:
-        some = z[: density.affordable(SCREENED * len(SCREENED_AT)) // len(SCREENED_AT)]
+        some = z[: density.affordable(SEARCHED_DRAWS * len(SCREENED_AT)) // len(SCREENED_AT)]
         outwards += [_denser(guide, center + factor * (some - center)) for factor in SCREENED_AT]
     flipped = []
     for latent in density.structure.latents[:CLIMBERS]:
         changed = z[-1:].clone()
         changed[:, latent.offset : latent.offset + latent.size] *= -1.0
         flipped.append(changed)
-    count = PRIOR_CLIMBERS if _is_cheap(density) else PRIOR_CLIMBERS // 2
+    count = (4 if _is_cheap(density) else 2) * CLIMBERS
     prior = prior_draws(density, count, seed=derive(seed, "modes from the prior"))
     terms = prior[:0] if can_be_surveyed(density) else places_of_terms(density, prior)
     terms = terms[distinct([*terms], units_of(z), by=1.0)[:count]]

@@ -25,14 +25,14 @@ import torch
 from torch import Tensor, nn
 
 from pyro_flows.flows.flow import Flow
+from pyro_flows.modes.tables import EMPTY
+from pyro_flows.verdict.deciding import ESTIMATED_DRAWS, WEIGHED_DRAWS
 from pyro_flows.verdict.psis import psis
 from pyro_flows.verdict.thresholds import ESS_OF_CHAINS, ESS_SHARE_GOOD, K_HAT_GOOD
 
-DRAWS, MOST_ROUNDS = 400, 16
-DF = 5.0
+MOST_ROUNDS = 16
+DF = 5.0  # of Student-t distributions that are drawn from in a few dimensions
 FITTED_WITHIN = 25.0  # nats below the top: draws of lower density are left out of the first fit
-CUT_BELOW = 60.0  # nats below the top, to which log densities at draws of the flow are cut
-FLOW_DRAWS, DRAWS_KEPT = 2000, 6000  # draws of the flow after each fit; the latest draws, to which a flow is fitted
 
 
 class Sample(NamedTuple):
@@ -60,8 +60,8 @@ def sampled(log_density: Callable[[Tensor], Tensor], loc: Tensor, root: Tensor) 
     theta, log_p, proposals = loc.new_zeros(0, k), loc.new_zeros(0), list[tuple[Tensor, Tensor]]()
     while True:
         proposals.append((loc, root))
-        chi = torch.distributions.Chi2(loc.new_tensor(DF)).sample((DRAWS, 1))
-        fresh = loc + (torch.randn(DRAWS, k).to(loc) * (DF / chi).sqrt()) @ root.mT
+        chi = torch.distributions.Chi2(loc.new_tensor(DF)).sample((WEIGHED_DRAWS, 1))
+        fresh = loc + (torch.randn(WEIGHED_DRAWS, k).to(loc) * (DF / chi).sqrt()) @ root.mT
         theta, log_p = torch.cat([theta, fresh]), torch.cat([log_p, log_density(fresh)])
         if not bool(torch.isfinite(log_p).any()):
             return None
@@ -113,25 +113,26 @@ def fit_flow(
         if not all(bool(torch.isfinite(parameter).all()) for parameter in parameters):
             break
         with torch.no_grad():
-            own, log_q = flow.draw(FLOW_DRAWS)
+            own, log_q = flow.draw(ESTIMATED_DRAWS)
             values = log_density(own)
         ratios = values - log_q
         if not bool(torch.isfinite(ratios).any()):
             break
         smooth, k_hat = psis(ratios)
-        share = float(1.0 / smooth.exp().square().sum()) / FLOW_DRAWS
+        share = float(1.0 / smooth.exp().square().sum()) / ESTIMATED_DRAWS
         worth = share - max(0.0, k_hat - K_HAT_GOOD)
         best = max(best, (worth, share, k_hat, copy.deepcopy(flow.state_dict())), key=itemgetter(0))
         if share >= ESS_SHARE_GOOD and k_hat < K_HAT_GOOD:
             break
-        log_mass = float(torch.logsumexp(ratios, 0)) - math.log(FLOW_DRAWS)
+        log_mass = float(torch.logsumexp(ratios, 0)) - math.log(ESTIMATED_DRAWS)
         usable = torch.isfinite(own).all(1)
-        own, values = own[usable], values[usable].clamp_min(log_p.max() - CUT_BELOW)
+        own, values = own[usable], values[usable].clamp_min(log_p.max() - EMPTY)
         fresh = torch.softmax(ratios[usable], 0)
         effective = 1.0 / weights.square().sum(), 1.0 / fresh.square().sum()
         weights = torch.cat([effective[0] * weights, effective[1] * fresh]) / sum(effective)
-        theta, log_p = torch.cat([theta, own])[-DRAWS_KEPT:], torch.cat([log_p, values])[-DRAWS_KEPT:]
-        weights = weights[-DRAWS_KEPT:] / weights[-DRAWS_KEPT:].sum()
+        latest = slice(-3 * ESTIMATED_DRAWS, None)  # the draws of three fits
+        theta, log_p = torch.cat([theta, own])[latest], torch.cat([log_p, values])[latest]
+        weights = weights[latest] / weights[latest].sum()
     flow.load_state_dict(best[3])
     return best[1], best[2]
 

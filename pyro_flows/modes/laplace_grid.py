@@ -28,27 +28,23 @@ from pyro_flows._seeding import derive, seeded
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.model.sites import Structure
 from pyro_flows.modes.propriety import finer
-from pyro_flows.modes.tables import OUTSIDE, Table
-from pyro_flows.modes.tops import CUT_AT, Tails, Tops
+from pyro_flows.modes.tables import EMPTY, OUTSIDE, Table
+from pyro_flows.modes.tops import MODE_REACHES, Tails, Tops
 from pyro_flows.modes.under_covered import is_usable
-from pyro_flows.starts.curvature import second_derivatives
+from pyro_flows.starts.curvature import SMALL_UP_TO, second_derivatives
 from pyro_flows.starts.prior import spread_of
-from pyro_flows.verdict.deciding import resample
+from pyro_flows.verdict.deciding import ESTIMATED_DRAWS, SEARCHED_DRAWS, resample
 
 STEPS = (0.3, 0.6, 1.0, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0, 6.5, 8.0, 11.0, 15.0, 20.0)  # spreads from the middle
 CLOSE = (*(0.3 * number for number in range(1, 28)), 9.0, 10.0, 11.5, 13.0, 15.0, 17.5, 20.0)  # for a flow
-UP_TO = 50  # dimensions
-MOST_COORDINATES = 4  # that get a grid
-DRAWS_USED = 2000  # by which coordinates, and units along them, are chosen
+MOST_COORDINATES = 4  # that get a grid; half as many before there is a flow
 PREDICTS_SPREAD = 0.02  # sum of squared correlations with the distances of other coordinates from their medians
-MOST_SITES, MOST_BENT = 16, 2  # sites of one coordinate that are compared by curvature, and that get a grid
+MOST_SITES = 16  # sites of one coordinate that are compared by curvature
 CURVATURE_CHANGE = 0.05  # of log curvatures over two spreads: less is none
 DRAWS, ERROR_MOST = 128, 0.15  # at a grid point; relative standard error of a mass that counts as known
-ERROR_REDRAWN, REDRAWN = 0.1, 2048  # a grid point with a larger error gets so many draws in place of those
+ERROR_REDRAWN = 0.1  # a grid point with a larger error gets sixteen times as many draws in place of those
 STRETCH = 5.0  # by which steps are stretched, up to four times, where the marginal has not fallen off at the last
-FEWEST_DRAWS = 500  # by which coordinates are chosen
 FEWEST_POINTS = 8  # of a grid
-EMPTY = 60.0  # nats below the highest grid point: the mass there counts as zero
 
 
 @dataclass(frozen=True)
@@ -70,7 +66,7 @@ class Marginal(Table):
 
 def can_have_grid(density: LogDensity) -> bool:
     """Whether hundreds of paths, and Hessians at their ends, can be had."""
-    return density.batched and 1 < density.dim <= UP_TO
+    return density.batched and 1 < density.dim <= SMALL_UP_TO
 
 
 @torch.no_grad()
@@ -81,9 +77,9 @@ def all_grids(density: LogDensity, z: Tensor, log_weights: Tensor, *, seed: int)
     up to ten times that where a marginal has not fallen off, and 2048 densities for a noisy grid point.
     """
     log_mass = torch.log_softmax(log_weights.double(), 0)
-    if not can_have_grid(density) or len(z) < FEWEST_DRAWS or not is_usable(log_mass):
+    if not can_have_grid(density) or len(z) < SEARCHED_DRAWS // 2 or not is_usable(log_mass):
         return []
-    sample = finer(density, z[resample(log_mass, DRAWS_USED, seed=derive(seed, "looked at"))])
+    sample = finer(density, z[resample(log_mass, ESTIMATED_DRAWS, seed=derive(seed, "looked at"))])
     return _grids(density, sample, predictors_of_spread(sample), seed=seed)
 
 
@@ -100,9 +96,9 @@ def grids_about(density: LogDensity, loc: Tensor, z: Tensor, *, seed: int) -> li
         return []
     away = spread_of(z).diag()[alone]
     curvatures = second_derivatives(density, torch.cat([loc + away, loc - away]))
-    strength, order = bending(curvatures.unflatten(0, (2, -1)), alone).topk(min(MOST_BENT, len(alone)))
+    strength, order = bending(curvatures.unflatten(0, (2, -1)), alone).topk(min(MOST_COORDINATES // 2, len(alone)))
     coordinates = [alone[number] for number in order[strength > CURVATURE_CHANGE].tolist()]
-    return _grids(density, finer(density, z[:DRAWS_USED]), coordinates, seed=seed)
+    return _grids(density, finer(density, z[:ESTIMATED_DRAWS]), coordinates, seed=seed)
 
 
 def sites_of_one(structure: Structure) -> list[int]:
@@ -131,7 +127,7 @@ def closer(density: LogDensity, marginal: Marginal, *, seed: int) -> Marginal | 
 def predictors_of_spread(z: Tensor) -> list[int]:
     """Return the coordinates of draws (S, D) that best predict how far the others are from their medians."""
     away = z.double() - z.double().median(0).values
-    away = (away / away.abs().median(0).values.clamp_min(1e-300)).clamp(-1.5 * CUT_AT, 1.5 * CUT_AT)
+    away = (away / away.abs().median(0).values.clamp_min(1e-300)).clamp(-1.5 * MODE_REACHES, 1.5 * MODE_REACHES)
     signed, size = ((part - part.mean(0)) / part.std(0).clamp_min(1e-300) for part in (away, away.abs()))
     correlation = (signed.mT @ size / len(z)).fill_diagonal_(0.0)
     correlation = torch.where(correlation.abs() > 5.0 / math.sqrt(len(z)), correlation, 0.0)  # standard errors
@@ -223,7 +219,7 @@ def _weighed(tails: Tails, tops: Tops) -> tuple[Tensor, Tensor]:
     unsure = ((relative > ERROR_REDRAWN) & (masses > masses.nan_to_num(nan=-math.inf).max() - EMPTY)).nonzero()[:, 0]
     for number in unsure.tolist():
         one = slice(number, number + 1)
-        masses[one], relative[one] = _drawn(tails, points[one], roots[one], held[one], REDRAWN)
+        masses[one], relative[one] = _drawn(tails, points[one], roots[one], held[one], 16 * DRAWS)
     log_masses[known], errors[known] = masses, relative
     return log_masses, errors
 
@@ -236,7 +232,7 @@ def _drawn(tails: Tails, points: Tensor, roots: Tensor, held: Tensor, count: int
     noise[torch.arange(len(points)), :, held] = 0.0
     away = torch.linalg.solve_triangular(roots.mT, noise.mT, upper=True).mT
     z = (points[:, None] + away).to(tails.middle).flatten(0, 1)
-    values = torch.cat([tails.density(part) for part in z.split(DRAWS_USED)]).double()
+    values = torch.cat([tails.density(part) for part in z.split(ESTIMATED_DRAWS)]).double()
     ratios = values.view(len(points), -1).nan_to_num(nan=-math.inf) + 0.5 * noise.square().sum(2)
     size = roots.diagonal(dim1=1, dim2=2).log().sum(1)
     mean = torch.logsumexp(ratios, 1) - math.log(count)

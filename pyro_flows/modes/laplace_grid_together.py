@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from pyro_flows.model.stack import Stack
-from pyro_flows.modes.laplace_grid import CURVATURE_CHANGE, EMPTY, FEWEST_POINTS, UP_TO, around, bending, sites_of_one
-from pyro_flows.modes.tables import Table
+from pyro_flows.modes.laplace_grid import CURVATURE_CHANGE, FEWEST_POINTS, around, bending, sites_of_one
+from pyro_flows.modes.tables import EMPTY, Table
 from pyro_flows.modes.tops import NEGLIGIBLE_GAIN, NEWTON, roots_across
+from pyro_flows.starts.curvature import SMALL_UP_TO
 from pyro_flows.starts.start import Start
 
 # spreads from the middle
@@ -44,7 +45,7 @@ def bent(stack: Stack, starts: Sequence[Start]) -> Bent | None:
     Cost: a Hessian at two points for each such site, up to 16.
     """
     alone = sites_of_one(stack.structure)
-    if not alone or not 1 < stack.dim <= UP_TO:
+    if not alone or not 1 < stack.dim <= SMALL_UP_TO:
         return None
     loc, _, spread = _moments(starts)
     away = spread[:, None] * torch.eye(stack.dim).to(loc)[alone]

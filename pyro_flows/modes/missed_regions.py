@@ -17,7 +17,7 @@ from pyro_flows.verdict.thresholds import DENSITY_GAP_OF_MODES, MISSED_MASS_ERRO
 
 TRUNCATED_TAIL = "short tail"  # name of a start where a marginal goes on beyond the draws
 BY_WALKERS = "wandered"
-PLACES = 8  # to which walkers came, at most
+PLACES = 8  # to which walkers came, and that chains begin at, at most
 
 Score = Callable[[Tensor], Tensor]
 

@@ -13,9 +13,8 @@ from torch import Tensor
 
 from pyro_flows.model.log_density import LogDensity
 
-UNITS = 40  # of one kind at most, whole sites first
+UNITS = 40  # of one kind at most, whole sites first; twice as many may be added to one
 AXIS = 32  # longest axis whose indices are moved one at a time
-ADDED = 80  # units that may be added to those of one kind, at most
 
 Values = Mapping[str, Tensor]
 _T = TypeVar("_T")
@@ -143,7 +142,7 @@ def kinds_of(density: LogDensity, latents: Values) -> list[Kind]:
     kinds: list[tuple[list[Unit], list[Unit]]] = [(reflections, [])]
     kinds += [(units, numbers) for units in list(swaps.values())[:UNITS]]
     kinds += [(exchanges, [*numbers, *itertools.chain(*swaps.values())])]
-    return [Kind(seeds[:UNITS], [*seeds[:UNITS], *more][:ADDED]) for seeds, more in kinds if seeds]
+    return [Kind(seeds[:UNITS], [*seeds[:UNITS], *more][: 2 * UNITS]) for seeds, more in kinds if seeds]
 
 
 def _pairs(things: Sequence[_T], *, up_to: int, apart: int) -> list[tuple[_T, _T]]:

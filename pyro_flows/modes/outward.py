@@ -21,10 +21,10 @@ from pyro_flows._fallbacks import strict
 from pyro_flows.graphs import Recorder
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.modes.tops import hessians
+from pyro_flows.modes.units import LEVEL
 
 SURE = {torch.float64: 30.0, torch.float32: 12.0}  # nats below the top; farther down, rounding may look like a tail,
 DEEP = 1000.0  # unless single precision has the same; below that, no place is evaluated
-LEVELLED = 2.0  # nats above the last place: heights there are one level
 LENGTHS = (4.0, 1.0, 0.5, 0.1, 0.01)  # shares of a step of Newton's method that are tried
 UNKNOWN_CURVATURE, NO_CURVATURE = 1e-10, 1e-14  # of the largest one, where the diagonal is 1: rounding; none at all
 WIDE = 2.0  # sds at which falls are compared with that of a normal density
@@ -125,11 +125,11 @@ class Outward:
             own[few] = torch.nan if len(few) < min(3, len(known)) else own[few]
         last = (masses.isfinite() * torch.arange(1, 1 + masses.shape[1]).to(masses)).argmax(1)
         level = masses[rows, last][:, None]
-        first = (masses.isfinite() & (masses < level + LEVELLED)).double().argmax(1)
+        first = (masses.isfinite() & (masses < level + LEVEL)).double().argmax(1)
         edge, come_to = (self._single(place.tops[rows, at]) for at in (last, first))
         masses = torch.where(masses.isneginf() & ~edge.isfinite()[:, None], torch.nan, masses)
         height = place.heights[rows, first]
-        apart = (come_to - height).abs() > LEVELLED + 0.01 * height.abs()
+        apart = (come_to - height).abs() > LEVEL + 0.01 * height.abs()
         low = level < best[:, None] - SURE[self.dtype]
         return torch.where(low & (apart[:, None] | (self.single is None)), torch.nan, masses)
 

@@ -24,17 +24,15 @@ from torch import Tensor
 
 from pyro_flows._seeding import derive, seeded
 from pyro_flows.model.log_density import LogDensity
+from pyro_flows.modes.hyperparameter_marginal import DF
 from pyro_flows.starts.prior import prior_draws
-from pyro_flows.verdict.deciding import resample
+from pyro_flows.verdict.deciding import LOOKED_AT_DRAWS, resample
 from pyro_flows.verdict.psis import psis
-from pyro_flows.verdict.thresholds import ESS_SHARE_COLLAPSED, ESS_SHARE_GOOD, K_HAT_GOOD
+from pyro_flows.verdict.thresholds import ESS_SHARE_COLLAPSED, ESS_SHARE_GOOD, ESS_SHARE_LEAST, K_HAT_GOOD
 
 GENERATIONS = 4  # between two additions of parts
 ADDITIONS, IN_VAIN = 6, 2  # at most; in a row without a gain, after which the fit ends
-MOST_PARTS = 64
-FROM_PRIOR = 8000  # draws at each temperature
-EFFECTIVE_SHARE = 0.1  # of the draws at each temperature
-KERNELS, KERNEL_DF = 32, 5.0  # parts at tempered draws
+MOST_PARTS = 64  # half of them at tempered draws: as many may be added
 
 
 @dataclass(frozen=True)
@@ -124,15 +122,15 @@ def tempered_mixture(density: LogDensity, *, seed: int) -> Parts | None:
         for _ in range(12):  # temperatures, at most
             if parts is None:
                 return None
-            z = parts.draw(FROM_PRIOR)
+            z = parts.draw(2 * LOOKED_AT_DRAWS)
             ratios = density(z).double() - torch.logsumexp(parts.log_prob(z), 0)
             usable = torch.isfinite(ratios)
             z, ratios = z[usable], ratios[usable]
-            if len(z) < KERNELS:
+            if len(z) < MOST_PARTS // 2:
                 return None
             power = _power(ratios)
-            chosen = resample(torch.log_softmax(power * ratios, 0), FROM_PRIOR, seed=0)
-            parts = _about(z[chosen], KERNELS)
+            chosen = resample(torch.log_softmax(power * ratios, 0), 2 * LOOKED_AT_DRAWS, seed=0)
+            parts = _about(z[chosen], MOST_PARTS // 2)
             if power == 1.0:
                 break
     return parts
@@ -152,7 +150,7 @@ def _about(draws: Tensor, count: int) -> Parts | None:
     if int(fault) or not bool(torch.isfinite(root).all()):
         return None
     if count == 1:
-        return Parts(draws.mean(0, keepdim=True), root.to(draws)[None], draws.new_zeros(1), KERNEL_DF)
+        return Parts(draws.mean(0, keepdim=True), root.to(draws)[None], draws.new_zeros(1), DF)
     x = torch.linalg.solve_triangular(root, draws.double().mT, upper=False).mT
     chosen = torch.randperm(len(draws))[: count // 2].to(draws.device)
     away, nearest = torch.cdist(x, x[chosen]).min(1)
@@ -162,7 +160,7 @@ def _about(draws: Tensor, count: int) -> Parts | None:
         nearest = torch.where(to_new < away, number, nearest)
         away = torch.minimum(away, to_new)
     mass = torch.bincount(nearest, minlength=count).to(draws) + 1.0
-    return Parts(draws[chosen], root.to(draws).expand(count, -1, -1).clone(), (mass / mass.sum()).log(), KERNEL_DF)
+    return Parts(draws[chosen], root.to(draws).expand(count, -1, -1).clone(), (mass / mass.sum()).log(), DF)
 
 
 def _power(ratios: Tensor) -> float:
@@ -172,11 +170,11 @@ def _power(ratios: Tensor) -> float:
         return float(1.0 / torch.softmax(power * ratios, 0).square().sum()) / len(ratios)
 
     low, high = 0.0, 1.0
-    if share(high) >= EFFECTIVE_SHARE:
+    if share(high) >= ESS_SHARE_LEAST:
         return high
     for _ in range(30):  # bisection
         middle = 0.5 * (low + high)
-        low, high = (middle, high) if share(middle) > EFFECTIVE_SHARE else (low, middle)
+        low, high = (middle, high) if share(middle) > ESS_SHARE_LEAST else (low, middle)
     return low
 
 
@@ -220,7 +218,7 @@ def _evolved(density: LogDensity, parts: Parts) -> Generation | None:
 def generation(density: LogDensity, parts: Parts) -> Generation | None:
     """Draw from a mixture, and weight the draws; None if no draw has any weight."""
     parts = parts.even(0.1)  # so that no part is left without draws
-    z = parts.draw(min(max(4000, 200 * len(parts)), 16_000))
+    z = parts.draw(min(max(LOOKED_AT_DRAWS, 200 * len(parts)), 4 * LOOKED_AT_DRAWS))
     log_parts = parts.log_prob(z)
     ratios = density(z).double() - torch.logsumexp(log_parts, 0)
     ratios = torch.where(torch.isfinite(ratios), ratios, -torch.inf)

@@ -23,14 +23,14 @@ from pyro_flows._fallbacks import Tried, passed_over
 from pyro_flows._seeding import derive, seeded
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.modes.outward import Outward, Side
-from pyro_flows.modes.tops import CUT_AT
+from pyro_flows.modes.tops import MODE_REACHES
+from pyro_flows.modes.units import MATRICES_UP_TO
 from pyro_flows.starts.prior import spread_of
 from pyro_flows.verdict.next_step import IMPROPER
 
 Slow = tuple[bool | None, ...]  # one way and the other
 
-MOST, UP_TO = 32, 100  # coordinates that are looked at; dimensions, for Hessians
-REACHED_LEAST = 6.0  # units, that the last place has to be away
+MOST = 32  # coordinates that are looked at
 HIDDEN = 8  # coordinates that may hide each other
 SLACK = 0.03  # of a fall of one over the distance, that counts as none more
 
@@ -45,7 +45,7 @@ def improper_tails(density: LogDensity, draw: Callable[[], Tensor], *, seed: int
     Cost: for each such coordinate, up to 80 places of a few Hessians each; four or so where the density falls fast.
     """
     found = _coordinates(density)[:MOST]
-    if not found or density.proper or not density.batched or density.dim > UP_TO:
+    if not found or density.proper or not density.batched or density.dim > MATRICES_UP_TO:
         return []
     with seeded(derive(seed, "the tails of improper priors"), density.device):
         z = draw().to(density.device, density.dtype)
@@ -103,7 +103,7 @@ def _middle(density: LogDensity, z: Tensor) -> Tensor | None:
     """Return the possible draw of z (S, D) that is next to the medians, which may lie off a ridge; None if none is."""
     if not len(z):
         return None
-    away = ((z - z.median(0).values) / spread_of(z)).double().clamp(-CUT_AT, CUT_AT).square().sum(1)
+    away = ((z - z.median(0).values) / spread_of(z)).double().clamp(-MODE_REACHES, MODE_REACHES).square().sum(1)
     away = torch.where(torch.isfinite(density.unrecorded(z)[0]), away, torch.inf)
     return z[away.argmin()] if bool(away.isfinite().any()) else None
 
@@ -149,7 +149,7 @@ def _is_slow(side: Side) -> bool | None:
     They count up to a ninth of the distance of the last one. At least two have to be too slow.
     """
     distances, masses, noise, level = (part[~(side.distances.isnan() | side.masses.isnan())] for part in side)
-    if not len(distances) or float(distances[-1]) < REACHED_LEAST:
+    if not len(distances) or float(distances[-1]) < MODE_REACHES:
         return None
     allowed = (1.0 + SLACK) * (distances[1:] / distances[:-1]).log()
     falls, rounding = masses[:-1] - masses[1:], (noise[:-1] + noise[1:]).where(masses[1:].isfinite(), 0.0)

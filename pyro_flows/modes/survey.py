@@ -20,14 +20,13 @@ from pyro_flows._seeding import derive, seeded
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.modes.terms import tops_of_terms
 from pyro_flows.modes.units import SAME, factors, unit_of_modes, units_of
-from pyro_flows.starts.charting import PRIOR_DRAWS
 from pyro_flows.starts.climb import FEW_TICKS, climb
 from pyro_flows.starts.curvature import FULL_HESSIAN_UP_TO, inverse_roots, lower_triangular
-from pyro_flows.starts.prior import prior_draws
+from pyro_flows.starts.prior import PRIOR_DRAWS, prior_draws
 
 CLIMBS = 256  # of a round
-NUMBERS = 500_000  # that the climbs of a round handle at each step, at most
-SCREENED, SCREENED_NUMBERS = 400, 6_000_000  # points for each climb, of which the best one climbs; numbers of all
+NUMBERS = 500_000  # that the climbs of a round handle at each step, at most; a look at where to begin, 12 times that
+SCREENED = 400  # points for each climb, of which the best one climbs
 SCREENED_WRITTEN = 300_000_000  # numbers that operations on all of these points write: a fraction of a second
 SCREENED_IN_ALL = 200_000  # points of all rounds, at most, where an evaluation writes few numbers
 LAYERS = 16  # of points, by their distance from the modes so far
@@ -123,9 +122,9 @@ def _ends(
     """Return the ends (N, D) of the climbs of one round, the highest first, and the scales there (N, D)."""
     count = int(max(32, min(climbs, NUMBERS / max(1, density.numbers))))
     cost = max(density.dim * max(1, len(found)), density.numbers) * (1 if known is None else 4)  # a guide costs more
-    affordable = min(SCREENED_NUMBERS / cost, SCREENED_WRITTEN / max(1, density.written)) / count
+    affordable = min(12 * NUMBERS / cost, SCREENED_WRITTEN / max(1, density.written)) / count
     many = int(max(1, min(SCREENED, affordable))) if len(found) else 1
-    prior = prior_draws(density, PRIOR_DRAWS, seed=seed)
+    prior = prior_draws(density, PRIOR_DRAWS // 2, seed=seed)
     points = torch.cat([z[:8], _broad(density, found, prior, z, count * (1 + many) // 2)])
     points, heights = _finite(density, points)
     plain, screened, promise = points[: count // 2], points[count // 2 :], heights[count // 2 :]

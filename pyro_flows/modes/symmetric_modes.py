@@ -18,12 +18,12 @@ from torch import Tensor
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.modes.missed_regions import Guide, MissedRegion, missed_regions_of
 from pyro_flows.modes.symmetries import SignedPermutation, are_the_same, identity, image_of, product
+from pyro_flows.modes.tops import MODE_REACHES
 from pyro_flows.modes.units import units_of
-from pyro_flows.modes.unverified_modes import MEASURED_PLACES, TOPS_APART, distinct
+from pyro_flows.modes.unverified_modes import MEASURED_PLACES, distinct
 from pyro_flows.starts.climb import climb
 from pyro_flows.starts.pathfinder import Paths
-
-CUT_BELOW = 20.0  # nats below a top, to which log densities are cut; an image below that has no mass
+from pyro_flows.verdict.thresholds import DENSITY_GAP_OF_LOST
 
 
 @torch.no_grad()
@@ -42,11 +42,11 @@ def symmetric_modes_of(
     if not mine:
         return []
     home = max(mine, key=lambda number: float(heights[number]))
-    least = float(heights[home]) - CUT_BELOW
+    least = float(heights[home]) - DENSITY_GAP_OF_LOST
     others = [number for number in at_rest if number != home and float(heights[number]) > least]
     others.sort(key=lambda number: -float(heights[number]))
     places = [paths.ends[number] for number in (home, *others)]
-    chosen = distinct(places, units, by=TOPS_APART)[1 : 1 + MEASURED_PLACES]
+    chosen = distinct(places, units, by=MODE_REACHES)[1 : 1 + MEASURED_PLACES]
     return [region for number in chosen for region in _region_about(guide, places[0], places[number], z, log_q)]
 
 
@@ -127,4 +127,4 @@ def _profiles(density: LogDensity, top: Tensor, steps: Tensor) -> Tensor:
     offsets = torch.cat([-steps.flip(0), steps])
     points = top + offsets[:, None, None] * torch.eye(len(top), dtype=top.dtype, device=top.device)
     heights = density(points.flatten(0, 1)).reshape(len(offsets), -1).mT - density(top[None])
-    return heights.nan_to_num(nan=-CUT_BELOW).clamp(-CUT_BELOW, CUT_BELOW)
+    return heights.nan_to_num(nan=-DENSITY_GAP_OF_LOST).clamp(-DENSITY_GAP_OF_LOST, DENSITY_GAP_OF_LOST)

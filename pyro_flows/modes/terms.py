@@ -24,8 +24,6 @@ from pyro_flows.modes.units import SAME, unit_of_modes, units_of
 from pyro_flows.starts.climb import TICKS, climb
 from pyro_flows.starts.curvature import differences, inverse_roots_of, lower_triangular
 
-CHOICES = MOST_TERMS  # of terms, at one sum: of each of its results, if it has several
-BRANCHES = 128  # densities in all
 SUMS, FEW = 16, 2  # at most, and with several results: with more, a model sums over paths, as those of Markov chains do
 
 
@@ -46,14 +44,14 @@ class Terms:
                     density.single(z[0])
             except Undefined:  # no sum is known there
                 found.sizes.clear()
-        sums = [(number, size) for number, size in enumerate(found.sizes) if 1 < size[1] ** size[0] <= CHOICES]
+        sums = [(number, size) for number, size in enumerate(found.sizes) if 1 < size[1] ** size[0] <= MOST_TERMS]
         sums = [(number, size) for number, size in sums if len(sums) <= SUMS and (size[0] == 1 or len(sums) <= FEW)]
         rows = [
             [number, *chosen] for number, (results, terms) in sums for chosen in product(range(terms), repeat=results)
         ]
         width = max((len(row) for row in rows), default=1)
         self._sums = frozenset(number for number, _ in sums)
-        filled = [row + [0] * (width - len(row)) for row in rows[:BRANCHES]]
+        filled = [row + [0] * (width - len(row)) for row in rows[: 2 * MOST_TERMS]]  # densities in all
         self.branches = torch.tensor(filled, dtype=torch.long, device=z.device).reshape(-1, width)
 
     def value_and_grad(self, z: Tensor, /) -> tuple[Tensor, Tensor]:

@@ -16,7 +16,7 @@ from pyro_flows.starts.prior import spread_of
 NEGLIGIBLE_GAIN = 0.1  # nats
 NUMBERS_AT_ONCE = 2e7  # in Hessians that are computed together
 NEWTON = 4  # steps at most
-CUT_AT = 6.0  # units, to which draws are cut
+MODE_REACHES = 6.0  # units: draws are cut there, and beyond, a tail begins, and another top is apart
 
 
 class Held:
@@ -107,7 +107,7 @@ class Tails:
     def __init__(self, density: LogDensity, z: Tensor) -> None:
         self.density = density
         self.spread = spread_of(z)
-        scaled = ((z - z.median(0).values) / self.spread).double().clamp(-CUT_AT, CUT_AT)
+        scaled = ((z - z.median(0).values) / self.spread).double().clamp(-MODE_REACHES, MODE_REACHES)
         self.middle = z[scaled.square().sum(1).argmin()]
         products = scaled.mT @ scaled / len(z)
         inverse = torch.linalg.inv_ex(products + 1e-12 * torch.eye(density.dim).to(products)).inverse

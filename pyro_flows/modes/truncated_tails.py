@@ -23,9 +23,7 @@ from pyro_flows.modes.missed_regions import BY_WALKERS, TRUNCATED_TAIL, MissedRe
 from pyro_flows.modes.tables import covariance_roots
 from pyro_flows.starts.start import Start
 from pyro_flows.verdict.thresholds import MISSED_MASS_ERRORS, MISSED_MASS_OF_TAILS, QUARTILE_GAP_OF_GRID, TAIL_SHARE
-from pyro_flows.verdict.weighing import in_order, weighted_quantiles
-
-QUARTERS = (0.25, 0.5, 0.75)  # of draws between the quantiles of both tails
+from pyro_flows.verdict.weighing import LEVELS, in_order, weighted_quantiles
 
 
 def with_truncated_tails(
@@ -74,13 +72,13 @@ def _quantiles(values: Tensor, mass: Tensor, levels: Sequence[float]) -> Tensor:
 
 def _truncated_by(marginal: Marginal, values: Tensor, mass: Tensor) -> float:
     """Return the mass that weighted draws (S,) lack in a tail; -inf if grid points disagree about the middle."""
-    inner = [TAIL_SHARE + (1.0 - 2.0 * TAIL_SHARE) * part for part in QUARTERS]
+    inner = [TAIL_SHARE + (1.0 - 2.0 * TAIL_SHARE) * part for part in LEVELS[1:-1]]
     found = _quantiles(values, mass, [TAIL_SHARE, *inner, 1.0 - TAIL_SHARE])
     if not marginal.places[0] < found[0] < found[-1] < marginal.places[-1]:
         return -math.inf
     below = marginal.below(found)
     quarters = (below[1:-1] - below[0]) / (below[-1] - below[0])
-    if float((quarters - quarters.new_tensor(QUARTERS)).abs().max()) > QUARTILE_GAP_OF_GRID:
+    if float((quarters - quarters.new_tensor(LEVELS[1:-1])).abs().max()) > QUARTILE_GAP_OF_GRID:
         return -math.inf
     short = max(float(below[0]), float(1.0 - below[-1])) - TAIL_SHARE
     return short if math.isfinite(short) else -math.inf

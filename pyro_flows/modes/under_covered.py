@@ -36,8 +36,8 @@ from pyro_flows.verdict.thresholds import (
 )
 
 HIGH = 5.0  # nats of excess, up to which points are drawn outwards
-MANY_WALKERS = 256
-FIRST, OUT, BACK = 16, 48, 64  # moves: to see whether there is any way out, farther out, and under the density itself
+MANY_WALKERS = 256  # a quarter of them where a look at a point is costly
+MOVES = 64  # outwards, a quarter of them to see whether there is any way out; and as many under the density itself
 LOOKS = 8  # at the way back
 
 
@@ -161,10 +161,10 @@ def _drawn_out(
     with seeded(derive(seed, "umbrella"), chosen.device):
         points = space.look(*space.place(chosen))
         level = level_of(points)
-        points = walked(space, points, FIRST, level=level, height=HIGH)
+        points = walked(space, points, MOVES // 4, level=level, height=HIGH)
         if float((excess(points, level) > DENSITY_GAP_OF_WALKERS).double().mean()) <= TAIL_SHARE:
             return None
-        points = walked(space, points, OUT, level=level, height=HIGH)
+        points = walked(space, points, MOVES - MOVES // 4, level=level, height=HIGH)
         points = space.look(points.x.repeat(2, 1), points.k.repeat(2))
         ordered, places = (over - level).sort()  # beyond the excess that is hardly reached, draws have next to no mass
         reached = int((log_mass[places].exp().cumsum(0) < 1.0 - MASS_HARDLY_REACHED).sum())
@@ -172,7 +172,7 @@ def _drawn_out(
         there = over - level > by
         known = float(log_mass.exp()[there].sum()) + MISSED_MASS_SHARE
         for _ in range(LOOKS):
-            points = walked(space, points, BACK // LOOKS, level=level)
+            points = walked(space, points, MOVES // LOOKS, level=level)
             thin = excess(points, level) > by
             if float(thin.double().mean()) <= known:
                 return None

@@ -7,7 +7,8 @@ import math
 import torch
 from torch import Tensor
 
-FULL_UNITS_UP_TO = 100  # dimensions
+MATRICES_UP_TO = 100  # dimensions, for full units and for Hessians at hundreds of places
+LEVEL = 2.0  # nats: heights that differ by less are one level, and a valley that is deeper is a barrier
 SAME = 0.5  # of :func:`unit_of_modes`: places nearer than that are one mode
 
 
@@ -16,7 +17,7 @@ def units_of(z: Tensor, *, full: bool = True) -> Tensor:
 
     Sds (D,) only, unless ``full``.
     """
-    if full and z.shape[1] <= FULL_UNITS_UP_TO and len(z) > 4 * z.shape[1]:
+    if full and z.shape[1] <= MATRICES_UP_TO and len(z) > 4 * z.shape[1]:
         root, fault = torch.linalg.cholesky_ex(torch.cov(z.mT.double()).reshape(z.shape[1], z.shape[1]))
         if int(fault) == 0 and bool(torch.isfinite(root).all()):
             return root.to(z.dtype)

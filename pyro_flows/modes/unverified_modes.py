@@ -13,7 +13,7 @@ from torch import Tensor
 from pyro_flows._seeding import derive
 from pyro_flows.modes.missed_regions import Guide, MissedRegion, is_resolved
 from pyro_flows.modes.tempering import Tempered, log_mean, move_walkers
-from pyro_flows.modes.tops import NEGLIGIBLE_GAIN, NEWTON
+from pyro_flows.modes.tops import MODE_REACHES, NEGLIGIBLE_GAIN, NEWTON
 from pyro_flows.modes.units import in_units
 from pyro_flows.starts.curvature import inverse_roots, lower_triangular
 from pyro_flows.starts.laplace import newton
@@ -30,7 +30,6 @@ CURVED_UP_TO = 2**19  # dimensions times the numbers of one evaluation, for Hess
 UNWEIGHED = (
     "the search for missed modes found a region whose mass it could not estimate: Hessians cost too much for this model"
 )
-TOPS_APART = 6.0  # units between two tops, the norm of all coordinates together
 MEASURED_PLACES = 4  # places whose mass is measured by tempering, the best first
 
 
@@ -111,7 +110,7 @@ def _apart(paths: Paths, numbers: Sequence[int], units: Tensor) -> list[int]:
     """
     far = distinct([paths.ends[number] for number in numbers], units)
     rest = [*far, *(place for place in range(len(numbers)) if bool(paths.settled[numbers[place]]) and place not in far)]
-    near = distinct([paths.ends[numbers[place]] for place in rest], units, by=TOPS_APART)
+    near = distinct([paths.ends[numbers[place]] for place in rest], units, by=MODE_REACHES)
     return [rest[place] for place in near]
 
 

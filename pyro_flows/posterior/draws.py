@@ -58,7 +58,7 @@ def from_draws(
         lost += infinite_places(density, pool.z, pool.log_p)
         lost += beyond_priors(density, pool.z, pool.log_p - pool.log_q)
         checked = min(checked, pool.checked)
-        values: dict[str, Tensor] = {}  # the model's own values of the whole pool, if they are needed
+        values: dict[str, Tensor] = {}  # the model's own values of the whole pool, if weights are compared by them
 
         def again() -> Weighing:
             second = score_pool(density, draw, times * draws)
@@ -72,7 +72,7 @@ def from_draws(
             seed=seed,
             again=again,
             complaint=lambda z: density.complaint(z[:checked], torch.isfinite(pool.log_p[: len(z)][:checked])),
-            changed=lambda z, weights: _changed(density, z, weights, draws, values) or _uneven(weights, least),
+            changed=lambda z, weights: _uneven(weights, least) or _changed(density, z, weights, draws, values),
             failures=[*failed, *failures, *lost],
             doubts=doubts,
             notes=[*notes, *rounded, *density.faults.notes(), *density.clock.notes()],  # what was raised, and cut

@@ -1,13 +1,22 @@
 r"""How far a fitted prior may be from the posterior that it stands for: what each link of a chain adds, and what stays.
 
 The flow q of a link is moved to the means and sds of the draws of the posterior p, so these have the errors of the
-draws. To them comes what other differences of shape do. If draws of q have weights, it is
+draws. To them comes what other differences of shape do to the posteriors of further data. If draws of q have weights,
+their size is
 
-.. math:: \epsilon = \sqrt{\operatorname{E}_q (p / q)^2 - 1} = \sqrt{S / \text{ESS} - 1},
+.. math:: \epsilon^2 = \operatorname{E}_q (p / q)^2 - 1 = S / \text{ESS} - 1 = \sum_n \epsilon_n^2
 
-since by Cauchy and Schwarz no expectation of a function of unit sd under q differs by more. If not, both are compared
-under further data. Errors of links add up in squares. Data of later batches make an error of a mean smaller, and bring
-out errors of shape, so none is taken to fade.
+with the parts of p / q - 1 by Hermite polynomials of degree n, for a posterior that is about normal. Further data leave
+a share s of the variances, alike in all directions, as batches of one kind do. The difference of means in sds, in
+length over all coordinates, then has the mean square over data
+
+.. math:: \sum_{n \ge 2} n (1 - s)^{n - 1} s\, \epsilon_n^2 \le \epsilon^2 / 2
+
+where n = 1 is missing, since means agree; that of log sds is at most half of it. So :math:`\epsilon / \sqrt 2` is a
+standard error over further data, and 1.96 of it are stated: a length of normal errors with this mean square exceeds
+them with at most 5 % (Szekely and Bakirov 2003). Where draws come from no flow over the sites, both are compared under
+further data. Errors of links add up in squares. Data of later batches make an error of a mean smaller, and bring out
+errors of shape, so none is taken to fade.
 """
 
 from __future__ import annotations
@@ -126,7 +135,7 @@ def matched(flow: Flow, sample: Sample, *, own: bool) -> tuple[float, float, flo
 
     A difference d with the standard error e is taken off by d^2 / (d^2 + e^2) of itself, so that noise changes little.
     To what is left comes what other differences of shape would do to the posterior of further data: in these errors,
-    or as a third number, a bound, if the sample's draws are the flow's ``own``. The flow is changed in place.
+    or in a third number, the epsilon above, if the sample's draws are the flow's ``own``. The flow is changed in place.
     """
     within = box(sample.z)
     drawn = sample.z if own else flow.draw(DRAWN)[0]
@@ -191,7 +200,12 @@ def _move(flow: Flow, center: Tensor, to: Tensor, factor: Tensor) -> None:
 
 def accumulated(own: tuple[float, float, float], dim: int, earlier: list[PriorError]) -> PriorError:
     """Return the error of a prior: its own, see :func:`matched`, and those of earlier priors."""
-    times = float(torch.special.ndtri(torch.tensor(1.0 - 0.5 * (1.0 - CONFIDENCE) / (2 * dim), dtype=torch.float64)))
-    mean = math.hypot(times * own[0], own[2], *(error.mean for error in earlier))
-    sd = math.hypot(times * own[1], own[2], *(error.sd for error in earlier))
+    times, once = (_two_sided((1.0 - CONFIDENCE) / parts) for parts in (2 * dim, 1))  # the third is of all coordinates
+    mean = math.hypot(times * own[0], once * own[2] / math.sqrt(2.0), *(error.mean for error in earlier))
+    sd = math.hypot(times * own[1], once * own[2] / 2.0, *(error.sd for error in earlier))
     return PriorError(mean, sd, 1 + max((error.links for error in earlier), default=0))
+
+
+def _two_sided(tail: float) -> float:
+    """Return how many sds a normal number is off by, on either side, with this probability."""
+    return float(-torch.special.ndtri(torch.tensor(0.5 * tail, dtype=torch.float64)))

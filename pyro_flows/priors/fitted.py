@@ -45,11 +45,12 @@ class FittedPrior(nn.Module):
     .. math:: e_k^2 = e_{k-1}^2 + \epsilon_k^2, \qquad s_k^2 = s_{k-1}^2 + \sigma_k^2
 
     with e of a mean, in sds, and s of a log sd. :math:`\epsilon` and :math:`\sigma` are the Monte Carlo errors of the
-    posterior's draws and of the flow's, and what other differences of shape come to. Draws of a posterior's own flow
-    have weights, and :math:`\sqrt{S / \text{ESS} - 1}` bounds what the difference of any mean is, in sds. No error is
-    taken to fade with further data. Both are stated so that all coordinates are within them with 95 %, for posteriors
-    that are about normal. They say nothing of a model that is wrong, or of batches that are not independent given the
-    sites.
+    posterior's draws and of the flow's, and what other differences of shape do to posteriors of further data. Draws of
+    a posterior's own flow have weights. Over data that tell of all coordinates alike, the mean square of an error of a
+    mean, in sds, is at most :math:`(S / \text{ESS} - 1) / 2`, and that of a log sd half of it. No error is taken to
+    fade with further data. Both are stated so that all coordinates are within them with 95 %, for posteriors that are
+    about normal, and for data that the model may have made. They say nothing of a model that is wrong, or of batches
+    that are not independent given the sites.
 
     Attributes:
         flow: over the unconstrained coordinates.

@@ -15,11 +15,10 @@ from pyro_flows.model.log_density import LogDensity
 from pyro_flows.model.sites import Latent, messages
 from pyro_flows.starts.curvature import FULL_HESSIAN_UP_TO
 from pyro_flows.starts.pathfinder import pathfinder
-from pyro_flows.starts.prior import path_starts, possible_points, prior_draws, spread_of
-from pyro_flows.starts.start import CARRIED, Start
+from pyro_flows.starts.prior import PRIOR_DRAWS, path_starts, possible_points, prior_draws, spread_of
+from pyro_flows.starts.start import Start
+from pyro_flows.verdict.deciding import COMPARED_DRAWS
 
-TURN = 2.0 * math.pi
-PRIOR_DRAWS = 100
 FAR = (3e2, 1e3, 3e3)  # spreads of the prior, where a heavy tail falls off like a power
 HEAVY = 9.0  # power up to which a tail counts as heavy: eight degrees of freedom
 WALL_MATTERS = 50.0  # nats: a wall at a lower density, compared with some point, does not matter
@@ -34,7 +33,7 @@ def choose_charts(density: LogDensity, start: Start | None, *, seed: int) -> tup
     """
     if not density.batched:
         return density, start, []
-    draws = prior_draws(density, PRIOR_DRAWS, seed=derive(seed, "charts"))
+    draws = prior_draws(density, PRIOR_DRAWS // 2, seed=derive(seed, "charts"))
     low, high = _walls(density, draws)
     walled = torch.isfinite(low) | torch.isfinite(high)
     if bool(walled.any()):
@@ -45,7 +44,7 @@ def choose_charts(density: LogDensity, start: Start | None, *, seed: int) -> tup
                 walls = Walls(*(torch.as_tensor(_full(latent, side[part], math.inf)) for side in (low, high)))
                 charts[latent.name] = write_chart(walls)
         density, start = _charted(density, start, charts, seed=seed)
-        draws = prior_draws(density, PRIOR_DRAWS, seed=derive(seed, "charts"))
+        draws = prior_draws(density, PRIOR_DRAWS // 2, seed=derive(seed, "charts"))
     angles, heavy = _angles(density, draws[:3]) & ~walled, _heavy(density, draws) & ~walled
     heavy &= ~angles
     if not bool((angles | heavy).any()):
@@ -81,7 +80,7 @@ def _charted(
     if start is None:
         return found, None
     with seeded(derive(seed, "carried over"), density.device):
-        noise = torch.randn(CARRIED, density.dim, dtype=density.dtype, device=density.device)
+        noise = torch.randn(2 * COMPARED_DRAWS, density.dim, dtype=density.dtype, device=density.device)
     z = torch.nan_to_num(found.unconstrain(density.constrain(start.map(noise))))
     return found, Start(start.name, z.median(0).values, spread_of(z))
 
@@ -89,7 +88,7 @@ def _charted(
 def _options(latent: Latent, angles: Tensor, heavy: Tensor, loc: Tensor, scale: Tensor) -> dict[str, object]:
     """Return the chart of a site as plain numbers; a site is an angle as a whole, or not."""
     if bool(angles.any()):
-        return {"turn_about": _full(latent, torch.remainder(loc + math.pi, TURN) - math.pi, 0.0)}
+        return {"turn_about": _full(latent, torch.remainder(loc + math.pi, math.tau) - math.pi, 0.0)}
     if not bool(heavy.any()):
         return {}
     return {"heavy_about": _full(latent, loc, 0.0), "heavy_scale": _full(latent, torch.where(heavy, scale, 0.0), 0.0)}
@@ -120,8 +119,8 @@ def _angles(density: LogDensity, draws: Tensor) -> Tensor:
         moved = usable[:, None] + size * directions
         return (density(moved.flatten(0, 1)).unflatten(0, moved.shape[:2]) - heights).abs()
 
-    period = ((changes(TURN) <= tolerance) & (changes(-TURN) <= tolerance)).all(0)
-    varies = (changes(0.3 * TURN) > 10.0 * tolerance).any(0)
+    period = ((changes(math.tau) <= tolerance) & (changes(-math.tau) <= tolerance)).all(0)
+    varies = (changes(0.3 * math.tau) > 10.0 * tolerance).any(0)
     found[free] = period & varies
     return found
 
@@ -183,7 +182,7 @@ def _turned(density: LogDensity, loc: Tensor, angles: Tensor) -> Tensor:
     """
     if not bool(angles.any()):
         return loc
-    turns = TURN / 64 * torch.arange(64, dtype=loc.dtype, device=loc.device)
+    turns = math.tau / 64 * torch.arange(64, dtype=loc.dtype, device=loc.device)
     directions = torch.eye(density.dim, dtype=loc.dtype, device=loc.device)[angles]
     points = loc + turns[:, None, None] * directions
     heights = density(points.flatten(0, 1)).unflatten(0, points.shape[:2]).nan_to_num(nan=-torch.inf)

@@ -8,9 +8,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pyro_flows._batches import rows_for
+from pyro_flows._batches import ROWS_AT_LEAST, rows_for
 from pyro_flows.model.stack import Stack
-from pyro_flows.starts.curvature import Differentiable
+from pyro_flows.starts.curvature import FULL_HESSIAN_UP_TO, Differentiable
 from pyro_flows.starts.gaussians import (
     Gaussians,
     choose,
@@ -21,11 +21,10 @@ from pyro_flows.starts.gaussians import (
     stretch,
 )
 
-TICKS, FEW_TICKS = 100, 60  # of a path, and of one of many
-SHRINK = (0.1, 0.5)
+TICKS, FEW_TICKS = 100, 60  # of a path, and of one of many; steps of Newton's method
 SETTLED = 1e-8  # nats still to gain
 STALLED = 1e-3  # nats that a path has to rise by between two looks at whether it does
-WRITTEN, LEAST_TOGETHER = 2**22, 16  # numbers that are written for paths that are looked at together; paths, at least
+WRITTEN = 2**22  # numbers that are written for paths that are looked at together
 
 
 class Met(NamedTuple):
@@ -61,7 +60,7 @@ def climb(density: Differentiable, points: Tensor, units: Tensor, *, ticks: int 
 def _together(density: Differentiable) -> int:
     """Return how many paths are looked at together: fewer where each costs much, so that none is that is over."""
     rows = WRITTEN // max(density.written, 1)
-    return min(rows_for(density.numbers), max(1 << (max(rows, 1).bit_length() - 1), LEAST_TOGETHER))
+    return min(rows_for(density.numbers), max(1 << (max(rows, 1).bit_length() - 1), ROWS_AT_LEAST))
 
 
 class Climb:
@@ -80,7 +79,7 @@ class Climb:
         finite = torch.isfinite(self.height) & torch.isfinite(gradient).all(-1)
         self.gradient = choose(finite, gradient, 0.0)
         self.alpha = torch.ones_like(points)
-        history = 12 if density.dim <= 200 else 6  # steps of L-BFGS that are kept
+        history = 12 if density.dim <= FULL_HESSIAN_UP_TO else 6  # steps of L-BFGS that are kept
         self.steps = points.new_zeros(len(points), history, density.dim)
         self.changes = torch.zeros_like(self.steps)
         if drawn:
@@ -119,7 +118,7 @@ class Climb:
         self.points[rows] = choose(moved, points, self.points[rows])
         self.height[rows] = choose(moved, height, before)
         self.gradient = choose(moved, gradient, self.gradient)
-        shrink = torch.where(finite, (0.5 * promised / (promised - gain)).clamp(*SHRINK), SHRINK[0])
+        shrink = torch.where(finite, (0.5 * promised / (promised - gain)).clamp(0.1, 0.5), 0.1)
         self.length = self.length * torch.where(moved, 2.0, shrink)
         self._turn(moved, curved, over)
         taken = torch.zeros_like(self.over)

@@ -28,15 +28,16 @@ from pyro_flows.model.noncentered import Information
 from pyro_flows.model.sites import Latent, Noncentered
 from pyro_flows.starts.curvature import FULL_HESSIAN_UP_TO, lower_triangular, scales
 from pyro_flows.starts.pathfinder import Paths, pathfinder
-from pyro_flows.starts.portfolio import PRIOR_DRAWS
-from pyro_flows.starts.prior import path_starts, possible_points, prior_draws, spread_of
-from pyro_flows.starts.start import CARRIED, Start
+from pyro_flows.starts.prior import PRIOR_DRAWS, path_starts, possible_points, prior_draws, spread_of
+from pyro_flows.starts.start import Start
+from pyro_flows.verdict.acceptance import acceptable_gap, weights_correct
+from pyro_flows.verdict.deciding import COMPARED_DRAWS, ESTIMATED_DRAWS
+from pyro_flows.verdict.thresholds import DENSITY_GAP_OF_LOST
+from pyro_flows.verdict.weighing import weigh
 
 STEPS = 400
 BATCH = 32  # pairs of opposite noise
 LEARNING_RATE = 0.05
-ELBO_DRAWS = 2000
-BEHIND = 20.0  # nats of ELBO: the best path in one sort of coordinates is left out if it is so far below the other
 UNINFORMATIVE = 0.05  # precision of the data over that of the posterior; less counts as no information
 
 
@@ -57,20 +58,26 @@ def choose_coordinates(
     both. The best normal on each side is where learning begins, unless it is far behind that of the other side; the
     better ELBO decides. Where a normal with a diagonal covariance has a still better one in coordinates that are all
     centered, or all non-centered, these are taken: without data, non-centered coordinates are exact, and learning stops
-    short of them. A model that runs draw by draw is too slow to learn from: there the better path decides.
+    short of them. Where the ELBO of such a normal is close to the log evidence, nothing is learned. A model that runs
+    draw by draw is too slow to learn from: there the better path decides.
     """
     family = _Family(density)
     both = climbed(density, False, seed=seed), wholly or climbed(density, True, seed=seed)
     best = max(path.elbo for path in both)
-    sides = [_normals(family, path, learned_from=path.elbo > best - BEHIND) for path in both]
-    learned = max((found for found, _ in sides if found), key=lambda found: found.start.elbo, default=None)
+    plain = [_plain(path) for path in both]
+    highest = max((found for found in plain if found), key=lambda found: found.start.elbo, default=None)
+    enough = highest is not None and highest.is_enough
+    sides = [path for path in both if path.can_be_learned_from and path.elbo > best - DENSITY_GAP_OF_LOST]
+    sides = [] if enough else sides
+    learned = max((family.learn(path) for path in sides), key=lambda found: found.start.elbo, default=None)
     start = None if learned is None else learned.start
     kept: Noncentered = both[1].elbo >= both[0].elbo and both[1].elbo > -math.inf
     if learned is not None and math.isfinite(learned.start.elbo):
         kept = {name: None if said is None else said.options for name, said in learned.information.items()}
-        for noncentered, (_, plain) in enumerate(sides):
-            if start is None or (plain is not None and plain.elbo > start.elbo):
-                kept, start = bool(noncentered), plain
+    if enough or (start is not None and math.isfinite(start.elbo)):
+        for noncentered, found in enumerate(plain):
+            if found is not None and (start is None or found.start.elbo > start.elbo):
+                kept, start = bool(noncentered), found.start
     result = density.elsewhere(kept)
     result.evaluations += density.evaluations + both[1].density.evaluations + family.evaluations
     entry: dict[str, object] = {
@@ -92,6 +99,18 @@ class Climbed:
     best: int
     elbo: float
     seed: int
+
+    @property
+    def can_be_learned_from(self) -> bool:
+        """Whether a path has a finite ELBO, and the model does not run draw by draw."""
+        return math.isfinite(self.elbo) and self.density.batched
+
+    def drawn(self) -> Tensor:
+        """Return draws (S, D) of the best normal."""
+        like = self.paths.ends
+        with seeded(self.seed, like.device):
+            noise = torch.randn(2 * COMPARED_DRAWS, self.density.dim, dtype=like.dtype, device=like.device)
+        return self.paths.best.map(noise)[0][self.best]
 
     @property
     def start(self) -> Start:
@@ -127,31 +146,37 @@ def _climbed(density: LogDensity, points: Tensor, units: Tensor, seed: int) -> C
     return Climbed(density, paths, best, float(paths.elbo[best]), seed)
 
 
-def _normals(family: _Family, side: Climbed, *, learned_from: bool) -> tuple[Learned | None, Start | None]:
-    """Return what is learned from the best path, and a normal there with a diagonal covariance in its coordinates.
+@dataclass(frozen=True)
+class _Plain:
+    """A normal with a diagonal covariance, and whether no other one has a much higher ELBO: that is the evidence."""
 
-    Both are None if no path has a finite ELBO, or if the model runs draw by draw.
-    """
+    start: Start
+    is_enough: bool
+
+
+def _plain(side: Climbed) -> _Plain | None:
+    """Return the better normal with a diagonal covariance where the best path leads; None where nothing is learned."""
+    if not side.can_be_learned_from:
+        return None
     candidate, paths, best, seed = side.density, side.paths, side.best, side.seed
-    if not math.isfinite(side.elbo) or not candidate.batched:
-        return None, None
-    with seeded(seed, candidate.device):
-        noise = torch.randn(CARRIED, candidate.dim, dtype=candidate.dtype, device=candidate.device)
-    found = paths.best.map(noise)[0][best]
-    plain = [_diagonal(candidate, paths.best.loc[best], found.std(0), seed=seed)]
+    plain = [_diagonal(candidate, paths.best.loc[best], side.drawn().std(0), seed=seed)]
     if candidate.dim <= FULL_HESSIAN_UP_TO:
         end = paths.ends[best]
         plain.append(_diagonal(candidate, end, scales(candidate, end[None])[0], seed=seed))
-    learned = family.learn(candidate, found, seed=seed) if learned_from else None
-    return learned, max(plain, key=lambda start: start.elbo)
+    return max(plain, key=lambda found: found.start.elbo)
 
 
 @torch.no_grad()
-def _diagonal(density: LogDensity, loc: Tensor, scale: Tensor, *, seed: int) -> Start:
+def _diagonal(density: LogDensity, loc: Tensor, scale: Tensor, *, seed: int) -> _Plain:
     """Return the normal with this location and these scales (D,), and its ELBO."""
     with seeded(derive(seed, "a diagonal normal"), density.device):
-        noise = torch.randn(ELBO_DRAWS, density.dim, dtype=density.dtype, device=density.device)
-    return Start("coordinates", loc, scale, _elbo(density(loc + scale * noise), noise, scale))
+        noise = torch.randn(ESTIMATED_DRAWS, density.dim, dtype=density.dtype, device=density.device)
+    z = loc + scale * noise
+    log_p = density(z)
+    weighing = weigh(z, log_p, -0.5 * noise.square().sum(1) - scale.log().sum() - 0.5 * math.log(math.tau) * len(scale))
+    close = not weighing.broken and weighing.log_evidence - weighing.elbo < acceptable_gap(len(scale))
+    enough = close and weights_correct(weighing.ess / len(z), weighing.k_hat)
+    return _Plain(Start("coordinates", loc, scale, _elbo(log_p, noise, scale)), enough)
 
 
 def _elbo(log_p: Tensor, noise: Tensor, scale: Tensor) -> float:
@@ -160,7 +185,7 @@ def _elbo(log_p: Tensor, noise: Tensor, scale: Tensor) -> float:
     Log p and log q are of the same draws, so that a normal that is exact has its ELBO without noise.
     """
     terms = log_p + 0.5 * noise.square().sum(1)
-    elbo = float(terms.mean() + scale.log().sum()) + 0.5 * len(scale) * math.log(2.0 * math.pi)
+    elbo = float(terms.mean() + scale.log().sum()) + 0.5 * math.log(math.tau) * len(scale)
     return elbo if math.isfinite(elbo) else -math.inf
 
 
@@ -203,10 +228,10 @@ class _Family:
         value, grad = where_possible(self._recorder, points, (), (points.shape[1],))
         return value, *grad.split([self.density.dim, 2 * self.size], 1)
 
-    def learn(self, candidate: LogDensity, draws: Tensor, *, seed: int) -> Learned:
-        """Fit normal, precisions and centers together, from draws (S, D) in the coordinates of ``candidate``."""
+    def learn(self, side: Climbed) -> Learned:
+        """Fit normal, precisions and centers together, from draws where the best path leads."""
         density = self.density
-        values = candidate.constrain(draws)
+        values = side.density.constrain(side.drawn())
         z = density.unconstrain(values)
         centered = torch.cat([z[:, latent.offset : latent.offset + latent.size] for latent in self.sites], 1)
         center, spread = _middle_and_spread(centered)
@@ -218,11 +243,11 @@ class _Family:
         # 2. Everything is trained relative to where it began, in units of its spread.
         base, units = torch.cat([loc, log_precision, center]), torch.cat([unit, torch.ones_like(spread), spread])
         ascent = _Ascent(base, units, density.dim)
-        with seeded(seed, density.device):
+        with seeded(side.seed, density.device):
             for step in range(STEPS):
                 noise = torch.randn(BATCH, density.dim, dtype=density.dtype, device=density.device)
                 ascent.step(self.evaluate, torch.cat([noise, -noise]), step)
-            noise = torch.randn(ELBO_DRAWS, density.dim, dtype=density.dtype, device=density.device)
+            noise = torch.randn(ESTIMATED_DRAWS, density.dim, dtype=density.dtype, device=density.device)
         loc, scale, said = ascent.result()
         with torch.no_grad():
             terms = self.evaluate(loc + scale * noise, said)[0]

@@ -16,7 +16,8 @@ from pyro_flows.model.gradients import hessian_diagonals, hessians
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.model.stack import Stack
 
-FULL_HESSIAN_UP_TO = 200
+FULL_HESSIAN_UP_TO = 200  # dimensions
+SMALL_UP_TO = 50  # dimensions: Hessians cost next to nothing, and training is short
 AT_ONCE = 64  # rows of a Hessian, or points
 
 

@@ -8,15 +8,15 @@ import torch
 from torch import Tensor
 
 from pyro_flows.model.log_density import LogDensity
+from pyro_flows.starts.climb import FEW_TICKS
 from pyro_flows.starts.curvature import FULL_HESSIAN_UP_TO, inverse_roots, lower_triangular
 from pyro_flows.starts.start import Start
+from pyro_flows.verdict.thresholds import DENSITY_GAP_OF_LOST
 
-MODES = 4
-MODES_WITHIN = 20.0  # nats of Laplace evidence below the best
-NEWTON_STEPS = 60
+MODES = 4  # at most
 
 
-def laplace(density: LogDensity, points: Tensor, *, most: int = NEWTON_STEPS) -> list[Start]:
+def laplace(density: LogDensity, points: Tensor, *, most: int = FEW_TICKS) -> list[Start]:
     """Climb from each point (K, D) by Newton's method, for at most so many steps.
 
     Return Laplace starts at the distinct modes, full and diagonal, the best first.
@@ -33,7 +33,7 @@ def laplace(density: LogDensity, points: Tensor, *, most: int = NEWTON_STEPS) ->
     evidence = torch.nan_to_num(evidence, nan=-torch.inf, posinf=-torch.inf)
     kept: list[int] = []
     for index in evidence.argsort(descending=True).tolist():
-        if len(kept) == MODES or not float(evidence[index]) > float(evidence.max()) - MODES_WITHIN:
+        if len(kept) == MODES or not float(evidence[index]) > float(evidence.max()) - DENSITY_GAP_OF_LOST:
             break
         apart = [torch.linalg.solve(roots[other], modes[index] - modes[other]).norm() for other in kept]
         if all(float(distance) > 1.0 for distance in apart):
@@ -48,7 +48,7 @@ def laplace(density: LogDensity, points: Tensor, *, most: int = NEWTON_STEPS) ->
     return starts
 
 
-def newton(density: LogDensity, points: Tensor, most: int = NEWTON_STEPS) -> Tensor:
+def newton(density: LogDensity, points: Tensor, most: int = FEW_TICKS) -> Tensor:
     """Newton's method with the absolute eigenvalues of the Hessian, halved until the density rises, from each point.
 
     Affine-invariant near a mode, so that scales of 1e-6 and 1e6 side by side do no harm (L-BFGS does not converge there

@@ -13,11 +13,10 @@ from pyro_flows._seeding import derive, seeded
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.starts.start import Start
 from pyro_flows.verdict.deciding import JUDGED_DRAWS, LOOKED_AT_DRAWS
-from pyro_flows.verdict.thresholds import ESS_SHARE_EVEN, ESS_SHARE_LEAST, K_HAT_MOST
+from pyro_flows.verdict.thresholds import ESS_SHARE_EVEN, ESS_SHARE_LEAST, EVIDENCE_GAP_NEGLIGIBLE, K_HAT_MOST
 from pyro_flows.verdict.weighing import Weighing, weigh
 
 NAME = "matched moments"
-COVARIANCE_ERROR = 0.02  # nats that the noise of a full covariance may cost
 
 
 @torch.no_grad()
@@ -78,7 +77,7 @@ def moved(start: Start, z: Tensor, weighing: Weighing) -> Start:
     known = (root @ root.mT if root.dim() == 2 else root.square().diag()) + torch.outer(moved, moved)
     covariance = share * known + (more[:, None] * away).mT @ away
     dim = z.shape[1]
-    if dim * (dim + 3.0) / 4.0 < COVARIANCE_ERROR * weighing.ess:
+    if dim * (dim + 3.0) / 4.0 < EVIDENCE_GAP_NEGLIGIBLE * weighing.ess:
         root, fault = torch.linalg.cholesky_ex(covariance)
         if not int(fault):
             return replace(start, name=NAME, loc=mean, scale=root, evidence=None)

@@ -25,12 +25,10 @@ from pyro_flows.model.log_density import LogDensity
 from pyro_flows.model.stack import Stack
 from pyro_flows.starts.climb import TICKS, Climb, Met
 from pyro_flows.starts.gaussians import Gaussians
+from pyro_flows.starts.start import CLOSE
 from pyro_flows.verdict.psis import psis
 
-MORE_TICKS = 300  # of those that are still low
-DRAWS = 10
-STALLED_TICKS = 25  # after which paths end that have hardly risen since
-POOLED = 100
+DRAWS = 10  # of a Gaussian on the way; ten times as many of the best one of each path
 
 
 @dataclass(frozen=True)
@@ -63,10 +61,11 @@ def pathfinder(density: LogDensity | Stack, points: Tensor, units: Tensor, *, se
     highest of these, or below the highest top that paths from there came to, go on for up to three hundred ticks: one
     that is under way tells nothing.
 
-    ELBOs come from ten draws, with the same noise at each point; where the density vanishes for some of them, it is
-    that of the Gaussian cut to the rest, and where it vanishes for all of them, -inf. Paths of many data sets climb
-    together on a :class:`Stack`, as many for each, one data set after the other. Cost: at most 101 K gradients, 300
-    more for each path that is still under way, and ten densities for each step.
+    ELBOs come from ten draws, or fewer where a density writes many numbers, with the same noise at each point; where
+    the density vanishes for some of them, it is that of the Gaussian cut to the rest, and where it vanishes for all of
+    them, -inf. Paths of many data sets climb together on a :class:`Stack`, as many for each, one data set after the
+    other. Cost: at most 101 K gradients, 300 more for each path that is still under way, and ten densities for each
+    step.
 
     >>> import torch, pyro, pyro.distributions as dist, pyro_flows as pf
     >>> density = pf.LogDensity(lambda: pyro.sample("x", dist.Normal(torch.tensor(3.0), 2.0)))
@@ -74,17 +73,20 @@ def pathfinder(density: LogDensity | Stack, points: Tensor, units: Tensor, *, se
     >>> print(f"{found.best.loc.item():.2f} {found.best.scale().item():.2f}")
     3.00 2.00
     """
+    count = DRAWS
+    if isinstance(density, LogDensity) and len(points):
+        count = max(density.affordable(DRAWS * len(points)) // len(points), 1)
     with seeded(derive(seed, "pathfinder"), density.device):
-        noise = torch.randn(DRAWS, density.dim, dtype=density.dtype, device=density.device)
+        noise = torch.randn(count, density.dim, dtype=density.dtype, device=density.device)
     climb = Climb(density, points, units)
     drawn = climb.height[:own].clone()
     found = [climb.gaussians(torch.ones_like(climb.over))]
     best, elbo = found[0].gaussians, torch.full_like(climb.height, -torch.inf)
-    for tick in range(1, TICKS + MORE_TICKS + 1):
+    for tick in range(1, 4 * TICKS + 1):  # after the first quarter, those that are still low
         found.append(climb.gaussians(climb.tick()))
-        if tick % STALLED_TICKS == 0:
+        if tick % (TICKS // 4) == 0:
             climb.end_stalled(climb.known(drawn) if tick >= TICKS else None)
-        done = tick == TICKS + MORE_TICKS or bool(climb.over.all())
+        done = tick == 4 * TICKS or bool(climb.over.all())
         if done or len(found) == 10:  # scored together
             best, elbo = _best(density, noise, found, best, elbo)
             found = []
@@ -147,13 +149,13 @@ def pool(density: LogDensity, gaussians: Gaussians, *, seed: int) -> Pool:
     """
     with seeded(derive(seed, "pool"), density.device):
         count = len(gaussians.loc)
-        shape = (count, density.affordable(POOLED * count) // count, density.dim)
+        shape = (count, density.affordable(10 * DRAWS * count) // count, density.dim)
         noise = torch.randn(shape, dtype=density.dtype, device=density.device)
     z, log_q = gaussians.map(noise)
     with torch.no_grad():
         log_p = density(z.flatten(0, 1)).unflatten(0, shape[:2])
     elbo = cut_elbo(log_p - log_q)
-    kept = elbo >= elbo.max() - 10.0
+    kept = elbo >= elbo.max() - CLOSE
     z, log_p = z[kept].flatten(0, 1), log_p[kept].flatten()
     mixture = torch.logsumexp(gaussians.some(kept).log_prob(z), 0)
     log_weights, k_hat = psis(torch.nan_to_num(log_p - mixture, nan=-torch.inf, posinf=-torch.inf))

@@ -13,21 +13,20 @@ from torch import Tensor
 from pyro_flows import _stages
 from pyro_flows._seeding import seeded
 from pyro_flows.model.log_density import LogDensity
-from pyro_flows.starts.curvature import FULL_HESSIAN_UP_TO, inverse_roots, lower_triangular, scales
+from pyro_flows.starts.climb import TICKS
+from pyro_flows.starts.curvature import FULL_HESSIAN_UP_TO, SMALL_UP_TO, inverse_roots, lower_triangular, scales
 from pyro_flows.starts.laplace import laplace
 from pyro_flows.starts.pathfinder import pathfinder, pool
-from pyro_flows.starts.prior import PATHS, SEARCHES, possible_points, prior_draws, spread_of, without_noise
+from pyro_flows.starts.prior import PATHS, PRIOR_DRAWS, SEARCHES, possible_points, prior_draws, spread_of, without_noise
 from pyro_flows.starts.start import Start, divergence, standard
+from pyro_flows.verdict.deciding import COMPARED_DRAWS
 from pyro_flows.verdict.thresholds import K_HAT_MOST
 
-PRIOR_DRAWS = 200
 SEARCHES_UNBATCHED = 3
-PATH_EVALUATIONS = 100  # of one path, with those of the Gaussians along it
 SAME_END = 0.1  # sds between ends of paths that are one place
 STEPS_AFTER_PATHS = 10  # of Newton's method
 CHEAP_HESSIAN_WRITES = 1e6  # numbers for each point, at most
-SCORE_DRAWS = 256
-TRIM = 0.05
+TRIM = 0.05  # share of the draws, the lowest, that an ELBO leaves out
 
 
 def portfolio(density: LogDensity, *, seed: int, extra: Sequence[Start] = (), df: float = 15.0) -> list[Start]:
@@ -62,13 +61,13 @@ def portfolio(density: LogDensity, *, seed: int, extra: Sequence[Start] = (), df
             f"{density.explain(middle)}. Check the data against the likelihood's support, and the priors."
         )
     starts = [*extra, standard(density), Start("prior", middle, spread)]
-    most = density.affordable(PATH_EVALUATIONS * len(points)) // PATH_EVALUATIONS
+    most = density.affordable(TICKS * len(points)) // TICKS
     points = points[finite][: most if density.batched else SEARCHES_UNBATCHED]
     starts = _climbed(density, starts, points, seed)
     with seeded(seed, density.device):
         unit = math.sqrt((df - 2.0) / df)
         base = dist.StudentT(df * torch.ones_like(zero), 0.0, unit).to_event(1)
-        noise = base.sample((density.affordable(SCORE_DRAWS * len(starts)) // len(starts),))
+        noise = base.sample((density.affordable(COMPARED_DRAWS * len(starts)) // len(starts),))
     log_noise = base.log_prob(noise)
     scored: list[Start] = []
     with density.clock.part(_stages.ELBOS):
@@ -87,7 +86,7 @@ def portfolio(density: LogDensity, *, seed: int, extra: Sequence[Start] = (), df
 def _climbed(density: LogDensity, starts: list[Start], points: Tensor, seed: int) -> list[Start]:
     """Return starts with those at modes, by Newton's method from points (K, D) or where paths from there ended."""
     dim = density.dim
-    costly = dim > 50 or density.long or dim * density.written > CHEAP_HESSIAN_WRITES
+    costly = dim > SMALL_UP_TO or density.long or dim * density.written > CHEAP_HESSIAN_WRITES
     if not costly:
         with density.clock.part(_stages.MODES, share=0.5):
             starts = starts + laplace(density, points)

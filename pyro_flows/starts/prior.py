@@ -13,10 +13,10 @@ from pyro_flows.model.log_density import LogDensity
 from pyro_flows.model.sites import messages
 from pyro_flows.model.start import FromPrior
 
+PRIOR_DRAWS = 200  # that starts begin with; charts, and each round of a survey, with half of them
 SEARCHES, PATHS = 8, 4  # draws of the prior from which modes are looked for; points from which normals are
-TRIED_VALUES = 40
-TRIES = 16
-NOISE = 0.5  # nats
+TRIES = 16  # moves by last digits
+NOISE = 0.5  # nats that they may change
 
 
 def path_starts(draws: Tensor) -> Tensor:
@@ -35,7 +35,7 @@ def possible_points(density: LogDensity, draws: Tensor) -> Tensor:
     finite = torch.isfinite(density(draws))
     if bool(finite.any()):
         return draws[finite][:SEARCHES]
-    middle, few = draws.median(0).values, draws[:TRIED_VALUES]
+    middle, few = draws.median(0).values, draws[: PRIOR_DRAWS // 5]
     values = torch.cat([few, middle + 4.0 * (few - middle)])
     faults = _impossible_terms(density, draws)
     best, fewest = draws[int(faults.argmin())].clone(), int(faults.min())

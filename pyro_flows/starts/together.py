@@ -10,9 +10,10 @@ from pyro_flows._seeding import derive, seeded
 from pyro_flows.model.stack import NotStackable, Stack
 from pyro_flows.starts.curvature import FULL_HESSIAN_UP_TO, inverse_roots, lower_triangular
 from pyro_flows.starts.pathfinder import pathfinder
-from pyro_flows.starts.portfolio import PRIOR_DRAWS, SCORE_DRAWS, TRIM
-from pyro_flows.starts.prior import PATHS, path_starts, prior_draws
+from pyro_flows.starts.portfolio import TRIM
+from pyro_flows.starts.prior import PATHS, PRIOR_DRAWS, path_starts, prior_draws
 from pyro_flows.starts.start import Start
+from pyro_flows.verdict.deciding import COMPARED_DRAWS
 
 
 def starts_together(stack: Stack, *, seed: int, df: float) -> list[Start]:
@@ -36,7 +37,7 @@ def starts_together(stack: Stack, *, seed: int, df: float) -> list[Start]:
     with seeded(derive(seed, "scores of starts"), stack.device):
         one = torch.ones(stack.dim, dtype=stack.dtype, device=stack.device)
         base = dist.StudentT(df * one, 0.0, 1.0).to_event(1)
-        noise = base.sample((SCORE_DRAWS // 2,))
+        noise = base.sample((COMPARED_DRAWS // 2,))
     elbos = _scores(stack, loc, scale, noise, base.log_prob(noise))
     best = elbos.nan_to_num(nan=-torch.inf).argmax(1).tolist()
     names = ("pathfinder",) * PATHS + ("laplace",) * PATHS

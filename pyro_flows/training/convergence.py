@@ -8,11 +8,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from pyro_flows.verdict.thresholds import R_HAT_OF_SHORT_CHAINS
+from pyro_flows.verdict.thresholds import EVIDENCE_GAP_NEGLIGIBLE, R_HAT_OF_SHORT_CHAINS
 
-WINDOW = 10
-ELBO_TOLERANCE = 0.02
-LEFT_TOLERANCE = 0.03
+WINDOW = 10  # checks
+LEFT_TOLERANCE = 0.03  # nats that further steps may gain
 
 
 def split_r_hat(series: Tensor) -> Tensor:
@@ -71,7 +70,7 @@ class Monitor:
         if len(self.elbos) < 4 or not self.gaps[-1] <= gap:
             return False
         before, after = self.elbos[-4:-2], self.elbos[-2:]
-        return 0.5 * (sum(after) - sum(before)) <= max(ELBO_TOLERANCE, 0.25 * gap)
+        return 0.5 * (sum(after) - sum(before)) <= max(EVIDENCE_GAP_NEGLIGIBLE, 0.25 * gap)
 
     def level(self) -> bool:
         """Whether the ELBO hardly rises any more: what is left may be the noise of steps of this size.
@@ -81,7 +80,7 @@ class Monitor:
         if len(self.elbos) < 6:
             return False
         rise = sum(self.elbos[-3:]) - sum(self.elbos[-6:-3])
-        return rise / 3 <= 2.0 * ELBO_TOLERANCE
+        return rise / 3 <= 2.0 * EVIDENCE_GAP_NEGLIGIBLE
 
     def _series(self) -> Tensor:
         """The last window (T, 1 + 2 D): ELBO, means in present sds, log sds; relative to the last check."""
@@ -105,7 +104,7 @@ class Monitor:
         if not bool(torch.isfinite(series[:, 0]).all()):
             return False, "the ELBO is not finite"
         drift = _drift(series)
-        relative = torch.cat([drift[:1] / ELBO_TOLERANCE, drift[1:] / 0.05])
+        relative = torch.cat([drift[:1] / EVIDENCE_GAP_NEGLIGIBLE, drift[1:] / 0.05])
         moving = ~((relative < 1.0) | ((split_r_hat(series) <= R_HAT_OF_SHORT_CHAINS) & (relative < 20.0)))
         text = f"ELBO drift {float(drift[0]):.3f} nats, worst moment drift {float(drift[1:].max()):.3f} sd"
         return not bool(moving.any()) and self._left(series[:, 0]) <= LEFT_TOLERANCE, text

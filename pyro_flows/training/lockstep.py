@@ -16,14 +16,13 @@ from pyro_flows.objectives import BasePoints
 from pyro_flows.training.adam import Moments
 from pyro_flows.training.convergence import Monitor
 from pyro_flows.training.flow_graphs import Passes, flat, is_order, points, state_of
-from pyro_flows.training.loop import AVERAGED_SHARE, CHECK_DRAWS, FALL, WARM_UP, Training
+from pyro_flows.training.loop import AVERAGED_SHARE, CHECK_EVERY, COOL, WARM_UP, Training
 from pyro_flows.training.step_graph import stitched
 from pyro_flows.training.trainer import BLEND, DEFENSIVE, LOOK_EVERY
-from pyro_flows.verdict.thresholds import ESS_SHARE_PROMISING, EVIDENCE_GAP_VISIBLE
+from pyro_flows.verdict.deciding import COMPARED_DRAWS
+from pyro_flows.verdict.thresholds import DENSITY_GAP_OF_LOST, ESS_SHARE_PROMISING, EVIDENCE_GAP_VISIBLE
 
-CHECK_EVERY = 20
 STEADY = 800  # steps at most, before the cool-down
-COOL, SHORT_COOL = 300, 200
 NEARLY_ALL = 0.9  # of the flows stand still: the rest is not waited for
 
 Report = Callable[[int, int, str], None]  # steps done, flows that stand still, state
@@ -65,7 +64,7 @@ class Lockstep:
         kind, given = Passes(first, like, views).kind, [part[0] for part in self.stack.given]
         step = stitched(stack.graph(batch, gradients=True), kind, self.weights[0].clone(), given)
         self._step = self._recorded(step, [*self._inputs(like), *self._held(0.0)])
-        self._noise = self._points(CHECK_DRAWS)[0]
+        self._noise = self._points(COMPARED_DRAWS)[0]
         self._look = self._recorded(self._one_look(views), self._inputs(self._noise))
         self._check(like)
 
@@ -191,9 +190,9 @@ def train_together(flows: Lockstep, *, report: Report) -> list[Training]:
     """Train all flows for as many steps; say of each whether it converged, by the rule of ``loop.train``.
 
     Checks are on common random numbers, 20 steps apart. The step size is constant until nine tenths of the flows stand
-    still or have weights that correct them, or for `STEADY` steps; then it falls to zero along a cosine over `COOL`
-    steps (`SHORT_COOL` if weights ended it), the last fifth of which is averaged. A flow whose ELBO falls far goes back
-    to its best check, with half the step size.
+    still or have weights that correct them, or for `STEADY` steps; then it falls to zero along a cosine over half
+    of `COOL` steps (a third if weights ended it), the last fifth of which is averaged. A flow whose ELBO falls
+    far goes back to its best check, with half the step size.
     """
     run = _Together(flows)
     done, still = 0, torch.zeros(len(flows), dtype=torch.bool)
@@ -201,11 +200,11 @@ def train_together(flows: Lockstep, *, report: Report) -> list[Training]:
     while done < STEADY and not float((still | good).double().mean()) >= NEARLY_ALL:
         flows.step(min(1.0, (done + 1) / WARM_UP))
         done += 1
-        if done % CHECK_EVERY == 0:
+        if done % (CHECK_EVERY // 2) == 0:
             still = still | run.check()  # what comes after is the cool-down, in ``loop.train`` too
             good = torch.tensor([monitor.promises(EVIDENCE_GAP_VISIBLE) for monitor in run.monitors])
             report(done, int((still | good).sum()), "converging")
-    cool = COOL if float(still.double().mean()) >= NEARLY_ALL else SHORT_COOL
+    cool = COOL // 2 if float(still.double().mean()) >= NEARLY_ALL else COOL // 3
     why = [monitor.stationary()[1] for monitor in run.monitors]
     average: Tensor | None = None
     for step in range(cool):
@@ -213,7 +212,7 @@ def train_together(flows: Lockstep, *, report: Report) -> list[Training]:
         if step >= (1.0 - AVERAGED_SHARE) * cool:
             count = step + 1 - math.ceil((1.0 - AVERAGED_SHARE) * cool)
             average = flows.weights.clone() if average is None else average.lerp_(flows.weights, 1.0 / (count + 1))
-        if (step + 1) % (4 * CHECK_EVERY) == 0:
+        if (step + 1) % (2 * CHECK_EVERY) == 0:
             run.rescue(run.elbos())
             report(done + step + 1, int(still.sum()), "cooling")
     elbos = run.finish(average)
@@ -243,7 +242,7 @@ class _Together:
     def rescue(self, elbos: Tensor) -> None:
         """Keep weights that are the best so far; take those back that are far from it."""
         flows = self.flows
-        better, fallen = elbos >= self.best, ~(elbos > self.best - FALL)
+        better, fallen = elbos >= self.best, ~(elbos > self.best - DENSITY_GAP_OF_LOST)
         self.kept = torch.where(better.to(flows.weights.device)[:, None], flows.weights, self.kept)
         self.best = torch.where(better, elbos, self.best)
         fallen &= ~better
@@ -257,7 +256,7 @@ class _Together:
         flows = self.flows
         last = self.elbos()
         self.rescue(last)
-        last = torch.where(last > self.best - FALL, last, self.best)
+        last = torch.where(last > self.best - DENSITY_GAP_OF_LOST, last, self.best)
         if average is None:
             return last
         own, flows.weights = flows.weights, average

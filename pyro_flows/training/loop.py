@@ -18,19 +18,16 @@ from pyro_flows.flows.flow import Flow
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.training.convergence import WINDOW, Monitor
 from pyro_flows.training.trainer import LOOK_EVERY, Trainer
-from pyro_flows.verdict.thresholds import ESS_SHARE_COLLAPSED
+from pyro_flows.verdict.deciding import COMPARED_DRAWS
+from pyro_flows.verdict.thresholds import DENSITY_GAP_OF_LOST, ESS_SHARE_COLLAPSED
 
-BATCH = 64
-STEP_SIZE = 1e-2
-WARM_UP = 50
-CHECK_EVERY = 40
-CHECK_DRAWS = 256
-COOL_SHARE = 0.6
-COOL_AT_LEAST = 600
-COOL_TRIED = 300
-COOL_EARLY = 200  # steps, where a look at the weights ended the training
-AVERAGED_SHARE = 0.2
-FALL = 20.0  # nats below the best check: go back to it with half the step size
+BATCH = 64  # draws of a step
+STEP_SIZE = 1e-2  # of Adam
+WARM_UP = 50  # steps
+CHECK_EVERY = 40  # steps; many flows are looked at twice as often
+COOL_SHARE = 0.6  # of the steps before, for the cool-down
+COOL = 600  # steps at least; half of them in a try and of many flows, a third where a look at the weights ended it
+AVERAGED_SHARE = 0.2  # of a cool-down, the last steps
 
 LIGHT = "weighting changes no result"
 STALLED = "training ended early: the importance weights hardly improved"
@@ -91,7 +88,7 @@ class Check:
     def __init__(self, flow: Flow, density: LogDensity, *, seed: int) -> None:
         self.flow, self.density = flow, density
         with seeded(seed, density.device):
-            self.noise = flow.base_distribution().sample((CHECK_DRAWS,))
+            self.noise = flow.base_distribution().sample((COMPARED_DRAWS,))
 
     @torch.no_grad()
     def __call__(self) -> tuple[Tensor, Tensor]:
@@ -175,7 +172,7 @@ class _Run:
             kept.end(self._state)
             return self._finished(self.ended)
         last = self.trainer.losses[-LOOK_EVERY:]  # no time for a check
-        lost = last and not -sum(last) / len(last) > self.best - FALL
+        lost = last and not -sum(last) / len(last) > self.best - DENSITY_GAP_OF_LOST
         self.trainer.assign(self.kept if lost else self.trainer.keep())
         done, few = self.done, len(self.monitor.elbos) < WINDOW
         why = f"{STOPPED} after {done} steps and did not converge" + (f" ({self.why})" if done else "")
@@ -191,7 +188,7 @@ class _Run:
             if self.done % CHECK_EVERY == 0:
                 self._look_at_all(settle)
         else:
-            self._cool("", max(COOL_AT_LEAST, min(int(COOL_SHARE * done), 1500)))
+            self._cool("", max(COOL, min(int(COOL_SHARE * done), 1500)))
 
     def _look_at_all(self, settle: bool) -> None:
         """Look at the functionals, and at the weights: these may end the training, or begin a cool-down."""
@@ -208,9 +205,9 @@ class _Run:
                 self.ended = ENDLESS
                 return
         if self.monitor.promises(self.look.gap) and self.look.weigh()[0]:
-            self._cool(LIGHT, COOL_EARLY)
+            self._cool(LIGHT, COOL // 3)
         elif self.done >= self.try_from and self.monitor.level():
-            self._cool(STALLED, COOL_TRIED)
+            self._cool(STALLED, COOL // 2)
 
     def _compare(self, elbo: float) -> float:
         """Keep the present parameters if they are the best, go back if they are far from it; return their ELBO.
@@ -219,7 +216,7 @@ class _Run:
         """
         if elbo >= self.best:
             self.kept, self.best = self.trainer.keep(), elbo
-        elif not elbo > self.best - FALL:
+        elif not elbo > self.best - DENSITY_GAP_OF_LOST:
             self.trainer.restore(self.kept)
             self.falls += 1
             return self.best
@@ -300,4 +297,4 @@ class _Run:
 
 def _steady_share(steps: int) -> int:
     """How many of ``steps`` may pass before the cool-down has to begin."""
-    return max(steps - max(COOL_AT_LEAST, int(steps * COOL_SHARE / (1.0 + COOL_SHARE))), steps // 2)
+    return max(steps - max(COOL, int(steps * COOL_SHARE / (1.0 + COOL_SHARE))), steps // 2)

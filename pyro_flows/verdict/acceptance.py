@@ -20,8 +20,7 @@ from pyro_flows.verdict.thresholds import (
     ESS_SHARE_PROMISING,
     EVIDENCE_GAP_GOOD,
     EVIDENCE_GAP_GOOD_A_DIM,
-    EVIDENCE_GAP_SMALL,
-    EVIDENCE_GAP_SMALL_A_DIM,
+    EVIDENCE_GAP_SMALL_SHARE,
     K_HAT_GOOD,
     K_HAT_MOST,
     SHIFT_SEEN,
@@ -50,10 +49,11 @@ def raw_weights(log_ratios: Tensor) -> Tensor | None:
 def nothing_to_gain(weighing: Weighing) -> bool:
     """Say whether draws can be used as they are, and the ELBO is so close to the log evidence that no method gains."""
     gap, ratio = weighing.log_evidence - weighing.elbo, weighing.ess / len(weighing.log_weights)
-    small = max(EVIDENCE_GAP_SMALL, EVIDENCE_GAP_SMALL_A_DIM * len(weighing.mean_shift))
-    slight = ratio > ESS_SHARE_GOOD and gap < small and weighing.k_hat < weighing.threshold
+    most = acceptable_gap(len(weighing.mean_shift))
+    small = gap < EVIDENCE_GAP_SMALL_SHARE * most
+    slight = ratio > ESS_SHARE_GOOD and small and weighing.k_hat < weighing.threshold
     fine = status_of(weighing) == "ok"
-    return fine and (weighing.k_hat < K_HAT_GOOD or slight) and gap < acceptable_gap(len(weighing.mean_shift))
+    return fine and (weighing.k_hat < K_HAT_GOOD or slight) and gap < most
 
 
 def shift_is_noise(weighing: Weighing, *, seen: float = SHIFT_SEEN) -> bool:

@@ -27,9 +27,13 @@ MENDED = f"is not below {K_HAT_GOOD} and weighting changes the results"
 LEAST_DRAWS = 100  # below, weights say nothing
 TOO_MUCH = "too much to correct"
 POOL = 4
-# draws by which a candidate is accepted, draws by which it is dropped at once, and draws that a search begins at
+# draws by which a candidate is accepted, draws by which it is dropped at once, and draws that a search begins at; half
+# of these for a survey of modes before there is a flow, and at least for a choice of coordinates
 JUDGED_DRAWS, LOOKED_AT_DRAWS, SEARCHED_DRAWS = 20_000, 4000, 1000
-CHECKED = 50  # draws run with Pyro's argument checks on
+ESTIMATED_DRAWS = 2000  # draws by which a mean is estimated: an ELBO, a mass, an evidence, moments
+WEIGHED_DRAWS = 400  # draws of one normal or Student-t distribution of several, by which its weights are known
+COMPARED_DRAWS = 256  # draws of common random numbers by which ELBOs are compared; and of a first look at weights
+CHECKED = 50  # draws run one by one: with Pyro's argument checks on, and to weigh a normal of a model that runs so
 
 
 def judge(

@@ -10,8 +10,6 @@ from torch import Tensor
 
 from pyro_flows.verdict.thresholds import K_HAT_MOST
 
-PRIOR_DRAWS, PRIOR_SHAPE = 10, 0.5  # of the shape: as if so many draws had told this value
-
 
 class Tail(NamedTuple):
     r"""The generalized Pareto distribution that was fitted to the largest weights.
@@ -121,7 +119,7 @@ def fit_pareto(excesses: Tensor) -> tuple[float, float]:
     theta = float((thetas * weights).sum() / weights.sum())
     shape = float(torch.log1p(-theta * excesses).mean())
     scale = -shape / theta if theta else math.nan
-    return (count * shape + PRIOR_DRAWS * PRIOR_SHAPE) / (count + PRIOR_DRAWS), scale
+    return (count * shape + 10 * 0.5) / (count + 10), scale  # the authors' prior of the shape
 
 
 def _quantiles(levels: Tensor, shape: float, scale: float) -> Tensor:

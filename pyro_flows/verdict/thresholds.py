@@ -37,7 +37,7 @@ TAIL_INDEX_FOURTH = 0.25
 # ---- effective sample size of weighted draws, as a share of S --------------------------------------------------------
 
 # Verdict, searches that go by weighted draws, and moments that replace those of a start: averages can be used from
-# this on. Source: chosen.
+# this on. A mixture is tempered so that as many draws of it are effective. Source: chosen.
 ESS_SHARE_LEAST = 0.1
 
 # From this on, a candidate is worth going on with: a mixture, a grid, a batch of training. A flow with less may lie
@@ -96,13 +96,13 @@ DIVERGENT_SHARE_OF_MCMC = 0.001
 SD_ERROR_OF_CHAINS = 0.04
 # MCMC of a fit: the same, of heavy tails, while draws are few and cheap. Source: measured (record 0025).
 SD_ERROR_OF_FEW_DRAWS = 0.02
-# MCMC of a fit: the same, above which the verdict on chains has a reason. Source: chosen.
-SD_ERROR_MOST = 0.1
 
 # ---- shifts of means and standard deviations -------------------------------------------------------------------------
 
 # Sds by which weighting may shift a mean, and log ratio by which it may change an sd, of draws that are used as they
-# are. The same of the model's own values, and of chains against weighted draws, beyond SHIFT_ERRORS. Source: chosen.
+# are. The same of mass that rounding loses next to a bound. The same of the model's own values, and of chains against
+# weighted draws, beyond SHIFT_ERRORS. Standard error of an sd of chains, as a part of it, above which the verdict on
+# them has a reason. Source: chosen.
 SHIFT_MOST = 0.1
 # Standard errors that SHIFT_MOST is counted beyond, where it is compared with noise. Source: chosen.
 SHIFT_ERRORS = 3.0
@@ -133,11 +133,13 @@ EVIDENCE_GAP_VISIBLE = 0.05
 EVIDENCE_GAP_GOOD = 0.04
 # Round: the same, in nats a dimension. Source: measured (record 0016).
 EVIDENCE_GAP_GOOD_A_DIM = 0.002
-# Round: the same as EVIDENCE_GAP_GOOD, where k-hat is above K_HAT_GOOD and below its threshold. Source: chosen.
-EVIDENCE_GAP_SMALL = 0.01
-# Round: the same, in nats a dimension. Source: chosen.
-EVIDENCE_GAP_SMALL_A_DIM = 0.0005
-# Trial runs: below this, no other learning rate is tried. Source: chosen.
+# Round: part of both that counts where k-hat is above K_HAT_GOOD and below its threshold. Source: chosen.
+EVIDENCE_GAP_SMALL_SHARE = 0.25
+# Nats of ELBO that do not matter: a drift of training, and what the noise of a full covariance may cost. Source:
+# chosen.
+EVIDENCE_GAP_NEGLIGIBLE = 0.02
+# Trial runs: below this, no other learning rate is tried; nor a start whose divergence from the best one is less.
+# Source: chosen.
 EVIDENCE_GAP_OF_TRIALS = 1.0
 # Runs of a fit: between the largest and the smallest log evidence, at most. Source: chosen.
 EVIDENCE_GAP_OF_RUNS = 0.3
@@ -181,11 +183,11 @@ PRIOR_ERROR_MOST = 0.15
 
 # Missed mode: share of the mass that the guide covers; a region with more is missed. Source: chosen.
 MISSED_MASS_SHARE = 0.02
-# Missed mass next to the guide, and draws that rounding puts onto a bound: standard errors that the share has to
-# exceed. Source: chosen.
+# Missed mass next to the guide: standard errors that the share has to exceed; and of the mass of a region that chains
+# have to visit. Source: chosen.
 MISSED_MASS_ERRORS = 2.0
 # Short tail: share of the mass beyond a quantile that draws may lack. Comparison of chains: share of their draws beyond
-# each of two quantiles. Draws that rounding puts onto a bound: their share, at most. Source: chosen.
+# each of two quantiles. Source: chosen.
 MISSED_MASS_OF_TAILS = 0.01
 # Short tail: share of the draws beyond each of two quantiles. Missed mass next to the guide: share of the walkers that
 # get out; with fewer, the search ends. Source: chosen.
@@ -202,6 +204,9 @@ MASS_HARDLY_REACHED = 0.005
 DENSITY_GAP_OF_MODES = 7.0
 # Missed mass next to the guide: the same, where walkers count. Source: chosen.
 DENSITY_GAP_OF_WALKERS = 3.0
+# Nats below the best from which nothing counts: a start or a mode is left out, an image has no mass, and training goes
+# back to its best check. Source: chosen.
+DENSITY_GAP_OF_LOST = 20.0
 # Unverified mode: nats that tempering may lack of the guide's own mass; with more, a place is checked again.
 # In 226 dimensions it was 33, and two places were no modes. Source: measured.
 MASS_GAP_OF_TEMPERING = 10.0

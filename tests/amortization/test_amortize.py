@@ -12,8 +12,9 @@ import torch
 from torch import nn
 
 import pyro_flows as pf
+from pyro_flows.amortization.amortized import PILOT
 from pyro_flows.amortization.building import Read, couplings, exchangeable_rows, simulate
-from pyro_flows.amortization.form import Scale, bound, log_mean
+from pyro_flows.amortization.form import Scale, bound, ess_share, log_mean
 from pyro_flows.amortization.networks import Conditional, Pooled, perceptron
 from pyro_flows.flows.recipe import set_df, with_preprocess
 from pyro_flows.flows.recipe_json import not_rebuilt
@@ -70,6 +71,25 @@ def test_an_answer_draws_from_the_flow_as_it_was_trained(amortized, data_sets):
         posterior = amortized.posterior(X, y, draws=100)
         z, log_q = posterior.z, posterior.log_q
         assert torch.allclose(log_q, parts.conditional.flow.log_prob(z, features.expand(len(z), -1)), atol=1e-3)
+
+
+def test_the_first_draws_tell_how_many_are_needed_and_are_used(amortized, monkeypatch):
+    """The answer begins with them, and their log densities stay their own where they are joined with further ones."""
+    many = amortized.posterior(X, DATA, draws=PILOT + 100, seed=1)
+    few = amortized.posterior(X, DATA, draws=100, seed=1)
+    assert torch.equal(many.z[:100], few.z)
+    assert torch.allclose(many.log_q, many.flow.log_prob(many.z), atol=1e-3)
+    assert any(reason.startswith("ESS/S") for reason in many.verdict.reasons)
+    monkeypatch.setattr("pyro_flows.amortization.amortized.ESS_SHARE_PROMISING", 1.0)
+    uneven = amortized.posterior(X, DATA, draws=PILOT + 100, seed=1)
+    assert uneven.settings["judged_draws"] == 4 * many.settings["judged_draws"]
+    assert torch.equal(uneven.z[:PILOT], many.z[:PILOT])
+
+
+def test_the_effective_share_is_that_of_weights():
+    weights = torch.tensor([1.0, 2.0, 3.0, 0.0], dtype=torch.float64)
+    assert ess_share(weights.log() + 1000.0) == pytest.approx(36.0 / 14.0 / 4.0)
+    assert ess_share(torch.full((4,), torch.nan)) == 0.0
 
 
 def test_arguments_come_by_name_and_as_arrays(amortized):

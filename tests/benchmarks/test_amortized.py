@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import inspect
+import math
 
 import pytest
 import torch
 
 from benchmarks import records, tables
-from benchmarks.amortized import running
+from benchmarks.amortized import peers, running
 from benchmarks.amortized.models import TASKS, exact, values
 from benchmarks.amortized.quadrature import Counts, schools
 from benchmarks.amortized.tables import section
@@ -18,6 +19,7 @@ ROW = {
     **dict.fromkeys(running.FIELDS, "1"),
     **{
         "model": "eight schools",
+        "method": running.OURS,
         "data_sets": "200",
         "simulations": "200000",
         "verdicts": "200 ok",
@@ -31,7 +33,18 @@ ROW = {
 @pytest.mark.slow
 def test_a_row_says_what_was_measured(tmp_path):
     file = tmp_path / "rows.csv"
-    options = ["--only", "conjugate regression", "--sets", "10", "--simulations", "3000", "--out", str(file)]
+    options = [
+        "--only",
+        "conjugate regression",
+        "--methods",
+        running.OURS,
+        "--sets",
+        "10",
+        "--simulations",
+        "3000",
+        "--out",
+        str(file),
+    ]
     running.main(options)
     (row,) = records.read(file)
     assert int(row["right"]) + int(row["lies"]) == int(row["usable"])
@@ -51,6 +64,51 @@ def test_the_table_has_a_line_for_each_model(tmp_path):
     page.write_text("# A\n\n<!-- amortized: begin -->\n<!-- amortized: end -->\n", encoding="utf-8")
     tables.write_tables(page, **{**dict.fromkeys(FILES, tmp_path / "none.csv"), "amortized_csv": file})
     assert "| eight schools | 200,000 | 200 | 198 |" in page.read_text(encoding="utf-8")
+
+
+def test_other_packages_stand_beside():
+    other = {
+        **ROW,
+        "method": "sbi",
+        "version": "0.27.0",
+        "right": "50",
+        "lies": "150",
+        "ms_median": "70",
+        "sd_off": "0.12",
+    }
+    text = section([other, ROW])
+    assert text.index("| eight schools | pyro_flows | 198 of 200 |") < text.index(
+        "| eight schools | sbi 0.27.0 | 50 of"
+    )
+    assert "| 150 | 1 | 12% | 70 (1) |" in text
+    assert "Other packages" not in section([ROW])
+
+
+def test_packages_that_are_not_installed_are_left_out_with_a_sentence(capsys):
+    assert peers.installed([running.OURS, "no_such_package"]) == [running.OURS]
+    assert capsys.readouterr().out == "no_such_package: left out, since it is not installed.\n"
+
+
+@pytest.mark.slow
+def test_another_package_is_trained_on_the_same_simulations(monkeypatch):
+    """A sampler that knows the regression of parameters on data: its answers to a linear model are right."""
+    seen = []
+
+    def regression(z, features, seconds):
+        seen.append((z.shape, features.shape, seconds))
+        inputs = torch.cat([features, torch.ones(len(features), 1)], 1)
+        slope = torch.linalg.lstsq(inputs, z).solution
+        left = (z - inputs @ slope).std(0)
+        return lambda one, draws: torch.cat([one, torch.ones(1)]) @ slope + left * torch.randn(draws, z.shape[1]), 1.0
+
+    monkeypatch.setitem(running.PEERS, "sbi", regression)
+    monkeypatch.setattr(running, "version_of", lambda name: "1.0")
+    row = running.measure_peer("conjugate regression", "sbi", 20, 3000, 5.0)
+    assert seen == [((3000, 4), (3000, 40), 5.0)]
+    assert row["usable"] == 20
+    assert row["version"] == "1.0"
+    assert row["right"] < 20
+    assert float(row["mean_off"]) > running.MEAN  # the log of a precision is not linear in the data
 
 
 def test_the_exact_answer_is_that_of_the_model():
@@ -73,6 +131,7 @@ def test_the_exact_answer_is_that_of_the_model():
     assert running.is_right(found, (mean, sd))
     assert not running.is_right((found[0] + 0.2 * sd, found[1]), (mean, sd))
     assert not running.is_right((found[0], 1.2 * found[1]), (mean, sd))
+    assert running.largest_errors((mean + 0.2 * sd, 0.5 * sd), (mean, sd)) == pytest.approx((0.2, math.log(2.0)))
 
 
 def by_prior_draws(log_likelihood, values):

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import pyro_flows as pf
-from benchmarks.scale import numbers
+from benchmarks.scale import numbers, regressions
 
 
 @pytest.mark.parametrize(("kind", "size"), [("scales side by side", 1e4), ("correlation", 1e-2), ("latents", 3)])
@@ -50,3 +50,15 @@ def test_a_row_is_within_the_tolerance(dtype):
     assert not row["error"]
     assert row["status"] != "unreliable"
     assert max(float(row["mean_error"]), float(row["sd_error"])) < numbers.TOLERANCE
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", regressions.MODELS)
+def test_a_row_of_a_regression(name, monkeypatch):
+    """Without NumPyro, it has the figures of the fit alone."""
+    monkeypatch.setattr(regressions.samplers, "numpyro_version", lambda: None)
+    row = regressions.measure(name, 2000)
+    assert not row["error"]
+    assert row["status"] in {"ok", "corrected", "refined"}
+    assert (row["dim"], row["numpyro_seconds"]) == ({"logistic_rows": 10, "poisson_groups": 88}[name], "")
+    assert f"| {name} | 2,000 | {row['dim']} | {row['status']} |" in regressions.section([row])

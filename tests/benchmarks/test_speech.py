@@ -37,6 +37,44 @@ def test_linear_prediction_reaches_the_entropy(folder, monkeypatch):
     assert found["AR(16), the variance of each frame known"] > best
 
 
+def test_what_is_decoded_is_nearer_to_the_mean_log_spectrum_than_the_draws(monkeypatch):
+    monkeypatch.setattr(running, "ITERATIONS", 50)
+    generator = np.random.default_rng(0)
+    sounds = np.float32(0.05) * generator.standard_normal((4, 4000)).astype(np.float32)
+    mean = running.decibels(torch.from_numpy(sounds)).mean(0)
+
+    def apart(sound):
+        return float((running.decibels(torch.from_numpy(sound)) - mean).square().mean().sqrt())
+
+    assert apart(running.decoded(sounds)) < 0.6 * min(map(apart, sounds))
+    assert np.array_equal(running.decoded(sounds[:1]), sounds[0])  # one draw has its own spectrum
+
+
+@pytest.mark.filterwarnings("ignore")  # librosa's own
+def test_gains_restore_what_no_band_tells(folder):
+    pytest.importorskip("librosa", reason="needs librosa: pip install 'pyro-flows[speech]'")
+    speech = running.Speech(folder)
+    recorded = running.amplitudes(speech.recordings["00"])
+
+    def duller(name, count):
+        """Averages of neighbors, which have nothing at half the rate."""
+        sound = running.amplitudes(speech.recordings[name])
+        return [sound + np.append(sound[1:], 0.0)] * count
+
+    (dull,) = duller("00", 1)
+    gains = running.missing(speech, duller)
+    top = [
+        running._magnitudes(sound)[-3:-1].mean()
+        for sound in (
+            recorded,
+            running.corrected(dull, speech.mels["00"]),
+            running.corrected(dull, speech.mels["00"], gains),
+        )
+    ]
+    assert top[1] < 0.7 * top[0]
+    assert top[2] == pytest.approx(top[0], rel=0.2)
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # librosa's own
 def test_a_flow_is_trained_and_judged(folder, tmp_path):
@@ -52,4 +90,6 @@ def test_a_flow_is_trained_and_judged(folder, tmp_path):
     rows = {row["method"]: row for row in running.records.read(tmp_path / "speech.csv")}
     assert float(rows["WaveGlow, temperature 1.0"]["nats"]) > float(rows["Gaussian"]["nats"])
     assert float(rows["Griffin-Lim"]["log_mel"]) > 0.0
+    best = rows[f"WaveGlow, temperature 0.7, mean log spectrum of {running.DRAWS}"]
+    assert float(best["log_spectrum"]) < float(rows["WaveGlow, temperature 0.7, bands corrected"]["log_spectrum"])
     assert "| English, WaveGlow, temperature 0.7 |" in page.read_text()

@@ -215,3 +215,18 @@ def test_constrained_values_that_share_a_graph_are_those_of_each_density():
         for name, value in expected.items():
             torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-6)
         assert density._constrained.reason is None
+
+
+def test_densities_in_double_precision_that_share_a_graph_are_those_of_each_density():
+    """Single precision has a few digits of the data, and double precision has the others."""
+    data = [(args[0], args[1] + 1e4 * number) for number, args in enumerate(data_sets(3))]
+    stack = Stack([LogDensity(regression, args) for args in data])
+    z = points(stack, 10)[:10]
+    for args, density in zip(data, stack.densities, strict=True):
+        expected = LogDensity(regression, args)._doubly(z)
+        for _ in range(3):  # it is recorded at the second call
+            found = density._doubly(z)
+        assert found.dtype == torch.float64
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-9)
+        assert density._doubles.reason is None
+        assert density.elsewhere(())._doubles is None

@@ -91,7 +91,7 @@ def test_tables_are_the_marginals(sets, tables):
 
 def test_flows_of_slices_are_the_posteriors(stack, tables):
     for density, table in zip(stack.densities, tables, strict=True):
-        weighing = _weighed(flow_along(table, df=120.0).to(density.dtype), density)
+        weighing = _weighed(flow_along(table, lighter=4.0).to(density.dtype), density)
         assert weighing.ess > 0.98 * len(weighing.log_weights)
 
 
@@ -223,8 +223,8 @@ def test_the_kind_that_is_likely_to_be_enough_comes_first(trial, monkeypatch):
 
 def test_a_glance_suffices_only_where_weights_are_even(stack, tables):
     density = stack.densities[0]
-    right = flow_along(tables[0], df=120.0).to(density.dtype)
-    wrong = flow_along(tables[1], df=120.0).to(density.dtype)
+    right = flow_along(tables[0], lighter=4.0).to(density.dtype)
+    wrong = flow_along(tables[1], lighter=4.0).to(density.dtype)
     assert len(_weighed(right, density).log_weights) < LOOKED_AT_DRAWS
     assert len(_weighed(wrong, density).log_weights) == LOOKED_AT_DRAWS
 

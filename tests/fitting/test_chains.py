@@ -142,6 +142,22 @@ def test_what_does_not_fit_is_refused():
         pf.from_mcmc(3, schools, Y)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("power", "lost"), [(0.05, True), (0.5, False)])
+def test_draws_on_a_bound_are_never_ok(dtype, power, lost):
+    """A tenth of the mass, or more, lies nearer to 1 than rounding has numbers; or next to none."""
+
+    def model():
+        pyro.sample("share", dist.Beta(torch.tensor(power, dtype=dtype), torch.tensor(power, dtype=dtype)))
+
+    torch.manual_seed(0)
+    share = torch.distributions.Beta(torch.tensor(power).double(), torch.tensor(power).double()).sample((4, 500))
+    with pytest.warns(UserWarning, match="observe"):
+        chains = pf.from_mcmc({"share": share.to(dtype)}, model)
+    assert (chains.verdict.status == "unreliable") == lost
+    assert any("share onto a bound" in reason for reason in chains.verdict.reasons) == lost
+
+
 def test_summary_and_arviz_have_chains(good):
     table = good.assign_coords({"school": list("abcdefgh")}).summary(["theta"])
     assert list(table.columns)[-3:] == ["ess_bulk", "ess_tail", "r_hat"]

@@ -77,6 +77,16 @@ def test_errors_at_all_points_are_raised_at_once():
         pf.LogDensity(misspelt, (torch.ones(4),))
 
 
+@pytest.mark.falls_back
+def test_functions_that_torch_cannot_differentiate_are_named():
+    def censored(t):
+        shape = pyro.sample("shape", dist.LogNormal(0.0, 1.0))
+        pyro.factor("later", torch.log1p(-dist.Gamma(shape, 1.0).cdf(t)).sum())
+
+    with pytest.raises(ValueError, match=r"model: expected a log density with a derivative.*'igamma: input'"):
+        pf.LogDensity(censored, (torch.ones(2),)).value_and_grad(torch.zeros(2, 1))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("error", [ValueError, torch.linalg.LinAlgError])
 def test_posteriors_are_calibrated_past_bad_points(error):

@@ -1,5 +1,7 @@
 """Models of which single precision loses the digits: computed in double, wherever the numbers come from."""
 
+import math
+
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -168,18 +170,24 @@ def test_digits_count_where_the_density_is_low_too():
         density.check_digits(torch.cat([inside, close_to_one]))
 
 
-@pytest.mark.parametrize(("a", "lost"), [(0.03, True), (0.1, False), (0.5, False)])
-def test_mass_that_no_value_below_one_tells_of_is_named(a, lost):
-    """A sixth of Beta(.03, .03) lies within 1e-16 of one, and .2 sds of the mean were lost, `corrected`."""
-    a = torch.tensor(a, dtype=torch.float64)
-    density = pf.LogDensity(lambda: pyro.sample("p", dist.Beta(a, a)))
-    grid = torch.linspace(-300.0, 300.0, 600_001, dtype=torch.float64)[:, None]
+@pytest.mark.parametrize(
+    ("a", "b", "lost"),
+    [(0.03, 0.03, True), (0.005, 0.02, True), (0.1, 0.1, False), (5.0, 0.02, True), (1.0, 0.05, False)],
+)
+def test_mass_that_no_value_below_one_tells_of_is_named(a, b, lost):
+    """A tenth of Beta(.005, .02) lies within 1e-16 of one, and 0.2 % of the draws: .2 sds were lost."""
+    a, b = torch.tensor([a, b], dtype=torch.float64)
+    density = pf.LogDensity(lambda: pyro.sample("p", dist.Beta(a, b)))
+    grid = torch.linspace(-700.0, 100.0, 80_001, dtype=torch.float64)[:, None]
     height = density(grid)
     draws = torch.multinomial(
         torch.softmax(height, 0), 16_000, replacement=True, generator=torch.Generator().manual_seed(0)
     )
     said = density.lost_digits(grid[draws])[0]
     assert [words[:22] for words in said] == ["rounding puts p onto a"] * lost
+    values = density.constrain(grid)["p"]
+    mean, sd = a / (a + b), (a * b / (a + b).square() / (a + b + 1.0)).sqrt()
+    assert bool((torch.softmax(height, 0) * values).sum() < mean - 0.1 * sd) == lost  # of the density as computed
 
 
 def test_digits_that_a_sum_loses_are_no_bound():
@@ -192,4 +200,31 @@ def test_digits_that_a_sum_loses_are_no_bound():
     density = pf.LogDensity(far_away, noncentered=("a",))
     z = normal(1000, 2, seed=8).float() + torch.tensor([1e5, 0.0])
     assert density.structure.noncentered
-    assert not density._on_bounds(z)
+    assert not density.on_bounds(z)
+
+
+def test_only_coordinates_on_a_bound_are_moved():
+    """A rate before the bound is that at the draw itself, however far away its other coordinates are."""
+
+    def model():
+        mu = pyro.sample("mu", dist.Normal(torch.tensor(170.0), 1.0))
+        pyro.sample("p", dist.Beta(1.0, 0.25 * torch.exp((mu - 170.0) / 10.0)))
+
+    torch.manual_seed(0)
+    mu = 170.0 + torch.randn(4000)
+    p = dist.Beta(torch.ones(4000), 0.25 * torch.exp((mu - 170.0) / 10.0)).sample()
+    density = pf.LogDensity(model)
+    z = density.unconstrain({"mu": mu, "p": p})
+    assert not density.on_bounds(z + 0.1 * z.sign())
+
+
+@pytest.mark.parametrize("count", [1, 100])
+def test_many_coordinates_on_a_bound_are_named_and_a_draw_without_values_hides_none(count):
+    """Weights of hundreds of coordinates are beyond single precision."""
+    half = torch.full((count,), 0.02)
+    density = pf.LogDensity(lambda: pyro.sample("p", dist.Beta(half, half).to_event(1)))
+    torch.manual_seed(0)
+    z = density.unconstrain({"p": dist.Beta(half, half).sample((500,))})
+    z = z + 0.1 * z.sign()
+    z[3] = math.nan
+    assert ["p onto a bound" in reason for reason in density.on_bounds(z)] == [True]

@@ -101,6 +101,34 @@ def test_guides_of_models_that_cannot_be_batched():
     close(values.detach(), guide.get_posterior().log_prob(z).detach() - ladj, 1e-9)
 
 
+def test_constrained_values_of_a_model_with_many_rows_come_from_a_graph_without_its_data():
+    runs = []
+
+    def model(x, y):
+        runs.append(None)
+        scale = pyro.sample("scale", dist.HalfNormal(real(1.0)))
+        slope = pyro.sample("slope", dist.Uniform(-scale, scale))
+        pyro.deterministic("ratio", slope / scale)
+        with pyro.plate("row", len(y)):
+            pyro.sample("y", dist.Normal(slope * x, scale), obs=y)
+
+    x = torch.linspace(-1.0, 1.0, 100_000).double()
+    density = pf.LogDensity(model, (x, x))
+    z = torch.linspace(-2.0, 2.0, 200).double().reshape(100, 2)
+    found = density.constrain(z)
+    runs.clear()
+    again = density.constrain(z.flip(0))
+    assert not runs
+    scale = z[:, 0].exp()
+    for values in (found, {name: value.flip(0) for name, value in again.items()}):
+        close(values["scale"], scale, 1e-12)
+        close(values["ratio"], 2.0 * torch.sigmoid(z[:, 1]) - 1.0, 1e-12)
+        close(values["slope"], scale * values["ratio"], 1e-12)
+    density.forget()
+    density.constrain(z)
+    assert runs
+
+
 @pytest.mark.falls_back
 def test_models_that_cannot_be_recorded_are_evaluated_as_they_are():
     """Recording fails, or repeats a constant where the model looks at the batch: plain values, and a reason."""

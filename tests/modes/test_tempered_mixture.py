@@ -12,8 +12,9 @@ import pyro_flows as pf
 from pyro_flows._progress import Bar
 from pyro_flows.fitting.multimodal import multimodal
 from pyro_flows.modes.missed_modes import missed_modes
-from pyro_flows.modes.population_monte_carlo import EFFECTIVE_SHARE, _power, can_be_tempered, fitted, tempered_mixture
+from pyro_flows.modes.population_monte_carlo import _power, can_be_tempered, fitted, tempered_mixture
 from pyro_flows.starts.prior import prior_draws
+from pyro_flows.verdict.thresholds import ESS_SHARE_LEAST
 from tests.models import normal, real
 
 SMALL, EACH_HOLDS = 12, 0.005  # modes, and the mass of each
@@ -129,7 +130,7 @@ def test_weights_are_tempered_until_a_tenth_is_left():
     ratios = 10.0 * normal(4000, seed=5)
     power = _power(ratios)
     weights = torch.softmax(power * ratios, 0)
-    assert float(1.0 / weights.square().sum()) / 4000 == pytest.approx(EFFECTIVE_SHARE, rel=1e-3)
+    assert float(1.0 / weights.square().sum()) / 4000 == pytest.approx(ESS_SHARE_LEAST, rel=1e-3)
     assert _power(0.1 * normal(4000, seed=5)) == 1.0
 
 

@@ -19,9 +19,9 @@ from pyro_flows.correction.starts import NoStart, dispersed_points
 from pyro_flows.flows.laplace_grid import sliced
 from pyro_flows.modes.missed_regions import BY_WALKERS, PLACES, Guide
 from pyro_flows.modes.under_covered import (
-    BACK,
     HIGH,
     LOOKS,
+    MOVES,
     excess,
     is_usable,
     level_of,
@@ -176,8 +176,8 @@ def test_the_way_back_ends_where_no_more_are_out_than_draws_know_of():
     assert under_covered_region(guide, Counted(flow, density), z, weights, log_q, seed=0) == []
     back = looks.count(512) - 1
     assert back > 0
-    assert back < 5 * BACK
-    assert back % (5 * BACK // LOOKS) == 0
+    assert back < 5 * MOVES
+    assert back % (5 * MOVES // LOOKS) == 0
 
 
 def test_draws_that_no_verdict_rests_on_are_not_drawn_out():

@@ -34,14 +34,14 @@ PHRASES = {
         "Above {starts.curvature.FULL_HESSIAN_UP_TO} dimensions they come from L-BFGS",
         "by more than the Monte Carlo error of {fitting.fit.fit(draws)} draws",
         "If their effective share has not risen by {verdict.thresholds.ESS_SHARE_COLLAPSED}",
-        "in up to {modes.laplace_grid.UP_TO} dimensions and for models of few operations",
+        "in up to {starts.curvature.SMALL_UP_TO} dimensions and for models of few operations",
         "Given up to {modes.conditionals.MOST_HELD|word} coordinates",
         "In up to {fitting.methods.AT_FIRST} dimensions this comes before the parameterization is chosen",
         "In {fitting.methods.AT_FIRST} to {starts.curvature.FULL_HESSIAN_UP_TO} dimensions it is tried if the chains",
         "In {fitting.methods.SAMPLED_FROM} to {fitting.methods.SAMPLED_UP_TO} dimensions a flow takes thousands of "
         "steps",
-        "{correction.fallback.UNTRAINED|comma} gradients at most in up to {correction.fallback.FEW} dimensions, and "
-        "{correction.fallback.ATTEMPT|comma} above",
+        "{correction.fallback.ATTEMPT|comma} gradients at most, half of that in up to {starts.curvature.SMALL_UP_TO} "
+        "dimensions",
         "they get up to {correction.fallback.CHEAPEST|word} times as many",
         "up to {correction.untrained.MOST_COPIES} images under exact symmetries",
         "k-hat is below {verdict.thresholds.K_HAT_GOOD}, training converged",
@@ -62,19 +62,19 @@ PHRASES = {
         "if {verdict.thresholds.MISSED_MASS_OF_TAILS|percent} more mass than in the draws, and "
         "{verdict.thresholds.MISSED_MASS_ERRORS|word} standard errors, lies beyond one of their "
         "{verdict.thresholds.TAIL_SHARE|percent} quantiles",
-        "are checked in up to {modes.laplace_grid.UP_TO} dimensions",
+        "are checked in up to {starts.curvature.SMALL_UP_TO} dimensions",
         "**changes a mean** by more than {verdict.thresholds.SHIFT_MOST} posterior standard deviations",
         "the logarithm of the ratio is larger than {verdict.thresholds.SHIFT_MOST}",
         "by more than {verdict.thresholds.SHIFT_MOST} and {verdict.thresholds.SHIFT_ERRORS|word} standard errors",
         "names the worst {fitting.agreement.NAMED|word} and counts the others",
         "(dimensions times data above {modes.unverified_modes.CURVED_UP_TO|million})",
         "up to a factor of {modes.under_covered.HIGH|tens}",
-        "up to {modes.propriety.UP_TO} dimensions and for the first {modes.propriety.MOST} such coordinates",
+        "up to {modes.units.MATRICES_UP_TO} dimensions and for the first {modes.propriety.MOST} such coordinates",
         "This is tried for up to {modes.propriety.HIDDEN} such coordinates",
         "Levels up to {modes.outward.DEEP} nats down are seen",
     ],
     "docs/understand/refinement.md": [
-        "{correction.refine.CHAINS} short chains run as one batch",
+        "{correction.sampler.CHAINS} short chains run as one batch",
         "start in superchains of {correction.sampler.SUBCHAINS|word}",
         "nested R-hat**, of superchains, is at most {verdict.thresholds.R_HAT_CONVERGED}, and R-hat of "
         "single chains is at most {verdict.thresholds.R_HAT_OF_SHORT_CHAINS}",
@@ -87,7 +87,7 @@ PHRASES = {
         "{verdict.thresholds.SD_ERROR_OF_FEW_DRAWS|percent}",
         "(a kurtosis above {correction.stopping.LIGHT}; a normal",
         "({correction.stopping.CLEARLY} times the error)",
-        "with an error above {verdict.thresholds.SD_ERROR_MOST|percent} speaks",
+        "with an error above {verdict.thresholds.SHIFT_MOST|percent} speaks",
     ],
     "docs/howto/runs.md": [
         "R-hat of a coordinate is above {verdict.thresholds.R_HAT_CONVERGED}, or if log evidences differ by more than "
@@ -124,22 +124,22 @@ PHRASES = {
         "to {_arguments.MAX_DRAWS|million}; the verdict uses {verdict.deciding.POOL|word} times as many",
         "| `seed` | `{fitting.fit.fit(seed)}` |",
         "| `runs` | `{fitting.fit.fit(runs)}` |",
-        "| `max_steps` | {fitting.fit.MAX_STEPS} up to {fitting.fit.STEPS_GROW_FROM} dimensions,",
+        "| `max_steps` | {fitting.fit.MAX_STEPS} up to {starts.curvature.SMALL_UP_TO} dimensions,",
     ],
     "pyro_flows/fitting/fit.py": [
         "steps of a run, {training.loop.BATCH} gradient evaluations each",
-        "by default {fitting.fit.MAX_STEPS}, and more above {fitting.fit.STEPS_GROW_FROM} dimensions",
+        "by default {fitting.fit.MAX_STEPS}, and more above {starts.curvature.SMALL_UP_TO} dimensions",
         "number of layers, for a flow given by name, {_arguments.MAX_LAYERS} at most",
     ],
     "docs/gallery.md": ["trained by Pyro's SVI for {benchmarks.gallery.pictures.STEPS} steps"],
     "docs/design.md": [
         "from {fitting.methods.SAMPLED_FROM} to {fitting.methods.SAMPLED_UP_TO} dimensions",
-        "up to {modes.laplace_grid.UP_TO} dimensions: in hierarchical models",
+        "up to {starts.curvature.SMALL_UP_TO} dimensions: in hierarchical models",
         "given up to {modes.conditionals.MOST_HELD|word} hyperparameters",
         "up to {fitting.methods.AT_FIRST} dimensions before chains",
         "above {fitting.methods.AT_FIRST} after them",
         "(diagonal above {flows.recipe.FULL_AFFINE_UP_TO} dimensions)",
-        "falls {training.loop.FALL} nats below the best check",
+        "falls {verdict.thresholds.DENSITY_GAP_OF_LOST} nats below the best check",
         "checked every {training.loop.CHECK_EVERY} steps",
         "a window of {training.convergence.WINDOW|word} checks",
         "split R-hat of at most {verdict.thresholds.R_HAT_OF_SHORT_CHAINS}",

@@ -13,6 +13,7 @@ import pyro_flows as pf
 from pyro_flows._stages import PARAMETERIZATION
 from pyro_flows.model.noncentered import Information, exact, location_scale, spread, standardize
 from pyro_flows.model.reading import read_structure
+from pyro_flows.starts import coordinates
 from pyro_flows.starts.coordinates import choose_coordinates
 from tests.models import real
 from tests.registry import normal
@@ -130,6 +131,35 @@ def test_one_row_for_each_group():
 
 def test_groups_with_many_rows_and_with_one():
     check_choice([80, 1, 80, 1], [25.0, 0.0, 25.0, 0.0], [250.0, 6.0, 250.0, 6.0])
+
+
+@pytest.mark.parametrize(("rows", "learned"), [(400, 0), (3, 2)])
+def test_nothing_is_learned_where_the_elbo_of_a_plain_normal_is_the_log_evidence(rows, learned, monkeypatch):
+    learn, sides = coordinates._Family.learn, []
+
+    def counted(family, side):
+        sides.append(side)
+        return learn(family, side)
+
+    monkeypatch.setattr(coordinates._Family, "learn", counted)
+    group = torch.arange(40).repeat_interleave(rows)
+    y = normal(40, seed=5)[group] + normal(40 * rows, seed=6)
+    density, start, _ = choose_coordinates(pf.LogDensity(two_levels, (y, group)), seed=0)
+    assert len(sides) == learned
+    assert start is not None
+    assert (density.structure.noncentered == {}) == (learned == 0)  # centered: rows say where each group is
+
+
+def test_a_normal_with_impossible_draws_is_never_enough():
+    """Its ELBO is minus infinity, however good the weights of its possible draws are."""
+
+    def model():
+        x = pyro.sample("x", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        pyro.factor("half", torch.where(x[0] > -0.4, 0.0, -math.inf))
+
+    found = coordinates._diagonal(pf.LogDensity(model), torch.zeros(2), torch.ones(2), seed=0)
+    assert found.start.elbo == -math.inf
+    assert not found.is_enough
 
 
 def test_other_coordinates_are_those_of_a_density_made_anew():

@@ -12,7 +12,7 @@ from pyro_flows.starts import pathfinder as module
 from pyro_flows.starts.climb import Climb, climb
 from pyro_flows.starts.curvature import inverse_roots, lower_triangular, scales
 from pyro_flows.starts.gaussians import Gaussians
-from pyro_flows.starts.pathfinder import POOLED, pathfinder, pool
+from pyro_flows.starts.pathfinder import DRAWS, pathfinder, pool
 from tests.invariants import close
 from tests.registry import normal
 
@@ -151,7 +151,7 @@ def test_the_pool_leaves_out_hopeless_paths():
     locs = torch.stack([loc, loc + 50.0])
     pooled = pool(density, Gaussians(locs, factor.expand(2, 2, 2), torch.ones_like(locs), eye, eye), seed=0)
     assert pooled.elbo[1] < -100.0
-    assert pooled.ess == pytest.approx(POOLED, rel=1e-3)
+    assert pooled.ess == pytest.approx(10 * DRAWS, rel=1e-3)
 
 
 # where a path must not go --------------------------------------------------------------------------------------------
@@ -231,3 +231,20 @@ def test_cost():
     unbounded = density_of(lambda z: z.sum() + z.square().sum(), 3)
     pathfinder(unbounded, starts(unbounded), torch.ones(4, 3, dtype=torch.float64), seed=0)
     assert 4 * 50 < unbounded.evaluations <= 4 * (1 + module.TICKS)
+
+
+def test_fewer_densities_are_taken_where_each_writes_many_numbers(monkeypatch):
+    density, _, _ = gaussian(WIDE)
+    points, drawn = starts(density), set()
+    units = lower_triangular(inverse_roots(density, points)[0])
+    best = module._best
+
+    def counted(density, noise, *rest):
+        drawn.add(len(noise))
+        return best(density, noise, *rest)
+
+    monkeypatch.setattr(module, "_best", counted)
+    pathfinder(density, points, units, seed=0)
+    monkeypatch.setattr(type(density), "affordable", lambda self, draws: draws // 4)
+    pathfinder(density, points, units, seed=0)
+    assert drawn == {module.DRAWS, module.DRAWS // 4}
