@@ -68,8 +68,8 @@ WIDE: dict[str, Any] = {**DENSE, "dense": (512, 512)}
 VARIANTS = {
     "no noise": Variant(None),
     "noise": Variant(0.1),
-    "noise, wide dense": Variant(0.1, WIDE, 2e-3, 600.0),
-    "noise, wide dense, given the digit": Variant(0.1, WIDE, 2e-3, 600.0, given=True),
+    "noise, wide dense": Variant(0.1, WIDE, 2e-3, 2400.0),
+    "noise, wide dense, given the digit": Variant(0.1, WIDE, 2e-3, 2400.0, given=True),
     "noise, dense, three levels": Variant(0.1, {**DENSE, "levels": 3}),
 }
 
