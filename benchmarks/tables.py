@@ -17,6 +17,7 @@ from benchmarks.amortized.tables import section as amortized_section
 from benchmarks.calibration import running as calibration
 from benchmarks.calibration.tables import section as calibration_section
 from benchmarks.cold import __main__ as cold
+from benchmarks.crossed import running as crossed
 from benchmarks.density import augmentation, conditional, recognition
 from benchmarks.density import running as density
 from benchmarks.density import tables as density_tables
@@ -61,6 +62,7 @@ TITLES = {
     "ablation": "Without one of its parts",
     "numbers": "Scales, precision and sizes",
     "named": "Models that statisticians bring",
+    "crossed": "Crossed effects",
     "modes": "Several modes",
     "search": "What the search for missed modes finds",
     "toys": "Toy targets",
@@ -98,6 +100,7 @@ def write_tables(
     zoo_csv: Path = zoo_running.OUT,
     causes_csv: Path = zoo_reporting.CAUSES,
     named_csv: Path = named.OUT,
+    crossed_csv: Path = crossed.OUT,
     modes_csv: Path = modes.OUT,
     search_csv: Path = search.OUT,
     speed_csv: Path = speed.OUT,
@@ -142,6 +145,7 @@ def write_tables(
         ("ablation", ablation_csv, ablation.section),
         ("numbers", numbers_csv, numbers.section),
         ("named", named_csv, lambda rows: named.section(rows, table, about)),
+        ("crossed", crossed_csv, crossed.section),
         ("modes", modes_csv, lambda rows: modes.section(rows, table, about)),
         ("search", search_csv, search_tables.section),
         ("speed", speed_csv, lambda rows: speed_tables.section(rows, table)),

@@ -117,7 +117,7 @@ class At(Place):
 
     def _pyro_post_sample(self, msg: Site) -> None:
         if is_subsample(msg):
-            self.chosen[msg["name"]] = msg["value"]
+            self.chosen[msg["name"]] = torch.as_tensor(msg["value"])  # the caller may give a list
 
     def densities(self, *, exact: bool = False) -> dict[str, Tensor]:
         """Return log densities of all sites in unconstrained coordinates (*batch), scaled and masked.
@@ -266,6 +266,11 @@ class Rows:
     args: Positional
     kwargs: Keywords
     children: Sequence[str] = ()
+
+    def has_data_of(self, other: Rows) -> bool:
+        """Whether the model gets the same objects."""
+        own, others = ({**rows.kwargs, **{str(at): arg for at, arg in enumerate(rows.args)}} for rows in (self, other))
+        return own.keys() == others.keys() and all(own[name] is others[name] for name in own)
 
     def find_children(self, z: Tensor) -> list[str]:
         """Return the latents of the flow whose priors depend on latents in plates; ``z`` (D,) has no graph."""

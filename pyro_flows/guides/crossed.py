@@ -117,12 +117,14 @@ class Crossed:
 
     def _weight(self, site: Site, fresh: Mapping[str, Tensor]) -> Tensor | None:
         """Return how often the rows of a site count in each part; None if all parts have the same rows."""
-        weight: Tensor | None = None
-        for frame in vectorized(site):
-            if frame.name in fresh:
-                own = fresh[frame.name].reshape(-1, frame.size, *[1] * (-1 - frame.dim)).double()
-                weight = own * (frame.size / frame.full_size) * (1.0 if weight is None else weight)
-        return weight
+        drawn = [frame for frame in vectorized(site) if frame.name in fresh]
+        if len(drawn) > 1:
+            names = [frame.name for frame in drawn]
+            raise ValueError(f"site {site['name']!r}: expected at most one subsampled plate, got {names}")
+        for frame in drawn:
+            own = fresh[frame.name].reshape(-1, frame.size, *[1] * (-1 - frame.dim)).double()
+            return own * (frame.size / frame.full_size)
+        return None
 
     def split(self, u: Tensor) -> dict[str, Tensor]:
         """Return values (..., n) by site, each (..., *batch, *event)."""
@@ -170,7 +172,7 @@ class Crossed:
         for term in self._terms:
             pairs = [(one, own[1]) for at, (_, one, _) in enumerate(term.reads) for own in term.reads[: at + 1]]
             found = [torch.minimum(*pair) * self.size + torch.maximum(*pair) for pair in pairs]
-            keys.append(torch.cat([torch.zeros(0, dtype=torch.long), *found]))
+            keys.append(torch.cat([torch.zeros(0, dtype=torch.long, device=z.device), *found]))
         unique, inverse = torch.unique(torch.cat(keys), return_inverse=True)
         self._slots = inverse.split([len(own) for own in keys])
         self.pattern = Pattern(unique // self.size, unique % self.size, self.size, self.head, self.sites[0].size)

@@ -66,7 +66,7 @@ class AutoHierarchicalFlow(AutoMessenger):  # type: ignore[metaclass]
     they are too many for the flow: :math:`H` then couples all latents in plates, is added up over all rows of the data,
     and is factored with the largest site first (Papaspiliopoulos, Roberts and Zanella 2020,
     doi:10.1093/biomet/asz058). In a step of SVI with a minibatch, what the rows say of them is an expansion at the mode
-    of the flow's latents. For this the first run needs all rows.
+    of the flow's latents. For this the first run needs all rows, and draws of these latents are given its data.
 
     Nothing is stored for a row but its last mode, from which the next Newton step begins. So the guide needs no
     parameters for rows and no encoder: it trains on minibatches (``subsample_size=`` or ``subsample=`` of
@@ -324,10 +324,11 @@ class AutoHierarchicalFlow(AutoMessenger):  # type: ignore[metaclass]
         self, args: Positional, kwargs: Keywords, z: Tensor, seed: int, *, most: int | None = None
     ) -> Marginal | CrossedMarginal:
         """Return the log density of the latents outside of plates; ``z`` is a point (D,), the rest as in Marginal."""
-        if self._crossed is not None:
-            every = CrossedMarginal(self._crossed, seed)
-            return every if most is None else every.with_parts(most)
         rows = self._rows(args, kwargs)
+        if self._crossed is not None:
+            system = self._crossed if rows.has_data_of(self._crossed.rows) else self._solved(rows, z)
+            every = CrossedMarginal(system, seed)
+            return every if most is None else every.with_parts(most)
         if most is None:
             return Marginal(rows, z, self._start, seed)
         few = Marginal(rows, z, self._start, seed, remember=self._remember, most=most)
@@ -497,12 +498,12 @@ class AutoHierarchicalFlow(AutoMessenger):  # type: ignore[metaclass]
             if kept.dtype != value.dtype or list(seen.shape) != full:
                 kept, seen = value.new_zeros(*full, *value.shape[rank:]), value.new_zeros(full, dtype=torch.bool)
                 self._modes[site.name] = kept, seen
-            index: list[slice | Tensor] = [slice(None)] * rank
-            rows = sorted((axis, name) for name, axis in site.plates.items() if name in now.at.chosen)
-            for order, (axis, name) in enumerate(rows):
-                index[axis] = now.at.chosen[name].reshape(-1, *[1] * (len(rows) - 1 - order))
-            kept[tuple(index)] = value
-            seen[tuple(index)] = True
+            index = [torch.arange(size, device=value.device) for size in full]
+            for plate, axis in site.plates.items():
+                index[axis] = now.at.chosen.get(plate, index[axis]).to(value.device)
+            rows = torch.meshgrid(*index, indexing="ij")
+            kept[rows] = value
+            seen[rows] = True
 
     def _pyro_sample(self, message: Message) -> None:
         msg = cast(Site, message)

@@ -43,8 +43,8 @@ class Pattern:
         if not self.dense:  # pairs of links of one row, each once
             starts = counts.cumsum(0) - counts
             of_link = counts[self.link_row]
-            one = torch.arange(len(links)).repeat_interleave(of_link)
-            place = torch.arange(len(one)) - (of_link.cumsum(0) - of_link).repeat_interleave(of_link)
+            one = torch.arange(len(links), device=row.device).repeat_interleave(of_link)
+            place = torch.arange(len(one), device=row.device) - (of_link.cumsum(0) - of_link).repeat_interleave(of_link)
             other = starts[self.link_row[one]] + place
             one, other = one[other <= one], other[other <= one]
             places = self.link_tail[one], self.link_tail[other]

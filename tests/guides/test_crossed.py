@@ -9,6 +9,7 @@ import torch
 from pyro.infer import SVI, Predictive, Trace_ELBO
 
 import pyro_flows as pf
+from pyro_flows.guides import hierarchical
 from pyro_flows.guides.conditional import Rows
 from pyro_flows.guides.crossed import Crossed, CrossedMarginal, Expansion
 from pyro_flows.model.reading import read_structure
@@ -98,6 +99,19 @@ def test_density_gradient_mean_and_covariance_are_exact(batch):
     noise = torch.eye(20, dtype=torch.float64)
     root = torch.cat([found.draw(one[None]) - found.mean for one in noise])
     assert torch.allclose(root.mT @ root, covariance[places][:, places], atol=1e-8)
+
+
+def test_the_density_is_that_of_the_data_that_it_is_asked_for(monkeypatch):
+    """Other data than those of the first run have a system of their own: before, the first ones were judged."""
+    monkeypatch.setattr(hierarchical, "JOINT_UP_TO", 2)
+    first, other = simulated(40, (6, 5)), simulated(40, (6, 5), seed=1)
+    guide = pf.AutoHierarchicalFlow(ratings, layers=2, init="prior").initialize(*first, 16)
+    assert guide._crossed is not None
+    for args in (first, other, first):
+        density = guide.density_of_globals((*args, 16), {}, POINTS[0], 0)
+        expected = torch.stack([by_hand(*args, z)[2] for z in POINTS])
+        assert torch.allclose(density(POINTS), expected, atol=1e-8)
+        assert (density.system is guide._crossed) == (args is first)
 
 
 LIKELIHOODS = {

@@ -204,6 +204,34 @@ def test_modes_are_kept_in_the_axes_of_nested_plates():
 # conditional distributions ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("batch", [None, 2])
+def test_an_axis_may_be_left_between_plates(batch):
+    y, kept = torch.arange(12.0, dtype=torch.float64).reshape(3, 4), []
+    for dim, data in ((-2, y), (-3, y[:, None])):
+
+        def model(y, dim=dim):
+            mu = pyro.sample("mu", dist.Normal(real(0.0), 5.0))
+            with pyro.plate("inner", 4, dim=-1), pyro.plate("outer", len(y), subsample_size=batch, dim=dim) as index:
+                z = pyro.sample("z", dist.Normal(mu, 1.0))
+                pyro.sample("y", dist.Normal(z, 1.0), obs=y[index])
+
+        guide = pf.AutoHierarchicalFlow(model, layers=2, init="prior")
+        torch.manual_seed(0)
+        guide(data)
+        kept.append(guide.remembered()["modes"]["z"])
+    assert all(torch.equal(one, other[:, 0]) for one, other in zip(*kept, strict=True))
+
+
+def test_rows_may_be_given_as_a_list():
+    y = torch.linspace(-1.0, 1.0, 8, dtype=torch.float64)
+    losses = []
+    for rows in ([5, 2, 7], torch.tensor([5, 2, 7])):
+        pyro.set_rng_seed(0)
+        guide = pf.AutoHierarchicalFlow(normal_rows, layers=2).initialize(y, None, rows)
+        losses.append(Trace_ELBO().loss(normal_rows, guide, y, None, rows))
+    assert losses[0] == losses[1]
+
+
 def test_the_conditional_of_nested_normal_rows_is_exact():
     """Group effects, slopes that share their data, rows inside: mean and covariance are those of the joint normal."""
     x = torch.randn(3, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)

@@ -1,0 +1,1 @@
+"""Ratings of lecturers by students: `lme4/InstEval`."""
