@@ -33,7 +33,7 @@ SET = 16  # rows, from which on exchangeable ones are pooled
 MEASURED = 50_000  # simulations that the regression is made with
 COMPARED = 8  # points at which rows are exchanged
 LOST_SHARE = 0.05  # of the simulations that may have parameters or data that are not finite
-DIGITS = 64  # draws at which precisions are compared
+DIGITS = 64  # draws, each with the data simulated from it, at which precisions are compared
 
 
 class Read(NamedTuple):
@@ -66,12 +66,14 @@ def simulate(model: Model, case: Case, data: Names, count: int | None, more: int
             f"model: {lost:.0%} of the simulations have parameters or data that are not finite. Its priors are too "
             "wide to learn from: give narrower ones."
         )
-    z = z[fine]
-    try:
-        density.check_digits(z[:DIGITS])
+    z, observed = z[fine], {name: drawn[name][fine] for name in form.keep}
+    try:  # parameters far from all that the data allow lose digits in any model
+        for number in range(min(DIGITS, len(z))):
+            own = form.wiring({name: values[number] for name, values in observed.items()})
+            density.beside(own.args, own.kwargs).check_digits(z[number : number + 1])
     except LostDigits:
         density = density.in_double()
-    return Read(density, form, z.to(density.dtype), {name: drawn[name][fine] for name in form.keep})
+    return Read(density, form, z.to(density.dtype), observed)
 
 
 def exchangeable_rows(read: Read) -> int:

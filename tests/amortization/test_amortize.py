@@ -358,3 +358,17 @@ def test_one_dimension_with_two_modes():
     x = posterior.samples["x"]
     assert 0.4 < float((x > 0.0).float().mean()) < 0.6
     assert float((x.abs() - 3.0).abs().quantile(0.99)) < 0.4
+
+
+@pytest.mark.parametrize(("noise", "dtype"), [(1.0, torch.float32), (1e-3, torch.float64)])
+def test_precision_is_that_of_simulated_data_under_their_own_parameters(noise, dtype):
+    """Under data in hand, parameters from the tail of a Cauchy prior lose digits in any model."""
+
+    def model(y):
+        tau = pyro.sample("tau", dist.HalfCauchy(5.0))
+        with pyro.plate("groups", 8):
+            theta = pyro.sample("theta", dist.Normal(1e3, tau))
+            pyro.sample("y", dist.Normal(theta, noise), obs=y)
+
+    read = simulate(model, bound(model, (torch.full((8,), 1e3),), {}), None, 64, 64, seed=0)
+    assert read.density.dtype == dtype
