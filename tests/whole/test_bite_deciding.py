@@ -320,11 +320,11 @@ BUGS = [
     (tempering._Walk, "move", "torch.rand_like(chance) < chance", "chance == chance", wandering),
     (tempering._Walk, "_force", "self.beta * slope", "-self.beta * slope", neck),
     # rounds
-    (acceptance, "nothing_to_gain", "gap < acceptable_gap(len(weighing.mean_shift))", "True", enough),
+    (acceptance, "nothing_to_gain", "gap < most", "True", enough),
     (rounds.Round, "enough", "self.training.converged", "True", enough),
     (acceptance, "nothing_to_gain", "weighing.k_hat < K_HAT_GOOD", "True", enough),
     (acceptance, "nothing_to_gain", "ratio > ESS_SHARE_GOOD", "True", enough),
-    (acceptance, "nothing_to_gain", "gap < small", "True", enough),
+    (acceptance, "nothing_to_gain", "gap < EVIDENCE_GAP_SMALL_SHARE * most", "True", enough),
     (acceptance, "acceptable_gap", "max(", "min(", enough),
     (acceptance, "shift_is_noise", "shift < seen", "True", unseen),
     (acceptance, "shift_is_noise", "float(weighing.sd_shift.max())", "0.0", unseen),
