@@ -142,7 +142,7 @@ def measure_peer(name: str, peer: str, sets: int, simulations: int, seconds: flo
         began = time.process_time()
         z = answer(one, DRAWS)
         times.append(time.process_time() - began)
-        draws = values(read.density.constrain(z), names)
+        draws = values(read.density.constrain(z.to(read.density.dtype)), names)
         ranks.append((draws < truth).double().mean(0))
         errors.append(largest_errors(moments(draws), reference))
     row = {"model": name, "method": peer, "data_sets": sets, "simulations": simulations, "version": version_of(peer)}
