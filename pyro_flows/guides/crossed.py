@@ -118,13 +118,14 @@ class Crossed:
     def _weight(self, site: Site, fresh: Mapping[str, Tensor]) -> Tensor | None:
         """Return how often the rows of a site count in each part; None if all parts have the same rows."""
         drawn = [frame for frame in vectorized(site) if frame.name in fresh]
+        if not drawn:
+            return None
         if len(drawn) > 1:
             names = [frame.name for frame in drawn]
             raise ValueError(f"site {site['name']!r}: expected at most one subsampled plate, got {names}")
-        for frame in drawn:
-            own = fresh[frame.name].reshape(-1, frame.size, *[1] * (-1 - frame.dim)).double()
-            return own * (frame.size / frame.full_size)
-        return None
+        (frame,) = drawn
+        own = fresh[frame.name].reshape(-1, frame.size, *[1] * (-1 - frame.dim)).double()
+        return own * (frame.size / frame.full_size)
 
     def split(self, u: Tensor) -> dict[str, Tensor]:
         """Return values (..., n) by site, each (..., *batch, *event)."""

@@ -20,6 +20,7 @@ from pyro_flows.starts.curvature import FULL_HESSIAN_UP_TO
 
 PROBES = 3  # pairs of points between which each coordinate is exchanged
 TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4}  # of the largest gradient
+LINE = 160  # points on each side of a coordinate
 VALUES = 12  # of a coordinate, at most, about which points are put
 REFINED = 400  # points that each round of refinement adds
 AGREE = 2e-3  # nats between the last two rounds, a coordinate
@@ -77,7 +78,7 @@ def marginals(density: LogDensity, center: Tensor, modes: Tensor, units: Tensor)
     to either side of those of modes (K, D).
     """
     height = density(center[None])[0]
-    offsets = torch.logspace(-3.0, 4.0, 160, dtype=torch.float64, device=center.device)
+    offsets = torch.logspace(-3.0, 4.0, LINE, dtype=torch.float64, device=center.device)
     line = torch.cat([-offsets.flip(0), offsets.new_zeros(1), offsets])
     values = center.double()[:, None] + units.double()[:, None] * line
     near = torch.linspace(-8.0, 8.0, 41, dtype=torch.float64, device=center.device)

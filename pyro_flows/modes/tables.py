@@ -12,6 +12,8 @@ from pyro_flows._cubic import between, smooth_slopes
 from pyro_flows.flows.flow import Flow
 from pyro_flows.flows.laplace_grid import of_grid
 
+POINTS = 4001  # at which the density is tabulated
+DF = 30.0  # degrees of freedom of the base of a flow, times a factor
 EMPTY = 60.0  # nats below the highest density: the mass there counts as zero
 OUTSIDE = 1e-4  # share of the mass that may lie beyond the ends of a flow's table
 
@@ -28,7 +30,7 @@ class Table:
 
     def density(self) -> tuple[Tensor, Tensor]:
         """Return values of the coordinate (G,), as many between any two places, and normalized log densities there."""
-        height, each = self.log_masses - self.log_masses.max(), 4001 // (len(self.places) - 1)  # points of a quadrature
+        height, each = self.log_masses - self.log_masses.max(), POINTS // (len(self.places) - 1)
         parts = self.places[:-1, None] + self.places.diff()[:, None] * torch.arange(each).to(self.places) / each
         grid = torch.cat([parts.flatten(), self.places[-1:]])
         slopes = smooth_slopes(self.places, height, limited=True)
@@ -72,7 +74,7 @@ def covariance_roots(table: Table) -> Tensor:
 
 @torch.no_grad()
 def flow_along(table: Table, *, lighter: float = 1.0) -> Flow:
-    """Return the flow of the grid, with a base of 30 degrees of freedom, times a factor that makes its tails lighter.
+    """Return the flow of the grid; a factor of the base's degrees of freedom makes its tails lighter.
 
     Raises:
         ValueError: for a marginal that is too narrow for a table, or has mass beyond it: no draw would come there, and
@@ -81,5 +83,5 @@ def flow_along(table: Table, *, lighter: float = 1.0) -> Flow:
     if not table.beyond() < OUTSIDE:
         raise ValueError("grid: expected a density that has fallen off at both ends.")
     places, height = table.density()
-    df = 30.0 * lighter
+    df = DF * lighter
     return of_grid(table.coordinate, (places, height), table.places, table.tops, covariance_roots(table), df=df)

@@ -26,9 +26,9 @@ from pyro_flows.verdict.deciding import resample
 
 DRAWS = 600  # of each flow
 OUTWARDS = INFLATED[:2]
-# paths from the guide's own draws, paths from draws that each factor moves away from their median, and doubtful places
-# that are tempered, of each data set; and data sets that are searched for exact symmetries, which belong to the model
-FEW = 2
+OWN = EACH = 2  # paths from the guide's own draws; from draws that each factor moves away from their median
+MEASURED = 2  # doubtful places of each data set, by tempering
+SEARCHED_FOR_SYMMETRIES = 2  # data sets: exact symmetries belong to the model
 
 
 def missed_together(stack: Stack, flows: Sequence[Flow], *, seed: int) -> list[Search]:
@@ -41,7 +41,7 @@ def missed_together(stack: Stack, flows: Sequence[Flow], *, seed: int) -> list[S
     usable = [one for one in drawn if one is not None]
     if not usable:
         return [Search() for _ in drawn]
-    symmetric = any(mirrored(one.guide, *one.few) for one in usable[:FEW])
+    symmetric = any(mirrored(one.guide, *one.few) for one in usable[:SEARCHED_FOR_SYMMETRIES])
     found: list[list[MissedRegion]] = [[] for _ in drawn]
     for search in (_climbed, _wandered):
         for one, missed in zip(usable, search(stack, usable, seed), strict=True):
@@ -81,7 +81,7 @@ def _climbed(stack: Stack, drawn: Sequence[_FlowDraws], seed: int) -> list[list[
     own = [paths.some(slice(place * count, (place + 1) * count)) for place in range(len(drawn))]
     found, doubts = [], []
     for one, part in zip(drawn, own, strict=True):
-        missed, doubtful = _weighed(one.guide, part, FEW, one.units, seed=derive(seed, f"weighed {one.number}"))
+        missed, doubtful = _weighed(one.guide, part, OWN, one.units, seed=derive(seed, f"weighed {one.number}"))
         found.append(missed)
         doubts.append([] if missed else doubtful)
     more = _tempered(stack, drawn, own, doubts, seed)
@@ -98,11 +98,11 @@ def _tempered(
     """Measure masses at the ends of doubtful paths, two of each data set at most, by tempering them all together."""
     asked, chosen, normals = [], [], []
     for place, (one, paths, doubtful) in enumerate(zip(drawn, own, doubts, strict=True)):
-        numbers, worth = worth_measuring(one.guide, paths, FEW, doubtful, one.units)
+        numbers, worth = worth_measuring(one.guide, paths, OWN, doubtful, one.units)
         if worth:
-            asked.append((place, worth[:FEW]))
+            asked.append((place, worth[:MEASURED]))
             chosen.append(one.number)
-            normals.append((numbers[: 1 + FEW] * (1 + FEW))[: 1 + FEW])  # as many for each
+            normals.append((numbers[: 1 + MEASURED] * (1 + MEASURED))[: 1 + MEASURED])  # as many for each
     found: list[list[MissedRegion]] = [[] for _ in drawn]
     if not asked:
         return found
@@ -110,7 +110,7 @@ def _tempered(
     best = Gaussians(*(torch.cat(part) for part in zip(*parts, strict=True)))
     walk = temper(stack.select(chosen), best, seed=derive(seed, "tempering"))
     for row, (place, worth) in enumerate(asked):
-        rows = slice(row * (1 + FEW), row * (1 + FEW) + 1 + len(worth))
+        rows = slice(row * (1 + MEASURED), row * (1 + MEASURED) + 1 + len(worth))
         mine = Tempered(*(part[rows] for part in walk))
         found[place] = modes_with_mass(drawn[place].guide, own[place].ends, worth, mine)
     return found
@@ -123,8 +123,8 @@ def _full(units: Tensor) -> Tensor:
 def _own_points(one: _FlowDraws) -> Tensor:
     """Draws of the guide, and draws moved outwards."""
     center = one.z.median(0).values
-    rows = torch.arange(FEW * (1 + len(OUTWARDS)), device=one.z.device) % len(one.z)
-    own, *far = one.z[rows].split(FEW)
+    rows = torch.arange(OWN + EACH * len(OUTWARDS), device=one.z.device) % len(one.z)
+    own, *far = one.z[rows].split([OWN, *[EACH] * len(OUTWARDS)])
     return torch.cat([own, *(center + factor * (part - center) for factor, part in zip(OUTWARDS, far, strict=True))])
 
 
@@ -146,7 +146,7 @@ def _wandered(stack: Stack, drawn: Sequence[_FlowDraws], seed: int) -> list[list
 
 def _search(one: _FlowDraws | None, missed: Sequence[MissedRegion], symmetric: bool) -> Search:
     """Return the result of the search, with the sentence on it."""
-    paths = FEW * len(OUTWARDS) + SEARCHES
+    paths = EACH * len(OUTWARDS) + SEARCHES
     notes = (f"many data sets were fitted side by side, and the search for missed modes had {paths} paths for each",)
     if one is None:
         return Search(notes=notes)
