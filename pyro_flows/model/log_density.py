@@ -136,7 +136,8 @@ class LogDensity(SiteValues):
 
         A sigmoid has no values between 1 - eps and 1, and torch cuts it there. A draw at the cut does not return to the
         same coordinate, and the density decays with the Jacobian alone. If it went on to decay at the rate before the
-        cut, the mass beyond would be as many times as large as that rate is smaller: draws there get this weight.
+        cut, the mass beyond would be as many times as large as that rate is smaller: draws there get this weight. The
+        rate is that half way to the cut, as rounding inside of the model comes before it.
         """
         limit = -math.log(torch.finfo(z.dtype).eps)
         far = (z.abs() > limit).any(1).nonzero()[:, 0]
@@ -154,7 +155,7 @@ class LogDensity(SiteValues):
             some = z[far]
             before, beyond = (
                 -some.sign() * self.unrecorded(torch.where(lost, moved, some))[1].double()
-                for moved in (some.clamp(1.0 - limit, limit - 1.0), some + some.sign())
+                for moved in (some.clamp(-0.5 * limit, 0.5 * limit), some + some.sign())
             )
             times = torch.where(lost, beyond / before.clamp_min(torch.finfo(z.dtype).eps), 1.0).nan_to_num(1.0)
             log_weights = z.new_zeros(len(z), dtype=torch.float64)

@@ -228,3 +228,13 @@ def test_many_coordinates_on_a_bound_are_named_and_a_draw_without_values_hides_n
     z = z + 0.1 * z.sign()
     z[3] = math.nan
     assert ["p onto a bound" in reason for reason in density.on_bounds(z)] == [True]
+
+
+def test_a_rate_before_a_bound_is_taken_where_the_model_has_digits():
+    """Powers next to 1 lose the digits of what is left to 1 before a sigmoid does, so computed rates are wrong."""
+    power, left = torch.tensor(0.3, dtype=torch.float64), torch.tensor(0.02, dtype=torch.float64)
+    density = pf.LogDensity(lambda: pyro.sample("p", dist.Kumaraswamy(power, left)))
+    torch.manual_seed(0)
+    z = -torch.rand(4000, 1, dtype=torch.float64).log() / left
+    z = torch.where(z < 36.0, z, 36.1 + torch.rand_like(z))[(z[:, 0] < 36.0) | (torch.arange(4000) % 50 == 0)]
+    assert ["p onto a bound" in reason for reason in density.on_bounds(z)] == [True]
