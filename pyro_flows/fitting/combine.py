@@ -127,8 +127,8 @@ def _look(state: FitState) -> None:
 def _complete(state: FitState) -> None:
     """Go on until the sampler misses no mode.
 
-    If missed modes are images under exact symmetries, flows are copied. Otherwise a mixture at all modes of a survey is
-    tried, and then runs are added.
+    If missed modes are images under exact symmetries, flows are copied, unless images are too many. Otherwise a mixture
+    at all modes of a survey is tried, and then runs are added.
     """
     plan = state.plan
     if _chains_suffice(state):
@@ -150,7 +150,10 @@ def _complete(state: FitState) -> None:
         else:
             chains_can = all(region.beside for region in missed) and plan.refine is not None  # so one run is enough
             most = 0 if state.multimodal is not None else 1 if chains_can else RUNS_ADDED
-            if state.added >= most or _too_many([*moves, *more]):
+            if _too_many([*moves, *more]):  # with some of the images, it would miss modes all the same
+                state.sampler, state.copies = state.plain, 1
+                return
+            if state.added >= most:
                 return
             accepted("run at a missed mode")
             _add_run(state, missed[0].start)

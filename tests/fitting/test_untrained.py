@@ -56,20 +56,6 @@ def attempted(model, loc, scale, **options):
 
 
 @pytest.mark.slow
-def test_a_bent_posterior_in_many_dimensions_is_sampled_and_not_trained():
-    posterior = pf.fit(bent, progress=False)
-    assert posterior.verdict.status == "refined", posterior.verdict
-    assert len(posterior.losses) == 0
-    assert any("no flow was trained" in (stage.get("why") or "") for stage in posterior.history)
-    assert not any("no search" in note for note in posterior.verdict.notes)
-    z = posterior.samples["z"]
-    assert float(z[:, 0].mean()) == pytest.approx(0.0, abs=0.12)
-    assert float(z[:, 1].mean()) == pytest.approx(0.5, abs=0.12)
-    assert float(z[:, 0].std()) == pytest.approx(1.0, rel=0.1)
-    assert float(z[:, 1].std()) == pytest.approx(math.sqrt(1.5), rel=0.1)
-
-
-@pytest.mark.slow
 def test_without_a_sampler_a_flow_is_trained(trained_in_short):
     assert len(trained_in_short.losses) > 0
 

@@ -136,28 +136,6 @@ def scales(dtype: torch.dtype) -> None:
     pyro.sample("scale", dist.HalfCauchy(torch.ones((), dtype=dtype)))
 
 
-@pytest.mark.parametrize(("model", "args"), [(hierarchy, (Y,)), (families, ()), (steps, (4,)), (funnel, ())])
-def test_centered_and_noncentered_differ_by_the_jacobian(model, args) -> None:
-    centered, other = LogDensity(model, args), LogDensity(model, args, noncentered=True)
-
-    def to_centered(row: Tensor) -> Tensor:
-        return centered.unconstrain(other.constrain(row[None]))[0]
-
-    step = 1e-6
-    for row in normal(3, other.dim, seed=2):
-        shifts = step * torch.eye(other.dim, dtype=torch.float64)
-        jacobian = torch.stack([(to_centered(row + h) - to_centered(row - h)) / (2 * step) for h in shifts], dim=1)
-        expected = centered(to_centered(row)[None]) + torch.linalg.slogdet(jacobian).logabsdet
-        assert torch.allclose(other(row[None]), expected, rtol=0.0, atol=1e-6)
-
-
-@pytest.mark.parametrize(("model", "args"), [(hierarchy, (Y,)), (families, ()), (steps, (4,))])
-def test_round_trip(model, args) -> None:
-    density = LogDensity(model, args, noncentered=True)
-    z = normal(7, density.dim, seed=4)
-    assert torch.allclose(density.unconstrain(density.constrain(z)), z, rtol=0.0, atol=1e-9)
-
-
 def test_some_sites_only() -> None:
     density = LogDensity(families, noncentered=["c"])
     assert density.structure.noncentered == {"c": None}
