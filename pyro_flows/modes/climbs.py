@@ -194,8 +194,9 @@ def _tempered(
     """
     if not worth:
         return []
-    walk = temper(guide.density, paths.best.some(chosen), seed=derive(seed, "tempering"))
-    return modes_with_mass(guide, paths.ends, worth, walk)
+    normals = paths.best.some(chosen)
+    walk = temper(guide.density, normals, seed=derive(seed, "tempering"))
+    return modes_with_mass(guide, paths.ends, worth, normals, walk)
 
 
 def _dispersed(guide: Guide, modes: Sequence[Start], z: Tensor, *, seed: int) -> Tensor:

@@ -23,7 +23,7 @@ from pyro_flows.modes.units import in_units
 from pyro_flows.starts.gaussians import Gaussians
 
 POINTS = 48  # for each normal
-TEMPERATURES = 40
+TEMPERATURES, SLOWLY = 40, 400
 LEAPS = 5
 WALKER_MOVES = 24
 
@@ -37,14 +37,16 @@ class Tempered(NamedTuple):
 
 
 @torch.no_grad()
-def temper(density: LogDensity | Stack, gaussians: Gaussians, *, seed: int) -> Tempered:
-    """Carry points from each of K normals to the density. Cost: 48 x 200 gradients for each."""
+def temper(
+    density: LogDensity | Stack, gaussians: Gaussians, *, seed: int, temperatures: int = TEMPERATURES
+) -> Tempered:  # fmt: skip
+    """Carry points from each of K normals to the density. Cost: 48 x 5 gradients for each and each temperature."""
     count, dim = gaussians.loc.shape
     with seeded(seed, density.device):
         noise = torch.randn(count, POINTS, dim, dtype=density.dtype, device=density.device)
         walk = _Walk(density, gaussians, noise)
-        for number in range(TEMPERATURES):
-            walk.heat((number + 1) / TEMPERATURES)
+        for number in range(temperatures):
+            walk.heat((number + 1) / temperatures)
     return Tempered(gaussians.map(walk.x)[0], walk.log_p, walk.log_weights)
 
 

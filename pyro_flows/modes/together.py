@@ -112,7 +112,7 @@ def _tempered(
     for row, (place, worth) in enumerate(asked):
         rows = slice(row * (1 + MEASURED), row * (1 + MEASURED) + 1 + len(worth))
         mine = Tempered(*(part[rows] for part in walk))
-        found[place] = modes_with_mass(drawn[place].guide, own[place].ends, worth, mine)
+        found[place] = modes_with_mass(drawn[place].guide, own[place].ends, worth, best.some(rows), mine)
     return found
 
 

@@ -12,10 +12,11 @@ from torch import Tensor
 
 from pyro_flows._seeding import derive
 from pyro_flows.modes.missed_regions import Guide, MissedRegion, is_resolved
-from pyro_flows.modes.tempering import Tempered, log_mean, move_walkers
+from pyro_flows.modes.tempering import SLOWLY, Tempered, log_mean, temper
 from pyro_flows.modes.tops import MODE_REACHES, NEGLIGIBLE_GAIN, NEWTON
 from pyro_flows.modes.units import in_units
 from pyro_flows.starts.curvature import inverse_roots, lower_triangular
+from pyro_flows.starts.gaussians import Gaussians
 from pyro_flows.starts.laplace import newton
 from pyro_flows.starts.pathfinder import Paths
 from pyro_flows.starts.start import Start
@@ -120,29 +121,42 @@ def _is_spike(guide: Guide, end: Tensor) -> bool:
     return thin and not is_resolved(guide.density, end)
 
 
-def modes_with_mass(guide: Guide, ends: Tensor, worth: Sequence[UnverifiedMode], walk: Tempered) -> list[MissedRegion]:
+def modes_with_mass(
+    guide: Guide, ends: Tensor, worth: Sequence[UnverifiedMode], normals: Gaussians, walk: Tempered
+) -> list[MissedRegion]:
     """Return the places with a good part of the mass, by tempering from the guide's own region, first, and there.
 
-    Where tempering falls far short of what the guide's own weights say, it has not come to rest. There, what counts as
-    thin may be no more than the guide's tails. So most points have to stay where it is thin as they move on as walkers.
+    Where tempering falls far short of what the guide's own weights say, points have not come to rest, and figures tell
+    nothing. Then the regions that seem to have mass, and the guide's own, are tempered ten times as slowly from their
+    ``normals``, one for each part of the ``walk``.
     """
-    density = guide.density
-    covered = min(float(log_mean(walk.log_weights[0])), guide.covered)
+    there = _heavy(guide, walk)
+    if there and guide.covered - float(log_mean(walk.log_weights[0])) > MASS_GAP_OF_TEMPERING:
+        worth = [worth[number] for number in there]
+        again = normals.some([0, *(1 + number for number in there)])
+        walk = temper(guide.density, again, seed=derive(worth[0].number, "slow tempering"), temperatures=SLOWLY)
+        there = _heavy(guide, walk)
     found = []
-    for path, reached, log_p, log_weights in zip(worth, *(part[1:] for part in walk), strict=True):
-        thin = guide.is_under_covered(reached, log_p)
-        log_weights = torch.where(thin, log_weights, -torch.inf)
-        if float(log_mean(log_weights)) - covered > math.log(MISSED_MASS_SHARE):
-            if guide.covered - covered > MASS_GAP_OF_TEMPERING:
-                seed = derive(path.number, "places")
-                moved = move_walkers(guide.density, reached[thin], path.start.sds, seed=seed)
-                if not float(guide.is_under_covered(*moved).double().mean()) > 0.5:
-                    continue
-            thin_end = bool(guide.is_under_covered(ends[path.number][None], density(ends[path.number][None]).detach()))
-            drawn = reached[int(log_weights.argmax())]
-            place = ends[path.number] if thin_end else drawn
-            found.append(MissedRegion(place, path.start, beside=path.beside or not thin_end, drawn=drawn))
+    for number in there:
+        path, end = worth[number], ends[worth[number].number]
+        thin_end = bool(guide.is_under_covered(end[None], guide.density(end[None]).detach()))
+        drawn = walk.ends[1 + number][int(_thin_weights(guide, walk, 1 + number).argmax())]
+        place = end if thin_end else drawn
+        found.append(MissedRegion(place, path.start, beside=path.beside or not thin_end, drawn=drawn))
     return found
+
+
+def _heavy(guide: Guide, walk: Tempered) -> list[int]:
+    """Return which parts of a walk, after the first, have a good part of the mass where the guide is thin."""
+    covered = min(float(log_mean(walk.log_weights[0])), guide.covered)
+    masses = [float(log_mean(_thin_weights(guide, walk, number))) for number in range(1, len(walk.ends))]
+    return [number for number, mass in enumerate(masses) if mass - covered > math.log(MISSED_MASS_SHARE)]
+
+
+def _thin_weights(guide: Guide, walk: Tempered, number: int) -> Tensor:
+    """Return the log weights (S,) of a part of a walk where the guide is thin, -inf elsewhere."""
+    thin = guide.is_under_covered(walk.ends[number], walk.log_p[number])
+    return torch.where(thin, walk.log_weights[number], -torch.inf)
 
 
 def distinct(places: Sequence[Tensor], units: Tensor, *, by: float | None = None) -> list[int]:

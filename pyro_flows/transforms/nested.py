@@ -153,14 +153,18 @@ class Nested(Bijection):
         """Return R (..., D - k, D - k), and the mean less b in its units (..., D - k)."""
         terms = Terms(*(getattr(self, name).double() for name in Terms._fields))
         found = terms.at(theta) @ self.coefficients.double()
-        size = len(self.rows)
-        lower = found.new_zeros(*found.shape[:-1], len(self.order), len(self.order))
-        lower[..., self.rows, self.columns] = found[..., :size]
+        size, many = len(self.rows), len(self.order)
+        lower = found.new_zeros(*found.shape[:-1], many * many)
+        lower.index_copy_(-1, self.rows * many + self.columns, found[..., :size])
+        lower = lower.unflatten(-1, (many, many))
+        identity = torch.eye(many, dtype=lower.dtype, device=lower.device)
         with torch.no_grad():
-            fault = torch.linalg.cholesky_ex(lower.nan_to_num(nan=-1.0, posinf=-1.0, neginf=-1.0))[1] != 0
-            fault = fault | ~torch.isfinite(found).all(-1)
-        identity = torch.eye(len(self.order), dtype=lower.dtype, device=lower.device)
-        root = torch.linalg.cholesky_ex(torch.where(fault[..., None, None], identity, lower))[0]
+            root, lost = torch.linalg.cholesky_ex(lower)
+            fault = (lost != 0) | ~torch.isfinite(found).all(-1)
+        if lower.requires_grad:  # a gradient of what has no root would be NaN at all points
+            root = torch.linalg.cholesky_ex(torch.where(fault[..., None, None], identity, lower))[0]
+        else:
+            root = torch.where(fault[..., None, None], identity, root)
         pull = torch.where(fault[..., None], 0.0, found[..., size:])
         return root, torch.linalg.solve_triangular(root, pull[..., None], upper=False)[..., 0]
 

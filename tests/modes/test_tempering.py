@@ -85,7 +85,7 @@ def test_only_the_mass_of_its_own_region_counts():
         (0.0, 0.0, -3.0, True),  # .05 of the mass; a fiftieth counts
         (0.0, 0.0, -5.0, False),
         (0.0, -9.0, -12.0, True),  # tempering falls short by the same in both regions
-        (0.0, -30.0, -20.0, True),  # it falls short of so much that points have to stay, as they do here
+        (0.0, -30.0, -20.0, True),  # it falls short of so much that it is made anew, which finds equal masses
         (-3.0, 0.0, -6.0, True),  # the guide's own figure is the lower one
     ],
 )
@@ -96,19 +96,42 @@ def test_a_place_is_compared_with_what_tempering_makes_of_the_guides_own_region(
     ends = real([0.0], [50.0])
     start = Start("mode", ends[1], torch.ones_like(ends[1]))
     walk = Tempered(ends[:, None], density(ends)[:, None], real([base], [there]))
-    found = modes_with_mass(guide, ends, [UnverifiedMode(1, 0.0, True, start)], walk)
+    normals = gaussians(ends.tolist(), 1.0)
+    found = modes_with_mass(guide, ends, [UnverifiedMode(1, 0.0, True, start)], normals, walk)
     assert bool(found) is counts
 
 
 @pytest.mark.parametrize(("short", "counts"), [(9.0, True), (30.0, False)])
 def test_points_that_have_not_come_to_rest_are_no_place(short, counts):
-    """They lie in a tail where the guide is too thin, and wander back into its middle."""
+    """They lie in a tail where the guide is too thin, and slow tempering carries them to its middle."""
     density = flat(lambda z: -0.5 * z.square().sum(-1), 2)
     guide = Guide(density, lambda z: -0.5 * (z / 0.7).square().sum(1) - math.log(2.0 * math.pi * 0.49), 0.0)
     ends = real([0.0, 0.0], [6.0, -3.0])
     start = Start("mode", ends[1], torch.ones_like(ends[1]))
     walk = Tempered(ends[:, None], density(ends)[:, None], real([-short], [5.0 - short]))
-    assert bool(modes_with_mass(guide, ends, [UnverifiedMode(1, 0.0, True, start)], walk)) is counts
+    found = modes_with_mass(guide, ends, [UnverifiedMode(1, 0.0, True, start)], gaussians(ends.tolist(), 1.0), walk)
+    assert bool(found) is counts
+
+
+def test_a_tail_of_a_scale_in_many_dimensions_is_no_place():
+    """Tempering fell 70 nats short of all masses, and a tail of mass e^-20 was told as a mode that is missed."""
+    dim = 60
+
+    def log_density(z):  # of the log of a scale, whose size shows in a few numbers only, and of others
+        return z[..., 0] - z[..., 0].exp() - 0.5 * (z[..., 1:] / 0.01).square().sum(-1)
+
+    covered = (dim - 1) * (0.5 * math.log(2.0 * math.pi) + math.log(0.01))
+    density = flat(log_density, dim)
+    guide = Guide(density, lambda z: log_density(z.clamp(-15.0)) - covered - 1e3 * (z[:, 0] < -15.0), covered)
+    ends = torch.zeros(2, dim, dtype=torch.float64)
+    ends[1, 0] = -25.0
+    units = torch.full((2, dim), 0.05, dtype=torch.float64)  # of poor normals, the guide's own the poorer one
+    units[1], units[:, 0] = 0.02, 1.0
+    normals = Gaussians.of(ends, units)
+    walk = temper(density, normals, seed=0)
+    assert covered - float(log_mean(walk.log_weights[0])) > 10.0
+    start = Start("mode", ends[1], torch.ones_like(ends[1]))
+    assert modes_with_mass(guide, ends, [UnverifiedMode(1, 0.0, True, start)], normals, walk) == []
 
 
 def test_weights_that_are_not_finite_weigh_nothing():
