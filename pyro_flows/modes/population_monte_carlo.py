@@ -7,7 +7,8 @@ where the weighted draws are, by a step of EM:
     \rho_{ik} = \frac{\alpha_k q_k(z_i)}{\sum_l \alpha_l q_l(z_i)},
 
 and so for covariances. Parts with few effective draws keep what they had. Where weights stay uneven, parts are added at
-the draws with the largest weights. No gradient is taken.
+the draws with the largest weights. One wide part always stays, so that weights in tails are bounded (Hesterberg 1995,
+"Weighted average importance sampling and defensive mixture distributions"). No gradient is taken.
 
 Reference: Cappé, Douc, Guillin, Marin and Robert 2008, "Adaptive importance sampling in general mixture classes" (arXiv
 0710.4242).
@@ -32,6 +33,7 @@ from pyro_flows.verdict.thresholds import ESS_SHARE_COLLAPSED, ESS_SHARE_GOOD, E
 
 GENERATIONS = 4  # between two additions of parts
 ADDITIONS, IN_VAIN = 6, 2  # at most; in a row without a gain, after which the fit ends
+WIDE_SHARE = 0.05  # weight of the wide part of a mixture, which is never moved: no tail is without draws
 MOST_PARTS = 64  # half of them at tempered draws: as many may be added
 
 
@@ -67,7 +69,19 @@ class Parts:
         weights = (1.0 - share) * self.log_weights.double().exp() + share / len(self)
         return Parts(self.loc, self.roots, weights.log().to(self.loc), self.df)
 
-    def __getitem__(self, kept: Tensor) -> Parts:
+    def with_wide(self) -> Parts:
+        """Return the mixture with one more part, the last: at its mean, with twice its scales."""
+        weights, roots = self.log_weights.double().exp(), self.roots.double()
+        mean = weights @ self.loc.double()
+        inner = (self.df / (self.df - 2.0)) ** 0.5 * roots.mT
+        rows = torch.cat([inner, (self.loc.double() - mean)[:, None]], 1) * weights.sqrt()[:, None, None]
+        upper = 2.0 * torch.linalg.qr(rows.flatten(0, 1)).R
+        root = upper.mT * upper.diagonal().sign()
+        loc, roots = torch.cat([self.loc.double(), mean[None]]), torch.cat([roots, root[None]])
+        log_weights = torch.cat([(1.0 - WIDE_SHARE) * weights, weights.new_tensor([WIDE_SHARE])]).log()
+        return Parts(loc.to(self.loc), roots.to(self.loc), log_weights.to(self.loc), self.df)
+
+    def __getitem__(self, kept: Tensor | slice) -> Parts:
         weights = torch.log_softmax(self.log_weights[kept], 0)
         return Parts(self.loc[kept], self.roots[kept], weights, self.df)
 
@@ -217,7 +231,7 @@ def _evolved(density: LogDensity, parts: Parts) -> Generation | None:
 
 def generation(density: LogDensity, parts: Parts) -> Generation | None:
     """Draw from a mixture, and weight the draws; None if no draw has any weight."""
-    parts = parts.even(0.1)  # so that no part is left without draws
+    parts = parts.even(0.1).with_wide()  # so that no part is left without draws
     z = parts.draw(min(max(LOOKED_AT_DRAWS, 200 * len(parts)), 4 * LOOKED_AT_DRAWS))
     log_parts = parts.log_prob(z)
     ratios = density(z).double() - torch.logsumexp(log_parts, 0)
@@ -230,6 +244,7 @@ def generation(density: LogDensity, parts: Parts) -> Generation | None:
 
 
 def _moved(now: Generation) -> Parts:
+    """Return all parts but the wide one where the weighted draws are."""
     parts, z = now.parts, now.z.double()
     shares = torch.softmax(now.log_parts, 0).nan_to_num(nan=0.0) * now.weights
     mass = shares.sum(1)
@@ -246,19 +261,20 @@ def _moved(now: Generation) -> Parts:
         root, fault = torch.linalg.cholesky_ex(torch.lerp(before[number], covariance, trust[number]))
         if int(fault) == 0 and bool(torch.isfinite(root).all()):
             roots[number] = root
-    moved = Parts(loc.to(now.z), roots.to(now.z), mass.clamp_min(1e-300).log().to(now.z), parts.df)
-    return moved[mass > 1e-5]  # parts with less weight are left out
+    moved = Parts(loc.to(now.z), roots.to(now.z), mass.clamp_min(1e-300).log().to(now.z), parts.df)[:-1]
+    return moved[mass[:-1] > 1e-5]  # parts with less weight are left out
 
 
 def _joined(now: Generation) -> Parts:
-    """Return the mixture with new parts at draws of large weight, a quarter as large as what these came from."""
-    many = min(max(2, len(now.parts)), MOST_PARTS - len(now.parts))
+    """Return all parts but the wide one, with new ones at draws of large weight, a quarter as large as theirs."""
+    parts = now.parts[:-1]
+    many = min(max(2, len(parts)), MOST_PARTS - len(parts))
     excess = (now.weights * len(now.weights) - 1.0).clamp_min(0.0) * now.weights
     if not bool(excess.sum() > 0.0):
-        return now.parts
+        return parts
     chosen = resample(torch.log(excess / excess.sum()), many, seed=0)
     of = now.log_parts[:, chosen].argmax(0)
-    weights = torch.cat([now.parts.log_weights, now.parts.log_weights.new_full((many,), math.log(0.5 / many))])
-    loc = torch.cat([now.parts.loc, now.z[chosen]])
-    roots = torch.cat([now.parts.roots, 0.25 ** (1.0 / now.z.shape[1]) * now.parts.roots[of]])
+    weights = torch.cat([parts.log_weights, parts.log_weights.new_full((many,), math.log(0.5 / many))])
+    loc = torch.cat([parts.loc, now.z[chosen]])
+    roots = torch.cat([parts.roots, 0.25 ** (1.0 / now.z.shape[1]) * now.parts.roots[of]])
     return Parts(loc, roots, torch.log_softmax(weights, 0), now.parts.df)
