@@ -18,8 +18,10 @@ from pyro_flows.calibration.wiring import Wiring
 from pyro_flows.density_estimation.standardizing import tails
 from pyro_flows.model.arguments import usable
 from pyro_flows.model.sites import Keywords, Model
+from pyro_flows.verdict.thresholds import TAIL_INDEX_FOURTH
+from pyro_flows.verdict.weighing import heavy_tails
 
-FAR_SHARE = 1e-3  # of the simulated values of a site; if as many are far away, its data count as heavy-tailed
+MEASURED = 50_000  # simulations that regression and tails are measured with
 
 
 def bound(model: Model, args: tuple[object, ...], kwargs: Keywords) -> Case:
@@ -132,8 +134,8 @@ class Scale(torch.nn.Module):
     """Rows of data (N, n) on a common scale: :math:`u = (y - m) / s`, and asinh(u) of what has heavy tails.
 
     m is the median of simulated values and s their median absolute deviation, of each entry, or, of ``exchangeable``
-    rows, of all entries of a site. Heavy-tailed is a site of which a thousandth of the values is ten s away. ``sites``
-    are the numbers of columns of each.
+    rows, of all entries of a site. Heavy-tailed is a site with values ten s away and without a fourth moment, by the
+    tail index of its values. ``sites`` are the numbers of columns of each.
     """
 
     loc: Tensor
@@ -158,9 +160,13 @@ class Scale(torch.nn.Module):
 
 def _measured(part: Tensor, exchangeable: int) -> tuple[Tensor, Tensor, Tensor]:
     """Return place, scale and whether the tails are heavy, for each column (N, m) of a site."""
-    loc, scale, far = tails(part.reshape(len(part) * exchangeable, -1))
-    heavy = (far.mean() > FAR_SHARE).expand(part.shape[1])
-    return loc.repeat(exchangeable), scale.repeat(exchangeable), heavy
+    values = part.reshape(len(part) * exchangeable, -1)
+    loc, scale, far = tails(values)
+    heavy = (far > 0.0).any()
+    if heavy:  # or there is no tail to speak of
+        units = (values[:MEASURED] - loc) / scale
+        heavy = heavy_tails(units.reshape(-1, 1), index=TAIL_INDEX_FOURTH)[0]
+    return loc.repeat(exchangeable), scale.repeat(exchangeable), heavy.expand(part.shape[1])
 
 
 def ess_share(log_weights: Tensor) -> float:

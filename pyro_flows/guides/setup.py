@@ -24,7 +24,7 @@ from pyro_flows.flows.flow import Flow
 from pyro_flows.flows.mixture import FlowMixture
 from pyro_flows.flows.recipe import FlowLike, affine_of, begin_at, latent_recipe, start_at
 from pyro_flows.guides.store import Named, Whole, copy_stored, in_svi, param_statement, place, was_loaded
-from pyro_flows.model.log_density import LogDensity
+from pyro_flows.model.log_density import PartialLogDensity
 from pyro_flows.model.precision import LostDigits
 from pyro_flows.model.reading import read_structure
 from pyro_flows.model.sites import Keywords, Latent, Model, Noncentered, Positional, Structure, messages
@@ -335,7 +335,7 @@ def best_start(
     """
     try:
         with poutine.block():
-            density = LogDensity(model, args, kwargs, noncentered=noncentered)
+            density = PartialLogDensity(model, args, kwargs, noncentered=noncentered)
             try:
                 start = portfolio(density, seed=0)[0]
             except LostDigits:

@@ -249,6 +249,16 @@ def test_data_of_heavy_tails_come_by_asinh():
     assert torch.isfinite(Scale(counts, [2], exchangeable=1)(counts)).all()
 
 
+def test_few_values_that_are_far_out_make_a_heavy_tail():
+    """A Student t with unknown degrees of freedom: most simulated sets are as of a normal, and few values are huge."""
+    df = torch.distributions.Gamma(2.0, 0.05).sample((20_000, 1))
+    rows = torch.distributions.StudentT(df).sample((4,)).double()[..., 0].mT
+    scale = Scale(rows, [4], exchangeable=1)
+    assert float((rows.abs() > 15.0).double().mean()) < 1e-3
+    assert float(rows.abs().max()) > 1e6
+    assert float(scale(rows).abs().max()) < 50.0
+
+
 def iid(y):
     mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
     with pyro.plate("row", len(y)):

@@ -229,6 +229,35 @@ def test_a_start_overflows_nothing():
     assert ours < Trace_ELBO(num_particles=200).loss(counts, theirs, y) - 100.0
 
 
+def level(y, rows):
+    mu = pyro.sample("mu", dist.Normal(real(0.0), 10.0))
+    with pyro.plate("rows", len(y), subsample=rows):
+        pyro.sample("y", dist.Normal(mu, 1.0), obs=y[rows])
+
+
+def test_rows_that_the_caller_gives_are_inputs_of_the_graph():
+    """A fifth of the rows counts five times: the guide starts at their mean, with the precision of all."""
+    y, (few, others) = 3.0 + normal(60, seed=4), torch.arange(60).split([12, 48])
+    guide = pf.AutoRealNVP(level, layers=2).initialize(y, few)
+    assert float(guide.affine.loc) == pytest.approx(float(y[few].mean()), abs=0.05)
+    assert float(guide.affine.scale_tril) == pytest.approx(60.01**-0.5, rel=0.1)
+    svi, loss = svi_of(level, guide)
+    svi.step(y, few)
+    assert loss.reason is None
+    (recorded,) = loss._kept[guide]._steps.values()
+    x = normal(16, 1, seed=1)
+    for rows in (few, others[:12]):
+
+        def repeated(y, rows=rows):
+            level(y[rows].repeat(5), torch.arange(60))
+
+        expected = eager_step(guide._flow, pf.LogDensity(repeated, (y,)), recorded.parameters, x)
+        for one, other in zip(recorded(x, [y, rows]), expected, strict=True):
+            assert torch.allclose(one, other, rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match="subsampled"):
+        pf.LogDensity(level, (y, few))
+
+
 def test_a_model_that_subsamples_starts_at_the_prior():
     def model(y):
         mu = pyro.sample("mu", dist.Normal(real(0.0), 10.0))
