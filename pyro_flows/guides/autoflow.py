@@ -63,7 +63,10 @@ class AutoFlow(LatentGuide):
             base.
         init_loc_fn: Pyro init function for m, in the place of ``init``.
         init_scale: L at the start, times the identity, in the place of ``init``.
-        noncentered: sites that get non-centered coordinates, see :class:`LogDensity`.
+        noncentered: sites that get non-centered coordinates, see :class:`LogDensity`. ``"auto"``: those that
+            :func:`fit` chooses, by the data of the first run, in a second or two; with ``init="auto"`` only. Draws
+            then run the model. Pickles hold the choice, a state does not: give ``guide.structure.noncentered`` to a
+            guide that loads the state.
         cautious: train the flow by small steps (:meth:`Flow.slow`), which one draw a step and minibatches need. With
             ``"auto"``, :class:`PathELBO` learns how long steps are, and other losses take small ones. True: small ones
             with any loss; False: as long as the optimizer makes them.

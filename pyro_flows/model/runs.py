@@ -87,8 +87,8 @@ class Runs:
             if self.takes_a_part and plate in read and not draws_rows(read[plate]):
                 continue
             raise Subsampled(
-                f"plate {plate!r}: subsampled, so the log density is not that of all rows. Give it all rows, or use fit, "
-                "or train an AutoHierarchicalFlow with Pyro's own SVI."
+                f"plate {plate!r}: subsampled, so the log density is not that of all rows. Give it all rows, or use "
+                "fit, or train an AutoHierarchicalFlow with Pyro's own SVI."
             )
         return self._as_read
 

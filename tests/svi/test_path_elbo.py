@@ -221,6 +221,33 @@ def test_a_guide_starts_where_a_fit_does():
     assert float(given.affine.scale_tril.diagonal().min()) == 1.0
 
 
+def groups(y):
+    """Means of groups, written centered: the scale of five of them may be next to zero."""
+    scale = pyro.sample("scale", dist.HalfNormal(real(1.0)))
+    with pyro.plate("groups", len(y)):
+        mean = pyro.sample("mean", dist.Normal(0.0, scale))
+        pyro.sample("y", dist.Normal(mean, 1.0), obs=y)
+
+
+def test_a_guide_takes_the_coordinates_of_a_fit_if_asked():
+    """There, the posterior of five means and their scale has no funnel."""
+    y = 0.3 * normal(5, seed=3)
+    found = {}
+    for noncentered in ((), "auto"):
+        guide = pf.AutoRealNVP(groups, layers=2, noncentered=noncentered).initialize(y)
+        found[noncentered] = pf.PathELBO(num_particles=4000).loss(groups, guide, y)
+        assert set(guide.structure.noncentered) == set(noncentered and ["mean"])
+    assert found["auto"] < found[()] - 0.3
+    svi, loss = svi_of(groups, guide)
+    svi.step(y)
+    assert loss.reason is None
+    assert guide.sample_posterior(3)["mean"].shape == (3, 5)
+    at_prior = pf.AutoRealNVP(groups, layers=2, noncentered="auto", init="prior").initialize(y)
+    assert not at_prior.structure.noncentered
+    with pytest.raises(ValueError, match="noncentered: expected one of 'auto', got 'mean'"):
+        pf.AutoRealNVP(groups, noncentered="mean")
+
+
 def test_a_start_overflows_nothing():
     y = torch.poisson(torch.exp(3.0 + normal(60, seed=2)), generator=torch.Generator().manual_seed(0))
     guide, theirs = pf.AutoRealNVP(counts, layers=2), AutoNormal(counts)
