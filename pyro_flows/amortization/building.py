@@ -50,7 +50,7 @@ def simulate(model: Model, case: Case, data: Names, count: int | None, more: int
     density = LogDensity(model, case.args, case.kwargs, noncentered=True)
     check_model(density, "prior")
     wiring = wire(density, case, data)
-    form = Form.of(wiring, density.structure.observed)
+    form = Form.of(wiring, density.structure)
     if count is None:
         count = max(SIMULATIONS_LEAST, min(SIMULATIONS, NUMBERS // sum(form.sizes)))
     drawn = density.prior(count + more, seed=derive(seed, "simulations"))

@@ -343,6 +343,23 @@ def test_missing_values_stay_where_they_are():
         amortized(torch.zeros(4))
 
 
+def test_values_that_are_masked_out_do_not_count():
+    """In simulations they depend on the latents, and the flow must not learn from them."""
+
+    def few(y, seen):
+        mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+        with pyro.plate("row", 6), pyro.poutine.mask(mask=seen):
+            pyro.sample("y", dist.Normal(mu, 1.0), obs=y)
+
+    seen = torch.tensor([True, True, False, False, False, False])
+    read = simulate(few, bound(few, (torch.zeros(6), seen), {}), None, 100, 0, seed=0)
+    assert read.form.sizes == [2]
+    amortized = pf.amortize(few, torch.zeros(6), seen, simulations=2000, max_epochs=8, progress=False)
+    posterior = amortized(torch.tensor([1.0, 2.0, 50.0, 50.0, 50.0, 50.0]), seen)
+    assert float(posterior.samples["mu"].mean()) == pytest.approx(1.0, abs=0.1)
+    assert not any("outside" in reason for reason in posterior.verdict.reasons)
+
+
 def factored(y):
     mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
     pyro.sample("y", dist.Normal(mu, 1.0), obs=y)
