@@ -72,6 +72,7 @@ class _Splines(dist.TransformModule):
 
 GUIDES: dict[str, Callable[[Any], Any]] = {
     "ours": pf.AutoRealNVP,
+    "coordinates": functools.partial(pf.AutoRealNVP, noncentered="auto"),
     "ours_trace": pf.AutoRealNVP,
     "plates": pf.AutoHierarchicalFlow,
     "normal": autoguide.AutoNormal,
@@ -81,7 +82,8 @@ GUIDES: dict[str, Callable[[Any], Any]] = {
     "affine_autoregressive": _affine_autoregressive,
     "splines": lambda model: autoguide.AutoNormalizingFlow(model, _Splines),
 }
-OURS = ("ours", "ours_trace", "plates")
+BY_PATHS = ("ours", "coordinates")  # trained with PathELBO
+OURS = (*BY_PATHS, "ours_trace", "plates")
 
 
 @dataclass(frozen=True)
@@ -108,7 +110,7 @@ class Task:
 
 def loss_of(guide: str) -> Any:
     """Return the loss that a guide is trained with."""
-    if guide == "ours":
+    if guide in BY_PATHS:
         return pf.PathELBO(num_particles=PARTICLES)
     return Trace_ELBO(num_particles=PARTICLES, vectorize_particles=True)
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from pyro_flows._fallbacks import fallback
 from pyro_flows._seeding import derive, seeded
-from pyro_flows.amortization.form import Form, Scale
+from pyro_flows.amortization.form import MEASURED, Form, Scale
 from pyro_flows.amortization.networks import BASE, FLOW, Conditional, Pooled, Shaped, perceptron
 from pyro_flows.calibration.cases import Case
 from pyro_flows.calibration.simulating import check_model
@@ -30,7 +30,6 @@ SIMULATIONS, SIMULATIONS_LEAST = 200_000, 10_000  # by default: as many as make 
 NUMBERS = 10**8
 STACKED = 8  # data sets that tell which arguments are inputs of the recorded graph
 SET = 16  # rows, from which on exchangeable ones are pooled
-MEASURED = 50_000  # simulations that the regression is made with
 COMPARED = 8  # points at which rows are exchanged
 LOST_SHARE = 0.05  # of the simulations that may have parameters or data that are not finite
 DIGITS = 64  # draws, each with the data simulated from it, at which precisions are compared
@@ -51,7 +50,7 @@ def simulate(model: Model, case: Case, data: Names, count: int | None, more: int
     density = LogDensity(model, case.args, case.kwargs, noncentered=True)
     check_model(density, "prior")
     wiring = wire(density, case, data)
-    form = Form.of(wiring, density.structure.observed)
+    form = Form.of(wiring, density.structure)
     if count is None:
         count = max(SIMULATIONS_LEAST, min(SIMULATIONS, NUMBERS // sum(form.sizes)))
     drawn = density.prior(count + more, seed=derive(seed, "simulations"))

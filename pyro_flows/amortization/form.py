@@ -17,9 +17,11 @@ from pyro_flows.calibration.cases import Case
 from pyro_flows.calibration.wiring import Wiring
 from pyro_flows.density_estimation.standardizing import tails
 from pyro_flows.model.arguments import usable
-from pyro_flows.model.sites import Keywords, Model
+from pyro_flows.model.sites import Keywords, Model, Site, Structure, messages
+from pyro_flows.verdict.thresholds import TAIL_INDEX_FOURTH
+from pyro_flows.verdict.weighing import heavy_tails
 
-FAR_SHARE = 1e-3  # of the simulated values of a site; if as many are far away, its data count as heavy-tailed
+MEASURED = 50_000  # simulations that regression and tails are measured with
 
 
 def bound(model: Model, args: tuple[object, ...], kwargs: Keywords) -> Case:
@@ -38,13 +40,17 @@ class Form:
     """The arguments of a model, of which the data may change, and nothing else."""
 
     wiring: Wiring  # which argument holds which observed site
-    keep: dict[str, Tensor]  # the entries of each observed site that are not missing (NaN)
+    missing: dict[str, Tensor]  # the entries of each observed site that are missing (NaN)
+    keep: dict[str, Tensor]  # those that count: neither missing nor masked out
 
     @classmethod
-    def of(cls, wiring: Wiring, observed: Mapping[str, Tensor]) -> Form:
-        """Return the form of data sets like this one, whose sites have these values."""
-        found = cls(wiring, dict(observed))._placed(tree_flatten((wiring.case.args, wiring.case.kwargs))[0])
-        return cls(wiring, {name: ~value.isnan() for name, value in found.items()})
+    def of(cls, wiring: Wiring, structure: Structure) -> Form:
+        """Return the form of data sets like this one, which the model was read with."""
+        whole = cls(wiring, structure.observed, {})
+        found = whole._placed(tree_flatten((wiring.case.args, wiring.case.kwargs))[0])
+        missing = {name: value.isnan() for name, value in found.items()}
+        counts = {name: _counts(messages(structure.trace)[name]) for name in missing}
+        return cls(wiring, missing, {name: counts[name] & ~missing[name] for name in missing})
 
     def read(self, case: Case) -> dict[str, Tensor]:
         """Return the values of the observed sites of a data set."""
@@ -66,7 +72,7 @@ class Form:
                 )
         found = self._placed(leaves)
         for name, value in found.items():
-            if not torch.equal(value.isnan(), ~self.keep[name]):
+            if not torch.equal(value.isnan(), self.missing[name]):
                 raise ValueError(f"site {name!r}: expected missing values (NaN) where amortize was given them.")
             if bool(value.isinf().any()):
                 raise ValueError(f"site {name!r}: expected finite data, got inf. The flow takes numbers only: use fit.")
@@ -77,11 +83,11 @@ class Form:
         found = {}
         for place in self.wiring.places:
             value = leaves[place.leaf] if place.part is None else torch.as_strided(leaves[place.leaf], *place.part)
-            found[place.site] = value.reshape(self.keep[place.site].shape)
+            found[place.site] = value.reshape(self.missing[place.site].shape)
         return found
 
     def rows(self, values: Mapping[str, Tensor]) -> Tensor:
-        """Return the entries that are not missing of K data sets ``{site: (K, *shape)}`` as rows (K, n)."""
+        """Return the entries that count of K data sets ``{site: (K, *shape)}`` as rows (K, n)."""
         return torch.cat([values[name][:, keep].double() for name, keep in self.keep.items()], 1)
 
     @property
@@ -97,6 +103,15 @@ class Form:
                 return f"{name}[{', '.join(map(str, places[number].tolist()))}]" if keep.dim() else name
             number -= len(places)
         raise IndexError(number)
+
+
+def _counts(site: Site) -> Tensor:
+    """Return which entries of an observed site its mask does not leave out."""
+    value, axes = site["value"], site["fn"].event_dim
+    mask = torch.as_tensor(True if site["mask"] is None else site["mask"], device=value.device)
+    mask = mask.reshape(mask.shape + (1,) * axes)
+    whole = mask.expand(torch.broadcast_shapes(mask.shape, value.shape))
+    return whole.int().sum_to_size(value.shape) > 0  # one value may be seen in several places
 
 
 def _like(leaf: object, first: Tensor, number: int) -> Tensor:
@@ -132,8 +147,8 @@ class Scale(torch.nn.Module):
     """Rows of data (N, n) on a common scale: :math:`u = (y - m) / s`, and asinh(u) of what has heavy tails.
 
     m is the median of simulated values and s their median absolute deviation, of each entry, or, of ``exchangeable``
-    rows, of all entries of a site. Heavy-tailed is a site of which a thousandth of the values is ten s away. ``sites``
-    are the numbers of columns of each.
+    rows, of all entries of a site. Heavy-tailed is a site with values ten s away and without a fourth moment, by the
+    tail index of its values. ``sites`` are the numbers of columns of each.
     """
 
     loc: Tensor
@@ -158,9 +173,13 @@ class Scale(torch.nn.Module):
 
 def _measured(part: Tensor, exchangeable: int) -> tuple[Tensor, Tensor, Tensor]:
     """Return place, scale and whether the tails are heavy, for each column (N, m) of a site."""
-    loc, scale, far = tails(part.reshape(len(part) * exchangeable, -1))
-    heavy = (far.mean() > FAR_SHARE).expand(part.shape[1])
-    return loc.repeat(exchangeable), scale.repeat(exchangeable), heavy
+    values = part.reshape(len(part) * exchangeable, -1)
+    loc, scale, far = tails(values)
+    heavy = (far > 0.0).any()
+    if heavy:  # or there is no tail to speak of
+        units = (values[:MEASURED] - loc) / scale
+        heavy = heavy_tails(units.reshape(-1, 1), index=TAIL_INDEX_FOURTH)[0]
+    return loc.repeat(exchangeable), scale.repeat(exchangeable), heavy.expand(part.shape[1])
 
 
 def ess_share(log_weights: Tensor) -> float:

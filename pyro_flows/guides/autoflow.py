@@ -58,11 +58,15 @@ class AutoFlow(LatentGuide):
         init: ``"auto"``: m and L come from the best of the initial Gaussians of :func:`fit`, which takes some hundred
             gradients, a second or so, when the guide is first run; ``"prior"``: m is the prior median, which works for
             improper priors, and L the identity. The second is taken too where the log density is random or unknown, as
-            in a model that subsamples, and in a part of an ``AutoGuideList``, which sees a part of the model. With
-            ``affine="none"`` the flow starts at its base.
+            in a model that draws a subsample, and in a part of an ``AutoGuideList``, which sees a part of the model.
+            Rows that the arguments give (``subsample=``) count for all. With ``affine="none"`` the flow starts at its
+            base.
         init_loc_fn: Pyro init function for m, in the place of ``init``.
         init_scale: L at the start, times the identity, in the place of ``init``.
-        noncentered: sites that get non-centered coordinates, see :class:`LogDensity`.
+        noncentered: sites that get non-centered coordinates, see :class:`LogDensity`. ``"auto"``: those that
+            :func:`fit` chooses, by the data of the first run, in a second or two; with ``init="auto"`` only. Draws
+            then run the model. Pickles hold the choice, a state does not: give ``guide.structure.noncentered`` to a
+            guide that loads the state.
         cautious: train the flow by small steps (:meth:`Flow.slow`), which one draw a step and minibatches need. With
             ``"auto"``, :class:`PathELBO` learns how long steps are, and other losses take small ones. True: small ones
             with any loss; False: as long as the optimizer makes them.

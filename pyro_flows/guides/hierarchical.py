@@ -311,7 +311,8 @@ class AutoHierarchicalFlow(AutoMessenger):  # type: ignore[metaclass]
             fallback("the guide starts at the prior", error)
             return
         if found is None and not (self.subsampled or self._own):
-            found = best_start(self.model, args, kwargs, among=self._latents)
+            begun = best_start(self.model, args, kwargs, among=self._latents)
+            found = None if begun is None else (begun.loc, begun.scale)
         if found is None:
             return
         begin_at(top._single, *(part.to(top._like) for part in found))

@@ -6,7 +6,7 @@ import copy
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import pyro
 import torch
@@ -24,12 +24,14 @@ from pyro_flows.flows.flow import Flow
 from pyro_flows.flows.mixture import FlowMixture
 from pyro_flows.flows.recipe import FlowLike, affine_of, begin_at, latent_recipe, start_at
 from pyro_flows.guides.store import Named, Whole, copy_stored, in_svi, param_statement, place, was_loaded
-from pyro_flows.model.log_density import LogDensity
+from pyro_flows.model.log_density import LogDensity, PartialLogDensity
 from pyro_flows.model.precision import LostDigits
 from pyro_flows.model.reading import read_structure
 from pyro_flows.model.sites import Keywords, Latent, Model, Noncentered, Positional, Structure, messages
 from pyro_flows.model.start import initial_value
+from pyro_flows.starts.coordinates import choose_coordinates
 from pyro_flows.starts.portfolio import portfolio
+from pyro_flows.starts.start import Start
 from pyro_flows.transforms import DiagonalAffine, LowerTriangularAffine
 from pyro_flows.transforms.networks import give_gains
 
@@ -54,7 +56,7 @@ class LatentGuide(AutoContinuous):
         init: str = "auto",
         init_loc_fn: Callable[..., Any] | None = None,
         init_scale: float | None = None,
-        noncentered: Noncentered = (),
+        noncentered: Noncentered | str = (),
         cautious: bool | str = AUTO,
         create_plates: Callable[..., object] | None = None,
         **options: Any,
@@ -71,7 +73,8 @@ class LatentGuide(AutoContinuous):
         self._init = PRIOR if own else init
         self._init_loc_fn = initial_value if init_loc_fn is None else init_loc_fn
         self._init_scale = 1.0 if init_scale is None else _checks.positive("init_scale", init_scale)
-        self._noncentered = noncentered
+        by_name = isinstance(noncentered, str)
+        self._noncentered = _checks.choice("noncentered", noncentered, (AUTO,)) if by_name else noncentered
         self._cautious = cautious if isinstance(cautious, bool) else _checks.choice("cautious", cautious, (AUTO,))
         self._whole: Whole | None = None  # the parameters as one vector, while PathELBO trains them
         self._paced = False  # whether PathELBO has set the unit of steps
@@ -92,8 +95,14 @@ class LatentGuide(AutoContinuous):
         return self
 
     def _setup_prototype(self, *args: object, **kwargs: object) -> None:
-        structure = read_structure(self.model, args, kwargs, self._init_loc_fn).noncenter(self._noncentered)
+        structure = read_structure(self.model, args, kwargs, self._init_loc_fn)
         self._arguments = (args, kwargs)
+        start = None
+        if self._init == AUTO and self._recipe.around and self.master is None:  # else data may be hidden
+            start = best_start(self.model, args, kwargs, among=structure.latents, noncentered=self._noncentered)
+        if self._noncentered == AUTO:
+            self._noncentered = () if start is None else start.noncentered
+        structure = structure.noncenter(self._noncentered)
         self._set_structure(structure)
         if self.master is not None:
             self.master()._check_prototype(self.prototype_trace)
@@ -104,14 +113,11 @@ class LatentGuide(AutoContinuous):
         if self._cautious == AUTO:
             give_gains(built)
         self.flow = built.to(like)
-        start = None
-        if self._init == AUTO and self.affine is not None and self.master is None:  # else data may be hidden
-            start = best_start(self.model, args, kwargs, among=structure.latents, noncentered=self._noncentered)
         if start is None:
             loc = self._init_loc().to(like)
             self.start_at(loc, self._init_scale * torch.ones_like(loc))
         else:
-            begin_at(self._single, *(part.to(like) for part in start))
+            begin_at(self._single, start.loc.to(like), start.scale.to(like))
 
     def _init_loc(self) -> Tensor:
         """The prototype run's values, unconstrained (D,), without entries that are masked out."""
@@ -326,27 +332,44 @@ class LatentGuide(AutoContinuous):
         return new
 
 
+class Begun(NamedTuple):
+    """Where a guide starts: location (D,), scale, (D, D) triangular or (D,), and the sites' coordinates."""
+
+    loc: Tensor
+    scale: Tensor
+    noncentered: Noncentered
+
+
 def best_start(
-    model: Model, args: Positional, kwargs: Keywords, *, among: Sequence[Latent], noncentered: Noncentered = ()
-) -> tuple[Tensor, Tensor] | None:
-    """Return location (D,) and scale, (D, D) triangular or (D,), of some latents in the best of the starts of a fit.
+    model: Model, args: Positional, kwargs: Keywords, *, among: Sequence[Latent], noncentered: Noncentered | str = ()
+) -> Begun | None:
+    """Return some latents in the best of the starts of a fit, in the coordinates of a fit if these are ``"auto"``.
 
     It is None where the model's density is not known, as with subsampling.
     """
+
+    def found(density: LogDensity) -> tuple[LogDensity, Start]:
+        extra = []
+        if noncentered == AUTO and density.structure.hierarchical:
+            density, learned, _ = choose_coordinates(density, seed=0)
+            extra = [] if learned is None else [learned]
+        return density, portfolio(density, seed=0, extra=extra)[0]
+
     try:
         with poutine.block():
-            density = LogDensity(model, args, kwargs, noncentered=noncentered)
+            given = () if isinstance(noncentered, str) else noncentered
+            density: LogDensity = PartialLogDensity(model, args, kwargs, noncentered=given)
             try:
-                start = portfolio(density, seed=0)[0]
+                density, start = found(density)
             except LostDigits:
-                start = portfolio(density.in_double(), seed=0)[0]
+                density, start = found(density.in_double())
     except Exception as error:  # a model's own code may raise anything
         passed_over("the guide starts at the prior", error)
         return None
     places = {latent.name: range(latent.offset, latent.offset + latent.size) for latent in density.structure.latents}
     chosen = [place for latent in among for place in places[latent.name]]
     loc, scale = (part[chosen].to(density.dtype) for part in (start.loc, start.scale))
-    if scale.dim() == 1 or chosen == [*range(density.dim)]:
-        return loc, scale
-    rows = scale.double()  # of a triangle; what is left of it is none
-    return loc, torch.linalg.cholesky(rows @ rows.mT)
+    if scale.dim() == 2 and chosen != [*range(density.dim)]:
+        rows = scale.double()  # of a triangle; what is left of it is none
+        scale = torch.linalg.cholesky(rows @ rows.mT)
+    return Begun(loc, scale, density.structure.noncentered)

@@ -372,3 +372,12 @@ class LogDensity(SiteValues):
             self._run(row, enumerate_sites=True)
             return True
         return False
+
+
+class PartialLogDensity(LogDensity):
+    """The log density by those rows of a plate that the arguments give (``subsample=``), scaled up to all rows.
+
+    A step of SVI takes it. No posterior is made of it, since it is as certain as if all rows had been seen.
+    """
+
+    takes_a_part = True

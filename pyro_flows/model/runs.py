@@ -44,6 +44,7 @@ from pyro_flows.model.sites import (
     Positional,
     Structure,
     check_latents,
+    draws_rows,
     messages,
 )
 from pyro_flows.model.work import Work
@@ -56,6 +57,8 @@ logger = logging.getLogger("pyro_flows")
 
 class Runs:
     """A model with its arguments and its structure, run at points; see :class:`~pyro_flows.LogDensity`."""
+
+    takes_a_part = False  # whether the arguments may give a part of the rows of a plate (subsample=)
 
     def __init__(
         self, model: Model, args: Positional = (), kwargs: Keywords | None = None, *, noncentered: Noncentered = ()
@@ -79,11 +82,13 @@ class Runs:
         self.model, self._parameters = hold(model, self._as_read.trace)
         if double:
             self.model, self._double = doubled(self.model), True
-        if self._as_read.subsampled:
-            plate = self._as_read.subsampled[0]
+        read = messages(self._as_read.trace)
+        for plate in self._as_read.subsampled:
+            if self.takes_a_part and plate in read and not draws_rows(read[plate]):
+                continue
             raise Subsampled(
-                f"plate {plate!r}: subsampled, so the log density is random. Give it its full size, or use fit, or "
-                "train an AutoHierarchicalFlow with Pyro's own SVI."
+                f"plate {plate!r}: subsampled, so the log density is not that of all rows. Give it all rows, or use "
+                "fit, or train an AutoHierarchicalFlow with Pyro's own SVI."
             )
         return self._as_read
 

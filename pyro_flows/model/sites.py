@@ -247,6 +247,11 @@ def is_subsample(site: Site) -> bool:
     return site_is_subsample(cast(Message, site))
 
 
+def draws_rows(subsample: Site) -> bool:
+    """Whether the model draws the rows of a plate, and is not given them."""
+    return cast(Any, subsample["fn"]).subsample_size is not None
+
+
 def is_data(site: Site) -> bool:
     """Whether a sample site holds data: neither a factor nor a deterministic value nor a subsample."""
     return (

@@ -19,7 +19,7 @@ from pyro_flows.flows.flow import Flow
 from pyro_flows.guides.autoflow import AutoFlow
 from pyro_flows.guides.setup import AUTO
 from pyro_flows.guides.store import in_svi
-from pyro_flows.model.log_density import LogDensity
+from pyro_flows.model.log_density import LogDensity, PartialLogDensity
 from pyro_flows.objectives import BasePoints
 from pyro_flows.svi.pace import Pace
 from pyro_flows.svi.recorded import Arguments, RecordedStep, eager_step
@@ -39,8 +39,9 @@ class PathELBO(ELBO):
 
     The term that is left out has mean zero, and noise that does not go away as q comes close to the posterior. A step
     is recorded once as a graph of tensor operations, with the tensors among the model's arguments as inputs, so that
-    minibatches go through it. A draw whose gradient is five times as long as the median one is shortened, and a draw
-    that is not finite is left out. A step whose gradient is not finite adds none.
+    minibatches go through it, also those of which the arguments give the rows (``subsample=``). A draw whose gradient
+    is five times as long as the median one is shortened, and a draw that is not finite is left out. A step whose
+    gradient is not finite adds none.
 
     Unless the guide has a ``cautious`` of its own, the loss learns how far steps move the flow (:class:`Pace`): the
     optimizer's learning rate has next to no effect, and steps become short near the optimum.
@@ -160,7 +161,7 @@ class _Kept:
             raise TypeError("the guide is a mixture of flows")
         self.guide = weakref.ref(guide)
         self.flow, self.noncentered = guide._flow, guide._noncentered
-        self.density = LogDensity(model, args, kwargs, noncentered=self.noncentered)
+        self.density: LogDensity = PartialLogDensity(model, args, kwargs, noncentered=self.noncentered)
         if self.density.parameters():
             raise ValueError("the model has parameters of its own")
         if not self.density.batched:
@@ -208,7 +209,7 @@ class _Kept:
         """Return the density with these data, which is read anew where they are others."""
         known, (args, kwargs) = self._arguments, arguments.with_tensors(arguments.tensors)
         if known.key != arguments.key:
-            self.density = LogDensity(self.model, args, kwargs, noncentered=self.noncentered)
+            self.density = PartialLogDensity(self.model, args, kwargs, noncentered=self.noncentered)
         elif not all(map(operator.is_, known.tensors, arguments.tensors)):
             self.density = self.density.beside(args, kwargs)
         if self.density.dim != self.flow.dim:

@@ -249,6 +249,16 @@ def test_data_of_heavy_tails_come_by_asinh():
     assert torch.isfinite(Scale(counts, [2], exchangeable=1)(counts)).all()
 
 
+def test_few_values_that_are_far_out_make_a_heavy_tail():
+    """A Student t with unknown degrees of freedom: most simulated sets are as of a normal, and few values are huge."""
+    df = torch.distributions.Gamma(2.0, 0.05).sample((20_000, 1))
+    rows = torch.distributions.StudentT(df).sample((4,)).double()[..., 0].mT
+    scale = Scale(rows, [4], exchangeable=1)
+    assert float((rows.abs() > 15.0).double().mean()) < 1e-3
+    assert float(rows.abs().max()) > 1e6
+    assert float(scale(rows).abs().max()) < 50.0
+
+
 def iid(y):
     mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
     with pyro.plate("row", len(y)):
@@ -331,6 +341,23 @@ def test_missing_values_stay_where_they_are():
     assert float(posterior.samples["mu"].std()) == pytest.approx(0.5, abs=0.05)
     with pytest.raises(ValueError, match="expected missing values"):
         amortized(torch.zeros(4))
+
+
+def test_values_that_are_masked_out_do_not_count():
+    """In simulations they depend on the latents, and the flow must not learn from them."""
+
+    def few(y, seen):
+        mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+        with pyro.plate("row", 6), pyro.poutine.mask(mask=seen):
+            pyro.sample("y", dist.Normal(mu, 1.0), obs=y)
+
+    seen = torch.tensor([True, True, False, False, False, False])
+    read = simulate(few, bound(few, (torch.zeros(6), seen), {}), None, 100, 0, seed=0)
+    assert read.form.sizes == [2]
+    amortized = pf.amortize(few, torch.zeros(6), seen, simulations=2000, max_epochs=8, progress=False)
+    posterior = amortized(torch.tensor([1.0, 2.0, 50.0, 50.0, 50.0, 50.0]), seen)
+    assert float(posterior.samples["mu"].mean()) == pytest.approx(1.0, abs=0.1)
+    assert not any("outside" in reason for reason in posterior.verdict.reasons)
 
 
 def factored(y):

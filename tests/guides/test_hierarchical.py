@@ -335,7 +335,7 @@ def test_without_latents_in_plates_it_starts_as_a_flow_does():
 
 def test_parts_of_a_start_are_those_of_the_sites():
     y = data(6)
-    loc, scale = best_start(normal_rows, (y,), {}, among=read_structure(normal_rows, (y,), {}).latents)
+    loc, scale, _ = best_start(normal_rows, (y,), {}, among=read_structure(normal_rows, (y,), {}).latents)
     tau = [latent for latent in read_structure(normal_rows, (y,), {}).latents if latent.name == "tau"]
     alone = best_start(normal_rows, (y,), {}, among=tau)
     assert torch.allclose(alone[0], loc[tau[0].offset])

@@ -221,12 +221,68 @@ def test_a_guide_starts_where_a_fit_does():
     assert float(given.affine.scale_tril.diagonal().min()) == 1.0
 
 
+def groups(y):
+    """Means of groups, written centered: the scale of five of them may be next to zero."""
+    scale = pyro.sample("scale", dist.HalfNormal(real(1.0)))
+    with pyro.plate("groups", len(y)):
+        mean = pyro.sample("mean", dist.Normal(0.0, scale))
+        pyro.sample("y", dist.Normal(mean, 1.0), obs=y)
+
+
+def test_a_guide_takes_the_coordinates_of_a_fit_if_asked():
+    """There, the posterior of five means and their scale has no funnel."""
+    y = 0.3 * normal(5, seed=3)
+    found = {}
+    for noncentered in ((), "auto"):
+        guide = pf.AutoRealNVP(groups, layers=2, noncentered=noncentered).initialize(y)
+        found[noncentered] = pf.PathELBO(num_particles=4000).loss(groups, guide, y)
+        assert set(guide.structure.noncentered) == set(noncentered and ["mean"])
+    assert found["auto"] < found[()] - 0.3
+    svi, loss = svi_of(groups, guide)
+    svi.step(y)
+    assert loss.reason is None
+    assert guide.sample_posterior(3)["mean"].shape == (3, 5)
+    at_prior = pf.AutoRealNVP(groups, layers=2, noncentered="auto", init="prior").initialize(y)
+    assert not at_prior.structure.noncentered
+    with pytest.raises(ValueError, match="noncentered: expected one of 'auto', got 'mean'"):
+        pf.AutoRealNVP(groups, noncentered="mean")
+
+
 def test_a_start_overflows_nothing():
     y = torch.poisson(torch.exp(3.0 + normal(60, seed=2)), generator=torch.Generator().manual_seed(0))
     guide, theirs = pf.AutoRealNVP(counts, layers=2), AutoNormal(counts)
     ours = pf.PathELBO(num_particles=200).loss(counts, guide, y)
     theirs(y)
     assert ours < Trace_ELBO(num_particles=200).loss(counts, theirs, y) - 100.0
+
+
+def level(y, rows):
+    mu = pyro.sample("mu", dist.Normal(real(0.0), 10.0))
+    with pyro.plate("rows", len(y), subsample=rows):
+        pyro.sample("y", dist.Normal(mu, 1.0), obs=y[rows])
+
+
+def test_rows_that_the_caller_gives_are_inputs_of_the_graph():
+    """A fifth of the rows counts five times: the guide starts at their mean, with the precision of all."""
+    y, (few, others) = 3.0 + normal(60, seed=4), torch.arange(60).split([12, 48])
+    guide = pf.AutoRealNVP(level, layers=2).initialize(y, few)
+    assert float(guide.affine.loc) == pytest.approx(float(y[few].mean()), abs=0.05)
+    assert float(guide.affine.scale_tril) == pytest.approx(60.01**-0.5, rel=0.1)
+    svi, loss = svi_of(level, guide)
+    svi.step(y, few)
+    assert loss.reason is None
+    (recorded,) = loss._kept[guide]._steps.values()
+    x = normal(16, 1, seed=1)
+    for rows in (few, others[:12]):
+
+        def repeated(y, rows=rows):
+            level(y[rows].repeat(5), torch.arange(60))
+
+        expected = eager_step(guide._flow, pf.LogDensity(repeated, (y,)), recorded.parameters, x)
+        for one, other in zip(recorded(x, [y, rows]), expected, strict=True):
+            assert torch.allclose(one, other, rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match="subsampled"):
+        pf.LogDensity(level, (y, few))
 
 
 def test_a_model_that_subsamples_starts_at_the_prior():
