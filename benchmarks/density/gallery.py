@@ -3,7 +3,8 @@
     python -m benchmarks.density --only mnist photos --methods pyro_flows --seeds 0 --fits fits
     python -m benchmarks.density --only emoji --methods pyro_flows --seeds 0 --seconds 600 --fits fits
     python -m benchmarks.density --only "mnist images" --methods pyro_flows --seeds 0 --seconds 2400 --fits fits
-    python -m benchmarks.density.recognition --only "noise, wide dense" "noise, wide dense, given the digit" --fits fits
+    python -m benchmarks.density.recognition --only "noise, wide dense" "noise, wide dense, given the digit" \
+        "noise, wide dense, 100 clusters" --fits fits
     python -m benchmarks.density.gallery --fits fits --out docs/images
 
 A picture whose fit or data are absent is left out with a sentence.
@@ -31,7 +32,11 @@ from pyro_flows import plots
 SHAPES = {"mnist": (28, 28), "fashion-mnist": (28, 28)}
 CORNERS = {"mnist images": (0, 1, 2, 4), "emoji": (0, 1, 2, 3), "photos": (0, 1, 2, 3)}  # test images of the walks
 LONGER = {("mnist images", "multiscale"): 2400.0, ("emoji", "multiscale"): 600.0}
-NOISY = {"noise": "noise, wide dense", "given": "noise, wide dense, given the digit"}  # of the recognition benchmark
+NOISY = {
+    "noise": "noise, wide dense",
+    "clusters": "noise, wide dense, 100 clusters",
+    "given": "noise, wide dense, given the digit",
+}  # of the recognition benchmark
 Drawn = dict[str, Callable[[], Figure]]
 
 
@@ -46,9 +51,10 @@ def points(problem: str, part: str, seed: int = 0) -> Tensor:
     return (values.float() + 0.5) / 256.0
 
 
-def samples(fit: pf.DensityFit, problem: str, count: int = 64) -> Figure:
-    """Draws of the flow, denoised if it is of noisy images; given the digits in turn if it is conditional."""
-    return plots.plot_images(recognition.pictures(fit, count), SHAPES.get(problem))
+def samples(fit: pf.DensityFit, problem: str, clusters: int = 0, count: int = 64) -> Figure:
+    """Draws of the flow, denoised if it is of noisy images; given the digits in turn, or clusters by their shares."""
+    kinds = recognition.clustered(PROBLEMS[problem].make(0), clusters, 0) if clusters else None
+    return plots.plot_images(recognition.pictures(fit, count, clusters=kinds), SHAPES.get(problem))
 
 
 def neighbors(fit: pf.DensityFit, problem: str) -> Figure:
@@ -120,8 +126,9 @@ def drawings(fits: Path) -> Drawn:
     found["nice-inpainting"] = of(nice, "mnist", inpainting)
     found["nice-walk"] = of(nice, "mnist", walk, (0, 1, 2, 4))
     for short, variant in NOISY.items():
-        fit = recognition.folder(variant, 0, recognition.VARIANTS[variant].seconds)
-        found[f"mnist-{short}-samples"] = of(fit, "mnist images", samples)
+        own = recognition.VARIANTS[variant]
+        fit = recognition.folder(variant, 0, own.seconds)
+        found[f"mnist-{short}-samples"] = of(fit, "mnist images", samples, own.clusters)
     for problem, corners in CORNERS.items():
         short = problem.removesuffix(" images")
         for kind in ("multiscale", "glow"):

@@ -6,7 +6,9 @@ A classifier names an image if one digit has a probability of .9. A plain one, t
 is none. So there is a strict one too: it also knows a class of images that are stitched of quarters of four digits, and
 names none of these. Both see training images with shifts and noise, so that they judge shapes. Samples of a flow that
 was trained with noise are denoised. Those of a flow given the digit are as many of each digit, and its nats are those
-of an image given its digit. A fit that is in the folder is not trained again.
+of an image given its digit. With clusters, k-means parts the training images without their labels, and the flow is
+given the cluster: a mixture of flows that share weights. A sample's cluster is drawn by its share, so nothing is given.
+Nats are then a lower bound, log p(x, k) <= log p(x). A fit that is in the folder is not trained again.
 """
 
 from __future__ import annotations
@@ -14,14 +16,16 @@ from __future__ import annotations
 import argparse
 import math
 import os
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from sklearn.cluster import KMeans
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, pad
+from torch.nn.functional import cross_entropy, one_hot, pad
 
 import pyro_flows as pf
 from benchmarks import records
@@ -47,7 +51,7 @@ FIELDS = (*KEY, "noise", "steps", "nats", "named", "strict", "accuracy", "strict
 class Variant:
     """Options of :func:`pyro_flows.multiscale_realnvp`, the noise, and how long it is trained, in CPU seconds.
 
-    ``given`` says that images are conditional on their digit.
+    ``given`` says that images are conditional on their digit, ``clusters`` on one of so many clusters.
     """
 
     noise: float | None
@@ -55,11 +59,12 @@ class Variant:
     learning_rate: float = 3e-3
     seconds: float = 80.0
     given: bool = False
+    clusters: int = 0
 
     def flow(self) -> pf.Flow:
         """Return it, new; without noise it ends in a logit, as in the density benchmark."""
         options = {"levels": 2, "layers": 3, "hidden": (48, 48), "base": "normal", **self.options}
-        options["context_dim"] = KNOWN if self.given else 0
+        options["context_dim"] = KNOWN if self.given else self.clusters
         return pf.multiscale_realnvp(SHAPE, alpha=0.05 if self.noise is None else None, **options)
 
 
@@ -70,6 +75,7 @@ VARIANTS = {
     "noise": Variant(0.1),
     "noise, wide dense": Variant(0.1, WIDE, 2e-3, 2400.0),
     "noise, wide dense, given the digit": Variant(0.1, WIDE, 2e-3, 2400.0, given=True),
+    **{f"noise, wide dense, {count} clusters": Variant(0.1, WIDE, 2e-3, 2400.0, clusters=count) for count in (30, 100)},
     "noise, dense, three levels": Variant(0.1, {**DENSE, "levels": 3}),
 }
 
@@ -144,13 +150,22 @@ def folder(name: str, seed: int, seconds: float) -> str:
     return f"{name}-{seed}-{seconds:g}".replace(", ", "-").replace(" ", "-")
 
 
-def about_digits(labels: Tensor) -> Tensor:
-    """Return the context of digits (N,), a column for each (N, 10)."""
-    return torch.nn.functional.one_hot(labels.long(), KNOWN).float()
+def clustered(split: Split, count: int, seed: int) -> Split:
+    """Return the cluster of each image, by k-means of the training images."""
+    parts = [part.flatten(1).float().numpy() for part in (split.train, split.validation, split.test)]
+    found = KMeans(count, random_state=seed).fit(parts[0])
+    return Split(*(torch.from_numpy(found.predict(part)) for part in parts))
 
 
-def fitted(name: str, split: Split, labels: Split, seconds: float, seed: int, fits: Path | None) -> pf.DensityFit:
-    """Train a variant, or load it from the folder."""
+def columns(kinds: Tensor, width: int) -> Tensor:
+    """Return the context of kinds (N,), a column for each (N, width)."""
+    return one_hot(kinds.long(), width).float()
+
+
+def fitted(
+    name: str, split: Split, kinds: Split | None, seconds: float, seed: int, fits: Path | None, spent: float = 0.0
+) -> pf.DensityFit:
+    """Train a variant, given the kind of each image (a digit or a cluster), or load it from the folder."""
     kept = None if fits is None else fits / folder(name, seed, seconds)
     if kept is not None and kept.exists():
         return pf.DensityFit.load(kept)
@@ -158,22 +173,26 @@ def fitted(name: str, split: Split, labels: Split, seconds: float, seed: int, fi
     torch.manual_seed(seed)
     flow, first = variant.flow(), spread(split.train[:500], LEVELS)
     context, held_out = None, split.validation[:2000]
-    if variant.given:
-        context, held_out = about_digits(labels.train), (held_out, about_digits(labels.validation[:2000]))
+    if kinds is not None:
+        context = columns(kinds.train, flow.context_dim)
+        held_out = (held_out, columns(kinds.validation[:2000], flow.context_dim))
     about_first = None if context is None else context[:500]
     flow.bijection.start_from(first + (variant.noise or 0.0) * torch.randn_like(first), about_first)
     fit = pf.fit_density(
         flow, split.train, context=context, validation=held_out, levels=LEVELS, noise=variant.noise, batch=BATCH,
-        learning_rate=variant.learning_rate, max_seconds=seconds, clock="cpu", seed=seed, progress=False,
+        learning_rate=variant.learning_rate, max_seconds=seconds - spent, clock="cpu", seed=seed, progress=False,
     )  # fmt: skip
     if kept is not None:
         fit.save(kept)
     return fit
 
 
-def pictures(fit: pf.DensityFit, count: int, temperature: float = 1.0) -> Tensor:
-    """Return samples, denoised if the fit has noise; given the digits in turn if it is conditional."""
-    context = about_digits(torch.arange(count) % KNOWN) if fit.flow.context_dim else None
+def pictures(fit: pf.DensityFit, count: int, temperature: float = 1.0, clusters: Split | None = None) -> Tensor:
+    """Return samples, denoised if the fit has noise; each given a cluster drawn by its share, or a digit in turn."""
+    kinds, width = torch.arange(count) % KNOWN, fit.flow.context_dim
+    if clusters is not None:
+        kinds = clusters.train[torch.randint(len(clusters.train), (count,), generator=torch.Generator().manual_seed(0))]
+    context = columns(kinds, width) if width else None
     drawn = fit.sample(count, context, temperature=temperature, seed=0)
     return fit.denoise(drawn, context) if fit.noise else drawn
 
@@ -207,11 +226,16 @@ def measure(names: Sequence[str], seconds: float | None, seed: int, fits: Path |
     torch.manual_seed(seed)
     yield row(GAUSSIAN, gaussian(split.train, 2000))
     for name in names:
-        budget = VARIANTS[name].seconds if seconds is None else seconds
-        fit = fitted(name, split, labels, budget, seed, fits)
-        nats = fit.nats(split.test[:2000], about_digits(test[:2000]) if VARIANTS[name].given else None)
+        budget, started = VARIANTS[name].seconds if seconds is None else seconds, time.process_time()
+        clusters = clustered(split, VARIANTS[name].clusters, seed) if VARIANTS[name].clusters else None
+        kinds = labels if VARIANTS[name].given else clusters
+        fit = fitted(name, split, kinds, budget, seed, fits, time.process_time() - started)
+        nats = fit.nats(split.test[:2000], None if kinds is None else columns(kinds.test[:2000], fit.flow.context_dim))
+        if clusters is not None:
+            shares = clusters.train.bincount() / len(clusters.train)
+            nats += float(shares.log()[clusters.test[:2000]].mean())
         for temperature in TEMPERATURES:
-            drawn = pictures(fit, DRAWS, temperature)
+            drawn = pictures(fit, DRAWS, temperature, clusters)
             more = {"budget": f"{budget:g}", "temperature": temperature, "noise": fit.noise or ""}
             yield row(name, drawn, **more, steps=fit.settings["steps"], nats=f"{nats:.2f}")
 

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import conv2d, linear
+from torch.nn.functional import conv2d, linear, unfold
 
 from pyro_flows._tensors import broadcast
 
@@ -236,12 +236,29 @@ class Convolution(Network):
 
     def forward(self, kept: Tensor | None, context: Tensor | None) -> Tensor:
         assert kept is not None
+        first, *others = self.layers
+        assert isinstance(first, nn.Conv2d)
+        kernel = first.kernel() if isinstance(first, NormedConv2d) else first.weight
+        batch, channels = kept.shape[:-3], kept.shape[-3]
+        x = kept.reshape(math.prod(batch), *kept.shape[-3:])
+        out = conv2d(x, kernel[:, :channels], first.bias, padding=1)
         if context is not None:
-            batch = broadcast(kept.shape[:-3], context.shape[:-1])
-            constant = context[..., None, None].expand(*batch, -1, *kept.shape[-2:])
-            kept = torch.cat([kept.expand(*batch, -1, -1, -1), constant], dim=-3)
-        out = self._paced(self.layers(kept.reshape(math.prod(kept.shape[:-3]), *kept.shape[-3:])))
-        return out.reshape(*kept.shape[:-3], *out.shape[1:])
+            out = out.reshape(*batch, *out.shape[1:]) + of_constants(context, kernel[:, channels:], kept.shape[-2:])
+            batch = out.shape[:-3]
+            out = out.reshape(math.prod(batch), *out.shape[-3:])
+        for layer in others:
+            out = layer(out)
+        return self._paced(out).reshape(*batch, *out.shape[1:])
+
+
+def of_constants(values: Tensor, kernel: Tensor, sides: Sequence[int]) -> Tensor:
+    """Return the convolution (..., O, H, W) of channels that are constant, (..., C), by 3 x 3 filters (O, C, 3, 3).
+
+    A pixel has the sum of the taps that lie in the image, so that channels cost the same in images of any size.
+    """
+    taps = torch.tensordot(values, kernel, ([-1], [1])).flatten(-2)
+    inside = unfold(kernel.new_ones(1, 1, *sides), 3, padding=1)[0]
+    return (taps @ inside).unflatten(-1, tuple(sides))
 
 
 class RobustConvolution(Robust, Convolution):
@@ -293,9 +310,12 @@ class NormedConv2d(nn.Conv2d):
         super().__init__(wide, narrow, 3, padding="same")
         self.length = nn.Parameter(self.weight.detach().flatten(1).norm(dim=1)[:, None, None, None])
 
+    def kernel(self) -> Tensor:
+        """Return the filters."""
+        return self.length * self.weight / self.weight.flatten(1).norm(dim=1)[:, None, None, None]
+
     def forward(self, x: Tensor) -> Tensor:
-        size = self.weight.flatten(1).norm(dim=1)[:, None, None, None]
-        return conv2d(x, self.length * self.weight / size, self.bias, padding="same")
+        return conv2d(x, self.kernel(), self.bias, padding="same")
 
 
 class Dense(Robust):

@@ -61,6 +61,8 @@ def test_an_autoencoder_is_trained_and_judged(monkeypatch):
     assert row["error"] == ""
     assert -250.0 < float(row["elbo"]) <= float(row["bound"]) < -90.0
     plain = {**row, "variant": autoencoders.PLAIN, "bound": str(float(row["bound"]) - 1.5)}
-    text = autoencoders.section([row, plain])
-    assert "| Real-NVP, K = 40 |" in text
-    assert "| 1.50 (1.50) |" in text
+    longer = [{**one, "epochs": "3", "bound": str(2.0 * float(one["bound"]))} for one in (row, plain)]
+    text = autoencoders.section([row, plain, *longer])
+    assert text.count("| 1.50 (1.50) |") == text.count("| 3.00 (3.00) |") == 1
+    assert "| Real-NVP, K = 40 | 1 |" in text
+    assert "| Real-NVP, K = 40 | 3 |" in text

@@ -66,6 +66,18 @@ def test_convolutions_see_the_neighborhood_and_the_context():
         assert torch.autograd.grad(pixel, context, retain_graph=True)[0].abs().min() > 0.0
 
 
+@pytest.mark.parametrize("kind", [Convolution, RobustConvolution, ResidualConvolution])
+@pytest.mark.parametrize(("batch", "about"), [((5,), (5,)), ((), ()), ((2, 5), (5,)), ((5,), (2, 5)), ((), (3,))])
+def test_a_context_of_convolutions_is_a_constant_channel(kind, batch, about):
+    network = built(lambda: kind(2, 3, 4, (6, 6), "relu"), dtype=torch.float64, sd=0.3, seed=0)
+    kept, context = normal(*batch, 2, 4, 7, seed=1), normal(*about, 3, seed=2)
+    shape = torch.broadcast_shapes(batch, about)
+    seen = kept.asinh() if kind is RobustConvolution else kept
+    both = [seen.expand(*shape, 2, 4, 7), context[..., None, None].expand(*shape, 3, 4, 7)]
+    expected = network.layers(torch.cat(both, -3).reshape(-1, 5, 4, 7)).reshape(*shape, 4, 4, 7)
+    close(network(kept, context), expected, 1e-12)
+
+
 def test_a_robust_network_sees_far_values_by_their_logarithm():
     network = built(lambda: Robust(2, 3, 4, (6,), "relu"), dtype=torch.float64, sd=0.3, seed=0)
     kept, context = torch.tensor([[1e4, -0.5]], dtype=torch.float64), 1e4 * torch.ones(1, 3, dtype=torch.float64)
