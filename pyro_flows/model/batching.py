@@ -11,6 +11,7 @@ from typing import TypeVar, cast
 
 import pyro
 import torch
+from pyro.ops import special
 from pyro.poutine import runtime
 from pyro.poutine.block_messenger import BlockMessenger
 from torch import Tensor
@@ -32,13 +33,35 @@ BESIDE = (
 )
 
 
+class _SafeLog:
+    """What stands for Pyro's function of this name, a logarithm whose slope is at most 1 / eps.
+
+    Pyro's, in hidden Markov models and coalescents, is an ``autograd.Function`` that the transforms of ``torch.func``
+    refuse.
+    """
+
+    @staticmethod
+    def apply(x: Tensor) -> Tensor:
+        least = torch.finfo(x.dtype).eps
+        straight = x.detach().log() + (x - x.detach()) / least
+        return torch.where(x > least, x.clamp(min=least).log(), straight)
+
+
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Switch validation off for a while: it branches on values, which neither vmap nor recording can do."""
+    """Switch validation off for a while: it branches on values, which neither vmap nor recording can do.
+
+    Nor can they call Pyro's own logarithm: see :class:`_SafeLog`.
+    """
     with turn(), pyro.validation_enabled(False), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="There is a performance drop because")  # vmap, in Pyro's samplers
         warnings.filterwarnings("ignore", message="Singular sample detected")  # torch's Wishart, which draws again
-        yield
+        before = special._SafeLog
+        vars(special)["_SafeLog"] = _SafeLog
+        try:
+            yield
+        finally:
+            vars(special)["_SafeLog"] = before
 
 
 def batch(function: Function) -> Function:

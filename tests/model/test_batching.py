@@ -96,3 +96,31 @@ def test_no_row_at_all():
     assert found.shape == (3,)
     assert wide.shape == (3, 2)
     assert torch.isnan(wide).all()
+
+
+def chain(y: Tensor) -> None:
+    """A hidden Markov chain with two states; its probabilities are summed by Pyro."""
+    stay = pyro.sample("stay", dist.Beta(real(8.0), 2.0).expand([2]).to_event(1))
+    loc = pyro.sample("loc", dist.Normal(real(0.0, 3.0), 1.0).to_event(1))
+    logits = torch.stack([torch.stack([stay[0], 1 - stay[0]]), torch.stack([1 - stay[1], stay[1]])]).log()
+    pyro.sample("y", dist.DiscreteHMM(torch.zeros(2).to(y), logits, dist.Normal(loc, 1.0)), obs=y)
+
+
+def test_hidden_markov_chains_run_in_batches():
+    """Pyro's own logarithm with a bounded slope cannot be mapped: such a model ran draw by draw."""
+    y = real(0.3, -0.5, 0.1, 2.8, 3.3, 3.1)
+    density = pf.LogDensity(chain, (y,))
+    assert density.batched
+    z = normal(20, density.dim, seed=3)
+    stay, loc = torch.sigmoid(z[:, :2]), z[:, 2:]
+    at = torch.log(torch.full((20, 2), 0.5).double())
+    for value in y:  # by the forward algorithm; Pyro's chain makes a step before the first value
+        step = torch.stack(
+            [torch.stack([stay[:, 0], 1 - stay[:, 0]], 1), torch.stack([1 - stay[:, 1], stay[:, 1]], 1)], 1
+        )
+        at = torch.logsumexp(at[:, :, None] + step.log(), 1) + dist.Normal(loc, 1.0).log_prob(value)
+    prior = dist.Beta(real(8.0), 2.0).log_prob(stay).sum(1) + (stay * (1 - stay)).log().sum(1)
+    prior = prior + dist.Normal(real(0.0, 3.0), 1.0).log_prob(loc).sum(1)
+    torch.testing.assert_close(density(z), prior + torch.logsumexp(at, 1))
+    single = torch.stack([density.value_and_grad(row[None])[1][0] for row in z])
+    torch.testing.assert_close(density.value_and_grad(z)[1], single)
