@@ -69,6 +69,26 @@ def test_a_fit_given_the_digit_draws_that_digit(monkeypatch):
     assert float((nearest == torch.arange(200) % 10).double().mean()) > 0.9
 
 
+@pytest.mark.slow
+def test_a_fit_given_clusters_draws_all_of_them_by_their_shares(monkeypatch):
+    pytest.importorskip("sklearn")
+    images, digits = blobs(3000)
+    often = torch.where(digits < 2, 0, digits)  # a third of the images have the same square
+    images = torch.stack([images[int((digits == digit).nonzero()[0])] for digit in often])
+    split = Split(images[:2500], images[2500:2700], images[2700:])
+    clusters = recognition.clustered(split, 9, seed=0)
+    pairs = set(zip(clusters.train.tolist(), often[:2500].tolist(), strict=True))
+    assert len(pairs) == 9
+    small = {"hidden": (16,), "layers": 1, "dense": (64,)}
+    monkeypatch.setitem(recognition.VARIANTS, "clusters", recognition.Variant(0.3, small, clusters=9))
+    fit = recognition.fitted("clusters", split, clusters, 20.0, 0, None)
+    drawn = recognition.pictures(fit, 600, clusters=clusters).flatten(1)
+    means = torch.stack([images[often == digit][0].flatten().float() / 255.0 for digit in (0, *range(2, 10))])
+    nearest = torch.cdist(drawn, means).argmin(1)
+    shares = torch.stack([(often[:2500] == digit).double().mean() for digit in (0, *range(2, 10))])
+    assert (nearest.bincount(minlength=9) / 600.0 - shares).abs().max() < 0.06
+
+
 def test_the_table_has_a_line_for_each_fit_and_two_of_no_flow():
     same = {
         "seed": "0",
