@@ -42,15 +42,18 @@ TITLES = {"posteriordb": "posteriordb", "larger": "larger models", "wide": "late
 OPTIONS: dict[str, Any] = {"flow": "realnvp", "refine": False, "draws": 4000, "progress": False}
 
 
-def fitted(kind: str, name: str, seed: int, root: str | None) -> tuple[Posterior, list[tuple[float, float]]]:
+def fitted(
+    kind: str, name: str, seed: int, root: str | None, limit: float | None
+) -> tuple[Posterior, list[tuple[float, float]]]:
     """Fit a model by a flow alone; return its errors of means and of log sds, by raw draws and by those to use."""
+    options = {**OPTIONS, "seed": seed, "max_seconds": limit}
     if kind == "wide":
         known = numbers.problem("latents", float(name), torch.float32)
-        found = pf.fit(known.model, *known.args, seed=seed, **OPTIONS)
+        found = pf.fit(known.model, *known.args, **options)
         used = numbers.errors(found, known)
         return found, [used, used]
     problem = load(name, root) if kind == "posteriordb" else larger.load(name)
-    found, density = pf.fit(problem.model, *problem.args, seed=seed, **OPTIONS), LogDensity(problem.model, problem.args)
+    found, density = pf.fit(problem.model, *problem.args, **options), LogDensity(problem.model, problem.args)
     assert found.density is not None
     draws = [density.unconstrain(found.density.constrain(z)) for z in (found.z, found._used)]
     if kind == "larger":
@@ -58,12 +61,12 @@ def fitted(kind: str, name: str, seed: int, root: str | None) -> tuple[Posterior
     return found, [compare(z, density.unconstrain(problem.reference)) for z in draws]
 
 
-def work(kind: str, name: str, seed: int, version: str, root: str | None) -> Row:
+def work(kind: str, name: str, seed: int, version: str, root: str | None, limit: float | None = None) -> Row:
     """Do one fit and return its row; an exception is recorded in the column ``error``."""
 
     def fill(row: dict[str, Any]) -> None:
         began = time.process_time()
-        found, (raw, used) = fitted(kind, name, seed, root)
+        found, (raw, used) = fitted(kind, name, seed, root, limit)
         row.update(seconds=time.process_time() - began, dim=found.z.shape[1], status=found.verdict.status)
         row.update(method=found.method, k_hat=found.k_hat, ess_ratio=found.verdict.ess_ratio)
         row.update(raw_mean=raw[0], raw_sd=raw[1], used_mean=used[0], used_sd=used[1])
@@ -114,6 +117,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--kinds", nargs="+", choices=list(MODELS), default=list(MODELS))
     parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="these models only")
     parser.add_argument("--seeds", type=records.positive, default=1, help="seeds a model, from 0 on (default: 1)")
+    parser.add_argument("--max-seconds", type=float, help="of a fit, by the clock")
     parser.add_argument("--out", type=Path, default=OUT, metavar="CSV", help="file of the rows")
     options = parser.parse_args(arguments)
     version = records.code_version()
@@ -125,7 +129,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 if left_out:
                     continue
                 with multiprocessing.get_context("spawn").Pool(1) as pool:
-                    row = pool.apply(work, (kind, name, seed, version, options.posteriordb))
+                    row = pool.apply(work, (kind, name, seed, version, options.posteriordb, options.max_seconds))
                 records.append(options.out, FIELDS, row)
                 print(f"{kind} {name}: {row['error'] or row['status']}, right {right(row, 'used')}", flush=True)
 
