@@ -1,7 +1,7 @@
 """A variational autoencoder on scikit-learn's digits: what a flow as posterior, and one as prior, bring each.
 
     python -m benchmarks.priors.autoencoders --seeds 3
-    python -m benchmarks.priors.autoencoders --seeds 3 --epochs 240 --only "N(0, I), K = 0" "Real-NVP, K = 0"
+    python -m benchmarks.priors.autoencoders --epochs 240 --only "N(0, I), K = 0" "N(0, I), K = 10" "Real-NVP, K = 0"
 
 The autoencoder is that of the notebook ``11_inside_pyro``: an image has six latents, and its 17 levels a pixel are
 binomial given these. One thing is changed at a time: K planar maps after the encoder's Gaussian, with parameters of the
