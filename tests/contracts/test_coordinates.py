@@ -10,34 +10,11 @@ from torch import Tensor
 
 from pyro_flows import LogDensity
 from pyro_flows.model.charts import Circle, Heavy, Walls, write_chart
+from tests.model.test_noncentered import Y, families, hierarchy, steps
 from tests.models import real
 from tests.registry import normal
 
 pytestmark = pytest.mark.filterwarnings("ignore::pyro_flows.NothingObservedWarning")
-Y = normal(4, seed=3)
-
-
-def hierarchy() -> None:
-    mu = pyro.sample("mu", dist.Normal(real(0.0), 2.0))
-    tau = pyro.sample("tau", dist.HalfNormal(real(1.5)))
-    with pyro.plate("groups", len(Y)):
-        theta = pyro.sample("theta", dist.Normal(mu, tau))
-        pyro.sample("y", dist.Normal(theta, 1.0), obs=Y)
-
-
-def families() -> None:
-    a = pyro.sample("a", dist.Normal(real(0.3), 1.0))
-    b = pyro.sample("b", dist.LogNormal(a, real(0.5)))
-    pyro.sample("c", dist.StudentT(5.0, a, b).expand([3]).to_event(1))
-    pyro.sample("d", dist.MultivariateNormal(a * torch.ones(2).double(), scale_tril=b * torch.eye(2).double()))
-    pyro.sample("e", dist.Laplace(real(0.0), 1.0))  # depends on nothing
-
-
-def steps() -> None:
-    x = pyro.sample("x0", dist.Normal(real(0.0), 1.0))
-    sd = pyro.sample("sd", dist.HalfNormal(real(1.0)))
-    for i in range(1, 4):
-        x = pyro.sample(f"x{i}", dist.Normal(x, sd))
 
 
 def angle() -> None:
@@ -52,20 +29,20 @@ def heavy() -> None:
 
 LEARNED = {"theta": {"precision": real([0.3, 0.0, 2.0, 1.0]), "center": real([1.0, 0.0, -0.5, 0.2])}}
 COORDINATES = {
-    "non-centered": (hierarchy, True),
-    "learned centering": (hierarchy, LEARNED),
-    "non-centered families": (families, True),
-    "non-centered steps": (steps, True),
-    "an angle": (angle, {"t": write_chart(Circle(real(0.5)))}),
-    "heavy tails": (heavy, {"t": write_chart(Heavy(real(0.0, 1.0), real(1.0, 2.0)))}),
-    "walls": (heavy, {"t": write_chart(Walls(real(-50.0, -60.0), real(50.0, 40.0)))}),
+    "non-centered": (hierarchy, (Y,), True),
+    "learned centering": (hierarchy, (Y,), LEARNED),
+    "non-centered families": (families, (), True),
+    "non-centered steps": (steps, (4,), True),
+    "an angle": (angle, (), {"t": write_chart(Circle(real(0.5)))}),
+    "heavy tails": (heavy, (), {"t": write_chart(Heavy(real(0.0, 1.0), real(1.0, 2.0)))}),
+    "walls": (heavy, (), {"t": write_chart(Walls(real(-50.0, -60.0), real(50.0, 40.0)))}),
 }
 
 
 def pair(name: str) -> tuple[LogDensity, LogDensity]:
     """The density in the model's own unconstrained coordinates, and in others."""
-    model, chosen = COORDINATES[name]
-    return LogDensity(model), LogDensity(model, noncentered=chosen)
+    model, args, chosen = COORDINATES[name]
+    return LogDensity(model, args), LogDensity(model, args, noncentered=chosen)
 
 
 @pytest.mark.parametrize("name", COORDINATES)
