@@ -37,7 +37,7 @@ KINDS = {
 }
 # Pages whose code takes more than four seconds: slow, as a whole.
 LONG = {"counts", "minibatches", "mixture", "survival", "svi", "time-series", "training-loops"}
-COMMENTS = {"", "slow", "setup", "needs chirho", "needs sbi"}
+COMMENTS = {"", "slow", "setup", "needs chirho", "needs sbi", "needs sklearn"}
 
 
 def name_of(path):
