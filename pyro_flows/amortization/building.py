@@ -51,6 +51,8 @@ def simulate(model: Model, case: Case, data: Names, count: int | None, more: int
     check_model(density, "prior")
     wiring = wire(density, case, data)
     form = Form.of(wiring, density.structure)
+    if not any(form.sizes):
+        raise ValueError("args: expected data with at least one value that is neither missing (NaN) nor masked out.")
     if count is None:
         count = max(SIMULATIONS_LEAST, min(SIMULATIONS, NUMBERS // sum(form.sizes)))
     drawn = density.prior(count + more, seed=derive(seed, "simulations"))

@@ -50,7 +50,7 @@ class Form:
         found = whole._placed(tree_flatten((wiring.case.args, wiring.case.kwargs))[0])
         missing = {name: value.isnan() for name, value in found.items()}
         counts = {name: _counts(messages(structure.trace)[name]) for name in missing}
-        return cls(wiring, missing, {name: counts[name] & ~missing[name] for name in missing})
+        return cls(wiring, missing, {name: counts[name].to(gone.device) & ~gone for name, gone in missing.items()})
 
     def read(self, case: Case) -> dict[str, Tensor]:
         """Return the values of the observed sites of a data set."""

@@ -244,7 +244,7 @@ def generation(density: LogDensity, parts: Parts) -> Generation | None:
 
 
 def _moved(now: Generation) -> Parts:
-    """Return all parts but the wide one where the weighted draws are."""
+    """Return the parts where the weighted draws are; the wide one only if no other has any weight."""
     parts, z = now.parts, now.z.double()
     shares = torch.softmax(now.log_parts, 0).nan_to_num(nan=0.0) * now.weights
     mass = shares.sum(1)
@@ -261,8 +261,10 @@ def _moved(now: Generation) -> Parts:
         root, fault = torch.linalg.cholesky_ex(torch.lerp(before[number], covariance, trust[number]))
         if int(fault) == 0 and bool(torch.isfinite(root).all()):
             roots[number] = root
-    moved = Parts(loc.to(now.z), roots.to(now.z), mass.clamp_min(1e-300).log().to(now.z), parts.df)[:-1]
-    return moved[mass[:-1] > 1e-5]  # parts with less weight are left out
+    moved = Parts(loc.to(now.z), roots.to(now.z), mass.clamp_min(1e-300).log().to(now.z), parts.df)
+    kept = mass > 1e-5  # parts with less weight are left out
+    kept[-1] = not bool(kept[:-1].any())
+    return moved[kept]
 
 
 def _joined(now: Generation) -> Parts:

@@ -155,13 +155,12 @@ class Nested(Bijection):
         found = terms.at(theta) @ self.coefficients.double()
         size, many = len(self.rows), len(self.order)
         lower = found.new_zeros(*found.shape[:-1], many * many)
-        lower.index_copy_(-1, self.rows * many + self.columns, found[..., :size])
-        lower = lower.unflatten(-1, (many, many))
+        lower = lower.index_copy(-1, self.rows * many + self.columns, found[..., :size]).unflatten(-1, (many, many))
         identity = torch.eye(many, dtype=lower.dtype, device=lower.device)
         with torch.no_grad():
             root, lost = torch.linalg.cholesky_ex(lower)
             fault = (lost != 0) | ~torch.isfinite(found).all(-1)
-        if lower.requires_grad:  # a gradient of what has no root would be NaN at all points
+        if torch.is_grad_enabled():  # a gradient of what has no root would be NaN at all points
             root = torch.linalg.cholesky_ex(torch.where(fault[..., None, None], identity, lower))[0]
         else:
             root = torch.where(fault[..., None, None], identity, root)

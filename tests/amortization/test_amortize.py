@@ -360,6 +360,11 @@ def test_values_that_are_masked_out_do_not_count():
     assert not any("outside" in reason for reason in posterior.verdict.reasons)
 
 
+def test_data_of_which_nothing_counts_are_refused():
+    with pytest.raises(ValueError, match="args: expected data with at least one value that is neither missing"):
+        pf.amortize(with_gaps, torch.full((3,), math.nan), progress=False)
+
+
 def factored(y):
     mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
     pyro.sample("y", dist.Normal(mu, 1.0), obs=y)

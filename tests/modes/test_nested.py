@@ -182,3 +182,20 @@ def test_a_precision_that_is_none_stays_a_bijection():
     y, ladj = map_.forward_and_ladj(x)
     torch.testing.assert_close(y, x)
     torch.testing.assert_close(ladj, torch.zeros(1).double())
+
+
+@pytest.mark.filterwarnings("error")
+def test_gradients_go_through_transforms_of_functions():
+    """A tensor within ``vmap`` does not say that it needs a gradient."""
+    map_ = Nested(3, held=(1,), outer=DiagonalAffine(1), terms=1, entries=2).double()
+    map_.rates.fill_(0.3)
+    x = torch.tensor([[0.1, 0.2, 0.3], [1.0, -1.0, 0.5]]).double()
+
+    def ladj(x):
+        return map_.forward_and_ladj(x)[1]
+
+    over = torch.func.grad(lambda x: torch.func.vmap(ladj)(x).sum())(x)
+    within = torch.func.vmap(torch.func.grad(ladj))(x)
+    exact = torch.tensor([0.0, -0.3, 0.0]).double().expand(2, 3)  # half the rate for each of two others
+    torch.testing.assert_close(over, exact)
+    torch.testing.assert_close(within, exact)

@@ -66,6 +66,16 @@ def small_modes():
     return model, log_density
 
 
+def test_a_mixture_with_no_mass_but_in_its_wide_part_goes_on_from_there():
+    def model():
+        pyro.sample("x", dist.Normal(real(0.0), 0.1).expand([1]).to_event(1))
+
+    loc, roots = torch.tensor([[-10.0], [10.0]]).double(), torch.full((2, 1, 1), 0.1).double()
+    found = fitted(pf.LogDensity(model), begun(loc, roots, torch.zeros(2).double()), seed=0)
+    assert found.share > 0.5
+    assert float(found.weights @ found.z[:, 0]) == pytest.approx(0.0, abs=0.01)
+
+
 def test_jumps_need_no_gradient():
     y = series()
     density = pf.LogDensity(change, (y,))
