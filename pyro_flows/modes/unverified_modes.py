@@ -127,36 +127,38 @@ def modes_with_mass(
     """Return the places with a good part of the mass, by tempering from the guide's own region, first, and there.
 
     Where tempering falls far short of what the guide's own weights say, points have not come to rest, and figures tell
-    nothing. Then the regions that seem to have mass, and the guide's own, are tempered ten times as slowly from their
-    ``normals``, one for each part of the ``walk``.
+    little. Then the regions that seem to have mass, and the guide's own, are tempered ten times as slowly from their
+    ``normals``, one for each part of the ``walk``. A region that then has as much less is left out: its figure may
+    still be off by several nats.
     """
-    there = _heavy(guide, walk)
+    there = _heavy(guide, walk, math.log(MISSED_MASS_SHARE))
     if there and guide.covered - float(log_mean(walk.log_weights[0])) > MASS_GAP_OF_TEMPERING:
         worth = [worth[number] for number in there]
         again = normals.some([0, *(1 + number for number in there)])
         walk = temper(guide.density, again, seed=derive(worth[0].number, "slow tempering"), temperatures=SLOWLY)
-        there = _heavy(guide, walk)
+        there = _heavy(guide, walk, -MASS_GAP_OF_TEMPERING)
     found = []
-    for number in there:
+    for number, log_weights in there.items():
         path, end = worth[number], ends[worth[number].number]
         thin_end = bool(guide.is_under_covered(end[None], guide.density(end[None]).detach()))
-        drawn = walk.ends[1 + number][int(_thin_weights(guide, walk, 1 + number).argmax())]
+        drawn = walk.ends[1 + number][int(log_weights.argmax())]
         place = end if thin_end else drawn
         found.append(MissedRegion(place, path.start, beside=path.beside or not thin_end, drawn=drawn))
     return found
 
 
-def _heavy(guide: Guide, walk: Tempered) -> list[int]:
-    """Return which parts of a walk, after the first, have a good part of the mass where the guide is thin."""
+def _heavy(guide: Guide, walk: Tempered, least: float) -> dict[int, Tensor]:
+    """Return which parts of a walk, after the first, have enough mass where the guide is thin, and log weights there.
+
+    Enough is the logarithm of a part of what the guide covers.
+    """
     covered = min(float(log_mean(walk.log_weights[0])), guide.covered)
-    masses = [float(log_mean(_thin_weights(guide, walk, number))) for number in range(1, len(walk.ends))]
-    return [number for number, mass in enumerate(masses) if mass - covered > math.log(MISSED_MASS_SHARE)]
-
-
-def _thin_weights(guide: Guide, walk: Tempered, number: int) -> Tensor:
-    """Return the log weights (S,) of a part of a walk where the guide is thin, -inf elsewhere."""
-    thin = guide.is_under_covered(walk.ends[number], walk.log_p[number])
-    return torch.where(thin, walk.log_weights[number], -torch.inf)
+    found = {}
+    for number, (ends, log_p, log_weights) in enumerate(zip(*(part[1:] for part in walk), strict=True)):
+        own = torch.where(guide.is_under_covered(ends, log_p), log_weights, -torch.inf)
+        if float(log_mean(own)) - covered > least:
+            found[number] = own
+    return found
 
 
 def distinct(places: Sequence[Tensor], units: Tensor, *, by: float | None = None) -> list[int]:

@@ -14,6 +14,7 @@ import torch
 from torch.distributions import constraints
 
 import pyro_flows as pf
+from pyro_flows.modes import unverified_modes
 from pyro_flows.modes.missed_modes import missed_modes
 from pyro_flows.modes.missed_regions import Guide
 from pyro_flows.modes.tempering import Tempered, log_mean, move_walkers, temper
@@ -110,6 +111,23 @@ def test_points_that_have_not_come_to_rest_are_no_place(short, counts):
     start = Start("mode", ends[1], torch.ones_like(ends[1]))
     walk = Tempered(ends[:, None], density(ends)[:, None], real([-short], [5.0 - short]))
     found = modes_with_mass(guide, ends, [UnverifiedMode(1, 0.0, True, start)], gaussians(ends.tolist(), 1.0), walk)
+    assert bool(found) is counts
+
+
+@pytest.mark.parametrize(("slowly", "counts"), [(-9.0, True), (-12.0, False)])
+def test_a_region_counts_unless_slow_tempering_finds_clearly_less(slowly, counts, monkeypatch):
+    """Of two equal modes in 120 dimensions, one had 7.5 nats less by slow tempering, and was left out."""
+    density = flat(lambda z: torch.logaddexp(-0.5 * z[..., 0].square(), -0.5 * (z[..., 0] - 50.0).square()), 1)
+    guide = Guide(density, lambda z: -0.5 * z[:, 0].square() - 0.5 * math.log(2.0 * math.pi), 0.0)
+    ends = real([0.0], [50.0])
+    start = Start("mode", ends[1], torch.ones_like(ends[1]))
+
+    def walk(there):
+        return Tempered(ends[:, None], density(ends)[:, None], real([0.0], [there]))
+
+    monkeypatch.setattr(unverified_modes, "temper", lambda *_, **__: walk(slowly))
+    fast = Tempered(ends[:, None], density(ends)[:, None], real([-20.0], [-21.0]))
+    found = modes_with_mass(guide, ends, [UnverifiedMode(1, 0.0, True, start)], gaussians(ends.tolist(), 1.0), fast)
     assert bool(found) is counts
 
 
