@@ -305,7 +305,7 @@ def start_at(flow: Flow, loc: Tensor, scale: Tensor) -> None:
 
 def with_preprocess(flow: Flow, layer: Preprocess) -> Flow:
     """Make ``layer`` the last one of the flow, in the place of one of its kind, and note it in the flow's recipe."""
-    about = ("preprocess", {"full": layer.full, "context": layer.slope is not None})
+    about = ("preprocess", {"full": layer.full, "context": layer.context_dim})
     recipe = flow.recipe
     if ending(flow) is not None:
         flow.bijection = _ending_replaced(flow.bijection, layer)
@@ -344,7 +344,8 @@ def blank(about: Mapping[str, object], flow: Flow) -> Preprocess:
     """Return a map to the scale of data that changes nothing: its numbers are read from a file."""
     loc = torch.zeros(flow.event_shape)
     scale = torch.eye(loc.numel()) if about["full"] else torch.ones_like(loc)
-    return Preprocess(loc, scale, torch.zeros(flow.context_dim, loc.numel()) if about["context"] else None)
+    width = flow.context_dim or int(cast("int", about["context"]))  # True in files of flows with maps before this one
+    return Preprocess(loc, scale, torch.zeros(width, loc.numel()) if about["context"] else None)
 
 
 # changes of a flow ----------------------------------------------------------------------------------------------------
