@@ -28,6 +28,7 @@ from pyro_flows.density_estimation.preparing import (
     CHECKED_POINTS,
     MIXTURE_SHARE,
     begin_mixture,
+    defend,
     held,
     identity,
     make,
@@ -37,6 +38,7 @@ from pyro_flows.density_estimation.preparing import (
 from pyro_flows.density_estimation.standardizing import KINDS
 from pyro_flows.density_estimation.training import MAX_STEPS, Plan, batch_size, choose, climb
 from pyro_flows.flows.flow import Flow
+from pyro_flows.flows.mixture_base import MixtureBase
 from pyro_flows.flows.recipe import AUTO
 from pyro_flows.flows.unbent import warn_unbent
 
@@ -74,13 +76,16 @@ def fit_density(
     by expectation maximization, with the number of parts that held-out points like best. All of it is trained
     together. The weights that held-out points like best are kept, so the result is not behind that mixture on them.
     Given a context, weights, places, scales and tails of the parts depend on it. One output given a context gets the
-    mixture alone; else there are splines too, and above 100 coordinates affine couplings.
+    mixture alone; else there are splines too, and above 100 coordinates affine couplings. At the end, the mixture as it
+    began, which no context moves from the regression line, is mixed in. Its share w is what held-out points say: it is
+    large for few of them, and is ``settings["share_without_context"]``.
 
     The data are put on a common scale by an affine map that becomes the flow's last layer. Learning rates are
     compared in short trial runs. The largest that comes about as far as the best goes on until the mean log density of
     held-out points stops rising, or a fifth of the remaining budget is used. Then it falls to zero along a cosine. An
     average of the weights over about the last tenth of the steps is what is checked and, if it is the best, what is
-    kept. If its gain on held-out points is within its standard error, the start is kept: few points tell no more.
+    kept. If its gain on held-out points is within its standard error, the start is kept: few points tell no more. (Not
+    so where the start is mixed in.)
 
     Args:
         flow: a flow of the shape of one point, which is copied, not changed; or the name of a builder for vectors
@@ -140,7 +145,8 @@ def fit_density(
 
     Reference: Bishop 1994, *Mixture density networks*; Breiman et al. 1984, *Classification and Regression Trees* (the
     rule of one standard error); Dinh, Krueger and Bengio 2015 (arXiv 1410.8516); Polyak and Juditsky 1992 (averaging,
-    doi:10.1137/0330046); Zhai et al. 2024 (arXiv 2412.06329: noise, taken out of draws).
+    doi:10.1137/0330046); Yao, Vehtari, Simpson and Gelman 2018 (w, doi:10.1214/17-BA1091); Zhai et al. 2024 (arXiv
+    2412.06329: noise, taken out of draws).
 
     >>> import torch, pyro_flows as pf
     >>> x = torch.rand(300, 1)
@@ -185,15 +191,16 @@ def fit_density(
         size = options["batch"] = batch_size(train, batch)
         steps = MAX_STEPS if max_seconds is None else sys.maxsize
         plan = Plan(steps if max_epochs is None else max_epochs * train.steps(size), seconds, CLOCKS[clock], began)
+        fixed = None
         if auto:
-            made = begin_mixture(made, train, held_out, lambda: plan.progress(0) > MIXTURE_SHARE)
+            made, fixed = begin_mixture(made, train, held_out, lambda: plan.progress(0) > MIXTURE_SHARE)
             start = AUTO_START if start == "auto" else start
         if start != "identity":
             rouse(made, SMALL if start == AUTO_START else 1.0)
         ascent = Ascent(made, train, [] if held_out is None else held(held_out, CHECKED_POINTS), batch=size)
         keeper = files.Keeper(checkpoint, ascent, plan, SAVE_EVERY, options, about)
         with Bar("fit_density", progress) as line:
-            validated = _train(keeper, held_out, learning_rate, weight_decay, line)
+            validated = _train(keeper, held_out, learning_rate, weight_decay, fixed, line)
         STATE.take()  # there is nothing more to be lost
     options.update(clock=clock, seconds=plan.clock() - keeper.plan.began)
     state = ascent.state
@@ -211,9 +218,17 @@ def fit_density(
 
 
 def _train(
-    keeper: files.Keeper, held_out: Source | None, learning_rate: float | None, weight_decay: float | None, line: Bar
+    keeper: files.Keeper,
+    held_out: Source | None,
+    learning_rate: float | None,
+    weight_decay: float | None,
+    fixed: MixtureBase | None,
+    line: Bar,
 ) -> float:
-    """Train, or go on from a checkpoint, to the end; return the mean log density of what was held out."""
+    """Train, or go on from a checkpoint, to the end, and mix in what no context moves, if there is something.
+
+    Returns the mean log density of what was held out.
+    """
     ascent = keeper.ascent
 
     def words(nats: float) -> str:
@@ -235,9 +250,11 @@ def _train(
         ascent.average = start
         ascent.state.interrupt()
     STATE.hold(True)
-    climb(ascent, keeper.plan, report=show, save=keeper.save)
+    climb(ascent, keeper.plan, report=show, save=keeper.save, stacked=fixed is not None)
     if not ascent.state.interrupted:  # the last checkpoint is of an end of an epoch: from there one can go on
         keeper.save(final=True)
+    if fixed is not None and held_out is not None:
+        defend(ascent.flow, fixed, held_out)
     validated = math.nan if held_out is None else mean_log_prob(ascent.flow, held_out)
     line.close(words(validated) if math.isfinite(validated) else "done")
     return validated
@@ -255,6 +272,8 @@ def _result(ascent: Ascent, validation: float, options: Entries, encoding: Encod
         "skipped": state.skipped,
         "falls": state.falls,
     }
+    if flow.mixture is not None and flow.mixture.share is not None:
+        settings["share_without_context"] = float(flow.mixture.share)
     return DensityFit(
         flow=flow,
         losses=torch.tensor(state.losses),

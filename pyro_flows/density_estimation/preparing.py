@@ -20,7 +20,9 @@ from pyro_flows.density_estimation.mixtures import choose
 from pyro_flows.density_estimation.points import CHUNK, Batch, Rows, Source, Stream, points_for, rows
 from pyro_flows.density_estimation.standardizing import is_fresh, knots_of, preprocess, scale_of, warn_dependent
 from pyro_flows.flows.flow import Flow
-from pyro_flows.flows.recipe import AUTO, BUILDERS, ending, with_mixture, with_preprocess
+from pyro_flows.flows.mixture_base import MixtureBase
+from pyro_flows.flows.parts import location_scale
+from pyro_flows.flows.recipe import AUTO, BUILDERS, ending, with_fixed, with_mixture, with_preprocess
 from pyro_flows.flows.vectors import realnvp, spline
 from pyro_flows.transforms import Compose, Logit
 from pyro_flows.transforms.fixed import Preprocess
@@ -32,6 +34,7 @@ SPLINES_UP_TO = 100  # dimensions, above which the default is affine couplings
 MIXTURES_UP_TO = 200  # dimensions of a mixture of Gaussians as base
 PARTS_OF_CONTEXTS = 5  # of a mixture at least, if their weights, places and scales depend on a context
 MIXTURE_SHARE = 0.35  # of the seconds, that expectation maximization may take
+STACKED = 200  # steps of expectation maximization for the share of a mixture without the context
 NUMBER = (int, float, np.number)  # kinds of a share
 
 
@@ -58,14 +61,16 @@ def make(flow: object, data: object, context: object) -> Flow:
     return BUILDERS[flow](shape[0], base="logistic", **options)
 
 
-def _default(dim: int, options: Entries) -> Flow:
+def _default(dim: int, options: dict[str, Any]) -> Flow:
     """Return what is taken before a mixture is its base: splines, and affine couplings of very many coordinates.
 
-    The mixture alone bends one coordinate that depends on a context. A spline as well takes twice the time, and fits
-    noise of few points.
+    One coordinate that depends on a context gets no map but that to the scale of the data: the mixture bends it. A
+    spline as well takes twice the time, and fits noise of few points.
     """
-    if dim == 1 and options["context_dim"]:
-        return BUILDERS["realnvp"](dim, layers=1, **{**options, "activation": "silu"})
+    width: int = options["context_dim"]
+    if dim == 1 and width:
+        flow = location_scale(1, base="normal", diagonal=True).requires_grad_(False)
+        return with_preprocess(flow, Preprocess(torch.zeros(1), torch.ones(1), torch.zeros(width, 1)))
     if dim <= SPLINES_UP_TO:
         return spline(dim, layers=1 if dim == 1 else 4, network="robust", **options)
     return realnvp(dim, network="robust", **options)
@@ -137,13 +142,16 @@ def _scale_context(flow: Flow, batches: Sequence[Batch], fresh: bool) -> Sequenc
 
 
 @torch.no_grad()
-def begin_mixture(flow: Flow, train: Source, held_out: Source | None, over: Callable[[], bool]) -> Flow:
+def begin_mixture(
+    flow: Flow, train: Source, held_out: Source | None, over: Callable[[], bool]
+) -> tuple[Flow, MixtureBase | None]:
     """Give a flow of vectors a mixture as its base, begun at Gaussians by expectation maximization.
 
-    Residuals of a regression on the context are inflated first, since it has seen them.
+    Residuals of a regression on the context are inflated first, since it has seen them. Returns the flow, and if there
+    is a context, the mixture without it.
     """
     if flow.dim > MIXTURES_UP_TO:
-        return flow
+        return flow, None
     bijection = flow.bijection
     x, other = (
         None if points is None else torch.cat([bijection.inverse_and_ladj(y, c)[0] for y, c in held(points, most)])
@@ -155,13 +163,41 @@ def begin_mixture(flow: Flow, train: Source, held_out: Source | None, over: Call
     white = preprocess("whiten", [(x, None)])
     given = None if other is None else white.inverse_and_ladj(other)[0]
     parts = choose(white.inverse_and_ladj(x)[0], given, over=over).moved(white.loc, white.scale)
-    parts = parts.split(PARTS_OF_CONTEXTS) if flow.context_dim else parts
+    fixed = None
+    if flow.context_dim:
+        fixed = MixtureBase(flow.dim, len(parts.log_weights)).to(x).assign(*parts)
+        parts = parts.split(PARTS_OF_CONTEXTS)
     found = with_mixture(flow, components=len(parts.log_weights), context_dim=flow.context_dim)
     assert found.mixture is not None
     found.mixture.assign(*parts)
     if isinstance(bijection, Compose):
         found.mixture.context_scale, found.mixture.context_knots = bijection.context_scale, bijection.context_knots
-    return found
+    return found, fixed
+
+
+@torch.no_grad()
+def defend(flow: Flow, fixed: MixtureBase, held_out: Source) -> None:
+    r"""Mix in the mixture without a context, with the share w that held-out points (N) give it.
+
+    .. math:: w = \arg\max \; \log w + \log(1 - w) + \sum_n \log\bigl((1 - w)\, q_0(x_n \mid c_n) + w\, q_1(x_n)\bigr)
+
+    This is stacking, with a point more for each of the two. So w is at least 1 / (N + 2), and the network is not
+    believed where few points tell what it is worth.
+
+    Reference: Yao, Vehtari, Simpson and Gelman 2018, *Using stacking to average Bayesian predictive distributions*,
+    doi:10.1214/17-BA1091.
+    """
+    assert flow.mixture is not None
+    gains = []
+    for y, context in held(held_out, CHECKED_POINTS):
+        x = flow.bijection.inverse_and_ladj(y, context)[0]
+        gains.append((fixed().log_prob(x) - flow.mixture(context).log_prob(x)).double())
+    gain = torch.cat(gains)
+    share = 0.5
+    for _ in range(STACKED):
+        odds = math.log(share / (1.0 - share))
+        share = (float((gain + odds).sigmoid().sum()) + 1.0) / (len(gain) + 2.0)
+    with_fixed(flow, fixed, share)
 
 
 def identity(flow: Flow, train: Source, held_out: Source | None, validation: object) -> dict[str, object]:

@@ -110,8 +110,13 @@ def _cosine(share: float) -> float:
     return 0.5 * (1.0 + math.cos(math.pi * min(max(share, 0.0), 1.0)))
 
 
-def climb(ascent: Ascent, plan: Plan, *, report: Report, save: Callable[[], None] = lambda: None) -> None:
-    """Train until validation no longer improves or the budget ends, and leave the best weights in the flow."""
+def climb(
+    ascent: Ascent, plan: Plan, *, report: Report, save: Callable[[], None] = lambda: None, stacked: bool = False
+) -> None:
+    """Train until validation no longer improves or the budget ends, and leave the best weights in the flow.
+
+    ``stacked``: the start will be mixed in by what held-out points say, so it is not kept instead.
+    """
     state = ascent.state
     if state.done:
         return
@@ -141,7 +146,7 @@ def climb(ascent: Ascent, plan: Plan, *, report: Report, save: Callable[[], None
         else:
             state.epoch += 1
             save()
-    _finish(ascent)
+    _finish(ascent, stacked)
 
 
 def _check_every(ascent: Ascent) -> int:
@@ -181,7 +186,7 @@ def _go_back(ascent: Ascent) -> None:
     ascent.fresh_moments()
 
 
-def _finish(ascent: Ascent) -> None:
+def _finish(ascent: Ascent, stacked: bool) -> None:
     """Leave the best of last weights, their average and the best check in the flow, or the start if none is better."""
     state = ascent.state
     if not ascent.held_out:
@@ -189,7 +194,7 @@ def _finish(ascent: Ascent) -> None:
         return
     tried = [(ascent.validate(weights), weights) for weights in (ascent.keep(), ascent.average)]
     state.best, weights = max([*tried, (state.best, ascent.best_weights)], key=lambda pair: pair[0])
-    if ascent.gains_nothing(weights):
+    if not stacked and ascent.gains_nothing(weights):
         weights, state.best = ascent.start, ascent.validate(ascent.start)
         state.why = f"{state.why}; {KEPT}" if state.why else KEPT
     state.checks.append((state.steps, state.best))

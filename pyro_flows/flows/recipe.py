@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from typing import Any, TypedDict, cast
+from typing import Any, NotRequired, TypedDict, cast
 
 import torch
 from torch import Tensor
@@ -91,7 +91,8 @@ class Recipe:
         around: the maps after the flow, from the inside out: ``("preprocess", {"full": ..., "context": ...})``, a map
             to the scale of data, or ``("affine", kind)``, tails and a trainable affine map, where ``kind`` is "tril",
             "diagonal", or "auto": triangular up to 200 dimensions. Before them may stand ``("mixture", {"components":
-            ..., "context_dim": ..., "hidden": ...})``, a mixture of Student t distributions in the place of the base.
+            ..., "context_dim": ..., "hidden": ..., "fixed": ...})``, a mixture of Student t distributions in the place
+            of the base.
     """
 
     builder: FlowLike
@@ -194,6 +195,7 @@ class _Mixture(TypedDict):
     components: int
     context_dim: int
     hidden: Sequence[int]
+    fixed: NotRequired[int]
 
 
 def _with(flow: Flow, kind: str, about: object) -> Flow:
@@ -220,8 +222,12 @@ def with_affine(flow: Flow, kind: object) -> Flow:
     return whole
 
 
-def with_mixture(flow: Flow, *, components: int, context_dim: int = 0, hidden: Sequence[int] = (64, 64)) -> Flow:
+def with_mixture(
+    flow: Flow, *, components: int, context_dim: int = 0, hidden: Sequence[int] = (64, 64), fixed: int = 0
+) -> Flow:
     """Give the flow a mixture of Student t distributions as its base, all alike at first, and note it in the recipe.
+
+    ``fixed`` is the number of parts that no context moves, see :meth:`MixtureBase.defend`.
 
     Raises:
         ValueError: for a flow of images.
@@ -229,11 +235,23 @@ def with_mixture(flow: Flow, *, components: int, context_dim: int = 0, hidden: S
     if len(flow.base_shape) != 1:
         raise ValueError(f"flow: a mixture is a base of vectors, not of shape {tuple(flow.base_shape)}.")
     made = MixtureBase(flow.dim, components, context_dim=context_dim, hidden=hidden)
+    if fixed:
+        made.defend(MixtureBase(flow.dim, fixed))
+    about = {"components": components, "context_dim": context_dim, "hidden": tuple(hidden), "fixed": fixed}
     flow.mixture, flow.base = made.to(next(flow.parameters(), flow._like)), MIXTURE
-    about = {"components": components, "context_dim": context_dim, "hidden": tuple(hidden)}
     recipe = flow.recipe
     flow.recipe = None if recipe is None else replace(recipe, around=((MIXTURE, about), *recipe.around))
     return flow
+
+
+def with_fixed(flow: Flow, fixed: MixtureBase, share: float) -> None:
+    """Mix parts that no context moves into the flow's mixture, and note it in the recipe."""
+    assert flow.mixture is not None
+    flow.mixture.defend(fixed, share)
+    if flow.recipe is not None:
+        (kind, about), *around = flow.recipe.around
+        noted = (kind, {**cast(_Mixture, about), "fixed": fixed.components})
+        flow.recipe = replace(flow.recipe, around=(noted, *around))
 
 
 def affine_of(flow: Flow) -> LowerTriangularAffine | DiagonalAffine | None:
@@ -287,7 +305,7 @@ def start_at(flow: Flow, loc: Tensor, scale: Tensor) -> None:
 
 def with_preprocess(flow: Flow, layer: Preprocess) -> Flow:
     """Make ``layer`` the last one of the flow, in the place of one of its kind, and note it in the flow's recipe."""
-    about = ("preprocess", {"full": layer.full, "context": layer.slope is not None})
+    about = ("preprocess", {"full": layer.full, "context": layer.context_dim})
     recipe = flow.recipe
     if ending(flow) is not None:
         flow.bijection = _ending_replaced(flow.bijection, layer)
@@ -326,7 +344,8 @@ def blank(about: Mapping[str, object], flow: Flow) -> Preprocess:
     """Return a map to the scale of data that changes nothing: its numbers are read from a file."""
     loc = torch.zeros(flow.event_shape)
     scale = torch.eye(loc.numel()) if about["full"] else torch.ones_like(loc)
-    return Preprocess(loc, scale, torch.zeros(flow.context_dim, loc.numel()) if about["context"] else None)
+    width = flow.context_dim or int(cast("int", about["context"]))  # True in files of flows with maps before this one
+    return Preprocess(loc, scale, torch.zeros(width, loc.numel()) if about["context"] else None)
 
 
 # changes of a flow ----------------------------------------------------------------------------------------------------

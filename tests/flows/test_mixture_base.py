@@ -9,7 +9,7 @@ from scipy.stats import multivariate_t
 import pyro_flows as pf
 from pyro_flows.density_estimation.standardizing import knots_of
 from pyro_flows.flows.mixture_base import MixtureBase
-from pyro_flows.flows.recipe import with_mixture
+from pyro_flows.flows.recipe import with_fixed, with_mixture
 from pyro_flows.flows.recipe_json import from_json, not_rebuilt, to_json
 from tests.registry import normal, randomize
 
@@ -91,6 +91,29 @@ def test_a_flow_with_a_mixture_is_a_distribution_and_is_rebuilt(context_dim):
         flow.sample_with_score((3,))
     with pytest.raises(ValueError, match="base of vectors"):
         with_mixture(pf.glow((1, 4, 4), levels=1, layers=1), components=2)
+
+
+def test_a_share_of_the_mass_is_moved_by_no_context():
+    made, fixed = mixture(1, context_dim=2).requires_grad_(False), mixture(1, components=2)
+    context, x = normal(6, 2, seed=4), normal(6, 1, seed=3)
+    plain, still = made(context), fixed()
+    terms = torch.stack([plain.log_prob(x) + math.log(0.7), still.log_prob(x) + math.log(0.3)]).detach()
+    made.defend(fixed, 0.3)
+    found = made(context)
+    assert torch.allclose(found.log_prob(x), terms.logsumexp(0))
+    assert torch.allclose(found.cdf(x), 0.7 * plain.cdf(x) + 0.3 * still.cdf(x))
+    assert torch.allclose(found.cdf(found.icdf(found.cdf(x))), found.cdf(x), atol=1e-9)
+    assert torch.allclose(found.mean, 0.7 * plain.mean + 0.3 * still.mean)
+    torch.manual_seed(0)
+    below = (found.sample((20_000,)) < x).double().mean(0)[:, 0]
+    assert torch.allclose(below, found.cdf(x), atol=0.02)
+    flow = with_mixture(pf.spline(1, layers=1, context_dim=2, hidden=(8,)), components=3, context_dim=2)
+    with_fixed(flow, fixed.float(), 0.3)
+    again = from_json(to_json(flow))
+    again.load_state_dict(flow.state_dict())
+    y, about = x.float(), context.float()
+    assert torch.equal(again.log_prob(y, about), flow.log_prob(y, about))
+    assert not any(parameter.requires_grad for parameter in again.mixture.fixed.parameters())
 
 
 def test_the_scale_of_a_context_goes_with_the_state():
