@@ -1,5 +1,7 @@
 """Conditional densities by default: no Gaussian where the data are none, contexts of all kinds, quantiles, files."""
 
+import datetime
+import decimal
 import math
 
 import numpy as np
@@ -145,6 +147,11 @@ def test_quantiles_of_every_base(base):
     assert torch.allclose(torch.quantile(drawn[:, 0], levels), at[:, 0], atol=0.02)
 
 
+def test_a_context_is_asked_for(fitted):
+    with pytest.raises(ValueError, match=r"context: expected a context of shape \(..., 1\), got none"):
+        fitted.quantiles([0.5])
+
+
 def test_two_outputs_have_quantiles_and_transforms_by_draws():
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(400, 1, generator=generator)
@@ -211,6 +218,24 @@ def test_arrays_of_texts_are_categories():
 def test_times_and_complex_numbers_are_refused_with_the_remedy(kind):
     with pytest.raises(ValueError, match=r"context: column 0 is of .*; expected numbers or categories. Pass times as"):
         Encoding.of(np.arange(30).astype(kind))
+
+
+@pytest.mark.parametrize("make", [lambda day: datetime.date(2020, 1, day), lambda day: decimal.Decimal(day)])
+def test_objects_that_are_neither_numbers_nor_texts_are_refused(make):
+    with pytest.raises(ValueError, match=r"context: column 0 is of (date|Decimal); expected numbers or categories"):
+        Encoding.of(np.array([[make(day)] for day in range(1, 10)], dtype=object))
+
+
+def test_pandas_categories_of_numbers_are_categories_and_its_missing_value_is_missing():
+    pd = pytest.importorskip("pandas")
+    codes = pd.DataFrame({"code": pd.Categorical([10, 30, 20, 10])})
+    assert Encoding.of(codes).encode(codes).tolist() == [[1, 0, 0], [0, 0, 1], [0, 1, 0], [1, 0, 0]]
+    assert Encoding.of(codes["code"]).width == 3
+    objects = np.array([["a"], [pd.NA], ["b"], [None]], dtype=object)
+    assert Encoding.of(objects).encode(objects).tolist() == [[0, 0], [0, 1], [1, 0], [0, 1]]
+    times = pd.DataFrame({"at": pd.date_range("2020", periods=4, tz="UTC")})
+    with pytest.raises(ValueError, match="column 'at' is of Timestamp; expected numbers"):
+        Encoding.of(times)
 
 
 def test_masked_values_are_missing():
