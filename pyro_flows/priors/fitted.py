@@ -251,7 +251,8 @@ def prior_from(
 
     Args:
         posterior: of :func:`fit`, :func:`diagnose`, :func:`from_mcmc` or :func:`load` with its model.
-        sites: latent sites, together in one event, in the model's order; all by default.
+        sites: latent sites, together in one event, in the model's order; all by default. An earlier prior of several
+            sites is named by its own site or by all of these.
         seed: the same seed gives the same prior.
         max_epochs: bound on the passes through the draws; by default training stops by held-out draws.
         progress: show a bar.
@@ -286,7 +287,13 @@ def prior_from(
     wanted = density.names if sites is None else (sites,) if isinstance(sites, str) else tuple(sites)
     if not wanted:
         raise ValueError("sites: expected one or more latent sites, got none.")
+    of = sites_of(density)
     for name in wanted:
-        _checks.choice("sites", name, density.names)
-    names = [name for name in density.names if name in wanted]
+        _checks.choice("sites", name, {*of, *(part for parts in of.values() for part in parts)})
+    names = [name for name, parts in of.items() if name in wanted or set(parts) <= set(wanted)]
+    if lost := set(wanted) - {*names, *(part for name in names for part in of[name])}:
+        whole = next(name for name, parts in of.items() if lost & set(parts))
+        raise ValueError(
+            f"sites: expected all sites of the prior {whole!r} ({', '.join(of[whole])}), got {', '.join(wanted)}."
+        )
     return FittedPrior._of(posterior, names, seed=seed, max_epochs=max_epochs, progress=progress)
