@@ -56,10 +56,14 @@ class Column:
         codes = np.array([-1 if lost else place.get(_plain(value), -2) for value, lost in pairs])
         if bool((codes == -2).any()):
             row = int((codes == -2).argmax())
+            whole = (
+                f" Whole numbers with at most {LEVELS_UP_TO} values are read as categories; pass floating-point "
+                "numbers to the fit otherwise."
+            )
             raise ValueError(
                 f"context: {_plain(values[row])!r} in row {row} of column {self.name} is no category that the fit has "
-                f"({', '.join(map(repr, self.levels[:5]))}{', ...' if len(self.levels) > 5 else ''}). Whole numbers "
-                f"with at most {LEVELS_UP_TO} values are read as categories; pass floating-point numbers otherwise."
+                f"({', '.join(map(repr, self.levels[:5]))}{', ...' if len(self.levels) > 5 else ''})."
+                f"{whole if type(self.levels[0]) is int else ''}"
             )
         found = (codes[:, None] == np.arange(len(self.levels))).astype(float)
         return found if len(self.levels) > 2 else found[:, -1:]

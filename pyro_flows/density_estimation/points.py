@@ -242,9 +242,10 @@ def _of_frame(name: str, values: Any) -> np.ndarray:
     columns = [(label, values.iloc[:, at]) for at, label in enumerate(getattr(values, "columns", []))]
     for label, column in columns or [(values.name, values)]:
         if getattr(column.dtype, "kind", "O") not in "biuf":
+            remedy = "let fit_density make the flow" if name == "context" else "pass categories as context="
             raise ValueError(
                 f"{name}: expected columns of numbers, got {str(label)!r} of {column.dtype}. Drop the column, convert "
-                "it, or pass categories as context=."
+                f"it, or {remedy}."
             )
     return np.asarray(values.to_numpy(dtype=float, na_value=np.nan))
 

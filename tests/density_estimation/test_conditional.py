@@ -190,7 +190,9 @@ def test_categories_and_missing_values_become_numbers():
     ]
     assert Encoding.from_json(found.to_json()) == found
     assert found.width == 5
-    with pytest.raises(ValueError, match=r"'d' in row 0 of column 0 is no category that the fit has \('a', 'b', 'c'\)"):
+    with pytest.raises(
+        ValueError, match=r"'d' in row 0 of column 0 is no category that the fit has \('a', 'b', 'c'\)\.$"
+    ):
         found.encode([["d", 1.0]])
     with pytest.raises(ValueError, match="expected 2 columns, got 1"):
         found.encode([["a"]])
@@ -199,6 +201,10 @@ def test_categories_and_missing_values_become_numbers():
 def test_whole_numbers_of_few_values_are_categories_and_others_are_not():
     assert Encoding.of(np.array([[1], [2], [3], [2]])).width == 3
     assert Encoding.of(torch.tensor([0, 1, 1, 0])).encode(torch.tensor([1, 0])).tolist() == [[1.0], [0.0]]
+    with pytest.raises(
+        ValueError, match=r"3 in row 0 .* \(1, 2\)\. Whole numbers with at most 20 values are read as cat"
+    ):
+        Encoding.of(np.array([1, 2])).encode(np.array([3]))
     assert Encoding.of(np.arange(100)[:, None]) is None
     assert Encoding.of(np.array([[1.0], [2.0]])) is None
     assert Encoding.of(torch.tensor([True, False, True])).encode(torch.tensor([True, False])).tolist() == [[1.0], [0.0]]

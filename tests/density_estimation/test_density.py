@@ -324,6 +324,14 @@ def test_what_a_loader_gives_is_checked(items, message):
         pf.fit_density(flow, DataLoader(points, batch_size=4), validation=None, **QUICK)
 
 
+def test_values_outside_of_the_unit_cube_are_told():
+    flow = pf.glow((1, 4, 4), levels=1, layers=1, hidden=(4,), alpha=0.05)
+    with pytest.raises(
+        ValueError, match=r"y: expected values in the support .* got 7\. Move them into it, or pass levels="
+    ):
+        pf.fit_density(flow, torch.full((50, 1, 4, 4), 7, dtype=torch.uint8), **QUICK)
+
+
 def test_numbers_and_labels_of_a_loader_are_columns():
     y, label = torch.randn(64), torch.randint(2, (64,))
     flow = pf.spline(1, layers=1, context_dim=1)
@@ -550,6 +558,10 @@ def test_columns_of_data_frames_are_numbers():
         ValueError, match=r"data: expected columns of numbers, got 'kind' of .*pass categories as context="
     ):
         quick(frame.assign(kind=["a", "b"] * 20))
+    with pytest.raises(ValueError, match=r"context: expected columns of numbers, .* or let fit_density make the flow"):
+        pf.fit_density(
+            pf.nice(2, context_dim=1), torch.randn(40, 2), context=pandas.DataFrame({"kind": ["a", "b"] * 20})
+        )
     with pytest.raises(ValueError, match="the value in row 0, column 0 is missing"):
         quick(frame.assign(size=pandas.array([None, *size[1:]], dtype="Float64")))
 
