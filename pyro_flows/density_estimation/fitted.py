@@ -85,6 +85,8 @@ class DensityFit:
         _checks.positive("temperature", temperature)
         about = self._encoded(context)
         about = None if about is None else numbers("context", about).to(like(self.flow))
+        if about is not None and about.dim() == self.flow.context_dim == 1:
+            about = about[:, None]  # a number for each point, as the fit takes it
         _checks.context("sample", about, self.flow.context_dim)
         if about is not None:
             if not about.dim() or about.shape[:-1] not in ((), (1,), (count,)):

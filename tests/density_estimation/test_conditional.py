@@ -147,6 +147,12 @@ def test_quantiles_of_every_base(base):
     assert torch.allclose(torch.quantile(drawn[:, 0], levels), at[:, 0], atol=0.02)
 
 
+def test_a_context_of_one_column_may_be_numbers(fitted):
+    x = bimodal(5, seed=3)[1]
+    assert torch.equal(fitted.sample(5, x[:, 0], seed=0), fitted.sample(5, x, seed=0))
+    assert torch.equal(fitted.sample(5, x[0], seed=0), fitted.sample(5, x[:1], seed=0))
+
+
 def test_a_context_is_asked_for(fitted):
     with pytest.raises(ValueError, match=r"context: expected a context of shape \(..., 1\), got none"):
         fitted.quantiles([0.5])
