@@ -246,6 +246,9 @@ def prior_from(
     which its draws come, trained on where weights would still change it. At the end, the flow is moved to the means
     and sds of the weighted draws.
 
+    A site that the fit takes for an angle, since the density has a period of one turn, is brought into the turn about
+    its mean direction. Its prior is one on the line, so that later draws may lie beyond :math:`\pi`.
+
     In a chain, errors of all posteriors so far add up. :attr:`FittedPrior.mean_error` and
     :attr:`FittedPrior.sd_error` say how far the prior may be off, see there.
 
