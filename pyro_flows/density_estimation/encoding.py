@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pyro_flows._arguments import numbers
+from pyro_flows._arguments import numbers, refused
 from pyro_flows._untrusted import require
 
 if TYPE_CHECKING:
@@ -143,6 +143,8 @@ class _Given(NamedTuple):
 def _columns(context: object) -> list[_Given]:
     """Return the columns of a data frame, an array, a tensor, or lists."""
     if is_frame(context):
+        if not context.shape[1]:  # type: ignore[attr-defined]
+            raise ValueError("context: expected one or more columns, got none; leave it out.")
         columns = [(repr(str(name)), context.iloc[:, at]) for at, name in enumerate(context.columns)]  # type: ignore[attr-defined]
         return [_Given(name, as_array(values), _is_category(values)) for name, values in columns]
     values = as_array(context)
@@ -166,7 +168,10 @@ def as_array(values: object) -> np.ndarray:
         return numbers("context", values).detach().cpu().numpy()
     kind = getattr(values, "dtype", None)
     if kind is None or isinstance(kind, np.dtype):
-        found = np.asarray(values)
+        try:
+            found = np.asarray(values)
+        except ValueError:  # rows of several lengths
+            raise refused("context", "rows of one length", values) from None
         texts = isinstance(values, (list, tuple)) and found.dtype.kind in "US"
         return np.array(values, dtype=object) if texts else found
     series = cast("pd.Series", values)  # pandas' categories, texts and nullable numbers

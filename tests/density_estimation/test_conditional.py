@@ -250,6 +250,16 @@ def test_pandas_categories_of_numbers_are_categories_and_its_missing_value_is_mi
         Encoding.of(times)
 
 
+def test_contexts_that_are_no_table_are_refused():
+    pd = pytest.importorskip("pandas")
+    with pytest.raises(ValueError, match=r"context: expected rows of one length, got \[\[1.0\], \[2.0, 3.0\]\]"):
+        Encoding.of([[1.0], [2.0, 3.0]])
+    with pytest.raises(ValueError, match="context: expected one or more columns, got none"):
+        Encoding.of(pd.DataFrame(index=range(3)))
+    with pytest.raises(ValueError, match="validation: expected a list or a tensor of numbers, got"):
+        pf.fit_density("nice", torch.zeros(9, 2), validation=[torch.zeros(3), pd.DataFrame({"a": [1.0]})])
+
+
 def test_masked_values_are_missing():
     masked = np.ma.masked_array(np.array([1.0, 2.0, 9.0]), [False, False, True])
     assert Encoding.of(masked).encode(masked).tolist() == [[1.0, 0.0], [2.0, 0.0], [1.5, 1.0]]
