@@ -147,7 +147,7 @@ def numbers(name: str, value: object) -> Tensor:
         value = value.copy()  # torch takes neither
     try:
         return dense(name, torch.as_tensor(value))
-    except (TypeError, ValueError, RuntimeError, OverflowError):
+    except (TypeError, ValueError, RuntimeError, OverflowError, LookupError):  # the last one of a data frame in a list
         raise refused(name, "a list or a tensor of numbers", value) from None
 
 

@@ -204,7 +204,7 @@ def check_wiring(density: LogDensity, wiring: Wiring, values: Mapping[str, Tenso
     case = wiring(values)
     latents = {name: values[name] for name in density.names}
     observed = {name: values[name] for name in density.structure.observed}
-    with apart(), quiet(), torch.no_grad():
+    with apart(), quiet(), torch.no_grad(), density.precisely():
         with poutine.condition(data={**latents, **observed}):
             run = poutine.trace(density.model).get_trace
             before = messages(at_some_draw(lambda: run(*density.args, **density.kwargs)))

@@ -123,7 +123,8 @@ def _dependent(density: LogDensity, points: Tensor) -> list[str]:
     found = []
     for name in density.names:
         value = first[name]["value"]
-        before, after = (nodes[name]["fn"].log_prob(value) for nodes in (first, second))
+        with density.precisely():
+            before, after = (nodes[name]["fn"].log_prob(value) for nodes in (first, second))
         if before.shape != after.shape or not torch.allclose(before, after, rtol=1e-6, atol=1e-6, equal_nan=True):
             found.append(name)
     return found

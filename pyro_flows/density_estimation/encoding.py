@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from pyro_flows._arguments import numbers
+from pyro_flows._arguments import numbers, refused
 from pyro_flows._untrusted import require
 
 if TYPE_CHECKING:
@@ -56,10 +56,14 @@ class Column:
         codes = np.array([-1 if lost else place.get(_plain(value), -2) for value, lost in pairs])
         if bool((codes == -2).any()):
             row = int((codes == -2).argmax())
+            whole = (
+                f" Whole numbers with at most {LEVELS_UP_TO} values are read as categories; pass floating-point "
+                "numbers to the fit otherwise."
+            )
             raise ValueError(
                 f"context: {_plain(values[row])!r} in row {row} of column {self.name} is no category that the fit has "
-                f"({', '.join(map(repr, self.levels[:5]))}{', ...' if len(self.levels) > 5 else ''}). Whole numbers "
-                f"with at most {LEVELS_UP_TO} values are read as categories; pass floating-point numbers otherwise."
+                f"({', '.join(map(repr, self.levels[:5]))}{', ...' if len(self.levels) > 5 else ''})."
+                f"{whole if type(self.levels[0]) is int else ''}"
             )
         found = (codes[:, None] == np.arange(len(self.levels))).astype(float)
         return found if len(self.levels) > 2 else found[:, -1:]
@@ -85,9 +89,9 @@ class Encoding:
         """
         if isinstance(context, np.memmap):
             return None
-        found = cls(tuple(_read(name, values) for name, values in _columns(context)))
+        found = cls(tuple(_read(*column) for column in _columns(context)))
         plain = all(not column.levels and not column.missing for column in found.columns)
-        return None if plain and not _is_frame(context) else found
+        return None if plain and not is_frame(context) else found
 
     @property
     def width(self) -> int:
@@ -98,13 +102,14 @@ class Encoding:
         columns = _columns(context)
         if len(columns) != len(self.columns):
             raise ValueError(f"context: expected {len(self.columns)} columns, got {len(columns)}.")
-        if _is_frame(context) and self._named and [name for name, _ in columns] != [one.name for one in self.columns]:
-            known, got = (
-                ", ".join(names) for names in ([one.name for one in self.columns], [name for name, _ in columns])
+        known, got = ([one.name for one in those] for those in (self.columns, columns))
+        if is_frame(context) and self._named and got != known:
+            raise ValueError(
+                f"context: expected the columns {', '.join(known)}, got {', '.join(got)}. Pass them in the order of "
+                "the fit."
             )
-            raise ValueError(f"context: expected the columns {known}, got {got}. Pass them in the order of the fit.")
         pairs = zip(self.columns, columns, strict=True)
-        return torch.from_numpy(np.concatenate([column.encode(values) for column, (_, values) in pairs], 1))
+        return torch.from_numpy(np.concatenate([column.encode(given.values) for column, given in pairs], 1))
 
     @property
     def _named(self) -> bool:
@@ -127,62 +132,92 @@ class Encoding:
         return cls(tuple(Column(**{**entry, "levels": tuple(entry["levels"])}) for entry in entries))
 
 
-def _columns(context: object) -> list[tuple[str, np.ndarray]]:
-    """Return names and values (N,) of the columns of a data frame, an array, a tensor, or lists."""
-    if _is_frame(context):
-        return [(repr(str(name)), _array(context.iloc[:, at])) for at, name in enumerate(context.columns)]  # type: ignore[attr-defined]
-    values = _array(context)
+class _Given(NamedTuple):
+    """One column as it is given."""
+
+    name: str
+    values: np.ndarray  # (N,)
+    categories: bool  # whether pandas says that it holds categories
+
+
+def _columns(context: object) -> list[_Given]:
+    """Return the columns of a data frame, an array, a tensor, or lists."""
+    if is_frame(context):
+        if not context.shape[1]:  # type: ignore[attr-defined]
+            raise ValueError("context: expected one or more columns, got none; leave it out.")
+        columns = [(repr(str(name)), context.iloc[:, at]) for at, name in enumerate(context.columns)]  # type: ignore[attr-defined]
+        return [_Given(name, as_array(values), _is_category(values)) for name, values in columns]
+    values = as_array(context)
     values = values[:, None] if values.ndim == 1 else values
     if values.ndim != 2:
         raise ValueError(f"context: expected a row for each point, (N, columns), got shape {values.shape}.")
-    return [(str(at), values[:, at]) for at in range(values.shape[1])]
+    return [_Given(str(at), values[:, at], _is_category(context)) for at in range(values.shape[1])]
 
 
-def _is_frame(context: object) -> bool:
+def is_frame(context: object) -> bool:
     return hasattr(context, "columns") and hasattr(context, "iloc")
 
 
-def _array(values: object) -> np.ndarray:
+def _is_category(values: object) -> bool:
+    return str(getattr(values, "dtype", "")) == "category"
+
+
+def as_array(values: object) -> np.ndarray:
     """Return values as an array: of objects for pandas' own kinds, with None for what is missing."""
     if isinstance(values, (Tensor, np.ma.MaskedArray)):
         return numbers("context", values).detach().cpu().numpy()
     kind = getattr(values, "dtype", None)
     if kind is None or isinstance(kind, np.dtype):
-        found = np.asarray(values)
+        try:
+            found = np.asarray(values)
+        except ValueError:  # rows of several lengths
+            raise refused("context", "rows of one length", values) from None
         texts = isinstance(values, (list, tuple)) and found.dtype.kind in "US"
         return np.array(values, dtype=object) if texts else found
     series = cast("pd.Series", values)  # pandas' categories, texts and nullable numbers
     gone = np.asarray(series.isna())
     if str(kind)[:1] not in "IUF":
-        return np.array([None if lost else value for value, lost in zip(series, gone, strict=True)], dtype=object)
+        given = map(_plain, series) if _is_category(series) else series
+        return np.array([None if lost else value for value, lost in zip(given, gone, strict=True)], dtype=object)
     if bool(gone.any()):
         return np.array([np.nan if lost else float(value) for value, lost in zip(series, gone, strict=True)])
     return np.array(list(series))  # whole numbers stay whole
 
 
-def _read(name: str, values: np.ndarray) -> Column:
+def _read(name: str, values: np.ndarray, categories: bool) -> Column:
     gone = _missing(values)
     given = values[~gone]
     if not len(given):
         raise ValueError(f"context: column {name} has no values at all; leave it out.")
-    if given.dtype.kind in "mMc":
+    other = [value for value in given if not (_is_number(value) or _is_text(value))] if given.dtype == object else []
+    if other or given.dtype.kind in "mMc":
+        kind = type(other[0]).__name__ if other else given.dtype
         raise ValueError(
-            f"context: column {name} is of {given.dtype}; expected numbers or categories. Pass times as numbers, such "
-            "as days since the first, and complex numbers as two columns."
+            f"context: column {name} is of {kind}; expected numbers or categories. Pass times as numbers, such as days "
+            "since the first, complex numbers as two columns, and others as floats or texts."
         )
     texts = given.dtype.kind in "bUS" or (given.dtype == object and not all(_is_number(value) for value in given))
     levels: Sequence[Level] = ()
-    if texts or given.dtype.kind in "iu":
+    if categories or texts or given.dtype.kind in "iu":
         levels = sorted({_plain(value) for value in given}, key=lambda level: (str(type(level)), level))
-        levels = levels if texts or len(levels) <= LEVELS_UP_TO else ()
+        levels = levels if categories or texts or len(levels) <= LEVELS_UP_TO else ()
     fill = 0.0 if levels else float(np.asarray(given, dtype=float).mean())
     return Column(name, tuple(levels), fill, bool(gone.any()))
 
 
 def _missing(values: np.ndarray) -> np.ndarray:
     if values.dtype == object:
-        return np.array([value is None or value != value for value in values], dtype=bool)
+        return np.array([value is None or not _equals_itself(value) for value in values], dtype=bool)
     return np.isnan(values) if values.dtype.kind == "f" else np.zeros(len(values), dtype=bool)
+
+
+def _equals_itself(value: object) -> bool:
+    equal = value == value
+    return bool(equal) if isinstance(equal, (bool, np.bool_)) else False  # that of pandas.NA is missing, too
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, (str, bytes, bool, np.bool_))
 
 
 def _is_number(value: object) -> bool:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, cast
 
 import numpy as np
 from torch import Tensor
 
+from pyro_flows.density_estimation.encoding import as_array, is_frame
 from pyro_flows.density_estimation.fit_density import fit_density
 from pyro_flows.density_estimation.fitted import DensityFit
 
@@ -170,7 +171,7 @@ class DensityEstimator:
         rows = self._rows(X)
         return _numpy(self.fit_.sample(len(rows), rows, seed=seed))
 
-    def predict_quantiles(self, X: object, levels: Iterable[float] = (0.1, 0.5, 0.9)) -> np.ndarray:
+    def predict_quantiles(self, X: object, levels: Sequence[float] = (0.1, 0.5, 0.9)) -> np.ndarray:
         """Return quantiles (N, levels) of the output given each row, (N, levels, D) of several outputs.
 
         Raises:
@@ -178,12 +179,12 @@ class DensityEstimator:
         """
         if not self.conditional:
             raise ValueError("conditional: quantiles are of y given X; pass conditional=True to the estimator.")
-        found = _numpy(self.fit_.quantiles(list(levels), self._rows(X)))
+        found = _numpy(self.fit_.quantiles(levels, self._rows(X)))
         return found[..., 0] if found.shape[-1] == 1 else found
 
     def _read(self, X: object) -> np.ndarray:
         """Return rows as an array; a context stays a data frame."""
-        if self.conditional and hasattr(X, "iloc"):
+        if self.conditional and is_frame(X):
             return cast(np.ndarray, X)
         return _table(X, missing=self.conditional)
 
@@ -251,7 +252,7 @@ def _table(values: object, *, column: bool = False, missing: bool = False) -> np
     """Return finite numbers (N, columns) as floats, or refuse them in the words that scikit-learn's checks look for."""
     if hasattr(values, "toarray"):
         raise TypeError("Sparse data was passed, but dense data is required. Use '.toarray()' to convert it.")
-    found = np.asarray(values.detach().cpu() if isinstance(values, Tensor) else values)
+    found = as_array(values) if missing else np.asarray(values.detach().cpu() if isinstance(values, Tensor) else values)
     if np.iscomplexobj(found):
         raise ValueError("Complex data not supported.")
     if missing and found.dtype.kind not in "f":

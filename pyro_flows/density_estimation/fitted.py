@@ -85,6 +85,8 @@ class DensityFit:
         _checks.positive("temperature", temperature)
         about = self._encoded(context)
         about = None if about is None else numbers("context", about).to(like(self.flow))
+        if about is not None and about.dim() == self.flow.context_dim == 1:
+            about = about[:, None]  # a number for each point, as the fit takes it
         _checks.context("sample", about, self.flow.context_dim)
         if about is not None:
             if not about.dim() or about.shape[:-1] not in ((), (1,), (count,)):
@@ -144,7 +146,8 @@ class DensityFit:
         """Return quantiles of each coordinate, (N, levels, D), one row for each context; (levels, D) without a context.
 
         Of one coordinate they are exact, :math:`f(F_0^{-1}(p))`, and never cross. Of several, they are those of
-        ``draws`` draws from each row's density, with the Monte Carlo error of these.
+        ``draws`` draws from each row's density, with the Monte Carlo error of these. After a fit with ``levels=``, they
+        are of points in the unit cube, as draws are.
 
         Raises:
             ValueError: for levels that are no numbers between 0 and 1, or a context that does not fit.
@@ -164,11 +167,12 @@ class DensityFit:
         r"""Return probability integral transforms :math:`F(y_d \mid c)` of each coordinate, (N, D).
 
         They are uniform on (0, 1) if the density is calibrated. Of several coordinates, each is the share of ``draws``
-        draws from the row's density that are smaller. With ``noise=``, the rows get the noise of the fit first.
+        draws from the row's density that are smaller. Rows are given as to :func:`fit_density`; with ``levels=`` or
+        ``noise=``, they get the noise of the fit first.
 
         Reference: Gneiting, Balabdaoui and Raftery 2007, doi:10.1111/j.1467-9868.2007.00587.x.
         """
-        given = replace(points_for(self.flow, "data", y, self._encoded(context)), noise=self.noise)
+        given = self._as_fitted(y, context)
         with seeded(derive(seed, "pit"), like(self.flow).device):
             if self.flow.event_shape == (1,):
                 return torch.cat([self._placed(*batch) for batch in given.ordered(CHUNK)])
@@ -177,8 +181,16 @@ class DensityFit:
         pairs = zip(drawn, values.split(rows_at_once(draws)), strict=True)
         return torch.cat([((y < own).double().sum(0) + 0.5) / (draws + 1.0) for y, own in pairs])
 
+    def _as_fitted(self, data: object, context: object) -> Source:
+        """Return data given as to :func:`fit_density`, with the noise that these had."""
+        given = points_for(self.flow, "data", data, self._encoded(context))
+        given = given if self.levels is None else given.quantized(self.levels.count, self.levels.step)
+        return replace(given, noise=self.noise)
+
     def _contexts(self, context: object) -> Tensor:
         """Return rows of contexts as numbers, one row without any if there are none."""
+        if context is None:
+            _checks.context("context", None, self.flow.context_dim)
         found = like(self.flow).new_zeros(1, 0) if context is None else numbers("context", self._encoded(context))
         found = found[:, None] if found.dim() == 1 else found
         if found.dim() != 2 or found.shape[1] != self.flow.context_dim:
@@ -229,10 +241,7 @@ class DensityFit:
 
     def nats(self, data: object, context: object = None, *, seed: int = 0) -> float:
         """Return the mean log density of data given as to :func:`fit_density`; they get the noise of the fit first."""
-        given = points_for(self.flow, "data", data, self._encoded(context))
-        if self.levels is not None:
-            given = given.quantized(self.levels.count)
-        given = replace(given, noise=self.noise)
+        given = self._as_fitted(data, context)
         with seeded(derive(seed, "nats"), like(self.flow).device):
             return mean_log_prob(self.flow, given)
 

@@ -105,9 +105,12 @@ def _shared(x: Tensor, parts: Parts, heights: list[float]) -> Iterator[tuple[Ten
 
 
 def _moments(shared: Iterable[tuple[Tensor, Tensor]]) -> Moments:
-    """Return the weights (K,), sums (K, D) and sums of squares (K, D, D) of points, shared among parts."""
+    """Return the weights (K,), sums (K, D) and sums of squares (K, D, D) of points, shared among parts.
+
+    In double precision: the variance of a part of equal values is a difference of squares, and must not be negative.
+    """
     found = None
-    for piece, share in shared:
+    for piece, share in ((points.double(), shares.double()) for points, shares in shared):
         squares = (share[:, :, None] * piece[:, None, :]).flatten(1).mT @ piece
         new = share.sum(0), share.mT @ piece, squares.unflatten(0, (share.shape[1], -1))
         found = new if found is None else (found[0] + new[0], found[1] + new[1], found[2] + new[2])
@@ -116,13 +119,13 @@ def _moments(shared: Iterable[tuple[Tensor, Tensor]]) -> Moments:
 
 
 def _maximized(moments: Moments, spread: Tensor, prior: float) -> Parts:
-    weight, total, squares = (part.double() for part in moments)
+    weight, total, squares = moments
     many = weight.clamp_min(1e-3)
     loc = total / many[:, None]
     scatter = squares - many[:, None, None] * loc[:, :, None] * loc[:, None, :]
     covariance = (scatter + spread.double()) / (many + prior)[:, None, None]
     log_weights = torch.log((weight + 1.0) / (weight + 1.0).sum())
-    return Parts(*(part.to(moments[0]) for part in (log_weights, loc, _factor_of(covariance))))
+    return Parts(*(part.to(spread) for part in (log_weights, loc, _factor_of(covariance))))
 
 
 def _factor_of(covariance: Tensor) -> Tensor:

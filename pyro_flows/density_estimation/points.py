@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -94,18 +94,23 @@ class Rows:
         places = torch.randperm(len(self))[:count].sort().values
         return replace(self, indices=places if self.indices is None else self.indices[places])
 
-    def quantized(self, levels: int) -> Rows:
-        """Say that the values are levels: ``0, 1, ..., levels - 1``, or the same divided by ``levels - 1``."""
-        largest = max(float(y.max()) for y, _ in self.ordered(CHUNK))
-        integers = not _is_floating(self.values) or largest > 1.0
-        step = 1.0 if integers else 1.0 / (levels - 1)
+    def quantized(self, levels: int, step: float | None = None) -> Rows:
+        """Say that the values are levels: ``0, 1, ..., levels - 1``, or the same divided by ``levels - 1``.
+
+        The second is so if they are floating-point numbers of 1 at most, and no ``step`` of other data is known.
+        """
+        if not _is_floating(self.values):
+            step = 1.0
+        elif step is None:
+            step = 1.0 if max(float(y.max()) for y, _ in self.ordered(CHUNK)) > 1.0 else 1.0 / (levels - 1)
         for y, _ in self.ordered(CHUNK):
             level = y / step
             wrong = ((level - level.round()).abs() > 1e-3) | (level < -0.5) | (level > levels - 0.5)
             if bool(wrong.any()):
                 raise ValueError(
-                    f"data: expected {levels} levels, 0 to {levels - 1} or the same divided by {levels - 1}, got "
-                    f"{float(y[wrong][0]):g}. Pass quantized values as they are, or levels=None for continuous ones."
+                    f"data: expected {levels} levels, {step:g} apart from 0 on, got {float(y[wrong][0]):g}. Pass "
+                    f"quantized values as they are, all as 0 to {levels - 1} or all divided by {levels - 1}, or "
+                    "levels=None for continuous ones."
                 )
         return replace(self, levels=Levels(levels, step))
 
@@ -131,7 +136,8 @@ class Stream:
 
     loader: DataLoader[object]
     like: Tensor
-    paired: bool
+    event_shape: torch.Size
+    context_dim: int
     levels: Levels | None = None
     noise: float = 0.0
 
@@ -139,24 +145,43 @@ class Stream:
         """Go through the loader once; ``size`` is the loader's own."""
         for number, item in enumerate(self.loader):
             parts = item if isinstance(item, (tuple, list)) else (item,)
-            if len(parts) < 1 + self.paired:
+            if self.context_dim and len(parts) < 2:
                 raise ValueError("data: expected the loader to give pairs (data, context) for a conditional flow.")
-            y = torch.as_tensor(parts[0]).to(self.like)
-            if not bool(torch.isfinite(y).all()):
-                raise ValueError(f"data: batch {number} of the loader holds missing or infinite values.")
-            context = torch.as_tensor(parts[1]).to(self.like) if self.paired else None
+            y = self._read("data", number, parts[0], self.event_shape)
+            context = self._read("context", number, parts[1], (self.context_dim,)) if self.context_dim else None
             yield noisy(y, self.levels, self.noise), context
+
+    def _read(self, name: str, number: int, values: object, shape: Sequence[int]) -> Tensor:
+        found = numbers(name, values).to(self.like)
+        found = found[:, None] if found.dim() == 1 else found
+        if found.shape[1:] != torch.Size(shape):
+            rows = ", ".join(("N", *map(str, shape)))
+            raise ValueError(
+                f"{name}: expected shape ({rows}) from the loader, got {tuple(found.shape)} in batch {number}; reshape "
+                "it, or make the flow for that shape."
+            )
+        if not bool(torch.isfinite(found).all()):
+            raise ValueError(f"{name}: batch {number} of the loader holds missing or infinite values.")
+        return found
 
     shuffled = ordered
 
     def steps(self, size: int) -> int:
         """How many batches an epoch has."""
-        return len(self.loader)
+        try:
+            count = len(self.loader)
+        except TypeError:
+            kind = type(self.loader.dataset).__name__
+            raise ValueError(f"data: expected a loader with a length, got one of {kind}; give it __len__.") from None
+        if not count:
+            raise ValueError("data: expected points, got a loader without any.")
+        return count
 
-    def quantized(self, levels: int) -> Stream:
+    def quantized(self, levels: int, step: float | None = None) -> Stream:
         """Say that the values are levels, as for tensors; judged by the first batch."""
-        y = next(self.ordered(0))[0]
-        return replace(self, levels=Levels(levels, 1.0 if float(y.max()) > 1.0 else 1.0 / (levels - 1)))
+        if step is None:
+            step = 1.0 if float(next(self.ordered(0))[0].max()) > 1.0 else 1.0 / (levels - 1)
+        return replace(self, levels=Levels(levels, step))
 
 
 Source = Rows | Stream
@@ -217,9 +242,10 @@ def _of_frame(name: str, values: Any) -> np.ndarray:
     columns = [(label, values.iloc[:, at]) for at, label in enumerate(getattr(values, "columns", []))]
     for label, column in columns or [(values.name, values)]:
         if getattr(column.dtype, "kind", "O") not in "biuf":
+            remedy = "let fit_density make the flow" if name == "context" else "pass categories as context="
             raise ValueError(
                 f"{name}: expected columns of numbers, got {str(label)!r} of {column.dtype}. Drop the column, convert "
-                "it, or pass categories as context=."
+                f"it, or {remedy}."
             )
     return np.asarray(values.to_numpy(dtype=float, na_value=np.nan))
 
@@ -249,7 +275,7 @@ def points_for(flow: Flow, name: str, data: object, context: object) -> Source:
     if isinstance(data, DataLoader):
         if context is not None:
             raise ValueError("context: a DataLoader gives its context itself, as pairs (data, context).")
-        return Stream(data, like(flow), flow.context_dim > 0)
+        return Stream(data, like(flow), flow.event_shape, flow.context_dim)
     found = rows(name, data, context, like(flow))
     if found.event_shape != flow.event_shape:
         raise ValueError(

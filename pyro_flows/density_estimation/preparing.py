@@ -81,6 +81,7 @@ def sources(
 ) -> tuple[Source, Source | None]:
     """Make what is trained on and what is held out."""
     train = points_for(flow, "data", data, context)
+    train.steps(1)  # refuses a loader without points or a length
     if levels is not None:
         train = train.quantized(levels)
     train = replace(train, noise=noise)
@@ -98,8 +99,8 @@ def sources(
     if len(pair) != 2:
         raise ValueError(f"validation: expected data, or a pair (data, context), got {len(pair)} items.")
     held_out = points_for(flow, "validation", *pair)
-    if levels is not None:
-        held_out = held_out.quantized(levels)
+    if train.levels is not None:
+        held_out = held_out.quantized(train.levels.count, train.levels.step)
     return train, replace(held_out, noise=noise)
 
 

@@ -192,7 +192,12 @@ class Flow(nn.Module):
         if Distribution._validate_args:
             real = getattr(support, "base_constraint", support) is constraints.real
             if not (real and bool(torch.isfinite(y.sum()))) and not bool(support.check(y).all()):
-                raise ValueError(f"y: expected values in the support of the flow, {support}, got others.")
+                inside = getattr(support, "base_constraint", support).check(y)
+                got = f"{float(y[~inside][0]):g}" if inside.shape == y.shape else "others"
+                raise ValueError(
+                    f"y: expected values in the support of the flow, {support}, got {got}. Move them into it, or pass "
+                    "levels= to fit_density if the values are quantized."
+                )
         x, ladj = self.bijection.inverse_and_ladj(y, context)
         return self._log_base(x, context) + ladj
 

@@ -357,7 +357,7 @@ class LogDensity(SiteValues):
     def _objection(self, row: Tensor) -> str | None:
         """Return what Pyro's checks, or the model itself, object to at one point (D,); None if they do not."""
         try:
-            with pyro.validation_enabled(True):
+            with pyro.validation_enabled(True), self.precisely():
                 self._run(row, enumerate_sites=True)[0].compute_log_prob()
         except (ValueError, Undefined) as error:
             cause = error.__cause__ if isinstance(error, Undefined) else error

@@ -153,7 +153,7 @@ class SiteValues(Digits):
     def _no_densities(self, names: Sequence[str], rows: Tensor) -> dict[str, Tensor]:
         """Return the log densities (1, ...) of sites at a point where the model raises an error."""
         sites = {name: messages(self.structure.trace)[name] for name in names}
-        with quiet():
+        with quiet(), self.precisely():
             return {name: undefined(site["fn"].log_prob(site["value"]))[None] for name, site in sites.items()}
 
     def predictive(self, z: Tensor, *, seed: int = 0) -> dict[str, Tensor]:
@@ -217,7 +217,7 @@ class SiteValues(Digits):
     def explain(self, z: Tensor) -> str:
         """Name the sites whose log density is not finite at one point ``z`` (D,)."""
         bad = []
-        with torch.no_grad(), quiet():
+        with torch.no_grad(), quiet(), self.precisely():
             try:
                 self.single(z)
                 trace, ladj = self._run(z, enumerate_sites=True)

@@ -246,12 +246,16 @@ def prior_from(
     which its draws come, trained on where weights would still change it. At the end, the flow is moved to the means
     and sds of the weighted draws.
 
+    A site that the fit takes for an angle, since the density has a period of one turn, is brought into the turn about
+    its mean direction. Its prior is one on the line, so that later draws may lie beyond :math:`\pi`.
+
     In a chain, errors of all posteriors so far add up. :attr:`FittedPrior.mean_error` and
     :attr:`FittedPrior.sd_error` say how far the prior may be off, see there.
 
     Args:
         posterior: of :func:`fit`, :func:`diagnose`, :func:`from_mcmc` or :func:`load` with its model.
-        sites: latent sites, together in one event, in the model's order; all by default.
+        sites: latent sites, together in one event, in the model's order; all by default. An earlier prior of several
+            sites is named by its own site or by all of these.
         seed: the same seed gives the same prior.
         max_epochs: bound on the passes through the draws; by default training stops by held-out draws.
         progress: show a bar.
@@ -286,7 +290,13 @@ def prior_from(
     wanted = density.names if sites is None else (sites,) if isinstance(sites, str) else tuple(sites)
     if not wanted:
         raise ValueError("sites: expected one or more latent sites, got none.")
+    of = sites_of(density)
     for name in wanted:
-        _checks.choice("sites", name, density.names)
-    names = [name for name in density.names if name in wanted]
+        _checks.choice("sites", name, {*of, *(part for parts in of.values() for part in parts)})
+    names = [name for name, parts in of.items() if name in wanted or set(parts) <= set(wanted)]
+    if lost := set(wanted) - {*names, *(part for name in names for part in of[name])}:
+        whole = next(name for name, parts in of.items() if lost & set(parts))
+        raise ValueError(
+            f"sites: expected all sites of the prior {whole!r} ({', '.join(of[whole])}), got {', '.join(wanted)}."
+        )
     return FittedPrior._of(posterior, names, seed=seed, max_epochs=max_epochs, progress=progress)

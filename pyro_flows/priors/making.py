@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -17,6 +18,7 @@ from pyro_flows.density_estimation.fit_density import fit_density
 from pyro_flows.flows.flow import Flow
 from pyro_flows.flows.recipe import BUILDERS, with_affine
 from pyro_flows.flows.recipe_json import not_rebuilt
+from pyro_flows.model.charts import Circle
 from pyro_flows.model.faults import where_it_runs
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.model.sites import Latent, messages
@@ -48,6 +50,8 @@ def make(
     links = 1 + max((fn.error.links for fn in earlier.values()), default=0)
     seed = derive(seed, f"prior {links}")  # of the same numbers at each link, errors would not average out
     samples, weights = _draws(posterior, seed)
+    angles = [latent.name for latent in posterior._need_model().structure.latents if isinstance(latent.chart, Circle)]
+    samples = {**samples, **{name: _in_one_turn(samples[name], weights) for name in angles}}
     by_name = {name: parts_of(density, name) for name in names}
     z = _repaired(torch.cat([coordinates(own, samples[name])[0] for name, own in by_name.items()], -1))
     sample = Sample.of(z, weights, posterior.chain_count)
@@ -133,6 +137,13 @@ def _draws(posterior: Record, seed: int) -> tuple[dict[str, Tensor], Tensor]:
         samples, ratio, like = posterior._need_model().constrain(found.z), found.ratio, found.z
     weights = equal(like) if ratio is None else psis(ratio.double())[0].exp().to(like.device)
     return samples, weights
+
+
+def _in_one_turn(angles: Tensor, weights: Tensor) -> Tensor:
+    """Return angles (S, ...) within half a turn of their mean direction: their support is the line, without a cut."""
+    sines, cosines = (torch.tensordot(weights, part.double(), 1) for part in (angles.sin(), angles.cos()))
+    center = torch.atan2(sines, cosines).to(angles)
+    return center + torch.remainder(angles - center + math.pi, 2.0 * math.pi) - math.pi
 
 
 def _repaired(z: Tensor) -> Tensor:

@@ -259,6 +259,12 @@ class PriorDistribution(TorchDistribution):
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Return the log density, of shape ``(*sample_shape, *batch_shape)``."""
+        shape = value.shape[value.dim() - len(self.event_shape) :]
+        if shape != self.event_shape:
+            names = ", ".join(part.name for part in self.parts)
+            raise ValueError(
+                f"value: expected an event of shape {tuple(self.event_shape)}, of {names}, got {tuple(shape)}."
+            )
         z, ladj = coordinates(self.parts, value)
         found = self.flow.log_prob(z) - ladj
         return found.expand(broadcast(found.shape, self.batch_shape))

@@ -91,14 +91,14 @@ class Sliced(Bijection):
         at, log_slope = self.spline.forward_and_ladj(x[..., self.coordinate, None])
         at = self.loc + self.scale * at
         top, root, ladj = self._at(at[..., 0])
-        return top + (root @ self._with(x, at)[..., None])[..., 0], ladj + log_slope + self.scale.log()
+        return top + (root @ self._with(x, at)[..., None])[..., 0], ladj + log_slope + self.scale[0].log()
 
     def _back(self, y: Tensor) -> tuple[Tensor, Tensor]:
         at = y[..., self.coordinate, None]
         top, root, ladj = self._at(at[..., 0])
         x = torch.linalg.solve_triangular(root, (y - top)[..., None], upper=False)[..., 0]
         at, log_slope = self.spline.inverse_and_ladj((at - self.loc) / self.scale)
-        return self._with(x, at), log_slope - ladj - self.scale.log()
+        return self._with(x, at), log_slope - ladj - self.scale[0].log()
 
     def _with(self, x: Tensor, at: Tensor) -> Tensor:
         """Return x (..., D) with another value (..., 1) of coordinate k."""

@@ -1,5 +1,7 @@
 """Conditional densities by default: no Gaussian where the data are none, contexts of all kinds, quantiles, files."""
 
+import datetime
+import decimal
 import math
 
 import numpy as np
@@ -144,6 +146,17 @@ def test_quantiles_of_every_base(base):
     assert torch.allclose(torch.quantile(drawn[:, 0], levels), at[:, 0], atol=0.02)
 
 
+def test_a_context_of_one_column_may_be_numbers(fitted):
+    x = bimodal(5, seed=3)[1]
+    assert torch.equal(fitted.sample(5, x[:, 0], seed=0), fitted.sample(5, x, seed=0))
+    assert torch.equal(fitted.sample(5, x[0], seed=0), fitted.sample(5, x[:1], seed=0))
+
+
+def test_a_context_is_asked_for(fitted):
+    with pytest.raises(ValueError, match=r"context: expected a context of shape \(..., 1\), got none"):
+        fitted.quantiles([0.5])
+
+
 def test_two_outputs_have_quantiles_and_transforms_by_draws():
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(400, 1, generator=generator)
@@ -182,7 +195,9 @@ def test_categories_and_missing_values_become_numbers():
     ]
     assert Encoding.from_json(found.to_json()) == found
     assert found.width == 5
-    with pytest.raises(ValueError, match=r"'d' in row 0 of column 0 is no category that the fit has \('a', 'b', 'c'\)"):
+    with pytest.raises(
+        ValueError, match=r"'d' in row 0 of column 0 is no category that the fit has \('a', 'b', 'c'\)\.$"
+    ):
         found.encode([["d", 1.0]])
     with pytest.raises(ValueError, match="expected 2 columns, got 1"):
         found.encode([["a"]])
@@ -191,6 +206,10 @@ def test_categories_and_missing_values_become_numbers():
 def test_whole_numbers_of_few_values_are_categories_and_others_are_not():
     assert Encoding.of(np.array([[1], [2], [3], [2]])).width == 3
     assert Encoding.of(torch.tensor([0, 1, 1, 0])).encode(torch.tensor([1, 0])).tolist() == [[1.0], [0.0]]
+    with pytest.raises(
+        ValueError, match=r"3 in row 0 .* \(1, 2\)\. Whole numbers with at most 20 values are read as cat"
+    ):
+        Encoding.of(np.array([1, 2])).encode(np.array([3]))
     assert Encoding.of(np.arange(100)[:, None]) is None
     assert Encoding.of(np.array([[1.0], [2.0]])) is None
     assert Encoding.of(torch.tensor([True, False, True])).encode(torch.tensor([True, False])).tolist() == [[1.0], [0.0]]
@@ -210,6 +229,34 @@ def test_arrays_of_texts_are_categories():
 def test_times_and_complex_numbers_are_refused_with_the_remedy(kind):
     with pytest.raises(ValueError, match=r"context: column 0 is of .*; expected numbers or categories. Pass times as"):
         Encoding.of(np.arange(30).astype(kind))
+
+
+@pytest.mark.parametrize("make", [lambda day: datetime.date(2020, 1, day), lambda day: decimal.Decimal(day)])
+def test_objects_that_are_neither_numbers_nor_texts_are_refused(make):
+    with pytest.raises(ValueError, match=r"context: column 0 is of (date|Decimal); expected numbers or categories"):
+        Encoding.of(np.array([[make(day)] for day in range(1, 10)], dtype=object))
+
+
+def test_pandas_categories_of_numbers_are_categories_and_its_missing_value_is_missing():
+    pd = pytest.importorskip("pandas")
+    codes = pd.DataFrame({"code": pd.Categorical([10, 30, 20, 10])})
+    assert Encoding.of(codes).encode(codes).tolist() == [[1, 0, 0], [0, 0, 1], [0, 1, 0], [1, 0, 0]]
+    assert Encoding.of(codes["code"]).width == 3
+    objects = np.array([["a"], [pd.NA], ["b"], [None]], dtype=object)
+    assert Encoding.of(objects).encode(objects).tolist() == [[0, 0], [0, 1], [1, 0], [0, 1]]
+    times = pd.DataFrame({"at": pd.date_range("2020", periods=4, tz="UTC")})
+    with pytest.raises(ValueError, match="column 'at' is of Timestamp; expected numbers"):
+        Encoding.of(times)
+
+
+def test_contexts_that_are_no_table_are_refused():
+    pd = pytest.importorskip("pandas")
+    with pytest.raises(ValueError, match=r"context: expected rows of one length, got \[\[1.0\], \[2.0, 3.0\]\]"):
+        Encoding.of([[1.0], [2.0, 3.0]])
+    with pytest.raises(ValueError, match="context: expected one or more columns, got none"):
+        Encoding.of(pd.DataFrame(index=range(3)))
+    with pytest.raises(ValueError, match="validation: expected a list or a tensor of numbers, got"):
+        pf.fit_density("nice", torch.zeros(9, 2), validation=[torch.zeros(3), pd.DataFrame({"a": [1.0]})])
 
 
 def test_masked_values_are_missing():

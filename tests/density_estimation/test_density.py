@@ -19,6 +19,11 @@ from pyro_flows.density_estimation.standardizing import warn_dependent
 QUICK = {"progress": False, "max_epochs": 4}
 
 
+class Endless(torch.utils.data.IterableDataset):
+    def __iter__(self):
+        return iter(lambda: (torch.zeros(2), torch.zeros(3)), None)
+
+
 def correlated(count, seed=0):
     """Gaussian data on two very different scales, and their exact entropy."""
     factor = torch.tensor([[1.0, 0.0], [900.0, 400.0]])
@@ -303,6 +308,38 @@ def test_a_density_of_noisy_data_and_their_means():
     assert fit.sample(4000, seed=0).var(0).div(variance + 0.16).log().abs().max() < 0.15
 
 
+@pytest.mark.parametrize(
+    ("items", "message"),
+    [
+        ((torch.zeros(8, 2), torch.zeros(8)), r"context: expected shape \(N, 3\) from the loader, got \(4, 1\)"),
+        ((torch.zeros(8, 5), torch.zeros(8, 3)), r"data: expected shape \(N, 2\) from the loader, got \(4, 5\)"),
+        ((torch.zeros(8, 2), torch.full((8, 3), math.nan)), "context: batch 0 of the loader holds missing"),
+        ((torch.zeros(0, 2), torch.zeros(0, 3)), "data: expected points, got a loader without any"),
+        (None, "data: expected a loader with a length, got one of Endless; give it __len__"),
+    ],
+)
+def test_what_a_loader_gives_is_checked(items, message):
+    flow, points = pf.nice(2, context_dim=3), Endless() if items is None else TensorDataset(*items)
+    with pytest.raises(ValueError, match=message):
+        pf.fit_density(flow, DataLoader(points, batch_size=4), validation=None, **QUICK)
+
+
+def test_values_outside_of_the_unit_cube_are_told():
+    flow = pf.glow((1, 4, 4), levels=1, layers=1, hidden=(4,), alpha=0.05)
+    with pytest.raises(
+        ValueError, match=r"y: expected values in the support .* got 7\. Move them into it, or pass levels="
+    ):
+        pf.fit_density(flow, torch.full((50, 1, 4, 4), 7, dtype=torch.uint8), **QUICK)
+
+
+def test_numbers_and_labels_of_a_loader_are_columns():
+    y, label = torch.randn(64), torch.randint(2, (64,))
+    flow = pf.spline(1, layers=1, context_dim=1)
+    loaded = pf.fit_density(flow, DataLoader(TensorDataset(y, label), batch_size=16), validation=None, **QUICK)
+    columns = DataLoader(TensorDataset(y[:, None], label[:, None]), batch_size=16)
+    assert torch.equal(loaded.losses, pf.fit_density(flow, columns, validation=None, **QUICK).losses)
+
+
 def test_noise_and_levels_are_added_to_what_the_fit_sees():
     y = torch.randint(2, (3000, 2), generator=torch.Generator().manual_seed(0))
     fit = pf.fit_density("nice", y, levels=2, noise=2.0, **QUICK)
@@ -322,6 +359,17 @@ def test_noise_that_does_not_fit_is_refused():
         pf.fit_density(flow, images, levels=256, noise=0.1, **QUICK)
     with pytest.raises(ValueError, match=r"^denoise: "):
         pf.fit_density("nice", y, **QUICK).denoise(y)
+
+
+def test_transforms_and_nats_of_levels_are_of_the_levels_of_the_fit():
+    y = torch.randint(16, (2000, 1), generator=torch.Generator().manual_seed(0)).float()
+    fit = pf.fit_density("planar", y, levels=16, **QUICK)
+    u = fit.pit(y)
+    assert float(u.mean()) == pytest.approx(0.5, abs=0.03)
+    assert float(u.std()) == pytest.approx(12**-0.5, abs=0.03)
+    low = y[y <= 1.0][:, None]  # in the data of the fit these are the levels 0 and 1, and not 0 and 15
+    at = (low + 0.5) / 16.0
+    assert fit.nats(low) == pytest.approx(float(fit.log_prob(at).mean()), abs=0.05)
 
 
 def test_levels_given_as_fractions_are_the_same_as_integers():
@@ -510,6 +558,10 @@ def test_columns_of_data_frames_are_numbers():
         ValueError, match=r"data: expected columns of numbers, got 'kind' of .*pass categories as context="
     ):
         quick(frame.assign(kind=["a", "b"] * 20))
+    with pytest.raises(ValueError, match=r"context: expected columns of numbers, .* or let fit_density make the flow"):
+        pf.fit_density(
+            pf.nice(2, context_dim=1), torch.randn(40, 2), context=pandas.DataFrame({"kind": ["a", "b"] * 20})
+        )
     with pytest.raises(ValueError, match="the value in row 0, column 0 is missing"):
         quick(frame.assign(size=pandas.array([None, *size[1:]], dtype="Float64")))
 

@@ -73,6 +73,16 @@ def test_contexts_may_be_missing_or_categories():
         found.score_samples(frame.rename(columns={"a": "c"}), y)
 
 
+def test_lists_keep_their_numbers_and_one_column_is_no_table():
+    rows = [[number / 7.0, "ab"[number % 2]] for number in range(60)]
+    found = pf.DensityEstimator(conditional=True, max_epochs=1).fit(rows, [row[0] % 1.7 for row in rows])
+    assert found.fit_.encoding.width == 2
+    assert found.predict_quantiles(rows[:3], 0.5).shape == (3, 1)
+    column = pytest.importorskip("pandas").Series(range(60))
+    with pytest.raises(ValueError, match="Expected 2D array, got 1D array"):
+        pf.DensityEstimator(conditional=True).fit(column, column)
+
+
 def test_searches_and_pipelines():
     sklearn = pytest.importorskip("sklearn")
     from sklearn.model_selection import GridSearchCV, cross_val_score

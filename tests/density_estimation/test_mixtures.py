@@ -1,5 +1,6 @@
 """Gaussian mixtures: expectation maximization, the number of parts, and the flow that begins at one."""
 
+import math
 import warnings
 
 import pytest
@@ -59,6 +60,14 @@ def test_few_points_of_many_coordinates_have_a_proper_covariance():
     parts = maximize(torch.randn(30, 40), 2, strength=STRENGTHS[0], steps=20, over=lambda: False)
     assert all(bool(torch.isfinite(part).all()) for part in parts)
     assert parts.score(torch.randn(100, 40)) > -120.0
+
+
+def test_most_values_may_be_equal():
+    """The variance of a part of equal values was a difference of squares below zero in single precision."""
+    torch.manual_seed(0)
+    x = white(torch.where(torch.rand(1500, 1) < 0.4, 0.0, torch.rand(1500, 1).log().abs()))
+    parts = maximize(x, 60, strength=0.1, steps=25, over=lambda: False)
+    assert math.isfinite(parts.score(x))
 
 
 def test_the_default_begins_at_a_mixture_and_does_not_end_behind_it():

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import pyro_flows as pf
+from pyro_flows.comparison.sensitivity import _dependent
 from tests.invariants import close
 from tests.models import gauss
 from tests.registry import needs_interpreter, normal
@@ -115,6 +116,22 @@ def test_a_matrix_in_single_precision_goes_with_data_in_double():
 
     density = pf.LogDensity(model, (Y,))
     close(density(torch.zeros(1, 1)), (gauss(Y[3:6], Y[:3], 1.0) + gauss(0.0, 0.0, 1.0))[None], 1e-10)
+
+
+def test_densities_of_networks_in_single_precision_are_asked_for_in_double():
+    """A matrix product takes no two precisions; fits ended with its error at their last check."""
+    prior, noise = pf.realnvp(2, layers=2), pf.spline(1, layers=1, context_dim=2)
+
+    def model(y):
+        place = pyro.sample("place", prior())
+        with pyro.plate("rows", 12):
+            pyro.sample("y", noise(place), obs=y)
+
+    density = pf.LogDensity(model, (Y[:, None],))
+    z = normal(3, 2, seed=1)
+    assert density.complaint(z) is None
+    assert "site 'y' has log density" in density.explain(torch.full((2,), torch.inf, dtype=torch.float64))
+    assert _dependent(density, z) == []
 
 
 def test_an_error_about_precisions_that_stays_is_the_first_one():

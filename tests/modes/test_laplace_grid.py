@@ -178,6 +178,8 @@ def test_the_map_is_a_bijection_with_its_jacobian(dim, rows):
     one = torch.autograd.functional.jacobian(lambda point: map_(point[None])[0], x[0])
     torch.testing.assert_close(torch.linalg.slogdet(one).logabsdet, ladj[0])
     torch.testing.assert_close(map_(x.view(rows, 1, dim))[:, 0], y)
+    torch.testing.assert_close(map_.forward_and_ladj(x[0])[1], ladj[0])
+    torch.testing.assert_close(map_.inverse_and_ladj(y[0])[1], -ladj[0])
 
 
 def test_cubic_splines_follow_what_is_smooth():

@@ -173,6 +173,8 @@ def test_the_map_is_a_bijection_with_its_jacobian(rows, dtype):
     slope = torch.autograd.functional.jacobian(lambda point: map_(point[None])[0], x[0])
     torch.testing.assert_close(torch.linalg.slogdet(slope).logabsdet, ladj[0], **tolerance)
     torch.testing.assert_close(map_(x.view(rows, 1, 4))[:, 0], y, **tolerance)
+    torch.testing.assert_close(map_.forward_and_ladj(x[0])[1], ladj[0], **tolerance)
+    torch.testing.assert_close(map_.inverse_and_ladj(y[0])[1], -ladj[0], **tolerance)
 
 
 def test_a_precision_that_is_none_stays_a_bijection():

@@ -303,6 +303,29 @@ def test_a_chain_of_a_simplex_a_rate_and_a_vector_is_the_conjugate_posterior():
     assert prior.mean_error < 0.15
 
 
+def pair_of(chain):
+    """A prior of two sites, both of the first link's support."""
+    part = chain[1][0][2].parts[0]
+    pair = [part, type(part)("nu", part.shape, part.support, part.dims)]
+    return pf.FittedPrior(pf.realnvp(2, layers=2), pair, status="ok", verdict="ok", error=PriorError(0.1, 0.1, 2))
+
+
+def test_several_sites_go_on_by_their_own_names(chain):
+    def both(y, prior):
+        values = prior.sample()
+        pyro.sample("y", dist.Normal(values["mu"] + values["nu"], 1.0).expand([len(y)]).to_event(1), obs=y)
+
+    posterior = pf.diagnose(both, lambda y, prior: pyro.sample("prior", prior()), chain[0], pair_of(chain))
+    assert pf.prior_from(posterior, ["nu", "mu"], max_epochs=1).sites == ("mu", "nu")
+    with pytest.raises(ValueError, match=r"sites: expected all sites of the prior 'prior' \(mu, nu\), got mu"):
+        pf.prior_from(posterior, "mu")
+
+
+def test_an_event_of_another_shape_is_refused(chain):
+    with pytest.raises(ValueError, match=r"value: expected an event of shape \(2,\), of mu, nu, got \(3,\)"):
+        pair_of(chain)().log_prob(torch.zeros(3))
+
+
 def test_several_sites_in_a_plate_are_refused(chain):
     y = chain[0]
 
@@ -311,9 +334,7 @@ def test_several_sites_in_a_plate_are_refused(chain):
             both = pyro.sample("both", prior())
         pyro.sample("y", dist.Normal(both.sum(), 1.0).expand([len(y)]).to_event(1), obs=y)
 
-    part = chain[1][0][2].parts[0]
-    pair = [part, type(part)("nu", part.shape, part.support, part.dims)]
-    prior = pf.FittedPrior(pf.realnvp(2, layers=2), pair, status="ok", verdict="ok", error=PriorError(0.1, 0.1, 2))
+    prior = pair_of(chain)
     guide = lambda y, prior: pyro.sample("both", prior().expand([2]))  # noqa: E731
     posterior = pf.diagnose(twice, guide, y, prior)
     with pytest.raises(ValueError, match="'both' is a prior of several sites inside of a plate"):

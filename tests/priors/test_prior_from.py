@@ -14,6 +14,7 @@ from torch.distributions import biject_to, constraints
 
 import pyro_flows as pf
 from pyro_flows.model.supports import _event_dim
+from pyro_flows.priors.making import _in_one_turn
 from pyro_flows.priors.parts import Joint, Part, describe, restore
 from tests.posteriors import Y, schools_posterior
 
@@ -182,6 +183,36 @@ def test_a_flow_that_is_the_posterior_is_taken_and_moved():
     assert 0.0 < prior.mean_error < 0.06
     drawn, given = prior.flow.draw(20_000)[0], posterior.z
     assert float(((drawn.mean(0) - given.mean(0)) / given.std(0)).abs().max()) < 0.06
+
+
+def test_angles_on_both_sides_of_a_cut_are_near_each_other():
+    angles = torch.tensor([[3.0, 0.1], [-3.1, -0.2], [3.1, 0.3]])
+    found = _in_one_turn(angles, torch.full((3,), 1.0 / 3.0, dtype=torch.float64))
+    turns = (found - angles) / math.tau
+    torch.testing.assert_close(turns, turns.round(), rtol=0.0, atol=1e-6)
+    assert float((found.amax(0) - found.amin(0)).max()) < 0.51
+
+
+@pytest.mark.falls_back
+def test_an_angle_is_brought_into_one_turn():
+    """Angles about pi were two heaps at both ends of the line, five units apart."""
+
+    def wind(y):
+        angle = pyro.sample("angle", dist.VonMises(0.0, 0.1))
+        with pyro.plate("row", len(y)):
+            pyro.sample("y", dist.VonMises(angle, 4.0), obs=y)
+
+    y = torch.tensor([3.0, -3.1, 2.7, -2.9, 3.1, -2.6, 2.9, 3.1])
+    posterior = pf.fit(wind, y, draws=500, progress=False)
+    kept = posterior.samples["angle"].clone()
+    assert float(kept.std()) > 2.0
+    drawn = pf.prior_from(posterior, max_epochs=1)().sample((20_000,))
+    total = torch.polar(torch.tensor([0.1, *[4.0] * 8]), torch.cat([torch.zeros(1), y])).sum()
+    assert float(drawn.mean()) == pytest.approx(float(total.angle()) + math.tau * (float(total.angle()) < 0), abs=0.01)
+    grid = torch.linspace(-math.pi, math.pi, 10_001)
+    weights = torch.softmax(total.abs() * grid.cos(), 0)
+    assert float(drawn.std()) == pytest.approx(float((weights * grid.square()).sum().sqrt()), rel=0.03)
+    assert torch.equal(posterior.samples["angle"], kept)
 
 
 @pytest.mark.slow
