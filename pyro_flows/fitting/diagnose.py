@@ -117,7 +117,8 @@ def _diagnose(
     noncentered: Noncentered = ()
     if isinstance(guide, AutoFlow):
         with seeded(seed):
-            noncentered = guide.initialize(*args, **kwargs)._built_structure.noncentered
+            guide.initialize(*args, **kwargs)._catch_up()
+        noncentered = guide._built_structure.noncentered
     density = LogDensity(model, args, kwargs, noncentered=noncentered)
     try:
         return _judged(density, model, guide, args, kwargs, draws, seed, bar)

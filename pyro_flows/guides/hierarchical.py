@@ -34,7 +34,17 @@ from pyro_flows.guides.marginal import Marginal, check_data, parts_of
 from pyro_flows.guides.setup import AUTO, best_start
 from pyro_flows.model.batching import apart
 from pyro_flows.model.bijections import bijection
-from pyro_flows.model.sites import Keywords, Model, Positional, Site, by_event, is_open, is_subsample, messages
+from pyro_flows.model.sites import (
+    Keywords,
+    Latent,
+    Model,
+    Positional,
+    Site,
+    by_event,
+    is_open,
+    is_subsample,
+    messages,
+)
 from pyro_flows.model.start import first_run, initial_value, transform_of
 from pyro_flows.transforms import Bijection, Compose, DiagonalAffine, SinhArcsinh
 
@@ -137,6 +147,7 @@ class AutoHierarchicalFlow(AutoMessenger):  # type: ignore[metaclass]
         super().__init__(model)
         if flow == "realnvp":
             options.setdefault("layers", LAYERS)
+        options.setdefault("noncentered", ())
         AutoFlow(model, flow, init=init, **options)  # what is wrong is named here, not at the first step
         self._joint = tuple(joint)
         self._own: list[str] = []  # sites whose posteriors a subclass makes
@@ -289,8 +300,13 @@ class AutoHierarchicalFlow(AutoMessenger):  # type: ignore[metaclass]
                 "model: expected at least one latent outside of plates, got none. Use AutoFlow, or name sites for the "
                 "flow in joint=."
             ) from error
-        self._latents = top._built_structure.latents
+        self._globals_of = (top,)  # in a tuple, and not as a module before all is known
         return top
+
+    @property
+    def _latents(self) -> tuple[Latent, ...]:
+        """The latents of the flow, in its coordinates."""
+        return self._globals_of[0]._built_structure.latents
 
     def _made(self, model: Model, args: Positional, kwargs: Keywords) -> AutoFlow:
         flow, options = self._of_globals

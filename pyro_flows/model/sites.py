@@ -190,6 +190,25 @@ class Structure:
         return replace(self, latents=latents, dependent=self.dependent or moved)
 
     @property
+    def centering(self) -> Tensor:
+        """Precisions and centers (2, K) of the elements of hierarchical sites; a precision of -1: of a centered site."""
+        parts = [_centering(latent) for latent in self.latents if latent.name in self.hierarchical]
+        return torch.cat([torch.zeros(2, 0), *parts], 1).to(self.device, self.dtype)
+
+    def with_centering(self, centering: Tensor) -> Structure:
+        """Return this structure in the coordinates that :attr:`centering` of another one tells; charts stay."""
+        latents, numbers = list(self.latents), centering.detach().to(self.device, self.dtype).clone()
+        for place, latent in enumerate(latents):
+            if latent.name in self.hierarchical:
+                own, numbers = numbers.tensor_split([latent.unconstrained_shape.numel()], 1)
+                data = Information(*(part.reshape(latent.unconstrained_shape) for part in own))
+                free = bool((data.precision >= 0.0).all())
+                known = data if free and bool(data.precision.any()) else None
+                latents[place] = replace(latent, noncentered=free, data=known)
+        moved = any(latent.noncentered for latent in latents)
+        return replace(self, latents=tuple(latents), dependent=self.dependent or moved)
+
+    @property
     def improper(self) -> list[str]:
         """The latent sites with an improper prior: all real numbers alike, or all of another support."""
         return [latent.name for latent in self.latents if latent.improper]
@@ -207,6 +226,13 @@ class Structure:
             if options:
                 found[latent.name] = None if options == {"noncentered": True} else options
         return found
+
+
+def _centering(latent: Latent) -> Tensor:
+    """Return the coordinates of a hierarchical site as numbers (2, K), see :attr:`Structure.centering`."""
+    if latent.data is not None:
+        return torch.stack([latent.data.precision.flatten(), latent.data.center.flatten()])
+    return torch.full((2, latent.unconstrained_shape.numel()), 0.0 if latent.noncentered else -1.0)
 
 
 def _in_coordinates(latent: Latent, given: Options, like: Tensor) -> Latent:
