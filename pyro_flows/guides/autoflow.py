@@ -253,7 +253,8 @@ class _Centered(Bijection):
         placed = place_all(self.structure, x, self.run)
         sites = [(latent, placed[latent.name]) for latent in self.bare.latents]
         y = torch.cat([latent.flatten(site.value, site.prior) for latent, site in sites])
-        return {"y": y, "ladj": sum((s.ladj.sum() - own.place(y, s.prior).ladj.sum() for own, s in sites), x.new_zeros(()))}
+        ladj = sum((site.ladj.sum() - own.place(y, site.prior).ladj.sum() for own, site in sites), x.new_zeros(()))
+        return {"y": y, "ladj": ladj}
 
     def _inverse_of(self, y: Tensor) -> dict[str, Tensor]:
         values = {name: site.value for name, site in place_all(self.bare, y, self.run).items()}

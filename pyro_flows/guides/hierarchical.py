@@ -147,8 +147,9 @@ class AutoHierarchicalFlow(AutoMessenger):  # type: ignore[metaclass]
         super().__init__(model)
         if flow == "realnvp":
             options.setdefault("layers", LAYERS)
-        options.setdefault("noncentered", ())
         AutoFlow(model, flow, init=init, **options)  # what is wrong is named here, not at the first step
+        self._noncentered = options.get("noncentered", AUTO)
+        options["noncentered"] = () if self._noncentered == AUTO else self._noncentered  # chosen when the flow starts
         self._joint = tuple(joint)
         self._own: list[str] = []  # sites whose posteriors a subclass makes
         self._init = init
@@ -327,8 +328,11 @@ class AutoHierarchicalFlow(AutoMessenger):  # type: ignore[metaclass]
             fallback("the guide starts at the prior", error)
             return
         if found is None and not (self.subsampled or self._own):
-            begun = best_start(self.model, args, kwargs, among=self._latents)
-            found = None if begun is None else (begun.loc, begun.scale)
+            chosen = top._built_structure.noncentered if self.local or self._noncentered != AUTO else AUTO
+            begun = best_start(self.model, args, kwargs, among=self._latents, noncentered=chosen)
+            if begun is not None and begun.loc is not None and begun.scale is not None:
+                found = begun.loc, begun.scale
+                top.take_coordinates(chosen, begun.noncentered)
         if found is None:
             return
         begin_at(top._single, *(part.to(top._like) for part in found))

@@ -81,8 +81,7 @@ class LatentGuide(AutoContinuous):
         self._paced = False  # whether PathELBO has set the unit of steps
         self._arguments: tuple[Positional, Keywords] = ((), {})
         self._moved_to: dict[str, Any] = {}
-        self._as_read: Structure | None = None
-        self._read_with: Tensor | None = None  # the buffer's numbers when the structure was made of it
+        self._as_read: tuple[Structure, Tensor] | None = None  # at first, and the coordinates of the structure by now
         self.plates: dict[str, object] = {}
         self._in_store = False
         self._named: Named | None = None  # the tensors by their names in Pyro's store
@@ -116,8 +115,8 @@ class LatentGuide(AutoContinuous):
         if self._cautious == AUTO:
             give_gains(built)
         self.flow = built.to(like)
-        if CENTERING in self._buffers:
-            self.register_buffer(CENTERING, self._buffers[CENTERING].to(like))
+        if structure.hierarchical:
+            self.register_buffer(CENTERING, self.get_buffer(CENTERING).to(like))
         if start is None or start.loc is None or start.scale is None:
             loc = self._init_loc().to(like)
             self.start_at(loc, self._init_scale * torch.ones_like(loc))
@@ -137,10 +136,10 @@ class LatentGuide(AutoContinuous):
         for latent in structure.latents:
             site = messages(structure.trace)[latent.name]
             trace.add_node(latent.name, args=(), kwargs={}, **{key: site[key] for key in kept})
-        self._as_read = self.__dict__["structure"] = replace(structure, trace=trace, drawn=None, observed={})
+        own = self.__dict__["structure"] = replace(structure, trace=trace, drawn=None, observed={})
         if structure.hierarchical:
-            self._read_with = structure.centering
-            self.register_buffer(CENTERING, self._read_with.clone())
+            self._as_read = own, structure.centering
+            self.register_buffer(CENTERING, structure.centering)
         self.prototype_trace = trace
         self.latent_dim = structure.dim
         self._unconstrained_shapes = {latent.name: latent.unconstrained_shape for latent in structure.latents}
@@ -153,11 +152,11 @@ class LatentGuide(AutoContinuous):
         """The structure of the model, in the coordinates that the state holds; None before the first run."""
         own = self._buffers.get(CENTERING)
         if own is not None:
-            known, as_read = self._read_with, self._as_read
-            assert known is not None and as_read is not None
+            assert self._as_read is not None
+            first, known = self._as_read
             if own.dtype != known.dtype or own.device != known.device or not torch.equal(own, known):
-                self._read_with = own.detach().clone()  # a state was loaded, or comes from another process
-                self.__dict__["structure"] = as_read.with_centering(own)
+                self._as_read = first, own.detach().clone()  # a state was loaded, or comes from another process
+                self.__dict__["structure"] = first.with_centering(own)
         found: Structure | None = self.__dict__.get("structure")
         return found
 
@@ -254,6 +253,12 @@ class LatentGuide(AutoContinuous):
         if own is not None and any(name.startswith(f"{prefix}flow.") for name in state):
             state.setdefault(prefix + CENTERING, self._missing(own))
         super()._load_from_state_dict(state, prefix, *args)
+
+    def take_coordinates(self, asked: Noncentered | str, chosen: Noncentered) -> None:
+        """Take other coordinates than those of the first run."""
+        self._noncentered, own = asked, self._buffers.get(CENTERING)
+        if own is not None and self._as_read is not None:
+            own.copy_(self._as_read[0].noncenter(chosen).centering)
 
     def _missing(self, own: Tensor) -> Tensor:
         """Return the coordinates of a state that tells none: those that were asked for, or those of the model."""
@@ -353,9 +358,8 @@ class LatentGuide(AutoContinuous):
     def __getstate__(self) -> dict[str, object]:
         if self._whole is not None:  # or each parameter would be saved with the memory of all
             self._whole.release()
-        for module in self.__dict__["_modules"].values():
-            for tensor in module.state_dict(keep_vars=True).values():
-                tensor.__dict__.pop("unconstrained", None)  # Pyro's weak reference
+        for tensor in super().state_dict(keep_vars=True).values():
+            tensor.__dict__.pop("unconstrained", None)  # Pyro's weak reference
         gone = dict.fromkeys(("_model", "_whole", "_named", "master", "create_plates"))
         return {**self.__dict__, **gone, "plates": {}, "_arguments": ((), {}), "_in_store": False}
 

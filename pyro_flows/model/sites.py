@@ -191,7 +191,7 @@ class Structure:
 
     @property
     def centering(self) -> Tensor:
-        """Precisions and centers (2, K) of the elements of hierarchical sites; a precision of -1: of a centered site."""
+        """Precisions and centers (2, K) of all elements of hierarchical sites; a precision of -1 says centered."""
         parts = [_centering(latent) for latent in self.latents if latent.name in self.hierarchical]
         return torch.cat([torch.zeros(2, 0), *parts], 1).to(self.device, self.dtype)
 

@@ -100,6 +100,8 @@ def test_so_do_tensors_that_are_written_in_place(trained, other):
 
 @pytest.mark.parametrize("way", ["pickle", "torch.save", "deepcopy", "double"])
 def test_copies_keep_them(trained, way):
+    trained(Y)
+    assert len(list(pyro.get_param_store().items()))  # which leaves a weak reference at each tensor
     if way == "pickle":
         guide = pickle.loads(pickle.dumps(trained)).attach(groups, Y)
     elif way == "torch.save":

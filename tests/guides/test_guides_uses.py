@@ -21,7 +21,7 @@ from pyro.infer.reparam import NeuTraReparam
 from pyro.optim.multi import PyroMultiOptimizer
 
 import pyro_flows as pf
-from tests.guides.test_guides import KINDS, case_of, each_kind, guide_of
+from tests.guides.test_guides import KINDS, case_of, guide_of
 from tests.invariants import close
 from tests.models import each_model, nested, normal
 
