@@ -117,7 +117,8 @@ def _diagnose(
     noncentered: Noncentered = ()
     if isinstance(guide, AutoFlow):
         with seeded(seed):
-            guide.initialize(*args, **kwargs)._catch_up()
+            guide._initialize_from_store(*args, **kwargs)
+            guide._catch_up()
         noncentered = guide._built_structure.noncentered
     density = LogDensity(model, args, kwargs, noncentered=noncentered)
     try:

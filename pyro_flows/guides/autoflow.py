@@ -35,7 +35,8 @@ class AutoFlow(LatentGuide):
     t is :class:`SinhArcsinh`, which gives each coordinate tails of its own; it and the affine map are trained with f.
 
     Works in Pyro's ``SVI`` with any ELBO, in ``Predictive``, ``AutoGuideList``, ``poutine.block``, ``NeuTraReparam``.
-    Latents are mapped to real numbers by their supports' bijections (dependent supports and improper priors too).
+    Latents are mapped to real numbers by their supports' bijections (dependent supports and improper priors too);
+    effects of groups have coordinates in which they are no funnel.
     Every guide owns its parameters: a second guide of the same name starts afresh and trains, and parameters that were
     loaded into Pyro's store are taken over. dtype and device follow the model's sites, or an earlier ``guide.to(...)``.
 
@@ -63,10 +64,13 @@ class AutoFlow(LatentGuide):
             base.
         init_loc_fn: Pyro init function for m, in the place of ``init``.
         init_scale: L at the start, times the identity, in the place of ``init``.
-        noncentered: sites that get non-centered coordinates, see :class:`LogDensity`. ``"auto"``: those that
-            :func:`fit` chooses, by the data of the first run, in a second or two; with ``init="auto"`` only. Draws
-            then run the model. Pickles hold the choice, a state does not: give ``guide.structure.noncentered`` to a
-            guide that loads the state.
+        noncentered: coordinates of hierarchical sites, whose location or scale depends on other latents. ``"auto"``:
+            those that :func:`fit` chooses, by the data of the first run, in a second or two, wherever the guide starts.
+            Else as in :class:`LogDensity`: names, True for all, or ``()`` for none. Draws then run the model, so a
+            pickled guide needs :meth:`attach`. A state and Pyro's store hold the coordinates, and a guide that loads
+            them takes these, whatever it was given. (Older ones hold none: then it takes those it was given, ``()`` for
+            ``"auto"``.) ``"auto"`` is none where ``init="auto"`` is ``"prior"``, which the logger ``pyro_flows`` tells
+            at level DEBUG, and for a flow that is given as it is, with ``affine="none"``.
         cautious: train the flow by small steps (:meth:`Flow.slow`), which one draw a step and minibatches need. With
             ``"auto"``, :class:`PathELBO` learns how long steps are, and other losses take small ones. True: small ones
             with any loss; False: as long as the optimizer makes them.
@@ -95,9 +99,10 @@ class AutoFlow(LatentGuide):
 
     def get_transform(self, *args: object, **kwargs: object) -> Bound:
         """Return the map from the base to the unconstrained values of Pyro's bijections, centered ones."""
-        end = _Centered(self._built_structure, self._run(args, kwargs))
-        flow = self._single.bijection
-        return Bound(flow if end.bare is end.structure else Compose([flow, end]))
+        flow, structure = self._single.bijection, self._built_structure
+        if not structure.noncentered:
+            return Bound(flow)
+        return Bound(Compose([flow, _Centered(structure, self._run(args, kwargs))]))
 
     def get_posterior(self, *args: object, **kwargs: object) -> dist.TorchDistribution:
         """Return the distribution of the unconstrained vector, in the coordinates of the guide."""

@@ -98,7 +98,8 @@ class AutoHierarchicalFlow(AutoMessenger):  # type: ignore[metaclass]
             sampling, and at the curvature there. Up to 256 minibatches are read. Without latents in plates, or without
             a mode, it starts as :class:`AutoFlow` does. ``"prior"``: at the prior's median.
         create_plates: taken, so that the guide can stand in the place of others; the model's plates are used.
-        options: of :class:`AutoFlow`, such as ``layers=`` (4), ``affine=``, ``base=``.
+        options: of :class:`AutoFlow`, such as ``layers=`` (4), ``affine=``, ``base=``. ``noncentered="auto"`` is none
+            where latents in plates are left to conditional distributions, and with ``init="prior"``.
 
     Attributes:
         local: names of the sites in plates that have conditional distributions.

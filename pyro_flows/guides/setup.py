@@ -102,7 +102,8 @@ class LatentGuide(AutoContinuous):
         begin = self._init == AUTO and around
         choose = chosen == AUTO and bool(structure.hierarchical) and (around or self._recipe.named)
         if (begin or choose) and self.master is None:  # else data may be hidden
-            start = best_start(self.model, args, kwargs, among=structure.latents, noncentered=chosen, begin=begin)
+            asked = chosen if choose or not isinstance(chosen, str) else ()
+            start = best_start(self.model, args, kwargs, among=structure.latents, noncentered=asked, begin=begin)
         if isinstance(chosen, str):
             chosen = () if start is None else start.noncentered
         self._set_structure(structure.noncenter(chosen))
@@ -262,7 +263,8 @@ class LatentGuide(AutoContinuous):
 
     def _missing(self, own: Tensor) -> Tensor:
         """Return the coordinates of a state that tells none: those that were asked for, or those of the model."""
-        return torch.full_like(own, -1.0) if self._noncentered == AUTO else own
+        assert self._as_read is not None
+        return torch.full_like(own, -1.0) if self._noncentered == AUTO else self._as_read[0].centering.to(own)
 
     def _register(self, *, gather: bool = True) -> None:
         """Tell Pyro of the flow's parameters; make the store hold the very tensors of this guide.

@@ -216,16 +216,21 @@ class Structure:
     @property
     def noncentered(self) -> dict[str, Options]:
         """The sites with coordinates of their own, as :meth:`noncenter` takes them: plain numbers, or None."""
-        found: dict[str, Options] = {}
-        for latent in self.latents:
-            options, data = write_chart(latent.chart), latent.data
-            if latent.noncentered:
-                options["noncentered"] = True
-                if data is not None:
-                    options |= {"precision": data.precision.tolist(), "center": data.center.tolist()}
-            if options:
-                found[latent.name] = None if options == {"noncentered": True} else options
-        return found
+        return coordinates_of(self.latents)
+
+
+def coordinates_of(latents: Sequence[Latent]) -> dict[str, Options]:
+    """Return the sites with coordinates of their own, see :attr:`Structure.noncentered`."""
+    found: dict[str, Options] = {}
+    for latent in latents:
+        options, data = write_chart(latent.chart), latent.data
+        if latent.noncentered:
+            options["noncentered"] = True
+            if data is not None:
+                options |= {"precision": data.precision.tolist(), "center": data.center.tolist()}
+        if options:
+            found[latent.name] = None if options == {"noncentered": True} else options
+    return found
 
 
 def _centering(latent: Latent) -> Tensor:

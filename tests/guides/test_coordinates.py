@@ -20,7 +20,7 @@ from tests.invariants import close
 from tests.models import normal, real
 from tests.registry import randomize
 
-Y, OTHER = 2.0 + normal(5, seed=3), 9.0 * normal(5, seed=4)
+Y, OTHER, X = 2.0 + normal(5, seed=3), 9.0 * normal(5, seed=4), normal(3, 5, seed=12)
 
 
 def groups(y):
@@ -123,7 +123,7 @@ def test_a_pickled_guide_without_its_model_says_what_it_needs(trained):
 
 def older(guide):
     """A state as it was before it held coordinates."""
-    return {name: value.clone() for name, value in guide.state_dict().items() if name != setup.CENTERING}
+    return {name: value.clone() for name, value in guide.state_dict().items() if setup.CENTERING not in name}
 
 
 def without(own, gone):
@@ -185,11 +185,12 @@ def test_a_verdict_is_in_the_coordinates_of_the_store(trained, tmp_path):
     first(Y)
     expected = pf.diagnose(groups, first, Y, draws=200, progress=False)
     pyro.get_param_store().save(tmp_path / "store")
-    guide = made(OTHER)
-    guide(Y)
-    pyro.get_param_store().load(tmp_path / "store")
-    found = pf.diagnose(groups, guide, Y, draws=200, progress=False)
-    close(found.log_weights, expected.log_weights, 1e-9)
+    run = made(OTHER)
+    run(Y)
+    for guide in (run, pf.AutoRealNVP(groups, layers=2, hidden=(8,))):
+        pyro.get_param_store().load(tmp_path / "store")
+        found = pf.diagnose(groups, guide, Y, draws=200, progress=False)
+        close(found.log_weights, expected.log_weights, 1e-9)
 
 
 # which guides choose --------------------------------------------------------------------------------------------------
@@ -258,18 +259,39 @@ def test_the_transform_ends_in_pyros_unconstrained_values(trained, batch):
     close(trained.log_prob(values, Y).detach(), expected.detach(), 1e-9)
 
 
-def test_the_flow_of_a_guide_with_plates_follows_a_state_too():
-    def model(y):
-        mu = pyro.sample("mu", dist.Normal(real(0.0), 3.0))
-        tau = pyro.sample("tau", dist.HalfNormal(real(1.0)))
-        a = pyro.sample("a", dist.Normal(mu, tau))
-        with pyro.plate("groups", len(y)):
-            theta = pyro.sample("theta", dist.Normal(a, 1.0))
-            pyro.sample("y", dist.Normal(theta, 1.0), obs=y)
+# guides with plates ---------------------------------------------------------------------------------------------------
 
-    first, second = (pf.AutoHierarchicalFlow(model, layers=2, noncentered=names) for names in (["a"], ()))
+
+def rows(y):
+    mu = pyro.sample("mu", dist.Normal(real(0.0), 3.0))
+    a = pyro.sample("a", dist.Normal(mu, 0.5))
+    with pyro.plate("groups", len(y)):
+        theta = pyro.sample("theta", dist.Normal(a, 1.0))
+        pyro.sample("y", dist.Normal(theta, 1.0), obs=y)
+
+
+def weights(y):
+    """Rows depend on each other, so all latents are in the flow."""
+    tau = pyro.sample("tau", dist.HalfNormal(real(1.0)))
+    with pyro.plate("columns", 3):
+        a = pyro.sample("a", dist.Normal(0.0, tau))
+    pyro.sample("y", dist.Normal(a @ X, 1.0).to_event(1), obs=y)
+
+
+BOTH = {"rows": (rows, {"noncentered": ["a"]}), "weights": (weights, {})}
+
+
+@pytest.mark.parametrize("name", BOTH)
+def test_guides_with_plates_have_coordinates_for_their_flow(name):
+    model, options = BOTH[name]
+    first, second = (pf.AutoHierarchicalFlow(model, layers=2, **own) for own in (options, {"noncentered": ()}))
     for guide in (first, second):
         guide.initialize(Y)
+    assert [set(guide.top.structure.noncentered) for guide in (first, second)] == [{"a"}, set()]
+    posteriors = [pf.diagnose(model, guide, Y, draws=1000, progress=False) for guide in (first, second)]
+    one, other = (posterior.samples["a"].double() for posterior in posteriors)
+    assert bool(((one.mean(0) - other.mean(0)).abs() < 0.3 * other.std(0)).all())
+    assert abs(posteriors[0].log_evidence - posteriors[1].log_evidence) < 0.1
     randomize(first.top.flow, sd=0.1, seed=11)
     second.load_state_dict(first.state_dict())
     found = []
@@ -277,3 +299,6 @@ def test_the_flow_of_a_guide_with_plates_follows_a_state_too():
         pyro.set_rng_seed(1)
         found.append(guide.sample_posterior(3, Y)["a"])
     close(*found, 1e-9)
+    for guide, expected in ((first, {"a"} if options else set()), (second, set())):
+        guide.load_state_dict(older(guide))
+        assert set(guide.top.structure.noncentered) == expected
