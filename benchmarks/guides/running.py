@@ -72,7 +72,6 @@ class _Splines(dist.TransformModule):
 
 GUIDES: dict[str, Callable[[Any], Any]] = {
     "ours": pf.AutoRealNVP,
-    "coordinates": functools.partial(pf.AutoRealNVP, noncentered="auto"),
     "ours_trace": pf.AutoRealNVP,
     "plates": pf.AutoHierarchicalFlow,
     "normal": autoguide.AutoNormal,
@@ -82,8 +81,7 @@ GUIDES: dict[str, Callable[[Any], Any]] = {
     "affine_autoregressive": _affine_autoregressive,
     "splines": lambda model: autoguide.AutoNormalizingFlow(model, _Splines),
 }
-BY_PATHS = ("ours", "coordinates")  # trained with PathELBO
-OURS = (*BY_PATHS, "ours_trace", "plates")
+OURS = ("ours", "ours_trace", "plates")
 
 
 @dataclass(frozen=True)
@@ -110,7 +108,7 @@ class Task:
 
 def loss_of(guide: str) -> Any:
     """Return the loss that a guide is trained with."""
-    if guide in BY_PATHS:
+    if guide == "ours":  # by paths
         return pf.PathELBO(num_particles=PARTICLES)
     return Trace_ELBO(num_particles=PARTICLES, vectorize_particles=True)
 

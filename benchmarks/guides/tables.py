@@ -14,7 +14,6 @@ NEAR_BEST, NEAR_RATES = 0.02, 0.1  # nats
 REFUSED = "ValueError: model: expected"  # begins the error of a guide that is not made for a model
 NAMES = {
     "ours": "AutoRealNVP, PathELBO",
-    "coordinates": 'noncentered="auto", PathELBO',
     "ours_trace": "AutoRealNVP, Trace_ELBO",
     "plates": "AutoHierarchicalFlow, Trace_ELBO",
     "normal": "AutoNormal",

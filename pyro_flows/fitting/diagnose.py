@@ -117,7 +117,9 @@ def _diagnose(
     noncentered: Noncentered = ()
     if isinstance(guide, AutoFlow):
         with seeded(seed):
-            noncentered = guide.initialize(*args, **kwargs)._built_structure.noncentered
+            guide._initialize_from_store(*args, **kwargs)
+            guide._catch_up()
+        noncentered = guide._built_structure.noncentered
     density = LogDensity(model, args, kwargs, noncentered=noncentered)
     try:
         return _judged(density, model, guide, args, kwargs, draws, seed, bar)

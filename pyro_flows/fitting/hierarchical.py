@@ -32,7 +32,7 @@ from pyro_flows.guides.hierarchical import AutoHierarchicalFlow
 from pyro_flows.guides.marginal import MOST_DRAWS
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.model.observations import NothingObservedWarning
-from pyro_flows.model.sites import Keywords, Model, Positional, messages
+from pyro_flows.model.sites import Keywords, Model, Positional, coordinates_of, messages
 from pyro_flows.posterior.draws import from_draws
 from pyro_flows.posterior.posterior import Posterior
 from pyro_flows.results.dims import coordinate_names
@@ -407,7 +407,7 @@ def _whole_draw(
     """Return the log density of all latents and what draws them together; None if rows are judged one by one."""
     if guide.subsampled or sum(guide.sizes.values()) > WHOLE_UP_TO:
         return None
-    density = LogDensity(model, args, kwargs)
+    density = LogDensity(model, args, kwargs, noncentered=coordinates_of(guide._latents))
     latents = density.structure.latents
     if any(guide.sizes[latent.name] != latent.size for latent in latents):  # masked entries are no coordinates
         return None

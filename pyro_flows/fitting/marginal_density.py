@@ -18,7 +18,7 @@ from pyro_flows.guides.marginal import ALL, Marginal
 from pyro_flows.model.bijections import bijection
 from pyro_flows.model.digits import COMPARED_ONE_BY_ONE
 from pyro_flows.model.log_density import LogDensity
-from pyro_flows.model.sites import Model, Site, is_open, messages
+from pyro_flows.model.sites import Model, Site, coordinates_of, is_open, messages
 
 
 class MarginalDensity(LogDensity):
@@ -32,7 +32,8 @@ class MarginalDensity(LogDensity):
         rows, first, nodes = marginal.rows, marginal.first, messages(marginal.first.at.trace)
         values = {name: bijection(nodes[name]["fn"])(value) for name, value in first.base.items()}
         values = {name: value for name, value in values.items() if bool(torch.isfinite(value).all())}  # else drawn anew
-        super().__init__(_globals_alone(rows, {**first.at.chosen, **values}), rows.args, rows.kwargs)
+        alone, noncentered = _globals_alone(rows, {**first.at.chosen, **values}), coordinates_of(rows.latents)
+        super().__init__(alone, rows.args, rows.kwargs, noncentered=noncentered)
 
     @property
     def most_gradients(self) -> float:  # type: ignore[override]

@@ -21,8 +21,8 @@ from pyro_flows.guides.known import Known, finite_gradients
 from pyro_flows.guides.setup import LatentGuide
 from pyro_flows.model.batching import Rows, over_rows, quiet
 from pyro_flows.model.handlers import flatten_all, place_all
-from pyro_flows.model.sites import Keywords, Positional, Site, messages
-from pyro_flows.transforms import Bound
+from pyro_flows.model.sites import Keywords, Positional, Site, Structure, messages
+from pyro_flows.transforms import Bijection, Bound, Compose
 
 QUANTILE_DRAWS = 4000
 
@@ -35,7 +35,8 @@ class AutoFlow(LatentGuide):
     t is :class:`SinhArcsinh`, which gives each coordinate tails of its own; it and the affine map are trained with f.
 
     Works in Pyro's ``SVI`` with any ELBO, in ``Predictive``, ``AutoGuideList``, ``poutine.block``, ``NeuTraReparam``.
-    Latents are mapped to real numbers by their supports' bijections (dependent supports and improper priors too).
+    Latents are mapped to real numbers by their supports' bijections (dependent supports and improper priors too);
+    effects of groups have coordinates in which they are no funnel.
     Every guide owns its parameters: a second guide of the same name starts afresh and trains, and parameters that were
     loaded into Pyro's store are taken over. dtype and device follow the model's sites, or an earlier ``guide.to(...)``.
 
@@ -63,10 +64,13 @@ class AutoFlow(LatentGuide):
             base.
         init_loc_fn: Pyro init function for m, in the place of ``init``.
         init_scale: L at the start, times the identity, in the place of ``init``.
-        noncentered: sites that get non-centered coordinates, see :class:`LogDensity`. ``"auto"``: those that
-            :func:`fit` chooses, by the data of the first run, in a second or two; with ``init="auto"`` only. Draws
-            then run the model. Pickles hold the choice, a state does not: give ``guide.structure.noncentered`` to a
-            guide that loads the state.
+        noncentered: coordinates of hierarchical sites, whose location or scale depends on other latents. ``"auto"``:
+            those that :func:`fit` chooses, by the data of the first run, in a second or two, wherever the guide starts.
+            Else as in :class:`LogDensity`: names, True for all, or ``()`` for none. Draws then run the model, so a
+            pickled guide needs :meth:`attach`. A state and Pyro's store hold the coordinates, and a guide that loads
+            them takes these, whatever it was given. (Older ones hold none: then it takes those it was given, ``()`` for
+            ``"auto"``.) ``"auto"`` is none where ``init="auto"`` is ``"prior"``, which the logger ``pyro_flows`` tells
+            at level DEBUG, and for a flow that is given as it is, with ``affine="none"``.
         cautious: train the flow by small steps (:meth:`Flow.slow`), which one draw a step and minibatches need. With
             ``"auto"``, :class:`PathELBO` learns how long steps are, and other losses take small ones. True: small ones
             with any loss; False: as long as the optimizer makes them.
@@ -94,10 +98,14 @@ class AutoFlow(LatentGuide):
         return self._single.base_distribution()
 
     def get_transform(self, *args: object, **kwargs: object) -> Bound:
-        return Bound(self._single.bijection)
+        """Return the map from the base to the unconstrained values of Pyro's bijections, centered ones."""
+        flow, structure = self._single.bijection, self._built_structure
+        if not structure.noncentered:
+            return Bound(flow)
+        return Bound(Compose([flow, _Centered(structure, self._run(args, kwargs))]))
 
     def get_posterior(self, *args: object, **kwargs: object) -> dist.TorchDistribution:
-        """Return the distribution of the unconstrained vector."""
+        """Return the distribution of the unconstrained vector, in the coordinates of the guide."""
         self._catch_up()
         return self._flow()
 
@@ -114,11 +122,11 @@ class AutoFlow(LatentGuide):
         if self.prototype_trace is None:
             self._setup_prototype(*args, **kwargs)
         self._register()
-        z = finite_gradients(self.sample_latent(*args, **kwargs))
+        z, structure = finite_gradients(self.sample_latent(*args, **kwargs)), self._built_structure
         plates = self._create_plates(*args, **kwargs)
-        placed = place_all(self._built_structure, z, lambda: self.model(*args, **kwargs))
+        placed = place_all(structure, z, lambda: self.model(*args, **kwargs))
         result = {}
-        for latent in self._built_structure.latents:
+        for latent in structure.latents:
             value, ladj, _ = placed[latent.name]
             density = 0.0 if poutine.get_mask() is False else -ladj
             with ExitStack() as stack:
@@ -134,7 +142,8 @@ class AutoFlow(LatentGuide):
     def sample_posterior(self, n: int, *args: object, **kwargs: object) -> dict[str, Tensor]:
         """Draw ``n`` times from the guide: ``{name: (n, *shape)}``, constrained; uses torch's global generator.
 
-        Model arguments are needed only if supports depend on latents and the guide was loaded from a file.
+        Model arguments are needed only if the guide was loaded from a file, and supports depend on latents, or
+        coordinates do.
         """
         self._catch_up()
         return self._constrain(self._flow().sample((n,)), *args, **kwargs)
@@ -144,9 +153,10 @@ class AutoFlow(LatentGuide):
         return _over_rows(lambda row: {name: site.value for name, site in place_all(structure, row, run).items()}, z)
 
     def _run(self, args: Positional, kwargs: Keywords) -> Callable[[], object]:
-        """Return a run of the model, which is made only if supports depend on latents."""
+        """Return a run of the model, which is made only if supports or coordinates depend on latents."""
         args, kwargs = (args, kwargs) if args or kwargs else self._arguments
-        return lambda: self.model(*args, **kwargs)
+        model = self.model if self._built_structure.dependent else None  # else it may be missing
+        return lambda: None if model is None else model(*args, **kwargs)
 
     def log_prob(self, values: Mapping[str, Tensor], *args: object, **kwargs: object) -> Tensor:
         r"""Return the guide's log density of constrained latents, :math:`\log q(z) - \log|d\theta/dz|`.
@@ -159,8 +169,8 @@ class AutoFlow(LatentGuide):
         Raises:
             ValueError: naming the site that is missing or has the wrong shape.
         """
-        structure, run = self._built_structure, self._run(args, kwargs)
         self._catch_up()
+        structure, run = self._built_structure, self._run(args, kwargs)
         shapes = set()
         for latent in structure.latents:
             shape = torch.as_tensor(values[latent.name]).shape if latent.name in values else None
@@ -203,8 +213,10 @@ class AutoFlow(LatentGuide):
     def median(self, *args: object, **kwargs: object) -> dict[str, Tensor]:
         """Return the marginal medians, taken over 4000 draws of the unconstrained vector and then constrained."""
         self._initialize_from_store(*args, **kwargs)
-        middle = self._draws().median(0, keepdim=True).values
-        return {name: value[0] for name, value in self._constrain(middle, *args, **kwargs).items()}
+        draws, run = self._draws(), self._run(args, kwargs)
+        centered = _Centered(self._built_structure, run)
+        middle = centered(draws).median(0).values
+        return {name: site.value for name, site in place_all(centered.bare, middle, run).items()}
 
     @torch.no_grad()
     def quantiles(self, quantiles: Sequence[float] | Tensor, *args: object, **kwargs: object) -> dict[str, Tensor]:
@@ -216,6 +228,42 @@ class AutoFlow(LatentGuide):
         self._initialize_from_store(*args, **kwargs)
         levels = levels_of(quantiles)
         return quantiles_of(self._constrain(self._draws(), *args, **kwargs), levels)
+
+
+class _Centered(Bijection):
+    """From the coordinates of a guide to those of Pyro's bijections, in which each site stands for itself."""
+
+    def __init__(self, structure: Structure, run: Callable[[], object]) -> None:
+        super().__init__()
+        self.structure, self.run, self.dim = structure, run, structure.dim
+        self.bare = structure.noncenter(()) if structure.noncentered else structure
+
+    def forward_and_ladj(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        if self.bare is self.structure:
+            return x, x.new_zeros(x.shape[:-1])
+        found = self._each(self._forward, x)
+        return found["y"], found["ladj"]
+
+    def inverse_and_ladj(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        x = y if self.bare is self.structure else self._each(self._inverse_of, y)["x"]
+        return x, -self.forward_and_ladj(x)[1]
+
+    def _each(self, function: Callable[[Tensor], dict[str, Tensor]], z: Tensor) -> dict[str, Tensor]:
+        if z.dim() == 1:
+            return function(z)
+        found = _over_rows(function, z.reshape(-1, self.dim))
+        return {name: part.reshape(*z.shape[:-1], *part.shape[1:]) for name, part in found.items()}
+
+    def _forward(self, x: Tensor) -> dict[str, Tensor]:
+        placed = place_all(self.structure, x, self.run)
+        sites = [(latent, placed[latent.name]) for latent in self.bare.latents]
+        y = torch.cat([latent.flatten(site.value, site.prior) for latent, site in sites])
+        ladj = sum((site.ladj.sum() - own.place(y, site.prior).ladj.sum() for own, site in sites), x.new_zeros(()))
+        return {"y": y, "ladj": ladj}
+
+    def _inverse_of(self, y: Tensor) -> dict[str, Tensor]:
+        values = {name: site.value for name, site in place_all(self.bare, y, self.run).items()}
+        return {"x": flatten_all(self.structure, values, self.run)}
 
 
 def _over_rows(function: Callable[[Rows], dict[str, Tensor]], rows: Rows) -> dict[str, Tensor]:

@@ -34,7 +34,17 @@ from pyro_flows.guides.marginal import Marginal, check_data, parts_of
 from pyro_flows.guides.setup import AUTO, best_start
 from pyro_flows.model.batching import apart
 from pyro_flows.model.bijections import bijection
-from pyro_flows.model.sites import Keywords, Model, Positional, Site, by_event, is_open, is_subsample, messages
+from pyro_flows.model.sites import (
+    Keywords,
+    Latent,
+    Model,
+    Positional,
+    Site,
+    by_event,
+    is_open,
+    is_subsample,
+    messages,
+)
 from pyro_flows.model.start import first_run, initial_value, transform_of
 from pyro_flows.transforms import Bijection, Compose, DiagonalAffine, SinhArcsinh
 
@@ -88,7 +98,8 @@ class AutoHierarchicalFlow(AutoMessenger):  # type: ignore[metaclass]
             sampling, and at the curvature there. Up to 256 minibatches are read. Without latents in plates, or without
             a mode, it starts as :class:`AutoFlow` does. ``"prior"``: at the prior's median.
         create_plates: taken, so that the guide can stand in the place of others; the model's plates are used.
-        options: of :class:`AutoFlow`, such as ``layers=`` (4), ``affine=``, ``base=``.
+        options: of :class:`AutoFlow`, such as ``layers=`` (4), ``affine=``, ``base=``. ``noncentered="auto"`` is none
+            where latents in plates are left to conditional distributions, and with ``init="prior"``.
 
     Attributes:
         local: names of the sites in plates that have conditional distributions.
@@ -138,6 +149,8 @@ class AutoHierarchicalFlow(AutoMessenger):  # type: ignore[metaclass]
         if flow == "realnvp":
             options.setdefault("layers", LAYERS)
         AutoFlow(model, flow, init=init, **options)  # what is wrong is named here, not at the first step
+        self._noncentered = options.get("noncentered", AUTO)
+        options["noncentered"] = () if self._noncentered == AUTO else self._noncentered  # chosen when the flow starts
         self._joint = tuple(joint)
         self._own: list[str] = []  # sites whose posteriors a subclass makes
         self._init = init
@@ -289,8 +302,13 @@ class AutoHierarchicalFlow(AutoMessenger):  # type: ignore[metaclass]
                 "model: expected at least one latent outside of plates, got none. Use AutoFlow, or name sites for the "
                 "flow in joint=."
             ) from error
-        self._latents = top._built_structure.latents
+        self._globals_of = (top,)  # in a tuple, and not as a module before all is known
         return top
+
+    @property
+    def _latents(self) -> tuple[Latent, ...]:
+        """The latents of the flow, in its coordinates."""
+        return self._globals_of[0]._built_structure.latents
 
     def _made(self, model: Model, args: Positional, kwargs: Keywords) -> AutoFlow:
         flow, options = self._of_globals
@@ -311,8 +329,11 @@ class AutoHierarchicalFlow(AutoMessenger):  # type: ignore[metaclass]
             fallback("the guide starts at the prior", error)
             return
         if found is None and not (self.subsampled or self._own):
-            begun = best_start(self.model, args, kwargs, among=self._latents)
-            found = None if begun is None else (begun.loc, begun.scale)
+            chosen = top._built_structure.noncentered if self.local or self._noncentered != AUTO else AUTO
+            begun = best_start(self.model, args, kwargs, among=self._latents, noncentered=chosen)
+            if begun is not None and begun.loc is not None and begun.scale is not None:
+                found = begun.loc, begun.scale
+                top.take_coordinates(chosen, begun.noncentered)
         if found is None:
             return
         begin_at(top._single, *(part.to(top._like) for part in found))

@@ -36,6 +36,7 @@ from pyro_flows.transforms import DiagonalAffine, LowerTriangularAffine
 from pyro_flows.transforms.networks import give_gains
 
 AUTO, PRIOR = INITS = "auto", "prior"
+CENTERING = "centering"  # the buffer of the coordinates of hierarchical sites, which a state and Pyro's store hold
 UNSLOWED = {"gain": 1.0, "relative": 0.0}  # buffers of small steps, as they leave a flow without small steps
 
 
@@ -56,7 +57,7 @@ class LatentGuide(AutoContinuous):
         init: str = "auto",
         init_loc_fn: Callable[..., Any] | None = None,
         init_scale: float | None = None,
-        noncentered: Noncentered | str = (),
+        noncentered: Noncentered | str = AUTO,
         cautious: bool | str = AUTO,
         create_plates: Callable[..., object] | None = None,
         **options: Any,
@@ -80,7 +81,7 @@ class LatentGuide(AutoContinuous):
         self._paced = False  # whether PathELBO has set the unit of steps
         self._arguments: tuple[Positional, Keywords] = ((), {})
         self._moved_to: dict[str, Any] = {}
-        self.structure: Structure | None = None
+        self._as_read: tuple[Structure, Tensor] | None = None  # at first, and the coordinates of the structure by now
         self.plates: dict[str, object] = {}
         self._in_store = False
         self._named: Named | None = None  # the tensors by their names in Pyro's store
@@ -97,13 +98,15 @@ class LatentGuide(AutoContinuous):
     def _setup_prototype(self, *args: object, **kwargs: object) -> None:
         structure = read_structure(self.model, args, kwargs, self._init_loc_fn)
         self._arguments = (args, kwargs)
-        start = None
-        if self._init == AUTO and self._recipe.around and self.master is None:  # else data may be hidden
-            start = best_start(self.model, args, kwargs, among=structure.latents, noncentered=self._noncentered)
-        if self._noncentered == AUTO:
-            self._noncentered = () if start is None else start.noncentered
-        structure = structure.noncenter(self._noncentered)
-        self._set_structure(structure)
+        around, chosen, start = bool(self._recipe.around), self._noncentered, None
+        begin = self._init == AUTO and around
+        choose = chosen == AUTO and bool(structure.hierarchical) and (around or self._recipe.named)
+        if (begin or choose) and self.master is None:  # else data may be hidden
+            asked = chosen if choose or not isinstance(chosen, str) else ()
+            start = best_start(self.model, args, kwargs, among=structure.latents, noncentered=asked, begin=begin)
+        if isinstance(chosen, str):
+            chosen = () if start is None else start.noncentered
+        self._set_structure(structure.noncenter(chosen))
         if self.master is not None:
             self.master()._check_prototype(self.prototype_trace)
         like = torch.zeros((), **{"dtype": structure.dtype, "device": structure.device, **self._moved_to})
@@ -113,7 +116,9 @@ class LatentGuide(AutoContinuous):
         if self._cautious == AUTO:
             give_gains(built)
         self.flow = built.to(like)
-        if start is None:
+        if structure.hierarchical:
+            self.register_buffer(CENTERING, self.get_buffer(CENTERING).to(like))
+        if start is None or start.loc is None or start.scale is None:
             loc = self._init_loc().to(like)
             self.start_at(loc, self._init_scale * torch.ones_like(loc))
         else:
@@ -132,13 +137,29 @@ class LatentGuide(AutoContinuous):
         for latent in structure.latents:
             site = messages(structure.trace)[latent.name]
             trace.add_node(latent.name, args=(), kwargs={}, **{key: site[key] for key in kept})
-        self.structure = replace(structure, trace=trace, drawn=None, observed={})
+        own = self.__dict__["structure"] = replace(structure, trace=trace, drawn=None, observed={})
+        if structure.hierarchical:
+            self._as_read = own, structure.centering
+            self.register_buffer(CENTERING, structure.centering)
         self.prototype_trace = trace
         self.latent_dim = structure.dim
         self._unconstrained_shapes = {latent.name: latent.unconstrained_shape for latent in structure.latents}
         self._cond_indep_stacks = {name: site["cond_indep_stack"] for name, site in trace.nodes.items()}
         frames = [frame for stack in self._cond_indep_stacks.values() for frame in stack]
         self._prototype_frames = {frame.name: frame for frame in frames}
+
+    @property
+    def structure(self) -> Structure | None:
+        """The structure of the model, in the coordinates that the state holds; None before the first run."""
+        own = self._buffers.get(CENTERING)
+        if own is not None:
+            assert self._as_read is not None
+            first, known = self._as_read
+            if own.dtype != known.dtype or own.device != known.device or not torch.equal(own, known):
+                self._as_read = first, own.detach().clone()  # a state was loaded, or comes from another process
+                self.__dict__["structure"] = first.with_centering(own)
+        found: Structure | None = self.__dict__.get("structure")
+        return found
 
     @classmethod
     def of(
@@ -228,6 +249,23 @@ class LatentGuide(AutoContinuous):
         self._flow  # noqa: B018
         return super().load_state_dict(*args, **kwargs)
 
+    def _load_from_state_dict(self, state: dict[str, Any], prefix: str, *args: Any) -> None:
+        own = self._buffers.get(CENTERING)
+        if own is not None and any(name.startswith(f"{prefix}flow.") for name in state):
+            state.setdefault(prefix + CENTERING, self._missing(own))
+        super()._load_from_state_dict(state, prefix, *args)
+
+    def take_coordinates(self, asked: Noncentered | str, chosen: Noncentered) -> None:
+        """Take other coordinates than those of the first run."""
+        self._noncentered, own = asked, self._buffers.get(CENTERING)
+        if own is not None and self._as_read is not None:
+            own.copy_(self._as_read[0].noncenter(chosen).centering)
+
+    def _missing(self, own: Tensor) -> Tensor:
+        """Return the coordinates of a state that tells none: those that were asked for, or those of the model."""
+        assert self._as_read is not None
+        return torch.full_like(own, -1.0) if self._noncentered == AUTO else self._as_read[0].centering.to(own)
+
     def _register(self, *, gather: bool = True) -> None:
         """Tell Pyro of the flow's parameters; make the store hold the very tensors of this guide.
 
@@ -276,12 +314,14 @@ class LatentGuide(AutoContinuous):
             state = flow.state_dict(keep_vars=True)
             tensors = {param_with_module_name(prefix, name): tensor for name, tensor in state.items()}
             self._named = Named(prefix, flow, tensors)
-        return self._named.tensors
+        own = self._buffers.get(CENTERING)
+        return self._named.tensors | ({} if own is None else {self._pyro_get_fullname(CENTERING): own})
 
     def _take_over(self, tensors: Mapping[str, Tensor]) -> None:
         """Take over the values that were loaded into the store under these names, and put the tensors there.
 
-        Parameters that come without the buffers of small steps were saved without small steps.
+        Parameters that come without the buffers of small steps were saved without small steps, and those without
+        coordinates in the model's.
         """
         store = pyro.get_param_store()
         loaded = [full for full, tensor in tensors.items() if was_loaded(full, tensor)]
@@ -291,6 +331,8 @@ class LatentGuide(AutoContinuous):
                 place(full, tensor)
             elif loaded and full not in store._params and full.rpartition(".")[2] in UNSLOWED:
                 tensor.fill_(UNSLOWED[full.rpartition(".")[2]])
+            elif loaded and full not in store._params and tensor is self._buffers.get(CENTERING):
+                tensor.copy_(self._missing(tensor))
 
     def _catch_up(self) -> None:
         """See to it that draws are those of values that were loaded into the store since the guide last ran."""
@@ -318,9 +360,8 @@ class LatentGuide(AutoContinuous):
     def __getstate__(self) -> dict[str, object]:
         if self._whole is not None:  # or each parameter would be saved with the memory of all
             self._whole.release()
-        for module in self.__dict__["_modules"].values():
-            for tensor in module.state_dict(keep_vars=True).values():
-                tensor.__dict__.pop("unconstrained", None)  # Pyro's weak reference
+        for tensor in super().state_dict(keep_vars=True).values():
+            tensor.__dict__.pop("unconstrained", None)  # Pyro's weak reference
         gone = dict.fromkeys(("_model", "_whole", "_named", "master", "create_plates"))
         return {**self.__dict__, **gone, "plates": {}, "_arguments": ((), {}), "_in_store": False}
 
@@ -335,25 +376,26 @@ class LatentGuide(AutoContinuous):
 class Begun(NamedTuple):
     """Where a guide starts: location (D,), scale, (D, D) triangular or (D,), and the sites' coordinates."""
 
-    loc: Tensor
-    scale: Tensor
+    loc: Tensor | None
+    scale: Tensor | None
     noncentered: Noncentered
 
 
 def best_start(
-    model: Model, args: Positional, kwargs: Keywords, *, among: Sequence[Latent], noncentered: Noncentered | str = ()
-) -> Begun | None:
+    model: Model, args: Positional, kwargs: Keywords, *, among: Sequence[Latent], noncentered: Noncentered | str = (),
+    begin: bool = True,
+) -> Begun | None:  # fmt: skip
     """Return some latents in the best of the starts of a fit, in the coordinates of a fit if these are ``"auto"``.
 
-    It is None where the model's density is not known, as with subsampling.
+    It is None where the model's density is not known, as with subsampling. Without ``begin``, it has coordinates only.
     """
 
-    def found(density: LogDensity) -> tuple[LogDensity, Start]:
+    def found(density: LogDensity) -> tuple[LogDensity, Start | None]:
         extra = []
         if noncentered == AUTO and density.structure.hierarchical:
             density, learned, _ = choose_coordinates(density, seed=0)
             extra = [] if learned is None else [learned]
-        return density, portfolio(density, seed=0, extra=extra)[0]
+        return density, portfolio(density, seed=0, extra=extra)[0] if begin else None
 
     try:
         with poutine.block():
@@ -364,8 +406,10 @@ def best_start(
             except LostDigits:
                 density, start = found(density.in_double())
     except Exception as error:  # a model's own code may raise anything
-        passed_over("the guide starts at the prior", error)
+        passed_over("the guide starts at the prior, in the model's coordinates", error)
         return None
+    if start is None:
+        return Begun(None, None, density.structure.noncentered)
     places = {latent.name: range(latent.offset, latent.offset + latent.size) for latent in density.structure.latents}
     chosen = [place for latent in among for place in places[latent.name]]
     loc, scale = (part[chosen].to(density.dtype) for part in (start.loc, start.scale))

@@ -190,6 +190,25 @@ class Structure:
         return replace(self, latents=latents, dependent=self.dependent or moved)
 
     @property
+    def centering(self) -> Tensor:
+        """Precisions and centers (2, K) of all elements of hierarchical sites; a precision of -1 says centered."""
+        parts = [_centering(latent) for latent in self.latents if latent.name in self.hierarchical]
+        return torch.cat([torch.zeros(2, 0), *parts], 1).to(self.device, self.dtype)
+
+    def with_centering(self, centering: Tensor) -> Structure:
+        """Return this structure in the coordinates that :attr:`centering` of another one tells; charts stay."""
+        latents, numbers = list(self.latents), centering.detach().to(self.device, self.dtype).clone()
+        for place, latent in enumerate(latents):
+            if latent.name in self.hierarchical:
+                own, numbers = numbers.tensor_split([latent.unconstrained_shape.numel()], 1)
+                data = Information(*(part.reshape(latent.unconstrained_shape) for part in own))
+                free = bool((data.precision >= 0.0).all())
+                known = data if free and bool(data.precision.any()) else None
+                latents[place] = replace(latent, noncentered=free, data=known)
+        moved = any(latent.noncentered for latent in latents)
+        return replace(self, latents=tuple(latents), dependent=self.dependent or moved)
+
+    @property
     def improper(self) -> list[str]:
         """The latent sites with an improper prior: all real numbers alike, or all of another support."""
         return [latent.name for latent in self.latents if latent.improper]
@@ -197,16 +216,28 @@ class Structure:
     @property
     def noncentered(self) -> dict[str, Options]:
         """The sites with coordinates of their own, as :meth:`noncenter` takes them: plain numbers, or None."""
-        found: dict[str, Options] = {}
-        for latent in self.latents:
-            options, data = write_chart(latent.chart), latent.data
-            if latent.noncentered:
-                options["noncentered"] = True
-                if data is not None:
-                    options |= {"precision": data.precision.tolist(), "center": data.center.tolist()}
-            if options:
-                found[latent.name] = None if options == {"noncentered": True} else options
-        return found
+        return coordinates_of(self.latents)
+
+
+def coordinates_of(latents: Sequence[Latent]) -> dict[str, Options]:
+    """Return the sites with coordinates of their own, see :attr:`Structure.noncentered`."""
+    found: dict[str, Options] = {}
+    for latent in latents:
+        options, data = write_chart(latent.chart), latent.data
+        if latent.noncentered:
+            options["noncentered"] = True
+            if data is not None:
+                options |= {"precision": data.precision.tolist(), "center": data.center.tolist()}
+        if options:
+            found[latent.name] = None if options == {"noncentered": True} else options
+    return found
+
+
+def _centering(latent: Latent) -> Tensor:
+    """Return the coordinates of a hierarchical site as numbers (2, K), see :attr:`Structure.centering`."""
+    if latent.data is not None:
+        return torch.stack([latent.data.precision.flatten(), latent.data.center.flatten()])
+    return torch.full((2, latent.unconstrained_shape.numel()), 0.0 if latent.noncentered else -1.0)
 
 
 def _in_coordinates(latent: Latent, given: Options, like: Tensor) -> Latent:

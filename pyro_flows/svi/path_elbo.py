@@ -102,6 +102,8 @@ class PathELBO(ELBO):
         assert isinstance(guide, AutoFlow)
         with guide._pyro_context:  # parameters have names inside
             guide._register(gather=False)
+        if not kept.is_of(model, guide):  # Pyro's store has brought other coordinates
+            return self.loss_and_grads(model, guide, *args, **kwargs)
         if kept.pace is not None:
             kept.pace.follow()
         terms, gradient = kept.step(self.num_particles, Arguments(args, kwargs))
@@ -160,8 +162,8 @@ class _Kept:
         if not isinstance(guide._flow, Flow):
             raise TypeError("the guide is a mixture of flows")
         self.guide = weakref.ref(guide)
-        self.flow, self.noncentered = guide._flow, guide._noncentered
-        self.density: LogDensity = PartialLogDensity(model, args, kwargs, noncentered=self.noncentered)
+        self.flow, self.structure = guide._flow, guide._built_structure
+        self.density: LogDensity = PartialLogDensity(model, args, kwargs, noncentered=self.structure.noncentered)
         if self.density.parameters():
             raise ValueError("the model has parameters of its own")
         if not self.density.batched:
@@ -176,8 +178,9 @@ class _Kept:
         self._base: tuple[object, BasePoints] | None = None
 
     def is_of(self, model: Program, guide: Any) -> bool:
-        """Whether the guide still has the flow, and is still trained on the model, that this was made for."""
-        return self.model == model and (self.unfit is not None or self.flow is guide._flow)
+        """Whether the guide still has the flow and coordinates, and is trained on the model, that this was made for."""
+        same = self.unfit is not None or (self.flow is guide._flow and self.structure is guide.structure)
+        return self.model == model and same
 
     def points(self, count: int) -> Tensor:
         like = (self.parameters[0].dtype, self.parameters[0].device) if self.parameters else None
@@ -209,7 +212,7 @@ class _Kept:
         """Return the density with these data, which is read anew where they are others."""
         known, (args, kwargs) = self._arguments, arguments.with_tensors(arguments.tensors)
         if known.key != arguments.key:
-            self.density = PartialLogDensity(self.model, args, kwargs, noncentered=self.noncentered)
+            self.density = PartialLogDensity(self.model, args, kwargs, noncentered=self.structure.noncentered)
         elif not all(map(operator.is_, known.tensors, arguments.tensors)):
             self.density = self.density.beside(args, kwargs)
         if self.density.dim != self.flow.dim:

@@ -76,7 +76,8 @@ USUAL = ("Trace, 3 vectorized", "TraceGraph", "Renyi, 3 particles", *ENUM_ELBOS)
 
 def check_loss(case, elbo):
     """It is made of log p(z) - log q(z) at the drawn z, whatever plates, masks, supports, particles are on the way."""
-    guide, density = guide_of(case), pf.LogDensity(case.model, case.args)
+    guide = guide_of(case)
+    density = pf.LogDensity(case.model, case.args, noncentered=guide.structure.noncentered)
     with Drawn() as drawn:
         loss = elbo.loss(case.model, guide, *case.args)
     z = torch.cat(drawn.z)

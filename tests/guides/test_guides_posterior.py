@@ -68,7 +68,7 @@ def test_draws_have_the_density(kind):
 
     h is the prior, narrower than q. 20,000 draws, five standard errors: failure rate below 1e-6.
     """
-    guide = random_guide(nested, normal(3, 4, seed=1), kind=kind, sd=0.05, init_scale=1.2)
+    guide = random_guide(nested, normal(3, 4, seed=1), kind=kind, sd=0.05, init_scale=1.2, noncentered=())
     draws = guide.sample_posterior(20_000)
     z = torch.cat([draws["mu"][:, None], draws["tau"].log().flatten(1), draws["x"].flatten(1)], dim=1)
     loc = z.mean(0)

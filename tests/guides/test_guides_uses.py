@@ -21,7 +21,7 @@ from pyro.infer.reparam import NeuTraReparam
 from pyro.optim.multi import PyroMultiOptimizer
 
 import pyro_flows as pf
-from tests.guides.test_guides import KINDS, case_of, each_kind, guide_of
+from tests.guides.test_guides import KINDS, case_of, guide_of
 from tests.invariants import close
 from tests.models import each_model, nested, normal
 
@@ -84,14 +84,15 @@ def test_discrete_sites_by_another_guide():
     assert sum(losses[-10:]) < sum(losses[:10])
 
 
-@each_kind
-def test_neutra(kind):
+@pytest.mark.parametrize(("kind", "name"), [*((kind, "regression") for kind in KINDS), ("realnvp", "nested")])
+def test_neutra(kind, name):
     """Pyro's potential of the warped model is that of the log density pulled back, and NUTS runs on it."""
-    case = case_of("regression")
+    case = case_of(name)
     guide = guide_of(case, kind, sd=0.3)
     neutra = NeuTraReparam(guide)
     warped = neutra.reparam(case.model)
-    density = pf.LogDensity(case.model, case.args)
+    density = pf.LogDensity(case.model, case.args, noncentered=guide.structure.noncentered)
+    assert bool(guide.structure.noncentered) == (name == "nested")
     _, potential, _, trace = initialize_model(warped, case.args)
     (name,) = [name for name in trace.nodes if name.endswith("_shared_latent")]
     for noise in normal(4, density.dim, seed=53):
@@ -99,8 +100,10 @@ def test_neutra(kind):
         close(potential({name: noise}), -(density(z[None])[0] + ladj), 1e-9)
     mcmc = MCMC(NUTS(warped, max_tree_depth=3), num_samples=3, warmup_steps=2, disable_progbar=True)
     mcmc.run(*case.args)
-    values = neutra.transform_sample(mcmc.get_samples()[name])
-    assert values["linear.weight"].shape == (3, 1, 2)
+    draws = mcmc.get_samples()[name]
+    values = neutra.transform_sample(draws[:, None, None] if case.name == "nested" else draws)  # axes of plates
+    for latent in guide.structure.latents:
+        assert values[latent.name].shape in {(3, *latent.shape), (3, *(1, 1, *latent.shape)[-2:])}
 
 
 def test_pyros_neutra_counts_the_determinant_once_for_each_entry_of_a_plate():
