@@ -18,7 +18,7 @@ from pyro_flows.correction.untrained import chains_of_gaussian
 from pyro_flows.fitting.flow_training import begin, is_improper, train_flow
 from pyro_flows.fitting.gaussian_conditionals import conditionals_at_start
 from pyro_flows.fitting.laplace_grid import grid_at_start, grid_comes_first
-from pyro_flows.fitting.multimodal import multimodal
+from pyro_flows.fitting.multimodal import independent, multimodal
 from pyro_flows.fitting.plan import LIGHTER, SHARE_OF_SECONDS
 from pyro_flows.fitting.rounds import untrained, weighed, weights_collapse
 from pyro_flows.fitting.state import Run
@@ -31,7 +31,7 @@ from pyro_flows.starts.coordinates import climbed
 from pyro_flows.starts.prior import prior_draws
 from pyro_flows.verdict.acceptance import shift_is_noise
 from pyro_flows.verdict.deciding import JUDGED_DRAWS, LOOKED_AT_DRAWS, SEARCHED_DRAWS
-from pyro_flows.verdict.methods import CONDITIONALS, GAUSSIAN, GRID, MCMC, MIXTURE, TRAINED
+from pyro_flows.verdict.methods import CONDITIONALS, GAUSSIAN, GRID, INDEPENDENT, MCMC, MIXTURE, TRAINED
 from pyro_flows.verdict.thresholds import ESS_SHARE_COLLAPSED, ESS_SHARE_PROMISING
 
 AS_READ, AT_MODES, AT_THE_BEST, AFTER = "as read", "at modes", "at the best start", "after a flow"
@@ -130,6 +130,19 @@ def _gaussian(run: Run) -> str | None:
     return None
 
 
+# ---- tables of independent coordinates -------------------------------------------------------------------------------
+
+
+def _independent(run: Run) -> str | None:
+    with run.plan.clock.part(_stages.INDEPENDENCE):
+        found = independent(run.density, run.starts, seed=run.seed)
+    if found is None:
+        return None
+    run.multimodal = found
+    run.note(found.stage)
+    return found.stage.stage
+
+
 # ---- a mixture at several modes --------------------------------------------------------------------------------------
 
 
@@ -209,6 +222,7 @@ METHODS = (
     Method(CONDITIONALS, AS_READ, lambda run: _is_hierarchical(run) and _few(run), conditionals_at_start),
     Method(MIXTURE, AT_MODES, lambda run: len(run.modes) > 1 and run.missed_mode is None, _mixture),
     Method(GAUSSIAN, AT_THE_BEST, lambda run: not run.plan.train_model, _gaussian),
+    Method(INDEPENDENT, AT_THE_BEST, lambda run: run.from_scratch and run.plan.open, _independent),
     Method(GRID, AT_THE_BEST, lambda run: run.from_scratch and not _is_hierarchical(run), _grid_at_best),
     Method(MIXTURE, AT_THE_BEST, _survey_is_cheap, _mixture),
     Method(CONDITIONALS, AT_THE_BEST, _no_hierarchy_of_few, conditionals_at_start),

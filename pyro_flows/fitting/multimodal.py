@@ -8,6 +8,7 @@ tempered from the prior.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -24,6 +25,7 @@ from pyro_flows.modes.separable import is_separable, marginals
 from pyro_flows.modes.survey import ROUNDS, Survey, can_be_surveyed, climbed_from, has_new, survey
 from pyro_flows.modes.units import units_of
 from pyro_flows.results.stage import Stage
+from pyro_flows.starts.start import Start
 from pyro_flows.verdict.acceptance import weights_correct
 from pyro_flows.verdict.deciding import LOOKED_AT_DRAWS
 from pyro_flows.verdict.methods import INDEPENDENT, MIXTURE, TABULATED
@@ -31,6 +33,7 @@ from pyro_flows.verdict.psis import psis
 from pyro_flows.verdict.thresholds import ESS_SHARE_COLLAPSED, ESS_SHARE_PROMISING
 
 FEW_ROUNDS = 2  # of a survey
+PROBED = 8  # draws between which coordinates are exchanged
 
 
 @dataclass(frozen=True)
@@ -65,7 +68,14 @@ def multimodal(
     if not apart and barrier:
         return None
     separable = is_separable(density, z, seed=seed, modes=likely.modes)
-    product = _tabulated(density, likely, z, seed) if separable else None
+    if separable and len(likely):
+        product = _tabulated(density, likely.modes, likely.roots[0].norm(dim=1), seed)
+    elif separable:
+        product = _tabulated(
+            density, z[density(z).nan_to_num(nan=-torch.inf).argmax()][None], units_of(z, full=False), seed
+        )
+    else:
+        product = None
     if product is not None:
         return product
     if not apart:
@@ -143,12 +153,21 @@ def _survey_again(density: LogDensity, found: Survey, best: Generation, seed: in
 
 
 @torch.no_grad()
-def _tabulated(density: LogDensity, found: Survey, z: Tensor, seed: int) -> MultimodalCandidate | None:
+def independent(density: LogDensity, starts: Sequence[Start], *, seed: int) -> MultimodalCandidate | None:
+    """Tabulate the coordinates around the first of some starts, and around modes; None if they are not independent."""
+    if not can_be_surveyed(density):
+        return None
+    seed = derive(seed, "independent coordinates")
+    modes = torch.stack([start.loc for start in starts if start is starts[0] or start.evidence is not None])
+    with seeded(seed, density.device):
+        z = starts[0].map(torch.randn(PROBED, density.dim, dtype=density.dtype, device=density.device))
+    found = is_separable(density, z, seed=seed, modes=modes)
+    return _tabulated(density, modes, starts[0].sds, seed) if found else None
+
+
+@torch.no_grad()
+def _tabulated(density: LogDensity, modes: Tensor, units: Tensor, seed: int) -> MultimodalCandidate | None:
     """Tabulate independent coordinates; None where a table is too coarse, or weights say that they are not."""
-    modes, units = found.modes, found.roots[:1].norm(dim=2)[:1].flatten()
-    if not len(found):
-        modes = z[density(z).nan_to_num(nan=-torch.inf).argmax()][None]
-        units = units_of(z, full=False)
     table = marginals(density, modes[0], modes, units)
     if table is None:
         return None
@@ -159,11 +178,11 @@ def _tabulated(density: LogDensity, found: Survey, z: Tensor, seed: int) -> Mult
     with seeded(seed, density.device):
         share, k_hat = weighed(density, sampler)
     stage = Stage(
-        TABULATED if density.dim == 1 else INDEPENDENT, k_hat=k_hat, ess_ratio=share, details={"modes": len(found)}
+        TABULATED if density.dim == 1 else INDEPENDENT, k_hat=k_hat, ess_ratio=share, details={"modes": len(modes)}
     )
     alone = "the density was tabulated on a grid"
     said = alone if density.dim == 1 else "the coordinates are independent, so the density of each was tabulated"
-    said = f"the posterior has several modes: {said}" if len(found) > 1 else said
+    said = f"the posterior has several modes: {said}" if len(modes) > 1 else said
     return MultimodalCandidate(sampler, said, stage, True) if weights_correct(share, k_hat) else None
 
 

@@ -107,7 +107,7 @@ def _tabulated(density: LogDensity, center: Tensor, values: Tensor) -> tuple[Ten
     points = center.expand(dim, count, dim).clone()
     points.diagonal(dim1=0, dim2=2).copy_(values.mT)
     found = torch.cat([density(part.reshape(-1, dim)).reshape(len(part), count) for part in points.split(16)])
-    return values.double(), found.double().nan_to_num(nan=-torch.inf)
+    return values.double(), found.double().nan_to_num(nan=-torch.inf, posinf=-torch.inf)
 
 
 def _between(values: Tensor, found: Tensor) -> Tensor:

@@ -123,10 +123,10 @@ def test_no_glance_at_the_modes_of_a_long_model(monkeypatch, steps, glances):
     monkeypatch.setattr(flow_training, "race", race)
 
     def recursion(y):
-        rate = pyro.sample("rate", dist.Normal(torch.tensor(0.0).double(), 1.0))
+        rate = pyro.sample("rate", dist.Normal(torch.zeros(2).double(), 1.0).to_event(1))
         level = y.new_zeros(())
         for _ in range(steps):
-            level = torch.tanh(0.9 * level + rate)
+            level = torch.tanh(0.9 * level + rate[..., 0] + 0.5 * rate[..., 1])
         pyro.sample("y", dist.Normal(level, 1.0).expand(y.shape).to_event(1), obs=y)
 
     with pytest.raises(RaceBegins):

@@ -326,7 +326,7 @@ def test_a_real_ctrl_c():
         Trainer.step = told
         def model(y):
             mu = pyro.sample("mu", dist.Gamma(torch.full((4,), 2.0), 0.5).to_event(1))
-            pyro.sample("y", dist.Normal(mu, 1.0).to_event(1), obs=y)
+            pyro.sample("y", dist.Normal(mu.cumsum(-1), 1.0).to_event(1), obs=y)
         found = pf.fit(model, torch.zeros(4), max_steps=10**6, draws=500, progress=True)
         print(found.verdict.status, found.verdict.reasons, len(found.z))
     """)

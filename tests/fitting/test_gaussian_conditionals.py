@@ -102,7 +102,7 @@ def walk_means():
 
 @pytest.mark.parametrize(
     ("hierarchical", "dim", "place"),
-    [(True, 14, 1), (False, 14, 6), (False, 80, 6), (False, 81, 8), (True, 81, 8)],
+    [(True, 14, 1), (False, 14, 7), (False, 80, 7), (False, 81, 9), (True, 81, 9)],
 )
 def test_few_coordinates_are_held_before_chains_and_many_after(hierarchical, dim, place):
     """Small hierarchical models are looked at as they are read, before coordinates are chosen."""
