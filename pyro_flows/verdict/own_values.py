@@ -9,9 +9,17 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from pyro_flows.verdict.deciding import resample
 from pyro_flows.verdict.thresholds import SHIFT_ERRORS, SHIFT_MOST, TAIL_INDEX_FOURTH
-from pyro_flows.verdict.weighing import LEVELS, heavy_tails, in_order, in_words, quantiles, sd_of, weighted_quantiles
+from pyro_flows.verdict.weighing import (
+    LEVELS,
+    heavy_tails,
+    in_order,
+    in_words,
+    quantiles,
+    resample,
+    sd_of,
+    weighted_quantiles,
+)
 
 # by how much changes (V,) exceed errors, and what is changed at one place, and by how much, in words
 Compared = tuple[Tensor, Callable[[int], tuple[str, str]]]
