@@ -11,8 +11,9 @@ from torch import Tensor
 from pyro_flows._seeding import derive, seeded
 from pyro_flows.comparison.controls import controls, of_gradients
 from pyro_flows.correction.refine import can_go_on, go_on
-from pyro_flows.verdict.deciding import POOL, resample
+from pyro_flows.verdict.deciding import POOL
 from pyro_flows.verdict.psis import psis
+from pyro_flows.verdict.weighing import resample
 
 if TYPE_CHECKING:
     from pyro_flows.results.record import Record

@@ -26,9 +26,9 @@ from pyro_flows.model.unchanged import identity
 from pyro_flows.results.record import Record, Recorded
 from pyro_flows.results.scoring import score_pool
 from pyro_flows.verdict.chains import McmcDraws
-from pyro_flows.verdict.deciding import POOL, resample
+from pyro_flows.verdict.deciding import POOL
 from pyro_flows.verdict.thresholds import ESS_SHARE_COLLAPSED
-from pyro_flows.verdict.weighing import weigh
+from pyro_flows.verdict.weighing import resample, weigh
 
 METHODS = ("auto", "hmc", "imh", "smc")
 MAX_STEPS = 2000  # sweeps of each chain

@@ -19,8 +19,8 @@ from pyro_flows.modes.under_covered import HIGH, level_of, walked
 from pyro_flows.results.record import Record
 from pyro_flows.transforms.linear import LowerTriangularAffine
 from pyro_flows.verdict.chains import McmcDraws
-from pyro_flows.verdict.deciding import resample
 from pyro_flows.verdict.thresholds import DENSITY_GAP_OF_WALKERS, R_HAT_OF_SHORT_CHAINS
+from pyro_flows.verdict.weighing import resample
 
 PERIODS = (16, 16), (32, 64)  # sweeps until the start is forgotten, and sweeps that are compared: once, and again
 

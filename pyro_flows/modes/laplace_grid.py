@@ -33,7 +33,8 @@ from pyro_flows.modes.tops import MODE_REACHES, Tails, Tops
 from pyro_flows.modes.under_covered import is_usable
 from pyro_flows.starts.curvature import SMALL_UP_TO, second_derivatives
 from pyro_flows.starts.prior import spread_of
-from pyro_flows.verdict.deciding import ESTIMATED_DRAWS, SEARCHED_DRAWS, resample
+from pyro_flows.verdict.deciding import ESTIMATED_DRAWS, SEARCHED_DRAWS
+from pyro_flows.verdict.weighing import resample
 
 STEPS = (0.3, 0.6, 1.0, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0, 6.5, 8.0, 11.0, 15.0, 20.0)  # spreads from the middle
 CLOSE = (*(0.3 * number for number in range(1, 28)), 9.0, 10.0, 11.5, 13.0, 15.0, 17.5, 20.0)  # for a flow

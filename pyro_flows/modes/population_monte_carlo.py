@@ -7,7 +7,7 @@ where the weighted draws are, by a step of EM:
     \rho_{ik} = \frac{\alpha_k q_k(z_i)}{\sum_l \alpha_l q_l(z_i)},
 
 and so for covariances. Parts with few effective draws keep what they had. Where weights stay uneven, parts are added at
-the draws with the largest weights. One wide part always stays, so that weights in tails are bounded (Hesterberg 1995,
+the draws with the largest weights. Two wide parts always stay, so that weights in tails are bounded (Hesterberg 1995,
 "Weighted average importance sampling and defensive mixture distributions"). No gradient is taken.
 
 Reference: Cappé, Douc, Guillin, Marin and Robert 2008, "Adaptive importance sampling in general mixture classes" (arXiv
@@ -27,13 +27,15 @@ from pyro_flows._seeding import derive, seeded
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.modes.hyperparameter_marginal import DF
 from pyro_flows.starts.prior import prior_draws
-from pyro_flows.verdict.deciding import LOOKED_AT_DRAWS, resample
+from pyro_flows.verdict.deciding import LOOKED_AT_DRAWS
 from pyro_flows.verdict.psis import psis
 from pyro_flows.verdict.thresholds import ESS_SHARE_COLLAPSED, ESS_SHARE_GOOD, ESS_SHARE_LEAST, K_HAT_GOOD
+from pyro_flows.verdict.weighing import resample
 
 GENERATIONS = 4  # between two additions of parts
 ADDITIONS, IN_VAIN = 6, 2  # at most; in a row without a gain, after which the fit ends
-WIDE_SHARE = 0.05  # weight of the wide part of a mixture, which is never moved: no tail is without draws
+WIDE = 2.0, 4.0  # times the scales of a mixture: its wide parts. They never move, so no tail is without draws
+WIDE_SHARE = 0.05  # their weight in all
 MOST_PARTS = 64  # half of them at tempered draws: as many may be added
 
 
@@ -70,15 +72,16 @@ class Parts:
         return Parts(self.loc, self.roots, weights.log().to(self.loc), self.df)
 
     def with_wide(self) -> Parts:
-        """Return the mixture with one more part, the last: at its mean, with twice its scales."""
+        """Return the mixture with a wide part more for each of ``WIDE``, the last ones: at its mean, with its shape."""
         weights, roots = self.log_weights.double().exp(), self.roots.double()
         mean = weights @ self.loc.double()
         inner = (self.df / (self.df - 2.0)) ** 0.5 * roots.mT
         rows = torch.cat([inner, (self.loc.double() - mean)[:, None]], 1) * weights.sqrt()[:, None, None]
-        upper = 2.0 * torch.linalg.qr(rows.flatten(0, 1)).R
-        root = upper.mT * upper.diagonal().sign()
-        loc, roots = torch.cat([self.loc.double(), mean[None]]), torch.cat([roots, root[None]])
-        log_weights = torch.cat([(1.0 - WIDE_SHARE) * weights, weights.new_tensor([WIDE_SHARE])]).log()
+        upper = torch.linalg.qr(rows.flatten(0, 1)).R
+        wide = weights.new_tensor(WIDE)[:, None, None] * (upper.mT * upper.diagonal().sign())
+        loc, roots = torch.cat([self.loc.double(), mean.expand(len(WIDE), -1)]), torch.cat([roots, wide])
+        shares = weights.new_full((len(WIDE),), WIDE_SHARE / len(WIDE))
+        log_weights = torch.cat([(1.0 - WIDE_SHARE) * weights, shares]).log()
         return Parts(loc.to(self.loc), roots.to(self.loc), log_weights.to(self.loc), self.df)
 
     def __getitem__(self, kept: Tensor | slice) -> Parts:
@@ -244,7 +247,7 @@ def generation(density: LogDensity, parts: Parts) -> Generation | None:
 
 
 def _moved(now: Generation) -> Parts:
-    """Return the parts where the weighted draws are; the wide one only if no other has any weight."""
+    """Return the parts where the weighted draws are; wide ones only if no other has any weight."""
     parts, z = now.parts, now.z.double()
     shares = torch.softmax(now.log_parts, 0).nan_to_num(nan=0.0) * now.weights
     mass = shares.sum(1)
@@ -263,13 +266,13 @@ def _moved(now: Generation) -> Parts:
             roots[number] = root
     moved = Parts(loc.to(now.z), roots.to(now.z), mass.clamp_min(1e-300).log().to(now.z), parts.df)
     kept = mass > 1e-5  # parts with less weight are left out
-    kept[-1] = not bool(kept[:-1].any())
+    kept[-len(WIDE) :] &= not bool(kept[: -len(WIDE)].any())
     return moved[kept]
 
 
 def _joined(now: Generation) -> Parts:
-    """Return all parts but the wide one, with new ones at draws of large weight, a quarter as large as theirs."""
-    parts = now.parts[:-1]
+    """Return all parts but the wide ones, with new ones at draws of large weight, a quarter as large as theirs."""
+    parts = now.parts[: -len(WIDE)]
     many = min(max(2, len(parts)), MOST_PARTS - len(parts))
     excess = (now.weights * len(now.weights) - 1.0).clamp_min(0.0) * now.weights
     if not bool(excess.sum() > 0.0):

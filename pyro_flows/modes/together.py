@@ -22,7 +22,7 @@ from pyro_flows.modes.unverified_modes import UnverifiedMode, modes_with_mass, w
 from pyro_flows.starts.gaussians import Gaussians
 from pyro_flows.starts.pathfinder import Paths, pathfinder
 from pyro_flows.starts.prior import SEARCHES, prior_draws
-from pyro_flows.verdict.deciding import resample
+from pyro_flows.verdict.weighing import resample
 
 DRAWS = 600  # of each flow
 OUTWARDS = INFLATED[:2]

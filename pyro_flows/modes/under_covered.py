@@ -26,7 +26,6 @@ from pyro_flows._seeding import derive, seeded
 from pyro_flows.modes.missed_regions import Guide, MissedRegion, regions_of_walkers
 from pyro_flows.modes.tempering import LEAPS, move_walkers
 from pyro_flows.modes.units import units_of
-from pyro_flows.verdict.deciding import resample
 from pyro_flows.verdict.thresholds import (
     DENSITY_GAP_OF_WALKERS,
     ESS_SHARE_LEAST,
@@ -34,6 +33,7 @@ from pyro_flows.verdict.thresholds import (
     MISSED_MASS_SHARE,
     TAIL_SHARE,
 )
+from pyro_flows.verdict.weighing import resample
 
 HIGH = 5.0  # nats of excess, up to which points are drawn outwards
 MANY_WALKERS = 256  # a quarter of them where a look at a point is costly

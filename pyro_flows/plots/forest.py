@@ -15,7 +15,7 @@ from pyro_flows.plots.scalars import Names, Posteriors, common, named, raw, raw_
 from pyro_flows.results.arviz_groups import named_draws
 from pyro_flows.results.arviz_groups import posterior_group as used
 from pyro_flows.results.record import Record
-from pyro_flows.verdict.deciding import resample
+from pyro_flows.verdict.weighing import resample
 
 if TYPE_CHECKING:
     import xarray as xr

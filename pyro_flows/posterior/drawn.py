@@ -20,7 +20,7 @@ from pyro_flows.model.arguments import usable
 from pyro_flows.results import arviz_groups
 from pyro_flows.results.dims import Labeling
 from pyro_flows.results.record import Record, attributes, counted
-from pyro_flows.verdict.deciding import resample
+from pyro_flows.verdict.weighing import resample
 
 if TYPE_CHECKING:
     import pandas as pd

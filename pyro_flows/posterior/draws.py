@@ -16,9 +16,10 @@ from pyro_flows.results.dims import coordinate_names
 from pyro_flows.results.methods import guide_method
 from pyro_flows.results.scoring import beyond_priors, check_memory, infinite_places, pool_of, score_pool
 from pyro_flows.results.stage import Stage
+from pyro_flows.verdict.acceptance import raw_weights
 from pyro_flows.verdict.deciding import CHECKED, POOL, Draw, decide
 from pyro_flows.verdict.own_values import changed_values
-from pyro_flows.verdict.weighing import Weighing, weigh
+from pyro_flows.verdict.weighing import Weighing, resample, weigh
 
 
 def from_draws(
@@ -54,7 +55,9 @@ def from_draws(
         scored = len(pool.log_p)
         failed, cut = _cut(density.clock, scored, pool.wanted, stopped, moving=moving)
         draws = scored * draws // pool.wanted
-        lost, rounded = density.lost_digits(pool.z, most=pool.checked, log_p=pool.log_p)
+        weights = raw_weights(pool.log_p - pool.log_q)  # far draws of no weight may have no digits
+        of_posterior = slice(None) if weights is None else resample(weights.log(), scored, seed=seed)
+        lost, rounded = density.lost_digits(pool.z[of_posterior], most=pool.checked, log_p=pool.log_p[of_posterior])
         lost += infinite_places(density, pool.z, pool.log_p)
         lost += beyond_priors(density, pool.z, pool.log_p - pool.log_q)
         checked = min(checked, pool.checked)

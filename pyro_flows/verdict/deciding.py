@@ -10,7 +10,6 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from pyro_flows._seeding import derive
 from pyro_flows.verdict.next_step import IMPROPER
 from pyro_flows.verdict.thresholds import (
     ESS_SHARE_LEAST,
@@ -21,7 +20,7 @@ from pyro_flows.verdict.thresholds import (
     SHIFT_MOST,
 )
 from pyro_flows.verdict.verdict import Verdict
-from pyro_flows.verdict.weighing import Weighing, in_words, weigh
+from pyro_flows.verdict.weighing import Weighing, in_words, resample, weigh
 
 MENDED = f"is not below {K_HAT_GOOD} and weighting changes the results"
 LEAST_DRAWS = 100  # below, weights say nothing
@@ -206,13 +205,3 @@ def _worse(second: Verdict) -> tuple[str, ...]:
     if second.status != "unreliable":
         return ()
     return (f"a second sample from the guide fails the check ({second.reasons[0]})",)
-
-
-def resample(log_weights: Tensor, draws: int, *, seed: int) -> Tensor:
-    """Return ``draws`` indices drawn by systematic resampling of normalized log weights (S,), in random order."""
-    generator = torch.Generator().manual_seed(derive(seed, "resampling"))
-    cumulative = log_weights.double().cpu().exp().cumsum(0)
-    offset = torch.rand((), generator=generator, dtype=torch.float64)
-    points = (torch.arange(draws, dtype=torch.float64) + offset) / draws
-    index = torch.searchsorted(cumulative, points * cumulative[-1]).clamp_max(len(cumulative) - 1)
-    return index[torch.randperm(draws, generator=generator)].to(log_weights.device)

@@ -9,9 +9,17 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from pyro_flows.verdict.deciding import resample
 from pyro_flows.verdict.thresholds import SHIFT_ERRORS, SHIFT_MOST, TAIL_INDEX_FOURTH
-from pyro_flows.verdict.weighing import LEVELS, heavy_tails, in_order, in_words, quantiles, sd_of, weighted_quantiles
+from pyro_flows.verdict.weighing import (
+    LEVELS,
+    heavy_tails,
+    in_order,
+    in_words,
+    quantiles,
+    resample,
+    sd_of,
+    weighted_quantiles,
+)
 
 # by how much changes (V,) exceed errors, and what is changed at one place, and by how much, in words
 Compared = tuple[Tensor, Callable[[int], tuple[str, str]]]
@@ -67,7 +75,8 @@ def _moments(values: Tensor, weights: Tensor, draws: int) -> Compared:
     ratio = 0.5 * torch.stack([raw / variance, used / variance]).log()
     shift_error = torch.stack([in_shift.square().sum(0).sqrt(), torch.full_like(mean, by_chance)])
     ratio_error = torch.stack([in_ratio.square().sum(0).sqrt(), 0.5 * spread.sqrt() * by_chance])
-    beyond = torch.maximum(shift - SHIFT_ERRORS * shift_error, ratio.abs() - SHIFT_ERRORS * ratio_error)
+    changes, errors = torch.stack([shift, ratio.abs()]), SHIFT_ERRORS * torch.stack([shift_error, ratio_error])
+    beyond = (changes.square() - errors.square()).clamp_min(0.0).sqrt().amax(0)  # as variances, chance adds up so
     excess, among = beyond.nan_to_num(nan=-torch.inf, posinf=-torch.inf).max(0)
 
     def said(place: int) -> tuple[str, str]:

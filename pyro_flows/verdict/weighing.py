@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pyro_flows._seeding import derive
 from pyro_flows.verdict.psis import largest_k, psis
 from pyro_flows.verdict.thresholds import LOG_WEIGHT_EVEN, TAIL_INDEX_HEAVY
 
@@ -71,6 +72,8 @@ def weigh(z: Tensor, log_p: Tensor, log_q: Tensor, *, quantiles: bool = False) -
     usable = points[possible] if broken else points
     distance = (usable.mean(0) - weighted).abs() / weighted_spread
     heavy = heavy_tails(usable)
+    if bool(heavy.any()):  # a guide may have far draws of no weight where the posterior has light tails
+        heavy &= heavy_tails(points[resample(log_weights, len(points), seed=0)])
     if bool(heavy.any()):  # moments that do not exist are noise
         moved, narrowed = _quantile_shifts(points[:, heavy], weights[:, 0])
         mean_shift[heavy], distance[heavy], narrowing[heavy] = moved, moved, narrowed
@@ -116,6 +119,16 @@ def heavy_tails(points: Tensor, *, index: float = TAIL_INDEX_HEAVY) -> Tensor:
         found = first + 1.0 - 0.5 / (1.0 - first.square() / second.clamp_min(torch.finfo(points.dtype).tiny))
         heavy = heavy | (found > index)
     return heavy
+
+
+def resample(log_weights: Tensor, draws: int, *, seed: int) -> Tensor:
+    """Return ``draws`` indices drawn by systematic resampling of normalized log weights (S,), in random order."""
+    generator = torch.Generator().manual_seed(derive(seed, "resampling"))
+    cumulative = log_weights.double().cpu().exp().cumsum(0)
+    offset = torch.rand((), generator=generator, dtype=torch.float64)
+    points = (torch.arange(draws, dtype=torch.float64) + offset) / draws
+    index = torch.searchsorted(cumulative, points * cumulative[-1]).clamp_max(len(cumulative) - 1)
+    return index[torch.randperm(draws, generator=generator)].to(log_weights.device)
 
 
 def _quantile_shifts(points: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:

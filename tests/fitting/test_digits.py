@@ -13,6 +13,7 @@ from scipy.stats import poisson
 import pyro_flows as pf
 from benchmarks.zoo import digits
 from benchmarks.zoo.case import Case, Maker
+from pyro_flows.posterior.draws import from_draws
 from tests.slow import rest_slow
 
 USABLE = ("ok", "corrected", "refined")
@@ -148,3 +149,25 @@ def test_chains_of_a_sampler_in_single_precision_are_told_to_have_lost_digits():
     assert pf.from_mcmc(draws, model, 3e8).verdict.status == "unreliable"
     assert pf.from_mcmc(draws, model, 0.0).verdict.status == "ok"
     assert pf.from_mcmc({"m": draws["m"].double()}, model, 3e8).verdict.status == "ok"
+
+
+def test_far_draws_of_no_weight_are_on_no_bound():
+    """Three of ten draws are from a wide normal distribution, and half of these are rounded to 0 or 1."""
+
+    def model():
+        pyro.sample("p", dist.Beta(torch.tensor(4.0), 4.0))
+
+    def draw(count):
+        sd = torch.where(torch.arange(count) % 10 < 3, 30.0, 0.8)
+        z = (sd * torch.randn(count))[:, None]
+        terms = [
+            math.log(share) + dist.Normal(0.0, scale).log_prob(z[:, 0]) for share, scale in ((0.3, 30.0), (0.7, 0.8))
+        ]
+        return z, torch.logaddexp(*terms)
+
+    torch.manual_seed(0)
+    density = pf.LogDensity(model)
+    assert density.on_bounds(draw(4000)[0])
+    posterior = from_draws(density, draw, draws=4000, seed=0, guide=None, losses=torch.zeros(0))
+    assert posterior.verdict.status == "corrected", posterior.verdict
+    assert float(posterior.samples["p"].std()) == pytest.approx(1.0 / 6.0, rel=0.05)

@@ -12,7 +12,15 @@ import pyro_flows as pf
 from pyro_flows._progress import Bar
 from pyro_flows.fitting.multimodal import multimodal
 from pyro_flows.modes.missed_modes import missed_modes
-from pyro_flows.modes.population_monte_carlo import Parts, _power, begun, can_be_tempered, fitted, tempered_mixture
+from pyro_flows.modes.population_monte_carlo import (
+    WIDE,
+    Parts,
+    _power,
+    begun,
+    can_be_tempered,
+    fitted,
+    tempered_mixture,
+)
 from pyro_flows.starts.prior import prior_draws
 from pyro_flows.verdict.thresholds import ESS_SHARE_LEAST
 from tests.models import normal, real
@@ -137,25 +145,29 @@ def test_of_two_mixtures_the_better_one_is_taken():
 
 
 def test_no_tail_is_without_draws():
-    """Of a fit to a normal, all parts but the wide one fall to .00003 of their top at 6 sds."""
+    """In a fit to a normal, parts that are not wide fall to .00003 of their top at 6 sds, the first wide one at 9."""
 
     def model():
         pyro.sample("z", dist.Normal(torch.zeros(2).double(), 1.0).to_event(1))
 
     start = begun(torch.zeros(1, 2).double(), torch.eye(2).double()[None], torch.zeros(1).double())
     found = fitted(pf.LogDensity(model), start, seed=0)
-    heights = torch.logsumexp(found.parts.log_prob(torch.tensor([[0.0, 0.0], [6.0, 0.0], [0.0, -6.0]]).double()), 0)
-    assert float((heights[1:] - heights[0]).exp().min()) > 0.0002
+    places = torch.tensor([[0.0, 0.0], [6.0, 0.0], [0.0, -6.0], [9.0, 0.0], [0.0, -9.0]]).double()
+    heights = torch.logsumexp(found.parts.log_prob(places), 0)
+    heights = (heights[1:] - heights[0]).exp()
+    assert float(heights[:2].min()) > 0.0002
+    assert float(heights[2:].min()) > 0.00006
 
 
-def test_a_wide_part_needs_no_separate_scales():
+def test_wide_parts_need_no_separate_scales():
     """Parts on a line that are 1e12 times narrower than the line is long: no covariance has a Cholesky factor."""
     loc = torch.tensor([[0.0, 0.0], [1.0, 1.0]]).double()
     parts = Parts(loc, 1e-12 * torch.eye(2).double().repeat(2, 1, 1), torch.full((2,), 0.5).double().log(), 15.0)
     wide = parts.with_wide()
-    torch.testing.assert_close(wide.loc[-1], torch.full((2,), 0.5).double())
-    torch.testing.assert_close(wide.roots[-1] @ wide.roots[-1].mT, torch.ones(2, 2).double())
-    assert bool((wide.roots[-1].diagonal() > 0.0).all())
+    for root, scale in zip(wide.roots[2:], WIDE, strict=True):
+        torch.testing.assert_close(root @ root.mT, 0.25 * scale**2 * torch.ones(2, 2).double())
+        assert bool((root.diagonal() > 0.0).all())
+    torch.testing.assert_close(wide.loc[2:], torch.full((2, 2), 0.5).double())
     assert bool(torch.isfinite(wide.log_prob(wide.draw(10))).all())
 
 

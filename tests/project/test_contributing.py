@@ -14,7 +14,7 @@ QUESTIONS = [  # the most frequent ones of newcomers, with the file that answers
     ("the threshold of k-hat", "verdict/psis.py"),
     ("the learning rate", "training/loop.py"),
     ("the starts of a fit", "starts/portfolio.py"),
-    ("draws are resampled", "verdict/deciding.py"),
+    ("draws are resampled", "verdict/weighing.py"),
     ("the text of the verdict", "verdict/verdict.py"),
     ("a new flow is registered", "flows/recipe.py"),
     ("the search for missed modes, and where a new one is added", "modes/missed_modes.py"),

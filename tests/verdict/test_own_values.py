@@ -71,6 +71,15 @@ def test_a_small_change_of_an_sd_that_weights_tell_exactly_shows():
     assert said.startswith("importance weighting changes the sd of the values of x by a factor 0.8")
 
 
+@pytest.mark.parametrize("seed", range(30, 34))
+def test_an_sd_that_is_short_by_more_than_chance_shows(seed):
+    """Three errors and .1 were added up: in one of ten fits of counts, an sd 20 % too small was ok."""
+    values = exponential(1.25, seed)[:1000]
+    assert changed_values({"x": values}, torch.log_softmax(0.0 * values, 0)) == []
+    (said,) = changed_values({"x": values}, torch.log_softmax(0.15 * values, 0))
+    assert said.startswith("importance weighting changes the ")
+
+
 def test_a_few_draws_without_weight_do_not_widen_the_draws_to_use():
     """A lie found by hand: three draws had weights of e^-9, and the sd of an inverse-gamma site was 24 % too large."""
     u = -0.63 + 0.72 * normal(S, seed=11)

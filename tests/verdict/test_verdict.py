@@ -12,9 +12,9 @@ import torch
 
 from pyro_flows.verdict import deciding
 from pyro_flows.verdict import weighing as module
-from pyro_flows.verdict.deciding import decide, judge, resample
+from pyro_flows.verdict.deciding import decide, judge
 from pyro_flows.verdict.next_step import next_step
-from pyro_flows.verdict.weighing import Weighing, heavy_tails, weigh
+from pyro_flows.verdict.weighing import Weighing, heavy_tails, resample, weigh
 from tests.registry import normal
 
 S = 20_000
@@ -256,6 +256,19 @@ def test_columns_with_heavy_tails_are_judged_by_quantiles():
     moved = judge(weigh(z, 0.5 * torch.tanh(z[:, 0]), torch.zeros(len(z))), NAMES)
     assert moved.status == "corrected"
     assert "mean of a" in moved.reasons[0]
+
+
+def test_far_draws_of_no_weight_are_no_heavy_tail():
+    """A twentieth of the draws is from a Cauchy distribution, where the posterior is normal."""
+    z = normal(S, 1, seed=4).double()
+    z[::20] = torch.distributions.Cauchy(0.0, 5.0).icdf(torch.linspace(0.001, 0.999, S // 20).double())[:, None]
+    main, far = torch.distributions.Normal(0.0, 1.0), torch.distributions.Cauchy(0.0, 5.0)
+    log_q = torch.logaddexp(math.log(0.95) + main.log_prob(z), math.log(0.05) + far.log_prob(z)).sum(1)
+    assert bool(heavy_tails(z).all())
+    found = judge(weigh(z, main.log_prob(z).sum(1), log_q), ["a"])
+    assert not found.notes
+    assert found.status == "corrected"
+    assert found.reasons[0].startswith("importance weighting changes the sd of a by a factor ")
 
 
 def test_many_columns_with_heavy_tails_are_counted():

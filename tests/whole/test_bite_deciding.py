@@ -293,8 +293,8 @@ BUGS = [
     (deciding, "_worse", 'second.status != "unreliable"', "True", second_pool),
     (*DECIDE, "if (objection := complaint(pool[:CHECKED])) is not None", "if False", invalid_model),
     (*DECIDE, "changed(pool, weighing.log_weights)", "[]", own_values),
-    (deciding, "resample", ".exp().cumsum", ".div(2.0).exp().cumsum", systematic),
-    (deciding, "resample", "index[torch.randperm(draws, generator=generator)]", "index", systematic),
+    (weighing, "resample", ".exp().cumsum", ".div(2.0).exp().cumsum", systematic),
+    (weighing, "resample", "index[torch.randperm(draws, generator=generator)]", "index", systematic),
     # modes
     (missed_regions, "guide_at", "density(z) - log_q", "density(z)", both_halves),
     (missed_modes, "missed_modes", "lambda: mirrored(guide, *few)", "list", one_half),
