@@ -14,6 +14,7 @@ from torch.distributions import Distribution, constraints
 
 from pyro_flows import _checks
 from pyro_flows.flows import bases
+from pyro_flows.flows.defended_base import DefendedBase
 from pyro_flows.flows.mixture_base import MixtureBase
 from pyro_flows.transforms import (
     Bijection,
@@ -74,7 +75,9 @@ class Flow(nn.Module):
         self.dim = math.prod(self.base_shape)
         self.base = _checks.choice("base", base, BASES)
         self.df = _checks.positive("df", df)
-        self.mixture: MixtureBase | None = None  # takes the place of the base, see :func:`recipe.with_mixture`
+        self.mixture: MixtureBase | DefendedBase | None = (
+            None  # takes the place of the base, see :func:`recipe.with_mixture`
+        )
         self.recipe: Any = None  # a Recipe, which builds flows and so stands above this file; builders write it
         self.register_buffer("_like", torch.zeros(()), persistent=False)
 
