@@ -138,6 +138,7 @@ class Flow(nn.Module):
 
     def forward(self, context: Tensor | None = None) -> TransformedDistribution:
         """Return the distribution of the flow, with the batch shape of the context."""
+        context = None if context is None else self._real("context", context)
         return TransformedDistribution(self.base_distribution(context), [Bound(self.bijection, context)])
 
     def rsample_and_log_prob(self, shape: Sequence[int] = (), context: Tensor | None = None) -> tuple[Tensor, Tensor]:

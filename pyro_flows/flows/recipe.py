@@ -253,10 +253,8 @@ def with_fixed(flow: Flow, fixed: MixtureBase, share: float) -> Flow:
     mixture = flow.mixture
     assert isinstance(mixture, MixtureBase)
     if ending(flow) is None:
-        zeros = torch.zeros(flow.context_dim, flow.dim)
-        flow = with_preprocess(
-            flow, Preprocess(zeros.new_zeros(flow.dim), zeros.new_ones(flow.dim), zeros).to(fixed.loc)
-        )
+        slope = torch.zeros(flow.context_dim, flow.dim)
+        flow = with_preprocess(flow, Preprocess(torch.zeros(flow.dim), torch.ones(flow.dim), slope).to(fixed.loc))
     bijection = flow.bijection
     assert isinstance(bijection, Compose)
     *inner, last = bijection.layers
