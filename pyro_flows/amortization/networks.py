@@ -137,7 +137,7 @@ class Conditional:
             encoded, scale = _layers(self.flow.bijection)
             couplings, tails, _ = _layers(encoded.bijection)
             options = {**self.recipe.options, "context_dim": 0}
-            around = (("affine", self.affine), ("preprocess", {"full": True, "context": 0}))
+            around = (("affine", self.affine), ("preprocess", {"full": True, "context": False}))
             with seeded(0):
                 plain = replace(self.recipe, options=options, around=around).build(self.flow.dim)
             plain = plain.to(scale.loc).requires_grad_(False)

@@ -37,6 +37,7 @@ from pyro_flows.density_estimation.preparing import (
 )
 from pyro_flows.density_estimation.standardizing import KINDS
 from pyro_flows.density_estimation.training import MAX_STEPS, Plan, batch_size, choose, climb
+from pyro_flows.flows.defended_base import DefendedBase
 from pyro_flows.flows.flow import Flow
 from pyro_flows.flows.mixture_base import MixtureBase
 from pyro_flows.flows.recipe import AUTO
@@ -272,7 +273,7 @@ def _result(ascent: Ascent, validation: float, options: Entries, encoding: Encod
         "skipped": state.skipped,
         "falls": state.falls,
     }
-    if flow.mixture is not None and flow.mixture.share is not None:
+    if isinstance(flow.mixture, DefendedBase):
         settings["share_without_context"] = float(flow.mixture.share)
     return DensityFit(
         flow=flow,

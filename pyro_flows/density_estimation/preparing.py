@@ -19,9 +19,9 @@ from pyro_flows.density_estimation.ascent import score
 from pyro_flows.density_estimation.mixtures import choose
 from pyro_flows.density_estimation.points import CHUNK, Batch, Rows, Source, Stream, points_for, rows
 from pyro_flows.density_estimation.standardizing import is_fresh, knots_of, preprocess, scale_of, warn_dependent
+from pyro_flows.flows.defended_base import DefendedBase
 from pyro_flows.flows.flow import Flow
 from pyro_flows.flows.mixture_base import MixtureBase
-from pyro_flows.flows.parts import location_scale
 from pyro_flows.flows.recipe import AUTO, BUILDERS, ending, with_fixed, with_mixture, with_preprocess
 from pyro_flows.flows.vectors import realnvp, spline
 from pyro_flows.transforms import Compose, Logit
@@ -61,16 +61,14 @@ def make(flow: object, data: object, context: object) -> Flow:
     return BUILDERS[flow](shape[0], base="logistic", **options)
 
 
-def _default(dim: int, options: dict[str, Any]) -> Flow:
+def _default(dim: int, options: Entries) -> Flow:
     """Return what is taken before a mixture is its base: splines, and affine couplings of very many coordinates.
 
-    One coordinate that depends on a context gets no map but that to the scale of the data: the mixture bends it. A
-    spline as well takes twice the time, and fits noise of few points.
+    The mixture alone bends one coordinate that depends on a context. A spline as well takes twice the time, and fits
+    noise of few points.
     """
-    width: int = options["context_dim"]
-    if dim == 1 and width:
-        flow = location_scale(1, base="normal", diagonal=True).requires_grad_(False)
-        return with_preprocess(flow, Preprocess(torch.zeros(1), torch.ones(1), torch.zeros(width, 1)))
+    if dim == 1 and options["context_dim"]:
+        return BUILDERS["realnvp"](dim, layers=1, **{**options, "activation": "silu"})
     if dim <= SPLINES_UP_TO:
         return spline(dim, layers=1 if dim == 1 else 4, network="robust", **options)
     return realnvp(dim, network="robust", **options)
@@ -169,7 +167,7 @@ def begin_mixture(
         fixed = MixtureBase(flow.dim, len(parts.log_weights)).to(x).assign(*parts)
         parts = parts.split(PARTS_OF_CONTEXTS)
     found = with_mixture(flow, components=len(parts.log_weights), context_dim=flow.context_dim)
-    assert found.mixture is not None
+    assert isinstance(found.mixture, MixtureBase)
     found.mixture.assign(*parts)
     if isinstance(bijection, Compose):
         found.mixture.context_scale, found.mixture.context_knots = bijection.context_scale, bijection.context_knots
@@ -180,7 +178,7 @@ def begin_mixture(
 def defend(flow: Flow, fixed: MixtureBase, held_out: Source) -> None:
     r"""Mix in the mixture without a context, with the share w that held-out points (N) give it.
 
-    .. math:: w = \arg\max \; \log w + \log(1 - w) + \sum_n \log\bigl((1 - w)\, q_0(x_n \mid c_n) + w\, q_1(x_n)\bigr)
+    .. math:: w = \arg\max \; \log w + \log(1 - w) + \sum_n \log\bigl((1 - w)\, q_n + w\, q_{1n}\bigr)
 
     This is stacking, with a point more for each of the two. So w is at least 1 / (N + 2), and the network is not
     believed where few points tell what it is worth.
@@ -188,17 +186,17 @@ def defend(flow: Flow, fixed: MixtureBase, held_out: Source) -> None:
     Reference: Yao, Vehtari, Simpson and Gelman 2018, *Using stacking to average Bayesian predictive distributions*,
     doi:10.1214/17-BA1091.
     """
-    assert flow.mixture is not None
+    base = with_fixed(flow, fixed, 0.5).mixture
+    assert isinstance(base, DefendedBase)
     gains = []
     for y, context in held(held_out, CHECKED_POINTS):
-        x = flow.bijection.inverse_and_ladj(y, context)[0]
-        gains.append((fixed().log_prob(x) - flow.mixture(context).log_prob(x)).double())
-    gain = torch.cat(gains)
-    share = 0.5
+        moved, still = base(context).terms(flow.bijection.inverse_and_ladj(y, context)[0])
+        gains.append((still - moved).double())
+    gain, share = torch.cat(gains), 0.5
     for _ in range(STACKED):
         odds = math.log(share / (1.0 - share))
         share = (float((gain + odds).sigmoid().sum()) + 1.0) / (len(gain) + 2.0)
-    with_fixed(flow, fixed, share)
+    base.share.fill_(share)
 
 
 def identity(flow: Flow, train: Source, held_out: Source | None, validation: object) -> dict[str, object]:

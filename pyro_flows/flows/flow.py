@@ -14,6 +14,7 @@ from torch.distributions import Distribution, constraints
 
 from pyro_flows import _checks
 from pyro_flows.flows import bases
+from pyro_flows.flows.defended_base import DefendedBase
 from pyro_flows.flows.mixture_base import MixtureBase
 from pyro_flows.transforms import (
     Bijection,
@@ -74,7 +75,9 @@ class Flow(nn.Module):
         self.dim = math.prod(self.base_shape)
         self.base = _checks.choice("base", base, BASES)
         self.df = _checks.positive("df", df)
-        self.mixture: MixtureBase | None = None  # takes the place of the base, see :func:`recipe.with_mixture`
+        self.mixture: MixtureBase | DefendedBase | None = (
+            None  # takes the place of the base, see :func:`recipe.with_mixture`
+        )
         self.recipe: Any = None  # a Recipe, which builds flows and so stands above this file; builders write it
         self.register_buffer("_like", torch.zeros(()), persistent=False)
 
@@ -135,6 +138,7 @@ class Flow(nn.Module):
 
     def forward(self, context: Tensor | None = None) -> TransformedDistribution:
         """Return the distribution of the flow, with the batch shape of the context."""
+        context = None if context is None else self._real("context", context)
         return TransformedDistribution(self.base_distribution(context), [Bound(self.bijection, context)])
 
     def rsample_and_log_prob(self, shape: Sequence[int] = (), context: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -30,9 +30,6 @@ class MixtureBase(nn.Module):
     :math:`P_k` is lower triangular. Without a context, S = I and u = 0. With one, a network gives what is added to the
     logits of the weights, to the shifts u, and to the logs of the diagonal scales S and of the degrees of freedom.
 
-    :meth:`defend` makes the mixture :math:`(1 - w)\, q_0(x \mid c) + w\, q_1(x)`. No context moves or narrows
-    :math:`q_1`, so that the density has a lower bound where the network is wrong, as far from all contexts of its data.
-
     Args:
         dim: number of coordinates D.
         components: number of parts K.
@@ -41,13 +38,11 @@ class MixtureBase(nn.Module):
 
     Shapes: x is (..., D), the context (..., context_dim). Cost: :math:`O(K D^2)` a point.
 
-    References: Bishop 1994, *Mixture density networks*; Peel and McLachlan 2000, doi:10.1023/A:1008981510081; Hesterberg
-    1995, doi:10.1080/00401706.1995.10484303 (defensive mixtures).
+    Reference: Bishop 1994, *Mixture density networks*; Peel and McLachlan 2000, doi:10.1023/A:1008981510081.
     """
 
     context_scale: Tensor | None
     context_knots: Tensor | None
-    share: Tensor | None
 
     def __init__(self, dim: int, components: int, *, context_dim: int = 0, hidden: Sequence[int] = (64, 64)) -> None:
         super().__init__()
@@ -64,13 +59,6 @@ class MixtureBase(nn.Module):
         self.conditioner = conditioner(0, context_dim, out, hidden=hidden) if context_dim else None
         self.register_buffer("context_scale", None)
         self.register_buffer("context_knots", None)
-        self.fixed: MixtureBase | None = None
-        self.register_buffer("share", None)
-
-    def defend(self, fixed: MixtureBase, share: float = 0.0) -> None:
-        """Mix in a mixture without a context, with this share of the mass. It is not trained."""
-        self.fixed = fixed.requires_grad_(False)
-        self.share = self.loc.new_tensor(share)
 
     def _load_from_state_dict(self, state_dict: State, prefix: str, *args: object, **kwargs: object) -> None:
         adopt_context_scale(self, state_dict, prefix)
@@ -98,16 +86,22 @@ class MixtureBase(nn.Module):
         shift, log_scale = (part.unflatten(-1, (self.components, self.dim)) for part in (shift, log_scale))
         df = DF_LEAST + torch.exp(self.log_df + bounded(log_df, LOG_BOUND))
         log_weights = (self.logits + logits).log_softmax(-1)
-        parts = Parts(log_weights, self.loc, factor, df, shift, bounded(log_scale, LOG_BOUND))
-        if self.fixed is not None and self.share is not None:
-            parts = joined(parts, self.fixed().parts, self.share)
-        return MixtureOfStudents(parts)
+        return MixtureOfStudents(Parts(log_weights, self.loc, factor, df, shift, bounded(log_scale, LOG_BOUND)))
 
 
 def by_part(x: Tensor, loc: Tensor, factor: Tensor) -> Tensor:
     """Return P (x - m) (..., K, D) of points (..., D), for means (K, D) and factors (K, D, D): one matrix product."""
     found = (x @ factor.reshape(loc.numel(), loc.shape[1]).mT).unflatten(-1, loc.shape)
     return found - (factor @ loc[..., None])[..., 0]
+
+
+def halved(cdf: Callable[[Tensor], Tensor], value: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    """Return where a distribution function of one coordinate has values (...,), between low and high (..., 1)."""
+    for _ in range(HALVINGS):
+        middle = 0.5 * (low + high)
+        above = (cdf(middle) > value)[..., None]
+        low, high = torch.where(above, low, middle), torch.where(above, middle, high)
+    return 0.5 * (low + high)
 
 
 class Parts(NamedTuple):
@@ -119,19 +113,6 @@ class Parts(NamedTuple):
     df: Tensor  # (*batch, K)
     shift: Tensor | None = None  # (*batch, K, D)
     log_scale: Tensor | None = None  # (*batch, K, D)
-
-
-def joined(parts: Parts, fixed: Parts, share: Tensor) -> Parts:
-    """Return the parts of a mixture in contexts, and with this share of the mass those of one without a context."""
-    batch, still = parts.log_weights.shape[:-1], fixed.loc.expand(*parts.log_weights.shape[:-1], -1, -1)
-    log_weights = fixed.log_weights + share.log()
-    return Parts(
-        torch.cat([parts.log_weights + torch.log1p(-share), log_weights.expand(*batch, -1)], -1),
-        torch.cat([parts.loc, fixed.loc]),
-        torch.cat([parts.factor, fixed.factor]),
-        torch.cat([parts.df, fixed.df.expand(*batch, -1)], -1),
-        *(None if of is None else torch.cat([of, torch.zeros_like(still)], -2) for of in parts[4:]),
-    )
 
 
 class MixtureOfStudents(TorchDistribution):
@@ -221,12 +202,7 @@ class MixtureOfStudents(TorchDistribution):
         """Return quantiles (..., 1) of one coordinate, for probabilities (...,), by halving an interval."""
         z = self._of_students("stdtrit", value[..., None].expand(*value.shape, len(self.parts.loc)))
         ends = self._out(z[..., None])[..., 0]
-        low, high = ends.amin(-1), ends.amax(-1)
-        for _ in range(HALVINGS):
-            middle = 0.5 * (low + high)
-            above = self.cdf(middle[..., None]) > value
-            low, high = torch.where(above, low, middle), torch.where(above, middle, high)
-        return (0.5 * (low + high))[..., None]
+        return halved(self.cdf, value, ends.amin(-1, keepdim=True), ends.amax(-1, keepdim=True))
 
     def _of_students(self, name: str, value: Tensor) -> Tensor:
         """Return a function of Student t distributions, of degrees of freedom and values, by its name in scipy."""

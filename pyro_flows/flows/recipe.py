@@ -15,6 +15,7 @@ from torch import Tensor
 
 from pyro_flows import _checks
 from pyro_flows._turns import turn
+from pyro_flows.flows.defended_base import DefendedBase
 from pyro_flows.flows.flow import MIXTURE, Flow
 from pyro_flows.flows.mixture_base import MixtureBase
 from pyro_flows.flows.unbent import warn_unbent
@@ -123,9 +124,11 @@ class Recipe:
         elif not isinstance(made, (Flow, Bijection)):
             made = _called(made, cast("int", dim))
         flow = made if isinstance(made, Flow) else Flow(made, base=self.base, df=self.df)
+        fixed = 0
         for kind, about in self.around:
             flow = _with(flow, kind, about)
-        return flow
+            fixed = cast(_Mixture, about).get("fixed", 0) if kind == MIXTURE else fixed
+        return with_fixed(flow, MixtureBase(flow.dim, fixed), 0.5) if fixed else flow
 
     def build_for_latents(self, dim: int) -> Flow:
         """Return a new flow of ``dim`` unconstrained latents.
@@ -227,7 +230,7 @@ def with_mixture(
 ) -> Flow:
     """Give the flow a mixture of Student t distributions as its base, all alike at first, and note it in the recipe.
 
-    ``fixed`` is the number of parts that no context moves, see :meth:`MixtureBase.defend`.
+    ``fixed`` is the number of parts that no context moves, which come last: see :func:`with_fixed`.
 
     Raises:
         ValueError: for a flow of images.
@@ -235,23 +238,33 @@ def with_mixture(
     if len(flow.base_shape) != 1:
         raise ValueError(f"flow: a mixture is a base of vectors, not of shape {tuple(flow.base_shape)}.")
     made = MixtureBase(flow.dim, components, context_dim=context_dim, hidden=hidden)
-    if fixed:
-        made.defend(MixtureBase(flow.dim, fixed))
-    about = {"components": components, "context_dim": context_dim, "hidden": tuple(hidden), "fixed": fixed}
     flow.mixture, flow.base = made.to(next(flow.parameters(), flow._like)), MIXTURE
+    about = {"components": components, "context_dim": context_dim, "hidden": tuple(hidden), "fixed": fixed}
     recipe = flow.recipe
     flow.recipe = None if recipe is None else replace(recipe, around=((MIXTURE, about), *recipe.around))
     return flow
 
 
-def with_fixed(flow: Flow, fixed: MixtureBase, share: float) -> None:
-    """Mix parts that no context moves into the flow's mixture, and note it in the recipe."""
-    assert flow.mixture is not None
-    flow.mixture.defend(fixed, share)
+def with_fixed(flow: Flow, fixed: MixtureBase, share: float) -> Flow:
+    """Give a conditional flow with a mixture a share of the mass that no context moves, and note it in the recipe.
+
+    Maps before that to the scale of data go into the base, so that they do not move it either.
+    """
+    mixture = flow.mixture
+    assert isinstance(mixture, MixtureBase)
+    if ending(flow) is None:
+        slope = torch.zeros(flow.context_dim, flow.dim)
+        flow = with_preprocess(flow, Preprocess(torch.zeros(flow.dim), torch.ones(flow.dim), slope).to(fixed.loc))
+    bijection = flow.bijection
+    assert isinstance(bijection, Compose)
+    *inner, last = bijection.layers
+    flow.mixture = DefendedBase(_composed(bijection, inner), mixture, fixed, share)
+    flow.bijection = _composed(bijection, [last])
     if flow.recipe is not None:
         (kind, about), *around = flow.recipe.around
         noted = (kind, {**cast(_Mixture, about), "fixed": fixed.components})
         flow.recipe = replace(flow.recipe, around=(noted, *around))
+    return flow
 
 
 def affine_of(flow: Flow) -> LowerTriangularAffine | DiagonalAffine | None:
@@ -305,7 +318,7 @@ def start_at(flow: Flow, loc: Tensor, scale: Tensor) -> None:
 
 def with_preprocess(flow: Flow, layer: Preprocess) -> Flow:
     """Make ``layer`` the last one of the flow, in the place of one of its kind, and note it in the flow's recipe."""
-    about = ("preprocess", {"full": layer.full, "context": layer.context_dim})
+    about = ("preprocess", {"full": layer.full, "context": layer.slope is not None})
     recipe = flow.recipe
     if ending(flow) is not None:
         flow.bijection = _ending_replaced(flow.bijection, layer)
@@ -344,8 +357,7 @@ def blank(about: Mapping[str, object], flow: Flow) -> Preprocess:
     """Return a map to the scale of data that changes nothing: its numbers are read from a file."""
     loc = torch.zeros(flow.event_shape)
     scale = torch.eye(loc.numel()) if about["full"] else torch.ones_like(loc)
-    width = flow.context_dim or int(cast("int", about["context"]))  # True in files of flows with maps before this one
-    return Preprocess(loc, scale, torch.zeros(width, loc.numel()) if about["context"] else None)
+    return Preprocess(loc, scale, torch.zeros(flow.context_dim, loc.numel()) if about["context"] else None)
 
 
 # changes of a flow ----------------------------------------------------------------------------------------------------

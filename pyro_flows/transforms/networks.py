@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from itertools import pairwise
+from itertools import chain, pairwise
 from typing import NamedTuple
 
 import torch
@@ -29,7 +29,7 @@ def adopt_buffer(module: nn.Module, name: str, state_dict: State, prefix: str) -
     """Let a module have a buffer if the state to be loaded has it, and none if the state lacks it."""
     found = state_dict.get(f"{prefix}{name}")
     if found is not None:
-        setattr(module, name, found.detach().clone().to(next(module.parameters())))
+        setattr(module, name, found.detach().clone().to(next(chain(module.parameters(), module.buffers()))))
     elif any(key.startswith(prefix) for key in state_dict):
         setattr(module, name, None)
 

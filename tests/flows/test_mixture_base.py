@@ -9,8 +9,9 @@ from scipy.stats import multivariate_t
 import pyro_flows as pf
 from pyro_flows.density_estimation.standardizing import knots_of
 from pyro_flows.flows.mixture_base import MixtureBase
-from pyro_flows.flows.recipe import with_fixed, with_mixture
+from pyro_flows.flows.recipe import with_fixed, with_mixture, with_preprocess
 from pyro_flows.flows.recipe_json import from_json, not_rebuilt, to_json
+from pyro_flows.transforms.fixed import Preprocess
 from tests.registry import normal, randomize
 
 IN_CONTEXTS = ("log_weights", "df", "shift", "log_scale")
@@ -93,27 +94,41 @@ def test_a_flow_with_a_mixture_is_a_distribution_and_is_rebuilt(context_dim):
         with_mixture(pf.glow((1, 4, 4), levels=1, layers=1), components=2)
 
 
-def test_a_share_of_the_mass_is_moved_by_no_context():
-    made, fixed = mixture(1, context_dim=2).requires_grad_(False), mixture(1, components=2)
-    context, x = normal(6, 2, seed=4), normal(6, 1, seed=3)
-    plain, still = made(context), fixed()
-    terms = torch.stack([plain.log_prob(x) + math.log(0.7), still.log_prob(x) + math.log(0.3)]).detach()
-    made.defend(fixed, 0.3)
-    found = made(context)
-    assert torch.allclose(found.log_prob(x), terms.logsumexp(0))
-    assert torch.allclose(found.cdf(x), 0.7 * plain.cdf(x) + 0.3 * still.cdf(x))
-    assert torch.allclose(found.cdf(found.icdf(found.cdf(x))), found.cdf(x), atol=1e-9)
-    assert torch.allclose(found.mean, 0.7 * plain.mean + 0.3 * still.mean)
-    torch.manual_seed(0)
-    below = (found.sample((20_000,)) < x).double().mean(0)[:, 0]
-    assert torch.allclose(below, found.cdf(x), atol=0.02)
-    flow = with_mixture(pf.spline(1, layers=1, context_dim=2, hidden=(8,)), components=3, context_dim=2)
-    with_fixed(flow, fixed.float(), 0.3)
-    again = from_json(to_json(flow))
+@pytest.mark.parametrize("dim", [1, 2])
+def test_a_share_of_the_mass_is_moved_by_no_context(dim):
+    flow = with_mixture(
+        pf.spline(dim, layers=2, context_dim=2, hidden=(8,)), components=3, context_dim=2, hidden=(8,)
+    ).double()
+    flow.bijection.context_scale = flow.mixture.context_scale = torch.tensor([[1.0, 0.0], [2.0, 0.5]]).double()
+    flow = with_preprocess(flow, Preprocess(torch.ones(dim), 2 * torch.ones(dim), torch.ones(2, dim)).double())
+    flow = randomize(flow, sd=0.3).requires_grad_(False)
+    context, y, fixed = normal(6, 2, seed=4), 2 * normal(6, dim, seed=3), mixture(dim, components=2)
+    u = flow.bijection.layers[-1].inverse_and_ladj(
+        y, (context - flow.bijection.context_scale[0]) * torch.tensor([0.5, 2])
+    )
+    terms = torch.stack([flow.log_prob(y, context) + math.log(0.7), fixed().log_prob(u[0]) + u[1] + math.log(0.3)])
+    with_fixed(flow, fixed, 0.3)
+    assert torch.allclose(flow.log_prob(y, context), terms.logsumexp(0).detach())
+    assert torch.allclose(flow(context).log_prob(y), flow.log_prob(y, context))
+    assert flow(context).log_prob(y[:, None]).shape == (6, 6)
+    again = from_json(to_json(flow)).double()
     again.load_state_dict(flow.state_dict())
-    y, about = x.float(), context.float()
-    assert torch.equal(again.log_prob(y, about), flow.log_prob(y, about))
+    assert not_rebuilt(flow) is None
+    assert torch.equal(again.log_prob(y, context), flow.log_prob(y, context))
     assert not any(parameter.requires_grad for parameter in again.mixture.fixed.parameters())
+    # E[h / q] of a narrow normal density h is 1, whatever q
+    torch.manual_seed(0)
+    x = flow(context[0]).sample((100_000,))
+    inner = torch.distributions.MultivariateNormal(x.mean(0), 0.5 * torch.eye(dim).double())
+    ratio = (inner.log_prob(x) - flow.log_prob(x, context[0].expand(len(x), -1))).exp()
+    assert float(ratio.mean()) == pytest.approx(1.0, abs=5 * float(ratio.std()) / math.sqrt(len(x)))
+    if dim == 1:
+        base = flow.base_distribution(context[:, None])
+        level = torch.linspace(0.001, 0.999, 7).double().expand(6, 7)
+        at = base.icdf(level)
+        assert torch.allclose(base.cdf(at), level, atol=1e-9)
+        slope = (base.cdf(at + 1e-7) - base.cdf(at - 1e-7)) / 2e-7
+        assert torch.allclose(slope.log(), base.log_prob(at), atol=1e-4)
 
 
 def test_the_scale_of_a_context_goes_with_the_state():
