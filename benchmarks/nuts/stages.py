@@ -22,7 +22,7 @@ STAGES = {  # of parts inside of each other the outermost decides, but for these
     ),
     "starts": (_stages.STARTS, _stages.MOMENTS, _stages.BEST_START),
     "races": (_stages.TRIALS,),
-    "training": (_stages.TRAINING, GRID, CONDITIONALS),
+    "training": (_stages.TRAINING, _stages.INDEPENDENCE, GRID, CONDITIONALS),
     "judging": (_stages.JUDGING, _stages.WEIGHTS, _stages.PROPRIETY, _stages.ROWS),
 }
 SEARCHING = ("coordinates", "modes", "starts", "races")

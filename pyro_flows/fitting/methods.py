@@ -134,7 +134,8 @@ def _gaussian(run: Run) -> str | None:
 
 
 def _independent(run: Run) -> str | None:
-    with run.plan.clock.part(_stages.INDEPENDENCE):
+    found = None
+    with run.plan.clock.part(_stages.INDEPENDENCE):  # which the clock may end
         found = independent(run.density, run.starts, seed=run.seed)
     if found is None:
         return None
