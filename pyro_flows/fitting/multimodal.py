@@ -47,12 +47,12 @@ class MultimodalCandidate:
 
 
 def multimodal(
-    density: LogDensity, z: Tensor, places: Tensor | None = None,
+    density: LogDensity, z: Tensor, near: Tensor | None = None,
     *, seed: int, bar: Bar, barrier: float = 0.0, ridges: bool = False,
 ) -> MultimodalCandidate | None:  # fmt: skip
     """Survey the modes near and far of draws z (S, D), and fit a sampler to them; None if there is none.
 
-    With ``ridges``, points of ridges and edges count as modes. ``places`` (N, D) are climbed from as well. Once there
+    With ``ridges``, points of ridges and edges count as modes. ``near`` (N, D) are climbed from as well. Once there
     is a mixture, the survey goes on from its draws with large weights, and from where it is thin. With a ``barrier``,
     modes count as several only if the density falls by so many nats on the straight line between the best one and
     another. Without one, independent coordinates are tabulated even if no mode was found: tops may be sharp edges,
@@ -62,20 +62,18 @@ def multimodal(
         return None
     seed = derive(seed, "several modes")
     found = survey(density, z, seed=seed, rounds=FEW_ROUNDS, climbs=96, ridges=ridges)  # until there is a second mode
-    found = found if places is None else climbed_from(density, found, places)
+    found = found if near is None else climbed_from(density, found, near)
     likely = found.likely()
     apart = len(likely) > 1 and (_has_barrier(density, likely.modes, barrier) or _are_apart(likely, seed))
     if not apart and barrier:
         return None
     separable = is_separable(density, z, seed=seed, modes=likely.modes)
-    if separable and len(likely):
-        product = _tabulated(density, likely.modes, likely.roots[0].norm(dim=1), seed)
-    elif separable:
-        product = _tabulated(
-            density, z[density(z).nan_to_num(nan=-torch.inf).argmax()][None], units_of(z, full=False), seed
-        )
-    else:
-        product = None
+    product = None
+    if separable:
+        places, units = likely.modes, likely.roots[:1].norm(dim=2).flatten()
+        if not len(likely):
+            places, units = z[density(z).nan_to_num(nan=-torch.inf).argmax()][None], units_of(z, full=False)
+        product = _tabulated(density, places, units, len(likely), seed)
     if product is not None:
         return product
     if not apart:
@@ -158,17 +156,20 @@ def independent(density: LogDensity, starts: Sequence[Start], *, seed: int) -> M
     if not can_be_surveyed(density):
         return None
     seed = derive(seed, "independent coordinates")
-    modes = torch.stack([start.loc for start in starts if start is starts[0] or start.evidence is not None])
+    modes = [start.loc for start in starts if start.evidence is not None]
+    places = torch.stack([starts[0].loc, *modes])
     with seeded(seed, density.device):
         z = starts[0].map(torch.randn(PROBED, density.dim, dtype=density.dtype, device=density.device))
-    found = is_separable(density, z, seed=seed, modes=modes)
-    return _tabulated(density, modes, starts[0].sds, seed) if found else None
+    found = is_separable(density, z, seed=seed, modes=places)
+    return _tabulated(density, places, starts[0].sds, len(modes), seed) if found else None
 
 
 @torch.no_grad()
-def _tabulated(density: LogDensity, modes: Tensor, units: Tensor, seed: int) -> MultimodalCandidate | None:
+def _tabulated(
+    density: LogDensity, places: Tensor, units: Tensor, modes: int, seed: int
+) -> MultimodalCandidate | None:  # fmt: skip
     """Tabulate independent coordinates; None where a table is too coarse, or weights say that they are not."""
-    table = marginals(density, modes[0], modes, units)
+    table = marginals(density, places[0], places, units)
     if table is None:
         return None
     try:
@@ -178,11 +179,11 @@ def _tabulated(density: LogDensity, modes: Tensor, units: Tensor, seed: int) -> 
     with seeded(seed, density.device):
         share, k_hat = weighed(density, sampler)
     stage = Stage(
-        TABULATED if density.dim == 1 else INDEPENDENT, k_hat=k_hat, ess_ratio=share, details={"modes": len(modes)}
+        TABULATED if density.dim == 1 else INDEPENDENT, k_hat=k_hat, ess_ratio=share, details={"modes": modes}
     )
     alone = "the density was tabulated on a grid"
     said = alone if density.dim == 1 else "the coordinates are independent, so the density of each was tabulated"
-    said = f"the posterior has several modes: {said}" if len(modes) > 1 else said
+    said = f"the posterior has several modes: {said}" if modes > 1 else said
     return MultimodalCandidate(sampler, said, stage, True) if weights_correct(share, k_hat) else None
 
 
