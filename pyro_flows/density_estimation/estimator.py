@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import math
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any, cast
 
 import numpy as np
@@ -138,15 +140,18 @@ class DensityEstimator:
     def score_samples(self, X: object, y: object = None) -> np.ndarray:
         """Return the log density of each row, or of each output given its row, in nats, (N,).
 
+        It is computed in double precision: in single precision, a row's value depends on how many are scored with it.
+
         Raises:
             ValueError: for other columns than those of the fit, or outputs that are missing.
         """
         rows = self._rows(X)
+        fit = replace(self.fit_, flow=copy.deepcopy(self.fit_.flow).double())
         if not self.conditional:
-            return _numpy(self.fit_.log_prob(rows))
+            return _numpy(fit.log_prob(rows))
         if y is None:
             raise ValueError("y: expected the outputs whose density given X is asked for.")
-        return _numpy(self.fit_.log_prob(_table(y, column=True), rows))
+        return _numpy(fit.log_prob(_table(y, column=True), rows))
 
     def score(self, X: object, y: object = None) -> float:
         """Return the mean log density, in nats. (``KernelDensity.score`` is the sum.)"""
