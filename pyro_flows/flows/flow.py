@@ -75,9 +75,7 @@ class Flow(nn.Module):
         self.dim = math.prod(self.base_shape)
         self.base = _checks.choice("base", base, BASES)
         self.df = _checks.positive("df", df)
-        self.mixture: MixtureBase | DefendedBase | None = (
-            None  # takes the place of the base, see :func:`recipe.with_mixture`
-        )
+        self.mixture: MixtureBase | DefendedBase | None = None  # in the place of the base: `recipe.with_mixture`
         self.recipe: Any = None  # a Recipe, which builds flows and so stands above this file; builders write it
         self.register_buffer("_like", torch.zeros(()), persistent=False)
 

@@ -124,10 +124,9 @@ class Recipe:
         elif not isinstance(made, (Flow, Bijection)):
             made = _called(made, cast("int", dim))
         flow = made if isinstance(made, Flow) else Flow(made, base=self.base, df=self.df)
-        fixed = 0
         for kind, about in self.around:
             flow = _with(flow, kind, about)
-            fixed = cast(_Mixture, about).get("fixed", 0) if kind == MIXTURE else fixed
+        fixed = cast(_Mixture, dict(self.around).get(MIXTURE, {})).get("fixed", 0)
         return with_fixed(flow, MixtureBase(flow.dim, fixed), 0.5) if fixed else flow
 
     def build_for_latents(self, dim: int) -> Flow:
@@ -205,7 +204,8 @@ def _with(flow: Flow, kind: str, about: object) -> Flow:
     if kind == "affine":
         return with_affine(flow, about)
     if kind == MIXTURE:
-        return with_mixture(flow, **cast(_Mixture, about))
+        made = cast(_Mixture, about)
+        return with_mixture(flow, components=made["components"], context_dim=made["context_dim"], hidden=made["hidden"])
     return with_preprocess(flow, blank(cast("Mapping[str, object]", about), flow))
 
 
@@ -225,12 +225,8 @@ def with_affine(flow: Flow, kind: object) -> Flow:
     return whole
 
 
-def with_mixture(
-    flow: Flow, *, components: int, context_dim: int = 0, hidden: Sequence[int] = (64, 64), fixed: int = 0
-) -> Flow:
+def with_mixture(flow: Flow, *, components: int, context_dim: int = 0, hidden: Sequence[int] = (64, 64)) -> Flow:
     """Give the flow a mixture of Student t distributions as its base, all alike at first, and note it in the recipe.
-
-    ``fixed`` is the number of parts that no context moves, which come last: see :func:`with_fixed`.
 
     Raises:
         ValueError: for a flow of images.
@@ -239,7 +235,7 @@ def with_mixture(
         raise ValueError(f"flow: a mixture is a base of vectors, not of shape {tuple(flow.base_shape)}.")
     made = MixtureBase(flow.dim, components, context_dim=context_dim, hidden=hidden)
     flow.mixture, flow.base = made.to(next(flow.parameters(), flow._like)), MIXTURE
-    about = {"components": components, "context_dim": context_dim, "hidden": tuple(hidden), "fixed": fixed}
+    about = {"components": components, "context_dim": context_dim, "hidden": tuple(hidden)}
     recipe = flow.recipe
     flow.recipe = None if recipe is None else replace(recipe, around=((MIXTURE, about), *recipe.around))
     return flow
