@@ -32,7 +32,8 @@ DONE = "converged: given a few latents, the others are Gaussian"
 def conditionals_at_start(run: Run) -> str | None:
     """Try Gaussian conditionals given a few hyperparameters of the model as it was read, before any training.
 
-    The run takes draws that are good enough. Then coordinates that were chosen since the model was read are dropped.
+    The run takes draws that weights correct: only the density of the hyperparameters was fitted. Then coordinates that
+    were chosen since the model was read are dropped.
     """
     plan, density = run.plan, run.state.as_read
     if not plan.open or not can_have_conditionals(density):
@@ -46,7 +47,7 @@ def conditionals_at_start(run: Run) -> str | None:
         outcome = untrained(CONDITIONALS, flow, density, 0.0, DONE)
         names = coordinate_names(density.structure)
         details = {**outcome.stage.details, "held": [names[number] for number in held]}
-        if outcome.enough:
+        if outcome.enough or outcome.corrected:
             run.state.go_back()
             run.modes, run.history = [], []
             run.take(replace(outcome, stage=replace(outcome.stage, details=details)))

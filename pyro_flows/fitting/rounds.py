@@ -14,7 +14,7 @@ from pyro_flows.model.log_density import LogDensity
 from pyro_flows.results.stage import Stage
 from pyro_flows.training.loop import BATCH, STEP_SIZE, Training
 from pyro_flows.training.trainer import Trainer
-from pyro_flows.verdict.acceptance import nothing_to_gain, raw_weights, status_of
+from pyro_flows.verdict.acceptance import nothing_to_gain, raw_weights, status_of, weights_correct
 from pyro_flows.verdict.deciding import COMPARED_DRAWS, JUDGED_DRAWS, LOOKED_AT_DRAWS
 from pyro_flows.verdict.thresholds import (
     ESS_SHARE_EVEN,
@@ -39,6 +39,11 @@ class Round:
     def enough(self) -> bool:
         """Whether there is nothing left to mend: stricter than the verdict, since more can be tried."""
         return self.training.converged and nothing_to_gain(self.weighing)
+
+    @property
+    def corrected(self) -> bool:
+        """Whether importance weights correct its draws."""
+        return weights_correct(self.weighing.ess / len(self.weighing.log_weights), self.weighing.k_hat)
 
     @property
     def nearly_uniform(self) -> bool:

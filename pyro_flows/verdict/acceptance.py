@@ -1,7 +1,7 @@
 """The acceptance test of a candidate: whether its draws are so good that no other method is tried.
 
-There are two levels. A mixture and a table are accepted if weights correct their draws. A flow that is or was trained,
-a Gaussian, a grid and Gaussian conditionals are accepted if their draws can be used as they are. This is stricter than
+There are two levels. A mixture, a table and Gaussian conditionals are accepted if weights correct their draws. A flow
+that is or was trained, a Gaussian and a grid are accepted if their draws can be used as they are. This is stricter than
 the verdict, since more can be tried. Markov chains have no weights: see :func:`pyro_flows.verdict.mcmc.judge_mcmc`.
 """
 

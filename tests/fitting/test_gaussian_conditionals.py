@@ -1,5 +1,6 @@
 """A few coordinates held, all others normal given these: before coordinates are chosen, and who gets something else."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pyro
@@ -8,10 +9,14 @@ import pytest
 import torch
 
 import pyro_flows as pf
+from pyro_flows._clock import unbounded
 from pyro_flows._seeding import seeded
 from pyro_flows._stages import PARAMETERIZATION
+from pyro_flows.fitting import gaussian_conditionals
 from pyro_flows.fitting.gaussian_conditionals import conditionals_flow
 from pyro_flows.fitting.methods import AS_READ, METHODS
+from pyro_flows.fitting.rounds import untrained
+from pyro_flows.fitting.state import FitState, Run
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.results.dims import coordinate_names
 from pyro_flows.verdict.methods import CONDITIONALS, MCMC
@@ -129,6 +134,20 @@ def test_a_model_that_is_non_centered_by_hand_holds_its_scales():
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("k_hat", "accepted"), [(0.2, True), (0.9, False)])
+def test_conditionals_with_a_far_draw_are_accepted_if_weights_correct_them(k_hat, accepted, monkeypatch):
+    def with_a_far_draw(*args, **options):
+        outcome = untrained(*args, **options)
+        elbo = outcome.weighing.log_evidence - 1e9
+        return replace(outcome, weighing=replace(outcome.weighing, k_hat=k_hat, elbo=elbo))
+
+    monkeypatch.setattr(gaussian_conditionals, "untrained", with_a_far_draw)
+    plan = SimpleNamespace(open=True, clock=unbounded(), seed=0)
+    run = Run(FitState(plan, LogDensity(errors, (X, Y))), plan)
+    assert (gaussian_conditionals.conditionals_at_start(run) is not None) == accepted
+    assert (run.best is not None) == accepted
+
+
 def test_who_asks_for_a_flow_gets_it():
     posterior = pf.fit(errors, X, Y, flow="realnvp", max_steps=60, refine=False, escalate=False, progress=False)
     assert STAGE not in stages(posterior)
