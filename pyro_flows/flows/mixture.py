@@ -188,7 +188,7 @@ class FlowMixture(nn.Module):
         """Return the log density ``(...,)`` of the mixture at ``z`` (..., D).
 
         A part whose inverse overflows at a point, far away from all of its mass, adds nothing there. Cost: a pass of
-        ``z`` for each part; without gradients, affine parts, and copies of one flow, are passed all at once.
+        ``z`` for each part; without gradients, affine parts, and copies of a flow, are passed all at once.
         """
         _checks.event("FlowMixture", z, self.dim)
         rows = z.reshape(-1, self.dim)

@@ -1,4 +1,4 @@
-"""The parts of a mixture all at once: affine images of one base distribution, or moved copies of one flow.
+"""The parts of a mixture all at once: affine images of one base distribution, or moved copies of flows.
 
 A mixture at 64 modes is looked at by chains in each of its parts, and each point is scored by all parts: done one after
 the other, that took a second for 64 chains.
@@ -81,31 +81,44 @@ class Images(NamedTuple):
 
 
 class Copies(NamedTuple):
-    """K copies of one flow, at the images of its draws."""
+    """K copies of flows that have one base, at images of their draws."""
 
-    flow: Flow
+    flows: list[Flow]
+    own: list[Tensor]  # the parts of each flow
+    of: Tensor  # (K,): the flow of each part
     images: Images
     others: Tensor  # (K, K - 1): all parts but one
 
     def forward(self, x: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        """Return z (C, D) of x in parts k (C,), and the log Jacobians (C,)."""
-        y, ladj = self.flow.bijection.forward_and_ladj(x)
+        """Return z (C, D) of x in parts k (C,), and the log Jacobians (C,); each flow passes all points."""
+        y, ladj = self.flows[0].bijection.forward_and_ladj(x)
+        for number, flow in enumerate(self.flows[1:], 1):
+            here, (other, its_ladj) = self.of[k] == number, flow.bijection.forward_and_ladj(x)
+            y, ladj = torch.where(here[:, None], other, y), torch.where(here, its_ladj, ladj)
         return self.images.image(y, k), ladj
 
     def inverse(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """Return x (C, K, D) of z (C, D) in all parts, and log q_k(z) (C, K)."""
-        return self._inverse(z, torch.arange(len(self.images.orders), device=z.device).expand(len(z), -1))
+        pairs = [self._inverse(flow, z, own.expand(len(z), -1)) for flow, own in zip(self.flows, self.own, strict=True)]
+        x, log_q = (torch.cat(list(of), 1) for of in zip(*pairs, strict=True))
+        back = torch.cat(self.own).argsort()
+        return x[:, back], log_q[:, back]
 
     def elsewhere(self, z: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        """Return log q_j(z) (C, K - 1) of all parts but the points' own ones k (C,), and the parts (C, K - 1)."""
-        parts = self.others[k]
-        return self._inverse(z, parts)[1], parts
+        """Return log q_j(z) (C, J) of parts, and which they are (C, J): all but the points' own ones k (C,).
 
-    def _inverse(self, z: Tensor, parts: Tensor) -> tuple[Tensor, Tensor]:
-        """Return x (C, J, D) of z (C, D) in parts (C, J), and the log densities (C, J)."""
+        If there are several flows, all parts are among them, the own ones with -inf.
+        """
+        if len(self.flows) > 1:
+            return but_own(self.inverse(z)[1], k)
+        parts = self.others[k]
+        return self._inverse(self.flows[0], z, parts)[1], parts
+
+    def _inverse(self, flow: Flow, z: Tensor, parts: Tensor) -> tuple[Tensor, Tensor]:
+        """Return x (C, J, D) of z (C, D) in parts (C, J) of a flow, and the log densities (C, J)."""
         y = self.images.home(z[:, None], parts)
-        x, ladj = self.flow.bijection.inverse_and_ladj(y.flatten(0, 1))
-        log_q = bases.log_density(self.flow.base, x, self.flow.df).sum(-1) + ladj
+        x, ladj = flow.bijection.inverse_and_ladj(y.flatten(0, 1))
+        log_q = bases.log_density(flow.base, x, flow.df).sum(-1) + ladj
         return x.unflatten(0, parts.shape), log_q.unflatten(0, parts.shape)
 
 
@@ -125,34 +138,35 @@ def log_sum(own: Tensor, elsewhere: Tensor, log_w: Tensor) -> Tensor:
 
 
 def stacked(flows: Sequence[Flow], parts: Sequence[Part]) -> Stacked | Copies | None:
-    """Return the parts' maps: triangular affine ones of the same base, signs apart, or those of copies of one flow.
+    """Return the parts' maps: triangular affine ones of the same base, signs apart, or those of copies of flows.
 
-    None for others, and for the uniform base.
+    None for one part, for several bases, and for the uniform base.
     """
-    if any(flow.base == "uniform" for flow in flows):
+    found = {(flows[part.flow].base, flows[part.flow].df) for part in parts}
+    if len(parts) < 2 or len(found) > 1 or "uniform" in next(iter(found)):
         return None
     return _affine(flows, parts) or _copies(flows, parts)
 
 
-def _copies(flows: Sequence[Flow], parts: Sequence[Part]) -> Copies | None:
-    """Return the parts' maps, if they are those of one flow, moved."""
-    if len(parts) < 2 or len({part.flow for part in parts}) > 1:
-        return None
-    flow = flows[parts[0].flow]
+def _copies(flows: Sequence[Flow], parts: Sequence[Part]) -> Copies:
+    """Return the maps of flows, moved."""
+    used = sorted({part.flow for part in parts})
+    flow = flows[used[0]]
     like = next(flow.parameters(), flow._like)
     whole, one = torch.arange(flow.dim, device=like.device), like.new_ones(flow.dim)
     orders = torch.stack([whole if part.order is None else part.order.to(like.device) for part in parts])
     signs = torch.stack([_signs(part, one) for part in parts])
     fewer = torch.arange(len(parts) - 1, device=like.device)
     others = fewer + (fewer >= torch.arange(len(parts), device=like.device)[:, None])
-    return Copies(flow, Images.of(orders, signs), others)
+    of = torch.tensor([used.index(part.flow) for part in parts], device=like.device)
+    own = [(of == number).nonzero()[:, 0] for number in range(len(used))]
+    return Copies([flows[number] for number in used], own, of, Images.of(orders, signs), others)
 
 
 def _affine(flows: Sequence[Flow], parts: Sequence[Part]) -> Stacked | None:
     maps = [_whole(flows[part.flow]) for part in parts]
     first = flows[parts[0].flow]
-    same = all((flows[part.flow].base, flows[part.flow].df) == (first.base, first.df) for part in parts)
-    if len(parts) < 2 or not same or not all(_in_order(part) for part in parts):
+    if not all(_in_order(part) for part in parts):
         return None
     found = [map_ for map_ in maps if map_ is not None]
     if len(found) < len(maps):
