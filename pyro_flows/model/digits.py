@@ -121,9 +121,10 @@ class Digits(Runs):
         """Return by how many nats rounding changes the log density at draws ``z`` (S, D), as far as that can be told.
 
         At a few of them, the model as it is written is compared with itself in double precision: whole numbers and
-        torch's defaults are in single where latents are in double. Of double precision, and of models that do not run
-        in it, the last digit of the log density is what can be told. The result is kept. ``log_p`` (S,) are the log
-        densities at ``z``, where they are known.
+        torch's defaults are in single where latents are in double. The points of the latter move by half a unit in
+        the last place, so that it shows what double precision loses too. Of models that do not run in it, the last
+        digit of the log density is what can be told. The result is kept. ``log_p`` (S,) are the log densities at ``z``,
+        where they are known.
 
         Cost: 64 densities in either precision; 8, or ``most`` if that is less, where they are evaluated one by one.
         """
@@ -136,7 +137,7 @@ class Digits(Runs):
     @torch.no_grad()
     def _off_by(self, z: Tensor, log_p: Tensor | None) -> float:
         log_p = self._at(self.single, z) if log_p is None else log_p
-        if self._has_double and not self._double:
+        if self._has_double:
             with Tried() as tried:
                 single, double = log_p.double(), self._doubly(z)
                 there = torch.isfinite(double)
@@ -170,6 +171,7 @@ class Digits(Runs):
         off = self.rounding(z, most=most, log_p=log_p)
         if off <= ALLOWED:
             return [], []
-        other = "" if self._has_double else ": the model does not run in double precision throughout"
+        other = ", in double precision too" if self._double else ""
+        other = other if self._has_double else ": the model does not run in double precision throughout"
         said = f"rounding changes the log density by up to {off:.2g} nats{other}"
         return ([said], []) if off > NOISE else ([], [said])

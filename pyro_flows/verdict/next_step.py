@@ -9,6 +9,7 @@ from pyro_flows.verdict.methods import AMORTIZED, GUIDE, MCMC
 
 # A cause is known by the words of its reason, since a saved verdict holds its reasons as text.
 DIGITS = (("rounding changes",), "give data and parameters in double precision")
+NO_DIGITS = (("in double precision too",), "choose a prior with less mass where the density loses its digits")
 BOUNDS = (("rounding puts",), "choose a prior with less mass next to the bound, or model the logit")
 INVALID = (("the model is invalid", "no finite log density"), "check the data and the priors")
 IMPROPER = "the posterior is improper: along "
@@ -21,6 +22,7 @@ OF_CHAINS = (
 )
 OF_FITS = (
     BOUNDS,
+    NO_DIGITS,
     DIGITS,
     TIME,  # before what a fit that had no time to look about may have met
     (("interrupted",), "call fit again and let it finish"),
@@ -34,6 +36,7 @@ OF_WEIGHTS = "call refine(), or fit with more layers"
 
 OF_GUIDES = (
     BOUNDS,
+    NO_DIGITS,
     DIGITS,
     TIME,
     INVALID,
@@ -44,6 +47,7 @@ OF_TRAINING = "train the guide longer, or call refine()"
 
 OF_AMORTIZED = (
     BOUNDS,
+    NO_DIGITS,
     DIGITS,
     INVALID,
     (("outside of what the prior predicts",), "check data and priors; for these data, call refine() or fit()"),
@@ -52,6 +56,7 @@ OF_AMORTIZED = (
 OF_LEARNING = "call refine() or fit() for these data, or amortize with more simulations"
 
 OF_MCMC = (
+    NO_DIGITS,
     (("rounding changes",), "sample with data and parameters in double precision"),
     (("no finite log density",), "check the data and the priors"),
     (("chain does not agree with itself",), "run four chains, and longer ones"),

@@ -11,6 +11,8 @@ from torch import nn
 import pyro_flows as pf
 from pyro_flows.model.digits import ALLOWED, NOISE
 from pyro_flows.model.precision import LostDigits, in_double
+from pyro_flows.verdict.methods import MCMC
+from pyro_flows.verdict.next_step import next_step
 from tests.invariants import close
 from tests.models import gauss
 from tests.registry import normal
@@ -98,6 +100,23 @@ def test_counts_that_are_whole_numbers_are_scored_in_double_beside_latents_in_do
     rate = z.exp().squeeze()
     prior = dist.Gamma(1.0, torch.tensor(1e-7).double()).log_prob(rate)
     close(density.in_double()(z), (prior + dist.Poisson(rate).log_prob(y.double()).sum() + z.squeeze())[None], 1e-12)
+
+
+def test_what_double_precision_loses_is_counted():
+    """With a concentration of e^40, a count's density is a difference of numbers of which no digit is left."""
+
+    def model(y):
+        concentration = pyro.sample("log", dist.Normal(0.0, 10.0)).exp()
+        with pyro.plate("rows", 3):
+            pyro.sample("y", dist.GammaPoisson(concentration, concentration / 5.0), obs=y)
+
+    density = pf.LogDensity(model, (torch.tensor([4.0, 6.0, 5.0]),)).in_double()
+    z = 2.0 + normal(50, 1, seed=8).double()
+    assert density.lost_digits(z) == ([], [])
+    (said,), notes = density.lost_digits(z + 38.0)
+    assert said.endswith("nats, in double precision too")
+    assert next_step([said]) == next_step([said], MCMC) != next_step(["rounding changes the log density"])
+    assert not notes
 
 
 def test_usual_models_stay_as_they_are():
