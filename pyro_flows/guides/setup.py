@@ -285,7 +285,7 @@ class LatentGuide(AutoContinuous):
                     place(full, tensor)
             self._in_store = True
         told = tensors
-        if in_svi() and (whole := self._as_one(tensors)) is not None:
+        if in_svi() and (whole := self._as_one()) is not None:
             if gather and torch.is_grad_enabled():
                 whole.gather()
             told = {self._pyro_get_fullname("flow"): whole.vector}
@@ -298,13 +298,14 @@ class LatentGuide(AutoContinuous):
                 tensor.unconstrained = weakref.ref(tensor)  # type: ignore[attr-defined]
                 param_statement(full, tensor, constraint=constraints.real, name=full)
 
-    def _as_one(self, named: Mapping[str, Tensor]) -> Whole | None:
+    def _as_one(self) -> Whole | None:
         """Return the trained parameters as one vector; None if they are of several kinds."""
-        trained = {id(part): part for part in named.values() if isinstance(part, nn.Parameter) and part.requires_grad}
+        assert self._named is not None
+        trained = [part for part in self._named.parameters if part.requires_grad]
         whole = self._whole
-        if whole is None or list(map(id, whole.parameters)) != list(trained) or not whole.hold():
-            kinds = {(part.dtype, part.device) for part in trained.values()}
-            self._whole = Whole(list(trained.values())) if len(kinds) == 1 else None
+        if whole is None or list(map(id, whole.parameters)) != list(map(id, trained)) or not whole.hold():
+            kinds = {(part.dtype, part.device) for part in trained}
+            self._whole = Whole(trained) if len(kinds) == 1 else None
         return self._whole
 
     def _named_tensors(self) -> dict[str, Tensor]:
