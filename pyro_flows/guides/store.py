@@ -123,7 +123,7 @@ def param_statement(name: str, tensor: nn.Parameter, **_: object) -> nn.Paramete
     return tensor
 
 
-def was_loaded(name: str, tensor: Tensor) -> bool:
+def was_loaded(name: str, tensor: Tensor | None = None) -> bool:
     """Whether the store holds another tensor than this one under a name, and no guide put it there."""
     store = pyro.get_param_store()
     stored = store._params.get(name)

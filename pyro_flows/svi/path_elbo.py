@@ -20,6 +20,7 @@ from pyro_flows.guides.autoflow import AutoFlow
 from pyro_flows.guides.setup import AUTO
 from pyro_flows.guides.store import in_svi
 from pyro_flows.model.log_density import LogDensity, PartialLogDensity
+from pyro_flows.model.sites import ROWS
 from pyro_flows.objectives import BasePoints
 from pyro_flows.svi.pace import Pace
 from pyro_flows.svi.recorded import Arguments, RecordedStep, eager_step
@@ -204,8 +205,9 @@ class _Kept:
         self._recorded += 1
         if self._recorded > MOST_RECORDED:
             return fallback("the step is not recorded: shapes, or arguments that are no tensors, change too often")
+        density = self._with(arguments)
         with Tried() as tried:
-            return RecordedStep(self.flow, self._with(arguments), arguments, x)
+            return RecordedStep(self.flow, density, arguments, x)
         return fallback("the step is not recorded", tried.error)
 
     def _with(self, arguments: Arguments) -> LogDensity:
@@ -216,7 +218,8 @@ class _Kept:
         elif not all(map(operator.is_, known.tensors, arguments.tensors)):
             self.density = self.density.beside(args, kwargs)
         if self.density.dim != self.flow.dim:
-            raise ValueError(f"guide: expected {self.flow.dim} coordinates, as at first, got {self.density.dim}.")
+            got = self.density.dim
+            raise ValueError(f"guide: expected {self.flow.dim} coordinates, as at first, got {got}. {ROWS}")
         self._arguments = arguments
         return self.density
 

@@ -320,3 +320,12 @@ def test_a_guide_runs_the_model_up_to_the_last_latent():
     calls.clear()
     assert guide.sample_posterior(2)["theta"].shape == (2, 5)
     assert not calls
+
+
+def test_data_of_another_size_are_named():
+    guide = made()
+    steps = [SVI(groups, guide, pyro.optim.Adam({}), loss).step for loss in (Trace_ELBO(), pf.PathELBO(2))]
+    for ask in (*steps, guide.median, lambda y: pf.diagnose(groups, guide, y, progress=False)):
+        ask(Y)
+        with pytest.raises(ValueError, match=r"site 'theta'.* got .*\((7,|5,)\)\. For data of another size"):
+            ask(normal(7, seed=9))
