@@ -40,6 +40,7 @@ class Site(TypedDict):
     value: Tensor
     is_observed: bool
     mask: Tensor | bool | None
+    scale: Tensor | float
     infer: dict[str, object]
     cond_indep_stack: tuple[CondIndepStackFrame, ...]
     kwargs: dict[str, object]
