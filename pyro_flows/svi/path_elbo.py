@@ -189,6 +189,7 @@ class _Kept:
             self._base = like, BasePoints(self.flow)
         return self._base[1](count)[0]
 
+    @torch.enable_grad()
     def step(self, count: int, arguments: Arguments) -> tuple[Tensor, Tensor]:
         """Return the terms of the ELBO and the gradient, by a graph if there is one for such data."""
         gains = [module.gain for module in self.gains if module.gain is not None]

@@ -293,3 +293,11 @@ def test_a_model_that_subsamples_starts_at_the_prior():
     assert (
         float(guide.affine.scale_tril if guide.affine.scale_tril.dim() == 0 else guide.affine.scale_tril[0, 0]) == 1.0
     )
+
+
+def test_a_loss_is_evaluated_before_the_first_step():
+    """Pyro switches gradients off for it, and recording takes some."""
+    guide = pf.AutoRealNVP(conjugate, layers=2)
+    svi, loss = svi_of(conjugate, guide)
+    assert math.isfinite(svi.evaluate_loss(Y))
+    assert loss.reason is None
