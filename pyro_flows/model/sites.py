@@ -176,6 +176,11 @@ class Structure:
         return torch.cat([part.to(self.device, self.dtype) for part in parts]).detach()
 
     @property
+    def layout(self) -> list[tuple[str, int]]:
+        """Names and numbers of coordinates of the latents, in their order."""
+        return [(latent.name, latent.size) for latent in self.latents]
+
+    @property
     def dim(self) -> int:
         """Number of unconstrained coordinates."""
         return sum(latent.size for latent in self.latents)

@@ -6,6 +6,7 @@ import math
 import operator
 import weakref
 from collections.abc import Callable, Sequence
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -218,9 +219,14 @@ class _Kept:
             self.density = PartialLogDensity(self.model, args, kwargs, noncentered=self.structure.noncentered)
         elif not all(map(operator.is_, known.tensors, arguments.tensors)):
             self.density = self.density.beside(args, kwargs)
-        if self.density.dim != self.flow.dim:
-            got = self.density.dim
-            raise ValueError(f"guide: expected {self.flow.dim} coordinates, as at first, got {got}. {ROWS}")
+        ours, theirs = self.structure.layout, self.density.structure.layout
+        for mine, other in zip_longest(ours, theirs, fillvalue=("none", 0)):
+            if mine != other:
+                expected = f"site {mine[0]!r} with {mine[1]} coordinates, as in the first run"
+                raise ValueError(
+                    f"guide: expected {expected}, got {other[0]!r} with {other[1]}. {ROWS} Models have to draw their "
+                    "latents in one order."
+                )
         self._arguments = arguments
         return self.density
 
