@@ -559,7 +559,11 @@ class AutoHierarchicalFlow(AutoMessenger):  # type: ignore[metaclass]
             msg["infer"]["power"], msg["scale"] = msg["scale"], 1.0
 
     def get_posterior(self, name: str, prior: TorchDistribution) -> TorchDistribution | Tensor:
-        """Return a point mass at a site's value of this run, with the guide's log density."""
+        """Return a point mass at a site's value of this run, with the guide's log density.
+
+        Raises:
+            ValueError: for a site that was no latent in the first run, such as one whose data are left out.
+        """
         assert self._z is not None
         if name not in self.local:
             latent = next((latent for latent in self._latents if latent.name == name), None)
