@@ -125,7 +125,7 @@ def _diagnose(
         return _judged(density, model, guide, args, kwargs, draws, seed, bar)
     except LostDigits:
         density = density.in_double()
-        if isinstance(guide, AutoFlow):
+        if isinstance(guide, AutoFlow) and _same_coordinates(guide, density):
             guide = AutoFlow.of(copy.deepcopy(guide._flow).double(), density.structure, model, args, kwargs)
         return _judged(density, model, guide, args, kwargs, draws, seed, bar)
 
@@ -196,11 +196,11 @@ def _same_coordinates(guide: object, density: LogDensity) -> TypeGuard[AutoConti
     """Whether the guide's unconstrained vector is ours: same sites, sizes, and fixed bijections."""
     if not isinstance(guide, AutoContinuous) or guide.master is not None:
         return False
-    ours = {latent.name: latent.size for latent in density.structure.latents}
+    ours = density.structure.layout
     if isinstance(guide, AutoFlow):
-        return ours == {latent.name: latent.size for latent in guide._built_structure.latents}
-    theirs = {name: shape.numel() for name, shape in guide._unconstrained_shapes.items()}
-    return list(ours.items()) == list(theirs.items()) and not density.structure.dependent
+        return ours == guide._built_structure.layout
+    theirs = [(name, shape.numel()) for name, shape in guide._unconstrained_shapes.items()]
+    return ours == theirs and not density.structure.dependent
 
 
 def _from_distribution(

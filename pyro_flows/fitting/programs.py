@@ -15,7 +15,7 @@ from torch.distributions import biject_to
 from torch.distributions.constraints import Constraint
 
 from pyro_flows._fallbacks import fallback
-from pyro_flows.guides.known import Drawn
+from pyro_flows.guides.known import Drawn, Known
 from pyro_flows.model.batching import over_rows, quiet
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.model.sites import Site, messages
@@ -65,7 +65,9 @@ def check_sites(trace: poutine.Trace, density: LogDensity) -> None:
     own = sum(sites[name]["value"].numel() for name in auxiliary if not isinstance(kinds[name], Delta))
     needed = sum(latent.size for latent in points)
     if own < needed:
-        names = ", ".join(repr(latent.name) for latent in points)
+        made = {name for name, kind in kinds.items() if isinstance(kind, Known) or f"{name}{UNCONSTRAINED}" in sites}
+        alone = [latent.name for latent in points if latent.name not in made] or [latent.name for latent in points]
+        names = ", ".join(map(repr, alone))
         raise ValueError(f"guide: {NO_DENSITY}. Point masses are at {names}.")
     if own > needed:
         masked = ", ".join(repr(latent.name) for latent in latents if latent.free is not None)

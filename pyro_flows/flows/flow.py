@@ -137,7 +137,13 @@ class Flow(nn.Module):
     def forward(self, context: Tensor | None = None) -> TransformedDistribution:
         """Return the distribution of the flow, with the batch shape of the context."""
         context = None if context is None else self._real("context", context)
-        return TransformedDistribution(self.base_distribution(context), [Bound(self.bijection, context)])
+        base, bound = self.base_distribution(context), Bound(self.bijection, context)
+        if context is not None:
+            return TransformedDistribution(base, [bound])
+        new: TransformedDistribution = TransformedDistribution.__new__(TransformedDistribution)
+        new.base_dist, new.transforms = base, [bound]  # the shapes are known, and torch takes long to find them
+        Distribution.__init__(new, base.batch_shape, self.event_shape)
+        return new
 
     def rsample_and_log_prob(self, shape: Sequence[int] = (), context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Draw and score in one pass: ``(*shape, *batch, *event_shape)`` and ``(*shape, *batch)``, with gradients."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any, NamedTuple, Self, cast
@@ -401,10 +401,18 @@ class AutoHierarchicalFlow(AutoMessenger):  # type: ignore[metaclass]
     def _top(self) -> AutoFlow:
         if self.top is None:
             raise RuntimeError(
-                "AutoHierarchicalFlow has no parameters yet: they are made when the model is first run. "
+                f"{type(self).__name__} has no parameters yet: they are made when the model is first run. "
                 "Call guide.initialize(*args) with the model's arguments first."
             )
         return self.top
+
+    def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
+        self._top  # noqa: B018  (raises before the first run)
+        return super().named_parameters(*args, **kwargs)
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> object:
+        self._top  # noqa: B018
+        return super().load_state_dict(*args, **kwargs)
 
     def finite(self, z: Tensor) -> Tensor:
         """Return draws (*batch, D) of the flow.
@@ -483,7 +491,7 @@ class AutoHierarchicalFlow(AutoMessenger):  # type: ignore[metaclass]
     def _start(self, msg: Site, at: conditional.At) -> Tensor:
         """Return the values at which a site's rows were last near their modes; the middle of the prior for others."""
         kept, event = self._modes.get(msg["name"]), self._events.get(msg["name"], 0)
-        if kept is None:
+        if kept is None or self._other_rows(vectorized(msg)):
             return conditional.beginning(msg, at)
         values, seen = kept
         for frame in vectorized(msg):
@@ -494,6 +502,10 @@ class AutoHierarchicalFlow(AutoMessenger):  # type: ignore[metaclass]
         if bool(seen.all()):
             return values
         return torch.where(seen.reshape(*seen.shape, *[1] * event), values, conditional.beginning(msg, at))
+
+    def _other_rows(self, frames: Iterable[conditional.Frame]) -> bool:
+        """Whether a plate has another size than in the first run: its rows are not those that have modes."""
+        return any((frame.full_size or frame.size) != self._plate_sizes.get(frame.name) for frame in frames)
 
     def remembered(self) -> dict[str, object]:
         """Return what runs leave behind, besides parameters: modes of rows, and where the system was expanded."""
@@ -506,7 +518,9 @@ class AutoHierarchicalFlow(AutoMessenger):  # type: ignore[metaclass]
 
     @torch.no_grad()
     def _remember(self, now: Conditional) -> None:
-        """Keep where the rows of this run have their modes, averaged over the particles."""
+        """Keep where the rows of this run have their modes, averaged over the particles; none of other plates."""
+        if self._other_rows(conditional.all_frames(now.at.trace)):
+            return
         there = now.moved(now.base, [torch.where(step.isfinite(), step, 0.0) for step in now.steps()])
         for site in now.sites:
             rank = max(-axis for axis in site.plates.values())
@@ -541,12 +555,24 @@ class AutoHierarchicalFlow(AutoMessenger):  # type: ignore[metaclass]
             posterior = dist.Delta(posterior, event_dim=prior.event_dim)
         batch = torch.broadcast_shapes(posterior.batch_shape, prior.batch_shape)  # outer plates come later
         msg["fn"] = posterior if batch == posterior.batch_shape else posterior.expand(batch)
+        if msg["name"] not in (*self.local, *self._own):  # the flow's density has no power, whatever that of the prior
+            msg["infer"]["power"], msg["scale"] = msg["scale"], 1.0
 
     def get_posterior(self, name: str, prior: TorchDistribution) -> TorchDistribution | Tensor:
-        """Return a point mass at a site's value of this run, with the guide's log density."""
+        """Return a point mass at a site's value of this run, with the guide's log density.
+
+        Raises:
+            ValueError: for a site that was no latent in the first run, such as one whose data are left out.
+        """
         assert self._z is not None
         if name not in self.local:
-            latent = next(latent for latent in self._latents if latent.name == name)
+            latent = next((latent for latent in self._latents if latent.name == name), None)
+            if latent is None:
+                raise ValueError(
+                    f"site {name!r}: expected the latents of the first run, got another one. If its data are left out "
+                    "to predict them: rows are drawn given their data, so draw first, and predict by "
+                    "Predictive(model, posterior_samples=guide.sample_posterior(n, *data))."
+                )
             placed = latent.place(self._z, prior)
             return Known(placed.value, log_density=-placed.ladj, event_dim=prior.event_dim)
         run = self._drawn(self._z)
@@ -565,7 +591,8 @@ class AutoHierarchicalFlow(AutoMessenger):  # type: ignore[metaclass]
             elif site["infer"].get("is_auxiliary"):
                 del model_trace.nodes[name]
             else:
-                messages(model_trace)[name] = {**site, "fn": site["infer"]["prior"]}
+                scale = site["scale"] * site["infer"].get("power", 1.0)
+                messages(model_trace)[name] = {**site, "fn": site["infer"]["prior"], "scale": scale}
         return model_trace, guide_trace
 
     # draws -----------------------------------------------------------------------------------------------------------

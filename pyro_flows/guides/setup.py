@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple, Self
 
@@ -280,12 +280,14 @@ class LatentGuide(AutoContinuous):
         if not _is_module_local_param_enabled():
             stored = pyro.get_param_store()._params
             if any(stored.get(full) is not tensor for full, tensor in tensors.items()):
-                self._take_over(tensors)
+                tensors = self._take_over()
+                for full in [name for name in stored if name.startswith(self._prefix) and name not in tensors]:
+                    del pyro.get_param_store()[full]  # another guide's: in a file it would pass for ours
                 for full, tensor in tensors.items():
                     place(full, tensor)
             self._in_store = True
         told = tensors
-        if in_svi() and (whole := self._as_one(tensors)) is not None:
+        if in_svi() and (whole := self._as_one()) is not None:
             if gather and torch.is_grad_enabled():
                 whole.gather()
             told = {self._pyro_get_fullname("flow"): whole.vector}
@@ -298,13 +300,14 @@ class LatentGuide(AutoContinuous):
                 tensor.unconstrained = weakref.ref(tensor)  # type: ignore[attr-defined]
                 param_statement(full, tensor, constraint=constraints.real, name=full)
 
-    def _as_one(self, named: Mapping[str, Tensor]) -> Whole | None:
+    def _as_one(self) -> Whole | None:
         """Return the trained parameters as one vector; None if they are of several kinds."""
-        trained = {id(part): part for part in named.values() if isinstance(part, nn.Parameter) and part.requires_grad}
+        assert self._named is not None
+        trained = [part for part in self._named.parameters if part.requires_grad]
         whole = self._whole
-        if whole is None or list(map(id, whole.parameters)) != list(trained) or not whole.hold():
-            kinds = {(part.dtype, part.device) for part in trained.values()}
-            self._whole = Whole(list(trained.values())) if len(kinds) == 1 else None
+        if whole is None or list(map(id, whole.parameters)) != list(map(id, trained)) or not whole.hold():
+            kinds = {(part.dtype, part.device) for part in trained}
+            self._whole = Whole(trained) if len(kinds) == 1 else None
         return self._whole
 
     def _named_tensors(self) -> dict[str, Tensor]:
@@ -317,13 +320,25 @@ class LatentGuide(AutoContinuous):
         own = self._buffers.get(CENTERING)
         return self._named.tensors | ({} if own is None else {self._pyro_get_fullname(CENTERING): own})
 
-    def _take_over(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take over the values that were loaded into the store under these names, and put the tensors there.
+    @property
+    def _prefix(self) -> str:
+        """How the names of the flow's tensors in Pyro's store begin."""
+        return param_with_module_name(self._pyro_get_fullname("flow"), "")
+
+    def _take_over(self) -> dict[str, Tensor]:
+        """Take over the values that were loaded into the store under our names, and return our tensors by name.
 
         Parameters that come without the buffers of small steps were saved without small steps, and those without
-        coordinates in the model's.
+        coordinates in the model's. Layers without these buffers get those that were saved with the parameters.
         """
-        store = pyro.get_param_store()
+        store, modules = pyro.get_param_store(), dict(self._flow.named_modules())
+        known = self._named_tensors()
+        for full, stored in store._params.items():
+            path, _, name = full.removeprefix(self._prefix).rpartition(".")
+            ours = full.startswith(self._prefix) and full not in known and path in modules
+            if ours and name in modules[path]._buffers and was_loaded(full):
+                modules[path].register_buffer(name, stored.detach().clone().to(self._like))
+        tensors = self._named_tensors()
         loaded = [full for full, tensor in tensors.items() if was_loaded(full, tensor)]
         for full, tensor in tensors.items():
             if full in loaded:
@@ -333,11 +348,12 @@ class LatentGuide(AutoContinuous):
                 tensor.fill_(UNSLOWED[full.rpartition(".")[2]])
             elif loaded and full not in store._params and tensor is self._buffers.get(CENTERING):
                 tensor.copy_(self._missing(tensor))
+        return tensors
 
     def _catch_up(self) -> None:
         """See to it that draws are those of values that were loaded into the store since the guide last ran."""
         if self._in_store and not _is_module_local_param_enabled():
-            self._take_over(self._named_tensors())
+            self._take_over()
 
     # the model, and copies -------------------------------------------------------------------------------------------
 

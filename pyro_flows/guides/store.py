@@ -26,6 +26,8 @@ class Named:
 
     def __init__(self, prefix: str, flow: nn.Module, tensors: dict[str, Tensor]) -> None:
         self.prefix, self.flow, self.tensors = prefix, flow, tensors
+        parts = {id(part): part for part in tensors.values() if isinstance(part, nn.Parameter)}
+        self.parameters = list(parts.values())  # one that has two names is there once
         owners = [owner for module in flow.modules() for owner in (module._parameters, module._buffers)]
         self._places = [(owner, dict(owner)) for owner in owners]
 
@@ -121,7 +123,7 @@ def param_statement(name: str, tensor: nn.Parameter, **_: object) -> nn.Paramete
     return tensor
 
 
-def was_loaded(name: str, tensor: Tensor) -> bool:
+def was_loaded(name: str, tensor: Tensor | None = None) -> bool:
     """Whether the store holds another tensor than this one under a name, and no guide put it there."""
     store = pyro.get_param_store()
     stored = store._params.get(name)

@@ -137,16 +137,21 @@ REMEDIES = {
 def apart() -> Iterator[None]:
     """Run a model apart from a Pyro program that may be running around it: unseen by its handlers, and with all plate
     dimensions free. A plate around would move the model's own ones aside, and multiply its density.
+
+    The handlers around are set aside. So a model that is wrapped in one (``poutine.condition``) may run inside of a run
+    of itself: Pyro lets no handler in twice.
     """
     with turn():
-        dims, around, inner = runtime._DIM_ALLOCATOR, [*runtime._PYRO_STACK], _Apart()
+        dims, stack, inner = runtime._DIM_ALLOCATOR, runtime._PYRO_STACK, _Apart()
         taken, dims._stack = dims._stack, []
+        around, stack[:] = [*stack], []
         try:
-            with Tried(lambda error: inner.disturbed or around != runtime._PYRO_STACK) as tried, inner:
+            with Tried(lambda error: inner.disturbed or bool(stack)) as tried, inner:
                 yield
         finally:
             dims._stack = taken
-        if inner.disturbed or around != runtime._PYRO_STACK:
+            left, stack[:] = [*stack], around
+        if inner.disturbed or left:
             raise Disturbed(BESIDE) from tried.error
 
 

@@ -21,6 +21,7 @@ from pyro_flows.model.charts import Chart, read_chart, write_chart
 from pyro_flows.model.faults import Refused
 from pyro_flows.model.noncentered import Information, exact, spread, standardize
 
+ROWS = "For data of another size, make a new guide, or take an AutoHierarchicalFlow, whose rows may come and go."
 CHARTS = {"turn_about", "heavy_about", "heavy_scale", "wall_below", "wall_above"}
 
 Model = Callable[..., object]
@@ -39,6 +40,7 @@ class Site(TypedDict):
     value: Tensor
     is_observed: bool
     mask: Tensor | bool | None
+    scale: Tensor | float
     infer: dict[str, object]
     cond_indep_stack: tuple[CondIndepStackFrame, ...]
     kwargs: dict[str, object]
@@ -97,7 +99,15 @@ class Latent:
         return flat.reshape(shape)
 
     def place(self, z: Tensor, fn: TorchDistribution) -> Placed:
-        """Put the site at ``z``; ``fn`` is its prior."""
+        """Put the site at ``z``; ``fn`` is its prior.
+
+        Raises:
+            ValueError: for a prior of another shape than in the first run.
+        """
+        sizes = zip(reversed(self.shape), reversed(fn.shape()), strict=False)
+        if any(mine != other and 1 not in (mine, other) for mine, other in sizes):
+            expected, got = tuple(self.shape), tuple(fn.shape()[-len(self.shape) :])
+            raise ValueError(f"site {self.name!r}: expected shape {expected}, as in the first run, got {got}. {ROWS}")
         unconstrained, charted, spreading = self.unconstrained(z), None, None
         if self.chart is not None:
             unconstrained, charted = self.chart.forward(unconstrained)
@@ -164,6 +174,11 @@ class Structure:
         """Return the coordinates (D,) of the latents among the sites of a run."""
         parts = [latent.flatten(nodes[latent.name]["value"], nodes[latent.name]["fn"]) for latent in self.latents]
         return torch.cat([part.to(self.device, self.dtype) for part in parts]).detach()
+
+    @property
+    def layout(self) -> list[tuple[str, int]]:
+        """Names and numbers of coordinates of the latents, in their order."""
+        return [(latent.name, latent.size) for latent in self.latents]
 
     @property
     def dim(self) -> int:
@@ -244,17 +259,23 @@ def _in_coordinates(latent: Latent, given: Options, like: Tensor) -> Latent:
     """Return a site in the coordinates that plain numbers stand for."""
     if given is None:
         return replace(latent, noncentered=True)
+    shape, parts = latent.unconstrained_shape, list[Tensor]()
     try:
-        chart, data = read_chart(given, latent.unconstrained_shape, like), None
+        chart = read_chart(given, shape, like)
         if "precision" in given:
-            parts = [
-                torch.as_tensor(given[name], dtype=like.dtype, device=like.device) for name in ("precision", "center")
-            ]
-            data = Information(*(part.expand(latent.unconstrained_shape).clone() for part in parts))
+            numbers = given["precision"], given["center"]
+            parts = [torch.as_tensor(part, dtype=like.dtype, device=like.device) for part in numbers]
     except (KeyError, TypeError, RuntimeError, ValueError):
         raise ValueError(
-            f"noncentered: expected None or {{'precision': ..., 'center': ...}} of shape "
-            f"{tuple(latent.unconstrained_shape)} for site {latent.name!r}, got {given!r}."
+            f"noncentered: expected None or {{'precision': ..., 'center': ...}} of shape {tuple(shape)} for site "
+            f"{latent.name!r}, got {given!r}."
+        ) from None
+    try:
+        data = Information(*(part.expand(shape).clone() for part in parts)) if parts else None
+    except RuntimeError:
+        got = next(tuple(part.shape) for part in parts if part.shape != shape)
+        raise ValueError(
+            f"noncentered: expected numbers of shape {tuple(shape)} for site {latent.name!r}, got shape {got}. {ROWS}"
         ) from None
     if data is not None and not bool(torch.isfinite(data.center).all() & (data.precision >= 0.0).all()):
         raise ValueError(f"noncentered: expected finite centers and precisions of 0 or more for site {latent.name!r}.")

@@ -54,7 +54,9 @@ class Pace:
 
     @torch.no_grad()
     def __init__(self, flow: Flow, parameters: Sequence[Tensor], *, begun: bool) -> None:
-        found = [module for module in flow.modules() if isinstance(module, Paced) and module.gain is not None]
+        trained = {id(part) for part in parameters}
+        paced = [module for module in flow.modules() if isinstance(module, Paced) and module.gain is not None]
+        found = [module for module in paced if all(id(part) in trained for part in module._last_parameters())]
         self.modules, self.parameters, self.begun = found, list(parameters), begun
         owned = {id(own): None for module in found for own in module._last_parameters()}
         self._owned = [part for part in parameters if id(part) in owned]

@@ -6,6 +6,7 @@ import math
 import operator
 import weakref
 from collections.abc import Callable, Sequence
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from pyro_flows.guides.autoflow import AutoFlow
 from pyro_flows.guides.setup import AUTO
 from pyro_flows.guides.store import in_svi
 from pyro_flows.model.log_density import LogDensity, PartialLogDensity
+from pyro_flows.model.sites import ROWS
 from pyro_flows.objectives import BasePoints
 from pyro_flows.svi.pace import Pace
 from pyro_flows.svi.recorded import Arguments, RecordedStep, eager_step
@@ -188,6 +190,7 @@ class _Kept:
             self._base = like, BasePoints(self.flow)
         return self._base[1](count)[0]
 
+    @torch.enable_grad()
     def step(self, count: int, arguments: Arguments) -> tuple[Tensor, Tensor]:
         """Return the terms of the ELBO and the gradient, by a graph if there is one for such data."""
         gains = [module.gain for module in self.gains if module.gain is not None]
@@ -204,8 +207,9 @@ class _Kept:
         self._recorded += 1
         if self._recorded > MOST_RECORDED:
             return fallback("the step is not recorded: shapes, or arguments that are no tensors, change too often")
+        density = self._with(arguments)
         with Tried() as tried:
-            return RecordedStep(self.flow, self._with(arguments), arguments, x)
+            return RecordedStep(self.flow, density, arguments, x)
         return fallback("the step is not recorded", tried.error)
 
     def _with(self, arguments: Arguments) -> LogDensity:
@@ -215,8 +219,14 @@ class _Kept:
             self.density = PartialLogDensity(self.model, args, kwargs, noncentered=self.structure.noncentered)
         elif not all(map(operator.is_, known.tensors, arguments.tensors)):
             self.density = self.density.beside(args, kwargs)
-        if self.density.dim != self.flow.dim:
-            raise ValueError(f"guide: expected {self.flow.dim} coordinates, as at first, got {self.density.dim}.")
+        ours, theirs = self.structure.layout, self.density.structure.layout
+        for mine, other in zip_longest(ours, theirs, fillvalue=("none", 0)):
+            if mine != other:
+                expected = f"site {mine[0]!r} with {mine[1]} coordinates, as in the first run"
+                raise ValueError(
+                    f"guide: expected {expected}, got {other[0]!r} with {other[1]}. {ROWS} Models have to draw their "
+                    "latents in one order."
+                )
         self._arguments = arguments
         return self.density
 

@@ -331,11 +331,12 @@ def test_guides_without_a_usable_density(guide, message):
         pf.diagnose(schools, guide, Y, draws=DRAWS)
 
 
-def test_partly_point_mass_guides_are_named():
+@pytest.mark.parametrize("rest", [autoguide.AutoNormal, pf.AutoRealNVP])
+def test_partly_point_mass_guides_are_named(rest):
     guide = autoguide.AutoGuideList(mixed)
     guide.append(autoguide.AutoDelta(poutine.block(mixed, expose=["real"])))
-    guide.append(autoguide.AutoNormal(poutine.block(mixed, hide=["real"])))
-    with pytest.raises(ValueError, match="has no density"):
+    guide.append(rest(poutine.block(mixed, hide=["real"])))
+    with pytest.raises(ValueError, match=r"has no density.*Point masses are at 'real'\.$"):
         pf.diagnose(mixed, guide, ZERO, draws=DRAWS)
 
 

@@ -442,6 +442,79 @@ def test_draws_have_the_shapes_of_the_model():
     assert bool(((low < middle) & (middle < high)).all())
 
 
+def test_new_rows_may_be_more_or_fewer():
+    """The modes of the first rows are not those of others."""
+    guide = pf.AutoHierarchicalFlow(normal_rows, layers=2)
+    guide.sample_posterior(2, data(6))
+    for rows in (1, 4, 20):
+        x = data(rows, seed=rows)
+        draws = guide.sample_posterior(4000, x)
+        assert draws["z"].shape == (4000, rows)
+        share = 1.0 / (1.0 + draws["tau"].square())  # of mu, in the mean of a row
+        expected = (share * draws["mu"])[:, None] + (1.0 - share)[:, None] * x
+        assert torch.allclose((draws["z"] - expected).mean(0), torch.zeros(rows, dtype=x.dtype), atol=0.08)
+
+
+def test_data_that_are_left_out_are_named():
+    def model(sigma, y=None):
+        mu = pyro.sample("mu", dist.Normal(0.0, 5.0))
+        with pyro.plate("school", len(sigma)):
+            theta = pyro.sample("theta", dist.Normal(mu, 5.0))
+            pyro.sample("y", dist.Normal(theta, sigma), obs=y)
+
+    guide = pf.AutoHierarchicalFlow(model, layers=2).initialize(SIGMA, SCHOOLS)
+    with pytest.raises(ValueError, match=r"site 'y'.*posterior_samples=guide.sample_posterior"):
+        guide(SIGMA)
+
+
+@pytest.mark.parametrize("kind", [pf.AutoHierarchicalFlow, pf.AutoFlowMessenger])
+@pytest.mark.parametrize(
+    "around",
+    [
+        lambda model: poutine.condition(model, data={"mu": real(0.5)}),
+        lambda model: poutine.scale(model, scale=1.0),
+        lambda model: poutine.mask(model, mask=torch.tensor(True)),
+    ],
+    ids=["condition", "scale", "mask"],
+)
+def test_models_with_handlers_around_them(kind, around):
+    """The guide runs the model inside of a run of it, and Pyro lets no handler in twice."""
+    model, x = around(normal_rows), data(8)
+    guide = kind(model, layers=2).initialize(x)
+    check_weight(model, guide, x)
+
+
+@pytest.mark.parametrize("kind", [pf.AutoHierarchicalFlow, pf.AutoFlowMessenger])
+def test_powers_of_priors_leave_the_density_of_the_flow(kind):
+    """As in the log density of the model; that of a conditional distribution has the power of its site."""
+
+    def model(x):
+        mu = pyro.sample("mu", dist.Normal(real(0.0), 5.0))
+        with poutine.scale(scale=0.1):
+            tau = pyro.sample("tau", dist.HalfNormal(real(2.0)))
+        with pyro.plate("row", len(x)):
+            z = pyro.sample("z", dist.Normal(mu, tau))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    x = data(8)
+    check_weight(model, kind(model, layers=2).initialize(x), x)
+
+
+def check_weight(model, guide, x):
+    """The weight of one draw by Pyro's traces is that by the log density of the model and those of flow and rows."""
+    pyro.set_rng_seed(3)
+    with poutine.block():
+        values = guide(x)
+    model_trace, guide_trace = guide.get_traces()
+    guide_trace.compute_log_prob()
+    found = model_trace.log_prob_sum() - guide_trace.log_prob_sum()
+    sites, density = guide_trace.nodes, pf.LogDensity(model, (x,))
+    latent = next(site for name, site in sites.items() if site["infer"].get("is_auxiliary"))
+    z = density.unconstrain({name: values[name][None] for name in density.names})
+    expected = density(z)[0] - latent["log_prob"] - sites["z"]["log_prob"].sum()
+    torch.testing.assert_close(found, expected)
+
+
 @pytest.mark.falls_back
 def test_models_that_take_no_batches_are_drawn_one_by_one():
     x, group = data(40), torch.arange(40) % 4
@@ -480,6 +553,13 @@ def long_rows(y):
 def test_models_that_it_cannot_follow_are_named(model, message):
     with pytest.raises(ValueError, match=message):
         pf.AutoHierarchicalFlow(model).initialize(torch.zeros(3))
+
+
+@pytest.mark.parametrize("ask", [lambda guide: [*guide.parameters()], lambda guide: guide.load_state_dict({})])
+@pytest.mark.parametrize("kind", [pf.AutoHierarchicalFlow, pf.AutoFlowMessenger])
+def test_there_are_no_parameters_before_the_first_run(kind, ask):
+    with pytest.raises(RuntimeError, match=rf"{kind.__name__} has no parameters yet.*guide.initialize\(\*args\)"):
+        ask(kind(schools))
 
 
 def test_wrong_options_are_named_at_once():

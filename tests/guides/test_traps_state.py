@@ -11,9 +11,11 @@ from pyro.distributions.transforms import affine_coupling, iterated
 from pyro.infer import SVI, Trace_ELBO
 from pyro.infer.autoguide import AutoNormalizingFlow
 
+import pyro_flows as pf
 from tests.guides.test_guides import KINDS, each_kind
 from tests.invariants import close
 from tests.models import normal, real
+from tests.registry import randomize
 
 Y = real(0.3, 1.2, -0.4)
 
@@ -195,6 +197,36 @@ def test_the_store_reaches_a_new_guide(kind, tmp_path):
     for name, value in state(second).items():
         close(value, values[name], 0.0, name)
     assert trains(second)
+
+
+@pytest.mark.parametrize("own", ["auto", True, False])
+@pytest.mark.parametrize("saved", ["auto", True, False])
+def test_the_store_brings_the_gains_of_its_parameters(saved, own, tmp_path):
+    """Or their lack: parameters mean something else with other gains."""
+    first = KINDS["realnvp"](model, cautious=saved).initialize(Y)
+    SVI(model, first, pyro.optim.Adam({"lr": 0.02}), pf.PathELBO(4)).step(Y)  # by which "auto" has gains everywhere
+    randomize(first.flow, sd=0.3, seed=5)
+    expected = density(first)
+    pyro.get_param_store().save(tmp_path / "store")
+    pyro.clear_param_store()
+    pyro.get_param_store().load(tmp_path / "store")
+    second = KINDS["realnvp"](model, cautious=own)
+    second(Y)
+    close(density(second), expected, 1e-12)
+    assert trains(second)
+
+
+def test_the_store_holds_the_tensors_of_one_guide(tmp_path):
+    """Gains of a guide before would be loaded with the parameters of the next one."""
+    train(KINDS["realnvp"](model))
+    second = KINDS["realnvp"](model, cautious=False)
+    train(second)
+    pyro.get_param_store().save(tmp_path / "store")
+    pyro.clear_param_store()
+    pyro.get_param_store().load(tmp_path / "store")
+    third = KINDS["realnvp"](model)
+    third(Y)
+    close(density(third), density(second), 1e-12)
 
 
 def test_the_store_of_another_guide_is_refused(tmp_path):

@@ -148,3 +148,19 @@ def test_a_vector_holds_parameters_that_were_moved():
     assert not whole.hold()
     with pytest.raises(ValueError, match="one dtype"):
         Whole([torch.zeros(1), torch.zeros(1, dtype=torch.double)])
+
+
+def test_layers_that_are_not_trained_stay_as_they_are():
+    """Their gains would move them without their parameters."""
+    guide = pf.AutoRealNVP(shifted, layers=2, hidden=(8,)).initialize(Y)
+    couplings = guide.flow.bijection.layers[0]
+    for parameter in couplings.parameters():
+        parameter.data += 0.1
+        parameter.requires_grad_(False)
+    x = normal(4, guide.latent_dim, seed=3).to(next(couplings.parameters()))
+    before, start = couplings(x), guide.affine(x)
+    svi = SVI(shifted, guide, pyro.optim.Adam({"lr": 0.01}), pf.PathELBO(8))
+    for _ in range(5):
+        svi.step(Y)
+    assert torch.equal(couplings(x), before)
+    assert not torch.equal(guide.affine(x), start)

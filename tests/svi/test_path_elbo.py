@@ -293,3 +293,30 @@ def test_a_model_that_subsamples_starts_at_the_prior():
     assert (
         float(guide.affine.scale_tril if guide.affine.scale_tril.dim() == 0 else guide.affine.scale_tril[0, 0]) == 1.0
     )
+
+
+def test_a_loss_is_evaluated_before_the_first_step():
+    """Pyro switches gradients off for it, and recording takes some."""
+    guide = pf.AutoRealNVP(conjugate, layers=2)
+    svi, loss = svi_of(conjugate, guide)
+    assert math.isfinite(svi.evaluate_loss(Y))
+    assert loss.reason is None
+
+
+def in_turn(first, second):
+    for name in (first, second):
+        pyro.sample(name, dist.Normal(real({"a": -3.0, "b": 3.0}[name]), 1.0))
+
+
+@pytest.mark.filterwarnings("ignore::pyro_flows.NothingObservedWarning")
+def test_latents_in_another_order_are_not_taken_for_each_other():
+    """A guide's coordinates are those of the first run; Pyro's own loss and ``diagnose`` go by names."""
+    guide = pf.AutoRealNVP(in_turn, layers=2).initialize("a", "b")
+    svi, _ = svi_of(in_turn, guide)
+    with pytest.raises(ValueError, match=r"expected site 'a' with 1 coordinates, as in the first run, got 'b'.* order"):
+        svi.step("b", "a")
+    for _ in range(20):
+        svi.step("a", "b")
+    posterior = pf.diagnose(in_turn, guide, "b", "a", draws=500, progress=False)
+    assert posterior.samples["a"].mean() == pytest.approx(-3.0, abs=0.3)
+    assert posterior.verdict.status != "unreliable"
