@@ -111,9 +111,9 @@ def default_encoder(read: Read, features: Tensor, rows: int) -> nn.Module:
     """Return perceptrons of rows that are pooled, or one of all data, those of one number a row in order."""
     sizes, given = read.form.sizes, features[:MEASURED]
     if rows == 1:
-        return nn.Sequential(Whitened(given), perceptron(sum(sizes) + 1))
+        return nn.Sequential(Whitened(given), perceptron(2 * sum(sizes) + 1))
     if sizes == [rows]:
-        return nn.Sequential(Sorted(), Whitened(Sorted()(given)), perceptron(rows + 1))
+        return nn.Sequential(Sorted(), Whitened(Sorted()(given)), perceptron(2 * rows + 1))
     return Pooled(rows, [size // rows for size in sizes])
 
 

@@ -46,9 +46,9 @@ class Sorted(nn.Module):
 
 
 class Whitened(nn.Module):
-    r"""Principal components x of data u, each on a scale of its own, as a direction and the logarithm of a length.
+    r"""Data u, and their principal components x, each on a scale of its own, as a direction and a log length.
 
-    .. math:: x = \Lambda^{-1/2} V^\top (u - m), \qquad r = \|x\| / \sqrt{n}, \qquad (x / r, \log r)
+    .. math:: x = \Lambda^{-1/2} V^\top (u - m), \qquad r = \|x\| / \sqrt{n}, \qquad (u, x / r, \log r)
 
     Most of the variance of simulated data is that of the signal, which the prior lets vary. The scale of the noise, and
     so the width of the posterior, shows in components of little variance, and takes values of several powers of ten.
@@ -71,10 +71,10 @@ class Whitened(nn.Module):
         self.register_buffer("matrix", (vectors * factor).to(features))
 
     def forward(self, features: Tensor) -> Tensor:
-        """Return (K, n + 1) for K data sets (K, n)."""
+        """Return (K, 2 n + 1) for K data sets (K, n)."""
         x = (features - self.loc) @ self.matrix
         r = x.square().mean(-1, keepdim=True).sqrt().clamp_min(torch.finfo(x.dtype).eps)
-        return torch.cat([x / r, r.log()], -1)
+        return torch.cat([features, x / r, r.log()], -1)
 
 
 class Pooled(nn.Module):
