@@ -38,7 +38,7 @@ TOGETHER = 2**19  # numbers of data and draws that are handled at once
 FEW = 64  # simulations that a loaded model is read with
 TRIED = 32  # draws of the flow that estimate the density of a simulated data set,
 PILOT = 512  # and of one in hand: the first draws, which also tell how many are needed
-MOVES = 3  # times that the base is moved to the weighted moments of draws, where those of the flow are poor
+MOVES = 2  # of the base to the weighted moments of draws, where those of the flow are poor
 CHECKED = 1  # draws of each data set that are run with Pyro's checks: these are a matter of the model
 LEARNED = f"{UNSEARCHED}, since the flow learned from draws of parameters and data together"
 OUTSIDE = "the data are outside of what the prior predicts"
@@ -180,11 +180,10 @@ class Amortized:
         Draws of :math:`q(\theta \mid y)` are weighted by :math:`p(\theta, y) / q(\theta \mid y)`. The base of q has
         heavier tails than in the training, so that tails of the posterior are drawn. Draws are used as they are,
         resampled by these weights, or called unreliable, by the rules of :func:`diagnose`. They are resampled wherever
-        ESS/S is below 0.98, too. Where that of the first 512 is below 0.5, q is replaced by a Student t distribution
-        with the weighted mean and covariance of 2048 draws, up to three times, as long as weights become more even. If
-        ESS/S is still below 0.5, four times as many draws are weighed. Missed modes are not searched for, and the
-        verdict notes this. Data that are outside of what the prior predicts are named in the verdict, which is then
-        never ``ok``.
+        ESS/S is below 0.98, too. Where that of the first 512 is below 0.5, a Student t distribution with the weighted
+        mean and covariance of 2048 draws replaces q, if its own ESS/S reaches 0.5 in two such moves. If not, four times
+        as many draws are weighed. Missed modes are not searched for, and the verdict notes this. Data that are outside
+        of what the prior predicts are named in the verdict, which is then never ``ok``.
 
         Args:
             args: the arguments of the model, as :func:`amortize` was given them, with other data.
@@ -331,21 +330,19 @@ class Amortized:
     def _flow(self, features: Tensor, density: LogDensity) -> tuple[Flow, Pilot]:
         """Return the flow of a data set with features (1, n), and its first draws.
 
-        Where weights of these are uneven, the flow begins adaptive importance sampling: it is replaced by its base at
-        weighted moments, as long as weights become more even.
+        Where weights of these are uneven, the flow begins adaptive importance sampling: its base at weighted moments
+        replaces it, if the weights of that are not uneven. Other posteriors are not near to normal.
         """
         flow = self._parts.conditional.given(features[0], density.dtype)
-        pilot = Pilot.of(flow, density, PILOT)
+        moved = flow
+        pilot = first = Pilot.of(flow, density, PILOT)
         for _ in range(MOVES):
             if ess_share(pilot.log_weights) >= ESS_SHARE_PROMISING:
-                break
-            z, _, log_weights = Pilot.of(flow, density, POOL * PILOT)
-            moved = matched(flow, z, log_weights)
-            seen = Pilot.of(moved, density, PILOT)
-            if ess_share(seen.log_weights) <= ess_share(pilot.log_weights):
-                break
-            flow, pilot = moved, seen
-        return flow, pilot
+                return moved, pilot
+            z, _, log_weights = Pilot.of(moved, density, POOL * PILOT)
+            moved = matched(moved, z, log_weights)
+            pilot = Pilot.of(moved, density, PILOT)
+        return (moved, pilot) if ess_share(pilot.log_weights) >= ESS_SHARE_PROMISING else (flow, first)
 
     def _outside(self, features: Tensor, pilot: Pilot) -> tuple[str, ...]:
         """Say in which way features (1, n) of a data set are outside of what the prior predicts."""
