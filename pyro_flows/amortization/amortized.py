@@ -142,7 +142,7 @@ class Amortized:
         settings: what :func:`amortize` was told, and how the training ended.
 
     Cost of an answer: one pass of the encoder, and ``draws`` evaluations of flow and model; twice as many where draws
-    are resampled, 2560 more for each move, and four times as many of both where weights stay uneven.
+    are resampled, 2560 more for each move, and four times as many of both where weights are uneven.
 
     >>> import torch, pyro, pyro.distributions as dist, pyro_flows as pf
     >>> def model(y):
@@ -181,9 +181,9 @@ class Amortized:
         heavier tails than in the training, so that tails of the posterior are drawn. Draws are used as they are,
         resampled by these weights, or called unreliable, by the rules of :func:`diagnose`. They are resampled wherever
         ESS/S is below 0.98, too. Where that of the first 512 is below 0.5, a Student t distribution with the weighted
-        mean and covariance of 2048 draws replaces q, if its own ESS/S reaches 0.5 in two such moves. If not, four times
-        as many draws are weighed. Missed modes are not searched for, and the verdict notes this. Data that are outside
-        of what the prior predicts are named in the verdict, which is then never ``ok``.
+        mean and covariance of 2048 draws replaces q, if its own ESS/S reaches 0.5 in two such moves. Four times as many
+        draws are weighed then, whether it does or not. Missed modes are not searched for, and the verdict notes this.
+        Data that are outside of what the prior predicts are named in the verdict, which is then never ``ok``.
 
         Args:
             args: the arguments of the model, as :func:`amortize` was given them, with other data.
@@ -201,7 +201,7 @@ class Amortized:
         case, features = self._read(args, model_kwargs)
         with alone(), few_threads(self._parts.lead.numbers), seeded(derive(seed, "amortized"), self._parts.lead.device):
             density = self._density(case)
-            flow, pilot = self._flow(features, density)
+            flow, pilot, moved = self._flow(features, density)
             found = from_draws(
                 density,
                 _going_on(pilot, flow.draw),
@@ -213,7 +213,7 @@ class Amortized:
                 doubts=self._outside(features, pilot),
                 notes=(LEARNED,),
                 checked=CHECKED,
-                times=1 if ess_share(pilot.log_weights) >= ESS_SHARE_PROMISING else POOL,
+                times=POOL if moved else 1,
                 least=ESS_SHARE_EVEN,
             )
         if escalate and found.verdict.status == "unreliable":
@@ -327,22 +327,21 @@ class Amortized:
         return self._parts.lead.beside(case.args, case.kwargs)
 
     @torch.no_grad()
-    def _flow(self, features: Tensor, density: LogDensity) -> tuple[Flow, Pilot]:
-        """Return the flow of a data set with features (1, n), and its first draws.
+    def _flow(self, features: Tensor, density: LogDensity) -> tuple[Flow, Pilot, bool]:
+        """Return the flow of a data set with features (1, n), its first draws, and whether those were poor.
 
-        Where weights of these are uneven, the flow begins adaptive importance sampling: its base at weighted moments
+        Where their weights are uneven, the flow begins adaptive importance sampling: its base at weighted moments
         replaces it, if the weights of that are not uneven. Other posteriors are not near to normal.
         """
-        flow = self._parts.conditional.given(features[0], density.dtype)
-        moved = flow
+        flow = moved = self._parts.conditional.given(features[0], density.dtype)
         pilot = first = Pilot.of(flow, density, PILOT)
-        for _ in range(MOVES):
+        for move in range(MOVES):
             if ess_share(pilot.log_weights) >= ESS_SHARE_PROMISING:
-                return moved, pilot
+                return moved, pilot, move > 0
             z, _, log_weights = Pilot.of(moved, density, POOL * PILOT)
             moved = matched(moved, z, log_weights)
             pilot = Pilot.of(moved, density, PILOT)
-        return (moved, pilot) if ess_share(pilot.log_weights) >= ESS_SHARE_PROMISING else (flow, first)
+        return (moved, pilot, True) if ess_share(pilot.log_weights) >= ESS_SHARE_PROMISING else (flow, first, True)
 
     def _outside(self, features: Tensor, pilot: Pilot) -> tuple[str, ...]:
         """Say in which way features (1, n) of a data set are outside of what the prior predicts."""

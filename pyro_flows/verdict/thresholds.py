@@ -43,7 +43,7 @@ ESS_SHARE_LEAST = 0.1
 
 # From this on, a candidate is worth going on with: a mixture, a grid, a batch of training. A flow with less may lie
 # between several modes. With k-hat below K_HAT_GOOD, weights are good whatever doubts a fit left, and in many fits.
-# Amortized posterior: below it, weighted moments replace the flow if they reach it; else four times as many draws
+# Amortized posterior: below it, weighted moments replace the flow if they reach it, and four times as many draws
 # are weighed. Source: chosen.
 ESS_SHARE_PROMISING = 0.5
 
