@@ -57,8 +57,9 @@ def amortize(
         data: which argument holds the data of which site, as for :func:`sbc`, where that is not found.
         encoder: a module that gets data in the shape of their site, ``(K, *shape)``, on a common scale, or a dict of
             these for several sites, and returns ``(K, width)``. It is copied, and trained with the flow. By default a
-            perceptron; where rows are exchangeable, 16 or more, a perceptron of each row, their mean, and another one,
-            for which the order of rows does not matter.
+            perceptron of the data and of their principal components, each on a scale of its own, as a direction and the
+            logarithm of a length. 16 or more exchangeable rows are put in order before, if each is one number. If not,
+            there is a perceptron of each row, their mean, and another one, for which the order of rows does not matter.
         flow: the couplings, ``"spline"``, ``"realnvp"``, or ``"auto"``: splines in one or two dimensions.
         layers: how many; 4 splines or 6 affine ones by default.
         simulations: how many pairs of parameters and data to learn from; by default 200 000, or fewer if that were more
@@ -102,8 +103,9 @@ def amortize(
         case = bound(model, args, dict(model_kwargs or {}))
         read = simulate(model, case, data, simulations, REFERENCE, seed=seed)
         rows = exchangeable_rows(read)
-        scale, conditional = scale_of(read, rows), networks(read, encoder, rows, flow, layers, seed=seed)
+        scale = scale_of(read, rows)
         features = scale(read.form.rows(read.observed)).float()
+        conditional = networks(read, features, encoder, rows, flow, layers, seed=seed)
         parts = Parts(read.form, scale, conditional, read.density, stacked(read))
         bar.close("simulated")
     start = with_preprocess(conditional.flow, measured(read, features, rows))

@@ -21,7 +21,7 @@ from pyro_flows._turns import alone
 from pyro_flows.amortization import files
 from pyro_flows.amortization.building import simulate, stacked
 from pyro_flows.amortization.form import Form, Scale, bound, ess_share, log_mean
-from pyro_flows.amortization.networks import Conditional
+from pyro_flows.amortization.networks import Conditional, matched
 from pyro_flows.calibration.cases import Case
 from pyro_flows.flows.flow import Flow
 from pyro_flows.guides.autoflow import AutoFlow
@@ -38,6 +38,7 @@ TOGETHER = 2**19  # numbers of data and draws that are handled at once
 FEW = 64  # simulations that a loaded model is read with
 TRIED = 32  # draws of the flow that estimate the density of a simulated data set,
 PILOT = 512  # and of one in hand: the first draws, which also tell how many are needed
+MOVES = 2  # of the base to the weighted moments of draws, where those of the flow are poor
 CHECKED = 1  # draws of each data set that are run with Pyro's checks: these are a matter of the model
 LEARNED = f"{UNSEARCHED}, since the flow learned from draws of parameters and data together"
 OUTSIDE = "the data are outside of what the prior predicts"
@@ -104,6 +105,12 @@ class Pilot(NamedTuple):
     log_q: Tensor
     log_weights: Tensor
 
+    @classmethod
+    def of(cls, flow: Flow, density: LogDensity, draws: int) -> Pilot:
+        """Draw and weigh."""
+        z, log_q = flow.draw(draws)
+        return cls(z, log_q, (density(z) - log_q).double())
+
 
 def _going_on(pilot: Pilot, draw: Draw) -> Draw:
     """Return a function that draws, whose first draws are those that there are already."""
@@ -135,7 +142,7 @@ class Amortized:
         settings: what :func:`amortize` was told, and how the training ended.
 
     Cost of an answer: one pass of the encoder, and ``draws`` evaluations of flow and model; twice as many where draws
-    are resampled, and four times as many of both where weights are uneven.
+    are resampled, 2560 more for each move, and four times as many of both where weights are uneven.
 
     >>> import torch, pyro, pyro.distributions as dist, pyro_flows as pf
     >>> def model(y):
@@ -173,9 +180,10 @@ class Amortized:
         Draws of :math:`q(\theta \mid y)` are weighted by :math:`p(\theta, y) / q(\theta \mid y)`. The base of q has
         heavier tails than in the training, so that tails of the posterior are drawn. Draws are used as they are,
         resampled by these weights, or called unreliable, by the rules of :func:`diagnose`. They are resampled wherever
-        ESS/S is below 0.98, too. Where that of the first 512 is below 0.5, four times as many are weighed. Missed modes
-        are not searched for, and the verdict notes this. Data that are outside of what the prior predicts are named in
-        the verdict, which is then never ``ok``.
+        ESS/S is below 0.98, too. Where that of the first 512 is below 0.5, a Student t distribution with the weighted
+        mean and covariance of 2048 draws replaces q, if its own ESS/S reaches 0.5 in two such moves. Four times as many
+        draws are weighed then, whether it does or not. Missed modes are not searched for, and the verdict notes this.
+        Data that are outside of what the prior predicts are named in the verdict, which is then never ``ok``.
 
         Args:
             args: the arguments of the model, as :func:`amortize` was given them, with other data.
@@ -193,7 +201,7 @@ class Amortized:
         case, features = self._read(args, model_kwargs)
         with alone(), few_threads(self._parts.lead.numbers), seeded(derive(seed, "amortized"), self._parts.lead.device):
             density = self._density(case)
-            flow, pilot = self._flow(features, density)
+            flow, pilot, moved = self._flow(features, density)
             found = from_draws(
                 density,
                 _going_on(pilot, flow.draw),
@@ -205,7 +213,7 @@ class Amortized:
                 doubts=self._outside(features, pilot),
                 notes=(LEARNED,),
                 checked=CHECKED,
-                times=1 if ess_share(pilot.log_weights) >= ESS_SHARE_PROMISING else POOL,
+                times=POOL if moved else 1,
                 least=ESS_SHARE_EVEN,
             )
         if escalate and found.verdict.status == "unreliable":
@@ -319,11 +327,21 @@ class Amortized:
         return self._parts.lead.beside(case.args, case.kwargs)
 
     @torch.no_grad()
-    def _flow(self, features: Tensor, density: LogDensity) -> tuple[Flow, Pilot]:
-        """Return the flow of a data set with features (1, n), and its first draws."""
-        flow = self._parts.conditional.given(features[0], density.dtype)
-        z, log_q = flow.draw(PILOT)
-        return flow, Pilot(z, log_q, (density(z) - log_q).double())
+    def _flow(self, features: Tensor, density: LogDensity) -> tuple[Flow, Pilot, bool]:
+        """Return the flow of a data set with features (1, n), its first draws, and whether those were poor.
+
+        Where their weights are uneven, the flow begins adaptive importance sampling: its base at weighted moments
+        replaces it, if the weights of that are not uneven. Other posteriors are not near to normal.
+        """
+        flow = moved = self._parts.conditional.given(features[0], density.dtype)
+        pilot = first = Pilot.of(flow, density, PILOT)
+        for move in range(MOVES):
+            if ess_share(pilot.log_weights) >= ESS_SHARE_PROMISING:
+                return moved, pilot, move > 0
+            z, _, log_weights = Pilot.of(moved, density, POOL * PILOT)
+            moved = matched(moved, z, log_weights)
+            pilot = Pilot.of(moved, density, PILOT)
+        return (moved, pilot, True) if ess_share(pilot.log_weights) >= ESS_SHARE_PROMISING else (flow, first, True)
 
     def _outside(self, features: Tensor, pilot: Pilot) -> tuple[str, ...]:
         """Say in which way features (1, n) of a data set are outside of what the prior predicts."""

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from pyro_flows._fallbacks import fallback
 from pyro_flows._seeding import derive, seeded
 from pyro_flows.amortization.form import MEASURED, Form, Scale
-from pyro_flows.amortization.networks import BASE, FLOW, Conditional, Pooled, Shaped, perceptron
+from pyro_flows.amortization.networks import BASE, FLOW, Conditional, Pooled, Shaped, Sorted, Whitened, perceptron
 from pyro_flows.calibration.cases import Case
 from pyro_flows.calibration.simulating import check_model
 from pyro_flows.calibration.wiring import Names, check_wiring, filled, wire
@@ -97,18 +97,24 @@ def exchangeable_rows(read: Read) -> int:
 
 
 def networks(
-    read: Read, encoder: nn.Module | None, rows: int, flow: str, layers: int | None, *, seed: int
+    read: Read, features: Tensor, encoder: nn.Module | None, rows: int, flow: str, layers: int | None, *, seed: int
 ) -> Conditional:
-    """Return an encoder and a flow, both untrained."""
-    sizes = read.form.sizes
+    """Return an encoder of data on a common scale (N, n), and a flow, both untrained."""
     with seeded(derive(seed, "networks"), read.density.device):
-        if encoder is not None:
-            made: nn.Module = Shaped(encoder, read.form.keep)
-        else:
-            made = perceptron(sum(sizes)) if rows == 1 else Pooled(rows, [size // rows for size in sizes])
+        made = default_encoder(read, features, rows) if encoder is None else Shaped(encoder, read.form.keep)
         made = made.to(read.density.device)
-        width = made(torch.zeros(2, sum(sizes), device=read.density.device)).shape[-1]
-        return Conditional(couplings(flow, read.density.dim, layers, width), made, sum(sizes))
+        width = made(torch.zeros_like(features[:2])).shape[-1]
+        return Conditional(couplings(flow, read.density.dim, layers, width), made, features.shape[1])
+
+
+def default_encoder(read: Read, features: Tensor, rows: int) -> nn.Module:
+    """Return perceptrons of rows that are pooled, or one of all data, those of one number a row in order."""
+    sizes, given = read.form.sizes, features[:MEASURED]
+    if rows == 1:
+        return nn.Sequential(Whitened(given), perceptron(2 * sum(sizes) + 1))
+    if sizes == [rows]:
+        return nn.Sequential(Sorted(), Whitened(Sorted()(given)), perceptron(2 * rows + 1))
+    return Pooled(rows, [size // rows for size in sizes])
 
 
 def couplings(flow: str, dim: int, layers: int | None, width: int) -> Flow:

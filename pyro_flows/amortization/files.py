@@ -45,7 +45,8 @@ def rebuilt(found: Read, tensors: Entries, settings: Entries, encoder: nn.Module
     if rows > 1 and exchangeable_rows(found) != rows:
         raise ValueError(f"model: expected {rows} rows in any order, as in the training.")
     scale = scale_of(found, rows)
-    made = networks(found, encoder, rows, settings["flow"], settings["layers"], seed=0)
+    features = scale(found.form.rows(found.observed)).float()
+    made = networks(found, features, encoder, rows, settings["flow"], settings["layers"], seed=0)
     dim, entries = found.density.dim, sum(found.form.sizes)
     blank = Preprocess(torch.zeros(dim), torch.ones(dim), torch.zeros(entries, dim))
     flow = with_preprocess(made.flow, blank).to(found.density.device)

@@ -18,7 +18,7 @@ from pyro_flows.calibration.wiring import Wiring
 from pyro_flows.density_estimation.standardizing import tails
 from pyro_flows.model.arguments import usable
 from pyro_flows.model.sites import Keywords, Model, Site, Structure, messages
-from pyro_flows.verdict.thresholds import TAIL_INDEX_FOURTH
+from pyro_flows.verdict.thresholds import ESS_SHARE_LEAST, TAIL_INDEX_FOURTH
 from pyro_flows.verdict.weighing import heavy_tails
 
 MEASURED = 50_000  # simulations that regression and tails are measured with
@@ -193,3 +193,14 @@ def log_mean(log_weights: Tensor) -> Tensor:
     """Return the log of the mean of weights along the last axis; -inf for those that are not finite."""
     finite = torch.where(torch.isfinite(log_weights), log_weights, -torch.inf)
     return finite.logsumexp(-1) - math.log(log_weights.shape[-1])
+
+
+def tempered(log_weights: Tensor) -> float:
+    """Return the power of weights (S,), up to 1, that leaves a tenth of the draws effective."""
+    if ess_share(log_weights) >= ESS_SHARE_LEAST:
+        return 1.0
+    low, high = 0.0, 1.0
+    for _ in range(20):  # bisection
+        middle = 0.5 * (low + high)
+        low, high = (middle, high) if ess_share(middle * log_weights) > ESS_SHARE_LEAST else (low, middle)
+    return low

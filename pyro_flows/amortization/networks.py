@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from pyro_flows._bundles import Entries
 from pyro_flows._seeding import seeded
+from pyro_flows.amortization.form import tempered
+from pyro_flows.density_estimation.standardizing import DEPENDENT
 from pyro_flows.flows.flow import Flow
 from pyro_flows.flows.recipe import Recipe, set_df
 from pyro_flows.transforms import Bijection, Compose, DiagonalAffine, LowerTriangularAffine, SinhArcsinh
@@ -21,6 +23,7 @@ from pyro_flows.transforms.networks import Free, Network
 Module = TypeVar("Module", bound=nn.Module)
 
 WIDTH = 64  # numbers that an encoder makes of a data set
+SIMULATIONS_EACH = 10  # for each principal component of the data, at least
 HIDDEN = 128  # units of a hidden layer of an encoder
 TRIANGULAR_UP_TO = 50  # dimensions in which the affine map of the data is triangular; diagonal above
 FLOW: Entries = {"hidden": (64, 64), "activation": "relu", "network": "robust"}
@@ -33,6 +36,45 @@ def perceptron(entries: int, out: int = WIDTH) -> nn.Sequential:
     return nn.Sequential(
         nn.Linear(entries, HIDDEN), nn.SiLU(), nn.Linear(HIDDEN, HIDDEN), nn.SiLU(), nn.Linear(HIDDEN, out)
     )
+
+
+class Sorted(nn.Module):
+    """Rows of one number each in ascending order: the same for rows in any order."""
+
+    def forward(self, features: Tensor) -> Tensor:
+        return features.sort(-1).values
+
+
+class Whitened(nn.Module):
+    r"""Data u, and their principal components x, each on a scale of its own, as a direction and a log length.
+
+    .. math:: x = \Lambda^{-1/2} V^\top (u - m), \qquad r = \|x\| / \sqrt{n}, \qquad (u, x / r, \log r)
+
+    Most of the variance of simulated data is that of the signal, which the prior lets vary. The scale of the noise, and
+    so the width of the posterior, shows in components of little variance, and takes values of several powers of ten.
+    Components that are rounding error are 0, and so are those of least variance beyond one for each
+    ``SIMULATIONS_EACH`` simulations, since their variance is not known.
+    """
+
+    loc: Tensor
+    matrix: Tensor
+
+    def __init__(self, features: Tensor) -> None:
+        super().__init__()
+        loc = features.mean(0)
+        away = (features - loc).double()
+        variance, vectors = torch.linalg.eigh(away.mT @ away / len(away))
+        known = variance > DEPENDENT * variance.amax()
+        known[: max(len(known) - len(features) // SIMULATIONS_EACH, 0)] = False  # variances ascend
+        factor = torch.where(known, variance.abs().rsqrt(), 0.0)
+        self.register_buffer("loc", loc)
+        self.register_buffer("matrix", (vectors * factor).to(features))
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Return (K, 2 n + 1) for K data sets (K, n)."""
+        x = (features - self.loc) @ self.matrix
+        r = x.square().mean(-1, keepdim=True).sqrt().clamp_min(torch.finfo(x.dtype).eps)
+        return torch.cat([features, x / r, r.log()], -1)
 
 
 class Pooled(nn.Module):
@@ -165,6 +207,32 @@ def _fold(conditional: Free | Network, plain: Free | Network, context: Tensor) -
 def place(last: Preprocess, loc: Tensor, scale: Tensor) -> None:
     """Give the last map of a flow another place (D,) and matrix (D, D)."""
     last.load_state_dict(Preprocess(loc, scale).state_dict())
+
+
+@torch.no_grad()
+def matched(flow: Flow, z: Tensor, log_weights: Tensor) -> Flow:
+    r"""Return the base of a flow at the weighted mean and covariance of draws z (S, D), in the form of that flow.
+
+    The weights are :math:`w^a`: a is 1, or as much less as leaves a tenth of the draws effective. The same flow comes
+    back where the covariance has no root.
+
+    Reference: Cappé et al. 2008, "Adaptive importance sampling in general mixture classes" (arXiv 0710.4242), with one
+    component.
+    """
+    usable = torch.isfinite(log_weights)
+    z, log_weights = z[usable].double(), log_weights[usable]
+    weights = torch.softmax(tempered(log_weights) * log_weights, 0)
+    mean = weights @ z
+    away, df = z - mean, float(flow.df)
+    root, fault = torch.linalg.cholesky_ex((df - 2.0) / df * (weights[:, None] * away).mT @ away)
+    if int(fault) or not bool(torch.isfinite(root).all()):
+        return flow
+    found = _cloned(flow)
+    for parameter in found.parameters():
+        parameter.zero_()  # all layers but the last are the identity then
+    last = _layers(found.bijection)[-1]
+    place(last, mean.to(last.loc), root.to(last.loc))
+    return found
 
 
 def _layers(module: Any) -> list[Any]:

@@ -37,12 +37,14 @@ TAIL_INDEX_FOURTH = 0.25
 # ---- effective sample size of weighted draws, as a share of S --------------------------------------------------------
 
 # Verdict, searches that go by weighted draws, and moments that replace those of a start: averages can be used from
-# this on. A mixture is tempered so that as many draws of it are effective. Source: chosen.
+# this on. Weights of a mixture, and of an amortized flow, are tempered so that as many draws are effective. Source:
+# chosen.
 ESS_SHARE_LEAST = 0.1
 
 # From this on, a candidate is worth going on with: a mixture, a grid, a batch of training. A flow with less may lie
 # between several modes. With k-hat below K_HAT_GOOD, weights are good whatever doubts a fit left, and in many fits.
-# Amortized posterior: below it, four times as many draws are weighed. Source: chosen.
+# Amortized posterior: below it, weighted moments replace the flow if they reach it, and four times as many draws
+# are weighed. Source: chosen.
 ESS_SHARE_PROMISING = 0.5
 
 # Below this, too few draws say where the mass is: no weighing of a start by thousands of draws, no chains from
