@@ -166,6 +166,8 @@ class LogDensity(SiteValues):
         if tried.error is not None:  # in the model's own code
             return []
         usable = torch.isfinite(values).all(1)
+        if int(usable.sum()) < 2:  # which have no sd
+            return []
         values, weights = values[usable], torch.softmax(log_weights[usable], 0)[:, None]
         mean = (weights * values).sum(0)
         sd = (weights * (values - mean).square()).sum(0).sqrt()
