@@ -26,14 +26,14 @@ from pyro_flows.flows.recipe import set_df, start_at
 from pyro_flows.model.digits import COMPARED
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.model.stack import NotStackable, Stack
-from pyro_flows.modes.laplace_grid_together import bent, grids_together
+from pyro_flows.modes.laplace_grid import bent, grids_together
+from pyro_flows.modes.missed_modes import missed_together
 from pyro_flows.modes.tables import Table, flow_along
-from pyro_flows.modes.together import missed_together
 from pyro_flows.posterior.posterior import Posterior
-from pyro_flows.results.stage import Stage
+from pyro_flows.results.record import Stage
 from pyro_flows.starts.matching import matched
+from pyro_flows.starts.portfolio import starts_together
 from pyro_flows.starts.start import Start
-from pyro_flows.starts.together import starts_together
 from pyro_flows.training.lockstep import Lockstep, train_together
 from pyro_flows.training.loop import STEP_SIZE, Training
 from pyro_flows.verdict import thresholds

@@ -20,9 +20,8 @@ from pyro_flows.flows.mixture import FlowMixture
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.modes.propriety import improper_tails
 from pyro_flows.modes.under_covered import is_usable
-from pyro_flows.results.record import Record, Recorded
+from pyro_flows.results.record import Record, Recorded, Stage
 from pyro_flows.results.scoring import LASTING
-from pyro_flows.results.stage import Stage
 from pyro_flows.verdict.chains import McmcDiagnostics, McmcDraws, as_numbers, objections
 from pyro_flows.verdict.deciding import CHECKED, ESTIMATED_DRAWS
 from pyro_flows.verdict.mcmc import UNSEARCHED

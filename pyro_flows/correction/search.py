@@ -23,7 +23,7 @@ from pyro_flows.modes.symmetries import SignedPermutation
 from pyro_flows.modes.truncated_tails import with_truncated_tails
 from pyro_flows.modes.under_covered import Space
 from pyro_flows.modes.units import in_units
-from pyro_flows.results.stage import Stage
+from pyro_flows.results.record import Stage
 from pyro_flows.starts.curvature import SMALL_UP_TO
 from pyro_flows.verdict.bridge import bridge_value
 from pyro_flows.verdict.chains import McmcDraws

@@ -18,7 +18,7 @@ from pyro_flows.flows.flow import Flow
 from pyro_flows.flows.recipe import begin_at
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.modes.propriety import improper_tails
-from pyro_flows.results.stage import Stage
+from pyro_flows.results.record import Stage
 from pyro_flows.starts.start import CLOSE, Start, divergence
 from pyro_flows.training.convergence import Monitor
 from pyro_flows.training.loop import BATCH, STEP_SIZE, WARM_UP, Budget, Check, Look, train

@@ -26,7 +26,7 @@ from pyro_flows.flows.parts import affine_base_of
 from pyro_flows.flows.recipe import set_df
 from pyro_flows.modes.population_monte_carlo import can_be_tempered
 from pyro_flows.results.dims import coordinate_names
-from pyro_flows.results.stage import Stage
+from pyro_flows.results.record import Stage
 from pyro_flows.starts.coordinates import climbed
 from pyro_flows.starts.prior import prior_draws
 from pyro_flows.verdict.acceptance import shift_is_noise

@@ -24,7 +24,7 @@ from pyro_flows.modes.population_monte_carlo import Generation, Parts, begun, ca
 from pyro_flows.modes.separable import is_separable, marginals
 from pyro_flows.modes.survey import ROUNDS, Survey, can_be_surveyed, climbed_from, has_new, survey
 from pyro_flows.modes.units import units_of
-from pyro_flows.results.stage import Stage
+from pyro_flows.results.record import Stage
 from pyro_flows.starts.start import Start
 from pyro_flows.verdict.acceptance import weights_correct
 from pyro_flows.verdict.deciding import LOOKED_AT_DRAWS

@@ -11,7 +11,7 @@ import torch
 from pyro_flows import _stages
 from pyro_flows.flows.flow import Flow
 from pyro_flows.model.log_density import LogDensity
-from pyro_flows.results.stage import Stage
+from pyro_flows.results.record import Stage
 from pyro_flows.training.loop import BATCH, STEP_SIZE, Training
 from pyro_flows.training.trainer import Trainer
 from pyro_flows.verdict.acceptance import nothing_to_gain, raw_weights, status_of

@@ -16,7 +16,7 @@ from pyro_flows.fitting.plan import SHARE_OF_SECONDS, tails
 from pyro_flows.fitting.state import Run
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.modes.propriety import improper_tails
-from pyro_flows.results.stage import Stage
+from pyro_flows.results.record import Stage
 from pyro_flows.starts.charting import choose_charts
 from pyro_flows.starts.coordinates import choose_coordinates
 from pyro_flows.starts.matching import matched

@@ -18,7 +18,7 @@ from pyro_flows.flows.flow import Flow
 from pyro_flows.flows.mixture import FlowMixture
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.modes.missed_modes import Search
-from pyro_flows.results.stage import Stage
+from pyro_flows.results.record import Stage
 from pyro_flows.starts.coordinates import Climbed
 from pyro_flows.starts.start import Start
 from pyro_flows.training.trainer import Trainer

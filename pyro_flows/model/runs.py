@@ -13,11 +13,12 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from pyro_flows import _checks
-from pyro_flows._batches import rows_for
+from pyro_flows._batches import ROWS_AT_LEAST, rows_for
 from pyro_flows._clock import unbounded
 from pyro_flows._fallbacks import Tried, fallback, first_line
 from pyro_flows._journal import evaluated
 from pyro_flows._seeding import seeded
+from pyro_flows._tensors import Args, Dispatch, Function, Kwargs, tensors_in
 from pyro_flows.model.arguments import usable
 from pyro_flows.model.batching import Found, Rows, advice, apart, filled_up, over_rows, pieces, possible_pieces, quiet
 from pyro_flows.model.enumeration import Enumerate, Evaluator
@@ -47,12 +48,43 @@ from pyro_flows.model.sites import (
     draws_rows,
     messages,
 )
-from pyro_flows.model.work import Work
 from pyro_flows.model.writes import Batchable, FindWrites, Places
 
 MAPPED = 2**20  # numbers of observations that are handled at once, where nothing is recorded
 
 logger = logging.getLogger("pyro_flows")
+LONG = 2000  # operations from which one graph serves all batch sizes: recording takes seconds
+AT_ONCE = 2**12  # numbers that one operation of a long graph handles in little more time than one number,
+LONG_ROWS = 64  # and rows at most: the results of a long loop that its gradient needs should stay in a cache
+LONG_VALUES, ROWS_OF_VALUES = 2**14, 1024  # the same for values alone, of which no results are kept
+
+
+class Work(Dispatch):
+    """Counts operations inside, the numbers that they write, and those of the largest result."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operations = self.numbers = self.largest = 0
+
+    def __torch_dispatch__(self, func: Function, types: object, args: Args = (), kwargs: Kwargs = None) -> object:
+        result = func(*args, **(kwargs or {}))
+        sizes = [part.numel() for part in tensors_in((result,))]
+        self.operations += 1
+        self.numbers += sum(sizes)
+        self.largest = max(self.largest, *sizes, 0)
+        return result
+
+    def rows(self, batch: int) -> tuple[int, int] | tuple[None, None]:
+        """Return how many rows pieces have, and larger ones of values alone, after a run with so many.
+
+        Both are None where small batches may have graphs of their own.
+        """
+        if self.operations < LONG:
+            return None, None
+        apiece = max(1, self.numbers // (self.operations * batch))
+        both = (AT_ONCE, LONG_ROWS), (LONG_VALUES, ROWS_OF_VALUES)
+        unit, large = (min(most, 1 << ((at_once // apiece) | 1).bit_length() - 1) for at_once, most in both)
+        return max(ROWS_AT_LEAST, unit), max(ROWS_AT_LEAST, large)
 
 
 class Runs:

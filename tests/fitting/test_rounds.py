@@ -13,8 +13,7 @@ import torch
 
 import pyro_flows as pf
 from pyro_flows.fitting import rounds
-from pyro_flows.fitting.agreement import compare
-from pyro_flows.fitting.combine import _take
+from pyro_flows.fitting.combine import _take, compare
 from pyro_flows.fitting.conclude import _in_vain
 from pyro_flows.fitting.fit import default_steps
 from pyro_flows.fitting.flow_training import begin
@@ -24,7 +23,7 @@ from pyro_flows.fitting.state import FitState, Run
 from pyro_flows.flows.mixture import FlowMixture
 from pyro_flows.flows.parts import location_scale
 from pyro_flows.flows.recipe import Recipe, set_df
-from pyro_flows.results.stage import Stage
+from pyro_flows.results.record import Stage
 from pyro_flows.starts.start import Start
 from pyro_flows.training.loop import Training
 from pyro_flows.training.trainer import Trainer

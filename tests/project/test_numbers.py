@@ -66,7 +66,7 @@ PHRASES = {
         "**changes a mean** by more than {verdict.thresholds.SHIFT_MOST} posterior standard deviations",
         "the logarithm of the ratio is larger than {verdict.thresholds.SHIFT_MOST}",
         "by more than {verdict.thresholds.SHIFT_MOST} and {verdict.thresholds.SHIFT_ERRORS|word} standard errors",
-        "names the worst {fitting.agreement.NAMED|word} and counts the others",
+        "names the worst {fitting.combine.NAMED|word} and counts the others",
         "(dimensions times data above {modes.unverified_modes.CURVED_UP_TO|million})",
         "up to a factor of {modes.under_covered.HIGH|tens}",
         "up to {modes.units.MATRICES_UP_TO} dimensions and for the first {modes.propriety.MOST} such coordinates",

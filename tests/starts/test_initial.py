@@ -10,7 +10,7 @@ from torch.distributions import MultivariateNormal, constraints, kl_divergence
 
 import pyro_flows as pf
 from pyro_flows.model.gradients import hessian_diagonals
-from pyro_flows.model.work import LONG
+from pyro_flows.model.runs import LONG
 from pyro_flows.starts import curvature
 from pyro_flows.starts.laplace import newton
 from pyro_flows.starts.pathfinder import pathfinder, pool

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pyro_flows.fitting import agreement as runs
+from pyro_flows.fitting import combine as runs
 from pyro_flows.fitting import conclude, rounds
 from pyro_flows.flows import recipe
 from pyro_flows.model import charts, noncentered
