@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -157,7 +157,7 @@ def _complete(state: FitState) -> None:
         else:
             chains_can = all(region.beside for region in missed) and plan.refine is not None  # so one run is enough
             most = 0 if state.multimodal is not None else 1 if chains_can else RUNS_ADDED
-            if _too_many([*moves, *more]):  # with some of the images, it would miss modes all the same
+            if group([*moves, *more], MAX_COPIES) is None:  # with some of the images, it would miss modes all the same
                 state.sampler, state.copies = state.plain, 1
                 return
             if state.added >= most:
@@ -189,11 +189,6 @@ def _chains_suffice(state: FitState) -> bool:
     return True
 
 
-def _too_many(moves: Sequence[SignedPermutation]) -> bool:
-    """Whether exact symmetries imply more modes than there may be copies."""
-    return bool(moves) and group(moves, MAX_COPIES) is None
-
-
 def _surveyed(state: FitState) -> bool:
     """Try a mixture at all modes of a survey; say whether it became the sampler."""
     plan, density, sampler, search = state.plan, state.density, state.sampler, state.search
@@ -217,8 +212,8 @@ def _copied(state: FitState, moves: Sequence[SignedPermutation]) -> bool:
 
     The density is the same at all images of a point. So all copies have the same mass, and none has to be trained.
     """
-    copies = group(moves, MAX_COPIES) if moves else None
-    if copies is None or state.plain is None:
+    copies = group(moves, MAX_COPIES)
+    if not copies or state.plain is None:
         return False
     state.sampler, state.copies = FlowMixture.copied(state.plain, copies), len(copies)
     return True
@@ -259,7 +254,7 @@ def _missed_mode(state: FitState) -> Start | None:
     sampler: Sampler = outcomes[0].flow
     if len(outcomes) > 1:
         names = coordinate_names(state.density.structure)
-        sampler = FlowMixture.of([outcome.flow for outcome in outcomes], compare(outcomes, names).weights)
+        sampler = FlowMixture.of([outcome.flow for outcome in outcomes], compare(outcomes, names)[1])
     missed = _search(state, sampler).missed
     return missed[0].start if missed else None
 
@@ -267,37 +262,27 @@ def _missed_mode(state: FitState) -> Start | None:
 def _compare(state: FitState) -> None:
     """Compare runs; where they disagree, the sampler becomes their mixture."""
     runs = state.kept
-    agreement = compare([run.best for run in runs if run.best], coordinate_names(state.density.structure))
-    state.history.append(stage(agreement, agreement.weights))
-    if agreement.holds:
+    found, weights = compare([run.best for run in runs if run.best], coordinate_names(state.density.structure))
+    said = {"agree": not found, "disagreements": found, "weights": weights}
+    state.history.append(Stage("comparison of runs", details=said))
+    if not found:
         return
-    state.disagreements = list(agreement.disagreements)
+    state.disagreements = list(found)
     flows = [run.flow() for run in runs]
-    weights = balanced(flows, state.density, agreement.weights)
-    state.history[-1] = stage(agreement, weights)
+    weights = balanced(flows, state.density, weights)
+    state.history[-1] = Stage("comparison of runs", details={**said, "weights": weights})
     state.plain = state.sampler = FlowMixture.of(flows, weights)
 
 
 # whether runs agree, and their mixture if they do not -----------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Agreement:
-    """Whether runs agree; if not, in which sites, and the weights by which to mix them."""
-
-    disagreements: tuple[str, ...]
-    weights: tuple[float, ...]
-
-    @property
-    def holds(self) -> bool:
-        return not self.disagreements
-
-
 @torch.no_grad()
-def compare(outcomes: Sequence[Round], names: Sequence[str]) -> Agreement:
+def compare(outcomes: Sequence[Round], names: Sequence[str]) -> tuple[list[str], list[float]]:
     """Compare runs by rank-normalized R-hat over their draws, coordinate by coordinate, and by their log evidence.
 
-    Weights are proportional to the estimated evidence of each run that has one.
+    Return what they disagree on, and weights by which to mix them: proportional to the estimated evidence of each run
+    that has one.
     """
     draws = torch.stack([outcome.flow().sample((LOOKED_AT_DRAWS,)) for outcome in outcomes])
     found = disagreements(dict(zip(names, r_hat(draws).tolist(), strict=True)))
@@ -306,7 +291,7 @@ def compare(outcomes: Sequence[Round], names: Sequence[str]) -> Agreement:
     if not spread <= EVIDENCE_GAP_OF_RUNS:
         found.append(f"log evidences of the runs differ by {spread:.2f} nats")
     weights = torch.softmax(torch.nan_to_num(evidences, nan=-math.inf), 0)
-    return Agreement(tuple(found), tuple(weights.tolist()))
+    return found, weights.tolist()
 
 
 def disagreements(r_hats: Mapping[str, float]) -> list[str]:
@@ -348,9 +333,3 @@ def balanced(flows: Sequence[Flow], density: LogDensity, weights: Sequence[float
         found = shares @ draws
         found = found / found.sum()
     return found.tolist()
-
-
-def stage(agreement: Agreement, weights: Sequence[float]) -> Stage:
-    """Return the history's entry on the comparison, with the weights of the runs in the mixture."""
-    said = {"agree": agreement.holds, "disagreements": list(agreement.disagreements), "weights": list(weights)}
-    return Stage("comparison of runs", details=said)

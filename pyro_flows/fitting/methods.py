@@ -101,11 +101,6 @@ def _few(run: Run) -> bool:
     return run.state.as_read.dim <= AT_FIRST
 
 
-def _no_hierarchy_of_few(run: Run) -> bool:
-    """Whether a model has few dimensions and no hierarchy: for hierarchical ones, this was tried before."""
-    return run.from_scratch and _few(run) and not run.state.as_read.structure.hierarchical
-
-
 # ---- a Gaussian ------------------------------------------------------------------------------------------------------
 
 
@@ -226,7 +221,12 @@ METHODS = (
     Method(INDEPENDENT, AT_THE_BEST, lambda run: run.from_scratch and run.plan.open, _independent),
     Method(GRID, AT_THE_BEST, lambda run: run.from_scratch and not _is_hierarchical(run), _grid_at_best),
     Method(MIXTURE, AT_THE_BEST, _survey_is_cheap, _mixture),
-    Method(CONDITIONALS, AT_THE_BEST, _no_hierarchy_of_few, conditionals_at_start),
+    Method(  # for hierarchical models of few dimensions, this was tried before
+        CONDITIONALS,
+        AT_THE_BEST,
+        lambda run: run.from_scratch and _few(run) and not run.state.as_read.structure.hierarchical,
+        conditionals_at_start,
+    ),
     Method(MCMC, AT_THE_BEST, _chains_come_first, _chains_of_gaussian),
     Method(CONDITIONALS, AT_THE_BEST, lambda run: run.from_scratch and not _few(run), conditionals_at_start),
     Method(TRAINED, AT_THE_BEST, lambda run: True, train_flow),

@@ -27,7 +27,7 @@ from pyro_flows.modes.missed_regions import (
 )
 from pyro_flows.modes.symmetric_modes import with_symmetric_modes
 from pyro_flows.modes.symmetries import MOVED_DRAWS, are_the_same, images, moves, signed_permutation
-from pyro_flows.modes.tempering import Tempered, move_walkers_together, temper
+from pyro_flows.modes.tempering import Tempered, move_walkers, temper
 from pyro_flows.modes.under_covered import MANY_WALKERS, Space, regions_by_density, under_covered_region
 from pyro_flows.modes.units import units_of
 from pyro_flows.modes.unverified_modes import UNWEIGHED, UnverifiedMode, modes_with_mass, worth_measuring
@@ -137,7 +137,7 @@ def mirrored(guide: Guide, z: Tensor, log_q: Tensor) -> list[MissedRegion]:
     for moved, inside, log_p, log_jacobian in images(density, moves(density, z[:2]), z):
         # The move keeps the volume of the model's own values, so there q's image has the density that q has at z.
         image = log_q - jacobian + log_jacobian
-        missed = missed_regions_of(moved, log_p, guide.missing_mass(moved, log_p, image), "mirrored")
+        missed = missed_regions_of(moved, log_p, guide.missing_mass(moved, log_p, image))
         exact = bool(missed) and bool((are_the_same(log_p, height) & inside).all())
         if exact:
             move = signed_permutation(z, moved)
@@ -164,8 +164,7 @@ def _named(density: LogDensity, place: Tensor, z: Tensor) -> str:
 
 DRAWS = 600  # of each flow
 OUTWARDS = INFLATED[:2]
-OWN = EACH = 2  # paths from the guide's own draws; from draws that each factor moves away from their median
-MEASURED = 2  # doubtful places of each data set, by tempering
+EACH = 2  # paths from the guide's own draws, from draws that a factor moves outwards; doubtful places that are measured
 SEARCHED_FOR_SYMMETRIES = 2  # data sets: exact symmetries belong to the model
 
 
@@ -219,7 +218,7 @@ def _climbed(stack: Stack, drawn: Sequence[_FlowDraws], seed: int) -> list[list[
     own = [paths.some(slice(place * count, (place + 1) * count)) for place in range(len(drawn))]
     found, doubts = [], []
     for one, part in zip(drawn, own, strict=True):
-        missed, doubtful = _weighed(one.guide, part, OWN, one.units, seed=derive(seed, f"weighed {one.number}"))
+        missed, doubtful = _weighed(one.guide, part, EACH, one.units, seed=derive(seed, f"weighed {one.number}"))
         found.append(missed)
         doubts.append([] if missed else doubtful)
     more = _tempered(stack, drawn, own, doubts, seed)
@@ -236,11 +235,11 @@ def _tempered(
     """Measure masses at the ends of doubtful paths, two of each data set at most, by tempering them all together."""
     asked, chosen, normals = [], [], []
     for place, (one, paths, doubtful) in enumerate(zip(drawn, own, doubts, strict=True)):
-        numbers, worth = worth_measuring(one.guide, paths, OWN, doubtful, one.units)
+        numbers, worth = worth_measuring(one.guide, paths, EACH, doubtful, one.units)
         if worth:
-            asked.append((place, worth[:MEASURED]))
+            asked.append((place, worth[:EACH]))
             chosen.append(one.number)
-            normals.append((numbers[: 1 + MEASURED] * (1 + MEASURED))[: 1 + MEASURED])  # as many for each
+            normals.append((numbers[: 1 + EACH] * (1 + EACH))[: 1 + EACH])  # as many for each
     found: list[list[MissedRegion]] = [[] for _ in drawn]
     if not asked:
         return found
@@ -248,7 +247,7 @@ def _tempered(
     best = Gaussians(*(torch.cat(part) for part in zip(*parts, strict=True)))
     walk = temper(stack.select(chosen), best, seed=derive(seed, "tempering"))
     for row, (place, worth) in enumerate(asked):
-        rows = slice(row * (1 + MEASURED), row * (1 + MEASURED) + 1 + len(worth))
+        rows = slice(row * (1 + EACH), row * (1 + EACH) + 1 + len(worth))
         mine = Tempered(*(part[rows] for part in walk))
         found[place] = modes_with_mass(drawn[place].guide, own[place].ends, worth, best.some(rows), mine)
     return found
@@ -261,8 +260,8 @@ def _full(units: Tensor) -> Tensor:
 def _own_points(one: _FlowDraws) -> Tensor:
     """Draws of the guide, and draws moved outwards."""
     center = one.z.median(0).values
-    rows = torch.arange(OWN + EACH * len(OUTWARDS), device=one.z.device) % len(one.z)
-    own, *far = one.z[rows].split([OWN, *[EACH] * len(OUTWARDS)])
+    rows = torch.arange(EACH * (1 + len(OUTWARDS)), device=one.z.device) % len(one.z)
+    own, *far = one.z[rows].split([EACH] * (1 + len(OUTWARDS)))
     return torch.cat([own, *(center + factor * (part - center) for factor, part in zip(OUTWARDS, far, strict=True))])
 
 
@@ -273,7 +272,7 @@ def _wandered(stack: Stack, drawn: Sequence[_FlowDraws], seed: int) -> list[list
         ratios = torch.log_softmax(one.weights.double(), 0)
         begun.append(one.z[resample(ratios, MANY_WALKERS // 2, seed=derive(seed, f"wanderers {one.number}"))])
     units, chosen = torch.stack([_full(one.units) for one in drawn]), stack.select([one.number for one in drawn])
-    walked_to = move_walkers_together(chosen, torch.stack(begun), units, seed=derive(seed, "wandering"))
+    walked_to = move_walkers(chosen, torch.stack(begun), units, seed=derive(seed, "wandering"))
     found = []
     for one, ends, log_p in zip(drawn, *walked_to, strict=True):
         mass = torch.softmax((one.weights - one.guide.covered).double(), 0)

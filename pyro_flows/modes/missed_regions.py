@@ -79,12 +79,13 @@ def guide_at(
     return Guide(density, score, float(weights[finite].median())), z[finite], log_q[finite], weights[finite]
 
 
-def missed_regions_of(moved: Tensor, log_p: Tensor, missing_mass: Tensor, name: str) -> list[MissedRegion]:
+def missed_regions_of(moved: Tensor, log_p: Tensor, missing_mass: Tensor) -> list[MissedRegion]:
     """Return the region of moved draws if it holds a good part of the mass; each draw counts as one at most."""
     if not float(missing_mass.clamp(max=1.0).mean()) > MISSED_MASS_SHARE:
         return []
     within = missing_mass > 0.0
-    return [MissedRegion(moved[int(torch.where(within, log_p, -torch.inf).argmax())], moments(moved[within], name))]
+    place = moved[int(torch.where(within, log_p, -torch.inf).argmax())]
+    return [MissedRegion(place, moments(moved[within], "mirrored"))]
 
 
 def to_name(missed: Sequence[MissedRegion]) -> list[MissedRegion]:

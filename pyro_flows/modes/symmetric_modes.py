@@ -83,7 +83,7 @@ def _region_about(guide: Guide, home: Tensor, top: Tensor, z: Tensor, log_q: Ten
         return []
     moved = image_of(z, symmetry)
     log_p = guide.density(moved)
-    missed = missed_regions_of(moved, log_p, guide.missing_mass(moved, log_p, log_q), "mirrored")
+    missed = missed_regions_of(moved, log_p, guide.missing_mass(moved, log_p, log_q))
     back = (
         bool(missed)
         and product(symmetry, symmetry) == identity(z.shape[1])

@@ -113,10 +113,12 @@ def signed_permutation(z: Tensor, moved: Tensor) -> SignedPermutation | None:
 
 
 def group(generators: Iterable[SignedPermutation], limit: int) -> list[SignedPermutation] | None:
-    """Return the group that signed permutations generate, the identity first; None if it has more than ``limit``."""
+    """Return the group that signed permutations generate, the identity first; None if it has more than ``limit``.
+
+    Without generators, it is empty.
+    """
     steps = list(dict.fromkeys(generators))
-    dim = len(steps[0][0])
-    found = {identity(dim): None}
+    found = {identity(len(step[0])): None for step in steps[:1]}
     waiting = list(found)
     while waiting:
         order, signs = waiting.pop()

@@ -51,20 +51,13 @@ def temper(
 
 
 @torch.no_grad()
-def move_walkers(density: LogDensity, z: Tensor, units: Tensor, *, seed: int) -> tuple[Tensor, Tensor]:
-    """Move points (S, D) about under the density itself; return where they come to and log p there (S,).
+def move_walkers(density: LogDensity | Stack, z: Tensor, units: Tensor, *, seed: int) -> tuple[Tensor, Tensor]:
+    """Move points (K, S, D) of K data sets under the density itself; return where they come to and log p there (K, S).
 
     Draws of the density stay draws of it. Draws of a guide that lacks a region next to where it lies go on into it: the
-    neck of a funnel, a tail. Leaps are from a hundredth of ``units`` (sds (D,), or a lower triangular matrix) to all of
-    them, since necks are narrow. Cost: 120 S gradients.
+    neck of a funnel, a tail. Leaps are from a hundredth of ``units`` (sds (K, D), or lower triangular matrices) to all
+    of them, since necks are narrow. Cost: 120 S gradients for each data set.
     """
-    ends, log_p = move_walkers_together(density, z[None], units[None], seed=seed)
-    return ends[0], log_p[0]
-
-
-@torch.no_grad()
-def move_walkers_together(density: LogDensity | Stack, z: Tensor, units: Tensor, *, seed: int) -> tuple[Tensor, Tensor]:
-    """Do the same with points (K, S, D) of K data sets at once, in ``units`` (K, D) or (K, D, D) of their own."""
     frame = Gaussians.of(z.new_zeros(len(z), z.shape[2]), units)
     with seeded(seed, density.device):
         walk = _Walk(density, frame, in_units(z, units))

@@ -88,11 +88,6 @@ class Gaussians(NamedTuple):
         turn = self.basis @ (self.factor - identity_like(self.factor)) @ self.basis.mT
         return stretch(self.units, self.root[:, None] * (identity_like(turn) + turn).mT).mT
 
-    def with_rows(self, rows: Tensor, others: Gaussians) -> Gaussians:
-        if not len(rows):
-            return self
-        return Gaussians(*(mine.index_copy(0, rows, other) for mine, other in zip(self, others, strict=True)))
-
 
 def compact(alpha: Tensor, steps: Tensor, changes: Tensor) -> tuple[Tensor, Tensor]:
     r"""Return basis Q and factor C (see :class:`Gaussians`) of the inverse Hessians that L-BFGS has built up.

@@ -108,7 +108,8 @@ def _best(
         better = score > elbo[met.paths]
         chosen = met.paths[better]
         elbo = elbo.index_copy(0, chosen, score[better])
-        best = best.with_rows(chosen, met.gaussians.some(better))
+        new = met.gaussians.some(better)
+        best = Gaussians(*(mine.index_copy(0, chosen, other) for mine, other in zip(best, new, strict=True)))
     return best, elbo
 
 

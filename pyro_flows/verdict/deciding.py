@@ -181,8 +181,10 @@ def decide(
     judged = partial(judge, weighing, names, warnings=warnings, notes=notes, doubts=doubts, changed=different)
     verdict = judged(failures=failures)
     if verdict.status == "corrected" and again is not None:  # one lucky pool does not correct a guide
-        worse = _worse(judge(again(), names))
-        verdict = judged(failures=(*failures, *worse)) if worse else verdict
+        second = judge(again(), names)
+        if second.status == "unreliable":
+            failures = (*failures, f"a second sample from the guide fails the check ({second.reasons[0]})")
+            verdict = judged(failures=failures)
     index = torch.arange(draws, device=pool.device)
     if verdict.status == "corrected":
         index = resample(weighing.log_weights, draws, seed=seed)
@@ -198,10 +200,3 @@ def decide(
         used_log_q=pool_q[index],
         index=index,
     )
-
-
-def _worse(second: Verdict) -> tuple[str, ...]:
-    """Return what the verdict on a second pool says against the draws."""
-    if second.status != "unreliable":
-        return ()
-    return (f"a second sample from the guide fails the check ({second.reasons[0]})",)

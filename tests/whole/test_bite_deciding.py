@@ -290,7 +290,7 @@ BUGS = [
     (*DECIDE, "used=pool[index]", "used=pool[:draws]", resampled),
     (*DECIDE, "used_log_q=pool_q[index]", "used_log_q=pool_q[:draws]", resampled),
     (*DECIDE, "used_log_p=pool_p[index]", "used_log_p=pool_p[:draws]", resampled),
-    (deciding, "_worse", 'second.status != "unreliable"', "True", second_pool),
+    (*DECIDE, 'second.status == "unreliable"', "False", second_pool),
     (*DECIDE, "if (objection := complaint(pool[:CHECKED])) is not None", "if False", invalid_model),
     (*DECIDE, "changed(pool, weighing.log_weights)", "[]", own_values),
     (weighing, "resample", ".exp().cumsum", ".div(2.0).exp().cumsum", systematic),
