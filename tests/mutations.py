@@ -140,7 +140,7 @@ EDITS = (
          "posterior._used_log_p.double()", "tests/comparison/test_compare.py"),
     Edit("modes/tempering.py", "self.log_weights += (beta - self.beta) *", "self.log_weights += beta *",
          "tests/modes/test_tempering.py"),
-    Edit("modes/barriers.py", "(lowest < least - LEVEL).all()", "(lowest < least - LEVEL).any()",
+    Edit("modes/missed_regions.py", "(lowest < least - LEVEL).all()", "(lowest < least - LEVEL).any()",
          "tests/modes/test_symmetric_modes.py"),
     Edit("modes/symmetries.py", "tuple(flip * signs[place] for", "tuple(flip for",
          "tests/modes/test_symmetries.py"),

@@ -20,9 +20,8 @@ import math
 import torch
 from torch import Tensor, fx
 
-from pyro_flows.correction.adaptation import Moved
+from pyro_flows.correction.adaptation import Metric, Moved
 from pyro_flows.correction.latent import Latent, only_finite
-from pyro_flows.correction.metric import Metric
 from pyro_flows.flows.stacked import Images
 from pyro_flows.graphs import Runner, record
 from pyro_flows.modes.symmetries import SAME, are_the_same

@@ -19,7 +19,7 @@ from torch import Tensor
 from pyro_flows import _mixing
 from pyro_flows._journal import loop
 from pyro_flows._seeding import derive
-from pyro_flows.correction.adaptation import Kernel
+from pyro_flows.correction.adaptation import Kernel, Metric, learned
 from pyro_flows.correction.hmc import (
     are_copies,
     exchange_of,
@@ -31,7 +31,6 @@ from pyro_flows.correction.hmc import (
     swapped,
 )
 from pyro_flows.correction.latent import Latent, Points
-from pyro_flows.correction.metric import Metric, learned
 from pyro_flows.correction.stopping import examined, next_look, resolved_sds, slowest, sweeps_needed
 from pyro_flows.verdict.chains import McmcDiagnostics, McmcDraws, as_numbers, diverge, objections
 from pyro_flows.verdict.thresholds import (

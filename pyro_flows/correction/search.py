@@ -16,9 +16,8 @@ from pyro_flows._seeding import derive, seeded
 from pyro_flows.correction.sampler import Sampler
 from pyro_flows.correction.starts import mixes_with_others
 from pyro_flows.model.log_density import LogDensity
-from pyro_flows.modes.barriers import are_separated
 from pyro_flows.modes.missed_modes import Search, missed_modes
-from pyro_flows.modes.missed_regions import BY_WALKERS, TRUNCATED_TAIL, Guide, MissedRegion, to_name
+from pyro_flows.modes.missed_regions import BY_WALKERS, TRUNCATED_TAIL, Guide, MissedRegion, are_separated, to_name
 from pyro_flows.modes.symmetries import SignedPermutation
 from pyro_flows.modes.truncated_tails import with_truncated_tails
 from pyro_flows.modes.under_covered import Space

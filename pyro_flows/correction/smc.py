@@ -18,10 +18,9 @@ import torch
 from torch import Tensor
 
 from pyro_flows._seeding import derive
-from pyro_flows.correction.adaptation import Kernel
+from pyro_flows.correction.adaptation import Kernel, Metric, scale_of
 from pyro_flows.correction.hmc import hamiltonian, independent, relabel
 from pyro_flows.correction.latent import Latent
-from pyro_flows.correction.metric import Metric, scale_of
 from pyro_flows.modes.under_covered import Points
 
 POPULATIONS = 8

@@ -25,9 +25,8 @@ from pyro_flows.flows.parts import location_scale
 from pyro_flows.flows.recipe import start_at
 from pyro_flows.flows.stacked import Images
 from pyro_flows.model.log_density import LogDensity
-from pyro_flows.modes.barriers import are_separated
 from pyro_flows.modes.missed_modes import mirrored
-from pyro_flows.modes.missed_regions import Guide, MissedRegion
+from pyro_flows.modes.missed_regions import Guide, MissedRegion, are_separated
 from pyro_flows.modes.symmetric_modes import with_symmetric_modes
 from pyro_flows.modes.symmetries import MOVED_DRAWS, SignedPermutation, group, identity, image_of, product
 from pyro_flows.starts.curvature import SMALL_UP_TO

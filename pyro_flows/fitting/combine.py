@@ -16,9 +16,9 @@ from pyro_flows._seeding import derive, seeded
 from pyro_flows.correction.fallback import chains_miss_mode
 from pyro_flows.correction.judging import around, evidence_of
 from pyro_flows.correction.search import visits_all
-from pyro_flows.fitting.guide_space import latent_of
 from pyro_flows.fitting.laplace_grid import with_tails_checked
 from pyro_flows.fitting.multimodal import MultimodalCandidate, multimodal
+from pyro_flows.fitting.programs import latent_of
 from pyro_flows.fitting.rounds import Round, volume_misfit
 from pyro_flows.fitting.run import begin_only, make_run
 from pyro_flows.fitting.state import FitState, Run, Sampler

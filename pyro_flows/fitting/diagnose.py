@@ -17,10 +17,9 @@ from pyro_flows._seeding import derive, seeded
 from pyro_flows._threads import few_threads
 from pyro_flows._turns import alone
 from pyro_flows.correction.search import noted
-from pyro_flows.fitting.guide_space import space_of
 from pyro_flows.fitting.hierarchical import diagnose_hierarchical
 from pyro_flows.fitting.mcmc import from_mcmc
-from pyro_flows.fitting.programs import check_sites, from_traces, random_sites, run_guide
+from pyro_flows.fitting.programs import check_sites, from_traces, random_sites, run_guide, space_of
 from pyro_flows.guides.autoflow import AutoFlow
 from pyro_flows.guides.hierarchical import AutoHierarchicalFlow
 from pyro_flows.model.arguments import usable

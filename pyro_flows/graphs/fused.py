@@ -26,9 +26,8 @@ from pyro_flows.graphs.bindings import binding_of, transpose_product
 from pyro_flows.graphs.fusion_groups import NUMBERS, FusionGroups
 from pyro_flows.graphs.graph import copy_graph, graph_module, has_tag, is_aten, is_pure, name_of, sweep
 from pyro_flows.graphs.matrices import MATRICES
-from pyro_flows.graphs.native import library
 from pyro_flows.graphs.orders import MASKS
-from pyro_flows.graphs.programs import program
+from pyro_flows.graphs.programs import library, program
 from pyro_flows.graphs.rounding import rounds_alike, rounds_alike_where_tame
 from pyro_flows.graphs.structured import STRUCTURED
 from pyro_flows.graphs.views import Buffer, Foreign, Given, Product, Unsuited, View, span

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import array
+import ctypes
+import functools
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 
+from pyro_flows._fallbacks import fallback
 from pyro_flows.graphs.fusion_groups import FusionGroups
 from pyro_flows.graphs.views import Buffer, Foreign, Product, Sizes, Task, Unsuited
 from pyro_flows.graphs.writing import BLOCK, Written, product_in_words
@@ -118,3 +122,34 @@ def _merged(free: list[tuple[int, int]]) -> list[tuple[int, int]]:
         else:
             found.append((begin, end))
     return found
+
+
+# the interpreter in C that runs them: an extension built with the package ---------------------------------------------
+
+EXTENSION = "pyro_flows.graphs._interpreter"  # no module of Python's: a shared library, loaded by ctypes
+
+
+@functools.cache
+def library() -> Callable[..., object] | None:
+    """Return ``run_program`` of ``interpreter.c``; None where the package was built without a compiler of C.
+
+    Cost: a millisecond, once a process.
+
+    >>> run = library()
+    """
+    found = find_spec(EXTENSION)
+    if found is None or found.origin is None:
+        return None
+    try:
+        run = ctypes.CDLL(found.origin).run_program
+    except (OSError, AttributeError) as error:
+        fallback("no code of its own for elementwise operations", error)
+        return None
+    run.restype = None
+    run.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64]
+    return run
+
+
+def interpreter_is_built() -> bool:
+    """Return whether graphs run block by block: whether the extension in C was built with the package."""
+    return library() is not None

@@ -16,8 +16,16 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 from pyro_flows import _stages
 from pyro_flows._ledger import counted
 from pyro_flows._tensors import Args, Dispatch, Kwargs, Memories, storage_of, tensors_in
-from pyro_flows.graphs.garbage import uncollected
-from pyro_flows.graphs.graph import constant_node, graph_module, new_node, out_of_place, sweep, through_copies, tidy
+from pyro_flows.graphs.graph import (
+    constant_node,
+    graph_module,
+    new_node,
+    out_of_place,
+    sweep,
+    through_copies,
+    tidy,
+    uncollected,
+)
 from pyro_flows.graphs.narrowing import narrow
 from pyro_flows.graphs.operations import Kind, kind_of
 from pyro_flows.graphs.orders import ordered

@@ -12,14 +12,13 @@ import pyro
 import torch
 from pyro import poutine
 from pyro.distributions import ImproperUniform, NanMaskedMultivariateNormal, NanMaskedNormal, Unit
-from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
 from pyro_flows._seeding import seeded
 from pyro_flows.model.batching import apart, quiet
 from pyro_flows.model.bijections import bijection
 from pyro_flows.model.faults import OF_POINTS, Subsampled, at_a_point, is_about_dtypes, where_it_runs
-from pyro_flows.model.handlers import Place, masks_over
+from pyro_flows.model.handlers import Given, Place, masks_over
 from pyro_flows.model.noncentered import moves
 from pyro_flows.model.sites import (
     Keywords,
@@ -34,7 +33,6 @@ from pyro_flows.model.sites import (
     is_data,
     is_deterministic,
     is_enumerated,
-    is_open,
     is_subsample,
     messages,
 )
@@ -289,7 +287,7 @@ def used(run: Callable[[], object], trace: poutine.Trace) -> dict[str, Tensor]:
         for name, site in sites.items():
             has_prior = left_out[name].reshape(left_out[name].shape + (1,) * site["fn"].event_dim)
             values[name] = torch.where(has_prior, site["value"], bijection(site["fn"])(free[name]))
-        with apart(), seeded(0, next(iter(bases.values())).device), pyro.validation_enabled(False), _At(values):
+        with apart(), seeded(0, next(iter(bases.values())).device), pyro.validation_enabled(False), Given(values):
             return torch.as_tensor(poutine.trace(run).get_trace().log_prob_sum())
 
     with at_a_point() as tried, torch.no_grad():
@@ -306,15 +304,3 @@ def used(run: Callable[[], object], trace: poutine.Trace) -> dict[str, Tensor]:
             if slope is not None:
                 found[name] = everything[name] & (slope != 0.0).reshape(*mask.shape, -1).any(-1)
     return found if any(bool(mask.any()) for mask in found.values()) else everything
-
-
-class _At(Messenger):
-    """Give sites that are not observed the values of a run."""
-
-    def __init__(self, values: Mapping[str, Tensor]) -> None:
-        super().__init__()
-        self.values = values
-
-    def _pyro_sample(self, msg: Site) -> None:
-        if is_open(msg) and msg["name"] in self.values:
-            msg["value"] = self.values[msg["name"]]

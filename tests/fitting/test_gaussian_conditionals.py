@@ -10,8 +10,7 @@ import torch
 import pyro_flows as pf
 from pyro_flows._seeding import seeded
 from pyro_flows._stages import PARAMETERIZATION
-from pyro_flows.fitting.gaussian_conditionals import conditionals_flow
-from pyro_flows.fitting.methods import AS_READ, METHODS
+from pyro_flows.fitting.methods import AS_READ, METHODS, conditionals_flow
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.results.dims import coordinate_names
 from pyro_flows.verdict.methods import CONDITIONALS, MCMC

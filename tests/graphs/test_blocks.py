@@ -12,8 +12,8 @@ from torch import Tensor
 from pyro_flows.graphs import points, views, writing
 from pyro_flows.graphs.fused import Fused
 from pyro_flows.graphs.matrices import MATRICES
-from pyro_flows.graphs.native import library
 from pyro_flows.graphs.points import POINTS
+from pyro_flows.graphs.programs import library
 from pyro_flows.graphs.recording import record
 from pyro_flows.graphs.structured import STRUCTURED
 from tests.graphs.block_cases import CASES, MOVED, cube, special

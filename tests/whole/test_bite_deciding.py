@@ -15,7 +15,6 @@ from pyro_flows.fitting import conclude, rounds
 from pyro_flows.flows import recipe
 from pyro_flows.model import charts, noncentered
 from pyro_flows.modes import (
-    barriers,
     climbs,
     missed_modes,
     missed_regions,
@@ -314,7 +313,7 @@ BUGS = [
     (symmetries, "product", "order[place] for place in places", "order[place] for place in order", groups),
     (symmetries, "product", "flip * signs[place]", "signs[place]", groups),
     (symmetric_modes, "_region_about", "image_of(z, symmetry)", "z[:, list(symmetry[0])]", images),
-    (barriers, "are_separated", "- LEVEL", "+ 1e9", valley),
+    (missed_regions, "are_separated", "- LEVEL", "+ 1e9", valley),
     (tempering._Walk, "heat", "(beta - self.beta)", "beta", mass),
     (tempering._Walk, "heat", "(self.log_p - self.log_g)", "self.log_p", mass),
     (tempering._Walk, "move", "torch.rand_like(chance) < chance", "chance == chance", wandering),
