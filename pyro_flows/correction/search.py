@@ -24,7 +24,6 @@ from pyro_flows.modes.under_covered import Space
 from pyro_flows.modes.units import in_units
 from pyro_flows.results.record import Stage
 from pyro_flows.starts.curvature import SMALL_UP_TO
-from pyro_flows.verdict.bridge import bridge_value
 from pyro_flows.verdict.chains import McmcDraws
 from pyro_flows.verdict.deciding import LOOKED_AT_DRAWS, SEARCHED_DRAWS
 from pyro_flows.verdict.psis import psis
@@ -36,6 +35,7 @@ from pyro_flows.verdict.thresholds import (
     R_HAT_OF_SHORT_CHAINS,
     REGION_MASS_SHARE,
 )
+from pyro_flows.verdict.weighing import bridge_value
 
 TOO_LITTLE, MISS = "the chains have too little mass", "the chains miss a mode"  # which longer chains may have
 HELD_OUT = 4  # one superchain of so many

@@ -36,7 +36,7 @@ from pyro_flows.model.sites import Keywords, Model, Positional, coordinates_of, 
 from pyro_flows.posterior.draws import from_draws
 from pyro_flows.posterior.posterior import Posterior
 from pyro_flows.results.dims import coordinate_names
-from pyro_flows.results.methods import method_of
+from pyro_flows.results.methods_text import method_of
 from pyro_flows.results.record import Stage
 from pyro_flows.results.scoring import JUDGING
 from pyro_flows.starts.matching import moved, tells_moments

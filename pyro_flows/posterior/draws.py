@@ -13,7 +13,7 @@ from pyro_flows.guides.autoflow import AutoFlow
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.posterior.posterior import Posterior
 from pyro_flows.results.dims import coordinate_names
-from pyro_flows.results.methods import guide_method
+from pyro_flows.results.methods_text import guide_method
 from pyro_flows.results.record import Stage
 from pyro_flows.results.scoring import beyond_priors, check_memory, infinite_places, pool_of, score_pool
 from pyro_flows.verdict.acceptance import raw_weights

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from pyro_flows.graphs import points, views, writing
-from pyro_flows.graphs.fused import Fused
-from pyro_flows.graphs.matrices import MATRICES
+from pyro_flows.graphs.fused import MATRICES, Fused
 from pyro_flows.graphs.points import POINTS
 from pyro_flows.graphs.programs import library
 from pyro_flows.graphs.recording import record
