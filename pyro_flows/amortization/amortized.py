@@ -30,8 +30,7 @@ from pyro_flows.model.sites import Keywords
 from pyro_flows.model.stack import NotStackable, Stack
 from pyro_flows.posterior.draws import from_draws
 from pyro_flows.posterior.posterior import Posterior
-from pyro_flows.verdict.deciding import POOL, Draw
-from pyro_flows.verdict.mcmc import UNSEARCHED
+from pyro_flows.verdict.deciding import POOL, UNSEARCHED, Draw
 from pyro_flows.verdict.thresholds import ESS_SHARE_EVEN, ESS_SHARE_PROMISING, PREDICTIVE_TAIL
 
 TOGETHER = 2**19  # numbers of data and draws that are handled at once

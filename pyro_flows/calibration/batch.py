@@ -12,7 +12,7 @@ import torch
 from pyro_flows import _stages
 from pyro_flows._seeding import derive, seeded
 from pyro_flows._threads import few_threads
-from pyro_flows.fitting.conclude import conclude
+from pyro_flows.fitting.fit import conclude
 from pyro_flows.fitting.flow_training import begin
 from pyro_flows.fitting.laplace_grid import AT_ONCE as GRID_AT_ONCE
 from pyro_flows.fitting.methods import AT_ONCE
@@ -31,14 +31,12 @@ from pyro_flows.modes.missed_modes import missed_together
 from pyro_flows.modes.tables import Table, flow_along
 from pyro_flows.posterior.posterior import Posterior
 from pyro_flows.results.record import Stage
-from pyro_flows.starts.matching import matched
-from pyro_flows.starts.portfolio import starts_together
+from pyro_flows.starts.portfolio import matched, starts_together
 from pyro_flows.starts.start import Start
 from pyro_flows.training.lockstep import Lockstep, train_together
 from pyro_flows.training.loop import STEP_SIZE, Training
 from pyro_flows.verdict import thresholds
-from pyro_flows.verdict.acceptance import shift_is_noise
-from pyro_flows.verdict.deciding import LOOKED_AT_DRAWS
+from pyro_flows.verdict.deciding import LOOKED_AT_DRAWS, shift_is_noise
 from pyro_flows.verdict.weighing import Weighing
 
 TOGETHER, NUMBERS = 128, 2**20  # data sets side by side at most, and numbers that a step of all handles

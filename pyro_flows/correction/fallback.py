@@ -26,9 +26,8 @@ from pyro_flows.model.log_density import LogDensity
 from pyro_flows.results.record import Recorded
 from pyro_flows.results.scoring import LASTING
 from pyro_flows.starts.curvature import SMALL_UP_TO
-from pyro_flows.verdict.acceptance import raw_weights
 from pyro_flows.verdict.chains import McmcDiagnostics, McmcDraws, objections
-from pyro_flows.verdict.deciding import LOOKED_AT_DRAWS
+from pyro_flows.verdict.deciding import LOOKED_AT_DRAWS, raw_weights
 from pyro_flows.verdict.thresholds import ESS_OF_MCMC, R_HAT_CONVERGED
 
 ATTEMPT = 600_000  # gradients of chains, in the place of training or after it

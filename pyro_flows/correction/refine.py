@@ -16,10 +16,10 @@ from pyro_flows._progress import Bar
 from pyro_flows._seeding import derive, seeded
 from pyro_flows._threads import few_threads
 from pyro_flows._turns import alone
+from pyro_flows.correction.hmc import anneal
 from pyro_flows.correction.judging import Work, concluded
 from pyro_flows.correction.latent import Latent
 from pyro_flows.correction.sampler import CHAINS, HAMILTONIAN, MICROCANONICAL, SUBCHAINS, Sampler
-from pyro_flows.correction.smc import anneal
 from pyro_flows.correction.starts import NoStart, can_be_resumed, dispersed_points, flow_of
 from pyro_flows.flows.mixture import FlowMixture
 from pyro_flows.model.unchanged import identity

@@ -23,8 +23,7 @@ from pyro_flows.starts.start import CLOSE, Start, divergence
 from pyro_flows.training.convergence import Monitor
 from pyro_flows.training.loop import BATCH, STEP_SIZE, WARM_UP, Budget, Check, Look, train
 from pyro_flows.training.trainer import Trainer
-from pyro_flows.verdict.acceptance import acceptable_gap, shift_is_noise
-from pyro_flows.verdict.deciding import LOOKED_AT_DRAWS
+from pyro_flows.verdict.deciding import LOOKED_AT_DRAWS, acceptable_gap, shift_is_noise
 from pyro_flows.verdict.thresholds import EVIDENCE_GAP_OF_TRIALS, SHIFT_SEEN, SHIFT_SEEN_IN_TRAINING
 
 STEP_SIZES = (STEP_SIZE, 3e-3)

@@ -39,10 +39,9 @@ from pyro_flows.results.dims import coordinate_names
 from pyro_flows.results.methods_text import method_of
 from pyro_flows.results.record import Stage
 from pyro_flows.results.scoring import JUDGING
-from pyro_flows.starts.matching import moved, tells_moments
+from pyro_flows.starts.portfolio import moved, tells_moments
 from pyro_flows.starts.start import Start
-from pyro_flows.verdict.deciding import POOL, Draw
-from pyro_flows.verdict.mcmc import UNSEARCHED
+from pyro_flows.verdict.deciding import POOL, UNSEARCHED, Draw
 from pyro_flows.verdict.thresholds import (
     ESS_SHARE_LEAST,
     ESS_SHARE_PROMISING,

@@ -27,8 +27,7 @@ from pyro_flows.modes.missed_modes import Search
 from pyro_flows.modes.tables import flow_along
 from pyro_flows.modes.truncated_tails import with_truncated_tails
 from pyro_flows.starts.start import Start
-from pyro_flows.verdict.acceptance import weights_correct
-from pyro_flows.verdict.deciding import JUDGED_DRAWS, LOOKED_AT_DRAWS
+from pyro_flows.verdict.deciding import JUDGED_DRAWS, LOOKED_AT_DRAWS, weights_correct
 from pyro_flows.verdict.methods import GRID
 from pyro_flows.verdict.thresholds import ESS_SHARE_PROMISING
 

@@ -38,8 +38,7 @@ from pyro_flows.results.dims import coordinate_names
 from pyro_flows.results.record import Stage
 from pyro_flows.starts.coordinates import climbed
 from pyro_flows.starts.prior import prior_draws, spread_of
-from pyro_flows.verdict.acceptance import shift_is_noise
-from pyro_flows.verdict.deciding import JUDGED_DRAWS, LOOKED_AT_DRAWS, SEARCHED_DRAWS
+from pyro_flows.verdict.deciding import JUDGED_DRAWS, LOOKED_AT_DRAWS, SEARCHED_DRAWS, shift_is_noise
 from pyro_flows.verdict.methods import CONDITIONALS, GAUSSIAN, GRID, INDEPENDENT, MCMC, MIXTURE, TRAINED
 from pyro_flows.verdict.thresholds import ESS_OF_MCMC, ESS_SHARE_COLLAPSED, ESS_SHARE_PROMISING
 

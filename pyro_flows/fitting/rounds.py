@@ -14,8 +14,14 @@ from pyro_flows.model.log_density import LogDensity
 from pyro_flows.results.record import Stage
 from pyro_flows.training.loop import BATCH, STEP_SIZE, Training
 from pyro_flows.training.trainer import Trainer
-from pyro_flows.verdict.acceptance import nothing_to_gain, raw_weights, status_of
-from pyro_flows.verdict.deciding import COMPARED_DRAWS, JUDGED_DRAWS, LOOKED_AT_DRAWS
+from pyro_flows.verdict.deciding import (
+    COMPARED_DRAWS,
+    JUDGED_DRAWS,
+    LOOKED_AT_DRAWS,
+    nothing_to_gain,
+    raw_weights,
+    status_of,
+)
 from pyro_flows.verdict.thresholds import (
     ESS_SHARE_EVEN,
     ESS_SHARE_GOOD,

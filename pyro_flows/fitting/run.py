@@ -19,8 +19,7 @@ from pyro_flows.modes.propriety import improper_tails
 from pyro_flows.results.record import Stage
 from pyro_flows.starts.charting import choose_charts
 from pyro_flows.starts.coordinates import choose_coordinates
-from pyro_flows.starts.matching import matched
-from pyro_flows.starts.portfolio import portfolio
+from pyro_flows.starts.portfolio import matched, portfolio
 from pyro_flows.starts.prior import PRIOR_DRAWS, possible_points, prior_draws, spread_of
 from pyro_flows.starts.start import CLOSE, Start, standard
 

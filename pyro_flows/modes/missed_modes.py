@@ -36,8 +36,7 @@ from pyro_flows.starts.pathfinder import Paths, pathfinder
 from pyro_flows.starts.portfolio import SEARCHES_UNBATCHED
 from pyro_flows.starts.prior import SEARCHES, prior_draws
 from pyro_flows.starts.start import Start
-from pyro_flows.verdict.own_values import element
-from pyro_flows.verdict.weighing import resample
+from pyro_flows.verdict.weighing import element, resample
 
 
 @dataclass(frozen=True)

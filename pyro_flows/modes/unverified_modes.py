@@ -15,9 +15,9 @@ from pyro_flows.modes.missed_regions import Guide, MissedRegion, is_resolved
 from pyro_flows.modes.tempering import SLOWLY, Tempered, log_mean, temper
 from pyro_flows.modes.tops import MODE_REACHES, NEGLIGIBLE_GAIN, NEWTON
 from pyro_flows.modes.units import in_units
+from pyro_flows.starts.climb import newton
 from pyro_flows.starts.curvature import inverse_roots, lower_triangular
 from pyro_flows.starts.gaussians import Gaussians
-from pyro_flows.starts.laplace import newton
 from pyro_flows.starts.pathfinder import Paths
 from pyro_flows.starts.start import Start
 from pyro_flows.verdict.thresholds import (

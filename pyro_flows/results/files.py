@@ -36,7 +36,7 @@ from pyro_flows.results.dims import Labeling, coordinate_names
 from pyro_flows.results.methods_text import guide_method
 from pyro_flows.results.record import Record
 from pyro_flows.verdict.chains import McmcDiagnostics, McmcDraws
-from pyro_flows.verdict.mcmc import OF_WEIGHTS
+from pyro_flows.verdict.deciding import OF_WEIGHTS
 from pyro_flows.verdict.methods import MCMC
 from pyro_flows.verdict.verdict import Verdict
 

@@ -30,8 +30,7 @@ from pyro_flows.starts.curvature import FULL_HESSIAN_UP_TO, lower_triangular, sc
 from pyro_flows.starts.pathfinder import Paths, pathfinder
 from pyro_flows.starts.prior import PRIOR_DRAWS, path_starts, possible_points, prior_draws, spread_of
 from pyro_flows.starts.start import Start
-from pyro_flows.verdict.acceptance import acceptable_gap, weights_correct
-from pyro_flows.verdict.deciding import COMPARED_DRAWS, ESTIMATED_DRAWS
+from pyro_flows.verdict.deciding import COMPARED_DRAWS, ESTIMATED_DRAWS, acceptable_gap, weights_correct
 from pyro_flows.verdict.thresholds import DENSITY_GAP_OF_LOST
 from pyro_flows.verdict.weighing import weigh
 

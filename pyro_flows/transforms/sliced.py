@@ -8,9 +8,8 @@ import torch
 from torch import Tensor
 
 from pyro_flows import _checks
-from pyro_flows._cubic import between, smooth_slopes
 from pyro_flows.transforms.base import Bijection
-from pyro_flows.transforms.splines import MarginalSpline
+from pyro_flows.transforms.splines import MarginalSpline, between, smooth_slopes
 
 ROWS = 512  # points that are worked on together, at least,
 NUMBERS = 40_000  # and more if they have so few entries of m and L altogether that these stay in the processor's cache

@@ -14,8 +14,7 @@ import torch
 import pyro_flows as pf
 from pyro_flows.fitting import rounds
 from pyro_flows.fitting.combine import _take, compare
-from pyro_flows.fitting.conclude import _in_vain
-from pyro_flows.fitting.fit import default_steps
+from pyro_flows.fitting.fit import _in_vain, default_steps
 from pyro_flows.fitting.flow_training import begin
 from pyro_flows.fitting.multimodal import MultimodalCandidate
 from pyro_flows.fitting.rounds import Round, assess, unweighed

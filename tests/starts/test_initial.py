@@ -12,7 +12,7 @@ import pyro_flows as pf
 from pyro_flows.model.gradients import hessian_diagonals
 from pyro_flows.model.runs import LONG
 from pyro_flows.starts import curvature
-from pyro_flows.starts.laplace import newton
+from pyro_flows.starts.climb import newton
 from pyro_flows.starts.pathfinder import pathfinder, pool
 from pyro_flows.starts.portfolio import along_paths, portfolio
 from pyro_flows.starts.prior import prior_draws

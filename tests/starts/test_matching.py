@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import pyro_flows as pf
-from pyro_flows.starts.matching import NAME, matched
+from pyro_flows.starts.portfolio import NAME, matched
 from pyro_flows.starts.start import Start
 
 
