@@ -88,7 +88,7 @@ EDITS = (
          "variance += 0.0", EVIDENCE),
     Edit("comparison/bridge.py", "_relative_variance(below) / _effective(denominator, chains)",
          "_relative_variance(below) / len(below)", EVIDENCE),
-    Edit("verdict/weighing.py", "new = _log_mean(above) - _log_mean(below)",
+    Edit("verdict/weighing.py", "new = float(log_mean(above) - log_mean(below))",
          "new = _log_mean(below) - _log_mean(above)", EVIDENCE),
     Edit("comparison/evidence.py", "spread * size ** (-0.5 * convergence_rate(k_hat, size))",
          "spread * size ** -0.5", EVIDENCE),

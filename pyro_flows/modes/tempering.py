@@ -10,7 +10,6 @@ Reference: Neal 2001, "Annealed importance sampling" (arXiv physics/9803008).
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import torch
@@ -66,12 +65,6 @@ def move_walkers(density: LogDensity | Stack, z: Tensor, units: Tensor, *, seed:
             walk.step = 10.0 ** (-2.0 * torch.rand_like(walk.log_p))[..., None]
             walk.move()
     return frame.map(walk.x)[0], walk.log_p
-
-
-def log_mean(log_weights: Tensor) -> Tensor:
-    """Return the log of the mean weight, weights that are not finite being zero: a log mass."""
-    usable = torch.where(torch.isfinite(log_weights), log_weights, -torch.inf)
-    return torch.logsumexp(usable, -1) - math.log(usable.shape[-1])
 
 
 class _Walk:

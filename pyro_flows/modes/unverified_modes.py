@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pyro_flows._seeding import derive
 from pyro_flows.modes.missed_regions import Guide, MissedRegion, is_resolved
-from pyro_flows.modes.tempering import SLOWLY, Tempered, log_mean, temper
+from pyro_flows.modes.tempering import SLOWLY, Tempered, temper
 from pyro_flows.modes.tops import MODE_REACHES, NEGLIGIBLE_GAIN, NEWTON
 from pyro_flows.modes.units import in_units
 from pyro_flows.starts.climb import newton
@@ -26,6 +26,7 @@ from pyro_flows.verdict.thresholds import (
     MASS_GAP_OF_TEMPERING,
     MISSED_MASS_SHARE,
 )
+from pyro_flows.verdict.weighing import log_mean
 
 CURVED_UP_TO = 2**19  # dimensions times the numbers of one evaluation, for Hessians: seconds for all places together
 UNWEIGHED = (

@@ -201,7 +201,7 @@ def bridge_value(at_p: Tensor, at_q: Tensor, share: float) -> tuple[float, bool]
     value, settled = 0.0, False
     for _ in range(1000):
         above, below = bridge_terms(at_p, at_q, value, share)
-        new = _log_mean(above) - _log_mean(below)
+        new = float(log_mean(above) - log_mean(below))
         settled = abs(new - value) < 1e-10  # nats
         value = new
         if settled or not math.isfinite(value):
@@ -216,8 +216,10 @@ def bridge_terms(at_p: Tensor, at_q: Tensor, value: float, share: float) -> tupl
     return at_q - torch.logaddexp(log_p_share + at_q, other_q), -torch.logaddexp(log_p_share + at_p, other_p)
 
 
-def _log_mean(logs: Tensor) -> float:
-    return float(torch.logsumexp(logs, 0)) - math.log(len(logs))
+def log_mean(log_weights: Tensor) -> Tensor:
+    """Return the log of the mean weight, weights that are not finite being zero: a log mass."""
+    usable = torch.where(torch.isfinite(log_weights), log_weights, -torch.inf)
+    return torch.logsumexp(usable, -1) - math.log(usable.shape[-1])
 
 
 # by how much changes (V,) exceed errors, and what is changed at one place, and by how much, in words
