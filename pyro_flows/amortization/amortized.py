@@ -22,7 +22,7 @@ from pyro_flows.amortization import files
 from pyro_flows.amortization.building import simulate, stacked
 from pyro_flows.amortization.form import Form, Scale, bound, ess_share
 from pyro_flows.amortization.networks import Conditional
-from pyro_flows.calibration.cases import Case
+from pyro_flows.calibration.wiring import Case
 from pyro_flows.flows.flow import Flow
 from pyro_flows.guides.autoflow import AutoFlow
 from pyro_flows.model.log_density import LogDensity

@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten
 
-from pyro_flows.calibration.cases import Case
-from pyro_flows.calibration.wiring import Wiring
+from pyro_flows.calibration.wiring import Case, Wiring
 from pyro_flows.density_estimation.standardizing import tails
 from pyro_flows.model.arguments import usable
 from pyro_flows.model.sites import Keywords, Model, Site, Structure, messages

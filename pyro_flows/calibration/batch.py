@@ -16,10 +16,9 @@ from pyro_flows.fitting.fit import conclude
 from pyro_flows.fitting.flow_training import begin
 from pyro_flows.fitting.laplace_grid import AT_ONCE as GRID_AT_ONCE
 from pyro_flows.fitting.methods import AT_ONCE
-from pyro_flows.fitting.plan import LIGHTER, Plan
 from pyro_flows.fitting.rounds import Round, unweighed, weighed
 from pyro_flows.fitting.run import prepare
-from pyro_flows.fitting.state import FitState
+from pyro_flows.fitting.state import LIGHTER, FitState, Plan
 from pyro_flows.flows.flow import Flow
 from pyro_flows.flows.parts import affine_base_of
 from pyro_flows.flows.recipe import set_df, start_at
@@ -31,8 +30,8 @@ from pyro_flows.modes.missed_modes import missed_together
 from pyro_flows.modes.tables import Table, flow_along
 from pyro_flows.posterior.posterior import Posterior
 from pyro_flows.results.record import Stage
+from pyro_flows.starts.gaussians import Start
 from pyro_flows.starts.portfolio import matched, starts_together
-from pyro_flows.starts.start import Start
 from pyro_flows.training.lockstep import Lockstep, train_together
 from pyro_flows.training.loop import STEP_SIZE, Training
 from pyro_flows.verdict import thresholds

@@ -30,7 +30,7 @@ from pyro_flows.modes.missed_regions import Guide, MissedRegion, are_separated
 from pyro_flows.modes.symmetric_modes import with_symmetric_modes
 from pyro_flows.modes.symmetries import MOVED_DRAWS, SignedPermutation, group, identity, image_of, product
 from pyro_flows.starts.curvature import SMALL_UP_TO
-from pyro_flows.starts.start import Start
+from pyro_flows.starts.gaussians import Start
 from pyro_flows.verdict.chains import McmcDraws
 from pyro_flows.verdict.deciding import LOOKED_AT_DRAWS
 

@@ -32,7 +32,7 @@ from pyro_flows.modes.propriety import improper_tails
 from pyro_flows.modes.symmetries import SignedPermutation, group
 from pyro_flows.results.dims import coordinate_names
 from pyro_flows.results.record import Stage
-from pyro_flows.starts.start import Start
+from pyro_flows.starts.gaussians import Start
 from pyro_flows.verdict.deciding import ESTIMATED_DRAWS, LOOKED_AT_DRAWS, SEARCHED_DRAWS
 from pyro_flows.verdict.psis import psis
 from pyro_flows.verdict.thresholds import EVIDENCE_GAP_OF_RUNS, R_HAT_CONVERGED

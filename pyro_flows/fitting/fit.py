@@ -24,10 +24,9 @@ from pyro_flows.correction.fallback import fallback_sampler, which
 from pyro_flows.correction.search import noted
 from pyro_flows.fitting.combine import combine, drawn, make_runs
 from pyro_flows.fitting.hierarchical import fit_hierarchical
-from pyro_flows.fitting.plan import Plan, as_asked, recipe_for
 from pyro_flows.fitting.ranks import check_alone, ranks
 from pyro_flows.fitting.run import prepare
-from pyro_flows.fitting.state import FitState, Run, Sampler
+from pyro_flows.fitting.state import FitState, Plan, Run, Sampler, as_asked, recipe_for
 from pyro_flows.flows.mixture import FlowMixture
 from pyro_flows.flows.recipe import AUTO, FlowLike
 from pyro_flows.flows.recipe_json import to_json

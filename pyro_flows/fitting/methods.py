@@ -23,9 +23,8 @@ from pyro_flows.correction.untrained import chains_of_gaussian
 from pyro_flows.fitting.flow_training import begin, is_improper, train_flow
 from pyro_flows.fitting.laplace_grid import grid_at_start, grid_comes_first
 from pyro_flows.fitting.multimodal import independent, multimodal
-from pyro_flows.fitting.plan import LIGHTER, SHARE_OF_SECONDS
 from pyro_flows.fitting.rounds import untrained, weighed, weights_collapse
-from pyro_flows.fitting.state import Run
+from pyro_flows.fitting.state import LIGHTER, SHARE_OF_SECONDS, Run
 from pyro_flows.flows.flow import Flow
 from pyro_flows.flows.gaussian_conditionals import marginal_flow, with_tails
 from pyro_flows.flows.parts import affine_base_of

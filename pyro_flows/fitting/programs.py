@@ -19,8 +19,7 @@ from pyro_flows._fallbacks import fallback
 from pyro_flows.correction.latent import Latent, only_finite
 from pyro_flows.flows.flow import Flow
 from pyro_flows.flows.mixture import FlowMixture
-from pyro_flows.guides.autoflow import AutoFlow
-from pyro_flows.guides.known import Drawn
+from pyro_flows.guides.autoflow import AutoFlow, Drawn
 from pyro_flows.model.batching import over_rows, quiet
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.model.sites import Site, messages

@@ -28,7 +28,18 @@ from pyro_flows._journal import evaluated
 from pyro_flows._seeding import seeded
 from pyro_flows._tensors import Args, Dispatch, Function, Kwargs, tensors_in
 from pyro_flows.model.arguments import usable
-from pyro_flows.model.batching import Found, Rows, advice, apart, filled_up, over_rows, pieces, possible_pieces, quiet
+from pyro_flows.model.batching import (
+    Found,
+    Rows,
+    advice,
+    apart,
+    filled_up,
+    over_rows,
+    pieces,
+    possible_pieces,
+    quiet,
+    values_and_grads,
+)
 from pyro_flows.model.faults import (
     Factorizations,
     Faults,
@@ -39,7 +50,6 @@ from pyro_flows.model.faults import (
     place_of,
     where_it_runs,
 )
-from pyro_flows.model.gradients import values_and_grads
 from pyro_flows.model.handlers import Place, Resample, hold, place_all
 from pyro_flows.model.observations import check_values
 from pyro_flows.model.precision import doubled, in_double, in_floats, is_refused, read_in_one_precision

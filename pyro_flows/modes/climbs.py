@@ -26,10 +26,10 @@ from pyro_flows.modes.unverified_modes import (
     worth_measuring,
 )
 from pyro_flows.starts.curvature import lower_triangular
+from pyro_flows.starts.gaussians import Start
 from pyro_flows.starts.pathfinder import Paths, pathfinder
 from pyro_flows.starts.portfolio import SAME_END, SEARCHES_UNBATCHED
 from pyro_flows.starts.prior import prior_draws
-from pyro_flows.starts.start import Start
 from pyro_flows.verdict.deciding import CHECKED, SEARCHED_DRAWS, WEIGHED_DRAWS
 from pyro_flows.verdict.psis import psis
 from pyro_flows.verdict.thresholds import K_HAT_MOST, MISSED_MASS_SHARE

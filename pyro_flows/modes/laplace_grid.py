@@ -34,8 +34,8 @@ from pyro_flows.modes.tables import EMPTY, OUTSIDE, Table
 from pyro_flows.modes.tops import MODE_REACHES, NEGLIGIBLE_GAIN, NEWTON, Tails, Tops, roots_across
 from pyro_flows.modes.under_covered import is_usable
 from pyro_flows.starts.curvature import SMALL_UP_TO, second_derivatives
+from pyro_flows.starts.gaussians import Start
 from pyro_flows.starts.prior import spread_of
-from pyro_flows.starts.start import Start
 from pyro_flows.verdict.deciding import ESTIMATED_DRAWS, SEARCHED_DRAWS
 from pyro_flows.verdict.weighing import resample
 

@@ -19,9 +19,8 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from pyro_flows._tensors import broadcast
-from pyro_flows.model.batching import quiet, where_possible
+from pyro_flows.model.batching import hessians, quiet, values_and_grads, where_possible
 from pyro_flows.model.faults import Undefined
-from pyro_flows.model.gradients import hessians, values_and_grads
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.modes.units import SAME, unit_of_modes, units_of
 from pyro_flows.starts.climb import TICKS, climb

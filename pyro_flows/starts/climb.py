@@ -14,6 +14,7 @@ from pyro_flows.model.stack import Stack
 from pyro_flows.starts.curvature import FULL_HESSIAN_UP_TO, Differentiable, inverse_roots, lower_triangular
 from pyro_flows.starts.gaussians import (
     Gaussians,
+    Start,
     choose,
     compact,
     diagonal_update,
@@ -21,7 +22,6 @@ from pyro_flows.starts.gaussians import (
     newton_step,
     stretch,
 )
-from pyro_flows.starts.start import Start
 from pyro_flows.verdict.thresholds import DENSITY_GAP_OF_LOST
 
 TICKS, FEW_TICKS = 100, 60  # of a path, and of one of many; steps of Newton's method

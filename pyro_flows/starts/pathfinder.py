@@ -24,8 +24,7 @@ from pyro_flows._seeding import derive, seeded
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.model.stack import Stack
 from pyro_flows.starts.climb import TICKS, Climb, Met
-from pyro_flows.starts.gaussians import Gaussians
-from pyro_flows.starts.start import CLOSE
+from pyro_flows.starts.gaussians import CLOSE, Gaussians
 from pyro_flows.verdict.psis import psis
 
 DRAWS = 10  # of a Gaussian on the way; ten times as many of the best one of each path

@@ -16,6 +16,7 @@ from pyro_flows.model.log_density import LogDensity
 from pyro_flows.model.stack import NotStackable, Stack
 from pyro_flows.starts.climb import TICKS, laplace
 from pyro_flows.starts.curvature import FULL_HESSIAN_UP_TO, SMALL_UP_TO, inverse_roots, lower_triangular, scales
+from pyro_flows.starts.gaussians import Start, divergence, standard
 from pyro_flows.starts.pathfinder import pathfinder, pool
 from pyro_flows.starts.prior import (
     PATHS,
@@ -27,7 +28,6 @@ from pyro_flows.starts.prior import (
     spread_of,
     without_noise,
 )
-from pyro_flows.starts.start import Start, divergence, standard
 from pyro_flows.verdict.deciding import COMPARED_DRAWS, JUDGED_DRAWS, LOOKED_AT_DRAWS
 from pyro_flows.verdict.thresholds import ESS_SHARE_EVEN, ESS_SHARE_LEAST, EVIDENCE_GAP_NEGLIGIBLE, K_HAT_MOST
 from pyro_flows.verdict.weighing import Weighing, weigh

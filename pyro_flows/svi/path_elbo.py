@@ -22,8 +22,7 @@ from pyro_flows.graphs import Runner, Stitcher, agree, record
 from pyro_flows.guides.autoflow import AutoFlow
 from pyro_flows.guides.setup import AUTO
 from pyro_flows.guides.store import in_svi
-from pyro_flows.model.batching import quiet
-from pyro_flows.model.gradients import values_and_grads
+from pyro_flows.model.batching import quiet, values_and_grads
 from pyro_flows.model.log_density import LogDensity, PartialLogDensity
 from pyro_flows.objectives import BasePoints, pulled
 from pyro_flows.svi.pace import Pace

@@ -13,8 +13,8 @@ import torch
 import pyro_flows as pf
 from pyro_flows._seeding import seeded
 from pyro_flows.calibration import batch
-from pyro_flows.calibration.cases import Case
 from pyro_flows.calibration.processes import run_all, with_model
+from pyro_flows.calibration.wiring import Case
 from pyro_flows.flows.recipe import latent_recipe, start_at
 from pyro_flows.model.stack import Stack
 from pyro_flows.modes.missed_modes import Search, missed_together

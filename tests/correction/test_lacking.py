@@ -15,7 +15,7 @@ from pyro_flows.correction.search import MISS, OF_CHAINS, TOO_LITTLE, held_out, 
 from pyro_flows.modes import missed_modes
 from pyro_flows.modes.missed_regions import BY_WALKERS, MissedRegion
 from pyro_flows.modes.unverified_modes import UNWEIGHED
-from pyro_flows.starts.start import Start
+from pyro_flows.starts.gaussians import Start
 from tests.correction.test_refine import GOOD
 
 

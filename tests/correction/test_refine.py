@@ -21,7 +21,7 @@ from pyro_flows.correction.search import _Regions, bridge
 from pyro_flows.correction.starts import NoStart, affine_flow, flow_of, starting_points
 from pyro_flows.flows.mixture import FlowMixture
 from pyro_flows.modes.missed_regions import BY_WALKERS, MissedRegion
-from pyro_flows.starts.start import Start
+from pyro_flows.starts.gaussians import Start
 from pyro_flows.verdict import chains as judged
 from pyro_flows.verdict import thresholds
 from pyro_flows.verdict.chains import McmcDiagnostics, objections

@@ -23,7 +23,7 @@ from pyro_flows.flows.mixture import FlowMixture
 from pyro_flows.flows.parts import location_scale
 from pyro_flows.flows.recipe import Recipe, set_df
 from pyro_flows.results.record import Stage
-from pyro_flows.starts.start import Start
+from pyro_flows.starts.gaussians import Start
 from pyro_flows.training.loop import Training
 from pyro_flows.training.trainer import Trainer
 from pyro_flows.transforms import DiagonalAffine

@@ -21,7 +21,7 @@ from pyro_flows.fitting.flow_training import begin
 from pyro_flows.flows.parts import affine_base_of, location_scale
 from pyro_flows.flows.recipe import latent_recipe, set_df
 from pyro_flows.modes.missed_regions import BY_WALKERS, MissedRegion
-from pyro_flows.starts.start import Start
+from pyro_flows.starts.gaussians import Start
 from pyro_flows.training.loop import COOL, STALLED, Budget, Look, train
 from pyro_flows.training.trainer import Trainer
 from pyro_flows.verdict.chains import McmcDiagnostics, McmcDraws

@@ -20,9 +20,8 @@ from pyro_flows.modes.missed_regions import Guide, are_separated
 from pyro_flows.modes.symmetric_modes import _assigned, symmetric_modes_of
 from pyro_flows.modes.unverified_modes import _apart
 from pyro_flows.starts.climb import climb
-from pyro_flows.starts.gaussians import Gaussians
+from pyro_flows.starts.gaussians import Gaussians, Start
 from pyro_flows.starts.pathfinder import Paths, pathfinder
-from pyro_flows.starts.start import Start
 from tests.registry import normal
 
 

@@ -19,8 +19,7 @@ from pyro_flows.modes.missed_modes import missed_modes
 from pyro_flows.modes.missed_regions import Guide
 from pyro_flows.modes.tempering import Tempered, move_walkers, temper
 from pyro_flows.modes.unverified_modes import UnverifiedMode, modes_with_mass
-from pyro_flows.starts.gaussians import Gaussians
-from pyro_flows.starts.start import Start
+from pyro_flows.starts.gaussians import Gaussians, Start
 from pyro_flows.verdict.weighing import log_mean
 from tests.models import real
 from tests.registry import normal
