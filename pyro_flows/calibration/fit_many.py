@@ -22,7 +22,7 @@ from pyro_flows.calibration.checkpoint import Folder
 from pyro_flows.calibration.processes import check_jobs, fit_each
 from pyro_flows.calibration.ranks import STATUSES
 from pyro_flows.calibration.wiring import Case, cases_of, grouped
-from pyro_flows.correction.fallback import which
+from pyro_flows.correction.refine import which
 from pyro_flows.fitting.fit import MAX_STEPS
 from pyro_flows.fitting.state import Plan, as_asked, recipe_for
 from pyro_flows.flows.recipe import AUTO, FlowLike

@@ -21,9 +21,9 @@ from pyro_flows.modes.missed_regions import BY_WALKERS, TRUNCATED_TAIL, Guide, M
 from pyro_flows.modes.symmetries import SignedPermutation
 from pyro_flows.modes.truncated_tails import with_truncated_tails
 from pyro_flows.modes.under_covered import Space
-from pyro_flows.modes.units import in_units
 from pyro_flows.results.record import Stage
 from pyro_flows.starts.curvature import SMALL_UP_TO
+from pyro_flows.starts.prior import in_units
 from pyro_flows.verdict.chains import McmcDraws
 from pyro_flows.verdict.deciding import LOOKED_AT_DRAWS, SEARCHED_DRAWS
 from pyro_flows.verdict.psis import psis

@@ -13,10 +13,10 @@ from torch import Tensor
 from pyro_flows import _stages
 from pyro_flows._ledger import counted
 from pyro_flows._progress import Bar
-from pyro_flows.correction.fallback import ATTEMPT, chains_from, gradient_budget
 from pyro_flows.correction.hmc import exchange_of
 from pyro_flows.correction.judging import around, covered_by, evidence_of
 from pyro_flows.correction.latent import Latent
+from pyro_flows.correction.refine import ATTEMPT, chains_from, gradient_budget
 from pyro_flows.correction.sampler import CHAINS
 from pyro_flows.correction.search import MissedByChains, missed_by_chains
 from pyro_flows.flows.flow import Flow

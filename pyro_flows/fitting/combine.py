@@ -13,8 +13,8 @@ from pyro_flows import _stages
 from pyro_flows._ledger import accepted
 from pyro_flows._mixing import r_hat
 from pyro_flows._seeding import derive, seeded
-from pyro_flows.correction.fallback import chains_miss_mode
 from pyro_flows.correction.judging import around, evidence_of
+from pyro_flows.correction.refine import chains_miss_mode
 from pyro_flows.correction.search import visits_all
 from pyro_flows.fitting.laplace_grid import with_tails_checked
 from pyro_flows.fitting.multimodal import MultimodalCandidate, multimodal

@@ -20,7 +20,7 @@ from pyro_flows._seeding import derive, seeded
 from pyro_flows._threads import few_threads
 from pyro_flows._turns import alone
 from pyro_flows._warnings import outside
-from pyro_flows.correction.fallback import fallback_sampler, which
+from pyro_flows.correction.refine import fallback_sampler, which
 from pyro_flows.correction.search import noted
 from pyro_flows.fitting.combine import combine, drawn, make_runs
 from pyro_flows.fitting.hierarchical import fit_hierarchical

@@ -18,7 +18,7 @@ from pyro_flows import _stages
 from pyro_flows._journal import milestone
 from pyro_flows._ledger import accepted
 from pyro_flows._seeding import derive, seeded
-from pyro_flows.correction.fallback import chains_of_flow
+from pyro_flows.correction.refine import chains_of_flow
 from pyro_flows.correction.untrained import chains_of_gaussian
 from pyro_flows.fitting.flow_training import begin, is_improper, train_flow
 from pyro_flows.fitting.laplace_grid import grid_at_start, grid_comes_first

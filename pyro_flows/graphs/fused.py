@@ -28,11 +28,10 @@ from pyro_flows.graphs.fusion_groups import NUMBERS, FusionGroups, Rule
 from pyro_flows.graphs.graph import copy_graph, graph_module, has_tag, is_aten, is_pure, name_of, sweep
 from pyro_flows.graphs.orders import MASKS
 from pyro_flows.graphs.points import ADD, DIV, IDENTITY, MUL, SQRT, SUB
-from pyro_flows.graphs.programs import library, program
+from pyro_flows.graphs.programs import BLOCK, library, program
 from pyro_flows.graphs.rounding import rounds_alike, rounds_alike_where_tame
 from pyro_flows.graphs.structured import STRUCTURED, side_by_side
 from pyro_flows.graphs.views import STORE, Buffer, Call, Foreign, Given, Product, Unsuited, View, dense, span
-from pyro_flows.graphs.writing import BLOCK
 
 THREADS, LARGE = 4, 2**16  # of torch's, and numbers of an operation in the mean, both at most
 # numbers of a run, and of each call or operation of torch's in it, that are worth a thread

@@ -29,12 +29,11 @@ from pyro_flows.modes.symmetric_modes import with_symmetric_modes
 from pyro_flows.modes.symmetries import MOVED_DRAWS, are_the_same, images, moves, signed_permutation
 from pyro_flows.modes.tempering import Tempered, move_walkers, temper
 from pyro_flows.modes.under_covered import MANY_WALKERS, Space, regions_by_density, under_covered_region
-from pyro_flows.modes.units import units_of
 from pyro_flows.modes.unverified_modes import UNWEIGHED, UnverifiedMode, modes_with_mass, worth_measuring
 from pyro_flows.starts.gaussians import Gaussians, Start
 from pyro_flows.starts.pathfinder import Paths, pathfinder
 from pyro_flows.starts.portfolio import SEARCHES_UNBATCHED
-from pyro_flows.starts.prior import SEARCHES, prior_draws
+from pyro_flows.starts.prior import SEARCHES, prior_draws, units_of
 from pyro_flows.verdict.weighing import element, resample
 
 

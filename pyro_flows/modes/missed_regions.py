@@ -11,10 +11,9 @@ from torch import Tensor
 
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.modes.symmetries import SignedPermutation
-from pyro_flows.modes.units import LEVEL, units_of
 from pyro_flows.starts.climb import TICKS, climb
 from pyro_flows.starts.gaussians import Start
-from pyro_flows.starts.prior import without_noise
+from pyro_flows.starts.prior import LEVEL, units_of, without_noise
 from pyro_flows.verdict.thresholds import DENSITY_GAP_OF_MODES, MISSED_MASS_ERRORS, MISSED_MASS_SHARE
 
 TRUNCATED_TAIL = "short tail"  # name of a start where a marginal goes on beyond the draws

@@ -18,8 +18,8 @@ from torch import Tensor
 from pyro_flows._seeding import seeded
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.model.stack import Stack
-from pyro_flows.modes.units import in_units
 from pyro_flows.starts.gaussians import Gaussians
+from pyro_flows.starts.prior import in_units
 
 POINTS = 48  # for each normal
 TEMPERATURES, SLOWLY = 40, 400

@@ -22,9 +22,9 @@ from pyro_flows._tensors import broadcast
 from pyro_flows.model.batching import hessians, quiet, values_and_grads, where_possible
 from pyro_flows.model.faults import Undefined
 from pyro_flows.model.log_density import LogDensity
-from pyro_flows.modes.units import SAME, unit_of_modes, units_of
 from pyro_flows.starts.climb import TICKS, climb
 from pyro_flows.starts.curvature import differences, inverse_roots_of, lower_triangular
+from pyro_flows.starts.prior import SAME, unit_of_modes, units_of
 
 SUMS, FEW = 16, 2  # at most, and with several results: with more, a model sums over paths, as those of Markov chains do
 _SUMS = (torch.logsumexp, torch.Tensor.logsumexp, torch.special.logsumexp)

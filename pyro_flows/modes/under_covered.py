@@ -25,7 +25,7 @@ from torch import Tensor
 from pyro_flows._seeding import derive, seeded
 from pyro_flows.modes.missed_regions import Guide, MissedRegion, regions_of_walkers
 from pyro_flows.modes.tempering import LEAPS, move_walkers
-from pyro_flows.modes.units import units_of
+from pyro_flows.starts.prior import units_of
 from pyro_flows.verdict.thresholds import (
     DENSITY_GAP_OF_WALKERS,
     ESS_SHARE_LEAST,

@@ -13,9 +13,9 @@ import torch
 
 import pyro_flows as pf
 from pyro_flows import AutoFlow
-from pyro_flows.correction.fallback import which
 from pyro_flows.correction.judging import disagreements
 from pyro_flows.correction.latent import Latent
+from pyro_flows.correction.refine import which
 from pyro_flows.correction.sampler import STATS
 from pyro_flows.correction.search import _Regions, bridge
 from pyro_flows.correction.starts import NoStart, affine_flow, flow_of, starting_points

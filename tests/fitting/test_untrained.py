@@ -11,9 +11,9 @@ import torch
 
 import pyro_flows as pf
 from pyro_flows._progress import Bar
-from pyro_flows.correction.fallback import _gone_on
 from pyro_flows.correction.hmc import microcanonical
 from pyro_flows.correction.latent import Latent
+from pyro_flows.correction.refine import _gone_on
 from pyro_flows.correction.sampler import ROUND, Sampler
 from pyro_flows.correction.search import visits_all
 from pyro_flows.correction.untrained import chains_of_gaussian
