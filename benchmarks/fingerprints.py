@@ -32,7 +32,7 @@ import pyro_flows
 Hashes = NDArray[np.uint32]
 
 PARTS = {
-    "flows": ("flows", "transforms", "_tensors", "_cubic"),
+    "flows": ("flows", "transforms", "_tensors"),
     "density": ("density_estimation",),
     "step": ("graphs", "training", "objectives", "_batches", "_cache", "_tensors"),
     "fit": ("model", "starts", "modes", "verdict", "fitting", "correction", "_mixing", "_seeding", "_tensors"),

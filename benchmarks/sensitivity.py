@@ -88,7 +88,7 @@ def work(task: Task) -> tuple[dict[str, Any], dict[str, str]]:
     """Fit all models with one threshold changed, in this process; return a row, and each model's verdict and method."""
     value = getattr(thresholds, task.name) if task.name != AS_IT_IS else 1.0
     if task.name != AS_IT_IS:
-        import pyro_flows.correction.fallback  # loads what a fit loads
+        import pyro_flows.correction.refine  # loads what a fit loads
         import pyro_flows.fitting.fit  # noqa: F401
 
         put(task.name, changed(task.name, value, task.factor))

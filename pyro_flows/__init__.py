@@ -6,9 +6,8 @@ from typing import TYPE_CHECKING
 
 from pyro_flows import objectives, transforms
 from pyro_flows._warnings import UnreliableWarning
-from pyro_flows.fitting.diagnose import diagnose
+from pyro_flows.fitting.diagnose import diagnose, from_mcmc
 from pyro_flows.fitting.fit import fit
-from pyro_flows.fitting.mcmc import from_mcmc
 from pyro_flows.flows.flow import Flow
 from pyro_flows.flows.images import glow, multiscale_realnvp
 from pyro_flows.flows.signals import waveglow

@@ -25,7 +25,7 @@ from pyro_flows._progress import Bar
 from pyro_flows._seeding import seeded
 from pyro_flows.fitting.fit import MAX_STEPS
 from pyro_flows.fitting.flow_training import race, share
-from pyro_flows.fitting.plan import Plan
+from pyro_flows.fitting.state import Plan
 from pyro_flows.starts.coordinates import choose_coordinates
 from pyro_flows.starts.portfolio import portfolio
 from pyro_flows.training.loop import Budget, train

@@ -20,9 +20,9 @@ from pyro_flows._threads import few_threads
 from pyro_flows._turns import alone
 from pyro_flows.amortization import files
 from pyro_flows.amortization.building import simulate, stacked
-from pyro_flows.amortization.form import Form, Scale, bound, ess_share, log_mean
+from pyro_flows.amortization.form import Form, Scale, bound, ess_share
 from pyro_flows.amortization.networks import Conditional, matched
-from pyro_flows.calibration.cases import Case
+from pyro_flows.calibration.wiring import Case
 from pyro_flows.flows.flow import Flow
 from pyro_flows.guides.autoflow import AutoFlow
 from pyro_flows.model.log_density import LogDensity
@@ -30,9 +30,9 @@ from pyro_flows.model.sites import Keywords
 from pyro_flows.model.stack import NotStackable, Stack
 from pyro_flows.posterior.draws import from_draws
 from pyro_flows.posterior.posterior import Posterior
-from pyro_flows.verdict.deciding import POOL, Draw
-from pyro_flows.verdict.mcmc import UNSEARCHED
+from pyro_flows.verdict.deciding import POOL, UNSEARCHED, Draw
 from pyro_flows.verdict.thresholds import ESS_SHARE_EVEN, ESS_SHARE_PROMISING, PREDICTIVE_TAIL
+from pyro_flows.verdict.weighing import log_mean
 
 TOGETHER = 2**19  # numbers of data and draws that are handled at once
 FEW = 64  # simulations that a loaded model is read with

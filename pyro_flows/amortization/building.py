@@ -12,9 +12,8 @@ from pyro_flows._fallbacks import fallback
 from pyro_flows._seeding import derive, seeded
 from pyro_flows.amortization.form import MEASURED, Form, Scale
 from pyro_flows.amortization.networks import BASE, FLOW, Conditional, Pooled, Shaped, Sorted, Whitened, perceptron
-from pyro_flows.calibration.cases import Case
 from pyro_flows.calibration.simulating import check_model
-from pyro_flows.calibration.wiring import Names, check_wiring, filled, wire
+from pyro_flows.calibration.wiring import Case, Names, check_wiring, filled, wire
 from pyro_flows.density_estimation.standardizing import preprocess
 from pyro_flows.flows.flow import Flow
 from pyro_flows.flows.recipe import VECTOR_BUILDERS

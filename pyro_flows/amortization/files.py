@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import io
 import os
-import pickle
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from pyro_flows._bundles import Bundle, Entries, damaged, plain
+from pyro_flows._bundles import Bundle, Entries, plain
 from pyro_flows._fallbacks import first_line
-from pyro_flows._untrusted import packed
+from pyro_flows._untrusted import packed, reading, unpacked
 from pyro_flows.amortization.building import Read, exchangeable_rows, networks, scale_of
 from pyro_flows.amortization.form import Scale
 from pyro_flows.amortization.networks import Conditional
@@ -22,7 +20,6 @@ from pyro_flows.transforms.fixed import Preprocess
 TENSORS, TEXT = "amortized.pt", "amortized.json"
 FILES = Bundle("amortized posterior", "pyro_flows amortized posterior", TEXT, (TENSORS,))
 COMPARED = 8  # simulations at which a loaded model is compared with the one that was saved
-DAMAGE = (AttributeError, EOFError, LookupError, OSError, RuntimeError, TypeError, pickle.UnpicklingError)
 
 
 def write(path: str | os.PathLike[str], tensors: Entries, text: Entries) -> None:
@@ -32,10 +29,8 @@ def write(path: str | os.PathLike[str], tensors: Entries, text: Entries) -> None
 
 def read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Any]]:
     text, contents = FILES.read(path)
-    try:
-        return torch.load(io.BytesIO(contents[TENSORS]), map_location="cpu", weights_only=True), text
-    except DAMAGE as error:
-        raise ValueError(damaged(path, [TENSORS], f"cannot be read: {first_line(error)}")) from error
+    with reading(path, TENSORS):
+        return unpacked(contents[TENSORS]), text
 
 
 def rebuilt(found: Read, tensors: Entries, settings: Entries, encoder: nn.Module | None) -> tuple[Scale, Conditional]:

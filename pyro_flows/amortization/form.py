@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import cast
@@ -13,8 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten
 
-from pyro_flows.calibration.cases import Case
-from pyro_flows.calibration.wiring import Wiring
+from pyro_flows.calibration.wiring import Case, Wiring
 from pyro_flows.density_estimation.standardizing import tails
 from pyro_flows.model.arguments import usable
 from pyro_flows.model.sites import Keywords, Model, Site, Structure, messages
@@ -187,12 +185,6 @@ def ess_share(log_weights: Tensor) -> float:
     log_weights = torch.where(torch.isfinite(log_weights), log_weights, -torch.inf)
     share = (2.0 * log_weights.logsumexp(0) - (2.0 * log_weights).logsumexp(0)).exp() / len(log_weights)
     return float(share.nan_to_num(nan=0.0))
-
-
-def log_mean(log_weights: Tensor) -> Tensor:
-    """Return the log of the mean of weights along the last axis; -inf for those that are not finite."""
-    finite = torch.where(torch.isfinite(log_weights), log_weights, -torch.inf)
-    return finite.logsumexp(-1) - math.log(log_weights.shape[-1])
 
 
 def tempered(log_weights: Tensor) -> float:

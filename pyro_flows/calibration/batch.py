@@ -12,33 +12,30 @@ import torch
 from pyro_flows import _stages
 from pyro_flows._seeding import derive, seeded
 from pyro_flows._threads import few_threads
-from pyro_flows.fitting.conclude import conclude
+from pyro_flows.fitting.fit import conclude
 from pyro_flows.fitting.flow_training import begin
 from pyro_flows.fitting.laplace_grid import AT_ONCE as GRID_AT_ONCE
 from pyro_flows.fitting.methods import AT_ONCE
-from pyro_flows.fitting.plan import LIGHTER, Plan
 from pyro_flows.fitting.rounds import Round, unweighed, weighed
 from pyro_flows.fitting.run import prepare
-from pyro_flows.fitting.state import FitState
+from pyro_flows.fitting.state import LIGHTER, FitState, Plan
 from pyro_flows.flows.flow import Flow
 from pyro_flows.flows.parts import affine_base_of
 from pyro_flows.flows.recipe import set_df, start_at
 from pyro_flows.model.digits import COMPARED
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.model.stack import NotStackable, Stack
-from pyro_flows.modes.laplace_grid_together import bent, grids_together
+from pyro_flows.modes.laplace_grid import bent, grids_together
+from pyro_flows.modes.missed_modes import missed_together
 from pyro_flows.modes.tables import Table, flow_along
-from pyro_flows.modes.together import missed_together
 from pyro_flows.posterior.posterior import Posterior
-from pyro_flows.results.stage import Stage
-from pyro_flows.starts.matching import matched
-from pyro_flows.starts.start import Start
-from pyro_flows.starts.together import starts_together
+from pyro_flows.results.record import Stage
+from pyro_flows.starts.gaussians import Start
+from pyro_flows.starts.portfolio import matched, starts_together
 from pyro_flows.training.lockstep import Lockstep, train_together
 from pyro_flows.training.loop import STEP_SIZE, Training
 from pyro_flows.verdict import thresholds
-from pyro_flows.verdict.acceptance import shift_is_noise
-from pyro_flows.verdict.deciding import LOOKED_AT_DRAWS
+from pyro_flows.verdict.deciding import LOOKED_AT_DRAWS, shift_is_noise
 from pyro_flows.verdict.weighing import Weighing
 
 TOGETHER, NUMBERS = 128, 2**20  # data sets side by side at most, and numbers that a step of all handles

@@ -17,8 +17,8 @@ from pyro_flows._fallbacks import Tried, first_line
 from pyro_flows._files import replace_file
 from pyro_flows._untrusted import require
 from pyro_flows._warnings import UnreliableWarning
-from pyro_flows.calibration.cases import Case
 from pyro_flows.calibration.ranks import STATUSES, Ranked
+from pyro_flows.calibration.wiring import Case
 from pyro_flows.model.unchanged import digest_of
 from pyro_flows.posterior.posterior import Posterior, load
 

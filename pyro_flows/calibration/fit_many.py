@@ -18,13 +18,13 @@ from pyro_flows._seeding import derive
 from pyro_flows._turns import alone
 from pyro_flows._warnings import outside
 from pyro_flows.calibration.batch import FEWEST, coordinates_for, fit_stack, size_of_batch
-from pyro_flows.calibration.cases import Case, cases_of, grouped
 from pyro_flows.calibration.checkpoint import Folder
 from pyro_flows.calibration.processes import check_jobs, fit_each
 from pyro_flows.calibration.ranks import STATUSES
-from pyro_flows.correction.fallback import which
+from pyro_flows.calibration.wiring import Case, cases_of, grouped
+from pyro_flows.correction.refine import which
 from pyro_flows.fitting.fit import MAX_STEPS
-from pyro_flows.fitting.plan import Plan, as_asked, recipe_for
+from pyro_flows.fitting.state import Plan, as_asked, recipe_for
 from pyro_flows.flows.recipe import AUTO, FlowLike
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.model.observations import warn_if_nothing_observed

@@ -11,7 +11,7 @@ from types import ModuleType
 from typing import TypeVar
 
 from pyro_flows._bundles import Entries
-from pyro_flows.calibration.cases import Case
+from pyro_flows.calibration.wiring import Case
 from pyro_flows.fitting.fit import fit
 from pyro_flows.flows.flow import Flow
 from pyro_flows.flows.mixture import FlowMixture

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pyro_flows._bundles import Entries
 from pyro_flows._seeding import derive, seeded
-from pyro_flows.calibration.cases import Case
+from pyro_flows.calibration.wiring import Case
 from pyro_flows.fitting.diagnose import diagnose
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.model.sites import Model

@@ -15,13 +15,13 @@ from pyro_flows._progress import Bar
 from pyro_flows._seeding import derive
 from pyro_flows._turns import alone
 from pyro_flows._warnings import outside
-from pyro_flows.calibration.cases import Case
 from pyro_flows.calibration.checkpoint import Checkpoint, key_of
 from pyro_flows.calibration.fit_many import Answers, Many, count
 from pyro_flows.calibration.processes import check_jobs, run_all
 from pyro_flows.calibration.ranks import LOG_DENSITY, GuideTask, Ranked, SamplerTask, ranks_of
 from pyro_flows.calibration.result import Calibration
 from pyro_flows.calibration.simulating import Simulated, simulate
+from pyro_flows.calibration.wiring import Case
 from pyro_flows.flows.recipe import AUTO, FlowLike
 from pyro_flows.model.arguments import usable
 from pyro_flows.results.dims import Labels

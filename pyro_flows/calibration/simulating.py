@@ -14,8 +14,7 @@ from torch import Tensor
 from pyro_flows._bundles import Entries
 from pyro_flows._progress import Bar
 from pyro_flows._seeding import derive
-from pyro_flows.calibration.cases import Case
-from pyro_flows.calibration.wiring import Names, check_wiring, filled, wire
+from pyro_flows.calibration.wiring import Case, Names, check_wiring, filled, wire
 from pyro_flows.fitting.fit import fit
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.model.sites import Model, Site, is_data, messages

@@ -15,7 +15,7 @@ from torch import Tensor
 from pyro_flows import _arviz
 from pyro_flows.flows.flow import Flow
 from pyro_flows.model.log_density import LogDensity
-from pyro_flows.verdict.bridge import bridge_terms, bridge_value
+from pyro_flows.verdict.weighing import bridge_terms, bridge_value
 
 DF = 7.0  # of a Student t: the tails of most posteriors lie between it and a normal distribution
 

@@ -16,7 +16,7 @@ from pyro_flows._seeding import derive, seeded
 from pyro_flows._threads import few_threads
 from pyro_flows._turns import alone
 from pyro_flows.comparison.bridge import DF, Bridged, Latent, bridge, enough, finite, fit_proposal
-from pyro_flows.comparison.controls import MOST_NUMBERS
+from pyro_flows.comparison.draws import MOST_NUMBERS
 from pyro_flows.verdict.psis import largest_k, psis
 
 if TYPE_CHECKING:

@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from pyro_flows import _arrays, _arviz, _checks
-from pyro_flows.comparison.controls import Regression
-from pyro_flows.comparison.draws import Draws, every
+from pyro_flows.comparison.draws import Draws, Regression, every
 from pyro_flows.comparison.moving import Space
 from pyro_flows.results import arviz_groups as export
 from pyro_flows.verdict.psis import largest_k, psis

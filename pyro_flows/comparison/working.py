@@ -22,8 +22,7 @@ import torch
 from torch import Tensor
 
 from pyro_flows._progress import unseen
-from pyro_flows.comparison.controls import MOST_NUMBERS
-from pyro_flows.comparison.draws import Draws, can_draw, longer, more, most_draws, price
+from pyro_flows.comparison.draws import MOST_NUMBERS, Draws, can_draw, longer, more, most_draws, price
 from pyro_flows.comparison.moving import Space
 from pyro_flows.comparison.pointwise import (
     Estimates,

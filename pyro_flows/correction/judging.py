@@ -10,9 +10,9 @@ from torch import Tensor
 
 from pyro_flows import _stages
 from pyro_flows._clock import Clock
+from pyro_flows.correction.hmc import Annealed
 from pyro_flows.correction.sampler import Sampler
 from pyro_flows.correction.search import MissedByChains, bridge, held_out, missed_by_chains
-from pyro_flows.correction.smc import Annealed
 from pyro_flows.correction.starts import affine_flow, flow_of
 from pyro_flows.correction.stopping import unresolved
 from pyro_flows.flows.flow import Flow
@@ -20,12 +20,10 @@ from pyro_flows.flows.mixture import FlowMixture
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.modes.propriety import improper_tails
 from pyro_flows.modes.under_covered import is_usable
-from pyro_flows.results.record import Record, Recorded
+from pyro_flows.results.record import Record, Recorded, Stage
 from pyro_flows.results.scoring import LASTING
-from pyro_flows.results.stage import Stage
 from pyro_flows.verdict.chains import McmcDiagnostics, McmcDraws, as_numbers, objections
-from pyro_flows.verdict.deciding import CHECKED, ESTIMATED_DRAWS
-from pyro_flows.verdict.mcmc import UNSEARCHED
+from pyro_flows.verdict.deciding import CHECKED, ESTIMATED_DRAWS, UNSEARCHED
 from pyro_flows.verdict.methods import METHODS
 from pyro_flows.verdict.next_step import IMPROPER
 from pyro_flows.verdict.thresholds import (

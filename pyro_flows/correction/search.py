@@ -16,16 +16,14 @@ from pyro_flows._seeding import derive, seeded
 from pyro_flows.correction.sampler import Sampler
 from pyro_flows.correction.starts import mixes_with_others
 from pyro_flows.model.log_density import LogDensity
-from pyro_flows.modes.barriers import are_separated
 from pyro_flows.modes.missed_modes import Search, missed_modes
-from pyro_flows.modes.missed_regions import BY_WALKERS, TRUNCATED_TAIL, Guide, MissedRegion, to_name
+from pyro_flows.modes.missed_regions import BY_WALKERS, TRUNCATED_TAIL, Guide, MissedRegion, are_separated, to_name
 from pyro_flows.modes.symmetries import SignedPermutation
 from pyro_flows.modes.truncated_tails import with_truncated_tails
 from pyro_flows.modes.under_covered import Space
-from pyro_flows.modes.units import in_units
-from pyro_flows.results.stage import Stage
+from pyro_flows.results.record import Stage
 from pyro_flows.starts.curvature import SMALL_UP_TO
-from pyro_flows.verdict.bridge import bridge_value
+from pyro_flows.starts.prior import in_units
 from pyro_flows.verdict.chains import McmcDraws
 from pyro_flows.verdict.deciding import LOOKED_AT_DRAWS, SEARCHED_DRAWS
 from pyro_flows.verdict.psis import psis
@@ -37,6 +35,7 @@ from pyro_flows.verdict.thresholds import (
     R_HAT_OF_SHORT_CHAINS,
     REGION_MASS_SHARE,
 )
+from pyro_flows.verdict.weighing import bridge_value
 
 TOO_LITTLE, MISS = "the chains have too little mass", "the chains miss a mode"  # which longer chains may have
 HELD_OUT = 4  # one superchain of so many

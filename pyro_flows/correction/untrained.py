@@ -13,10 +13,10 @@ from torch import Tensor
 from pyro_flows import _stages
 from pyro_flows._ledger import counted
 from pyro_flows._progress import Bar
-from pyro_flows.correction.fallback import ATTEMPT, chains_from, gradient_budget
 from pyro_flows.correction.hmc import exchange_of
 from pyro_flows.correction.judging import around, covered_by, evidence_of
 from pyro_flows.correction.latent import Latent
+from pyro_flows.correction.refine import ATTEMPT, chains_from, gradient_budget
 from pyro_flows.correction.sampler import CHAINS
 from pyro_flows.correction.search import MissedByChains, missed_by_chains
 from pyro_flows.flows.flow import Flow
@@ -25,13 +25,12 @@ from pyro_flows.flows.parts import location_scale
 from pyro_flows.flows.recipe import start_at
 from pyro_flows.flows.stacked import Images
 from pyro_flows.model.log_density import LogDensity
-from pyro_flows.modes.barriers import are_separated
 from pyro_flows.modes.missed_modes import mirrored
-from pyro_flows.modes.missed_regions import Guide, MissedRegion
+from pyro_flows.modes.missed_regions import Guide, MissedRegion, are_separated
 from pyro_flows.modes.symmetric_modes import with_symmetric_modes
 from pyro_flows.modes.symmetries import MOVED_DRAWS, SignedPermutation, group, identity, image_of, product
 from pyro_flows.starts.curvature import SMALL_UP_TO
-from pyro_flows.starts.start import Start
+from pyro_flows.starts.gaussians import Start
 from pyro_flows.verdict.chains import McmcDraws
 from pyro_flows.verdict.deciding import LOOKED_AT_DRAWS
 

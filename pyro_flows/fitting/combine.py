@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -10,29 +11,35 @@ from torch import Tensor
 
 from pyro_flows import _stages
 from pyro_flows._ledger import accepted
+from pyro_flows._mixing import r_hat
 from pyro_flows._seeding import derive, seeded
-from pyro_flows.correction.fallback import chains_miss_mode
 from pyro_flows.correction.judging import around, evidence_of
+from pyro_flows.correction.refine import chains_miss_mode
 from pyro_flows.correction.search import visits_all
-from pyro_flows.fitting.agreement import balanced, compare, stage
-from pyro_flows.fitting.guide_space import latent_of
 from pyro_flows.fitting.laplace_grid import with_tails_checked
 from pyro_flows.fitting.multimodal import MultimodalCandidate, multimodal
-from pyro_flows.fitting.rounds import volume_misfit
+from pyro_flows.fitting.programs import latent_of
+from pyro_flows.fitting.rounds import Round, volume_misfit
 from pyro_flows.fitting.run import begin_only, make_run
 from pyro_flows.fitting.state import FitState, Run, Sampler
 from pyro_flows.flows.flow import Flow
 from pyro_flows.flows.mixture import FlowMixture
+from pyro_flows.model.batching import quiet
+from pyro_flows.model.log_density import LogDensity
 from pyro_flows.modes.missed_modes import Search, missed_modes
 from pyro_flows.modes.missed_regions import BY_WALKERS, TRUNCATED_TAIL
 from pyro_flows.modes.propriety import improper_tails
 from pyro_flows.modes.symmetries import SignedPermutation, group
 from pyro_flows.results.dims import coordinate_names
-from pyro_flows.starts.start import Start
-from pyro_flows.verdict.deciding import SEARCHED_DRAWS
+from pyro_flows.results.record import Stage
+from pyro_flows.starts.gaussians import Start
+from pyro_flows.verdict.deciding import ESTIMATED_DRAWS, LOOKED_AT_DRAWS, SEARCHED_DRAWS
+from pyro_flows.verdict.psis import psis
+from pyro_flows.verdict.thresholds import EVIDENCE_GAP_OF_RUNS, R_HAT_CONVERGED
 
 RUNS_ADDED = 7  # at most, one for each mode that is missed
 MAX_COPIES = 128  # of each flow: draws are scored by all of them
+NAMED = 3  # coordinates; the verdict counts the others
 
 
 def make_runs(state: FitState) -> None:
@@ -150,7 +157,7 @@ def _complete(state: FitState) -> None:
         else:
             chains_can = all(region.beside for region in missed) and plan.refine is not None  # so one run is enough
             most = 0 if state.multimodal is not None else 1 if chains_can else RUNS_ADDED
-            if _too_many([*moves, *more]):  # with some of the images, it would miss modes all the same
+            if group([*moves, *more], MAX_COPIES) is None:  # with some of the images, it would miss modes all the same
                 state.sampler, state.copies = state.plain, 1
                 return
             if state.added >= most:
@@ -182,11 +189,6 @@ def _chains_suffice(state: FitState) -> bool:
     return True
 
 
-def _too_many(moves: Sequence[SignedPermutation]) -> bool:
-    """Whether exact symmetries imply more modes than there may be copies."""
-    return bool(moves) and group(moves, MAX_COPIES) is None
-
-
 def _surveyed(state: FitState) -> bool:
     """Try a mixture at all modes of a survey; say whether it became the sampler."""
     plan, density, sampler, search = state.plan, state.density, state.sampler, state.search
@@ -210,8 +212,8 @@ def _copied(state: FitState, moves: Sequence[SignedPermutation]) -> bool:
 
     The density is the same at all images of a point. So all copies have the same mass, and none has to be trained.
     """
-    copies = group(moves, MAX_COPIES) if moves else None
-    if copies is None or state.plain is None:
+    copies = group(moves, MAX_COPIES)
+    if not copies or state.plain is None:
         return False
     state.sampler, state.copies = FlowMixture.copied(state.plain, copies), len(copies)
     return True
@@ -252,7 +254,7 @@ def _missed_mode(state: FitState) -> Start | None:
     sampler: Sampler = outcomes[0].flow
     if len(outcomes) > 1:
         names = coordinate_names(state.density.structure)
-        sampler = FlowMixture.of([outcome.flow for outcome in outcomes], compare(outcomes, names).weights)
+        sampler = FlowMixture.of([outcome.flow for outcome in outcomes], compare(outcomes, names)[1])
     missed = _search(state, sampler).missed
     return missed[0].start if missed else None
 
@@ -260,12 +262,74 @@ def _missed_mode(state: FitState) -> Start | None:
 def _compare(state: FitState) -> None:
     """Compare runs; where they disagree, the sampler becomes their mixture."""
     runs = state.kept
-    agreement = compare([run.best for run in runs if run.best], coordinate_names(state.density.structure))
-    state.history.append(stage(agreement, agreement.weights))
-    if agreement.holds:
+    found, weights = compare([run.best for run in runs if run.best], coordinate_names(state.density.structure))
+    said = {"agree": not found, "disagreements": found, "weights": weights}
+    state.history.append(Stage("comparison of runs", details=said))
+    if not found:
         return
-    state.disagreements = list(agreement.disagreements)
+    state.disagreements = list(found)
     flows = [run.flow() for run in runs]
-    weights = balanced(flows, state.density, agreement.weights)
-    state.history[-1] = stage(agreement, weights)
+    weights = balanced(flows, state.density, weights)
+    state.history[-1] = Stage("comparison of runs", details={**said, "weights": weights})
     state.plain = state.sampler = FlowMixture.of(flows, weights)
+
+
+# whether runs agree, and their mixture if they do not -----------------------------------------------------------------
+
+
+@torch.no_grad()
+def compare(outcomes: Sequence[Round], names: Sequence[str]) -> tuple[list[str], list[float]]:
+    """Compare runs by rank-normalized R-hat over their draws, coordinate by coordinate, and by their log evidence.
+
+    Return what they disagree on, and weights by which to mix them: proportional to the estimated evidence of each run
+    that has one.
+    """
+    draws = torch.stack([outcome.flow().sample((LOOKED_AT_DRAWS,)) for outcome in outcomes])
+    found = disagreements(dict(zip(names, r_hat(draws).tolist(), strict=True)))
+    evidences = torch.tensor([outcome.weighing.log_evidence for outcome in outcomes], dtype=torch.float64)
+    spread = float(evidences.max() - evidences.min())
+    if not spread <= EVIDENCE_GAP_OF_RUNS:
+        found.append(f"log evidences of the runs differ by {spread:.2f} nats")
+    weights = torch.softmax(torch.nan_to_num(evidences, nan=-math.inf), 0)
+    return found, weights.tolist()
+
+
+def disagreements(r_hats: Mapping[str, float]) -> list[str]:
+    """Name the worst coordinates that are above the threshold, and count the others."""
+    above = {name: value for name, value in r_hats.items() if not value <= R_HAT_CONVERGED}
+    worst = sorted(above, key=lambda name: -math.inf if math.isnan(above[name]) else -above[name])
+    found = [f"runs disagree on {name} (R-hat {above[name]:.2f})" for name in worst[:NAMED]]
+    others = len(worst) - len(found)
+    if others:
+        found[-1] += f" and on {others} more coordinate{'s' if others > 1 else ''}"
+    return found
+
+
+@torch.no_grad()
+def balanced(flows: Sequence[Flow], density: LogDensity, weights: Sequence[float]) -> list[float]:
+    r"""Return mixture weights that bring the mixture of ``flows`` as close to the posterior as they can.
+
+    Evidences tell how much each run covers, but not that several runs cover the same. So the weights :math:`a_k`
+    maximize :math:`E_p \log \sum_k a_k q_k`, over importance-weighted draws of all runs, by
+
+    .. math:: a_k \leftarrow \sum_i w_i\, \frac{a_k q_k(z_i)}{\sum_l a_l q_l(z_i)}.
+
+    Cost: 2000 draws of each run, scored by the model and by all runs.
+
+    Reference: Cappé, Douc, Guillin, Marin and Robert 2008, "Adaptive importance sampling in general mixture classes"
+    (arXiv 0710.4242).
+    """
+    z = torch.cat([flow().sample((ESTIMATED_DRAWS,)) for flow in flows])
+    with quiet():  # draws that overflow have no density
+        log_q = torch.stack([flow.log_prob(z) for flow in flows]).double().nan_to_num(nan=-torch.inf)
+    ratios = density(z).double() - (torch.logsumexp(log_q, 0) - math.log(len(flows)))
+    ratios = torch.where(torch.isfinite(ratios), ratios, -torch.inf)
+    found = torch.tensor(weights, dtype=torch.float64, device=z.device)
+    if not bool(torch.isfinite(ratios).any()):
+        return found.tolist()
+    draws = psis(ratios)[0].exp()
+    for _ in range(200):
+        shares = torch.softmax(found.log()[:, None] + log_q, 0).nan_to_num(nan=0.0)
+        found = shares @ draws
+        found = found / found.sum()
+    return found.tolist()

@@ -11,20 +11,18 @@ from torch import Tensor
 
 from pyro_flows import _stages
 from pyro_flows._progress import in_nats
-from pyro_flows.fitting.plan import SHARE_OF_SECONDS
 from pyro_flows.fitting.rounds import assess, weighed
-from pyro_flows.fitting.state import Run
+from pyro_flows.fitting.state import SHARE_OF_SECONDS, Run
 from pyro_flows.flows.flow import Flow
 from pyro_flows.flows.recipe import begin_at
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.modes.propriety import improper_tails
-from pyro_flows.results.stage import Stage
-from pyro_flows.starts.start import CLOSE, Start, divergence
+from pyro_flows.results.record import Stage
+from pyro_flows.starts.gaussians import CLOSE, Start, divergence
 from pyro_flows.training.convergence import Monitor
 from pyro_flows.training.loop import BATCH, STEP_SIZE, WARM_UP, Budget, Check, Look, train
 from pyro_flows.training.trainer import Trainer
-from pyro_flows.verdict.acceptance import acceptable_gap, shift_is_noise
-from pyro_flows.verdict.deciding import LOOKED_AT_DRAWS
+from pyro_flows.verdict.deciding import LOOKED_AT_DRAWS, acceptable_gap, shift_is_noise
 from pyro_flows.verdict.thresholds import EVIDENCE_GAP_OF_TRIALS, SHIFT_SEEN, SHIFT_SEEN_IN_TRAINING
 
 STEP_SIZES = (STEP_SIZE, 3e-3)

@@ -23,8 +23,8 @@ from pyro_flows._progress import Bar
 from pyro_flows._seeding import derive, seeded
 from pyro_flows._warnings import outside
 from pyro_flows.fitting.marginal_density import MarginalDensity
-from pyro_flows.fitting.plan import Plan
 from pyro_flows.fitting.ranks import Followed, RowsOfRank, ranks
+from pyro_flows.fitting.state import Plan
 from pyro_flows.flows.recipe import begin_at, begun_at, set_df
 from pyro_flows.guides.collapsed import FEW_PARTS, FULL_UP_TO, climb
 from pyro_flows.guides.crossed import CrossedMarginal
@@ -36,13 +36,12 @@ from pyro_flows.model.sites import Keywords, Model, Positional, coordinates_of, 
 from pyro_flows.posterior.draws import from_draws
 from pyro_flows.posterior.posterior import Posterior
 from pyro_flows.results.dims import coordinate_names
-from pyro_flows.results.methods import method_of
+from pyro_flows.results.methods_text import method_of
+from pyro_flows.results.record import Stage
 from pyro_flows.results.scoring import JUDGING
-from pyro_flows.results.stage import Stage
-from pyro_flows.starts.matching import moved, tells_moments
-from pyro_flows.starts.start import Start
-from pyro_flows.verdict.deciding import POOL, Draw
-from pyro_flows.verdict.mcmc import UNSEARCHED
+from pyro_flows.starts.gaussians import Start
+from pyro_flows.starts.portfolio import moved, tells_moments
+from pyro_flows.verdict.deciding import POOL, UNSEARCHED, Draw
 from pyro_flows.verdict.thresholds import (
     ESS_SHARE_LEAST,
     ESS_SHARE_PROMISING,

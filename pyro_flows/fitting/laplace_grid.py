@@ -17,18 +17,16 @@ from pyro_flows._seeding import derive, seeded
 from pyro_flows.correction.latent import WRITTEN_DEAR
 from pyro_flows.fitting.flow_training import begin
 from pyro_flows.fitting.multimodal import weighed
-from pyro_flows.fitting.plan import LIGHTER, SHARE_OF_SECONDS, Plan
 from pyro_flows.fitting.rounds import Round, untrained
-from pyro_flows.fitting.state import Run, Sampler
+from pyro_flows.fitting.state import LIGHTER, SHARE_OF_SECONDS, Plan, Run, Sampler
 from pyro_flows.flows.flow import Flow
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.modes.laplace_grid import Marginal, can_have_grid, closer, grids_about
 from pyro_flows.modes.missed_modes import Search
 from pyro_flows.modes.tables import flow_along
 from pyro_flows.modes.truncated_tails import with_truncated_tails
-from pyro_flows.starts.start import Start
-from pyro_flows.verdict.acceptance import weights_correct
-from pyro_flows.verdict.deciding import JUDGED_DRAWS, LOOKED_AT_DRAWS
+from pyro_flows.starts.gaussians import Start
+from pyro_flows.verdict.deciding import JUDGED_DRAWS, LOOKED_AT_DRAWS, weights_correct
 from pyro_flows.verdict.methods import GRID
 from pyro_flows.verdict.thresholds import ESS_SHARE_PROMISING
 

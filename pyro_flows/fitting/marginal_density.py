@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from pyro import poutine
-from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
 from pyro_flows import _checks
@@ -17,8 +16,9 @@ from pyro_flows.guides.crossed import CrossedMarginal
 from pyro_flows.guides.marginal import ALL, Marginal
 from pyro_flows.model.bijections import bijection
 from pyro_flows.model.digits import COMPARED_ONE_BY_ONE
+from pyro_flows.model.handlers import Given
 from pyro_flows.model.log_density import LogDensity
-from pyro_flows.model.sites import Model, Site, coordinates_of, is_open, messages
+from pyro_flows.model.sites import Model, coordinates_of, messages
 
 
 class MarginalDensity(LogDensity):
@@ -115,24 +115,12 @@ class MarginalDensity(LogDensity):
         """Return None: a pass over parts of the data is no graph."""
 
 
-class _Fixed(Messenger):
-    """Run a model with these rows and latents in plates."""
-
-    def __init__(self, fixed: Mapping[str, Tensor]) -> None:
-        super().__init__()
-        self.fixed = fixed
-
-    def _pyro_sample(self, msg: Site) -> None:
-        if is_open(msg) and msg["name"] in self.fixed:
-            msg["value"] = self.fixed[msg["name"]].detach()
-
-
 def _globals_alone(rows: Rows, fixed: Mapping[str, Tensor]) -> Model:
     """Return the model without data and latents in plates, which have these values."""
-    names = [latent.name for latent in rows.latents]
+    names, known = [latent.name for latent in rows.latents], {name: value.detach() for name, value in fixed.items()}
 
     def model(*args: object, **kwargs: object) -> None:
-        with poutine.block(expose=names), _Fixed(fixed):
+        with poutine.block(expose=names), Given(known):
             rows.model(*args, **kwargs)
 
     return model

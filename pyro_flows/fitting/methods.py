@@ -8,35 +8,43 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import NamedTuple
+
+import torch
+from torch import Tensor
 
 from pyro_flows import _stages
 from pyro_flows._journal import milestone
 from pyro_flows._ledger import accepted
-from pyro_flows.correction.fallback import chains_of_flow
+from pyro_flows._seeding import derive, seeded
+from pyro_flows.correction.refine import chains_of_flow
 from pyro_flows.correction.untrained import chains_of_gaussian
 from pyro_flows.fitting.flow_training import begin, is_improper, train_flow
-from pyro_flows.fitting.gaussian_conditionals import conditionals_at_start
 from pyro_flows.fitting.laplace_grid import grid_at_start, grid_comes_first
 from pyro_flows.fitting.multimodal import independent, multimodal
-from pyro_flows.fitting.plan import LIGHTER, SHARE_OF_SECONDS
 from pyro_flows.fitting.rounds import untrained, weighed, weights_collapse
-from pyro_flows.fitting.state import Run
+from pyro_flows.fitting.state import LIGHTER, SHARE_OF_SECONDS, Run
+from pyro_flows.flows.flow import Flow
+from pyro_flows.flows.gaussian_conditionals import marginal_flow, with_tails
 from pyro_flows.flows.parts import affine_base_of
 from pyro_flows.flows.recipe import set_df
+from pyro_flows.model.log_density import LogDensity
+from pyro_flows.modes.conditionals import Conditional, can_have_conditionals, conditional, hyperparameters_of
+from pyro_flows.modes.hyperparameter_marginal import Sample, fit_flow, sampled
 from pyro_flows.modes.population_monte_carlo import can_be_tempered
 from pyro_flows.results.dims import coordinate_names
-from pyro_flows.results.stage import Stage
+from pyro_flows.results.record import Stage
 from pyro_flows.starts.coordinates import climbed
-from pyro_flows.starts.prior import prior_draws
-from pyro_flows.verdict.acceptance import shift_is_noise
-from pyro_flows.verdict.deciding import JUDGED_DRAWS, LOOKED_AT_DRAWS, SEARCHED_DRAWS
+from pyro_flows.starts.prior import prior_draws, spread_of
+from pyro_flows.verdict.deciding import JUDGED_DRAWS, LOOKED_AT_DRAWS, SEARCHED_DRAWS, shift_is_noise
 from pyro_flows.verdict.methods import CONDITIONALS, GAUSSIAN, GRID, INDEPENDENT, MCMC, MIXTURE, TRAINED
-from pyro_flows.verdict.thresholds import ESS_SHARE_COLLAPSED, ESS_SHARE_PROMISING
+from pyro_flows.verdict.thresholds import ESS_OF_MCMC, ESS_SHARE_COLLAPSED, ESS_SHARE_PROMISING
 
 AS_READ, AT_MODES, AT_THE_BEST, AFTER = "as read", "at modes", "at the best start", "after a flow"
 AT_FIRST = 80  # dimensions up to which Gaussian conditionals are tried before chains, which cost less above
 AT_ONCE = "converged: weighting changes no result at the start"
+DONE = "converged: given a few latents, the others are Gaussian"
 SAMPLED_FROM, SAMPLED_UP_TO = 30, 1500  # dimensions in which a sampler is tried before a flow is trained
 
 
@@ -99,11 +107,6 @@ def _is_hierarchical(run: Run) -> bool:
 
 def _few(run: Run) -> bool:
     return run.state.as_read.dim <= AT_FIRST
-
-
-def _no_hierarchy_of_few(run: Run) -> bool:
-    """Whether a model has few dimensions and no hierarchy: for hierarchical ones, this was tried before."""
-    return run.from_scratch and _few(run) and not run.state.as_read.structure.hierarchical
 
 
 # ---- a Gaussian ------------------------------------------------------------------------------------------------------
@@ -218,6 +221,86 @@ def _chains_of_flow(run: Run) -> str | None:
     return None if run.chains is None else "MCMC in the latent space"
 
 
+# ---- Gaussian conditionals -------------------------------------------------------------------------------------------
+
+
+def conditionals_at_start(run: Run) -> str | None:
+    """Try Gaussian conditionals given a few hyperparameters of the model as it was read, before any training.
+
+    These are scales of a hierarchy, of a random walk or of errors of measurement, each with a funnel. All other
+    latents, up to thousands, are integrated out exactly. A density of a few coordinates is left: see
+    ``modes/conditionals.py`` and ``modes/hyperparameter_marginal.py``.
+
+    The run takes draws that weights correct: only the density of the hyperparameters was fitted. Then coordinates that
+    were chosen since the model was read are dropped.
+    """
+    plan, density = run.plan, run.state.as_read
+    if not plan.open or not can_have_conditionals(density):
+        return None
+    seed = derive(run.seed, "coordinates held")
+    with plan.clock.part(CONDITIONALS, share=SHARE_OF_SECONDS), seeded(seed, density.device):
+        found = conditionals_flow(density, seed=run.seed)
+        if found is None:
+            return None
+        flow, held = found
+        outcome = untrained(CONDITIONALS, flow, density, 0.0, DONE)
+        names = coordinate_names(density.structure)
+        details = {**outcome.stage.details, "held": [names[number] for number in held]}
+        if outcome.enough or outcome.corrected:
+            run.state.go_back()
+            run.modes, run.history = [], []
+            run.take(replace(outcome, stage=replace(outcome.stage, details=details)))
+            return CONDITIONALS
+    return None
+
+
+def conditionals_flow(density: LogDensity, *, seed: int) -> tuple[Flow, list[int]] | None:
+    """Return a flow of hyperparameters and normal others, and these coordinates; None if there are none.
+
+    Four layers for two coordinates, and tails with less than 30 degrees of freedom, made draws far beyond all mass.
+
+    Cost: a hundred Hessians, and ten thousand densities. Randomness is torch's global one.
+    """
+    draws = prior_draws(density, 500, seed=seed)
+    middle, spread = draws.median(0).values, spread_of(draws)
+    held = hyperparameters_of(density, middle + 0.5 * spread * torch.randn(2, len(middle)).to(middle))
+    if not held:
+        return None
+    found = _found(density, held, middle[held].double(), spread[held].double())
+    if found is None:
+        return None
+    given, sample = found
+    flow = given.flow(4 if len(held) > 2 else 2)
+    fit_flow(*marginal_flow(with_tails(flow, 30.0), sample.loc, sample.root), given.marginal, sample)
+    return flow.to(density.dtype), held
+
+
+@torch.no_grad()
+def _found(
+    density: LogDensity, held: list[int], middle: Tensor, spread: Tensor
+) -> tuple[Conditional, Sample] | None:  # fmt: skip
+    """Return the conditionals and draws of the hyperparameters, at which the conditionals were checked.
+
+    A posterior may lie where a function matters that contributed nothing near the middle of the prior.
+    """
+    loc, root, scale = middle, torch.diag(spread), spread.clamp_max(1.0)
+    for _ in range(3):  # each from the moments of the last draws
+        given = conditional(density, held, middle, scale)
+        if given is None:
+            return None
+        sample = sampled(given.marginal, loc, root)
+        if sample is None or sample.effective < ESS_OF_MCMC:
+            return None
+        chosen = torch.multinomial(sample.weights, 8, replacement=True)
+        if given.holds(sample.theta[chosen]):
+            return given, sample
+        loc, root, middle = sample.loc, sample.root, sample.loc
+        scale = torch.maximum(root.norm(dim=1), 0.3 * scale)
+    return None
+
+
+# ---- the table -------------------------------------------------------------------------------------------------------
+
 METHODS = (
     Method(GRID, AS_READ, _is_hierarchical, _grid_of_hierarchy),
     Method(CONDITIONALS, AS_READ, lambda run: _is_hierarchical(run) and _few(run), conditionals_at_start),
@@ -226,7 +309,12 @@ METHODS = (
     Method(INDEPENDENT, AT_THE_BEST, lambda run: run.from_scratch and run.plan.open, _independent),
     Method(GRID, AT_THE_BEST, lambda run: run.from_scratch and not _is_hierarchical(run), _grid_at_best),
     Method(MIXTURE, AT_THE_BEST, _survey_is_cheap, _mixture),
-    Method(CONDITIONALS, AT_THE_BEST, _no_hierarchy_of_few, conditionals_at_start),
+    Method(  # for hierarchical models of few dimensions, this was tried before
+        CONDITIONALS,
+        AT_THE_BEST,
+        lambda run: run.from_scratch and _few(run) and not run.state.as_read.structure.hierarchical,
+        conditionals_at_start,
+    ),
     Method(MCMC, AT_THE_BEST, _chains_come_first, _chains_of_gaussian),
     Method(CONDITIONALS, AT_THE_BEST, lambda run: run.from_scratch and not _few(run), conditionals_at_start),
     Method(TRAINED, AT_THE_BEST, lambda run: True, train_flow),

@@ -23,11 +23,10 @@ from pyro_flows.model.log_density import LogDensity
 from pyro_flows.modes.population_monte_carlo import Generation, Parts, begun, can_be_tempered, fitted, tempered_mixture
 from pyro_flows.modes.separable import is_separable, marginals
 from pyro_flows.modes.survey import ROUNDS, Survey, can_be_surveyed, climbed_from, has_new, survey
-from pyro_flows.modes.units import units_of
-from pyro_flows.results.stage import Stage
-from pyro_flows.starts.start import Start
-from pyro_flows.verdict.acceptance import weights_correct
-from pyro_flows.verdict.deciding import LOOKED_AT_DRAWS
+from pyro_flows.results.record import Stage
+from pyro_flows.starts.gaussians import Start
+from pyro_flows.starts.prior import units_of
+from pyro_flows.verdict.deciding import LOOKED_AT_DRAWS, weights_correct
 from pyro_flows.verdict.methods import INDEPENDENT, MIXTURE, TABULATED
 from pyro_flows.verdict.psis import psis
 from pyro_flows.verdict.thresholds import ESS_SHARE_COLLAPSED, ESS_SHARE_PROMISING

@@ -11,11 +11,18 @@ import torch
 from pyro_flows import _stages
 from pyro_flows.flows.flow import Flow
 from pyro_flows.model.log_density import LogDensity
-from pyro_flows.results.stage import Stage
+from pyro_flows.results.record import Stage
 from pyro_flows.training.loop import BATCH, STEP_SIZE, Training
 from pyro_flows.training.trainer import Trainer
-from pyro_flows.verdict.acceptance import nothing_to_gain, raw_weights, status_of, weights_correct
-from pyro_flows.verdict.deciding import COMPARED_DRAWS, JUDGED_DRAWS, LOOKED_AT_DRAWS
+from pyro_flows.verdict.deciding import (
+    COMPARED_DRAWS,
+    JUDGED_DRAWS,
+    LOOKED_AT_DRAWS,
+    nothing_to_gain,
+    raw_weights,
+    status_of,
+    weights_correct,
+)
 from pyro_flows.verdict.thresholds import (
     ESS_SHARE_EVEN,
     ESS_SHARE_GOOD,

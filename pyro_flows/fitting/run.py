@@ -12,17 +12,15 @@ from pyro_flows import _stages
 from pyro_flows._seeding import seeded
 from pyro_flows.fitting.flow_training import begin
 from pyro_flows.fitting.methods import AFTER, AS_READ, AT_MODES, AT_THE_BEST, answered
-from pyro_flows.fitting.plan import SHARE_OF_SECONDS, tails
-from pyro_flows.fitting.state import Run
+from pyro_flows.fitting.state import SHARE_OF_SECONDS, Run, tails
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.modes.propriety import improper_tails
-from pyro_flows.results.stage import Stage
+from pyro_flows.results.record import Stage
 from pyro_flows.starts.charting import choose_charts
 from pyro_flows.starts.coordinates import choose_coordinates
-from pyro_flows.starts.matching import matched
-from pyro_flows.starts.portfolio import portfolio
+from pyro_flows.starts.gaussians import CLOSE, Start, standard
+from pyro_flows.starts.portfolio import matched, portfolio
 from pyro_flows.starts.prior import PRIOR_DRAWS, possible_points, prior_draws, spread_of
-from pyro_flows.starts.start import CLOSE, Start, standard
 
 COORDINATES_SHARE = 0.4  # of the seconds that are left, if there is a bound
 

@@ -13,8 +13,8 @@ from pyro_flows.flows.recipe import build, of_mixtures, start_at, with_affine
 from pyro_flows.flows.vectors import realnvp
 from pyro_flows.flows.vectors import spline as splines
 from pyro_flows.transforms import Compose, DiagonalAffine
-from pyro_flows.transforms.marginal import MarginalSpline
 from pyro_flows.transforms.nested import Nested
+from pyro_flows.transforms.splines import MarginalSpline
 
 BINS, BOUND = 64, 6.5  # of the spline from a normal base to a Student-t distribution
 FAR, FINE = 9.0, 8001  # how far that is tabulated, as powers of e, and by how many values

@@ -12,7 +12,7 @@ from pyro_flows.flows.flow import Flow
 from pyro_flows.flows.mixture import Component, FlowMixture
 from pyro_flows.flows.recipe import affine_of, build, of_mixtures
 from pyro_flows.transforms import Bijection, DiagonalAffine, LowerTriangularAffine
-from pyro_flows.transforms.marginal import MarginalSpline
+from pyro_flows.transforms.splines import MarginalSpline
 
 CLOSE = 2e-5  # in the base: values of a table that are closer make no knot
 DEEP = 16.0  # nats below the top, up to which knots follow the log density

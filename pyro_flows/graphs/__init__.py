@@ -13,8 +13,8 @@ True
 """
 
 from pyro_flows.graphs.graph import Stitcher
-from pyro_flows.graphs.native import interpreter_is_built
 from pyro_flows.graphs.partitioning import partition
+from pyro_flows.graphs.programs import interpreter_is_built
 from pyro_flows.graphs.recorder import Recorder, RecorderState
 from pyro_flows.graphs.recording import record, refuse_recording
 from pyro_flows.graphs.rounding import agree

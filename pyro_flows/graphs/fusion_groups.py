@@ -22,8 +22,8 @@ from torch.fx.node import Argument
 
 from pyro_flows._tensors import storage_of
 from pyro_flows.graphs.graph import int_at, is_aten, node_at, operation_of
-from pyro_flows.graphs.operations import kind_of
 from pyro_flows.graphs.points import COMPARED, FLOATS, IDENTITY, POINTS, Operand, is_truth
+from pyro_flows.graphs.recording import kind_of
 from pyro_flows.graphs.views import (
     STORE,
     Buffer,

@@ -5,7 +5,8 @@ from __future__ import annotations
 import operator
 from collections import defaultdict
 from collections.abc import Callable, Mapping
-from typing import cast
+from functools import cache
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, fx, nn
@@ -16,10 +17,18 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 from pyro_flows import _stages
 from pyro_flows._ledger import counted
 from pyro_flows._tensors import Args, Dispatch, Kwargs, Memories, storage_of, tensors_in
-from pyro_flows.graphs.garbage import uncollected
-from pyro_flows.graphs.graph import constant_node, graph_module, new_node, out_of_place, sweep, through_copies, tidy
+from pyro_flows.graphs.graph import (
+    LIKE,
+    constant_node,
+    graph_module,
+    new_node,
+    out_of_place,
+    sweep,
+    through_copies,
+    tidy,
+    uncollected,
+)
 from pyro_flows.graphs.narrowing import narrow
-from pyro_flows.graphs.operations import Kind, kind_of
 from pyro_flows.graphs.orders import ordered
 from pyro_flows.graphs.vectorizing import vectorize
 from pyro_flows.graphs.written import resolve
@@ -28,6 +37,48 @@ FOLDED = 2**16  # numbers in a constant that may be computed from smaller ones
 ALIKE = 2**12  # numbers in a constant that is compared with others
 
 _TAG = "_pyro_flows_recorded"
+_aten = torch.ops.aten
+_NEW = frozenset(f"aten::new_{name}" for name in ("zeros", "ones", "full", "empty", "empty_strided"))
+_BY_SHAPE = _NEW.union(f"aten::{name}" for name in LIKE)
+
+
+class Kind(NamedTuple):
+    """What is to be known of an operation."""
+
+    composite: bool  # made of others
+    same: bool  # returns its input
+    random: bool
+    by_shape: bool  # the values of its inputs do not count
+    new: bool  # a new tensor of the dtype and device of its input
+    view: bool  # shares memory with its input
+    written: tuple[bool, ...]  # which arguments it changes
+    named: tuple[str, ...]  # and which of those with names
+
+    @property
+    def mutable(self) -> bool:
+        return any(self.written) or bool(self.named)
+
+
+def _has_kernel(operation: OpOverload, key: str) -> bool:
+    return bool(torch._C._dispatch_has_kernel_for_dispatch_key(operation.name(), key))
+
+
+@cache
+def kind_of(operation: OpOverload) -> Kind:
+    """Return what is to be known of one of torch's operations."""
+    schema = operation._schema
+    arguments = schema.arguments
+    written = [part.alias_info is not None and part.alias_info.is_write for part in arguments]
+    return Kind(
+        composite=_has_kernel(operation, "CompositeImplicitAutograd") and not _has_kernel(operation, "CPU"),
+        same=operation in (_aten.detach.default, _aten.alias.default),
+        random=torch.Tag.nondeterministic_seeded in operation.tags,
+        by_shape=schema.name in _BY_SHAPE,
+        new=schema.name in _NEW,
+        view=any(part.alias_info is not None for part in schema.returns),
+        written=tuple(one for one, part in zip(written, arguments, strict=True) if not part.kwarg_only),
+        named=tuple(part.name for one, part in zip(written, arguments, strict=True) if one and part.kwarg_only),
+    )
 
 
 class DependsOnValues(RuntimeError):

@@ -14,7 +14,7 @@ from pyro_flows._ledger import counted
 from pyro_flows._threads import at_once, cores
 from pyro_flows.graphs.bindings import peephole
 from pyro_flows.graphs.fused import Fused, fused
-from pyro_flows.graphs.garbage import uncollected
+from pyro_flows.graphs.graph import uncollected
 
 Results = tuple[Tensor, ...]
 

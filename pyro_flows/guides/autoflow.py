@@ -11,13 +11,14 @@ import pyro
 import pyro.distributions as dist
 import torch
 from pyro import poutine
+from pyro.distributions.distribution import Distribution
 from torch import Tensor
+from torch.distributions import register_kl
 
 from pyro_flows import _checks
 from pyro_flows._arguments import numbers
 from pyro_flows._fallbacks import fallback
 from pyro_flows._turns import turn
-from pyro_flows.guides.known import Known, finite_gradients
 from pyro_flows.guides.setup import LatentGuide
 from pyro_flows.model.batching import Rows, over_rows, quiet
 from pyro_flows.model.handlers import flatten_all, place_all
@@ -360,3 +361,32 @@ class AutoPlanar(AutoFlow):
 
     def __init__(self, model: Callable[..., object], layers: int = 16, **options: Any) -> None:
         super().__init__(model, "planar", layers=layers, **options)
+
+
+# a value that a guide has drawn, with the guide's log density there, and what of its gradient counts ------------------
+
+
+class Known(dist.Delta):
+    """A point mass at a value, with the log density of the guide that drew it.
+
+    Pyro's KL divergence of a ``Delta`` leaves the log density out, so that ``TraceMeanField_ELBO`` would be wrong
+    without a word, by the log derivative of each map to constrained values. That of this class has it.
+    """
+
+
+class Drawn(Known):
+    """The same, where the log density is that of the value itself, and none of an auxiliary site's."""
+
+
+@register_kl(Known, Distribution)
+def _kl(q: Known, p: Distribution) -> Tensor:
+    """Estimate the divergence by the one value that was drawn."""
+    found: Tensor = q.log_density - p.log_prob(q.v)
+    return found
+
+
+def finite_gradients(z: Tensor) -> Tensor:
+    """Let draws (*batch, D) of a guide whose gradients are not finite have none: there, the model overflows."""
+    if z.requires_grad:
+        z.register_hook(lambda gradient: torch.where(gradient.isfinite().all(-1, keepdim=True), gradient, 0.0))
+    return z

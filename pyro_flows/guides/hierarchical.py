@@ -25,11 +25,10 @@ from pyro_flows import _checks
 from pyro_flows._fallbacks import fallback, first_line
 from pyro_flows.flows.recipe import FlowLike, begin_at
 from pyro_flows.guides import conditional
-from pyro_flows.guides.autoflow import QUANTILE_DRAWS, AutoFlow, levels_of, quantiles_of
+from pyro_flows.guides.autoflow import QUANTILE_DRAWS, AutoFlow, Drawn, Known, finite_gradients, levels_of, quantiles_of
 from pyro_flows.guides.collapsed import DRAWS, FEW_PARTS, MOST_PARTS, start_of_globals
 from pyro_flows.guides.conditional import Chosen, Conditional, Rows, vectorized
 from pyro_flows.guides.crossed import Crossed, CrossedMarginal, Expansion
-from pyro_flows.guides.known import Drawn, Known, finite_gradients
 from pyro_flows.guides.marginal import Marginal, check_data, parts_of
 from pyro_flows.guides.setup import AUTO, best_start
 from pyro_flows.model.batching import apart

@@ -30,8 +30,8 @@ from pyro_flows.model.reading import read_structure
 from pyro_flows.model.sites import Keywords, Latent, Model, Noncentered, Positional, Structure, messages
 from pyro_flows.model.start import initial_value
 from pyro_flows.starts.coordinates import choose_coordinates
+from pyro_flows.starts.gaussians import Start
 from pyro_flows.starts.portfolio import portfolio
-from pyro_flows.starts.start import Start
 from pyro_flows.transforms import DiagonalAffine, LowerTriangularAffine
 from pyro_flows.transforms.networks import give_gains
 

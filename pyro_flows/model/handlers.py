@@ -19,7 +19,7 @@ from torch.distributions.constraints import Constraint
 
 from pyro_flows._tensors import broadcast
 from pyro_flows.model.batching import apart
-from pyro_flows.model.sites import Latent, Model, Placed, Site, Structure, is_data, messages
+from pyro_flows.model.sites import Latent, Model, Placed, Site, Structure, is_data, is_open, messages
 from pyro_flows.model.supports import guarded, missing
 
 Fn = TypeVar("Fn", bound=Distribution)
@@ -101,6 +101,18 @@ def _unchecked(fn: Fn) -> Fn:
     new = copy.copy(fn)
     vars(new).update(freed, _validate_args=False)
     return new
+
+
+class Given(Messenger):
+    """Give sites that are not observed these values."""
+
+    def __init__(self, values: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        self.values = values
+
+    def _pyro_sample(self, msg: Site) -> None:
+        if is_open(msg) and msg["name"] in self.values:
+            msg["value"] = self.values[msg["name"]]
 
 
 class Resample(Messenger):

@@ -20,10 +20,9 @@ from pyro_flows._journal import evaluated
 from pyro_flows._ledger import booked
 from pyro_flows._turns import turn
 from pyro_flows.graphs import Recorder, RecorderState
-from pyro_flows.model.batching import quiet, where_possible
+from pyro_flows.model.batching import quiet, values_and_grads, where_possible
 from pyro_flows.model.digits import COMPARED_ONE_BY_ONE
 from pyro_flows.model.faults import Faults, Refused, Undefined, passing_over
-from pyro_flows.model.gradients import values_and_grads
 from pyro_flows.model.runs import Runs
 from pyro_flows.model.site_values import SiteValues
 from pyro_flows.model.sites import Noncentered, Structure

@@ -3,24 +3,43 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
+from types import SimpleNamespace
+from typing import cast
 
 import torch
 from pyro import poutine
+from pyro.infer.mcmc.util import TraceEinsumEvaluator
+from pyro.ops.contract import contract_to_tensor
+from pyro.ops.rings import LogRing
+from pyro.poutine import Trace
+from pyro.poutine.enum_messenger import EnumMessenger
+from pyro.poutine.runtime import Message
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from pyro_flows import _checks
-from pyro_flows._batches import rows_for
+from pyro_flows._batches import ROWS_AT_LEAST, rows_for
 from pyro_flows._clock import unbounded
 from pyro_flows._fallbacks import Tried, fallback, first_line
 from pyro_flows._journal import evaluated
 from pyro_flows._seeding import seeded
+from pyro_flows._tensors import Args, Dispatch, Function, Kwargs, tensors_in
 from pyro_flows.model.arguments import usable
-from pyro_flows.model.batching import Found, Rows, advice, apart, filled_up, over_rows, pieces, possible_pieces, quiet
-from pyro_flows.model.enumeration import Enumerate, Evaluator
+from pyro_flows.model.batching import (
+    Found,
+    Rows,
+    advice,
+    apart,
+    filled_up,
+    over_rows,
+    pieces,
+    possible_pieces,
+    quiet,
+    values_and_grads,
+)
 from pyro_flows.model.faults import (
     Factorizations,
     Faults,
@@ -31,7 +50,6 @@ from pyro_flows.model.faults import (
     place_of,
     where_it_runs,
 )
-from pyro_flows.model.gradients import values_and_grads
 from pyro_flows.model.handlers import Place, Resample, hold, place_all
 from pyro_flows.model.observations import check_values
 from pyro_flows.model.precision import doubled, in_double, in_floats, is_refused, read_in_one_precision
@@ -47,12 +65,43 @@ from pyro_flows.model.sites import (
     draws_rows,
     messages,
 )
-from pyro_flows.model.work import Work
 from pyro_flows.model.writes import Batchable, FindWrites, Places
 
 MAPPED = 2**20  # numbers of observations that are handled at once, where nothing is recorded
 
 logger = logging.getLogger("pyro_flows")
+LONG = 2000  # operations from which one graph serves all batch sizes: recording takes seconds
+AT_ONCE = 2**12  # numbers that one operation of a long graph handles in little more time than one number,
+LONG_ROWS = 64  # and rows at most: the results of a long loop that its gradient needs should stay in a cache
+LONG_VALUES, ROWS_OF_VALUES = 2**14, 1024  # the same for values alone, of which no results are kept
+
+
+class Work(Dispatch):
+    """Counts operations inside, the numbers that they write, and those of the largest result."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operations = self.numbers = self.largest = 0
+
+    def __torch_dispatch__(self, func: Function, types: object, args: Args = (), kwargs: Kwargs = None) -> object:
+        result = func(*args, **(kwargs or {}))
+        sizes = [part.numel() for part in tensors_in((result,))]
+        self.operations += 1
+        self.numbers += sum(sizes)
+        self.largest = max(self.largest, *sizes, 0)
+        return result
+
+    def rows(self, batch: int) -> tuple[int, int] | tuple[None, None]:
+        """Return how many rows pieces have, and larger ones of values alone, after a run with so many.
+
+        Both are None where small batches may have graphs of their own.
+        """
+        if self.operations < LONG:
+            return None, None
+        apiece = max(1, self.numbers // (self.operations * batch))
+        both = (AT_ONCE, LONG_ROWS), (LONG_VALUES, ROWS_OF_VALUES)
+        unit, large = (min(most, 1 << ((at_once // apiece) | 1).bit_length() - 1) for at_once, most in both)
+        return max(ROWS_AT_LEAST, unit), max(ROWS_AT_LEAST, large)
 
 
 class Runs:
@@ -309,3 +358,59 @@ def _failing(trace: poutine.Trace) -> str:
             if tried.error is not None:
                 return f"at site {name!r}"
     return "in the log density"
+
+
+# discrete latents summed out: Pyro's parallel enumeration in a form that vmap and recording accept --------------------
+
+
+class Enumerate(EnumMessenger):
+    """Pyro's enumeration handler, which reads ``value.data``: forbidden under vmap, and only its shape matters."""
+
+    def _pyro_post_sample(self, msg: Message) -> None:
+        value = msg["value"]
+        if value is not None:
+            msg["value"] = SimpleNamespace(data=value, dim=value.dim)
+        try:
+            super()._pyro_post_sample(msg)
+        finally:
+            msg["value"] = value
+
+
+class Evaluator(TraceEinsumEvaluator):
+    """Log density of a trace with its enumerated dimensions summed out by variable elimination."""
+
+    def log_prob(self, model_trace: Trace) -> Tensor:
+        return contract_to_tensor(self._get_log_factors(model_trace), self._enum_dims, ring=_Elimination())
+
+
+class _Elimination(LogRing):
+    """Sum-product in log space, one dimension at a time, the cheapest first; plain torch operations only."""
+
+    def sumproduct(self, terms: Sequence[Tensor], dims: Iterable[str]) -> Tensor:
+        pool = [(term, vars(term)["_pyro_dims"]) for term in terms]
+        left = set(dims)
+        while left:
+            dim = min(sorted(left), key=lambda name: len(_union(names for _, names in pool if name in names)))
+            left.remove(dim)
+            touched = [entry for entry in pool if dim in entry[1]]
+            names = _union(names for _, names in touched)
+            joint = torch.logsumexp(_add(touched, names), names.index(dim))
+            pool = [entry for entry in pool if dim not in entry[1]] + [(joint, names.replace(dim, ""))]
+        names = _union(names for _, names in pool)
+        result = _add(pool, names)
+        vars(result)["_pyro_dims"] = names
+        return result
+
+
+def _union(names: Iterable[str]) -> str:
+    return "".join(sorted(set("".join(names))))
+
+
+def _add(entries: Sequence[tuple[Tensor, str]], names: str) -> Tensor:
+    """Add tensors with named axes, each broadcast to ``names``."""
+    total: Tensor | float = 0.0
+    for tensor, own in entries:
+        order = sorted(range(len(own)), key=own.__getitem__)
+        index = tuple(slice(None) if name in own else None for name in names)
+        total = total + tensor.permute(order)[index]
+    return cast(Tensor, total + 0.0)

@@ -15,8 +15,15 @@ from pyro_flows._cache import Cache
 from pyro_flows._clock import unbounded
 from pyro_flows._fallbacks import Tried
 from pyro_flows.graphs import Recorder, Runner, agree, record
-from pyro_flows.model.batching import batch, quiet, where_possible
-from pyro_flows.model.gradients import batch_and_grads, batch_hessians, hessians, values_and_grads
+from pyro_flows.model.batching import (
+    batch,
+    batch_and_grads,
+    batch_hessians,
+    hessians,
+    quiet,
+    values_and_grads,
+    where_possible,
+)
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.model.observations import same
 

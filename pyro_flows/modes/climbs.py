@@ -17,7 +17,6 @@ from pyro_flows.modes.symmetries import MOVED_DRAWS
 from pyro_flows.modes.tempering import temper
 from pyro_flows.modes.terms import places_of_terms
 from pyro_flows.modes.tops import MODE_REACHES
-from pyro_flows.modes.units import in_units, units_of
 from pyro_flows.modes.unverified_modes import (
     UnverifiedMode,
     by_curvature,
@@ -26,10 +25,10 @@ from pyro_flows.modes.unverified_modes import (
     worth_measuring,
 )
 from pyro_flows.starts.curvature import lower_triangular
+from pyro_flows.starts.gaussians import Start
 from pyro_flows.starts.pathfinder import Paths, pathfinder
 from pyro_flows.starts.portfolio import SAME_END, SEARCHES_UNBATCHED
-from pyro_flows.starts.prior import prior_draws
-from pyro_flows.starts.start import Start
+from pyro_flows.starts.prior import in_units, prior_draws, units_of
 from pyro_flows.verdict.deciding import CHECKED, SEARCHED_DRAWS, WEIGHED_DRAWS
 from pyro_flows.verdict.psis import psis
 from pyro_flows.verdict.thresholds import K_HAT_MOST, MISSED_MASS_SHARE

@@ -21,7 +21,7 @@ from pyro_flows._fallbacks import strict
 from pyro_flows.graphs import Recorder
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.modes.tops import hessians
-from pyro_flows.modes.units import LEVEL
+from pyro_flows.starts.prior import LEVEL
 
 SURE = {torch.float64: 30.0, torch.float32: 12.0}  # nats below the top; farther down, rounding may look like a tail,
 DEEP = 1000.0  # unless single precision has the same; below that, no place is evaluated

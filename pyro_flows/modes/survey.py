@@ -19,10 +19,9 @@ from torch import Tensor
 from pyro_flows._seeding import derive, seeded
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.modes.terms import tops_of_terms
-from pyro_flows.modes.units import SAME, factors, unit_of_modes, units_of
 from pyro_flows.starts.climb import FEW_TICKS, climb
 from pyro_flows.starts.curvature import FULL_HESSIAN_UP_TO, inverse_roots, lower_triangular
-from pyro_flows.starts.prior import PRIOR_DRAWS, prior_draws
+from pyro_flows.starts.prior import PRIOR_DRAWS, SAME, factors, prior_draws, unit_of_modes, units_of
 
 CLIMBS = 256  # of a round
 NUMBERS = 500_000  # that the climbs of a round handle at each step, at most; a look at where to begin, 12 times that

@@ -19,10 +19,10 @@ from pyro_flows.model.log_density import LogDensity
 from pyro_flows.modes.missed_regions import Guide, MissedRegion, missed_regions_of
 from pyro_flows.modes.symmetries import SignedPermutation, are_the_same, identity, image_of, product
 from pyro_flows.modes.tops import MODE_REACHES
-from pyro_flows.modes.units import units_of
 from pyro_flows.modes.unverified_modes import MEASURED_PLACES, distinct
 from pyro_flows.starts.climb import climb
 from pyro_flows.starts.pathfinder import Paths
+from pyro_flows.starts.prior import units_of
 from pyro_flows.verdict.thresholds import DENSITY_GAP_OF_LOST
 
 
@@ -83,7 +83,7 @@ def _region_about(guide: Guide, home: Tensor, top: Tensor, z: Tensor, log_q: Ten
         return []
     moved = image_of(z, symmetry)
     log_p = guide.density(moved)
-    missed = missed_regions_of(moved, log_p, guide.missing_mass(moved, log_p, log_q), "mirrored")
+    missed = missed_regions_of(moved, log_p, guide.missing_mass(moved, log_p, log_q))
     back = (
         bool(missed)
         and product(symmetry, symmetry) == identity(z.shape[1])

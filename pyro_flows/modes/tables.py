@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pyro_flows._cubic import between, smooth_slopes
 from pyro_flows.flows.flow import Flow
 from pyro_flows.flows.laplace_grid import of_grid
+from pyro_flows.transforms.splines import between, smooth_slopes
 
 POINTS = 4001  # at which the density is tabulated
 DF = 30.0  # degrees of freedom of the base of a flow, times a factor

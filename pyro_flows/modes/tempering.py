@@ -10,7 +10,6 @@ Reference: Neal 2001, "Annealed importance sampling" (arXiv physics/9803008).
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import torch
@@ -19,8 +18,8 @@ from torch import Tensor
 from pyro_flows._seeding import seeded
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.model.stack import Stack
-from pyro_flows.modes.units import in_units
 from pyro_flows.starts.gaussians import Gaussians
+from pyro_flows.starts.prior import in_units
 
 POINTS = 48  # for each normal
 TEMPERATURES, SLOWLY = 40, 400
@@ -51,20 +50,13 @@ def temper(
 
 
 @torch.no_grad()
-def move_walkers(density: LogDensity, z: Tensor, units: Tensor, *, seed: int) -> tuple[Tensor, Tensor]:
-    """Move points (S, D) about under the density itself; return where they come to and log p there (S,).
+def move_walkers(density: LogDensity | Stack, z: Tensor, units: Tensor, *, seed: int) -> tuple[Tensor, Tensor]:
+    """Move points (K, S, D) of K data sets under the density itself; return where they come to and log p there (K, S).
 
     Draws of the density stay draws of it. Draws of a guide that lacks a region next to where it lies go on into it: the
-    neck of a funnel, a tail. Leaps are from a hundredth of ``units`` (sds (D,), or a lower triangular matrix) to all of
-    them, since necks are narrow. Cost: 120 S gradients.
+    neck of a funnel, a tail. Leaps are from a hundredth of ``units`` (sds (K, D), or lower triangular matrices) to all
+    of them, since necks are narrow. Cost: 120 S gradients for each data set.
     """
-    ends, log_p = move_walkers_together(density, z[None], units[None], seed=seed)
-    return ends[0], log_p[0]
-
-
-@torch.no_grad()
-def move_walkers_together(density: LogDensity | Stack, z: Tensor, units: Tensor, *, seed: int) -> tuple[Tensor, Tensor]:
-    """Do the same with points (K, S, D) of K data sets at once, in ``units`` (K, D) or (K, D, D) of their own."""
     frame = Gaussians.of(z.new_zeros(len(z), z.shape[2]), units)
     with seeded(seed, density.device):
         walk = _Walk(density, frame, in_units(z, units))
@@ -73,12 +65,6 @@ def move_walkers_together(density: LogDensity | Stack, z: Tensor, units: Tensor,
             walk.step = 10.0 ** (-2.0 * torch.rand_like(walk.log_p))[..., None]
             walk.move()
     return frame.map(walk.x)[0], walk.log_p
-
-
-def log_mean(log_weights: Tensor) -> Tensor:
-    """Return the log of the mean weight, weights that are not finite being zero: a log mass."""
-    usable = torch.where(torch.isfinite(log_weights), log_weights, -torch.inf)
-    return torch.logsumexp(usable, -1) - math.log(usable.shape[-1])
 
 
 class _Walk:

@@ -25,7 +25,7 @@ from torch import Tensor
 from pyro_flows._seeding import derive, seeded
 from pyro_flows.modes.missed_regions import Guide, MissedRegion, regions_of_walkers
 from pyro_flows.modes.tempering import LEAPS, move_walkers
-from pyro_flows.modes.units import units_of
+from pyro_flows.starts.prior import units_of
 from pyro_flows.verdict.thresholds import (
     DENSITY_GAP_OF_WALKERS,
     ESS_SHARE_LEAST,
@@ -127,8 +127,8 @@ def under_covered_region(
     count = MANY_WALKERS // 4 if space is not None and space.costly else MANY_WALKERS
     chosen = z[resample(log_mass, count, seed=derive(seed, "wanderers"))]
     if space is None or not is_usable(log_mass):
-        walked_to = move_walkers(guide.density, chosen, units_of(z), seed=derive(seed, "wandering"))
-        return regions_by_density(guide, walked_to, (z, weights + log_q), log_mass.exp())
+        ends, log_p = move_walkers(guide.density, chosen[None], units_of(z)[None], seed=derive(seed, "wandering"))
+        return regions_by_density(guide, (ends[0], log_p[0]), (z, weights + log_q), log_mass.exp())
     found = _drawn_out(space, chosen, (weights + log_q - guide.score(z)).double(), log_mass, seed=seed)
     if found is None:
         return []

@@ -12,20 +12,20 @@ from torch import Tensor
 
 from pyro_flows._seeding import derive
 from pyro_flows.modes.missed_regions import Guide, MissedRegion, is_resolved
-from pyro_flows.modes.tempering import SLOWLY, Tempered, log_mean, temper
+from pyro_flows.modes.tempering import SLOWLY, Tempered, temper
 from pyro_flows.modes.tops import MODE_REACHES, NEGLIGIBLE_GAIN, NEWTON
-from pyro_flows.modes.units import in_units
+from pyro_flows.starts.climb import newton
 from pyro_flows.starts.curvature import inverse_roots, lower_triangular
-from pyro_flows.starts.gaussians import Gaussians
-from pyro_flows.starts.laplace import newton
+from pyro_flows.starts.gaussians import Gaussians, Start
 from pyro_flows.starts.pathfinder import Paths
-from pyro_flows.starts.start import Start
+from pyro_flows.starts.prior import in_units
 from pyro_flows.verdict.thresholds import (
     DENSITY_GAP_OF_MODES,
     MASS_GAP_OF_LAPLACE_A_DIM,
     MASS_GAP_OF_TEMPERING,
     MISSED_MASS_SHARE,
 )
+from pyro_flows.verdict.weighing import log_mean
 
 CURVED_UP_TO = 2**19  # dimensions times the numbers of one evaluation, for Hessians: seconds for all places together
 UNWEIGHED = (

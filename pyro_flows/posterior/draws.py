@@ -13,13 +13,11 @@ from pyro_flows.guides.autoflow import AutoFlow
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.posterior.posterior import Posterior
 from pyro_flows.results.dims import coordinate_names
-from pyro_flows.results.methods import guide_method
+from pyro_flows.results.methods_text import guide_method
+from pyro_flows.results.record import Stage
 from pyro_flows.results.scoring import beyond_priors, check_memory, infinite_places, pool_of, score_pool
-from pyro_flows.results.stage import Stage
-from pyro_flows.verdict.acceptance import raw_weights
-from pyro_flows.verdict.deciding import CHECKED, POOL, Draw, decide
-from pyro_flows.verdict.own_values import changed_values
-from pyro_flows.verdict.weighing import Weighing, resample, weigh
+from pyro_flows.verdict.deciding import CHECKED, POOL, Draw, decide, raw_weights
+from pyro_flows.verdict.weighing import Weighing, changed_values, resample, weigh
 
 
 def from_draws(

@@ -1,42 +1,42 @@
-"""Posteriors as files: a directory with tensors, JSON and netCDF. Reading them runs no code."""
+"""Posteriors as files: a directory with tensors, JSON and netCDF. Reading them runs no code.
+
+What a file says has to fit together: shapes, names, and densities that can be computed anew.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import json
+import math
 import os
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map, tree_map_only
 
 from pyro_flows import _arrays
 from pyro_flows._bundles import Bundle, Entries, plain
+from pyro_flows._figures import STATUS_COLORS
 from pyro_flows._seeding import seeded
-from pyro_flows._untrusted import packed, reading, require, unpacked
+from pyro_flows._untrusted import check_tensor, packed, reading, require, unpacked
+from pyro_flows.flows.flow import Flow
+from pyro_flows.flows.mixture import FlowMixture
 from pyro_flows.flows.recipe_json import not_rebuilt, restored, to_json
 from pyro_flows.guides.autoflow import AutoFlow
 from pyro_flows.model.digits import ALLOWED
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.model.sites import Keywords, Model, Positional
 from pyro_flows.model.unchanged import own
-from pyro_flows.results import older
-from pyro_flows.results.consistent import (
-    CHECKED,
-    ROUNDED,
-    ROUNDED_AT_LEAST,
-    check_flow,
-    check_groups,
-    check_tensors,
-    check_texts,
-)
 from pyro_flows.results.dims import Labeling, coordinate_names
-from pyro_flows.results.methods import guide_method
+from pyro_flows.results.methods_text import guide_method
 from pyro_flows.results.record import Record
 from pyro_flows.verdict.chains import McmcDiagnostics, McmcDraws
-from pyro_flows.verdict.mcmc import OF_WEIGHTS
+from pyro_flows.verdict.deciding import OF_WEIGHTS
 from pyro_flows.verdict.methods import MCMC
 from pyro_flows.verdict.verdict import Verdict
 
@@ -101,7 +101,7 @@ def _read(
         tensors = unpacked(contents[TENSORS])
         require(isinstance(tensors, dict), "it holds no tensors by name")
     with reading(source, TEXT, TENSORS):
-        description, tensors = older.present(description, tensors)
+        description, tensors = present(description, tensors)
         check_texts(description)
         check_tensors(tensors, len(description["coordinates"]), description["verdict"])
         flow, guide, density = None, None, None
@@ -114,7 +114,7 @@ def _read(
         numbers = {name: float(description["numbers"][name]) for name in NUMBER_FIELDS}
     with reading(source, NETCDF):
         groups, attrs = _arrays.read(contents[NETCDF])
-        attrs = older.attributes(attrs, description)
+        attrs = attributes(attrs, description)
         check_groups(groups, tensors)
     stored: tuple[object, object] | None = groups, {**attrs, "method": attrs.get("method", verdict.method)}
     if model is not None:
@@ -193,3 +193,176 @@ def _density(density: LogDensity, coordinates: Sequence[str], tensors: Entries) 
             "data and, if it has parameters of its own, the same values of these."
         )
     return density
+
+
+# files of earlier formats, brought to the words of the present one ----------------------------------------------------
+# Up to format 2, names had British spelling. Names of sites, which are keys too, stay as they are. Chains of other
+# samplers were a class of their own, with figures of their own.
+
+THIRD = 3  # the first format with American spelling
+WORDS = {"noncentred": "noncentered", "elbo_centred": "elbo_centered", "elbo_noncentred": "elbo_noncentered"}
+OPTIONS = {"noncentred": "noncentered", "centre": "center"}  # of a site's coordinates
+
+
+def present(description: Entries, tensors: Entries) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return what a file says and its tensors, as the present format has them."""
+    found = dict(description)
+    if description["version"] >= THIRD:
+        return found, dict(tensors)
+    found["settings"] = _renamed(description["settings"])
+    found["history"] = [_stage(entry) for entry in description["history"]]
+    found["coordinates"] = [_spelled(name) for name in description["coordinates"]]
+    found["verdict"] = {name: _spelled(value) for name, value in description["verdict"].items()}
+    return _with_chains(found, tensors) if found.get("kind") == "Chains" else (found, dict(tensors))
+
+
+def _with_chains(found: dict[str, Any], tensors: Entries) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Put the chains of another sampler where those of our own are."""
+    extra, z = tensors["extra"], tensors["z"]
+    count, old = extra["count"], extra["figures"]
+    stats = {name: value.reshape(count, -1) for name, value in extra["stats"].items()}
+    figures = McmcDiagnostics.of_mcmc(
+        chains=count,
+        draws=len(z) // count,
+        **{name: old[name] for name in ("r_hat", "ess_bulk", "ess_tail")},
+        where=old["r_hat_where"],
+        divergences=math.nan if old["divergences"] < 0 else old["divergences"] / len(z),
+    )
+    found["verdict"]["chains"] = asdict(figures)
+    chains = {"z": z.reshape(count, -1, z.shape[1]), "stats": stats, "state": {}, "numbers": {"method": "mcmc"}}
+    return found, {**tensors, "chains": chains}
+
+
+def attributes(attrs: Mapping[str, str | float], description: Entries) -> dict[str, str | float]:
+    """Return the attributes of stored groups in the words of the present format."""
+    if description["version"] >= THIRD:
+        return dict(attrs)
+    return {**attrs, "settings": json.dumps(description["settings"]), "verdict": _spelled(attrs["verdict"])}
+
+
+def _stage(entry: Entries) -> dict[str, Any]:
+    found = _renamed(entry)
+    return {**found, "details": _renamed(found["details"])} if isinstance(found.get("details"), Mapping) else found
+
+
+def _renamed(entry: Entries) -> dict[str, Any]:
+    return {WORDS.get(name, name): _sites(value) if name == "noncentred" else value for name, value in entry.items()}
+
+
+def _sites(chosen: object) -> object:
+    """Rename the options of each site; the first formats had a list of sites."""
+    if not isinstance(chosen, Mapping):
+        return chosen
+    return {
+        site: {OPTIONS.get(name, name): value for name, value in options.items()} if options else options
+        for site, options in chosen.items()
+    }
+
+
+def _spelled(value: Any) -> Any:
+    """Spell the marks of coordinates, such as ``theta[0] (partly non-centred)``, in a sentence or a list of them."""
+    if isinstance(value, list):
+        return [_spelled(part) for part in value]
+    return value.replace("non-centred)", "non-centered)") if isinstance(value, str) else value
+
+
+# whether what a file says fits together -------------------------------------------------------------------------------
+
+CHECKED = 8  # draws whose density is computed anew
+ROUNDED, ROUNDED_AT_LEAST = 1e-3, 1e-2  # relative, and nats: between machines and precisions
+
+
+def check_tensors(tensors: Entries, dim: int, verdict: Entries) -> None:
+    """Refuse tensors of a posterior with D = ``dim`` coordinates that are of other shapes, or miss draws."""
+    z, used = tensors["z"], tensors["used"]
+    check_tensor("z", z, (None, dim))
+    check_tensor("used", used, (None, dim))
+    require(len(z) and len(used), "there are no draws")
+    for name, like in {"log_p": z, "log_q": z, "log_weights": z, "used_log_p": used, "used_log_q": used}.items():
+        check_tensor(name, tensors[name], (len(like),))
+    check_tensor("losses", tensors["losses"], (None,))
+    samples = tensors["samples"]
+    require(isinstance(samples, dict) and samples, "there are no samples")
+    for name, value in samples.items():
+        fits = isinstance(name, str) and isinstance(value, Tensor) and value.dim() and len(value) == len(used)
+        require(fits, f"samples of {name} are not {len(used)} draws")
+    require(isinstance(tensors["flow"], dict), "the flow has no tensors")
+    if "chains" in tensors:
+        _check_chains(tensors["chains"], dim)
+        kept = tensors["chains"]["z"][..., 0].numel()
+        of_chains = verdict["status"] == "refined" or (verdict.get("chains") or {}).get("elsewhere")
+        require(kept == len(used) or not of_chains, f"chains have {kept} draws, and not {len(used)}")
+    _check_weights(tensors)
+
+
+def _check_chains(chains: Any, dim: int) -> None:
+    require(isinstance(chains, dict) and set(chains) == {"z", "stats", "state", "numbers"}, "chains lack entries")
+    check_tensor("z of chains", chains["z"], (None, None, dim))
+    require(all(isinstance(chains[name], dict) for name in ("stats", "state", "numbers")), "chains lack entries")
+    for name, value in chains["stats"].items():
+        require(value.shape == chains["z"].shape[:2], f"{name} of chains has shape {tuple(value.shape)}")
+    require(isinstance(chains["numbers"].get("method"), str), "chains have no method")
+
+
+def _check_weights(tensors: Mapping[str, Tensor]) -> None:
+    """Refuse weights that do not rise with p / q, as smoothed ones do."""
+    ratio = tensors["log_p"].double() - tensors["log_q"].double()
+    weights = tensors["log_weights"].double()
+    finite = torch.isfinite(ratio) & torch.isfinite(weights)
+    weights = weights[finite]
+    ratio = ratio[finite][weights.argsort(stable=True)]
+    if len(ratio) < 2 or not bool(weights.max() - weights.min() > ROUNDED_AT_LEAST):  # even weights have no order
+        return
+    scale = tensors["log_p"][finite].double().abs().max() + ratio.abs().max()
+    rises = bool((ratio.cummax(0).values - ratio <= ROUNDED_AT_LEAST + ROUNDED * scale).all())
+    require(rises, "log_weights are not those of log_p - log_q")
+
+
+def check_texts(description: Entries) -> None:
+    """Refuse texts, numbers and lists of other kinds than a posterior has."""
+    verdict, coordinates = description["verdict"], description["coordinates"]
+    require(isinstance(verdict, dict) and verdict.get("status") in STATUS_COLORS, "the verdict has no known status")
+    texts = [verdict["where"], *verdict.get("reasons", ()), *verdict.get("notes", ()), *coordinates]
+    require(isinstance(coordinates, list) and all(isinstance(text, str) for text in texts), "a text is no text")
+    require(all(_is_number(value) for value in description["numbers"].values()), "a number is no number")
+    settings, history = description["settings"], description["history"]
+    require(isinstance(settings, dict) and isinstance(history, list), "settings or history are missing")
+    require(type(settings.get("seed", 0)) is int and settings.get("seed", 0) >= 0, "the seed is none")
+    stages = all(isinstance(entry, dict) and isinstance(entry.get("stage"), str) for entry in history)
+    require(stages, "an entry of the history has no stage")
+    guide, labels = description["guide"], description.get("labels", {})
+    require(isinstance(guide, dict) and isinstance(guide["class"], str), "the guide has no class")
+    require(isinstance(guide.get("reason"), (str, type(None))), "the reason is no text")
+    parts = [labels.get(name, {}) for name in ("coords", "dims")]
+    lists = all(isinstance(part, dict) and all(isinstance(one, list) for one in part.values()) for part in parts)
+    require(lists, "labels are no lists")
+
+
+def _is_number(value: object) -> bool:
+    return value in ("nan", "inf", "-inf") or (isinstance(value, (int, float)) and not isinstance(value, bool))
+
+
+def check_groups(groups: Entries, tensors: Entries) -> None:
+    """Refuse groups whose posterior is not that of the samples."""
+    require("posterior" in groups, "there is no group 'posterior'")
+    group = groups["posterior"]
+    require({"chain", "draw"} <= set(group.sizes), "the posterior has no draws")
+    count = group.sizes["chain"] * group.sizes["draw"]
+    require(count == len(tensors["used"]), f"the posterior has {count} draws, and not {len(tensors['used'])}")
+    for name, value in tensors["samples"].items():
+        if name in group and group[name].size == value.numel():
+            stored = group[name].transpose("chain", "draw", ...).to_numpy().reshape(-1)
+            same = np.allclose(stored.astype(float), value.reshape(-1).double().numpy(), rtol=1e-5, equal_nan=True)
+            require(same, f"{name} of the posterior is not that of the samples")
+
+
+@torch.no_grad()
+def check_flow(flow: Flow | FlowMixture, tensors: Entries) -> None:
+    """Refuse a flow that gives draws another density than they have."""
+    z, saved = tensors["z"][:CHECKED], tensors["log_q"][:CHECKED].double()
+    require(flow.dim == z.shape[1], f"the flow has {flow.dim} coordinates, and not {z.shape[1]}")
+    now = flow.log_prob(z.to(flow._like)).double()
+    off = (now - saved).abs() - ROUNDED * saved.abs()
+    off = off[torch.isfinite(saved)]
+    worst = float(off.max()) if len(off) else 0.0
+    require(worst <= ROUNDED_AT_LEAST and not math.isnan(worst), f"the flow's log density is off by {worst:.3g} nats")

@@ -14,9 +14,9 @@ from pyro_flows.model.charts import Walls, write_chart
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.model.sites import Latent, messages
 from pyro_flows.starts.curvature import FULL_HESSIAN_UP_TO
+from pyro_flows.starts.gaussians import Start
 from pyro_flows.starts.pathfinder import pathfinder
 from pyro_flows.starts.prior import PRIOR_DRAWS, path_starts, possible_points, prior_draws, spread_of
-from pyro_flows.starts.start import Start
 from pyro_flows.verdict.deciding import COMPARED_DRAWS
 
 FAR = (3e2, 1e3, 3e3)  # spreads of the prior, where a heavy tail falls off like a power

@@ -20,18 +20,16 @@ from torch import Tensor
 from pyro_flows._ledger import booked
 from pyro_flows._seeding import derive, seeded
 from pyro_flows.graphs import Recorder
-from pyro_flows.model.batching import quiet, where_possible
+from pyro_flows.model.batching import quiet, values_and_grads, where_possible
 from pyro_flows.model.digits import COMPARED
-from pyro_flows.model.gradients import values_and_grads
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.model.noncentered import Information
 from pyro_flows.model.sites import Latent, Noncentered
 from pyro_flows.starts.curvature import FULL_HESSIAN_UP_TO, lower_triangular, scales
+from pyro_flows.starts.gaussians import Start
 from pyro_flows.starts.pathfinder import Paths, pathfinder
 from pyro_flows.starts.prior import PRIOR_DRAWS, path_starts, possible_points, prior_draws, spread_of
-from pyro_flows.starts.start import Start
-from pyro_flows.verdict.acceptance import acceptable_gap, weights_correct
-from pyro_flows.verdict.deciding import COMPARED_DRAWS, ESTIMATED_DRAWS
+from pyro_flows.verdict.deciding import COMPARED_DRAWS, ESTIMATED_DRAWS, acceptable_gap, weights_correct
 from pyro_flows.verdict.thresholds import DENSITY_GAP_OF_LOST
 from pyro_flows.verdict.weighing import weigh
 

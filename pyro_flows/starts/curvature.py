@@ -11,8 +11,7 @@ from torch import Tensor
 
 from pyro_flows._journal import evaluated
 from pyro_flows.graphs import refuse_recording
-from pyro_flows.model.batching import quiet
-from pyro_flows.model.gradients import hessian_diagonals, hessians
+from pyro_flows.model.batching import hessian_diagonals, hessians, quiet
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.model.stack import Stack
 

@@ -24,8 +24,7 @@ from pyro_flows._seeding import derive, seeded
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.model.stack import Stack
 from pyro_flows.starts.climb import TICKS, Climb, Met
-from pyro_flows.starts.gaussians import Gaussians
-from pyro_flows.starts.start import CLOSE
+from pyro_flows.starts.gaussians import CLOSE, Gaussians
 from pyro_flows.verdict.psis import psis
 
 DRAWS = 10  # of a Gaussian on the way; ten times as many of the best one of each path
@@ -108,7 +107,8 @@ def _best(
         better = score > elbo[met.paths]
         chosen = met.paths[better]
         elbo = elbo.index_copy(0, chosen, score[better])
-        best = best.with_rows(chosen, met.gaussians.some(better))
+        new = met.gaussians.some(better)
+        best = Gaussians(*(mine.index_copy(0, chosen, other) for mine, other in zip(best, new, strict=True)))
     return best, elbo
 
 

@@ -13,11 +13,10 @@ from pyro_flows.graphs import Runner, Stitcher, agree, stacked
 from pyro_flows.model.batching import quiet
 from pyro_flows.model.stack import NotStackable, Stack
 from pyro_flows.objectives import BasePoints
-from pyro_flows.training.adam import Moments
 from pyro_flows.training.convergence import Monitor
 from pyro_flows.training.flow_graphs import Passes, flat, is_order, points, state_of
 from pyro_flows.training.loop import AVERAGED_SHARE, CHECK_EVERY, COOL, WARM_UP, Training
-from pyro_flows.training.step_graph import stitched
+from pyro_flows.training.step_graph import Moments, stitched
 from pyro_flows.training.trainer import BLEND, DEFENSIVE, LOOK_EVERY
 from pyro_flows.verdict.deciding import COMPARED_DRAWS
 from pyro_flows.verdict.thresholds import DENSITY_GAP_OF_LOST, ESS_SHARE_PROMISING, EVIDENCE_GAP_VISIBLE

@@ -12,9 +12,8 @@ from pyro_flows._fallbacks import Tried, fallback, first_line
 from pyro_flows.flows.flow import Flow
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.objectives import BasePoints, elbo, pulled
-from pyro_flows.training.adam import Moments, advance
 from pyro_flows.training.flow_graphs import gradient_of
-from pyro_flows.training.step_graph import Step
+from pyro_flows.training.step_graph import Moments, Step, advance
 from pyro_flows.verdict.thresholds import ESS_SHARE_PROMISING
 
 BLEND = 0.5

@@ -215,11 +215,7 @@ class Residual(Network):
     """A residual network, a block of two weight-normed layers for each entry of ``hidden``, which must be equal."""
 
     def _body(self, sizes: Sequence[int], activation: Callable[[], nn.Module]) -> list[nn.Module]:
-        width = one_width(sizes[1:])
-        blocks = [
-            Block(activation(), NormedLinear(width, width), activation(), NormedLinear(width, width)) for _ in sizes[1:]
-        ]
-        return [NormedLinear(sizes[0], width), *blocks, activation()]
+        return _residual(NormedLinear, sizes, activation)
 
 
 class Convolution(Network):
@@ -269,11 +265,15 @@ class ResidualConvolution(Convolution):
     """A residual network of weight-normed 3 x 3 convolutions, a block of two for each entry of ``hidden``."""
 
     def _body(self, sizes: Sequence[int], activation: Callable[[], nn.Module]) -> list[nn.Module]:
-        width = one_width(sizes[1:])
-        blocks = [
-            Block(activation(), NormedConv2d(width, width), activation(), NormedConv2d(width, width)) for _ in sizes[1:]
-        ]
-        return [NormedConv2d(sizes[0], width), *blocks, activation()]
+        return _residual(NormedConv2d, sizes, activation)
+
+
+def _residual(
+    normed: Callable[[int, int], nn.Module], sizes: Sequence[int], activation: Callable[[], nn.Module]
+) -> list[nn.Module]:
+    width = one_width(sizes[1:])
+    blocks = [Block(activation(), normed(width, width), activation(), normed(width, width)) for _ in sizes[1:]]
+    return [normed(sizes[0], width), *blocks, activation()]
 
 
 class Block(nn.Sequential):

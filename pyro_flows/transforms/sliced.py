@@ -8,9 +8,8 @@ import torch
 from torch import Tensor
 
 from pyro_flows import _checks
-from pyro_flows._cubic import between, smooth_slopes
 from pyro_flows.transforms.base import Bijection
-from pyro_flows.transforms.marginal import MarginalSpline
+from pyro_flows.transforms.splines import MarginalSpline, between, smooth_slopes
 
 ROWS = 512  # points that are worked on together, at least,
 NUMBERS = 40_000  # and more if they have so few entries of m and L altogether that these stay in the processor's cache
@@ -29,7 +28,7 @@ class Sliced(Bijection):
         dim: number of coordinates D.
         coordinate: k.
         slices: their number N.
-        bins: of the spline g, see :class:`~pyro_flows.transforms.marginal.MarginalSpline`.
+        bins: of the spline g, see :class:`~pyro_flows.transforms.splines.MarginalSpline`.
         bound: of its base.
 
     Shapes: ``places`` (N,), ``values`` and ``slopes`` (N, D + D (D + 1) / 2): m, then the lower triangle of L.

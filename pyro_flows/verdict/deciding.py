@@ -10,14 +10,29 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from pyro_flows import _arviz
+from pyro_flows.verdict.chains import McmcDiagnostics
+from pyro_flows.verdict.methods import MCMC
 from pyro_flows.verdict.next_step import IMPROPER
 from pyro_flows.verdict.thresholds import (
+    DIVERGENT_SHARE_OF_MCMC,
+    ESS_OF_MCMC,
+    ESS_SHARE_COLLAPSED,
+    ESS_SHARE_EVEN,
+    ESS_SHARE_GOOD,
     ESS_SHARE_LEAST,
     ESS_SHARE_PROMISING,
+    EVIDENCE_GAP_GOOD,
+    EVIDENCE_GAP_GOOD_A_DIM,
+    EVIDENCE_GAP_SMALL_SHARE,
     K_HAT_GOOD,
+    K_HAT_MOST,
     MEAN_SHIFT_MOST,
+    R_HAT_CONVERGED,
     SD_WIDENING_MOST,
     SHIFT_MOST,
+    SHIFT_SEEN,
+    SHIFT_SEEN_ERRORS,
 )
 from pyro_flows.verdict.verdict import Verdict
 from pyro_flows.verdict.weighing import Weighing, in_words, resample, weigh
@@ -181,8 +196,10 @@ def decide(
     judged = partial(judge, weighing, names, warnings=warnings, notes=notes, doubts=doubts, changed=different)
     verdict = judged(failures=failures)
     if verdict.status == "corrected" and again is not None:  # one lucky pool does not correct a guide
-        worse = _worse(judge(again(), names))
-        verdict = judged(failures=(*failures, *worse)) if worse else verdict
+        second = judge(again(), names)
+        if second.status == "unreliable":
+            failures = (*failures, f"a second sample from the guide fails the check ({second.reasons[0]})")
+            verdict = judged(failures=failures)
     index = torch.arange(draws, device=pool.device)
     if verdict.status == "corrected":
         index = resample(weighing.log_weights, draws, seed=seed)
@@ -200,8 +217,100 @@ def decide(
     )
 
 
-def _worse(second: Verdict) -> tuple[str, ...]:
-    """Return what the verdict on a second pool says against the draws."""
-    if second.status != "unreliable":
-        return ()
-    return (f"a second sample from the guide fails the check ({second.reasons[0]})",)
+# the acceptance test of a candidate: whether its draws are so good that no other method is tried ----------------------
+# There are two levels. A mixture, a table and Gaussian conditionals are accepted if weights correct their draws. A flow
+# that is or was trained, a Gaussian and a grid are accepted if their draws can be used as they are. This is stricter
+# than the verdict, since more can be tried. Markov chains have no weights: see `judge_mcmc`.
+
+
+def weights_correct(ess_share: float, k_hat: float) -> bool:
+    """Say whether importance weights correct draws, by their effective share and k-hat.
+
+    Of nearly even weights, k-hat is that of rounding or of the cells of a table: the threshold of the verdict does.
+    """
+    limit = K_HAT_MOST if ess_share >= ESS_SHARE_EVEN else K_HAT_GOOD
+    return ess_share >= ESS_SHARE_PROMISING and k_hat < limit
+
+
+def raw_weights(log_ratios: Tensor) -> Tensor | None:
+    """Return normalized weights of draws (S,) by log p - log q; None if they collapse, or if no draw has a density."""
+    ratios = log_ratios.double()
+    weights = torch.softmax(torch.where(torch.isfinite(ratios), ratios, -torch.inf), 0)
+    collapse = not float(weights.square().sum()) * len(weights) * ESS_SHARE_COLLAPSED < 1.0  # NaN without a density
+    return None if collapse else weights
+
+
+def nothing_to_gain(weighing: Weighing) -> bool:
+    """Say whether draws can be used as they are, and the ELBO is so close to the log evidence that no method gains."""
+    gap, ratio = weighing.log_evidence - weighing.elbo, weighing.ess / len(weighing.log_weights)
+    most = acceptable_gap(len(weighing.mean_shift))
+    small = gap < EVIDENCE_GAP_SMALL_SHARE * most
+    slight = ratio > ESS_SHARE_GOOD and small and weighing.k_hat < weighing.threshold
+    fine = status_of(weighing) == "ok"
+    return fine and (weighing.k_hat < K_HAT_GOOD or slight) and gap < most
+
+
+def shift_is_noise(weighing: Weighing, *, seen: float = SHIFT_SEEN) -> bool:
+    """Say whether there is nothing to gain, and weighting moves no mean, sd or quantile by what a reader would see."""
+    shift = max(float(weighing.mean_shift.max()), float(weighing.sd_shift.max()), weighing.quantile_shift or 0.0)
+    error = math.sqrt(max(1.0 / weighing.ess - 1.0 / len(weighing.log_weights), 0.0)) if weighing.ess else 0.0
+    return nothing_to_gain(weighing) and shift < seen + SHIFT_SEEN_ERRORS * error
+
+
+def acceptable_gap(dim: int) -> float:
+    """Return the gap in nats that leaves nothing to see in means and sds: the same for each dimension."""
+    return max(EVIDENCE_GAP_GOOD, EVIDENCE_GAP_GOOD_A_DIM * dim)
+
+
+def status_of(weighing: Weighing) -> str:
+    """Return the verdict on a sample, ``unreliable`` if it is too small."""
+    return judge(weighing, [str(i) for i in range(len(weighing.mean_shift))]).status
+
+
+# the verdict on Markov chains of another sampler ----------------------------------------------------------------------
+
+UNSEARCHED = "no search for missed modes was made"  # begins a note
+OF_WEIGHTS = ("k_hat", "k_threshold", "ess_ratio", "mean_shift", "sd_shift")  # of which chains have none
+
+
+def judge_mcmc(draws: Tensor, log_p: Tensor, names: Sequence[str], diverging: Tensor | None) -> Verdict:
+    """Judge chains (C, N, D) with log densities (C, N) and, if known, which draws diverged (C, N)."""
+    found = _arviz.chain_diagnostics(draws)
+    r_hat = torch.nan_to_num(found["r_hat"].reshape(-1), nan=math.inf)
+    ess = {name: torch.nan_to_num(found[f"ess_{name}"].reshape(-1)) for name in ("bulk", "tail")}
+    worst, total = int(r_hat.argmax()), log_p.numel()
+    diverged = 0 if diverging is None else int(diverging.sum())
+    broken = int((~torch.isfinite(log_p)).sum())
+    apart = "the chains do not agree" if len(draws) > 1 else "the chain does not agree with itself"
+    reasons, notes = [], [UNSEARCHED]
+    if not float(r_hat[worst]) < R_HAT_CONVERGED:
+        reasons.append(f"R-hat {r_hat[worst]:.3f} of {names[worst]} is not below {R_HAT_CONVERGED}: {apart}")
+    for kind, sizes in ess.items():
+        if not float(sizes.min()) >= ESS_OF_MCMC:
+            reasons.append(f"effective sample size ({kind}) {sizes.min():.0f} is below {ESS_OF_MCMC:.0f}")
+    if diverged > DIVERGENT_SHARE_OF_MCMC * total:
+        reasons.append(f"{diverged} of {total} transitions diverged, so a region of strong curvature is missed")
+    elif diverged > 0:
+        notes.append(f"{diverged} of {total} transitions diverged")
+    if broken:
+        reasons.append(f"{broken} draws have no finite log density")
+    figures = McmcDiagnostics.of_mcmc(
+        chains=len(draws),
+        draws=draws.shape[1],
+        r_hat=float(r_hat[worst]),
+        ess_bulk=float(ess["bulk"].min()),
+        ess_tail=float(ess["tail"].min()),
+        where=names[int(torch.minimum(ess["bulk"], ess["tail"]).argmin())],
+        divergences=math.nan if diverging is None else diverged / total,
+    )
+    notes += ["one chain: R-hat compares its halves, and no other chain could disagree"] if len(draws) == 1 else []
+    notes += ["divergences are not known"] if diverging is None else []
+    return Verdict(
+        status="unreliable" if reasons else "ok",
+        where="",
+        reasons=tuple(reasons),
+        notes=tuple(notes),
+        chains=figures,
+        guide_method=MCMC,
+        **dict.fromkeys(OF_WEIGHTS, math.nan),
+    )

@@ -1,8 +1,10 @@
-"""Draws weighed by both densities: PSIS, effective sample size, and what weighting would change."""
+"""Draws weighed by both densities: PSIS, effective sample size, what weighting would change, and the optimal bridge."""
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,7 +13,7 @@ from torch import Tensor
 
 from pyro_flows._seeding import derive
 from pyro_flows.verdict.psis import largest_k, psis
-from pyro_flows.verdict.thresholds import LOG_WEIGHT_EVEN, TAIL_INDEX_HEAVY
+from pyro_flows.verdict.thresholds import LOG_WEIGHT_EVEN, SHIFT_ERRORS, SHIFT_MOST, TAIL_INDEX_FOURTH, TAIL_INDEX_HEAVY
 
 UNTOLD = 1000  # times an sd, or by that factor: larger changes are all alike to a reader
 LEVELS = 0.05, 0.25, 0.5, 0.75, 0.95  # of quantiles that stand for moments
@@ -184,3 +186,129 @@ def quantiles(rows: Tensor, places: Tensor, levels: Tensor) -> Tensor:
     below = at.floor()
     low, high = (rows.gather(1, places[:, part.long()]) for part in (below, at.ceil()))
     return torch.lerp(low, high, at - below).mT
+
+
+def bridge_value(at_p: Tensor, at_q: Tensor, share: float) -> tuple[float, bool]:
+    r"""Return :math:`\log Z` and whether the iteration settled, from log ratios :math:`\log \tilde p - \log q`.
+
+    .. math:: Z = \frac{\frac 1{N_q} \sum_{z \sim q} e^\ell / (s e^\ell + (1 - s) Z)}
+                       {\frac 1{N_p} \sum_{z \sim p} 1 / (s e^\ell + (1 - s) Z)}
+
+    Ratios are at draws of p (N_p,) and of q (N_q,), in double precision; s is the share of those of p.
+
+    Reference: Meng and Wong 1996, "Simulating ratios of normalizing constants via a simple identity".
+    """
+    value, settled = 0.0, False
+    for _ in range(1000):
+        above, below = bridge_terms(at_p, at_q, value, share)
+        new = float(log_mean(above) - log_mean(below))
+        settled = abs(new - value) < 1e-10  # nats
+        value = new
+        if settled or not math.isfinite(value):
+            break
+    return value, settled
+
+
+def bridge_terms(at_p: Tensor, at_q: Tensor, value: float, share: float) -> tuple[Tensor, Tensor]:
+    """Return the logarithms of the terms of numerator (N_q,) and denominator (N_p,), at log Z = ``value``."""
+    log_p_share, log_q_share = math.log(share), math.log1p(-share)
+    other_q, other_p = (torch.full_like(at, log_q_share + value) for at in (at_q, at_p))
+    return at_q - torch.logaddexp(log_p_share + at_q, other_q), -torch.logaddexp(log_p_share + at_p, other_p)
+
+
+def log_mean(log_weights: Tensor) -> Tensor:
+    """Return the log of the mean weight, weights that are not finite being zero: a log mass."""
+    usable = torch.where(torch.isfinite(log_weights), log_weights, -torch.inf)
+    return torch.logsumexp(usable, -1) - math.log(usable.shape[-1])
+
+
+# by how much changes (V,) exceed errors, and what is changed at one place, and by how much, in words
+Compared = tuple[Tensor, Callable[[int], tuple[str, str]]]
+
+
+def changed_values(values: Mapping[str, Tensor], log_weights: Tensor, draws: int | None = None) -> list[str]:
+    """Say which mean or sd of the model's own values weighting changes most, if it is more than chance explains.
+
+    A scale or a bound is the exponential of its coordinate. Its draws may have a tail that is too heavy by far, where
+    the coordinate's hardly differ. Of values that have no fourth moment under the weights, quantiles are compared, and
+    those of the draws to use, the first ``draws`` of all. Where a fourth moment exists, their mean and sd are compared
+    too, with the error of as many exact draws: a few draws of hardly any weight can double an sd. ``log_weights`` (S,)
+    are normalized.
+    """
+    weights = log_weights.double().exp()
+    chosen = resample(log_weights.double(), len(weights), seed=0)
+    worst, said = 0.0, list[str]()
+    for name, value in values.items():
+        flat = value.reshape(len(value), -1).double()
+        if not value.is_floating_point() or not flat.shape[1]:
+            continue
+        heavy = heavy_tails(flat[chosen], index=TAIL_INDEX_FOURTH)
+        for columns, compare in ((~heavy, _moments), (heavy, _quantiles)):
+            among = columns.nonzero()[:, 0]
+            if not len(among):
+                continue
+            beyond, about = compare(flat[:, among], weights, draws or len(flat))
+            excess = torch.where(torch.isfinite(beyond), beyond - SHIFT_MOST, -torch.inf)
+            place = int(excess.argmax())
+            if float(excess[place]) > worst:
+                worst = float(excess[place])
+                index = next(itertools.islice(itertools.product(*map(range, value.shape[1:])), int(among[place]), None))
+                what, by = about(place)
+                said = [f"importance weighting changes the {what} of the values of {element(name, index)} {by}"]
+    return said
+
+
+def _moments(values: Tensor, weights: Tensor, draws: int) -> Compared:
+    """Compare means and sds of all draws, and of the draws to use.
+
+    The errors of the first are those of differences, since raw and weighted draws are the same ones. Those of the
+    second are the errors of exact draws, from the weighted kurtosis.
+    """
+    weight, even = weights[:, None], 1.0 / len(values)
+    mean, middle, own = (weight * values).sum(0), values.mean(0), values[:draws].mean(0)
+    apart, raw_apart = (values - mean).square(), (values - middle).square()
+    variance, raw, used = (weight * apart).sum(0), raw_apart.mean(0), (values[:draws] - own).square().mean(0)
+    in_shift = (weight * (values - mean) - even * (values - middle)) / variance.sqrt()
+    in_ratio = 0.5 * (weight * (apart / variance - 1.0) - even * (raw_apart / raw - 1.0))
+    by_chance = (1.0 / draws + float(weights.square().sum())) ** 0.5
+    spread = (weight * (apart / variance - 1.0).square()).sum(0)
+    shift = torch.stack([(middle - mean).abs(), (own - mean).abs()]) / variance.sqrt()
+    ratio = 0.5 * torch.stack([raw / variance, used / variance]).log()
+    shift_error = torch.stack([in_shift.square().sum(0).sqrt(), torch.full_like(mean, by_chance)])
+    ratio_error = torch.stack([in_ratio.square().sum(0).sqrt(), 0.5 * spread.sqrt() * by_chance])
+    changes, errors = torch.stack([shift, ratio.abs()]), SHIFT_ERRORS * torch.stack([shift_error, ratio_error])
+    beyond = (changes.square() - errors.square()).clamp_min(0.0).sqrt().amax(0)  # as variances, chance adds up so
+    excess, among = beyond.nan_to_num(nan=-torch.inf, posinf=-torch.inf).max(0)
+
+    def said(place: int) -> tuple[str, str]:
+        by, log_factor = float(shift[among[place], place]), float(ratio[among[place], place])
+        if by > abs(log_factor):
+            return "mean", f"by {in_words(by)} sd"
+        return "sd", f"by a factor {in_words(math.exp(-log_factor))}"
+
+    return excess, said
+
+
+def _quantiles(values: Tensor, weights: Tensor, draws: int) -> Compared:
+    effective = float(1.0 / weights.square().sum())
+    levels = torch.tensor(LEVELS, dtype=values.dtype, device=values.device)
+    errors = SHIFT_ERRORS * (levels * (1.0 - levels) * (1.0 / effective + 1.0 / draws)).sqrt()
+    rows = values.mT.contiguous()
+    first, places = rows[:, :draws].contiguous(), in_order(rows)
+    below, middle, above = (
+        weighted_quantiles(rows, places, weights, (levels + sign * errors).clamp(0.0, 1.0)) for sign in (-1.0, 0.0, 1.0)
+    )
+    used = quantiles(first, in_order(first), levels)
+    excess, level = (torch.maximum(used - above, below - used) / sd_of(middle)).max(0)
+    shift = (used - middle).abs() / sd_of(middle)
+
+    def said(place: int) -> tuple[str, str]:
+        number = int(level[place])
+        return f"{100 * LEVELS[number]:.0f} % quantile", f"by {in_words(float(shift[number, place]))} sd"
+
+    return excess, said
+
+
+def element(name: str, index: Sequence[int]) -> str:
+    """Return what an element of a site is called."""
+    return f"{name}[{','.join(map(str, index))}]" if index else name

@@ -12,7 +12,7 @@ import pyro_flows as pf
 from benchmarks import records, tables
 from benchmarks.search import planted, running
 from benchmarks.search import tables as search_tables
-from pyro_flows.verdict import coverage
+from pyro_flows.report import page
 
 
 @pytest.mark.parametrize("kind", planted.SUMS)
@@ -77,14 +77,14 @@ def test_an_error_is_in_its_row():
 def test_what_a_report_says_is_what_was_measured():
     """Each share is within what the planted modes of its cell allow for."""
     rows = search_tables.newest(records.read(running.OUT))
-    for dim, shares in coverage.FOUND.items():
-        for said, width in zip(shares, coverage.WIDTHS, strict=True):
+    for dim, shares in page.FOUND.items():
+        for said, width in zip(shares, page.WIDTHS, strict=True):
             own = [row for row in rows if (row["way"], row["sum"], row["dim"], row["width"]) == _cell(dim, width)]
             found = [mode["found"] for mode in search_tables.modes_of(own)]
             assert len(found) >= 10
             assert abs(sum(found) / len(found) - said / 100.0) < 0.25, (dim, width)
-    assert coverage.searched(7) == coverage.searched(10)
-    assert coverage.searched(1000) == coverage.searched(20)
+    assert page.searched(7) == page.searched(10)
+    assert page.searched(1000) == page.searched(20)
 
 
 def _cell(dim, width):

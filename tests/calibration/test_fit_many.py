@@ -13,13 +13,12 @@ import torch
 import pyro_flows as pf
 from pyro_flows._seeding import seeded
 from pyro_flows.calibration import batch
-from pyro_flows.calibration.cases import Case
 from pyro_flows.calibration.processes import run_all, with_model
+from pyro_flows.calibration.wiring import Case
 from pyro_flows.flows.recipe import latent_recipe, start_at
 from pyro_flows.model.stack import Stack
-from pyro_flows.modes import together as modes_together
-from pyro_flows.modes.missed_modes import Search
-from pyro_flows.starts.together import starts_together
+from pyro_flows.modes.missed_modes import Search, missed_together
+from pyro_flows.starts.portfolio import starts_together
 from tests.calibration.models import branching, counts, data_sets, exact, regression, two_modes
 from tests.results.test_arviz import groups
 
@@ -189,7 +188,7 @@ def test_a_symmetric_mode_is_missed():
     stack = Stack([pf.LogDensity(two_modes, (torch.tensor(y),)) for y in (4.0, 5.0, 6.0, 7.0)])
     flows = narrow_flows(stack, [[2.0], [2.2], [2.4], [-2.6]], 0.12)
     with seeded(0):
-        found = modes_together.missed_together(stack, flows, seed=0)
+        found = missed_together(stack, flows, seed=0)
     assert all(search.failures for search in found)
 
 
@@ -204,7 +203,7 @@ def test_a_mode_that_no_symmetry_leads_to_is_missed_too():
     places = [-1.0, 0.0, 1.0, 2.0]
     stack = Stack([pf.LogDensity(peaks, (torch.tensor(y),)) for y in places])
     with seeded(0):
-        at_one = modes_together.missed_together(stack, narrow_flows(stack, [[y] for y in places], 0.3), seed=0)
+        at_one = missed_together(stack, narrow_flows(stack, [[y] for y in places], 0.3), seed=0)
     assert all(search.missed and search.failures for search in at_one)
 
 
@@ -217,7 +216,7 @@ def test_nothing_is_missed_where_there_is_one_mode():
         for flow, args in zip(flows, sets, strict=True):
             mean, covariance = exact(*args)
             start_at(flow, mean, torch.linalg.cholesky(covariance))
-        found = modes_together.missed_together(stack, flows, seed=0)
+        found = missed_together(stack, flows, seed=0)
     assert all(not search.missed and not search.failures and search.passed for search in found)
     assert all("12 paths" in search.notes[0] for search in found)
 
@@ -227,7 +226,7 @@ def test_a_guide_that_is_too_narrow_is_found_by_wanderers():
     stack = Stack([pf.LogDensity(regression, args) for args in sets])
     flows = narrow_flows(stack, [exact(*args)[0].tolist() for args in sets], 0.03)
     with seeded(0):
-        found = modes_together.missed_together(stack, flows, seed=0)
+        found = missed_together(stack, flows, seed=0)
     assert all(search.missed for search in found)
 
 

@@ -19,9 +19,9 @@ from pyro.infer.autoguide import AutoNormal
 import pyro_flows as pf
 from pyro_flows._seeding import seeded
 from pyro_flows.calibration import simulating
-from pyro_flows.calibration.cases import Case
 from pyro_flows.calibration.fit_many import Many
 from pyro_flows.calibration.simulating import Augmented
+from pyro_flows.calibration.wiring import Case
 from tests.calibration.models import NOISE, X, exact, regression
 from tests.results.test_arviz import groups
 

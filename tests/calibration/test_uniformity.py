@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from arviz_stats.ecdf_utils import ecdf_pit
 
-from pyro_flows.calibration.uniformity import NULLS, covered, envelope, symmetry
+from pyro_flows.calibration.result import NULLS, covered, envelope, symmetry
 
 N, L = 200, 99
 

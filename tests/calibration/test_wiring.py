@@ -8,8 +8,7 @@ import pytest
 import torch
 
 import pyro_flows as pf
-from pyro_flows.calibration.cases import Case
-from pyro_flows.calibration.wiring import check_wiring, filled, wire
+from pyro_flows.calibration.wiring import Case, check_wiring, filled, wire
 
 Y = torch.tensor([0.3, -1.0, 2.0])
 

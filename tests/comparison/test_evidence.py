@@ -11,7 +11,7 @@ import torch
 import pyro_flows as pf
 from pyro_flows.comparison.bridge import bridge, fit_proposal
 from pyro_flows.comparison.evidence import convergence_rate, importance
-from pyro_flows.results.stage import Stage
+from pyro_flows.results.record import Stage
 from tests.conjugate import (
     COUNTS,
     PINE,

@@ -15,8 +15,7 @@ from pyro import poutine
 
 import pyro_flows as pf
 from pyro_flows.comparison import pointwise, working
-from pyro_flows.comparison.controls import Regression, controls
-from pyro_flows.comparison.draws import in_hand, more
+from pyro_flows.comparison.draws import Regression, controls, in_hand, more
 from pyro_flows.comparison.loo import as_loo
 from pyro_flows.comparison.pointwise import one, standard_error
 from pyro_flows.comparison.working import Work

@@ -9,12 +9,10 @@ import torch
 
 import pyro_flows as pf
 from pyro_flows._cache import Cache
-from pyro_flows.correction import hmc
-from pyro_flows.correction import metric as metric_module
-from pyro_flows.correction.adaptation import Kernel, halton
+from pyro_flows.correction import adaptation, hmc
+from pyro_flows.correction.adaptation import Kernel, Metric, halton, learned, scale_of
 from pyro_flows.correction.hmc import hamiltonian, independent, microcanonical, relabel
 from pyro_flows.correction.latent import Latent
-from pyro_flows.correction.metric import Metric, learned, scale_of
 from pyro_flows.flows.mixture import Component, FlowMixture
 
 CHAINS = 4000
@@ -379,7 +377,7 @@ def test_directions_that_draws_and_gradients_do_not_agree_on_are_dropped(monkeyp
     torch.manual_seed(0)
     x = torch.randn(100, 200, dtype=REAL).repeat_interleave(8, 0)  # an eighth of them are new
     assert not len(learned(x, -x).roots)
-    monkeypatch.setattr(metric_module, "APART_FROM_ONE", 1.0)
+    monkeypatch.setattr(adaptation, "APART_FROM_ONE", 1.0)
     assert len(learned(x, -x).roots) > 10
 
 

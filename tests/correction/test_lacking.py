@@ -9,13 +9,13 @@ import pytest
 import torch
 
 from pyro_flows import LogDensity, McmcDraws
-from pyro_flows.correction import fallback
+from pyro_flows.correction import refine
 from pyro_flows.correction.judging import around
 from pyro_flows.correction.search import MISS, OF_CHAINS, TOO_LITTLE, held_out, missed_by_chains
 from pyro_flows.modes import missed_modes
 from pyro_flows.modes.missed_regions import BY_WALKERS, MissedRegion
 from pyro_flows.modes.unverified_modes import UNWEIGHED
-from pyro_flows.starts.start import Start
+from pyro_flows.starts.gaussians import Start
 from tests.correction.test_refine import GOOD
 
 
@@ -31,7 +31,7 @@ from tests.correction.test_refine import GOOD
     ],
 )
 def test_chains_that_only_lack_draws_get_them(changed, enough):
-    assert fallback._only_lacks_draws(dataclasses.replace(GOOD, **changed)) == enough
+    assert refine._only_lacks_draws(dataclasses.replace(GOOD, **changed)) == enough
 
 
 def test_a_search_begins_at_chains_that_the_moments_are_not_of():

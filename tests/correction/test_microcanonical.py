@@ -5,9 +5,9 @@ import pyro.distributions as dist
 import torch
 
 import pyro_flows as pf
+from pyro_flows.correction.adaptation import Metric
 from pyro_flows.correction.hmc import microcanonical, turned
 from pyro_flows.correction.latent import Latent
-from pyro_flows.correction.metric import Metric
 from pyro_flows.correction.starts import affine_flow
 from tests.registry import normal
 

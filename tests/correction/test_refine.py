@@ -13,15 +13,15 @@ import torch
 
 import pyro_flows as pf
 from pyro_flows import AutoFlow
-from pyro_flows.correction.fallback import which
 from pyro_flows.correction.judging import disagreements
-from pyro_flows.correction.kept import STATS
 from pyro_flows.correction.latent import Latent
+from pyro_flows.correction.refine import which
+from pyro_flows.correction.sampler import STATS
 from pyro_flows.correction.search import _Regions, bridge
 from pyro_flows.correction.starts import NoStart, affine_flow, flow_of, starting_points
 from pyro_flows.flows.mixture import FlowMixture
 from pyro_flows.modes.missed_regions import BY_WALKERS, MissedRegion
-from pyro_flows.starts.start import Start
+from pyro_flows.starts.gaussians import Start
 from pyro_flows.verdict import chains as judged
 from pyro_flows.verdict import thresholds
 from pyro_flows.verdict.chains import McmcDiagnostics, objections

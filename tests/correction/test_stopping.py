@@ -12,9 +12,8 @@ import torch
 import pyro_flows as pf
 from pyro_flows import _mixing
 from pyro_flows.correction import stopping
-from pyro_flows.correction.kept import STATS, Kept
 from pyro_flows.correction.latent import Latent
-from pyro_flows.correction.sampler import HALVINGS, Sampler
+from pyro_flows.correction.sampler import HALVINGS, STATS, Kept, Sampler
 from pyro_flows.correction.stopping import slowest
 from pyro_flows.flows.parts import location_scale
 from pyro_flows.verdict.chains import McmcDiagnostics

@@ -14,7 +14,7 @@ from pyro.infer import MCMC, NUTS
 
 import pyro_flows as pf
 from pyro_flows.correction.judging import TRIED
-from pyro_flows.verdict.mcmc import judge_mcmc
+from pyro_flows.verdict.deciding import judge_mcmc
 from tests.conjugate import (
     COUNTS,
     COUNTS_LOO,

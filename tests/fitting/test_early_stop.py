@@ -14,7 +14,7 @@ from pyro_flows.fitting import flow_training, methods
 from pyro_flows.fitting import rounds as samples
 from pyro_flows.training.convergence import Monitor
 from pyro_flows.training.loop import COOL
-from pyro_flows.verdict.acceptance import shift_is_noise
+from pyro_flows.verdict.deciding import shift_is_noise
 from pyro_flows.verdict.methods import MIXTURE
 from pyro_flows.verdict.thresholds import SHIFT_SEEN
 from tests.fitting.test_rounds import real, round_of

@@ -12,9 +12,8 @@ import pyro_flows as pf
 from pyro_flows._clock import unbounded
 from pyro_flows._seeding import seeded
 from pyro_flows._stages import PARAMETERIZATION
-from pyro_flows.fitting import gaussian_conditionals
-from pyro_flows.fitting.gaussian_conditionals import conditionals_flow
-from pyro_flows.fitting.methods import AS_READ, METHODS
+from pyro_flows.fitting import methods
+from pyro_flows.fitting.methods import AS_READ, METHODS, conditionals_at_start, conditionals_flow
 from pyro_flows.fitting.rounds import untrained
 from pyro_flows.fitting.state import FitState, Run
 from pyro_flows.model.log_density import LogDensity
@@ -141,10 +140,10 @@ def test_conditionals_with_a_far_draw_are_accepted_if_weights_correct_them(k_hat
         elbo = outcome.weighing.log_evidence - 1e9
         return replace(outcome, weighing=replace(outcome.weighing, k_hat=k_hat, elbo=elbo))
 
-    monkeypatch.setattr(gaussian_conditionals, "untrained", with_a_far_draw)
+    monkeypatch.setattr(methods, "untrained", with_a_far_draw)
     plan = SimpleNamespace(open=True, clock=unbounded(), seed=0)
     run = Run(FitState(plan, LogDensity(errors, (X, Y))), plan)
-    assert (gaussian_conditionals.conditionals_at_start(run) is not None) == accepted
+    assert (conditionals_at_start(run) is not None) == accepted
     assert (run.best is not None) == accepted
 
 

@@ -19,7 +19,7 @@ from pyro.infer.autoguide import (
 
 import pyro_flows as pf
 from pyro_flows.correction.latent import Latent
-from pyro_flows.fitting.guide_space import space_of
+from pyro_flows.fitting.programs import space_of
 
 
 def model():

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import pyro_flows as pf
-from pyro_flows.fitting.agreement import balanced, disagreements
+from pyro_flows.fitting.combine import balanced, disagreements
 from pyro_flows.flows.flow import Flow
 from pyro_flows.transforms.linear import Rescale
 from pyro_flows.verdict.thresholds import R_HAT_CONVERGED

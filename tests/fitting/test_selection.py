@@ -8,7 +8,7 @@ import pytest
 
 import pyro_flows as pf
 from pyro_flows.fitting import flow_training
-from pyro_flows.starts.start import standard
+from pyro_flows.starts.gaussians import standard
 from tests.models import real
 
 BEST = replace(

@@ -11,9 +11,9 @@ import torch
 
 import pyro_flows as pf
 from pyro_flows._progress import Bar
-from pyro_flows.correction.fallback import _gone_on
 from pyro_flows.correction.hmc import microcanonical
 from pyro_flows.correction.latent import Latent
+from pyro_flows.correction.refine import _gone_on
 from pyro_flows.correction.sampler import ROUND, Sampler
 from pyro_flows.correction.search import visits_all
 from pyro_flows.correction.untrained import chains_of_gaussian
@@ -21,7 +21,7 @@ from pyro_flows.fitting.flow_training import begin
 from pyro_flows.flows.parts import affine_base_of, location_scale
 from pyro_flows.flows.recipe import latent_recipe, set_df
 from pyro_flows.modes.missed_regions import BY_WALKERS, MissedRegion
-from pyro_flows.starts.start import Start
+from pyro_flows.starts.gaussians import Start
 from pyro_flows.training.loop import COOL, STALLED, Budget, Look, train
 from pyro_flows.training.trainer import Trainer
 from pyro_flows.verdict.chains import McmcDiagnostics, McmcDraws

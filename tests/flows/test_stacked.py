@@ -8,9 +8,9 @@ import pytest
 import torch
 
 import pyro_flows as pf
+from pyro_flows.correction.adaptation import Metric
 from pyro_flows.correction.hmc import microcanonical, relabel
 from pyro_flows.correction.latent import Latent
-from pyro_flows.correction.metric import Metric
 from pyro_flows.flows.mixture import Component, FlowMixture
 from pyro_flows.flows.parts import location_scale, student_mixture
 from pyro_flows.flows.stacked import Stacked, stacked

@@ -9,11 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from pyro_flows.graphs import points, views, writing
-from pyro_flows.graphs.fused import Fused
-from pyro_flows.graphs.matrices import MATRICES
-from pyro_flows.graphs.native import library
+from pyro_flows.graphs import points, programs, views
+from pyro_flows.graphs.fused import MATRICES, Fused
 from pyro_flows.graphs.points import POINTS
+from pyro_flows.graphs.programs import library
 from pyro_flows.graphs.recording import record
 from pyro_flows.graphs.structured import STRUCTURED
 from tests.graphs.block_cases import CASES, MOVED, cube, special
@@ -183,7 +182,7 @@ def test_codes_are_those_of_the_interpreter():
     for key, sign in {"LT": "<", "LE": "<=", "GT": ">", "GE": ">=", "EQ": "==", "NE": "!="}.items():
         assert (written[codes[key]], written[codes[f"{key}2"]]) == (f"x {sign} s", f"x {sign} y")
     constants = dict(re.findall(r"\b([A-Z]+) = (-?\d+)", source))
-    assert constants == {key: str(getattr(writing, key)) for key in ("BLOCK", "DIMS", "WIDE", "PRODUCT")}
+    assert constants == {key: str(getattr(programs, key)) for key in ("BLOCK", "DIMS", "WIDE", "PRODUCT")}
     assert "enum { LOAD, STORE, STORE_AT_ONCE, ADD_UP, LARGEST, SMALLEST }" in source
     actions = views.LOAD, views.STORE, views.STORE_AT_ONCE, views.ADD_UP, views.LARGEST, views.SMALLEST
     assert actions == (0, 1, 2, 3, 4, 5)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pyro_flows._fallbacks import strict
 from pyro_flows.graphs import fused as blocks
-from pyro_flows.graphs import native
+from pyro_flows.graphs import programs
 from pyro_flows.graphs.fused import fused
 from pyro_flows.graphs.recording import record
 from pyro_flows.graphs.rounding import rounds_alike, within_rounding
@@ -120,8 +120,8 @@ def test_without_it_nothing_is_taken(monkeypatch, tmp_path, content):
     if content is not None:
         file.write_bytes(content)
     spec = None if content is None else ModuleSpec("_interpreter", None, origin=str(file))
-    monkeypatch.setattr(native, "find_spec", lambda _: spec)
-    monkeypatch.setattr(blocks, "library", native.library.__wrapped__)
+    monkeypatch.setattr(programs, "find_spec", lambda _: spec)
+    monkeypatch.setattr(blocks, "library", programs.library.__wrapped__)
     x = normal(20, 3, seed=0)
     runner = Runner(record(some, x))
     with strict(False):

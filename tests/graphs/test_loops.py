@@ -12,7 +12,7 @@ from torch import Tensor
 import pyro_flows as pf
 from pyro_flows.graphs import recorder
 from pyro_flows.graphs.recording import record
-from pyro_flows.model import work
+from pyro_flows.model import runs
 from tests.invariants import close
 from tests.registry import normal
 
@@ -36,7 +36,7 @@ def test_a_long_model_is_recorded_once(monkeypatch):
 
     Values of hundreds of draws have one of their own: they took ten times as long in as small pieces as gradients.
     """
-    monkeypatch.setattr(work, "LONG", 300)
+    monkeypatch.setattr(runs, "LONG", 300)
     recorded = []
 
     def noted(function, *inputs):
@@ -45,18 +45,18 @@ def test_a_long_model_is_recorded_once(monkeypatch):
 
     monkeypatch.setattr(recorder, "record", noted)
     pf.fit(growth, DATA, max_steps=60, escalate=False, refine=False, progress=False)
-    assert recorded == [("_gradients", work.LONG_ROWS), ("_plain_values", work.ROWS_OF_VALUES)]
+    assert recorded == [("_gradients", runs.LONG_ROWS), ("_plain_values", runs.ROWS_OF_VALUES)]
 
 
 def test_a_long_graph_takes_batches_of_any_size(monkeypatch):
     plain = pf.LogDensity(growth, (DATA,))
     assert plain._values.unit is None
-    monkeypatch.setattr(work, "LONG", 300)
+    monkeypatch.setattr(runs, "LONG", 300)
     monkeypatch.setattr(recorder, "RECORDED_FROM", 1)
     monkeypatch.setattr(recorder, "BORROWED", 1)
     density = pf.LogDensity(growth, (DATA,))
-    assert density._values.unit == density._with_gradients.unit == work.LONG_ROWS
-    assert (density._values.large, density._with_gradients.large) == (work.ROWS_OF_VALUES, work.LONG_ROWS)
+    assert density._values.unit == density._with_gradients.unit == runs.LONG_ROWS
+    assert (density._values.large, density._with_gradients.large) == (runs.ROWS_OF_VALUES, runs.LONG_ROWS)
     for size in (1, 7, 128, 250, 1100):
         z = normal(size, 2, seed=size)
         value, grad = density.value_and_grad(z)
@@ -66,7 +66,7 @@ def test_a_long_graph_takes_batches_of_any_size(monkeypatch):
         with torch.no_grad():
             close(density(z), expected[0], 1e-10)
     assert [[kind[0] for kind in density._values.runners], len(density._with_gradients.runners)] == [
-        [work.LONG_ROWS, 1024],
+        [runs.LONG_ROWS, 1024],
         1,
     ]
     assert density.graph(normal(4, 2, seed=0)) is None
@@ -75,7 +75,7 @@ def test_a_long_graph_takes_batches_of_any_size(monkeypatch):
 def test_a_long_graph_of_gradients_is_lent_to_a_few_calls_for_values(monkeypatch):
     """One of values alone takes seconds, which few calls do not pay back. Large batches have one."""
     plain = pf.LogDensity(growth, (DATA,))
-    monkeypatch.setattr(work, "LONG", 300)
+    monkeypatch.setattr(runs, "LONG", 300)
     monkeypatch.setattr(recorder, "BORROWED", 5)
     density = pf.LogDensity(growth, (DATA,))
     made = []
@@ -88,7 +88,7 @@ def test_a_long_graph_of_gradients_is_lent_to_a_few_calls_for_values(monkeypatch
     with torch.no_grad():
         density(normal(1100, 2, seed=0))
         density(normal(1100, 2, seed=0))
-    assert [kind[0] for kind in density._values.runners] == [work.LONG_ROWS, 1024]
+    assert [kind[0] for kind in density._values.runners] == [runs.LONG_ROWS, 1024]
 
 
 # ---- a fresh process -------------------------------------------------------------------------------------------------

@@ -16,9 +16,8 @@ from pyro_flows.graphs.graph import Stitcher
 from pyro_flows.graphs.recording import record
 from pyro_flows.training import loop
 from pyro_flows.training import trainer as training
-from pyro_flows.training.adam import CLIP, Moments, update
 from pyro_flows.training.flow_graphs import Passes, body_of
-from pyro_flows.training.step_graph import Step
+from pyro_flows.training.step_graph import CLIP, Moments, Step, update
 from pyro_flows.training.trainer import Trainer
 from tests.invariants import close
 from tests.registry import FLOWS, LARGE, SMALL, each, make_flow, normal, randomize

@@ -13,7 +13,7 @@ from pyro_flows.graphs.partitioning import partition
 from pyro_flows.graphs.recording import record
 from pyro_flows.graphs.rounding import agree
 from pyro_flows.graphs.sums import FEWEST
-from pyro_flows.model.gradients import values_and_grads
+from pyro_flows.model.batching import values_and_grads
 from tests.invariants import close
 
 ROUNDS = 60

@@ -11,7 +11,7 @@ from pyro.infer import SVI, Predictive, Trace_ELBO, TraceGraph_ELBO, TraceMeanFi
 from torch import nn
 
 import pyro_flows as pf
-from pyro_flows.transforms.blocks import Blocks
+from pyro_flows.guides.messenger import Blocks
 from tests.guides.test_hierarchical import LOG_EVIDENCE, SCHOOLS, SIGMA, data, long_rows, normal_rows, schools, walk
 from tests.models import real
 

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from pyro_flows.graphs import record
-from pyro_flows.model.gradients import hessians, values_and_grads
+from pyro_flows.model.batching import hessians, values_and_grads
 from tests.invariants import close
 from tests.registry import normal
 

@@ -13,7 +13,6 @@ from torch import Tensor
 
 import pyro_flows as pf
 from pyro_flows import AutoFlow, McmcDraws
-from pyro_flows._cubic import between, smooth_slopes
 from pyro_flows.correction.judging import covered_by, evidence_of
 from pyro_flows.correction.search import missed_by_chains
 from pyro_flows.correction.starts import affine_flow
@@ -24,6 +23,7 @@ from pyro_flows.modes.missed_modes import Search
 from pyro_flows.modes.tables import flow_along
 from pyro_flows.modes.truncated_tails import truncated_tail, with_truncated_tails
 from pyro_flows.transforms.sliced import Sliced
+from pyro_flows.transforms.splines import between, smooth_slopes
 
 SIGMA, WIDE, SCALE = 0.24, 2.5, 0.6
 Y = torch.tensor([-0.33, -0.71, -0.08, -0.59, -0.22, -0.36, -0.61, -0.54, -0.15, -0.65, -0.28, -0.31])

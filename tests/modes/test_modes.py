@@ -16,7 +16,7 @@ from pyro_flows.modes import climbs as module
 from pyro_flows.modes import unverified_modes
 from pyro_flows.modes.missed_modes import missed_modes
 from pyro_flows.modes.missed_regions import MissedRegion, to_name
-from pyro_flows.starts.start import Start
+from pyro_flows.starts.gaussians import Start
 from tests.registry import normal
 
 

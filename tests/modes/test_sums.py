@@ -6,8 +6,7 @@ import pytest
 import torch
 
 from pyro_flows import LogDensity
-from pyro_flows.modes.sums import MOST_TERMS, Counting
-from pyro_flows.modes.terms import Terms
+from pyro_flows.modes.terms import MOST_TERMS, Counting, Terms
 
 FORMS = {
     "exp": lambda a, b: torch.exp(input=a) + torch.exp(input=b),

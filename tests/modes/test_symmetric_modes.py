@@ -15,15 +15,13 @@ from pyro.distributions import constraints
 import pyro_flows as pf
 from pyro_flows._progress import Bar
 from pyro_flows.correction.untrained import chains_of_gaussian
-from pyro_flows.modes import barriers
-from pyro_flows.modes.barriers import are_separated
-from pyro_flows.modes.missed_regions import Guide
+from pyro_flows.modes import missed_regions
+from pyro_flows.modes.missed_regions import Guide, are_separated
 from pyro_flows.modes.symmetric_modes import _assigned, symmetric_modes_of
 from pyro_flows.modes.unverified_modes import _apart
 from pyro_flows.starts.climb import climb
-from pyro_flows.starts.gaussians import Gaussians
+from pyro_flows.starts.gaussians import Gaussians, Start
 from pyro_flows.starts.pathfinder import Paths, pathfinder
-from pyro_flows.starts.start import Start
 from tests.registry import normal
 
 
@@ -182,7 +180,7 @@ def test_all_places_are_asked_about_in_one_climb(monkeypatch):
     z = torch.cat([here, home])
     near = torch.zeros(4, 200, dtype=torch.bool)
     near[0, :100] = near[1, 100:] = near[2, 50:150] = True  # the last is compared with none, which is no answer
-    monkeypatch.setattr(barriers, "climb", lambda *given, **options: climbs.append(1) or climb(*given, **options))
+    monkeypatch.setattr(missed_regions, "climb", lambda *given, **options: climbs.append(1) or climb(*given, **options))
     assert are_separated(density, there.expand(4, -1), z, near) == [True, False, False, False]
     assert len(climbs) == 1
 

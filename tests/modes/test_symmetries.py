@@ -19,9 +19,8 @@ from pyro_flows.fitting import combine, methods
 from pyro_flows.modes import missed_modes as modes
 from pyro_flows.modes.missed_modes import Search, missed_modes
 from pyro_flows.modes.missed_regions import BY_WALKERS, MissedRegion
-from pyro_flows.modes.move import Move, Unit
-from pyro_flows.modes.symmetries import Image, _joining, _moved, group, images, moves, signed_permutation
-from pyro_flows.starts.start import Start
+from pyro_flows.modes.symmetries import Image, Move, Unit, _joining, _moved, group, images, moves, signed_permutation
+from pyro_flows.starts.gaussians import Start
 from tests.models import real
 from tests.registry import normal
 

@@ -17,10 +17,10 @@ import pyro_flows as pf
 from pyro_flows.modes import unverified_modes
 from pyro_flows.modes.missed_modes import missed_modes
 from pyro_flows.modes.missed_regions import Guide
-from pyro_flows.modes.tempering import Tempered, log_mean, move_walkers, temper
+from pyro_flows.modes.tempering import Tempered, move_walkers, temper
 from pyro_flows.modes.unverified_modes import UnverifiedMode, modes_with_mass
-from pyro_flows.starts.gaussians import Gaussians
-from pyro_flows.starts.start import Start
+from pyro_flows.starts.gaussians import Gaussians, Start
+from pyro_flows.verdict.weighing import log_mean
 from tests.models import real
 from tests.registry import normal
 
@@ -172,7 +172,7 @@ def test_exact_draws_stay_exact_draws(full):
     z = torch.stack([normal(DRAWS, seed=1), torch.rand(DRAWS, generator=torch.Generator().manual_seed(2)).double()], 1)
     z[:, 1] = (-z[:, 1].log()).log()
     units = torch.tensor([[1.0, 0.0], [0.3, 1.2]]).double() if full else torch.tensor([1.0, 1.2]).double()
-    ends, log_p = move_walkers(flat(skewed, 2), z, units, seed=0)
+    ends, log_p = (part[0] for part in move_walkers(flat(skewed, 2), z[None], units[None], seed=0))
     assert float((ends - z).abs().median()) > 0.1  # they do move
     torch.testing.assert_close(log_p, skewed(ends))
     # standard errors of mean and sd: .026 and .018; 1 / 39 and about .03 for the exponential
@@ -200,7 +200,7 @@ def check_neck():
     def cut_log_q(z):
         return torch.where(z[:, 0] > -0.5, log_q(z) - math.log(len(cut) / 4000), -1e4)
 
-    ends, _ = move_walkers(density, cut[:1000], cut.std(0), seed=0)
+    ends = move_walkers(density, cut[None, :1000], cut.std(0)[None], seed=0)[0][0]
     assert float((ends[:, 0] < -0.5).double().mean()) > 0.05
     missing_mass = missed_modes(density, [], cut[:1000], cut_log_q(cut[:1000]), cut_log_q)
     assert len(missing_mass.failures) == 1

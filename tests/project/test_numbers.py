@@ -40,9 +40,9 @@ PHRASES = {
         "In {fitting.methods.AT_FIRST} to {starts.curvature.FULL_HESSIAN_UP_TO} dimensions it is tried if the chains",
         "In {fitting.methods.SAMPLED_FROM} to {fitting.methods.SAMPLED_UP_TO} dimensions a flow takes thousands of "
         "steps",
-        "{correction.fallback.ATTEMPT|comma} gradients at most, half of that in up to {starts.curvature.SMALL_UP_TO} "
+        "{correction.refine.ATTEMPT|comma} gradients at most, half of that in up to {starts.curvature.SMALL_UP_TO} "
         "dimensions",
-        "they get up to {correction.fallback.CHEAPEST|word} times as many",
+        "they get up to {correction.refine.CHEAPEST|word} times as many",
         "up to {correction.untrained.MOST_COPIES} images under exact symmetries",
         "k-hat is below {verdict.thresholds.K_HAT_GOOD}, training converged",
         "less than {verdict.thresholds.EVIDENCE_GAP_GOOD} nats above it",
@@ -66,10 +66,10 @@ PHRASES = {
         "**changes a mean** by more than {verdict.thresholds.SHIFT_MOST} posterior standard deviations",
         "the logarithm of the ratio is larger than {verdict.thresholds.SHIFT_MOST}",
         "by more than {verdict.thresholds.SHIFT_MOST} and {verdict.thresholds.SHIFT_ERRORS|word} standard errors",
-        "names the worst {fitting.agreement.NAMED|word} and counts the others",
+        "names the worst {fitting.combine.NAMED|word} and counts the others",
         "(dimensions times data above {modes.unverified_modes.CURVED_UP_TO|million})",
         "up to a factor of {modes.under_covered.HIGH|tens}",
-        "up to {modes.units.MATRICES_UP_TO} dimensions and for the first {modes.propriety.MOST} such coordinates",
+        "up to {starts.prior.MATRICES_UP_TO} dimensions and for the first {modes.propriety.MOST} such coordinates",
         "This is tried for up to {modes.propriety.HIDDEN} such coordinates",
         "Levels up to {modes.outward.DEEP} nats down are seen",
     ],

@@ -18,7 +18,7 @@ from pyro_flows.flows.laplace_grid import sliced
 from pyro_flows.flows.mixture import Component, FlowMixture
 from pyro_flows.flows.parts import location_scale, marginals
 from pyro_flows.flows.recipe import start_at, with_affine
-from pyro_flows.results.methods import is_affine, method_of
+from pyro_flows.results.methods_text import is_affine, method_of
 from pyro_flows.verdict import methods
 from pyro_flows.verdict.references import WORKS, bibtex, named
 from tests.posteriors import Y, location, schools, schools_chains, schools_flow, schools_posterior

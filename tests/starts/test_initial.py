@@ -9,14 +9,14 @@ import torch
 from torch.distributions import MultivariateNormal, constraints, kl_divergence
 
 import pyro_flows as pf
-from pyro_flows.model.gradients import hessian_diagonals
-from pyro_flows.model.work import LONG
+from pyro_flows.model.batching import hessian_diagonals
+from pyro_flows.model.runs import LONG
 from pyro_flows.starts import curvature
-from pyro_flows.starts.laplace import newton
+from pyro_flows.starts.climb import newton
+from pyro_flows.starts.gaussians import Start, divergence
 from pyro_flows.starts.pathfinder import pathfinder, pool
 from pyro_flows.starts.portfolio import along_paths, portfolio
 from pyro_flows.starts.prior import prior_draws
-from pyro_flows.starts.start import Start, divergence
 from tests.invariants import close
 from tests.models import real
 from tests.registry import normal

@@ -9,8 +9,8 @@ import torch
 from torch.distributions import constraints
 
 import pyro_flows as pf
+from pyro_flows.starts.gaussians import Start, divergence
 from pyro_flows.starts.portfolio import portfolio
-from pyro_flows.starts.start import Start, divergence
 from tests.invariants import close
 from tests.models import real
 from tests.registry import normal

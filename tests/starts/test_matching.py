@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import pyro_flows as pf
-from pyro_flows.starts.matching import NAME, matched
-from pyro_flows.starts.start import Start
+from pyro_flows.starts.gaussians import Start
+from pyro_flows.starts.portfolio import NAME, matched
 
 
 def real(*values):

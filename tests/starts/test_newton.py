@@ -7,9 +7,9 @@ import math
 import pytest
 import torch
 
-from pyro_flows.starts import laplace as laplace_module
+from pyro_flows.starts import climb as laplace_module
 from pyro_flows.starts import portfolio as portfolio_module
-from pyro_flows.starts.laplace import newton
+from pyro_flows.starts.climb import newton
 from pyro_flows.starts.portfolio import STEPS_AFTER_PATHS, portfolio
 from tests.starts.test_pathfinder import WIDE, density_of, gaussian
 

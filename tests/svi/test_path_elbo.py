@@ -13,7 +13,7 @@ from pyro.infer import SVI, Trace_ELBO
 from pyro.infer.autoguide import AutoNormal
 
 import pyro_flows as pf
-from pyro_flows.svi.recorded import Arguments, RecordedStep, eager_step
+from pyro_flows.svi.path_elbo import Arguments, RecordedStep, eager_step
 from tests.models import normal, real
 
 SD = 0.5

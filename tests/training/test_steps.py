@@ -10,9 +10,8 @@ from benchmarks.posteriors.models import NAMES, load
 from benchmarks.posteriors.reference import find_posteriordb
 from pyro_flows import LogDensity
 from pyro_flows.objectives import pulled
-from pyro_flows.training.adam import Moments, advance
 from pyro_flows.training.flow_graphs import gradient_of
-from pyro_flows.training.step_graph import Step
+from pyro_flows.training.step_graph import Moments, Step, advance
 from tests.invariants import close
 from tests.registry import randomize
 from tests.slow import rest_slow

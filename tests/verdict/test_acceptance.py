@@ -2,7 +2,7 @@
 
 import pytest
 
-from pyro_flows.verdict.acceptance import weights_correct
+from pyro_flows.verdict.deciding import weights_correct
 
 
 @pytest.mark.parametrize(

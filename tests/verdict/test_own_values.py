@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from pyro_flows.verdict.deciding import decide
-from pyro_flows.verdict.own_values import changed_values
+from pyro_flows.verdict.weighing import changed_values
 from tests.registry import normal
 
 S = 16_000

@@ -10,24 +10,22 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pyro_flows.fitting import agreement as runs
-from pyro_flows.fitting import conclude, rounds
+from pyro_flows.fitting import combine as runs
+from pyro_flows.fitting import fit, rounds
 from pyro_flows.flows import recipe
 from pyro_flows.model import charts, noncentered
 from pyro_flows.modes import (
-    barriers,
     climbs,
     missed_modes,
     missed_regions,
-    move,
     symmetric_modes,
     symmetries,
     tempering,
 )
 from pyro_flows.results import arviz_groups
-from pyro_flows.starts import matching
+from pyro_flows.starts import portfolio
 from pyro_flows.training import convergence
-from pyro_flows.verdict import acceptance, deciding, weighing
+from pyro_flows.verdict import deciding, weighing
 from tests.fitting import test_early_stop, test_rounds
 from tests.model import test_charts
 from tests.modes import test_symmetric_modes, test_symmetries, test_tempering
@@ -290,7 +288,7 @@ BUGS = [
     (*DECIDE, "used=pool[index]", "used=pool[:draws]", resampled),
     (*DECIDE, "used_log_q=pool_q[index]", "used_log_q=pool_q[:draws]", resampled),
     (*DECIDE, "used_log_p=pool_p[index]", "used_log_p=pool_p[:draws]", resampled),
-    (deciding, "_worse", 'second.status != "unreliable"', "True", second_pool),
+    (*DECIDE, 'second.status == "unreliable"', "False", second_pool),
     (*DECIDE, "if (objection := complaint(pool[:CHECKED])) is not None", "if False", invalid_model),
     (*DECIDE, "changed(pool, weighing.log_weights)", "[]", own_values),
     (weighing, "resample", ".exp().cumsum", ".div(2.0).exp().cumsum", systematic),
@@ -304,44 +302,44 @@ BUGS = [
     (missed_regions.Guide, "is_under_covered", "> by", "< by", both_halves),
     (climbs, "_weighed", "> MISSED_MASS_SHARE", "> 10 * MISSED_MASS_SHARE", a_large_mode),
     (climbs, "_weighed", "> MISSED_MASS_SHARE", "> 0.1 * MISSED_MASS_SHARE", a_small_mode),
-    (move.Unit, "apply", "else -value", "else value", one_half),
-    (move, "_swapped", "order[first], order[second] = second, first", "pass", labels),
-    (move.Unit, "apply", "2.0 * middles", "0.0 * middles", shares),
-    (move.Unit, "apply", "self.other: value", "self.other: values[self.other]", shares),
+    (symmetries.Unit, "apply", "else -value", "else value", one_half),
+    (symmetries, "_swapped", "order[first], order[second] = second, first", "pass", labels),
+    (symmetries.Unit, "apply", "2.0 * middles", "0.0 * middles", shares),
+    (symmetries.Unit, "apply", "self.other: value", "self.other: values[self.other]", shares),
     (symmetries, "_placed", "inside = inside & close", "close", supports),
     (symmetries, "signed_permutation", "for sign in (1.0, -1.0)", "for sign in (1.0, 1.0)", told_from_draws),
     (symmetries, "signed_permutation", "len({*order}) < len(order)", "False", told_from_draws),
     (symmetries, "product", "order[place] for place in places", "order[place] for place in order", groups),
     (symmetries, "product", "flip * signs[place]", "signs[place]", groups),
     (symmetric_modes, "_region_about", "image_of(z, symmetry)", "z[:, list(symmetry[0])]", images),
-    (barriers, "are_separated", "- LEVEL", "+ 1e9", valley),
+    (missed_regions, "are_separated", "- LEVEL", "+ 1e9", valley),
     (tempering._Walk, "heat", "(beta - self.beta)", "beta", mass),
     (tempering._Walk, "heat", "(self.log_p - self.log_g)", "self.log_p", mass),
     (tempering._Walk, "move", "torch.rand_like(chance) < chance", "chance == chance", wandering),
     (tempering._Walk, "_force", "self.beta * slope", "-self.beta * slope", neck),
     # rounds
-    (acceptance, "nothing_to_gain", "gap < most", "True", enough),
+    (deciding, "nothing_to_gain", "gap < most", "True", enough),
     (rounds.Round, "enough", "self.training.converged", "True", enough),
-    (acceptance, "nothing_to_gain", "weighing.k_hat < K_HAT_GOOD", "True", enough),
-    (acceptance, "nothing_to_gain", "ratio > ESS_SHARE_GOOD", "True", enough),
-    (acceptance, "nothing_to_gain", "gap < EVIDENCE_GAP_SMALL_SHARE * most", "True", enough),
-    (acceptance, "acceptable_gap", "max(", "min(", enough),
-    (acceptance, "shift_is_noise", "shift < seen", "True", unseen),
-    (acceptance, "shift_is_noise", "float(weighing.sd_shift.max())", "0.0", unseen),
-    (acceptance, "shift_is_noise", "weighing.quantile_shift or 0.0", "0.0", unseen),
+    (deciding, "nothing_to_gain", "weighing.k_hat < K_HAT_GOOD", "True", enough),
+    (deciding, "nothing_to_gain", "ratio > ESS_SHARE_GOOD", "True", enough),
+    (deciding, "nothing_to_gain", "gap < EVIDENCE_GAP_SMALL_SHARE * most", "True", enough),
+    (deciding, "acceptable_gap", "max(", "min(", enough),
+    (deciding, "shift_is_noise", "shift < seen", "True", unseen),
+    (deciding, "shift_is_noise", "float(weighing.sd_shift.max())", "0.0", unseen),
+    (deciding, "shift_is_noise", "weighing.quantile_shift or 0.0", "0.0", unseen),
     (rounds.Round, "nearly_uniform", "ratio > ESS_SHARE_EVEN", "True", evenness),
     (convergence.Monitor, "promises", "self.gaps[-1] <= gap", "True", promising),
     (convergence.Monitor, "promises", "sum(after) - sum(before)", "0.0", promising),
-    (matching, "moved", "start.loc + more @ (z - start.loc)", "start.loc", moments),
-    (matching, "moved", "share * known + (more[:, None] * away).mT @ away", "known", moments),
+    (portfolio, "moved", "start.loc + more @ (z - start.loc)", "start.loc", moments),
+    (portfolio, "moved", "share * known + (more[:, None] * away).mT @ away", "known", moments),
     (recipe, "begin_at", "_unit(flow) * sds", "sds", begun),
     (recipe, "set_df", "flow.df = df", "pass", begun),
     (rounds, "assess", "copy.deepcopy(flow)", "flow", kept),
     (runs, "compare", "not spread <= EVIDENCE_GAP_OF_RUNS", "spread <= EVIDENCE_GAP_OF_RUNS", agreement),
     (runs, "compare", "evidences.max() - evidences.min()", "evidences[0] - evidences[1]", agreement),
     (runs, "compare", "torch.nan_to_num(evidences, nan=-math.inf)", "-evidences", agreement),
-    (conclude, "_in_vain", "not state.added or state.disagreements", "state.disagreements", in_vain),
-    (conclude, "_in_vain", "or state.disagreements", "", in_vain),
+    (fit, "_in_vain", "not state.added or state.disagreements", "state.disagreements", in_vain),
+    (fit, "_in_vain", "or state.disagreements", "", in_vain),
     # coordinates
     (*NORMAL, "+ 0.5 * share.log()", "- 0.5 * share.log()", elementwise),
     (*NORMAL, "log_diagonal - inner", "log_diagonal + inner", matrices),
