@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -31,7 +31,13 @@ from pyro_flows.model.stack import NotStackable, Stack
 from pyro_flows.posterior.draws import from_draws
 from pyro_flows.posterior.posterior import Posterior
 from pyro_flows.verdict.deciding import POOL, UNSEARCHED, Draw
-from pyro_flows.verdict.thresholds import ESS_SHARE_EVEN, ESS_SHARE_PROMISING, PREDICTIVE_TAIL
+from pyro_flows.verdict.thresholds import (
+    DENSITY_GAP_OF_WALKERS,
+    ESS_SHARE_EVEN,
+    ESS_SHARE_PROMISING,
+    MISSED_MASS_SHARE,
+    PREDICTIVE_TAIL,
+)
 from pyro_flows.verdict.weighing import log_mean
 
 TOGETHER = 2**19  # numbers of data and draws that are handled at once
@@ -110,6 +116,20 @@ class Pilot(NamedTuple):
         """Draw and weigh."""
         z, log_q = flow.draw(draws)
         return cls(z, log_q, (density(z) - log_q).double())
+
+
+def left_out(flow: Flow, pilot: Pilot, seen: Sequence[Pilot]) -> bool:
+    """Say whether draws of other flows have mass where the density of a flow, with its own first draws, is too small.
+
+    Its own weights do not tell: no draw of it is there.
+    """
+    level = log_mean(pilot.log_weights)
+    for z, log_q, log_weights in seen:
+        weights = torch.softmax(torch.where(torch.isfinite(log_weights), log_weights, -torch.inf), 0)
+        thin = log_weights + log_q - flow.log_prob(z) - level > DENSITY_GAP_OF_WALKERS
+        if float(weights[thin].sum()) > MISSED_MASS_SHARE:
+            return True
+    return False
 
 
 def _going_on(pilot: Pilot, draw: Draw) -> Draw:
@@ -331,17 +351,19 @@ class Amortized:
         """Return the flow of a data set with features (1, n), its first draws, and whether those were poor.
 
         Where their weights are uneven, the flow begins adaptive importance sampling: its base at weighted moments
-        replaces it, if the weights of that are not uneven. Other posteriors are not near to normal.
+        replaces it, if the weights of that are not uneven, and if it leaves out nothing that was drawn before. Other
+        posteriors are not near to normal.
         """
         flow = moved = self._parts.conditional.given(features[0], density.dtype)
         pilot = first = Pilot.of(flow, density, PILOT)
-        for move in range(MOVES):
-            if ess_share(pilot.log_weights) >= ESS_SHARE_PROMISING:
-                return moved, pilot, move > 0
-            z, _, log_weights = Pilot.of(moved, density, POOL * PILOT)
-            moved = matched(moved, z, log_weights)
+        seen = [first]
+        while ess_share(pilot.log_weights) < ESS_SHARE_PROMISING and len(seen) <= MOVES:
+            seen.append(Pilot.of(moved, density, POOL * PILOT))
+            moved = matched(moved, seen[-1].z, seen[-1].log_weights)
             pilot = Pilot.of(moved, density, PILOT)
-        return (moved, pilot, True) if ess_share(pilot.log_weights) >= ESS_SHARE_PROMISING else (flow, first, True)
+        if ess_share(pilot.log_weights) >= ESS_SHARE_PROMISING and not left_out(moved, pilot, seen):
+            return moved, pilot, moved is not flow
+        return flow, first, True
 
     def _outside(self, features: Tensor, pilot: Pilot) -> tuple[str, ...]:
         """Say in which way features (1, n) of a data set are outside of what the prior predicts."""

@@ -440,7 +440,7 @@ class AutoHierarchicalFlow(AutoMessenger):  # type: ignore[metaclass]
         if self._run is None:
             sites = messages(self.trace).items()
             chosen = {name: site["value"] for name, site in sites if site["type"] == "sample" and is_subsample(site)}
-            with apart():
+            with apart(inside=True):
                 self._run = self._locals(z, *self.args_kwargs, chosen=chosen)
         return self._run
 

@@ -199,7 +199,7 @@ class AutoFlowMessenger(AutoHierarchicalFlow, AutoNormalMessenger):
 
     def _read(self, args: Positional, kwargs: Keywords) -> None:
         super()._read(args, kwargs)
-        with apart(), torch.no_grad():  # makes the parameters of normals
+        with apart(inside=True), torch.no_grad():  # makes the parameters of normals
             self(*args, **kwargs)
 
     def _give_up(self, name: str, reason: str) -> None:

@@ -23,7 +23,7 @@ from pyro_flows._fallbacks import passed_over
 from pyro_flows.flows.flow import Flow
 from pyro_flows.flows.mixture import FlowMixture
 from pyro_flows.flows.recipe import FlowLike, affine_of, begin_at, latent_recipe, start_at
-from pyro_flows.guides.store import Named, Whole, copy_stored, in_svi, param_statement, place, was_loaded
+from pyro_flows.guides.store import Named, Whole, copy_stored, forget, in_svi, param_statement, place, was_loaded
 from pyro_flows.model.log_density import LogDensity, PartialLogDensity
 from pyro_flows.model.precision import LostDigits
 from pyro_flows.model.reading import read_structure
@@ -282,7 +282,7 @@ class LatentGuide(AutoContinuous):
             if any(stored.get(full) is not tensor for full, tensor in tensors.items()):
                 tensors = self._take_over()
                 for full in [name for name in stored if name.startswith(self._prefix) and name not in tensors]:
-                    del pyro.get_param_store()[full]  # another guide's: in a file it would pass for ours
+                    forget(full)  # another guide's: in a file it would pass for ours
                 for full, tensor in tensors.items():
                     place(full, tensor)
             self._in_store = True

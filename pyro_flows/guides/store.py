@@ -137,12 +137,20 @@ def place(name: str, tensor: Tensor) -> None:
     """Let the store hold this very tensor under a name."""
     store = pyro.get_param_store()
     if store._params.get(name) is not tensor:
-        if name in store._params:
-            del store[name]
+        forget(name)
         store._constraints[name] = constraints.real
         store._params[name] = tensor
         store._param_to_name[tensor] = name
         _placed[name] = weakref.ref(tensor), store._constraints
+
+
+def forget(name: str) -> None:
+    """Take a name out of the store; its tensor may have others, as that of a layer that is there twice."""
+    store = pyro.get_param_store()
+    tensor = store._params.pop(name, None)
+    store._constraints.pop(name, None)
+    if tensor is not None and store._param_to_name.get(tensor) == name:
+        del store._param_to_name[tensor]
 
 
 def copy_stored(name: str, parameter: Tensor, stored: Tensor) -> None:

@@ -136,24 +136,29 @@ REMEDIES = {
 
 
 @contextmanager
-def apart() -> Iterator[None]:
+def apart(*, inside: bool = False) -> Iterator[None]:
     """Run a model apart from a Pyro program that may be running around it: unseen by its handlers, and with all plate
     dimensions free. A plate around would move the model's own ones aside, and multiply its density.
 
-    The handlers around are set aside. So a model that is wrapped in one (``poutine.condition``) may run inside of a run
-    of itself: Pyro lets no handler in twice.
+    ``inside`` says that this is inside of a run of the same model. Then the handlers around are set aside, as it may be
+    wrapped in one (``poutine.condition``), and Pyro lets no handler in twice.
     """
     with turn():
         dims, stack, inner = runtime._DIM_ALLOCATOR, runtime._PYRO_STACK, _Apart()
         taken, dims._stack = dims._stack, []
-        around, stack[:] = [*stack], []
+        around = [*stack]
+        if inside:
+            stack.clear()
+        own = [*stack]
         try:
-            with Tried(lambda error: inner.disturbed or bool(stack)) as tried, inner:
+            with Tried(lambda error: inner.disturbed or own != stack) as tried, inner:
                 yield
         finally:
             dims._stack = taken
-            left, stack[:] = [*stack], around
-        if inner.disturbed or left:
+            disturbed = inner.disturbed or own != stack
+            if inside:
+                stack[:] = around
+        if disturbed:
             raise Disturbed(BESIDE) from tried.error
 
 

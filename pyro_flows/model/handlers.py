@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import AbstractContextManager, suppress
+from contextlib import AbstractContextManager
 from typing import TypeVar, cast
 
 import pyro
@@ -56,19 +56,6 @@ class Place(Messenger):
 
     def _place(self, latent: Latent, fn: TorchDistribution) -> Placed:
         return latent.place(self.z, fn)
-
-
-class _AllPlaced(BaseException):
-    """Ends a run of the model whose latents all have their places. No ``Exception``, which a model may catch."""
-
-
-class _PlaceOnly(Place):
-    """Place the latents, and end the run with the last one: what comes after it, the likelihood, is not asked for."""
-
-    def _pyro_sample(self, msg: Site) -> None:
-        super()._pyro_sample(msg)
-        if len(self.placed) == len(self.latents):
-            raise _AllPlaced
 
 
 def masks_over(site: Site) -> list[tuple[Tensor, int]]:
@@ -170,13 +157,13 @@ def place_all(
 ) -> dict[str, Placed]:  # fmt: skip
     """Put each latent at ``z``.
 
-    ``run`` calls the model, only if supports depend on it, or on parameters that may move. Its last latent ends it.
+    ``run`` calls the model, only if supports depend on it, or on parameters that may move.
     """
     if not (structure.dependent or moving):
         nodes = messages(structure.trace)
         return {latent.name: latent.place(z, nodes[latent.name]["fn"]) for latent in structure.latents}
-    place = _PlaceOnly(structure.latents, z)
-    with apart(), suppress(_AllPlaced), place:
+    place = Place(structure.latents, z)
+    with apart(), place:
         run()
     return place.placed
 

@@ -105,7 +105,7 @@ class Latent:
             ValueError: for a prior of another shape than in the first run.
         """
         sizes = zip(reversed(self.shape), reversed(fn.shape()), strict=False)
-        if any(mine != other and 1 not in (mine, other) for mine, other in sizes):
+        if any(mine != other for mine, other in sizes):
             expected, got = tuple(self.shape), tuple(fn.shape()[-len(self.shape) :])
             raise ValueError(f"site {self.name!r}: expected shape {expected}, as in the first run, got {got}. {ROWS}")
         unconstrained, charted, spreading = self.unconstrained(z), None, None

@@ -219,11 +219,12 @@ class _Kept:
     def _with(self, arguments: Arguments) -> LogDensity:
         """Return the density with these data, which is read anew where they are others."""
         known, (args, kwargs) = self._arguments, arguments.with_tensors(arguments.tensors)
+        density = self.density
         if known.key != arguments.key:
-            self.density = PartialLogDensity(self.model, args, kwargs, noncentered=self.structure.noncentered)
+            density = PartialLogDensity(self.model, args, kwargs, noncentered=self.structure.noncentered)
         elif not all(map(operator.is_, known.tensors, arguments.tensors)):
-            self.density = self.density.beside(args, kwargs)
-        ours, theirs = self.structure.layout, self.density.structure.layout
+            density = density.beside(args, kwargs)
+        ours, theirs = self.structure.layout, density.structure.layout
         for mine, other in zip_longest(ours, theirs, fillvalue=("none", 0)):
             if mine != other:
                 expected = f"site {mine[0]!r} with {mine[1]} coordinates, as in the first run"
@@ -231,8 +232,8 @@ class _Kept:
                     f"guide: expected {expected}, got {other[0]!r} with {other[1]}. {ROWS} Models have to draw their "
                     "latents in one order."
                 )
-        self._arguments = arguments
-        return self.density
+        self._arguments, self.density = arguments, density
+        return density
 
 
 def _value(terms: Tensor) -> float:

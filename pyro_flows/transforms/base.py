@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -127,9 +127,6 @@ class Bijection(TransformModule, ConditionalTransform):
         return nn.Module.__repr__(self)
 
 
-Run = Callable[..., tuple[Tensor, Tensor]]
-
-
 class _Memo(NamedTuple):
     x: Tensor
     y: Tensor
@@ -186,14 +183,6 @@ class Bound(Transform):
     def __getstate__(self) -> dict[str, object]:
         return {**super().__getstate__(), "_memo": None}  # the dicts in _held stay those of the copied bijection
 
-    def _run(self, run: Run, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Run a pass, over one batch axis without a context: each layer of a network takes longer over several."""
-        batch = value.shape[: max(value.dim() - self.bijection.event_dim, 0)]
-        if len(batch) < 2 or self.context is not None:
-            return run(value, self.context)
-        found, ladj = run(value.flatten(0, len(batch) - 1))
-        return found.unflatten(0, batch), ladj.unflatten(0, batch)
-
     def _state(self, *tensors: Tensor) -> tuple[tuple[int, int, bool], ...]:
         """Identity and version of all that the memo depends on, and whether gradients are wanted for it."""
         owned = [tensor for held in self._held for tensor in held.values() if tensor is not None]
@@ -215,7 +204,7 @@ class Bound(Transform):
         return memo if memo.state == self._state(memo.x, memo.y, memo.ladj) else None
 
     def _call(self, x: Tensor) -> Tensor:
-        y, ladj = self._run(self.bijection.forward_and_ladj, _checks.floating("x", x, self._dtype))
+        y, ladj = self.bijection.forward_and_ladj(_checks.floating("x", x, self._dtype), self.context)
         self._keep(x, y, ladj, point=True)
         return y
 
@@ -224,7 +213,7 @@ class Bound(Transform):
         if memo is not None and memo.point:
             self._memo = memo._replace(point=False)
             return memo.x
-        x, ladj = self._run(self.bijection.inverse_and_ladj, _checks.floating("y", y, self._dtype))
+        x, ladj = self.bijection.inverse_and_ladj(_checks.floating("y", y, self._dtype), self.context)
         self._keep(x, y, -ladj, point=False)
         return x
 
@@ -232,7 +221,7 @@ class Bound(Transform):
         memo, self._memo = self._recall(x, y), None
         if memo is not None:
             return memo.ladj
-        return self._run(self.bijection.forward_and_ladj, _checks.floating("x", x, self._dtype))[1]
+        return self.bijection.forward_and_ladj(_checks.floating("x", x, self._dtype), self.context)[1]
 
     def forward_shape(self, shape: Iterable[int]) -> torch.Size:
         return self._broadcast(self.bijection.forward_shape(shape))

@@ -183,7 +183,8 @@ PRIOR_ERROR_MOST = 0.15
 
 # ---- missed mass, and density gaps -----------------------------------------------------------------------------------
 
-# Missed mode: share of the mass that the guide covers; a region with more is missed. Source: chosen.
+# Missed mode: share of the mass that the guide covers; a region with more is missed. Amortized posterior: share of
+# earlier draws' weight that a replaced flow may leave out. Source: chosen.
 MISSED_MASS_SHARE = 0.02
 # Missed mass next to the guide: standard errors that the share has to exceed; and of the mass of a region that chains
 # have to visit. Source: chosen.
@@ -204,7 +205,8 @@ MASS_HARDLY_REACHED = 0.005
 # Missed mode: nats that log q falls short of log p by, at a place where the guide has too little density. Source:
 # chosen.
 DENSITY_GAP_OF_MODES = 7.0
-# Missed mass next to the guide: the same, where walkers count. Source: chosen.
+# Missed mass next to the guide: the same, where walkers count, and at earlier draws of an amortized flow. Source:
+# chosen.
 DENSITY_GAP_OF_WALKERS = 3.0
 # Nats below the best from which nothing counts: a start or a mode is left out, an image has no mass, and training goes
 # back to its best check. Source: chosen.

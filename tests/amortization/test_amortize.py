@@ -12,11 +12,12 @@ import torch
 from torch import nn
 
 import pyro_flows as pf
-from pyro_flows.amortization.amortized import PILOT
+from pyro_flows.amortization.amortized import PILOT, Pilot, left_out
 from pyro_flows.amortization.building import Read, couplings, exchangeable_rows, simulate
 from pyro_flows.amortization.form import Scale, bound, ess_share, tempered
 from pyro_flows.amortization.networks import Conditional, Pooled, Sorted, Whitened, matched, perceptron
-from pyro_flows.flows.recipe import set_df, with_preprocess
+from pyro_flows.flows.parts import location_scale
+from pyro_flows.flows.recipe import set_df, start_at, with_preprocess
 from pyro_flows.flows.recipe_json import not_rebuilt
 from pyro_flows.transforms.fixed import Preprocess
 from pyro_flows.verdict.psis import psis
@@ -458,3 +459,21 @@ def test_precision_is_that_of_simulated_data_under_their_own_parameters(noise, d
 
     read = simulate(model, bound(model, (torch.full((8,), 1e3),), {}), None, 64, 64, seed=0)
     assert read.density.dtype == dtype
+
+
+@pytest.mark.parametrize(("second", "said"), [(0.3, True), (0.0, False)])
+def test_a_moved_flow_that_leaves_out_drawn_modes_is_known(second, said):
+    """Its own draws have even weights: none of them is near the second mode."""
+    near = dist.Normal(torch.zeros(2).double(), 0.3).to_event(1)
+    far = dist.Normal(torch.tensor([3.0, 0.0]).double(), 0.2).to_event(1)
+
+    def density(z):
+        return torch.logaddexp(near.log_prob(z) + math.log1p(-second), far.log_prob(z) + math.log(second + 1e-300))
+
+    torch.manual_seed(0)
+    broad, narrow = (location_scale(2, diagonal=True).double() for _ in range(2))
+    start_at(broad, torch.zeros(2), torch.full((2,), 1.5))
+    start_at(narrow, torch.zeros(2), torch.full((2,), 0.3))
+    seen, pilot = (Pilot.of(flow, density, 2000) for flow in (broad, narrow))
+    assert ess_share(pilot.log_weights) > 0.8
+    assert left_out(narrow, pilot, [seen]) == said

@@ -187,16 +187,3 @@ def test_pyro_cache_is_stale_where_ours_is_not():
 
     assert error(pf.transforms.AffineCoupling(2, hidden=(4,)).with_cache()) == 0.0
     assert error(dist.transforms.affine_coupling(2, hidden_dims=[4])) > 0.01
-
-
-def test_layers_see_one_batch_axis():
-    """Linear layers take longer over several, as the draws of vectorized particles have them."""
-    flow, seen = pf.realnvp(4, layers=2), []
-    for layer in flow.bijection.layers:
-        layer.conditioner.register_forward_pre_hook(lambda _, given: seen.append(given[0].shape))
-    fn = flow().expand((3, 1, 2))
-    draw = fn.rsample((5,))
-    assert draw.shape == (5, 3, 1, 2, 4)
-    assert fn.log_prob(draw).shape == (5, 3, 1, 2)
-    assert [len(shape) for shape in seen] == [2, 2]
-    torch.testing.assert_close(fn.log_prob(draw.clone())[2], fn.log_prob(draw[2].clone()))
