@@ -272,3 +272,17 @@ def test_the_store_trains_only_parameters():
     assert all(begin <= parameter.data_ptr() < end for parameter in own)
     held = {id(value) for _, value in pyro.get_param_store().named_parameters()}
     assert {id(value) for value in guide.state_dict(keep_vars=True).values()} == held
+
+
+def test_a_layer_that_was_there_twice_leaves_the_store():
+    """Its tensors have two names there. A guide of the same name drops those of an earlier one."""
+    flip = pf.transforms.Permutation([1, 0])
+
+    def tied(dim):
+        layer = pf.transforms.AffineCoupling(dim, hidden=(4,))
+        return pf.Flow(pf.transforms.Compose([layer, flip, layer]), dim=dim)
+
+    train(pf.AutoFlow(model, tied))
+    guide = pf.AutoFlow(model, lambda dim: pf.Flow(pf.transforms.DiagonalAffine(dim), dim=dim))
+    assert len(train(guide)) == 4
+    assert not any(".layers.0.layers." in name for name in pyro.get_param_store())

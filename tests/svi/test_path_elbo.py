@@ -320,3 +320,14 @@ def test_latents_in_another_order_are_not_taken_for_each_other():
     posterior = pf.diagnose(in_turn, guide, "b", "a", draws=500, progress=False)
     assert posterior.samples["a"].mean() == pytest.approx(-3.0, abs=0.3)
     assert posterior.verdict.status != "unreliable"
+
+
+def test_data_that_fit_are_taken_after_data_that_do_not():
+    guide = pf.AutoRealNVP(counts, layers=2, hidden=(4,), init="prior", noncentered=())
+    svi, loss = svi_of(counts, guide, particles=4)
+    y = real(1.0, 3.0, 2.0)
+    svi.step(y)
+    with pytest.raises(ValueError, match="'rate' with 3 coordinates, as in the first run, got 'rate' with 2"):
+        svi.step(y[:2])
+    loss.num_particles = 8
+    assert math.isfinite(svi.step(y))
