@@ -16,7 +16,7 @@ from pyro_flows.calibration.wiring import Case, Wiring
 from pyro_flows.density_estimation.standardizing import tails
 from pyro_flows.model.arguments import usable
 from pyro_flows.model.sites import Keywords, Model, Site, Structure, messages
-from pyro_flows.verdict.thresholds import ESS_SHARE_LEAST, TAIL_INDEX_FOURTH
+from pyro_flows.verdict.thresholds import TAIL_INDEX_FOURTH
 from pyro_flows.verdict.weighing import heavy_tails
 
 MEASURED = 50_000  # simulations that regression and tails are measured with
@@ -185,14 +185,3 @@ def ess_share(log_weights: Tensor) -> float:
     log_weights = torch.where(torch.isfinite(log_weights), log_weights, -torch.inf)
     share = (2.0 * log_weights.logsumexp(0) - (2.0 * log_weights).logsumexp(0)).exp() / len(log_weights)
     return float(share.nan_to_num(nan=0.0))
-
-
-def tempered(log_weights: Tensor) -> float:
-    """Return the power of weights (S,), up to 1, that leaves a tenth of the draws effective."""
-    if ess_share(log_weights) >= ESS_SHARE_LEAST:
-        return 1.0
-    low, high = 0.0, 1.0
-    for _ in range(20):  # bisection
-        middle = 0.5 * (low + high)
-        low, high = (middle, high) if ess_share(middle * log_weights) > ESS_SHARE_LEAST else (low, middle)
-    return low

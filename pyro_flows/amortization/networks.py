@@ -12,13 +12,13 @@ from torch import Tensor, nn
 
 from pyro_flows._bundles import Entries
 from pyro_flows._seeding import seeded
-from pyro_flows.amortization.form import tempered
 from pyro_flows.density_estimation.standardizing import DEPENDENT
 from pyro_flows.flows.flow import Flow
 from pyro_flows.flows.recipe import Recipe, set_df
 from pyro_flows.transforms import Bijection, Compose, DiagonalAffine, LowerTriangularAffine, SinhArcsinh
 from pyro_flows.transforms.fixed import Preprocess
 from pyro_flows.transforms.networks import Free, Network
+from pyro_flows.verdict.weighing import tempered
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -214,12 +214,14 @@ def matched(flow: Flow, z: Tensor, log_weights: Tensor) -> Flow:
     r"""Return the base of a flow at the weighted mean and covariance of draws z (S, D), in the form of that flow.
 
     The weights are :math:`w^a`: a is 1, or as much less as leaves a tenth of the draws effective. The same flow comes
-    back where the covariance has no root.
+    back where no weight is finite, or where the covariance has no root.
 
     Reference: Cappé et al. 2008, "Adaptive importance sampling in general mixture classes" (arXiv 0710.4242), with one
     component.
     """
     usable = torch.isfinite(log_weights)
+    if not bool(usable.any()):
+        return flow
     z, log_weights = z[usable].double(), log_weights[usable]
     weights = torch.softmax(tempered(log_weights) * log_weights, 0)
     mean = weights @ z

@@ -29,8 +29,8 @@ from pyro_flows.modes.hyperparameter_marginal import DF
 from pyro_flows.starts.prior import prior_draws
 from pyro_flows.verdict.deciding import LOOKED_AT_DRAWS
 from pyro_flows.verdict.psis import psis
-from pyro_flows.verdict.thresholds import ESS_SHARE_COLLAPSED, ESS_SHARE_GOOD, ESS_SHARE_LEAST, K_HAT_GOOD
-from pyro_flows.verdict.weighing import resample
+from pyro_flows.verdict.thresholds import ESS_SHARE_COLLAPSED, ESS_SHARE_GOOD, K_HAT_GOOD
+from pyro_flows.verdict.weighing import resample, tempered
 
 GENERATIONS = 4  # between two additions of parts
 ADDITIONS, IN_VAIN = 6, 2  # at most; in a row without a gain, after which the fit ends
@@ -145,7 +145,7 @@ def tempered_mixture(density: LogDensity, *, seed: int) -> Parts | None:
             z, ratios = z[usable], ratios[usable]
             if len(z) < MOST_PARTS // 2:
                 return None
-            power = _power(ratios)
+            power = tempered(ratios)
             chosen = resample(torch.log_softmax(power * ratios, 0), 2 * LOOKED_AT_DRAWS, seed=0)
             parts = _about(z[chosen], MOST_PARTS // 2)
             if power == 1.0:
@@ -178,21 +178,6 @@ def _about(draws: Tensor, count: int) -> Parts | None:
         away = torch.minimum(away, to_new)
     mass = torch.bincount(nearest, minlength=count).to(draws) + 1.0
     return Parts(draws[chosen], root.to(draws).expand(count, -1, -1).clone(), (mass / mass.sum()).log(), DF)
-
-
-def _power(ratios: Tensor) -> float:
-    """Return the power of weights, up to one, that leaves a tenth of the draws effective."""
-
-    def share(power: float) -> float:
-        return float(1.0 / torch.softmax(power * ratios, 0).square().sum()) / len(ratios)
-
-    low, high = 0.0, 1.0
-    if share(high) >= ESS_SHARE_LEAST:
-        return high
-    for _ in range(30):  # bisection
-        middle = 0.5 * (low + high)
-        low, high = (middle, high) if share(middle) > ESS_SHARE_LEAST else (low, middle)
-    return low
 
 
 @torch.no_grad()

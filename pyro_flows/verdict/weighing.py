@@ -13,7 +13,14 @@ from torch import Tensor
 
 from pyro_flows._seeding import derive
 from pyro_flows.verdict.psis import largest_k, psis
-from pyro_flows.verdict.thresholds import LOG_WEIGHT_EVEN, SHIFT_ERRORS, SHIFT_MOST, TAIL_INDEX_FOURTH, TAIL_INDEX_HEAVY
+from pyro_flows.verdict.thresholds import (
+    ESS_SHARE_LEAST,
+    LOG_WEIGHT_EVEN,
+    SHIFT_ERRORS,
+    SHIFT_MOST,
+    TAIL_INDEX_FOURTH,
+    TAIL_INDEX_HEAVY,
+)
 
 UNTOLD = 1000  # times an sd, or by that factor: larger changes are all alike to a reader
 LEVELS = 0.05, 0.25, 0.5, 0.75, 0.95  # of quantiles that stand for moments
@@ -220,6 +227,21 @@ def log_mean(log_weights: Tensor) -> Tensor:
     """Return the log of the mean weight, weights that are not finite being zero: a log mass."""
     usable = torch.where(torch.isfinite(log_weights), log_weights, -torch.inf)
     return torch.logsumexp(usable, -1) - math.log(usable.shape[-1])
+
+
+def tempered(log_weights: Tensor) -> float:
+    """Return the power of weights (S,), up to 1, that leaves a tenth of the draws effective."""
+
+    def share(power: float) -> float:
+        return float(1.0 / torch.softmax(power * log_weights, 0).square().sum()) / len(log_weights)
+
+    low, high = 0.0, 1.0
+    if share(high) >= ESS_SHARE_LEAST:
+        return high
+    for _ in range(30):  # bisection
+        middle = 0.5 * (low + high)
+        low, high = (middle, high) if share(middle) > ESS_SHARE_LEAST else (low, middle)
+    return low
 
 
 # by how much changes (V,) exceed errors, and what is changed at one place, and by how much, in words

@@ -14,14 +14,14 @@ from torch import nn
 import pyro_flows as pf
 from pyro_flows.amortization.amortized import PILOT, Pilot, left_out
 from pyro_flows.amortization.building import Read, couplings, exchangeable_rows, simulate
-from pyro_flows.amortization.form import Scale, bound, ess_share, tempered
+from pyro_flows.amortization.form import Scale, bound, ess_share
 from pyro_flows.amortization.networks import Conditional, Pooled, Sorted, Whitened, matched, perceptron
 from pyro_flows.flows.parts import location_scale
 from pyro_flows.flows.recipe import set_df, start_at, with_preprocess
 from pyro_flows.flows.recipe_json import not_rebuilt
 from pyro_flows.transforms.fixed import Preprocess
 from pyro_flows.verdict.psis import psis
-from pyro_flows.verdict.weighing import log_mean
+from pyro_flows.verdict.weighing import log_mean, tempered
 from tests.calibration.models import NOISE, X, branching, exact, regression, two_modes
 
 FAST = {"simulations": 6000, "max_epochs": 12, "progress": False}

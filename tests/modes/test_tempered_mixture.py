@@ -15,7 +15,6 @@ from pyro_flows.modes.missed_modes import missed_modes
 from pyro_flows.modes.population_monte_carlo import (
     WIDE,
     Parts,
-    _power,
     begun,
     can_be_tempered,
     fitted,
@@ -23,6 +22,7 @@ from pyro_flows.modes.population_monte_carlo import (
 )
 from pyro_flows.starts.prior import prior_draws
 from pyro_flows.verdict.thresholds import ESS_SHARE_LEAST
+from pyro_flows.verdict.weighing import tempered
 from tests.models import normal, real
 
 SMALL, EACH_HOLDS = 12, 0.005  # modes, and the mass of each
@@ -173,10 +173,10 @@ def test_wide_parts_need_no_separate_scales():
 
 def test_weights_are_tempered_until_a_tenth_is_left():
     ratios = 10.0 * normal(4000, seed=5)
-    power = _power(ratios)
+    power = tempered(ratios)
     weights = torch.softmax(power * ratios, 0)
     assert float(1.0 / weights.square().sum()) / 4000 == pytest.approx(ESS_SHARE_LEAST, rel=1e-3)
-    assert _power(0.1 * normal(4000, seed=5)) == 1.0
+    assert tempered(0.1 * normal(4000, seed=5)) == 1.0
 
 
 @pytest.mark.parametrize(("dim", "expected"), [(6, True), (7, False)])
