@@ -166,13 +166,13 @@ def test_changed_data_stay_counts():
 
 @pytest.mark.parametrize("name", ["two outcomes", "AR(1) series", "change point"])
 def test_exact_answers_are_those_of_weighted_prior_draws(name):
-    """Within 3.6 Monte Carlo errors of 2000 effective draws."""
+    """Within 3.6 Monte Carlo errors of 2000 effective draws; means before and after a change have heavy tails."""
     task = TASKS[name]
     y = torch.sin(torch.arange(60.0))[: task.args[0].numel()].reshape(task.args[0].shape)
     with torch.random.fork_rng():
         torch.manual_seed(0)
         density = pf.LogDensity(task.model, task.with_data(y))
-        drawn = density.prior(100_000, seed=1)
+        drawn = density.prior(400_000 if name == "change point" else 100_000, seed=1)
         prior = pf.LogDensity(lambda *args: pyro.poutine.block(task.model, hide=["y"])(*args), task.with_data(y))
         z = density.unconstrain({site: drawn[site] for site in density.names})
     found = by_prior_draws((density(z) - prior(z)).double(), values(drawn, density.names))
