@@ -164,7 +164,9 @@ def test_changed_data_stay_counts():
     assert (other - y).tolist() == [600.0, 0.0] * 3
 
 
-@pytest.mark.parametrize("name", ["two outcomes", "AR(1) series", "change point"])
+@pytest.mark.parametrize(
+    "name", ["two outcomes", *(pytest.param(name, marks=pytest.mark.slow) for name in ("AR(1) series", "change point"))]
+)
 def test_exact_answers_are_those_of_weighted_prior_draws(name):
     """Within 3.6 Monte Carlo errors of 2000 effective draws; means before and after a change have heavy tails."""
     task = TASKS[name]
