@@ -113,6 +113,13 @@ def _diagonal(dim: int, context_dim: int) -> pf.transforms.DiagonalAffine:
     )
 
 
+def _correlated(dim: int, context_dim: int) -> pf.transforms.DiagonalAffine:
+    full = _affine(dim, 0)
+    return pf.transforms.DiagonalAffine(
+        dim, loc=full.loc, scale=full.scale_tril, context_dim=context_dim, hidden=HIDDEN
+    )
+
+
 def _mixed(dim: int, context_dim: int) -> pf.transforms.Compose:
     """Plain and conditional layers of every family, with each kind of mask."""
     options = {"context_dim": context_dim, "hidden": HIDDEN}
@@ -175,6 +182,7 @@ TRANSFORMS: dict[str, tuple[Callable[[int, int], pf.transforms.Bijection], dict]
     "BatchNorm-started": (lambda d, c: _batch_norm(d), {"identity": False}),
     "Compose": (_mixed, {"sd": 0.15, "closed": False, "identity": False}),
     "DiagonalAffine": (lambda d, c: pf.transforms.DiagonalAffine(d, context_dim=c, hidden=HIDDEN), {}),
+    "DiagonalAffine-correlated": (_correlated, {"identity": False}),
     "DiagonalAffine-started": (_diagonal, {"identity": False}),
     "Inverse": (lambda d, c: pf.transforms.Inverse(pf.transforms.AffineCoupling(d, context_dim=c, hidden=HIDDEN)), {}),
     "Inverse-Compose": (

@@ -1,4 +1,4 @@
-"""The models: a conjugate regression, eight schools, and counts in groups."""
+"""The models: regression, eight schools, counts in groups, two outcomes, a time series, and a change point."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from benchmarks.amortized import quadrature
 from benchmarks.calibration.models import EFFECTS, ERRORS, schools
 
 ROWS, COLUMNS, GROUPS = 40, 3, 5
+PAIRS, TIMES = 20, 30  # of two outcomes; of a series, and of data with a change
 A, B = 3.0, 3.0  # tau ~ Gamma(A, B), b ~ N(0, 1 / tau)
 
 
@@ -50,10 +51,14 @@ def conjugate(x: Tensor, y: Tensor) -> None:
 
 def exact(y: Tensor) -> tuple[Tensor, Tensor]:
     """Return the exact means and standard deviations of log tau and b."""
-    x, y = X.double(), y.double()
-    precision = x.T @ x + torch.eye(COLUMNS).to(x)
+    return _regression(X.double(), y.double())
+
+
+def _regression(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """Return what is known of log tau and b, given columns x and data with one precision."""
+    precision = x.T @ x + torch.eye(x.shape[1]).to(x)
     mean = torch.linalg.solve(precision, x.T @ y)
-    shape, rate = torch.tensor(A + ROWS / 2).to(x), B + 0.5 * (y @ y - mean @ precision @ mean)
+    shape, rate = torch.tensor(A + len(x) / 2).to(x), B + 0.5 * (y @ y - mean @ precision @ mean)
     sds = (rate / (shape - 1.0) * torch.linalg.inv(precision).diagonal()).sqrt()
     first = torch.stack([torch.digamma(shape) - rate.log(), torch.polygamma(1, shape).sqrt()])
     return torch.cat([first[:1], mean]), torch.cat([first[1:], sds])
@@ -70,10 +75,47 @@ def counts(x: Tensor, group: Tensor, y: Tensor) -> None:
         pyro.sample("y", dist.Poisson((a + b[group] + slope * x).exp()), obs=y)
 
 
+def outcomes(y: Tensor) -> None:
+    """Pairs with a correlation of .6, of unknown means and precision."""
+    tau = pyro.sample("tau", dist.Gamma(A, B))
+    with pyro.plate("column", 2):
+        b = pyro.sample("b", dist.Normal(0.0, tau**-0.5))
+    with pyro.plate("row", len(y)):
+        pyro.sample("y", dist.MultivariateNormal(b, scale_tril=tau**-0.5 * ROOT), obs=y)
+
+
+def exact_outcomes(y: Tensor) -> tuple[Tensor, Tensor]:
+    """Return what is known of log tau and b: without their correlation, pairs are a regression."""
+    back = torch.linalg.inv(ROOT.double())
+    return _regression(back.repeat(len(y), 1), (y.double() @ back.T).flatten())
+
+
+def series(y: Tensor) -> None:
+    """An AR(1) series from 0, of unknown coefficient and precision."""
+    phi = pyro.sample("phi", dist.Normal(0.0, 0.5))
+    tau = pyro.sample("tau", dist.Gamma(A, B))
+    steps = torch.eye(len(y)) - phi * torch.ones(len(y) - 1).diag(-1)
+    root = torch.linalg.solve_triangular(steps, torch.eye(len(y)), upper=False)
+    pyro.sample("y", dist.MultivariateNormal(torch.zeros(len(y)), scale_tril=tau**-0.5 * root), obs=y)
+
+
+def change(y: Tensor) -> None:
+    """Two means, and the time of the change between them."""
+    time = pyro.sample("time", dist.Uniform(0.0, float(len(y))))
+    m = pyro.sample("m", dist.Normal(torch.zeros(2), 2.0).to_event(1))
+    late = torch.arange(len(y)) + 0.5 > time
+    with pyro.plate("row", len(y)):
+        pyro.sample("y", dist.Normal(torch.where(late, m[1], m[0]), 1.0), obs=y)
+
+
+ROOT = torch.linalg.cholesky(torch.tensor([[1.0, 0.6], [0.6, 1.0]]))
 TASKS = {
     "conjugate regression": Task(conjugate, (X, torch.zeros(ROWS)), 1, exact),
     "eight schools": Task(schools, (EFFECTS, ERRORS), 0, partial(quadrature.schools, sigma=ERRORS)),
     "counts in groups": Task(counts, (X[:, 0], GROUP, torch.zeros(ROWS)), 2, quadrature.Counts(X[:, 0], GROUP)),
+    "two outcomes": Task(outcomes, (torch.zeros(PAIRS, 2),), 0, exact_outcomes),
+    "AR(1) series": Task(series, (torch.zeros(TIMES),), 0, partial(quadrature.series, a=A, b=B)),
+    "change point": Task(change, (torch.zeros(TIMES),), 0, quadrature.change),
 }
 POSITIVE = ("tau", "s")
 

@@ -39,6 +39,37 @@ def schools(y: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
     return _columns([_moments(weights, log_tau), *effects, _moments(weights, mu, 1.0 / precision)])
 
 
+def series(y: Tensor, a: float, b: float) -> tuple[Tensor, Tensor]:
+    """Return means and standard deviations of log tau and phi of an AR(1) series: given tau, phi is normal."""
+    y = y.double()
+    log_tau = torch.linspace(-8.0, 8.0, 3201, dtype=torch.float64)
+    tau = log_tau.exp()
+    precision = 4.0 + tau * y[:-1].square().sum()  # of phi, with a prior sd of .5
+    mean = tau * (y[1:] @ y[:-1]) / precision
+    log_p = (a + 0.5 * len(y)) * log_tau - tau * (b + 0.5 * y.square().sum())
+    weights = torch.softmax(log_p + 0.5 * mean.square() * precision - 0.5 * precision.log(), 0)
+    return _columns([_moments(weights, log_tau), _moments(weights, mean, 1.0 / precision)])
+
+
+def change(y: Tensor) -> tuple[Tensor, Tensor]:
+    """Return means and standard deviations of both means and the time of a change.
+
+    Given which data come before the change, the means are normal, and the time is uniform between two data.
+    """
+    y = y.double()
+    before = torch.arange(len(y) + 1)[:, None] > torch.arange(len(y))
+    parts = []
+    for those in (before, ~before):
+        precision = 0.25 + those.sum(1)  # of a mean, with a prior sd of 2
+        parts.append((precision, (those * y).sum(1) / precision))
+    ends = torch.cat([torch.zeros(1), torch.arange(len(y)) + 0.5, torch.tensor([float(len(y))])]).double()
+    widths, middles = ends.diff(), 0.5 * (ends[1:] + ends[:-1])
+    log_p = sum(0.5 * mean.square() * precision - 0.5 * precision.log() for precision, mean in parts)
+    weights = torch.softmax(log_p + widths.log(), 0)
+    means = [_moments(weights, mean, 1.0 / precision) for precision, mean in parts]
+    return _columns([*means, _moments(weights, middles, widths.square() / 12.0)])
+
+
 class Counts:
     """Poisson regression with effects of groups, whose log rates u = a + b at x = 0 are normal given a and s.
 

@@ -63,9 +63,10 @@ CHANGES = ("all", "one", "every other")
 def changed(y: Tensor, scale: float, kind: str, number: int) -> Tensor:
     """Return data that the prior does not predict: whole numbers stay whole, and counts stay counts."""
     size = torch.full_like(y, round(FAR * scale))
+    place = torch.arange(len(y)).reshape(-1, *[1] * (y.dim() - 1))
     if kind == "one":
-        return torch.where(torch.arange(len(y)) == number % len(y), y + size, y)
-    return y + size if kind == "all" else torch.where(torch.arange(len(y)) % 2 == 0, y + size, y)
+        return torch.where(place == number % len(y), y + size, y)
+    return y + size if kind == "all" else torch.where(place % 2 == 0, y + size, y)
 
 
 def moments(draws: Tensor, weights: Tensor | None = None) -> tuple[Tensor, Tensor]:

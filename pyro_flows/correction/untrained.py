@@ -29,7 +29,7 @@ from pyro_flows.modes.missed_modes import mirrored
 from pyro_flows.modes.missed_regions import Guide, MissedRegion, are_separated
 from pyro_flows.modes.symmetric_modes import with_symmetric_modes
 from pyro_flows.modes.symmetries import MOVED_DRAWS, SignedPermutation, group, identity, image_of, product
-from pyro_flows.starts.curvature import SMALL_UP_TO
+from pyro_flows.starts.curvature import FULL_HESSIAN_UP_TO, SMALL_UP_TO
 from pyro_flows.starts.gaussians import Start
 from pyro_flows.verdict.chains import McmcDraws
 from pyro_flows.verdict.deciding import LOOKED_AT_DRAWS
@@ -68,7 +68,8 @@ def chains_of_gaussian(
     it finds images of what they hold, there are copies at these too, and chains begin once more; for any other mode a
     flow has to be trained, unless chains that begin there come to the same distribution within a hundred sweeps.
     """
-    flow = location_scale(density.dim, base="normal", diagonal=start.scale.dim() == 1).to(start.loc)
+    fixed = start.scale.dim() == 1 or density.dim > FULL_HESSIAN_UP_TO  # nothing is trained: a matrix of no parameters
+    flow = location_scale(density.dim, base="normal", diagonal=fixed).to(start.loc)
     start_at(flow, start.loc, start.scale)
     symmetries: list[SignedPermutation] = []
     for _ in range(3):  # each search may find further images

@@ -91,9 +91,9 @@ class Recipe:
         df: degrees of freedom of the base.
         around: the maps after the flow, from the inside out: ``("preprocess", {"full": ..., "context": ...})``, a map
             to the scale of data, or ``("affine", kind)``, tails and a trainable affine map, where ``kind`` is "tril",
-            "diagonal", or "auto": triangular up to 200 dimensions. Before them may stand ``("mixture", {"components":
-            ..., "context_dim": ..., "hidden": ..., "fixed": ...})``, a mixture of Student t distributions in the place
-            of the base.
+            "diagonal", or "auto": triangular up to 200 dimensions, and above a diagonal on a start that may have
+            correlations. Before them may stand ``("mixture", {"components": ..., "context_dim": ..., "hidden": ...,
+            "fixed": ...})``, a mixture of Student t distributions in the place of the base.
     """
 
     builder: FlowLike
@@ -217,8 +217,8 @@ def with_affine(flow: Flow, kind: object) -> Flow:
     kind = _checks.choice("affine", kind, AFFINES)
     if kind == "none":
         return flow
-    if kind == "auto":
-        kind = "tril" if flow.dim <= FULL_AFFINE_UP_TO else "diagonal"
+    if kind == "auto" and flow.dim <= FULL_AFFINE_UP_TO:
+        kind = "tril"
     map_ = LowerTriangularAffine(flow.dim) if kind == "tril" else DiagonalAffine(flow.dim)
     whole = Flow(Compose([flow.bijection, SinhArcsinh(flow.dim), map_]), dim=flow.dim, base=flow.base, df=flow.df)
     whole.recipe = None if flow.recipe is None else flow.recipe.then("affine", kind)
@@ -307,7 +307,8 @@ def start_at(flow: Flow, loc: Tensor, scale: Tensor) -> None:
     if isinstance(affine, LowerTriangularAffine):
         affine.scale_tril.copy_(torch.diag(scale) if scale.dim() == 1 else scale)
     else:
-        affine.scale.copy_(scale if scale.dim() == 1 else scale.diagonal())
+        asked = flow.recipe is not None and ("affine", "diagonal") in flow.recipe.around
+        affine.scale = (scale.diagonal() if asked and scale.dim() == 2 else scale).detach().to(affine.loc).clone()
     for parameter in affine.parameters():
         parameter.zero_()
 

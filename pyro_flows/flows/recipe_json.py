@@ -67,7 +67,7 @@ def recipe_of(text: Mapping[str, object]) -> tuple[Recipe, int | tuple[int, ...]
     if text.get("preprocess") is not None:
         recipe = recipe.then("preprocess", text["preprocess"])
     if text.get("affine") is not None:
-        recipe = recipe.then("affine", _checks.choice("affine", text["affine"], ("diagonal", "tril")))
+        recipe = recipe.then("affine", _checks.choice("affine", text["affine"], ("auto", "diagonal", "tril")))
     return recipe, dim
 
 

@@ -54,7 +54,8 @@ class AutoFlow(LatentGuide):
         flow: a builder's name (``"realnvp"``, ``"spline"``, ``"nice"``, ``"planar"``), a :class:`Flow` or
             :class:`Bijection` of the model's dimension, or a function of the dimension that returns one.
         affine: the trainable affine map after flow and tails: ``"tril"``, ``"diagonal"``, ``"none"`` (no tails
-            either), or ``"auto"`` (triangular up to 200 dimensions).
+            either), or ``"auto"`` (triangular up to 200 dimensions; a trained diagonal above, on a start with
+            correlations up to 1000).
         base: base distribution, see :class:`Flow`; ignored if ``flow`` is a :class:`Flow`, which brings its own.
         df: degrees of freedom of the Student-t base.
         init: ``"auto"``: m and L come from the best of the initial Gaussians of :func:`fit`, which takes some hundred

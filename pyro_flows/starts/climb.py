@@ -11,7 +11,13 @@ from torch import Tensor
 from pyro_flows._batches import ROWS_AT_LEAST, rows_for
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.model.stack import Stack
-from pyro_flows.starts.curvature import FULL_HESSIAN_UP_TO, Differentiable, inverse_roots, lower_triangular
+from pyro_flows.starts.curvature import (
+    FULL_HESSIAN_UP_TO,
+    ONE_HESSIAN_UP_TO,
+    Differentiable,
+    inverse_roots,
+    lower_triangular,
+)
 from pyro_flows.starts.gaussians import (
     Gaussians,
     Start,
@@ -235,7 +241,7 @@ def laplace(density: LogDensity, points: Tensor, *, most: int = FEW_TICKS) -> li
     Modes are ranked by their Laplace evidence; those far below the best, or within one sd of a better one, are left
     out.
     """
-    if density.dim > FULL_HESSIAN_UP_TO:
+    if density.dim > (ONE_HESSIAN_UP_TO if density.batched and density.reason is None else FULL_HESSIAN_UP_TO):
         return []
     modes = newton(density, points, most)
     roots, units = inverse_roots(density, modes)

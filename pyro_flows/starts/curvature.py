@@ -15,7 +15,8 @@ from pyro_flows.model.batching import hessian_diagonals, hessians, quiet
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.model.stack import Stack
 
-FULL_HESSIAN_UP_TO = 200  # dimensions
+FULL_HESSIAN_UP_TO = 200  # dimensions: as many as are asked for
+ONE_HESSIAN_UP_TO = 1000  # dimensions: about the best mode alone, a matrix of 8 MB whose factor takes a second
 SMALL_UP_TO = 50  # dimensions: Hessians cost next to nothing, and training is short
 AT_ONCE = 64  # rows of a Hessian, or points
 

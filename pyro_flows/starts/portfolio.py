@@ -50,7 +50,8 @@ def portfolio(density: LogDensity, *, seed: int, extra: Sequence[Start] = (), df
 
     Newton's method stays beside L-BFGS up to 200 dimensions: its modes are exact and come with the evidence by which
     missed modes are found. Above 50, for long models, and where a gradient handles many numbers, it begins where the
-    paths ended, since a Hessian is costly there, and goes on for ten steps at most. Above 200 the paths have to do.
+    paths ended, since a Hessian is costly there, and goes on for ten steps at most. Above 200 it begins at the
+    highest end only, and above 1000 the paths have to do.
 
     Raises:
         ValueError: if the log density is infinite or NaN at every starting point; the sites at fault are named.
@@ -173,7 +174,7 @@ def _along_diagonal_paths(density: LogDensity, points: Tensor, *, seed: int) -> 
         Start("pathfinder", found.best.loc[best], found.best.scale()[best]),
         Start("laplace diagonal", end, scales(density, end[None])[0]),
     ]
-    return starts, points
+    return starts, end[None]
 
 
 # many data sets at once -----------------------------------------------------------------------------------------------

@@ -17,21 +17,26 @@ from pyro_flows.transforms.networks import Free, State, adopt_buffer
 
 @_checks.constructor
 class DiagonalAffine(Bijection):
-    r"""Elementwise affine map relative to its start: :math:`y = m + \ell \odot (b + e^{s} \odot x)`.
+    r"""Affine map relative to its start, of which a shift and a scale of each coordinate are trained.
 
-    :math:`m` and :math:`\ell` (``loc`` and ``scale``) are fixed; b and s are trained from zero, so one step size serves
-    coordinates of any unit. :math:`\log|J| = \sum_d (s_d + \log \ell_d)`. Both ways cost O(D).
+    .. math:: y = m + L\,(b + e^{s} \odot x), \qquad \log|J| = \sum_d (s_d + \log L_{dd}).
+
+    :math:`m` and :math:`L` (``loc`` and ``scale``) are fixed; b and s are trained from zero, so one step size serves
+    coordinates of any unit. L is diagonal, as a rule, and both ways cost O(D). A start with correlations gives it a
+    lower triangular matrix, of which nothing is trained; then they cost O(D^2).
 
     Args:
         dim: number of coordinates.
         loc: m, default zeros. The module follows a floating tensor in dtype and device.
-        scale: :math:`\ell > 0`, default ones.
+        scale: the diagonal of L, (dim,), or L itself, lower triangular (dim, dim); positive on the diagonal, default
+            ones.
         context_dim: width of the context; above 0, a network of it gives b and s.
         hidden: widths of that network.
         activation: its activation.
 
     Raises:
-        ValueError: for a start of the wrong shape, not finite, or a scale that is not positive.
+        ValueError: for a start of the wrong shape, not finite, not lower triangular, or with a diagonal that is not
+            positive.
 
     >>> import torch, pyro_flows as pf
     >>> pf.transforms.DiagonalAffine(2, loc=[1.0, 1.0], scale=[2.0, 4.0])(torch.ones(2)).tolist()
@@ -47,7 +52,7 @@ class DiagonalAffine(Bijection):
         dim: int,
         *,
         loc: Sequence[float] | Tensor | None = None,
-        scale: Sequence[float] | Tensor | None = None,
+        scale: Sequence[float] | Sequence[Sequence[float]] | Tensor | None = None,
         context_dim: int = 0,
         hidden: Sequence[int] = (32, 32),
         activation: str = "silu",
@@ -56,38 +61,62 @@ class DiagonalAffine(Bijection):
         self.dim = _checks.integer("dim", dim, 1)
         self.context_dim = context_dim
         self.register_buffer("loc", torch.zeros(dim) if loc is None else _checks.vector("loc", _start(loc), dim))
-        self.register_buffer("scale", torch.ones(dim) if scale is None else _checks.vector("scale", _start(scale), dim))
-        if not bool((self.scale > 0).all()):
-            raise ValueError(f"scale: expected positive numbers, got {self.scale.tolist()}.")
+        start = torch.ones(dim) if scale is None else _start(scale)
+        if start.dim() == 2:
+            start = _triangular("scale", start, dim)
+        elif not bool((_checks.vector("scale", start, dim) > 0).all()):
+            raise ValueError(f"scale: expected positive numbers, got {start.tolist()}.")
+        self.register_buffer("scale", start)
         out = 2 * dim if self._shifts else dim
         self.conditioner = conditioner(0, context_dim, out, hidden=hidden, activation=activation)
         _follow(self, loc, scale)
 
-    def _affine(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _load_from_state_dict(self, state_dict: State, prefix: str, *args: object, **kwargs: object) -> None:
+        found = state_dict.get(f"{prefix}scale")
+        if found is not None and found.shape in ((self.dim,), (self.dim, self.dim)):
+            adopt_buffer(self, "scale", state_dict, prefix)  # of either shape
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def _affine(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the shift m + L b, logarithms of the scales that x gets before L, and the log determinant.
+
+        A diagonal L is a part of these scales.
+        """
         _checks.event(type(self).__name__, x, self.dim)
         _checks.context(type(self).__name__, context, self.context_dim)
         free = self.conditioner(None, context)
-        if not self._shifts:
-            return self.loc, free + self.scale.log()
-        shift, log_scale = free.chunk(2, dim=-1)
-        return self.loc + self.scale * shift, log_scale + self.scale.log()
+        shift, log_scale = free.chunk(2, dim=-1) if self._shifts else (None, free)
+        whole = self.scale.dim() == 2
+        logs = (self.scale.diagonal() if whole else self.scale).log()
+        ladj = (log_scale + logs).sum(-1)
+        if shift is not None:
+            shift = self.loc + (_product(shift, self.scale) if whole else self.scale * shift)
+        return self.loc if shift is None else shift, log_scale if whole else log_scale + logs, ladj
+
+    def _forward(self, x: Tensor, shift: Tensor, log_scale: Tensor) -> Tensor:
+        if self.scale.dim() == 1:
+            return torch.addcmul(shift, x, log_scale.exp())
+        return shift + _product(x * log_scale.exp(), self.scale)
 
     def forward_and_ladj(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        shift, log_scale = self._affine(x, context)
-        y = torch.addcmul(shift, x, log_scale.exp())
-        return y, log_scale.sum(-1).expand(y.shape[:-1])
+        shift, log_scale, ladj = self._affine(x, context)
+        y = self._forward(x, shift, log_scale)
+        return y, ladj.expand(y.shape[:-1])
 
     def inverse_and_ladj(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        shift, log_scale = self._affine(y, context)
-        x = (y - shift) * torch.exp(-log_scale)
-        return x, -log_scale.sum(-1).expand(x.shape[:-1])
+        shift, log_scale, ladj = self._affine(y, context)
+        x = y - shift if self.scale.dim() == 1 else _solve(y - shift, self.scale)
+        return x * torch.exp(-log_scale), -ladj.expand(x.shape[:-1])
 
     def forward_and_score(
         self, x: Tensor, score: Tensor, context: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        shift, log_scale = self._affine(x, context)
-        y = torch.addcmul(shift, x, log_scale.exp())
-        return y, log_scale.sum(-1).expand(y.shape[:-1]), score * torch.exp(-log_scale.detach())
+        shift, log_scale, ladj = self._affine(x, context)
+        y = self._forward(x, shift, log_scale)
+        with torch.no_grad():
+            carried = score * torch.exp(-log_scale)
+            carried = carried if self.scale.dim() == 1 else _solve(carried, self.scale, transpose=True)
+        return y, ladj.expand(y.shape[:-1]), carried
 
 
 class Rescale(DiagonalAffine):
@@ -169,11 +198,7 @@ class LowerTriangularAffine(Bijection):
         self.context_dim = context_dim
         self.register_buffer("loc", torch.zeros(dim) if loc is None else _checks.vector("loc", _start(loc), dim))
         start = torch.eye(dim) if scale_tril is None else _start(scale_tril)
-        if start.shape != (dim, dim) or not bool(torch.isfinite(start).all()):
-            raise ValueError(f"scale_tril: expected a finite {dim} x {dim} matrix, got shape {tuple(start.shape)}.")
-        if not torch.equal(start, start.tril()) or not bool((start.diagonal() > 0).all()):
-            raise ValueError("scale_tril: expected a lower triangular matrix with a positive diagonal.")
-        self.register_buffer("scale_tril", start)
+        self.register_buffer("scale_tril", _triangular("scale_tril", start, dim))
         rows, columns = torch.tril_indices(dim, dim, -1).unbind()
         self.register_buffer("_below", rows * dim + columns, persistent=False)
         self.register_buffer("_rows", rows, persistent=False)
@@ -272,6 +297,14 @@ def _start(value: object) -> Tensor:
     if isinstance(value, Tensor) and value.is_floating_point():
         return value.detach().clone()
     return torch.as_tensor(value, dtype=torch.get_default_dtype()).clone()
+
+
+def _triangular(name: str, matrix: Tensor, dim: int) -> Tensor:
+    if matrix.shape != (dim, dim) or not bool(torch.isfinite(matrix).all()):
+        raise ValueError(f"{name}: expected a finite {dim} x {dim} matrix, got shape {tuple(matrix.shape)}.")
+    if not torch.equal(matrix, matrix.tril()) or not bool((matrix.diagonal() > 0).all()):
+        raise ValueError(f"{name}: expected a lower triangular matrix with a positive diagonal.")
+    return matrix
 
 
 def _follow(module: Bijection, *starts: object) -> None:

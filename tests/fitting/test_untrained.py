@@ -25,6 +25,8 @@ from pyro_flows.starts.gaussians import Start
 from pyro_flows.training.loop import COOL, STALLED, Budget, Look, train
 from pyro_flows.training.trainer import Trainer
 from pyro_flows.verdict.chains import McmcDiagnostics, McmcDraws
+from tests.invariants import close
+from tests.registry import normal
 
 DIM = 60
 ONES = torch.ones(DIM, dtype=torch.float64)
@@ -289,3 +291,25 @@ def test_a_look_at_an_untrained_flow_is_one_at_its_affine_map(name, dim):
         found.append(one.draw(200))
     assert len(list(affine.modules())) < len(list(flow.modules()))
     torch.testing.assert_close(found[0], found[1], rtol=1e-9, atol=1e-9)
+
+
+def test_correlations_of_more_than_200_latents_are_answered_at_the_start(tmp_path):
+    """210 latents, each observed with its neighbor: a Gaussian with all correlations, and a file that keeps them."""
+    y = normal(210, seed=5)
+
+    def model(y):
+        x = pyro.sample("x", dist.Normal(torch.zeros_like(y), 1.0).to_event(1))
+        before = torch.cat([torch.zeros_like(x[..., :1]), x[..., :-1]], -1)
+        pyro.sample("y", dist.Normal(x + 0.5 * before, 0.7).to_event(1), obs=y)
+
+    map_ = torch.eye(210, dtype=y.dtype) + 0.5 * torch.ones(209, dtype=y.dtype).diag(-1)
+    precision = torch.eye(210, dtype=y.dtype) + map_.mT @ map_ / 0.49
+    mean = torch.linalg.solve(precision, map_.mT @ y / 0.49)
+    found = pf.fit(model, y, flow="realnvp", refine=False, progress=False)
+    assert (found.verdict.status, found.method) == ("ok", "Gaussian")
+    assert found.ess > 0.99 * len(found.z)
+    exact = dist.MultivariateNormal(mean, precision_matrix=precision).log_prob(found.samples["x"])
+    assert (found.guide.log_prob(found.samples) - exact).abs().mean() < 0.1
+    found.save(tmp_path / "kept")
+    kept = pf.load(tmp_path / "kept", model, y)
+    close(kept.guide.log_prob(kept.samples), found.guide.log_prob(found.samples), 1e-9)

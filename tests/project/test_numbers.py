@@ -32,6 +32,7 @@ WRITTEN = {
 PHRASES = {
     "docs/understand/fit.md": [
         "Above {starts.curvature.FULL_HESSIAN_UP_TO} dimensions they come from L-BFGS",
+        "Up to {starts.curvature.ONE_HESSIAN_UP_TO}, a Laplace approximation with all correlations",
         "by more than the Monte Carlo error of {fitting.fit.fit(draws)} draws",
         "If their effective share has not risen by {verdict.thresholds.ESS_SHARE_COLLAPSED}",
         "in up to {starts.curvature.SMALL_UP_TO} dimensions and for models of few operations",
@@ -113,7 +114,10 @@ PHRASES = {
         "fewer than {calibration.batch.FEWEST|word} data sets",
         "more than {starts.curvature.FULL_HESSIAN_UP_TO} dimensions",
     ],
-    "docs/howto/many-latents.md": ["Up to about {starts.curvature.FULL_HESSIAN_UP_TO} latents"],
+    "docs/howto/many-latents.md": [
+        "Up to about {starts.curvature.FULL_HESSIAN_UP_TO} latents",
+        "Up to {starts.curvature.ONE_HESSIAN_UP_TO} latents, one Hessian",
+    ],
     "docs/howto/calibration.md": ["whether ranks are uniform at {calibration.result.LEVEL|percent}"],
     "docs/howto/density.md": ["{density_estimation.fit_density.fit_density(validation)|part} of the data is held out"],
     "docs/howto/priors.md": ["A change of {comparison.sensitivity.THRESHOLD} or more is large"],
@@ -138,7 +142,7 @@ PHRASES = {
         "given up to {modes.conditionals.MOST_HELD|word} hyperparameters",
         "up to {fitting.methods.AT_FIRST} dimensions before chains",
         "above {fitting.methods.AT_FIRST} after them",
-        "(diagonal above {flows.recipe.FULL_AFFINE_UP_TO} dimensions)",
+        "(diagonal above {flows.recipe.FULL_AFFINE_UP_TO} dimensions, $L$ above {starts.curvature.ONE_HESSIAN_UP_TO})",
         "falls {verdict.thresholds.DENSITY_GAP_OF_LOST} nats below the best check",
         "checked every {training.loop.CHECK_EVERY} steps",
         "a window of {training.convergence.WINDOW|word} checks",

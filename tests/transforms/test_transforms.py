@@ -130,9 +130,11 @@ def test_affine_maps_start_where_they_are_told(context_dim):
     loc, scale = torch.tensor([3.0, -1.0]), torch.tensor([2.0, 0.5])
     tril = torch.tensor([[2.0, 0.0], [-3.0, 0.5]])
     diagonal = pf.transforms.DiagonalAffine(2, loc=loc, scale=scale, context_dim=context_dim, hidden=HIDDEN)
+    correlated = pf.transforms.DiagonalAffine(2, loc=loc, scale=tril, context_dim=context_dim, hidden=HIDDEN)
     full = pf.transforms.LowerTriangularAffine(2, loc=loc, scale_tril=tril, context_dim=context_dim, hidden=HIDDEN)
     close(diagonal.forward_and_ladj(x, context)[0], loc + scale * x, 1e-6)
-    close(full.forward_and_ladj(x, context)[0], loc + x @ tril.T, 1e-6)
+    for map_ in (full, correlated):
+        close(map_.forward_and_ladj(x, context)[0], loc + x @ tril.T, 1e-6)
 
 
 @each(TYPICAL)

@@ -118,6 +118,8 @@ BAD_ARGUMENTS = {
         lambda: pf.transforms.DiagonalAffine(2, scale=[1.0, 0.0]),
         lambda: pf.transforms.DiagonalAffine(2, scale=[1.0, float("inf")]),
         lambda: pf.transforms.DiagonalAffine(2, scale=torch.ones(2, 1)),
+        lambda: pf.transforms.DiagonalAffine(2, scale=torch.ones(2, 2)),
+        lambda: pf.transforms.DiagonalAffine(2, scale=-torch.eye(2)),
     ],
     "scale_tril": [
         lambda: pf.transforms.LowerTriangularAffine(2, scale_tril=torch.ones(2, 2)),
