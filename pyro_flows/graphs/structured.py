@@ -13,7 +13,7 @@ from torch import Tensor, fx
 
 from pyro_flows.graphs.fusion_groups import FusionGroups, Rule
 from pyro_flows.graphs.graph import int_at, node_at
-from pyro_flows.graphs.points import ADD, EXP, FILL, IDENTITY, ISINF, LOG, MUL, ROUNDED, SUB, TIMES
+from pyro_flows.graphs.points import ADD, EXP, FILL, IDENTITY, ISINF, LOG, MUL, ROUNDED, SUB, TIMES, WHERE
 from pyro_flows.graphs.views import ADD_UP, LARGEST, SMALLEST, STORE, Buffer, Call, Unsuited, View, span
 
 AT_MOST = 16  # places along an axis, for running sums to be written one by one
@@ -119,9 +119,16 @@ def _placed(groups: FusionGroups, call: Call) -> View:
         axis, step = int_at(call.node, 2) % rank, int_at(call.node, 5)
         begin = slice(int_at(call.node, 3), None, step).indices(result.shape[axis])[0] * strides[axis]
         strides[axis] *= step
-    else:
+    elif call.name == "select_backward":
         axis = int_at(call.node, 2) % rank
         begin = (int_at(call.node, 3) % result.shape[axis]) * strides.pop(axis)
+    else:
+        offset, places = int_at(call.node, 2), (int_at(call.node, 3) % rank, int_at(call.node, 4) % rank)
+        first, second = strides[places[0]], strides[places[1]]
+        begin = offset * second if offset >= 0 else -offset * first
+        for axis in sorted(places, reverse=True):
+            del strides[axis]
+        strides.append(first + second)
     buffer = Buffer(span(result), fill=0.0)
     groups.add(IDENTITY, [view], View(buffer, begin, view.sizes, tuple(strides)), ADD_UP)
     return groups.whole(result, buffer)
@@ -158,6 +165,16 @@ def _flipped(groups: FusionGroups, call: Call) -> View:
         offset += (view.sizes[axis] - 1) * strides[axis]
         strides[axis] = -strides[axis]
     return groups.point(call.result, IDENTITY, View(view.buffer, offset, view.sizes, tuple(strides), view.boolean))
+
+
+def _triangle(groups: FusionGroups, call: Call) -> View:
+    """Keep what is on one side of a diagonal."""
+    view = groups.read(call)
+    mask = getattr(torch, call.name)(torch.ones(call.result.shape[-2:], dtype=torch.float64), int_at(call.node, 1))
+    kept, zero = (
+        groups.whole(value, Buffer(span(value), source=value)) for value in (mask, mask.new_zeros((1,) * mask.dim()))
+    )
+    return groups.point(call.result, WHERE, view, zero, kept)
 
 
 def _same(groups: FusionGroups, call: Call) -> View:
@@ -239,8 +256,11 @@ STRUCTURED: dict[str, Rule] = {
     "stack": _joined,
     "slice_backward": _placed,
     "select_backward": _placed,
+    "diagonal_backward": _placed,
     "constant_pad_nd": _padded,
     "flip": _flipped,
+    "tril": _triangle,
+    "triu": _triangle,
     "clone": _same,
     "alias": _same,
     "detach": _same,

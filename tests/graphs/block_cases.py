@@ -109,10 +109,15 @@ MOVED = {
     "select_backward": lambda x: (
         aten.select_backward(x, [4, 5, 3, 6], 2, 1), aten.select_backward(x, [3, 4, 5, 6], 0, -1)
     ),
+    "diagonal_backward": lambda x: (
+        aten.diagonal_backward(x, [4, 5, 6, 8], 1, -2, -1), aten.diagonal_backward(x, [7, 4, 6, 5], -1, 0, 2)
+    ),
     "constant_pad_nd": lambda x: (
         torch.constant_pad_nd(x, [1, 2, -1, 3], 2.5), torch.constant_pad_nd(x > 0.0, [0, 1], 2)
     ),
     "flip": lambda x: (x.flip(0, -1), x.mT.flip(1)),
+    "tril": lambda x: (x.tril(), x.tril(-1), (x > 0.0).tril(1)),
+    "triu": lambda x: (x.triu(), x.triu(2)),
     "clone": lambda x: (aten.clone(x.exp()), aten.clone(x.mT, memory_format=torch.contiguous_format)),
     "alias": lambda x: aten.alias(x.exp()),
     "detach": lambda x: aten.detach(x.exp()),

@@ -118,41 +118,55 @@ def products(x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
     )
 
 
+def triangular(x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
+    factors = x.reshape(-1, 2).exp()[:, :, None] * (1.0 + x.reshape(-1, 1, 2).square())
+    right = y.reshape(1, 2, -1)
+    ways = [(upper, unit) for upper in (False, True) for unit in (False, True)]
+    solve = aten.linalg_solve_triangular
+    given = {left: right if left else right.mT for left in (True, False)}
+    return tuple(
+        solve(factors, given[left].expand(one, -1, -1), upper=upper, left=left, unitriangular=unit)
+        for upper, unit in ways
+        for left in given
+        for one in (1, 60)
+    )
+
+
+def factored(x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
+    """Views of factors among the results: a factor is the first of two results."""
+    rows = x.reshape(-1, 3, 1)
+    factor = aten.linalg_cholesky_ex(rows * rows.mT + torch.eye(3, dtype=x.dtype))[0]
+    return factor, factor.diagonal(0, -2, -1).log().sum(-1), factor.mT, factor[:, 1], factor[:, 0].exp()
+
+
 @needs_interpreter
-def test_matrices():
-    made = check(products, normal(40, 3, seed=1), normal(4, 3, seed=2), least=1e-12)
+@pytest.mark.parametrize("function", [products, triangular, factored])
+def test_matrices(function):
+    made = check(function, normal(40, 3, seed=1), normal(4, 3, seed=2), least=1e-12)
     x, y = normal(3, 40, seed=3).mT, normal(3, 4, seed=4).mT
-    for got, expected in zip(made(x, y), products(x, y), strict=True):
+    for got, expected in zip(made(x, y), function(x, y), strict=True):
         close(got, expected, 1e-9)
 
 
 @needs_interpreter
-def test_views_of_a_result_of_torch():
-    """A factor is the first of two results."""
-
-    def factored(x: Tensor) -> tuple[Tensor, ...]:
-        rows = x.reshape(-1, 3, 1)
-        factor = aten.linalg_cholesky_ex(rows * rows.mT + torch.eye(3, dtype=x.dtype))[0]
-        return factor, factor.diagonal(0, -2, -1).log().sum(-1), factor.mT, factor[:, 1], factor[:, 0].exp()
-
-    made = in_blocks(factored, normal(40, 3, seed=1))
-    x = normal(40, 3, seed=3)
-    for got, expected in zip(made(x), factored(x), strict=True):
-        close(got, expected, 1e-12)
+@pytest.mark.parametrize("function", [triangular, lambda x, y: (torch.where(torch.isfinite(x), x, 0.0),)])
+def test_nothing_is_left_to_torch(function):
+    made = check(function, normal(40, 3, seed=1), normal(4, 3, seed=2), least=1e-12)
+    assert made.calls == len(made._steps)
 
 
 @needs_interpreter
-def test_nothing_is_left_to_torch():
-    made = check(
-        lambda x, y: (torch.where(torch.isfinite(x), x, 0.0), x @ y.mT), normal(40, 3, seed=1), normal(4, 3, seed=2)
+def test_matrices_that_are_not_positive_definite_have_no_factors():
+    (found,) = in_blocks(lambda x: (aten.linalg_cholesky_ex(x)[0],), torch.eye(2).double().repeat(20, 1, 1))(
+        -torch.eye(2).double().repeat(20, 1, 1)
     )
-    assert made.calls == len(made._steps)
+    assert found[:, 0, 0].isnan().all()
 
 
 def test_all_operations_are_tested():
     assert names(CASES) == set(POINTS)
     assert names(MOVED) == set(STRUCTURED)
-    assert set(MATRICES) == {"mm", "addmm", "bmm"}
+    assert set(MATRICES) == {"mm", "addmm", "bmm", "linalg_solve_triangular", "linalg_cholesky_ex"}
 
 
 def test_codes_are_those_of_the_interpreter():

@@ -155,6 +155,7 @@ def test_what_rounding_makes_of_a_near_singular_matrix_is_no_other_value():
     assert rounds_alike(module, (gram,), [rounded], [expected])
     assert within_rounding(module, (gram,), [rounded], [expected])
     assert not within_rounding(module, (gram,), [1.5 * expected], [expected])
+    equal(fused(module, (gram,)), near_singular, gram + torch.eye(2))
 
 
 def test_another_value_is_told_from_rounding():
