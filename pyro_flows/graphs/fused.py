@@ -23,9 +23,9 @@ import torch
 from torch import Tensor, fx
 
 from pyro_flows._fallbacks import fallback
-from pyro_flows.graphs.bindings import binding_of, transpose_product
+from pyro_flows.graphs.bindings import binding_of
 from pyro_flows.graphs.fusion_groups import NUMBERS, FusionGroups, Rule
-from pyro_flows.graphs.graph import copy_graph, graph_module, has_tag, is_aten, is_pure, name_of, sweep
+from pyro_flows.graphs.graph import has_tag, is_aten, is_pure, name_of
 from pyro_flows.graphs.orders import MASKS
 from pyro_flows.graphs.points import ADD, DIV, IDENTITY, MUL, SQRT, SUB
 from pyro_flows.graphs.programs import BLOCK, library, program
@@ -53,12 +53,6 @@ def fused(module: fx.GraphModule, inputs: Sequence[Tensor]) -> Fused | None:
     run = library()
     if run is None:
         return None
-    if any(node.target is torch.ops.aten.mm.default for node in module.graph.nodes):
-        graph = copy_graph(module.graph)
-        for node in list(graph.nodes):
-            transpose_product(node)
-        sweep(graph)
-        module = graph_module(module, graph)
     try:
         with torch.inference_mode():
             made = Fused(module, inputs, run)

@@ -4,6 +4,7 @@ Each result is a *buffer* of double precision numbers, and a view of one is an o
 the graph gave says which results share memory and how they lie there. An operation is a *task*: it is done for all
 numbers of its nest. It belongs to the *level* after those that it waits for, or to theirs, where it takes number by
 number what they made. Tasks of one level and of the same sizes are one nest: between them, numbers stay in registers.
+What is the same along an axis is computed once: its view has a stride of zero there.
 
 What is no task is *foreign*, and left to torch: matrix products, decompositions, special functions.
 """
@@ -12,16 +13,18 @@ from __future__ import annotations
 
 import operator
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
-from typing import cast
+from dataclasses import replace
+from functools import partial
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor, fx
 from torch.fx.node import Argument
 
 from pyro_flows._tensors import storage_of
-from pyro_flows.graphs.graph import int_at, is_aten, node_at, operation_of
+from pyro_flows.graphs.graph import has_tag, int_at, is_aten, node_at, operation_of
 from pyro_flows.graphs.points import COMPARED, FLOATS, IDENTITY, POINTS, Operand, is_truth
 from pyro_flows.graphs.recording import kind_of
 from pyro_flows.graphs.views import (
@@ -47,6 +50,8 @@ from pyro_flows.graphs.views import (
 
 _aten = torch.ops.aten
 NUMBERS = torch.float64, torch.float32, torch.bool  # all of them double precision here
+LOOKED_AT = 2**20  # numbers of a constant that may be the same along an axis
+Value = TypeVar("Value", Tensor, View)
 Rule = Callable[["FusionGroups", Call], View]  # adds the tasks of an operation, and returns its result
 
 
@@ -153,6 +158,12 @@ class FusionGroups:
         return view
 
     def _constant(self, node: fx.Node, value: Tensor, *, changes: bool = False) -> None:
+        if not changes and 1 < value.numel() <= LOOKED_AT:
+            shape = value.shape
+            for axis in range(value.dim()):
+                first = value.narrow(axis, 0, 1)
+                value = first if bool((value == first).all()) else value
+            value = value.expand(shape)
         self.real[node] = value
         self.views[node] = view = self.whole(value, Buffer(span(value), source=value, changes=changes))
         if changes:
@@ -167,6 +178,8 @@ class FusionGroups:
         views = (_aten.view.default, _aten._unsafe_view.default)
         assert callable(node.target)
         function: Callable[..., object] = torch.reshape if node.target in views else node.target
+        if has_tag(node, torch.Tag.pointwise) and not has_tag(node, torch.Tag.nondeterministic_seeded):
+            function = partial(_once, function)
         result = self.real[node] = function(*args, **kwargs)
         if node.target is operator.getitem:
             several = self.views[node_at(node, 0)]
@@ -210,17 +223,19 @@ class FusionGroups:
         """Leave an operation to torch."""
         if not all(isinstance(part, Tensor) for part in results):
             raise Unsuited
-        given = {part: Given(self.view(part), self.tensor(part).dtype) for part in node.all_input_nodes}
+        axes = _repeated(results)
+        given = {part: Given(_thin(self.view(part), axes), self.tensor(part).dtype) for part in node.all_input_nodes}
         one = Foreign(node, *_mapped(node, given))
         one.level = max((view.buffer.level for view in one.taken), default=-1)
         self.foreign.append(one)
         for view in one.taken:
             view.buffer.kept = True
+        views = list[View]()
         for place, part in enumerate(results):
-            buffer = Buffer(span(part), source=(node, place), level=one.level, kept=True)
-            one.results.append(self.whole(part, buffer))
-            self._own(part, one.results[-1])
-        return one.results
+            views.append(self.whole(part, Buffer(span(part), source=(node, place), level=one.level, kept=True)))
+            one.results.append(_thin(views[-1], axes))
+            self._own(part, views[-1])
+        return views
 
     # tasks --------------------------------------------------------------------------------------------------------
 
@@ -283,9 +298,14 @@ class FusionGroups:
         """Add a task with one result for each number of its operands, in memory as ``like``, or else in their order."""
         shapes = [view.sizes for view in operands]
         sizes = broadcast(shapes if like is None or code != IDENTITY else [*shapes, tuple(like.shape)])
-        strides = dense(sizes) if like is None or sizes != like.shape else like.stride()
+        if like is None or sizes != like.shape:
+            axes = _repeated(operands)
+            strides = dense([1 if axis - len(sizes) in axes else size for axis, size in enumerate(sizes)])
+            strides = tuple(0 if axis - len(sizes) in axes else step for axis, step in enumerate(strides))
+        else:
+            axes, strides = _repeated([like]), like.stride()
         to = View(Buffer(reach(sizes, strides)), 0, sizes, strides, like is not None and like.dtype == torch.bool)
-        self.add(code, operands, to, STORE, number=number)
+        self.add(code, [_thin(view, axes) for view in operands], _thin(to, axes), STORE, number=number)
         to.buffer.maker = self.tasks[-1]
         return to
 
@@ -296,6 +316,45 @@ class FusionGroups:
         task.level = max(view.buffer.level + (not is_aligned(view, task.nest)) for view in taken)
         to.buffer.level = max(to.buffer.level, task.level)
         self.tasks.append(task)
+
+
+# numbers that are the same along an axis, since a plate expands its parameters to all of its rows ---------------------
+
+
+def _repeated(values: Sequence[object]) -> set[int]:
+    """Return the axes, counted from the last one, along which all of these tensors or views are expanded."""
+    wide, fixed = set[int](), set[int]()
+    for part in values:
+        if isinstance(part, (Tensor, View)):
+            sizes, strides = (part.shape, part.stride()) if isinstance(part, Tensor) else (part.sizes, part.strides)
+            for axis in range(-len(sizes), 0):
+                (fixed if strides[axis] else wide).update([axis] if sizes[axis] > 1 else [])
+    return wide - fixed
+
+
+def _once(function: Callable[..., object], *args: object, **kwargs: object) -> object:
+    """Apply an operation on each number by itself once for numbers that are the same along an axis."""
+    axes = _repeated(args) if not any(isinstance(part, Tensor) for part in kwargs.values()) else set()
+    if not axes:
+        return function(*args, **kwargs)
+    sizes = broadcast([tuple(part.shape) for part in args if isinstance(part, Tensor)])
+    thin = [_thin(part, axes) if isinstance(part, Tensor) else part for part in args]
+    result = function(*thin, **kwargs)
+    return result.expand(sizes) if isinstance(result, Tensor) else function(*args, **kwargs)
+
+
+def _thin(value: Value, axes: Collection[int]) -> Value:
+    """Return a tensor or a view with one place along these axes, counted from the last one."""
+    if isinstance(value, Tensor):
+        for axis in axes:
+            value = value.narrow(axis, 0, 1) if -axis <= value.dim() else value
+        return value
+    rank = len(value.sizes)
+    if not any(-axis <= rank and value.sizes[axis] > 1 for axis in axes):
+        return value
+    if any(value.sizes[axis] > 1 and value.strides[axis] for axis in axes if -axis <= rank):
+        raise Unsuited
+    return replace(value, sizes=tuple(1 if axis - rank in axes else size for axis, size in enumerate(value.sizes)))
 
 
 def _mapped(node: fx.Node, values: Mapping[fx.Node, object]) -> tuple[tuple[object, ...], dict[str, object]]:

@@ -163,42 +163,8 @@ class Stitcher:
         """Return the whole, without what is computed twice or not used."""
         self.graph.output(tuple(outputs))
         tidy(self.graph)
-        for node in list(self.graph.nodes):
-            self._reorder(node)
         sweep(self.graph)
         return graph_module(self._constants, self.graph)
-
-    def _reorder(self, node: fx.Node) -> None:
-        """Merge constant orders, one after the other, into one; undo one by its inverse, not by adding to zeros."""
-        if node.target not in (_aten.index_select.default, _aten.index_add.default) or node.kwargs:
-            return
-        source, axis, order = node_at(node, 0), int_at(node, 1), self._order(node_at(node, 2))
-        if order is None:
-            return
-        if node.target is _aten.index_add.default:
-            size = node.meta["val"].shape[axis]
-            if source.target is not _aten.new_zeros.default or not torch.equal(order.sort()[0], _count(size, order)):
-                return
-            source, order = node_at(node, 3), torch.argsort(order)
-        while source.target is _aten.index_select.default and source.args[1] == axis:
-            before = self._order(node_at(source, 2))
-            if before is None:
-                break
-            source, order = node_at(source, 0), before[order]
-        if torch.equal(order, _count(source.meta["val"].shape[axis], order)):
-            node.replace_all_uses_with(source)
-            return
-        with self.graph.inserting_before(node):
-            node.target, node.args = _aten.index_select.default, (source, axis, self.constant(order))
-
-    def _order(self, node: fx.Node) -> Tensor | None:
-        """Return the value of a constant vector."""
-        value = getattr(self._constants, str(node.target)) if node.op == "get_attr" else None
-        return value if value is not None and value.dim() == 1 else None
-
-
-def _count(size: int, like: Tensor) -> Tensor:
-    return torch.arange(size, dtype=like.dtype, device=like.device)
 
 
 def first_result(module: fx.GraphModule) -> fx.GraphModule:

@@ -8,23 +8,21 @@ import torch
 from torch import fx
 from torch.fx.node import Argument
 
-from pyro_flows.graphs.graph import graph_module, out_of_place, sweep
-from pyro_flows.graphs.orders import ordered
-from pyro_flows.graphs.vectorizing import vectorize
+from pyro_flows.graphs.graph import graph_module, sweep
 
 _aten = torch.ops.aten
 _VIEWS = (_aten.t.default, _aten.view.default, _aten.unsqueeze.default, _aten.expand.default, _aten.slice.Tensor)
 
 
 def partition(module: fx.GraphModule, results: int) -> tuple[fx.GraphModule, fx.GraphModule]:
-    """Partition the joint graph of two passes into a forward and a backward graph, and do at once what can be in each.
+    """Partition the joint graph of two passes into a forward and a backward graph.
 
     The joint graph takes ``(*inputs, cotangent)``. Its first ``results`` results are those of the forward pass, and do
     not depend on the cotangent. The forward graph takes ``inputs`` to these results and to what is saved. The backward
     graph takes ``(*inputs, *saved, cotangent)`` to the other results.
 
     >>> from pyro_flows.graphs.recording import record
-    >>> joint = record(lambda x, pull: (x.exp(), pull * x.exp()), torch.zeros(2), torch.ones(2), joint=True)
+    >>> joint = record(lambda x, pull: (x.exp(), pull * x.exp()), torch.zeros(2), torch.ones(2))
     >>> forward, backward = partition(joint, 1)
     >>> value, saved = forward(torch.zeros(2))
     >>> backward(torch.zeros(2), saved, torch.full((2,), 3.0))
@@ -68,5 +66,4 @@ def _part(source: fx.GraphModule, inputs: Sequence[fx.Node], outputs: Sequence[f
             copies[node] = part.node_copy(node, copies.__getitem__)
     part.output(tuple(copies[node] for node in outputs))
     sweep(part)
-    pure, module = out_of_place(part), graph_module(source, part)
-    return ordered(vectorize(module)) if pure else module
+    return graph_module(source, part)

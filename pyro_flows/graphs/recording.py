@@ -28,9 +28,8 @@ from pyro_flows.graphs.graph import (
     tidy,
     uncollected,
 )
-from pyro_flows.graphs.narrowing import narrow
 from pyro_flows.graphs.orders import ordered
-from pyro_flows.graphs.vectorizing import vectorize
+from pyro_flows.graphs.sums import join_parts
 from pyro_flows.graphs.written import resolve
 
 FOLDED = 2**16  # numbers in a constant that may be computed from smaller ones
@@ -109,15 +108,14 @@ class _ChangesConstants(RuntimeError):
 
 @counted(_stages.TRACING)
 @uncollected()
-def record(function: Callable[..., object], *inputs: Tensor, joint: bool = False) -> fx.GraphModule:
+def record(function: Callable[..., object], *inputs: Tensor) -> fx.GraphModule:
     """Record the tensor operations of ``function`` at ``inputs``, without those that repeat others or only constants.
 
     Tensors that are no inputs are constants. What depends on them alone is computed here and now, and may be taken out
     as a number (``float``, ``.item()``, ``if``); parameters are no constants, but stay what they are at each run.
     Random numbers are drawn anew at each run, but those from a ``torch.Generator`` that the function has are constants.
     Where that can be done, operations that change a tensor in place become ones that return a new tensor. Cost: a run,
-    or two, and about 100 microseconds for each operation, twice as much if tensors are changed in place. A ``joint``
-    graph is left for :func:`partition`: no operations of one pass are done at once with those of the other.
+    or two, and about 100 microseconds for each operation, twice as much if tensors are changed in place.
 
     Raises:
         DependsOnValues: if a number is taken out of a tensor that depends on the inputs.
@@ -137,10 +135,7 @@ def record(function: Callable[..., object], *inputs: Tensor, joint: bool = False
         tidy(recorded.graph)
     sweep(recorded.graph)
     module = graph_module(recorded, recorded.graph)  # with those constants only that are used
-    if not pure:
-        return module
-    module = narrow(module, inputs)
-    return module if joint else ordered(vectorize(module))
+    return ordered(join_parts(module)) if pure else module
 
 
 def _functionalized(function: Callable[..., object], inputs: tuple[Tensor, ...]) -> _Recorded | None:

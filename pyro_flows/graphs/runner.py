@@ -12,7 +12,7 @@ from pyro_flows import _stages
 from pyro_flows._fallbacks import fallback
 from pyro_flows._ledger import counted
 from pyro_flows._threads import at_once, cores
-from pyro_flows.graphs.bindings import peephole
+from pyro_flows.graphs.bindings import bound
 from pyro_flows.graphs.fused import Fused, fused
 from pyro_flows.graphs.graph import uncollected
 
@@ -80,7 +80,7 @@ class Runner:
 
     @functools.cached_property
     def _recorded(self) -> Callable[..., Results]:
-        return peephole(self.module)
+        return bound(self.module)
 
     @counted(_stages.TRACING)
     @uncollected()

@@ -46,12 +46,20 @@ def _median(x: Tensor) -> Tensor:
     return x.reshape(-1).nanmedian(0).values
 
 
+def _scattered(
+    x: Tensor, part: Tensor, axis: int = 0, first: int | None = None, last: int | None = None, step: int = 1
+) -> Tensor:
+    size = x.shape[axis]  # vmap counts to the end, which may be the largest whole number
+    return torch.slice_scatter(x, part, axis, first, size if last is None else min(last, size), step)
+
+
 # what vmap has no rule for, by operations that it has rules for
 _OTHERWISE: dict[object, Callable[..., Tensor]] = {
     _aten.view.default: torch.reshape,
     _aten._unsafe_view.default: torch.reshape,
     _aten.fill.Scalar: torch.full_like,
     _aten.nanmedian.default: _median,
+    _aten.slice_scatter.default: _scattered,
 }
 
 

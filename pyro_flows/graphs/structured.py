@@ -198,6 +198,13 @@ def _copied(groups: FusionGroups, call: Call) -> View:
     return groups.point(call.result, IDENTITY, view)
 
 
+def _reshaped(groups: FusionGroups, call: Call) -> View:
+    """Copy numbers that do not lie as they do after a change of shape."""
+    view, result = groups.read(call), call.result
+    like = torch.empty(view.sizes, dtype=result.dtype)
+    return groups.whole(result, groups.point(like, IDENTITY, view).buffer)
+
+
 # constant indices -----------------------------------------------------------------------------------------------------
 
 
@@ -259,6 +266,7 @@ STRUCTURED: dict[str, Rule] = {
     "detach": _same,
     "_to_copy": _same,
     "copy": _copied,
+    "view": _reshaped,
     "index_select": _picked,
     "gather": _picked,
     "index_add": _spread,

@@ -1,25 +1,23 @@
-"""Long sums in a flat graph, and rows of one tensor that are taken one by one: each done at once."""
+"""Gradients of parts of one tensor in a flat graph, each filled up with zeros: put side by side instead of being added.
+
+A loop over the T entries of a tensor would else add up T tensors of the size of the whole.
+"""
 
 from __future__ import annotations
 
-import operator
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor, fx
-from torch.fx.node import Argument
+from torch.fx.node import Argument, Target
 
-from pyro_flows.graphs.graph import int_at, ints_at, new_node, node_at
+from pyro_flows.graphs.graph import graph_module, int_at, ints_at, new_node, node_at, sweep
 
-FEWEST = 8  # operations that are done at once, at least
-SMALL = 2**12  # numbers in a result, at most: the time of larger ones goes with their numbers
-STACKED, PERMUTED = torch.ops.aten.stack.default, torch.ops.aten.permute.default
 _aten = torch.ops.aten
-_SELECTED, _GRADIENT = _aten.select.int, _aten.select_backward.default
 _ADDED, _TAKEN = _aten.add.Tensor, _aten.sub.Tensor
-
-Kind = tuple[object, ...]  # what operations that can be done at once have in common
+_ROW, _SLICE = _aten.select_backward.default, _aten.slice_backward.default
 
 
 def like_of(value: Tensor, *shape: int) -> Tensor:
@@ -33,53 +31,27 @@ def zeros(graph: fx.Graph, like: Tensor) -> fx.Node:
     return new_node(graph, _aten.zeros.default, ([*like.shape],), like, kwargs)
 
 
-def read_rows(graph: fx.Graph) -> None:
-    """Take a tensor apart once, where many of its rows (or columns) are selected one by one."""
-    selected: defaultdict[tuple[fx.Node, int], list[fx.Node]] = defaultdict(list)
-    for node in graph.nodes:
-        if node.target is _SELECTED and not node.kwargs:
-            selected[node.args[0], node.args[1] % node.args[0].meta["val"].dim()].append(node)
-    for (source, axis), nodes in selected.items():
-        value = source.meta["val"]
-        if len(nodes) == 1 or FEWEST * len(nodes) < value.shape[axis]:
-            continue
-        with graph.inserting_before(nodes[0]):
-            given: tuple[Argument, ...] = (source, axis)
-            if len(nodes) >= FEWEST:  # each row is put together in memory
-                order = [axis, *(place for place in range(value.dim()) if place != axis)]
-                like = like_of(value, *(value.shape[place] for place in order))
-                rows = new_node(graph, PERMUTED, (source, order), like) if axis else source
-                rows = new_node(graph, _aten.clone.default, (rows,), like, {"memory_format": torch.contiguous_format})
-                given = (rows, 0)
-            parts = new_node(graph, _aten.unbind.int, given)
-        for node in nodes:
-            node.target, node.args = operator.getitem, (parts, node.args[2] % value.shape[axis])
+def join_parts(module: fx.GraphModule) -> fx.GraphModule:
+    """Return a graph without changes in place in which sums of gradients of parts are joins of these parts.
 
+    Parts that overlap are added as before, unless they are the same. Results are the same but for the order of sums.
 
-def terms_of(graph: fx.Graph) -> Iterator[tuple[fx.Node, list[tuple[fx.Node, int]]]]:
-    """Yield each sum that is no term of another one, and its terms with their signs."""
+    >>> from pyro_flows.graphs.recording import record
+    >>> def gradient(x):
+    ...     with torch.enable_grad():
+    ...         x = x.detach().requires_grad_()
+    ...         return torch.autograd.grad((x[:2] * x[2:].exp()).sum(), x)
+    >>> targets = [node.target for node in record(gradient, torch.ones(4)).graph.nodes]  # by join_parts
+    >>> torch.ops.aten.slice_backward.default in targets, torch.ops.aten.cat.default in targets
+    (False, True)
+    """
+    graph = module.graph
     for node in list(graph.nodes):
         if is_plain_sum(node) and not (len(node.users) == 1 and is_plain_sum(next(iter(node.users)))):
-            yield node, _terms(node)
-
-
-def sum_at_once(graph: fx.Graph) -> None:
-    """Stack the terms of a long sum, and sum over the stack; gradients of rows become the rows of one tensor."""
-    for node, terms in terms_of(graph):
-        kinds: defaultdict[Kind, list[fx.Node]] = defaultdict(list)
-        for term, sign in terms:
-            of_row = (tuple(ints_at(term, 1)), term.args[2]) if term.target is _GRADIENT else ()
-            kinds[sign, term.target, *of_row].append(term)
-        with graph.inserting_before(node):
-            parts = [(part, kind[0]) for kind, alike in kinds.items() for part in _summed(graph, alike)]
-            if len(parts) == len(terms):
-                continue
-            parts.sort(key=operator.itemgetter(1), reverse=True)  # what is taken away comes last
-            whole, first = parts[0]
-            for part, other in parts[1:]:
-                whole = new_node(graph, _ADDED if first == other else _TAKEN, (whole, part), node.meta["val"])
-            whole = whole if first == 1 else new_node(graph, _aten.neg.default, (whole,), node.meta["val"])
-        node.replace_all_uses_with(whole)
+            with graph.inserting_before(node):
+                _join_terms(graph, node)
+    sweep(graph)
+    return graph_module(module, graph)
 
 
 def is_plain_sum(node: fx.Node) -> bool:
@@ -103,36 +75,57 @@ def _terms(node: fx.Node) -> list[tuple[fx.Node, int]]:
     return found[::-1]
 
 
-def _summed(graph: fx.Graph, terms: list[fx.Node]) -> list[fx.Node]:
-    """Return terms of one kind as few ones."""
-    value: Tensor = terms[0].meta["val"]
-    if terms[0].target is _GRADIENT:
-        sparse = value.shape[int_at(terms[0], 2)] > FEWEST * len(terms)
-        return terms if len(terms) == 1 or sparse else [_put_together(graph, terms)]
-    return terms if len(terms) < FEWEST or value.numel() > SMALL else [_total(graph, terms)]
+def _join_terms(graph: fx.Graph, node: fx.Node) -> None:
+    """Join the terms of a sum that are gradients of rows, or of slices, along one axis, and have the same sign."""
+    kinds: defaultdict[tuple[int, int, Target], list[fx.Node]] = defaultdict(list)
+    rest: list[tuple[fx.Node, int]] = []
+    for term, sign in _terms(node):
+        if term.target is _ROW or (term.target is _SLICE and int_at(term, 5) == 1):
+            kinds[sign, int_at(term, 2) % len(ints_at(term, 1)), term.target].append(term)
+        else:
+            rest.append((term, sign))
+    wholes: list[tuple[fx.Node, int]] = []
+    for (sign, axis, _), parts in kinds.items():
+        whole = _joined(graph, parts, axis, node.meta["val"])
+        if whole is None:
+            rest += [(part, sign) for part in parts]
+        else:
+            wholes.append((whole, sign))
+    if not wholes:
+        return
+    (total, first), *others = sorted([*wholes, *rest], key=lambda part: -part[1])  # what is taken away comes last
+    for part, sign in others:
+        total = new_node(graph, _ADDED if first == sign else _TAKEN, (total, part), node.meta["val"])
+    node.replace_all_uses_with(total if first == 1 else new_node(graph, _aten.neg.default, (total,), node.meta["val"]))
 
 
-def _put_together(graph: fx.Graph, gradients: list[fx.Node]) -> fx.Node:
-    """Return the sum of gradients that are zero but for one row each."""
-    value: Tensor = gradients[0].meta["val"]
-    axis = int_at(gradients[0], 2) % value.dim()
-    rows: defaultdict[int, list[fx.Node]] = defaultdict(list)
+def _joined(graph: fx.Graph, gradients: Sequence[fx.Node], axis: int, value: Tensor) -> fx.Node | None:
+    """Return the sum of gradients of parts, with zeros in between; None for a single one, or if some overlap."""
+    size, at = value.shape[axis], dict[tuple[int, int], list[fx.Node]]()
     for node in gradients:
-        rows[int_at(node, 3) % value.shape[axis]].append(node_at(node, 0))
-    whole = {place: _total(graph, parts) for place, parts in rows.items()}
-    first = next(iter(whole.values()))
-    zero = new_node(graph, _aten.zeros_like.default, (first,), first.meta["val"])
-    ordered = [whole.get(place, zero) for place in range(value.shape[axis])]
-    return new_node(graph, STACKED, (ordered, axis), value)
+        begin, end, _ = slice(int_at(node, 3), int_at(node, 4, size), 1).indices(size)
+        if node.target is _ROW:
+            begin = int_at(node, 3) % size
+            end = begin + 1
+        at.setdefault((begin, end), []).append(node)
+    spans = sorted(at)
+    if len(gradients) < 2 or any(one[1] > other[0] for one, other in pairwise(spans)):
+        return None
+    pieces, done = list[fx.Node](), 0
+    for begin, end in (*spans, (size, size)):
+        if begin > done:
+            pieces.append(zeros(graph, value.narrow(axis, done, begin - done)))
+        if begin < size:
+            pieces.append(_total(graph, at[begin, end], axis))
+        done = end
+    return new_node(graph, _aten.cat.default, (pieces, axis), value) if len(pieces) > 1 else pieces[0]
 
 
-def _total(graph: fx.Graph, terms: list[fx.Node]) -> fx.Node:
-    """Return the sum of terms that are no gradients of rows."""
-    value: Tensor = terms[0].meta["val"]
-    if len(terms) >= FEWEST and value.numel() <= SMALL:
-        stack = new_node(graph, STACKED, (terms,), like_of(value, len(terms), *value.shape))
-        return new_node(graph, _aten.sum.dim_IntList, (stack, [0]), value)
-    whole = terms[0]
-    for term in terms[1:]:
-        whole = new_node(graph, _ADDED, (whole, term), value)
-    return whole
+def _total(graph: fx.Graph, gradients: Sequence[fx.Node], axis: int) -> fx.Node:
+    """Return the sum of gradients of the same part, without the zeros."""
+    total, *others = (node_at(node, 0) for node in gradients)
+    like = total.meta["val"]
+    for other in others:
+        total = new_node(graph, _ADDED, (total, other), like)
+    row = gradients[0].target is _ROW
+    return new_node(graph, _aten.unsqueeze.default, (total, axis), like.unsqueeze(axis)) if row else total

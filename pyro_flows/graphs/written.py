@@ -17,9 +17,9 @@ from pyro_flows.graphs.graph import int_at, ints_at, new_node, node_at, sweep
 from pyro_flows.graphs.sums import is_plain_sum, zeros
 
 _aten = torch.ops.aten
-_WRITES = (_aten.select_scatter.default, _aten.slice_scatter.default)
-_BY_INDEX = (*_WRITES, _aten.select.int, _aten.slice.Tensor, _aten.add.Tensor)  # for which no layout matters
-ENTRIES = 64  # of one slice that is written, at most
+_BY_INDEX = (  # for which no layout matters
+    _aten.select_scatter.default, _aten.slice_scatter.default, _aten.select.int, _aten.slice.Tensor, _aten.add.Tensor
+)  # fmt: skip
 GROWTH = 4  # operations that may be added for each one that is there
 
 
@@ -65,9 +65,7 @@ class _Resolver:
         self.left = GROWTH * len(graph.nodes)
         self.rules: dict[object, Callable[[fx.Node], _Entries | fx.Node | None]] = {
             _aten.select.int: self._select,
-            _aten.slice.Tensor: self._slice,
             _aten.select_scatter.default: self._write,
-            _aten.slice_scatter.default: self._write_slice,
             _aten.select_backward.default: self._alone,
             _aten.add.Tensor: self._add,
             _aten.copy.default: self._copy,
@@ -108,40 +106,13 @@ class _Resolver:
         known = self.known.get(source)
         return None if known is None or known.axis != axis else self._entry(known, index)
 
-    def _slice(self, node: fx.Node) -> _Entries | fx.Node | None:
-        source, axis, first, last, step = _range_of(node)
-        known, size = self.known.get(source), source.meta["val"].shape[axis]
-        if step == 1 and (first, last) == (0, size):
-            return source
-        if known is None or known.axis != axis or step != 1:
-            return None
-        at = {index - first: part for index, part in known.at.items() if first <= index < last}
-        base = known.base and self._call(_aten.slice.Tensor, (known.base, axis, first, last), node.meta["val"])
-        return _Entries(node.meta["val"], axis, base, at)
-
     def _write(self, node: fx.Node) -> _Entries | None:
         source, axis, index = _axis_of(node, 2)
-        return self._written(node, source, axis, {index: node_at(node, 1)})
-
-    def _write_slice(self, node: fx.Node) -> _Entries | fx.Node | None:
-        source, axis, first, last, step = _range_of(node, 2)
         part = node_at(node, 1)
-        if step != 1 or part.meta["val"].shape[axis] != last - first:
-            return None
-        if (first, last) == (0, source.meta["val"].shape[axis]):
-            return part
-        if last - first > ENTRIES:
-            return None
-        own = self.known.get(part, _Entries(part.meta["val"], axis, part))
-        if own.axis != axis:
-            return None
-        return self._written(node, source, axis, {first + i: self._entry(own, i) for i in range(last - first)})
-
-    def _written(self, node: fx.Node, source: fx.Node, axis: int, new: dict[int, fx.Node]) -> _Entries | None:
-        if any(part.meta["val"].dtype != node.meta["val"].dtype for part in new.values()):
+        if part.meta["val"].dtype != node.meta["val"].dtype:
             return None
         known = self._along(axis, source, node)
-        known.at.update(new)
+        known.at[index] = part
         return known
 
     def _alone(self, node: fx.Node) -> _Entries:
@@ -236,16 +207,6 @@ def _axis_of(node: fx.Node, given: int = 1) -> tuple[fx.Node, int, int]:
     shape = source.meta["val"].shape
     axis = int_at(node, given) % len(shape)
     return source, axis, int_at(node, given + 1) % shape[axis]
-
-
-def _range_of(node: fx.Node, given: int = 1) -> tuple[fx.Node, int, int, int, int]:
-    """Return the tensor that is sliced or written into, the axis, and the range, likewise."""
-    source = node_at(node, 0)
-    shape = source.meta["val"].shape
-    axis = int_at(node, given) % len(shape)
-    size = shape[axis]
-    first, last, _ = slice(int_at(node, given + 1), int_at(node, given + 2, size)).indices(size)
-    return source, axis, first, max(first, last), int_at(node, given + 3, 1)
 
 
 # strides, by which autograd takes and writes parts of a contiguous tensor that was written into -----------------------

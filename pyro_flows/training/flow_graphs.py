@@ -120,7 +120,7 @@ def _joint(layer: Bijection) -> Callable[..., tuple[Tensor, ...]]:
 def _record(layer: Bijection, x: Tensor) -> Body:
     state, score = [part.detach() for part in state_of(layer)], nearby(x)
     # tensors that are one would be one input
-    graph = record(_joint(layer), *state, x, score, score.clone(), joint=True)
+    graph = record(_joint(layer), *state, x, score, score.clone())
     return Body(*partition(graph, 3))
 
 

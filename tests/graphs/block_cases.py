@@ -123,6 +123,7 @@ MOVED = {
     "detach": lambda x: aten.detach(x.exp()),
     "_to_copy": lambda x: ((x > 0.0).double(), torch.special.i0e(x).ge(0.5).double(), x.float(), (x * 2.0).float()),
     "copy": lambda x: (aten.copy(x, x[:, :1]), aten.copy(x, x[0] > 0.0)),
+    "view": lambda x: (x[:, :1].expand(4, 5, 6).exp().view(20, 6), x[..., :1].expand(4, 5, 6).sin().view(-1)),
     "index_select": lambda x: (
         x.index_select(1, INDEX), x.mT.index_select(-1, INDEX), x[..., 0].index_select(0, SORTED)
     ),

@@ -120,3 +120,21 @@ def test_a_number_that_is_added_to_a_large_one_loses_its_last_digits():
     assert float((found[0] - expected[0]).abs().max()) > 1e-7
     assert rounds_alike(module, (x,), found, expected)
     assert not rounds_alike(module, (x,), (found[0] + 1e-3,), expected)
+
+
+def test_rounding_of_huge_results_is_no_other_value():
+    """Seen at a scale of 1e-8: gradients of 1.2e8 that differed in the eighth digit were taken for a wrong graph."""
+    some = torch.tensor([1.0, 1.24e8], dtype=torch.float64)
+    assert agree([some], [some * torch.tensor([1.0, 1.0 + 1e-7], dtype=torch.float64)])
+    assert not agree([some], [some * torch.tensor([1.0, 1.0 + 1e-4], dtype=torch.float64)])
+    assert not agree([some], [some * torch.tensor([1.0 + 1e-7, 1.0], dtype=torch.float64)])
+
+
+def test_rounding_of_small_numbers_beside_huge_ones_is_no_other_value():
+    """Seen on a climb that leapt to scales of e^24000: 1408.20995 beside 3.4e7 in one gradient, and 1408.20978."""
+    rows = torch.tensor([[1408.2, 3.4e7], [1408.2, 1.0]], dtype=torch.float64)
+    rounding = torch.tensor([[1.2e-7, 0.0], [0.0, 0.0]], dtype=torch.float64)
+    assert agree([rows], [rows * (1.0 + rounding)])
+    assert not agree([rows], [rows * (1.0 + 1e4 * rounding)])
+    assert not agree([rows], [rows * (1.0 + rounding.flip(0))])  # the other row has no huge number
+    assert not agree([rows[:, 0]], [(rows * (1.0 + rounding))[:, 0]])  # numbers of points are no rows
