@@ -34,8 +34,7 @@ from pyro_flows.correction.latent import Latent, Points
 from pyro_flows.correction.stopping import examined, next_look, resolved_sds, slowest, sweeps_needed
 from pyro_flows.verdict.chains import McmcDiagnostics, McmcDraws, as_numbers, diverge, objections
 from pyro_flows.verdict.thresholds import (
-    DIVERGENT_SHARE_OF_CHAINS,
-    DIVERGENT_TIMES_MOST,
+    DIVERGENT_SHARE_OF_MCMC,
     R_HAT_OF_SHORT_CHAINS,
 )
 
@@ -174,8 +173,8 @@ class Sampler:
             return not self.round and self.latent.density.evaluations + self._needed() > end
         report(f"sweep {self.numbers['sweeps']}")
         self._keep(self._sweep())
-        least = DIVERGENT_SHARE_OF_CHAINS * len(self.points.x) * self.kept
-        if not patient and self.draws.total("diverging") > DIVERGENT_TIMES_MOST * least:
+        share = self.draws.total("diverging") / (len(self.points.x) * self.kept)
+        if not patient and share > DIVERGENT_SHARE_OF_MCMC:
             if self.numbers["halved"] >= HALVINGS or self.latent.density.evaluations + self._needed(0.5) > end:
                 return True
             self._begin_halved()

@@ -242,7 +242,6 @@ class FitState:
     added: int = 0
     search: Search | None = None
     history: list[Stage] = field(default_factory=list)
-    warnings: list[str] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
     disagreements: list[str] = field(default_factory=list)
 

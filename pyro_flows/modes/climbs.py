@@ -27,8 +27,8 @@ from pyro_flows.modes.unverified_modes import (
 from pyro_flows.starts.curvature import lower_triangular
 from pyro_flows.starts.gaussians import Start
 from pyro_flows.starts.pathfinder import Paths, pathfinder
-from pyro_flows.starts.portfolio import SAME_END, SEARCHES_UNBATCHED
-from pyro_flows.starts.prior import in_units, prior_draws, units_of
+from pyro_flows.starts.portfolio import SAME_END
+from pyro_flows.starts.prior import PATHS, in_units, prior_draws, units_of
 from pyro_flows.verdict.deciding import CHECKED, SEARCHED_DRAWS, WEIGHED_DRAWS
 from pyro_flows.verdict.psis import psis
 from pyro_flows.verdict.thresholds import K_HAT_MOST, MISSED_MASS_SHARE
@@ -219,7 +219,7 @@ def _dispersed(guide: Guide, modes: Sequence[Start], z: Tensor, *, seed: int) ->
     points = torch.cat([*(mode.loc[None] for mode in modes), terms, *outwards, *flipped, prior])
     with torch.no_grad():
         points = points[torch.isfinite(density(points)) & torch.isfinite(points).all(1)]
-    return points if density.batched else points[:SEARCHES_UNBATCHED]
+    return points if density.batched else points[:PATHS]
 
 
 @torch.no_grad()

@@ -25,14 +25,18 @@ import torch
 from torch import Tensor, nn
 
 from pyro_flows.flows.flow import Flow
-from pyro_flows.modes.tables import EMPTY
 from pyro_flows.verdict.deciding import ESTIMATED_DRAWS, WEIGHED_DRAWS
 from pyro_flows.verdict.psis import psis
-from pyro_flows.verdict.thresholds import ESS_OF_CHAINS, ESS_SHARE_GOOD, K_HAT_GOOD
+from pyro_flows.verdict.thresholds import (
+    DENSITY_GAP_OF_NOTHING,
+    ESS_OF_CHAINS,
+    ESS_SHARE_GOOD,
+    K_HAT_GOOD,
+)
 
 MOST_ROUNDS = 16
-DF = 5.0  # of Student-t distributions that are drawn from in a few dimensions
 FITTED_WITHIN = 25.0  # nats below the top: draws of lower density are left out of the first fit
+DF = 5.0  # of Student-t distributions that are drawn from in a few dimensions
 
 
 class Sample(NamedTuple):
@@ -126,7 +130,7 @@ def fit_flow(
             break
         log_mass = float(torch.logsumexp(ratios, 0)) - math.log(ESTIMATED_DRAWS)
         usable = torch.isfinite(own).all(1)
-        own, values = own[usable], values[usable].clamp_min(log_p.max() - EMPTY)
+        own, values = own[usable], values[usable].clamp_min(log_p.max() - DENSITY_GAP_OF_NOTHING)
         fresh = torch.softmax(ratios[usable], 0)
         effective = 1.0 / weights.square().sum(), 1.0 / fresh.square().sum()
         weights = torch.cat([effective[0] * weights, effective[1] * fresh]) / sum(effective)

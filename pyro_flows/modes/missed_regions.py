@@ -13,13 +13,12 @@ from pyro_flows.model.log_density import LogDensity
 from pyro_flows.modes.symmetries import SignedPermutation
 from pyro_flows.starts.climb import TICKS, climb
 from pyro_flows.starts.gaussians import Start
-from pyro_flows.starts.prior import LEVEL, units_of, without_noise
+from pyro_flows.starts.prior import LEVEL, SEARCHES, units_of, without_noise
 from pyro_flows.verdict.thresholds import DENSITY_GAP_OF_MODES, MISSED_MASS_ERRORS, MISSED_MASS_SHARE
 
 TRUNCATED_TAIL = "short tail"  # name of a start where a marginal goes on beyond the draws
 BY_WALKERS = "wandered"
 CLIMBERS = 64  # draws that are compared with each place
-PLACES = 8  # to which walkers came, and that chains begin at, at most
 
 Score = Callable[[Tensor], Tensor]
 
@@ -126,7 +125,7 @@ def regions_of_walkers(ends: Tensor, thin: Tensor, mass: Tensor, there: Tensor) 
     if share - MISSED_MASS_ERRORS * math.sqrt(max(variance, 0.0)) <= known + MISSED_MASS_SHARE:
         return []
     about = moments(ends[thin], BY_WALKERS)
-    return [MissedRegion(end, about, beside=True) for end in ends[thin][:PLACES]]
+    return [MissedRegion(end, about, beside=True) for end in ends[thin][:SEARCHES]]
 
 
 # whether places have tops of their own --------------------------------------------------------------------------------

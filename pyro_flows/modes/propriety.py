@@ -29,7 +29,7 @@ from pyro_flows.verdict.next_step import IMPROPER
 
 Slow = tuple[bool | None, ...]  # one way and the other
 
-MOST = 32  # coordinates that are looked at
+MOST = 32  # coordinates that are looked at one by one: improper ones, and those along which curvatures may change
 HIDDEN = 8  # coordinates that may hide each other
 SLACK = 0.03  # of a fall of one over the distance, that counts as none more
 

@@ -24,7 +24,8 @@ from pyro_flows.starts.curvature import FULL_HESSIAN_UP_TO, inverse_roots, lower
 from pyro_flows.starts.prior import PRIOR_DRAWS, SAME, factors, prior_draws, unit_of_modes, units_of
 
 CLIMBS = 256  # of a round
-NUMBERS = 500_000  # that the climbs of a round handle at each step, at most; a look at where to begin, 12 times that
+# that a step of the climbs of a round, or a Hessian, handles at most; a look at where to begin, 12 times that
+NUMBERS = 500_000
 SCREENED = 400  # points for each climb, of which the best one climbs
 SCREENED_WRITTEN = 300_000_000  # numbers that operations on all of these points write: a fraction of a second
 SCREENED_IN_ALL = 200_000  # points of all rounds, at most, where an evaluation writes few numbers

@@ -26,6 +26,7 @@ from pyro_flows._seeding import derive, seeded
 from pyro_flows.modes.missed_regions import Guide, MissedRegion, regions_of_walkers
 from pyro_flows.modes.tempering import LEAPS, move_walkers
 from pyro_flows.starts.prior import units_of
+from pyro_flows.verdict.deciding import COMPARED_DRAWS
 from pyro_flows.verdict.thresholds import (
     DENSITY_GAP_OF_WALKERS,
     ESS_SHARE_LEAST,
@@ -36,7 +37,6 @@ from pyro_flows.verdict.thresholds import (
 from pyro_flows.verdict.weighing import resample
 
 HIGH = 5.0  # nats of excess, up to which points are drawn outwards
-MANY_WALKERS = 256  # a quarter of them where a look at a point is costly
 MOVES = 64  # outwards, a quarter of them to see whether there is any way out; and as many under the density itself
 LOOKS = 8  # at the way back
 
@@ -124,7 +124,7 @@ def under_covered_region(
     density itself; see :func:`move_walkers`. Draws z (S, D) have log weights (S,) and log densities (S,).
     """
     log_mass = torch.log_softmax((weights - guide.covered).double(), 0)
-    count = MANY_WALKERS // 4 if space is not None and space.costly else MANY_WALKERS
+    count = COMPARED_DRAWS // 4 if space is not None and space.costly else COMPARED_DRAWS
     chosen = z[resample(log_mass, count, seed=derive(seed, "wanderers"))]
     if space is None or not is_usable(log_mass):
         ends, log_p = move_walkers(guide.density, chosen[None], units_of(z)[None], seed=derive(seed, "wandering"))

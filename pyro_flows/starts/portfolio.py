@@ -29,14 +29,18 @@ from pyro_flows.starts.prior import (
     without_noise,
 )
 from pyro_flows.verdict.deciding import COMPARED_DRAWS, JUDGED_DRAWS, LOOKED_AT_DRAWS
-from pyro_flows.verdict.thresholds import ESS_SHARE_EVEN, ESS_SHARE_LEAST, EVIDENCE_GAP_NEGLIGIBLE, K_HAT_MOST
+from pyro_flows.verdict.thresholds import (
+    ESS_SHARE_EVEN,
+    ESS_SHARE_LEAST,
+    EVIDENCE_GAP_NEGLIGIBLE,
+    K_HAT_MOST,
+    TAIL_SHARE,
+)
 from pyro_flows.verdict.weighing import Weighing, weigh
 
-SEARCHES_UNBATCHED = 3
 SAME_END = 0.1  # sds between ends of paths that are one place
 STEPS_AFTER_PATHS = 10  # of Newton's method
 CHEAP_HESSIAN_WRITES = 1e6  # numbers for each point, at most
-TRIM = 0.05  # share of the draws, the lowest, that an ELBO leaves out
 
 
 def portfolio(density: LogDensity, *, seed: int, extra: Sequence[Start] = (), df: float = 15.0) -> list[Start]:
@@ -72,7 +76,7 @@ def portfolio(density: LogDensity, *, seed: int, extra: Sequence[Start] = (), df
         )
     starts = [*extra, standard(density), Start("prior", middle, spread)]
     most = density.affordable(TICKS * len(points)) // TICKS
-    points = points[finite][: most if density.batched else SEARCHES_UNBATCHED]
+    points = points[finite][: most if density.batched else PATHS]
     starts = _climbed(density, starts, points, seed)
     with seeded(seed, density.device):
         unit = math.sqrt((df - 2.0) / df)
@@ -116,7 +120,7 @@ def _scored(density: LogDensity, start: Start, noise: Tensor, log_noise: Tensor)
     with torch.no_grad():
         terms = density(start.map(noise)) - log_noise + start.volume
         terms = torch.nan_to_num(terms, nan=-torch.inf).sort().values
-    return replace(start, elbo=float(terms[int(TRIM * len(terms)) :].mean()))
+    return replace(start, elbo=float(terms[int(TAIL_SHARE * len(terms)) :].mean()))
 
 
 # paths ----------------------------------------------------------------------------------------------------------------
@@ -215,7 +219,7 @@ def _scores(stack: Stack, loc: Tensor, scale: Tensor, noise: Tensor, log_noise: 
     z = torch.where(usable[..., None, None], z, 0.0)
     log_p = stack(z.flatten(0, 2)).reshape(z.shape[:3])
     terms = (log_p - log_noise + volume[..., None]).nan_to_num(nan=-torch.inf).sort(-1).values
-    elbos = terms[..., int(TRIM * len(noise)) :].mean(-1)
+    elbos = terms[..., int(TAIL_SHARE * len(noise)) :].mean(-1)
     return torch.where(usable & torch.isfinite(elbos), elbos, -torch.inf)
 
 

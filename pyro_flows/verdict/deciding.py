@@ -34,7 +34,7 @@ from pyro_flows.verdict.thresholds import (
     SHIFT_SEEN,
     SHIFT_SEEN_ERRORS,
 )
-from pyro_flows.verdict.verdict import Verdict
+from pyro_flows.verdict.verdict import NAMED, Verdict
 from pyro_flows.verdict.weighing import Weighing, in_words, resample, weigh
 
 MENDED = f"is not below {K_HAT_GOOD} and weighting changes the results"
@@ -114,7 +114,7 @@ def _heavy_tailed(weighing: Weighing, names: Sequence[str]) -> tuple[str, ...]:
     if weighing.heavy is None or not bool(weighing.heavy.any()):
         return ()
     found = [names[index] for index in weighing.heavy.nonzero().flatten().tolist()]
-    said = ", ".join(found[:3]) + (f" and {len(found) - 3} more" if len(found) > 3 else "")
+    said = ", ".join(found[:NAMED]) + (f" and {len(found) - NAMED} more" if len(found) > NAMED else "")
     return (f"{said}: heavy tails where unconstrained, so quantiles were compared; means and sds there may not exist",)
 
 

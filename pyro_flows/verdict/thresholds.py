@@ -90,9 +90,8 @@ R_HAT_OF_SHORT_CHAINS = 1.05
 DIVERGENT_SHARE_OF_CHAINS = 0.0001
 # MCMC of a fit: trajectories that may diverge of any number: one says next to nothing. Source: chosen.
 DIVERGENT_FEW = 1
-# MCMC of a fit: times the share above, from which on the step size is halved. Source: chosen.
-DIVERGENT_TIMES_MOST = 10.0
-# MCMC of the caller: share of the draws, at most. Source: chosen.
+# MCMC of the caller: share of the draws, at most. MCMC of a fit: share from which on the step size is halved at once.
+# Source: chosen.
 DIVERGENT_SHARE_OF_MCMC = 0.001
 # MCMC of a fit: standard error of an sd, as a part of it, at which chains end. Source: measured (record 0025).
 SD_ERROR_OF_CHAINS = 0.04
@@ -120,20 +119,17 @@ SHIFT_SEEN = 0.04
 SHIFT_SEEN_ERRORS = 4.0
 # Round: times SHIFT_SEEN, for a flow in training: it has the noise of its last steps. Source: chosen.
 SHIFT_SEEN_IN_TRAINING = 1.5
-# NICE: Var[log p] over that of the base, above which the verdict has a warning. Source: chosen.
-VAR_LOG_P_RATIO = 2.0
-# NICE: the same, from which on the verdict is unreliable. Source: chosen.
+# NICE: Var[log p] over that of the base, from which on the verdict is unreliable. Source: chosen.
 VAR_LOG_P_RATIO_MOST = 5.0
 
 # ---- gaps between log evidence and ELBO, in nats ---------------------------------------------------------------------
 
-# Many fits: at most, for training to end early, since weights correct it. A grid is tried first if its log evidence
-# is higher than the ELBO of a start by more. Source: chosen.
-EVIDENCE_GAP_VISIBLE = 0.05
-# Round: nothing is left to gain below the larger of this and the next one times the dimension. Source: measured
-# (record 0016).
+# Round: nothing is left to gain below the larger of this and the next one times the dimension. Many fits: at most, for
+# training to end early; a grid is tried first if its log evidence is higher than the ELBO of a start by more. Source:
+# measured (record 0016).
 EVIDENCE_GAP_GOOD = 0.04
-# Round: the same, in nats a dimension. Source: measured (record 0016).
+# Round: the same, in nats a dimension. Tables: nats between the last two rounds, a coordinate. Source: measured (record
+# 0016).
 EVIDENCE_GAP_GOOD_A_DIM = 0.002
 # Round: part of both that counts where k-hat is above K_HAT_GOOD and below its threshold. Source: chosen.
 EVIDENCE_GAP_SMALL_SHARE = 0.25
@@ -157,16 +153,13 @@ ROW_ERROR_KNOWN = 0.95
 ROW_WEIGHTS_EVEN = 1e-4
 # Rows of a plate: relative variance of an estimate of a row, above which its k-hat matters. Source: chosen.
 ROW_WEIGHTS_UNEVEN = 0.01
-# Latents in plates: sds between two modes of a row, from which on the second counts. Source: chosen.
+# Latents in plates, and outside of them: sds between two modes, from which on the second counts. Source: chosen.
 ROW_MODES_APART = 3.0
-# The same: mass of the second mode, as a part of that of the first, from which on it counts. Source: chosen.
+# The same: mass of the second mode of a row, as a part of that of the first, from which on it counts; height of one
+# outside of plates. Source: chosen.
 ROW_MODE_SHARE = 0.01
 # The same: draws within an sd of the second mode, from which on it is integrated over. Source: chosen.
 ROW_MODE_REACHED = 0.3
-# Latents outside of plates: sds between two modes, from which on the second counts. Source: chosen.
-GLOBAL_MODES_APART = 5.0
-# The same: nats that a second mode may be lower. Source: chosen.
-GLOBAL_MODE_LOWER = 5.0
 
 # ---- data ------------------------------------------------------------------------------------------------------------
 
@@ -211,6 +204,8 @@ DENSITY_GAP_OF_WALKERS = 3.0
 # Nats below the best from which nothing counts: a start or a mode is left out, an image has no mass, and training goes
 # back to its best check. Source: chosen.
 DENSITY_GAP_OF_LOST = 20.0
+# Nats below the highest density: the mass there is zero, at a wall or at the end of a grid. Source: chosen.
+DENSITY_GAP_OF_NOTHING = 60.0
 # Unverified mode: nats that tempering may lack of the guide's own mass; with more, it is made anew, ten times as
 # slowly, and a region counts unless it has so much less. In 226 dimensions it lacked 33, in 125 it lacked 73, and
 # places were no modes. Source: measured.
