@@ -27,9 +27,9 @@ from pyro_flows.correction.adaptation import Kernel, Metric, Moved, scale_of
 from pyro_flows.correction.latent import Latent, only_finite
 from pyro_flows.flows.stacked import Images
 from pyro_flows.graphs import Runner, record
-from pyro_flows.modes.symmetries import SAME, are_the_same
+from pyro_flows.modes.symmetries import are_the_same
 from pyro_flows.modes.under_covered import Points
-from pyro_flows.verdict.thresholds import ESS_SHARE_PROMISING
+from pyro_flows.verdict.thresholds import ESS_SHARE_PROMISING, EVIDENCE_GAP_NEGLIGIBLE
 
 
 def turned(u: Tensor, slope: Tensor, step: float | Tensor) -> tuple[Tensor, Tensor]:
@@ -213,7 +213,8 @@ def exchange_of(latent: Latent, points: Points, decided: bool | None) -> Images 
     mixture = latent.mixture
     if decided is False or mixture is None or not are_copies(latent):
         return None
-    if float(latent.log_w.max() - latent.log_w.min()) > SAME or not (decided or _is_symmetric(latent, points)):
+    even = float(latent.log_w.max() - latent.log_w.min()) <= EVIDENCE_GAP_NEGLIGIBLE
+    if not even or not (decided or _is_symmetric(latent, points)):
         return None
     return Images.of(mixture.orders, mixture.signs)
 

@@ -140,9 +140,8 @@ def unweighed(dim: int, elbo: float) -> Weighing:
 def volume_misfit(flow: Flow, density: LogDensity) -> list[str]:
     """Say so where the posterior's density is more uneven than a volume-preserving flow can be.
 
-    Such a flow has the Var[log q] of its base, and the posterior's Var[log p] would have to be the same. If it is a
-    little larger, there is a warning. If it is much larger, draws do not reach where most of the variance is: a
-    failure. Returns both kinds.
+    Such a flow has the Var[log q] of its base, and the posterior's Var[log p] would have to be the same. If it is much
+    larger, draws do not reach where most of the variance is.
     """
     if flow.recipe is None or flow.recipe.builder != "nice":
         return []

@@ -223,7 +223,7 @@ class FitState:
         added: how many runs were added at missed modes.
         search: the last search for missed modes; None if there was no time for one.
         history: the entries on coordinates and on all runs together.
-        warnings, failures: what speaks against the draws of a volume-preserving flow.
+        failures: what speaks against the draws of a volume-preserving flow.
         disagreements: of the runs.
     """
 

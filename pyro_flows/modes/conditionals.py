@@ -33,10 +33,10 @@ from pyro_flows.starts.curvature import FULL_HESSIAN_UP_TO, second_derivatives
 from pyro_flows.transforms.nested import Terms
 
 MOST_HELD = 6  # coordinates
-UNCHANGED = {torch.float64: 1e-7, torch.float32: 3e-3}  # change of an entry of a scaled Hessian that is rounding
 RATES = (-2.0, -1.0, -0.5, 0.5, 1.0, 2.0)  # of exponentials: powers of a scale, a variance or a precision
 MOST_FUNCTIONS = 4  # along one coordinate: exponentials, or powers of a polynomial
 REACH = 2.0  # spreads to either side that points along a held coordinate reach
+UNCHANGED = {torch.float64: 1e-7, torch.float32: 3e-3}  # change of an entry of a scaled Hessian that is rounding
 ERROR_MOST = {torch.float64: 1e-6, torch.float32: 1e-3}  # relative, of an entry by the functions
 MOST_TERMS = 160  # products of functions of all held coordinates
 

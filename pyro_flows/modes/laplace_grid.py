@@ -31,8 +31,9 @@ from pyro_flows.model.sites import Structure
 from pyro_flows.model.stack import Stack
 from pyro_flows.modes.propriety import MOST, finer
 from pyro_flows.modes.tables import OUTSIDE, Table
-from pyro_flows.modes.tops import MODE_REACHES, NEGLIGIBLE_GAIN, NEWTON, Tails, Tops, roots_across
+from pyro_flows.modes.tops import MODE_REACHES, NEGLIGIBLE_GAIN, Tails, Tops, roots_across
 from pyro_flows.modes.under_covered import is_usable
+from pyro_flows.starts.climb import NEWTON
 from pyro_flows.starts.curvature import SMALL_UP_TO, second_derivatives
 from pyro_flows.starts.gaussians import Start
 from pyro_flows.starts.prior import spread_of
@@ -45,11 +46,9 @@ CLOSE = (*(0.3 * number for number in range(1, 28)), 9.0, 10.0, 11.5, 13.0, 15.0
 MOST_COORDINATES = 4  # that get a grid; half as many before there is a flow
 PREDICTS_SPREAD = 0.02  # sum of squared correlations with the distances of other coordinates from their medians
 CURVATURE_CHANGE = 0.05  # of log curvatures over two spreads: less is none
-ERROR_MOST = 0.15  # relative standard error of the mass of a grid point that counts as known
-ERROR_REDRAWN = 0.1  # a grid point with a larger error gets 2000 draws in place of a half of 256
+ERROR_MOST = 0.15  # relative standard error of the mass of a grid point that is known; with more, it gets 2000 draws
 STRETCH = 5.0  # by which steps are stretched, up to four times, where the marginal has not fallen off at the last
 FEWEST_POINTS = 8  # of a grid
-SIDE = (*(0.5 * number for number in range(1, 9)), 5.0, 6.5, 8.0, 11.0, 15.0, 20.0, 30.0, 45.0)  # for many posteriors
 
 
 @dataclass(frozen=True)
@@ -222,11 +221,11 @@ def _weighed(tails: Tails, tops: Tops) -> tuple[Tensor, Tensor]:
     points, roots, held = tops.points[known, :-1].double(), tops.roots[known], tops.points[known, -1].long()
     masses, relative = _drawn(tails, points, roots, held, COMPARED_DRAWS // 2)
     unsure = (
-        (relative > ERROR_REDRAWN) & (masses > masses.nan_to_num(nan=-math.inf).max() - DENSITY_GAP_OF_NOTHING)
+        (relative > ERROR_MOST) & (masses > masses.nan_to_num(nan=-math.inf).max() - DENSITY_GAP_OF_NOTHING)
     ).nonzero()[:, 0]
     for number in unsure.tolist():
         one = slice(number, number + 1)
-        masses[one], relative[one] = _drawn(tails, points[one], roots[one], held[one], 8 * COMPARED_DRAWS)
+        masses[one], relative[one] = _drawn(tails, points[one], roots[one], held[one], ESTIMATED_DRAWS)
     log_masses[known], errors[known] = masses, relative
     return log_masses, errors
 
@@ -289,11 +288,11 @@ def grids_together(stack: Stack, starts: Sequence[Start], bent: Bent) -> list[Ta
     not normal shows in the weights of the flow's draws. Paths begin where the others are on average, given the
     coordinate, under the start's normal distribution. Where the others are normal, one step comes to the top.
 
-    Cost: up to five Hessians and gradients at 33 places for each data set.
+    Cost: up to five Hessians and gradients at 29 places for each data set.
     """
     loc, covariance, spread = _moments(starts)
     rows, held = torch.arange(len(stack), device=loc.device), bent.coordinates
-    steps = loc.new_tensor([*(-step for step in reversed(SIDE)), 0.0, *SIDE])
+    steps = loc.new_tensor([*(-step for step in reversed(STEPS)), 0.0, *STEPS])
     slopes = covariance[rows, held] / covariance[rows, held, held, None]
     points = loc[:, None] + (spread[rows, held, None] * steps)[..., None] * slopes[:, None]
     tops, masses, roots, known = _tops(stack, points.flatten(0, 1), held.repeat_interleave(len(steps)))
@@ -336,7 +335,7 @@ def _table(coordinate: int, tops: Tensor, masses: Tensor, roots: Tensor, known: 
     """Return the table of the grid about the middle one, up to the first that are not known or have no mass."""
     places = tops[:, coordinate].double()
     near = masses > masses[known].max() - DENSITY_GAP_OF_NOTHING if bool(known.any()) else known
-    chosen = around(len(SIDE), places, known, near, gap=0)
+    chosen = around(len(STEPS), places, known, near, gap=0)
     if len(chosen) < FEWEST_POINTS:
         return None
     return Table(coordinate, places[chosen], masses[chosen], tops[chosen], roots[chosen])

@@ -26,7 +26,7 @@ from pyro_flows.modes.missed_regions import (
     to_name,
 )
 from pyro_flows.modes.symmetric_modes import with_symmetric_modes
-from pyro_flows.modes.symmetries import MOVED_DRAWS, are_the_same, images, moves, signed_permutation
+from pyro_flows.modes.symmetries import are_the_same, images, moves, signed_permutation
 from pyro_flows.modes.tempering import Tempered, move_walkers, temper
 from pyro_flows.modes.under_covered import Space, regions_by_density, under_covered_region
 from pyro_flows.modes.unverified_modes import UNWEIGHED, UnverifiedMode, modes_with_mass, worth_measuring
@@ -84,7 +84,7 @@ def missed_modes(
     if usable is None:
         return Search()
     guide, z, log_q, weights = usable
-    few = z[:MOVED_DRAWS], log_q[:MOVED_DRAWS]
+    few = z[:COMPARED_DRAWS], log_q[:COMPARED_DRAWS]
     doubts: list[Start] = []
     notes: list[str] = []
     unresolved: list[MissedRegion] = []
@@ -194,7 +194,7 @@ class _FlowDraws(NamedTuple):
 
     @property
     def few(self) -> tuple[Tensor, Tensor]:
-        return self.z[:MOVED_DRAWS], self.log_q[:MOVED_DRAWS]
+        return self.z[:COMPARED_DRAWS], self.log_q[:COMPARED_DRAWS]
 
 
 def _draw(stack: Stack, number: int, flow: Flow) -> _FlowDraws | None:

@@ -26,6 +26,7 @@ from torch import Tensor
 from pyro_flows._seeding import derive, seeded
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.modes.hyperparameter_marginal import DF
+from pyro_flows.modes.survey import IN_VAIN, ROUNDS
 from pyro_flows.starts.prior import prior_draws
 from pyro_flows.verdict.deciding import LOOKED_AT_DRAWS
 from pyro_flows.verdict.psis import psis
@@ -33,7 +34,6 @@ from pyro_flows.verdict.thresholds import ESS_SHARE_COLLAPSED, ESS_SHARE_GOOD, K
 from pyro_flows.verdict.weighing import resample, tempered
 
 GENERATIONS = 4  # between two additions of parts
-IN_VAIN = 2  # additions in a row without a gain, after which the fit ends
 # times the scales of a mixture: its wide parts, `TAIL_SHARE` of the draws. They never move, so no tail is without draws
 WIDE = 2.0, 4.0
 MOST_PARTS = 64  # half of them at tempered draws: as many may be added
@@ -136,7 +136,7 @@ def tempered_mixture(density: LogDensity, *, seed: int) -> Parts | None:
     with seeded(derive(seed, "from the prior"), density.device):
         draws = prior_draws(density, 1000, seed=seed)
         parts = _about(draws[torch.isfinite(draws).all(1)], 1)
-        for _ in range(12):  # temperatures, at most
+        for _ in range(ROUNDS):  # temperatures, at most
             if parts is None:
                 return None
             z = parts.draw(2 * LOOKED_AT_DRAWS)

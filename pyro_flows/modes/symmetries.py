@@ -26,11 +26,11 @@ from torch import Tensor
 
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.verdict.deciding import ESTIMATED_DRAWS
+from pyro_flows.verdict.thresholds import EVIDENCE_GAP_NEGLIGIBLE
 
 ROUND_TRIP = 1e-3  # relative error of values that are mapped there and back
-SAME, DIGITS = 0.01, 32.0  # nats, and units of the last place of a log density, within which two are the same
+DIGITS = 32.0  # units of the last place of a log density, beyond what is negligible, within which two are the same
 
-MOVED_DRAWS = 200  # of a guide: moved to estimate the mass of their images
 UNITS = 40  # of one kind at most, whole sites first; twice as many may be added to one
 
 Values = Mapping[str, Tensor]
@@ -198,8 +198,8 @@ class Image(NamedTuple):
 
 
 def are_the_same(log_p: Tensor, other: Tensor) -> Tensor:
-    """Whether log densities (S,) are the same but for rounding, and but for a hundredth of a mass; -inf never is."""
-    return (log_p - other).abs() <= SAME + DIGITS * torch.finfo(log_p.dtype).eps * log_p.abs()
+    """Whether log densities (S,) are the same but for rounding, and but for a fiftieth of a mass; -inf never is."""
+    return (log_p - other).abs() <= EVIDENCE_GAP_NEGLIGIBLE + DIGITS * torch.finfo(log_p.dtype).eps * log_p.abs()
 
 
 @torch.no_grad()

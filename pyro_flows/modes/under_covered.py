@@ -30,7 +30,7 @@ from pyro_flows.verdict.deciding import COMPARED_DRAWS
 from pyro_flows.verdict.thresholds import (
     DENSITY_GAP_OF_WALKERS,
     ESS_SHARE_LEAST,
-    MASS_HARDLY_REACHED,
+    MISSED_MASS_OF_TAILS,
     MISSED_MASS_SHARE,
     TAIL_SHARE,
 )
@@ -167,7 +167,7 @@ def _drawn_out(
         points = walked(space, points, MOVES - MOVES // 4, level=level, height=HIGH)
         points = space.look(points.x.repeat(2, 1), points.k.repeat(2))
         ordered, places = (over - level).sort()  # beyond the excess that is hardly reached, draws have next to no mass
-        reached = int((log_mass[places].exp().cumsum(0) < 1.0 - MASS_HARDLY_REACHED).sum())
+        reached = int((log_mass[places].exp().cumsum(0) < 1.0 - MISSED_MASS_OF_TAILS).sum())
         by = max(DENSITY_GAP_OF_WALKERS, float(ordered[min(reached, len(ordered) - 1)]))
         there = over - level > by
         known = float(log_mass.exp()[there].sum()) + MISSED_MASS_SHARE

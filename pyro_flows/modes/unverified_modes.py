@@ -14,8 +14,8 @@ from pyro_flows._seeding import derive
 from pyro_flows.modes.missed_regions import Guide, MissedRegion, is_resolved
 from pyro_flows.modes.survey import NUMBERS
 from pyro_flows.modes.tempering import TEMPERATURES, Tempered, temper
-from pyro_flows.modes.tops import MODE_REACHES, NEGLIGIBLE_GAIN, NEWTON
-from pyro_flows.starts.climb import newton
+from pyro_flows.modes.tops import MODE_REACHES, NEGLIGIBLE_GAIN
+from pyro_flows.starts.climb import NEWTON, newton
 from pyro_flows.starts.curvature import inverse_roots, lower_triangular
 from pyro_flows.starts.gaussians import Gaussians, Start
 from pyro_flows.starts.pathfinder import Paths

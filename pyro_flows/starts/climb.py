@@ -26,6 +26,7 @@ from pyro_flows.starts.prior import PATHS
 from pyro_flows.verdict.thresholds import DENSITY_GAP_OF_LOST
 
 TICKS, FEW_TICKS = 100, 60  # of a path, and of one of many; steps of Newton's method
+NEWTON = 10  # steps of Newton's method after a path, at most
 SETTLED = 1e-8  # nats still to gain
 STALLED = 1e-3  # nats that a path has to rise by between two looks at whether it does
 WRITTEN = 2**22  # numbers that are written for paths that are looked at together

@@ -14,7 +14,7 @@ from pyro_flows import _stages
 from pyro_flows._seeding import derive, seeded
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.model.stack import NotStackable, Stack
-from pyro_flows.starts.climb import TICKS, laplace
+from pyro_flows.starts.climb import NEWTON, TICKS, laplace
 from pyro_flows.starts.curvature import FULL_HESSIAN_UP_TO, SMALL_UP_TO, inverse_roots, lower_triangular, scales
 from pyro_flows.starts.gaussians import Start, divergence, standard
 from pyro_flows.starts.pathfinder import pathfinder, pool
@@ -39,7 +39,6 @@ from pyro_flows.verdict.thresholds import (
 from pyro_flows.verdict.weighing import Weighing, weigh
 
 SAME_END = 0.1  # sds between ends of paths that are one place
-STEPS_AFTER_PATHS = 10  # of Newton's method
 CHEAP_HESSIAN_WRITES = 1e6  # numbers for each point, at most
 
 
@@ -109,7 +108,7 @@ def _climbed(density: LogDensity, starts: list[Start], points: Tensor, seed: int
         paths, ends = along_paths(density, points, seed=seed)
     if costly:
         with density.clock.part(_stages.MODES):
-            starts = starts + laplace(density, ends, most=STEPS_AFTER_PATHS)
+            starts = starts + laplace(density, ends, most=NEWTON)
     for start in paths:
         if not any(divergence(start, other) < 0.1 for other in starts):  # nats
             starts = [*starts, start]

@@ -15,7 +15,7 @@ from pyro_flows.model.stack import NotStackable, Stack
 from pyro_flows.objectives import BasePoints
 from pyro_flows.training.convergence import Monitor
 from pyro_flows.training.flow_graphs import Passes, flat, is_order, points, state_of
-from pyro_flows.training.loop import AVERAGED_SHARE, CHECK_EVERY, COOL, WARM_UP, Training
+from pyro_flows.training.loop import AVERAGED_SHARE, CHECK_EVERY, COOL, Training
 from pyro_flows.training.step_graph import Moments, stitched
 from pyro_flows.training.trainer import BLEND, DEFENSIVE, LOOK_EVERY
 from pyro_flows.verdict.deciding import COMPARED_DRAWS
@@ -197,7 +197,7 @@ def train_together(flows: Lockstep, *, report: Report) -> list[Training]:
     done, still = 0, torch.zeros(len(flows), dtype=torch.bool)
     good = still
     while done < STEADY and not float((still | good).double().mean()) >= NEARLY_ALL:
-        flows.step(min(1.0, (done + 1) / WARM_UP))
+        flows.step(min(1.0, (done + 1) / CHECK_EVERY))
         done += 1
         if done % (CHECK_EVERY // 2) == 0:
             still = still | run.check()  # what comes after is the cool-down, in ``loop.train`` too

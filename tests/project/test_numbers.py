@@ -144,7 +144,7 @@ PHRASES = {
         "checked every {training.loop.CHECK_EVERY} steps",
         "a window of {training.convergence.WINDOW|word} checks",
         "split R-hat of at most {verdict.thresholds.R_HAT_OF_SHORT_CHAINS}",
-        "at most {training.convergence.LEFT_TOLERANCE} nats may remain",
+        "at most {verdict.thresholds.EVIDENCE_GAP_NEGLIGIBLE} nats may remain",
     ],
 }
 SOURCE = re.compile(r"\{([\w.]+?)(?:\((\w+)\))?(?:\[(-?\d+)\])?(?:\|([\w ]+))?\}")
