@@ -93,7 +93,7 @@ PARTS = {
         _returns(False),
         lambda kept: "combined: mixture" in kept["accepted"] and "mixture" not in kept["accepted"],
     ),
-    "added runs": Part("pyro_flows.fitting.combine:RUNS_ADDED", lambda _: 0, _accepts("run at a missed mode")),
+    "added runs": Part("pyro_flows.fitting.combine:MEASURED_PLACES", lambda _: 0, _accepts("run at a missed mode")),
     "exact moves": Part("pyro_flows.modes.missed_modes:mirrored", _returns([]), _finds("mirrored")),
     "survey": Part("pyro_flows.modes.missed_modes:surveyed", _returns([]), _finds("survey")),
     "paths": Part("pyro_flows.modes.missed_modes:climbed", _returns([]), _finds("paths")),

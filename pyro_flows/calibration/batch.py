@@ -203,7 +203,7 @@ class _Trial:
         """Return the first kind that is enough."""
         if self.table is None:
             return self._moved()
-        if self.table.log_evidence - self.start.elbo > thresholds.EVIDENCE_GAP_VISIBLE:
+        if self.table.log_evidence - self.start.elbo > thresholds.EVIDENCE_GAP_GOOD:
             return self._on_grid(self.table) or self._moved()
         return self._moved() or self._on_grid(self.table)
 

@@ -25,7 +25,8 @@ from torch import Tensor
 from pyro_flows.modes.under_covered import Points
 
 WANTED = 0.8  # mean acceptance: far points of a flow's latent space bear smaller steps than the most
-MOST_DIM = 1200  # dimensions up to which directions are looked for: an eigendecomposition takes the cube of them
+# dimensions up to which directions are looked for, and chains are tried before a flow: an eigendecomposition takes D^3
+MOST_DIM = 1500
 APART_FROM_ONE = 1.2  # a direction is kept if draws and gradients together say a variance above it, or below 1 / 1.2
 SCALES = 0.01, 100.0
 

@@ -27,8 +27,9 @@ from pyro_flows.correction.adaptation import Kernel, Metric, Moved, scale_of
 from pyro_flows.correction.latent import Latent, only_finite
 from pyro_flows.flows.stacked import Images
 from pyro_flows.graphs import Runner, record
-from pyro_flows.modes.symmetries import SAME, are_the_same
+from pyro_flows.modes.symmetries import are_the_same
 from pyro_flows.modes.under_covered import Points
+from pyro_flows.verdict.thresholds import ESS_SHARE_PROMISING, EVIDENCE_GAP_NEGLIGIBLE
 
 
 def turned(u: Tensor, slope: Tensor, step: float | Tensor) -> tuple[Tensor, Tensor]:
@@ -212,7 +213,8 @@ def exchange_of(latent: Latent, points: Points, decided: bool | None) -> Images 
     mixture = latent.mixture
     if decided is False or mixture is None or not are_copies(latent):
         return None
-    if float(latent.log_w.max() - latent.log_w.min()) > SAME or not (decided or _is_symmetric(latent, points)):
+    even = float(latent.log_w.max() - latent.log_w.min()) <= EVIDENCE_GAP_NEGLIGIBLE
+    if not even or not (decided or _is_symmetric(latent, points)):
         return None
     return Images.of(mixture.orders, mixture.signs)
 
@@ -233,8 +235,6 @@ def _is_symmetric(latent: Latent, points: Points) -> bool:
 # weights keep a given share of the effective particles; then they are resampled, and moved until they have forgotten
 # where they came from. The product of the mean weights is an unbiased estimate of the evidence. Several populations
 # side by side give its standard error. Reference: Del Moral, Doucet and Jasra 2006, "Sequential Monte Carlo samplers".
-POPULATIONS = 8
-KEEP = 0.7  # of the effective particles, at each step
 
 
 @dataclass
@@ -248,20 +248,23 @@ class Annealed:
 
 
 @torch.no_grad()
-def anneal(latent: Latent, particles: int, *, seed: int, report: Callable[[str], None] = lambda text: None) -> Annealed:
-    """Anneal ``particles`` in 8 populations, which share temperatures and the kernel.
+def anneal(
+    latent: Latent, particles: int, populations: int, *, seed: int,
+    report: Callable[[str], None] = lambda text: None,
+) -> Annealed:  # fmt: skip
+    """Anneal ``particles`` in some populations, which share temperatures and the kernel.
 
     Cost: about ten gradients for each particle and temperature.
     """
     torch.manual_seed(derive(seed, "annealing"))
     found = Annealed(latent.look(*latent.draw(particles)))
-    log_sums = torch.zeros(POPULATIONS, dtype=torch.float64, device=found.points.x.device)
+    log_sums = torch.zeros(populations, dtype=torch.float64, device=found.points.x.device)
     kernel, beta, number = Kernel.start(latent.dim), 0.0, 0
     metric = Metric.of(torch.ones_like(found.points.x[0]))
     while beta < 1.0 and len(found.temperatures) < 200:  # at most
         ahead = _next(found.points.log_weight.double(), beta)
         increments = ((ahead - beta) * found.points.log_weight.double()).nan_to_num(nan=-math.inf)
-        parts = increments.reshape(POPULATIONS, -1)
+        parts = increments.reshape(populations, -1)
         log_sums += torch.logsumexp(parts, 1) - math.log(parts.shape[1])
         beta = ahead
         found.temperatures.append(beta)
@@ -272,25 +275,25 @@ def anneal(latent: Latent, particles: int, *, seed: int, report: Callable[[str],
             number += 1
         metric = Metric.of(scale_of(found.points.x))
     if beta == 1.0:
-        found.log_evidence = float(torch.logsumexp(log_sums, 0)) - math.log(POPULATIONS)
+        found.log_evidence = float(torch.logsumexp(log_sums, 0)) - math.log(populations)
         ratios = (log_sums - found.log_evidence).exp()
-        found.standard_error = float(ratios.std() / math.sqrt(POPULATIONS))
+        found.standard_error = float(ratios.std() / math.sqrt(populations))
     return found
 
 
 def _next(log_weights: Tensor, beta: float) -> float:
-    """Return the next temperature: the farthest at which weights keep their share of the effective particles."""
+    """Return the next temperature: the farthest at which half of the particles are effective."""
 
     def share(ahead: float) -> float:
         weights = torch.softmax(((ahead - beta) * log_weights).nan_to_num(nan=-math.inf), 0)
         return float(1.0 / (weights.square().sum() * len(weights)))
 
-    if share(1.0) >= KEEP:
+    if share(1.0) >= ESS_SHARE_PROMISING:
         return 1.0
     low, high = beta, 1.0
     for _ in range(40):
         middle = 0.5 * (low + high)
-        low, high = (middle, high) if share(middle) >= KEEP else (low, middle)
+        low, high = (middle, high) if share(middle) >= ESS_SHARE_PROMISING else (low, middle)
         if high - low < 0.1 * (low - beta):  # the last digits do not matter
             break
     return max(low, beta + 1e-6)

@@ -110,7 +110,7 @@ def _sample(posterior: Recorded, work: Work, chains: int, max_steps: int, seed: 
         raise NoStart("no draw of the guide has a finite density")
     z = posterior.z
     if work.method == "smc":
-        work.annealed = anneal(latent, max(1024, chains), seed=seed, report=bar.show)
+        work.annealed = anneal(latent, max(1024, chains), CHAINS // SUBCHAINS, seed=seed, report=bar.show)
         z, weights = work.annealed.points.z, torch.zeros_like(work.annealed.points.log_p)
     z = dispersed_points(latent, z, weights, chains // SUBCHAINS, seed=derive(seed, "starts of chains"))
     moves = HAMILTONIAN if work.method == "hmc" else MICROCANONICAL

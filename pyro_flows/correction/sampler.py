@@ -32,10 +32,10 @@ from pyro_flows.correction.hmc import (
 )
 from pyro_flows.correction.latent import Latent, Points
 from pyro_flows.correction.stopping import examined, next_look, resolved_sds, slowest, sweeps_needed
+from pyro_flows.modes.propriety import MOST
 from pyro_flows.verdict.chains import McmcDiagnostics, McmcDraws, as_numbers, diverge, objections
 from pyro_flows.verdict.thresholds import (
-    DIVERGENT_SHARE_OF_CHAINS,
-    DIVERGENT_TIMES_MOST,
+    DIVERGENT_SHARE_OF_MCMC,
     R_HAT_OF_SHORT_CHAINS,
 )
 
@@ -44,7 +44,6 @@ SUBCHAINS = 8  # chains of a superchain, with one starting point
 ROUND = 30  # sweeps of a round of warm-up
 ROUNDS = 2, 12  # at least, at most
 HALVINGS = 4  # of the step size, where trajectories diverge
-WATCHED = 16  # coordinates, the worst of the last look at all
 HAMILTONIAN, MICROCANONICAL = "Hamiltonian", "microcanonical"  # moves; the latter take two dimensions
 COUNTS, METRIC = ("sweeps", "waiting", "checked", "halved"), ("axes", "roots")  # files of old have none of the latter
 STATS = (
@@ -174,8 +173,8 @@ class Sampler:
             return not self.round and self.latent.density.evaluations + self._needed() > end
         report(f"sweep {self.numbers['sweeps']}")
         self._keep(self._sweep())
-        least = DIVERGENT_SHARE_OF_CHAINS * len(self.points.x) * self.kept
-        if not patient and self.draws.total("diverging") > DIVERGENT_TIMES_MOST * least:
+        share = self.draws.total("diverging") / (len(self.points.x) * self.kept)
+        if not patient and share > DIVERGENT_SHARE_OF_MCMC:
             if self.numbers["halved"] >= HALVINGS or self.latent.density.evaluations + self._needed(0.5) > end:
                 return True
             self._begin_halved()
@@ -244,7 +243,7 @@ class Sampler:
         A first half without which the errors of sds are clearly smaller is discarded as warm-up.
         """
         self.numbers["checked"] = len(self.draws)
-        found = self._figures(self.numbers.get("worst") or slowest(self.judged_by()[0], WATCHED))
+        found = self._figures(self.numbers.get("worst") or slowest(self.judged_by()[0], MOST))
         self.resolved, error_ratio = False, 0.0
         if not objections(found):
             draws, gradients = self.judged_by()[0], self._gradients(found.sweeps)
@@ -264,7 +263,7 @@ class Sampler:
         sweeps = self.numbers["sweeps"] - (self.numbers["fixed_at"] or 0)
         known = {"superchain": self.superchain, "began": self.began}
         found, order = examined(chains, stats, self.names, **known, sweeps=sweeps, watched=watched)
-        self.numbers["worst"] = order[:WATCHED]
+        self.numbers["worst"] = order[:MOST]
         return found
 
     def judged_by(self) -> tuple[Tensor, dict[str, Tensor]]:

@@ -14,9 +14,9 @@ from pyro_flows.correction.sampler import Sampler
 from pyro_flows.flows.flow import Flow
 from pyro_flows.flows.mixture import FlowMixture
 from pyro_flows.model.log_density import LogDensity
-from pyro_flows.modes.missed_regions import PLACES
 from pyro_flows.modes.under_covered import HIGH, level_of, walked
 from pyro_flows.results.record import Record
+from pyro_flows.starts.prior import SEARCHES
 from pyro_flows.transforms.linear import LowerTriangularAffine
 from pyro_flows.verdict.chains import McmcDraws
 from pyro_flows.verdict.thresholds import DENSITY_GAP_OF_WALKERS, R_HAT_OF_SHORT_CHAINS
@@ -124,7 +124,7 @@ def mixes_with_others(sampler: Sampler, places: Tensor) -> bool:
     the others are after few sweeps need no more of them.
     """
     density = sampler.latent.density
-    best = places[density(places).topk(min(PLACES, len(places))).indices]
+    best = places[density(places).topk(min(SEARCHES, len(places))).indices]
     many = len(sampler.points.x)  # chains as the sampler has, whose graphs are there already
     group = torch.arange(many) * len(best) // many
     z = best[group.to(best.device)]

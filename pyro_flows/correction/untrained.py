@@ -28,11 +28,11 @@ from pyro_flows.model.log_density import LogDensity
 from pyro_flows.modes.missed_modes import mirrored
 from pyro_flows.modes.missed_regions import Guide, MissedRegion, are_separated
 from pyro_flows.modes.symmetric_modes import with_symmetric_modes
-from pyro_flows.modes.symmetries import MOVED_DRAWS, SignedPermutation, group, identity, image_of, product
+from pyro_flows.modes.symmetries import SignedPermutation, group, identity, image_of, product
 from pyro_flows.starts.curvature import FULL_HESSIAN_UP_TO, SMALL_UP_TO
 from pyro_flows.starts.gaussians import Start
 from pyro_flows.verdict.chains import McmcDraws
-from pyro_flows.verdict.deciding import LOOKED_AT_DRAWS
+from pyro_flows.verdict.deciding import COMPARED_DRAWS, LOOKED_AT_DRAWS
 
 MOST_COPIES = 16  # of the normal distribution: each point is scored by all of them
 
@@ -150,7 +150,7 @@ def _begun(flow: Flow, density: LogDensity, symmetries: Sequence[SignedPermutati
         if not bool(usable.any()):
             return None
         guide = Guide(density, sampler.log_prob, float(ratios[usable].median()))
-        few = z[usable][:MOVED_DRAWS], log_q[usable][:MOVED_DRAWS]
+        few = z[usable][:COMPARED_DRAWS], log_q[usable][:COMPARED_DRAWS]
         missed = mirrored(guide, *few)
         more = [region.move for region in missed if region.move is not None and region.move not in moves]
         if not more and len(images) == 1 and missed:

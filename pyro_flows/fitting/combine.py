@@ -30,16 +30,16 @@ from pyro_flows.modes.missed_modes import Search, missed_modes
 from pyro_flows.modes.missed_regions import BY_WALKERS, TRUNCATED_TAIL
 from pyro_flows.modes.propriety import improper_tails
 from pyro_flows.modes.symmetries import SignedPermutation, group
+from pyro_flows.modes.unverified_modes import MEASURED_PLACES
 from pyro_flows.results.dims import coordinate_names
 from pyro_flows.results.record import Stage
 from pyro_flows.starts.gaussians import Start
 from pyro_flows.verdict.deciding import ESTIMATED_DRAWS, LOOKED_AT_DRAWS, SEARCHED_DRAWS
 from pyro_flows.verdict.psis import psis
 from pyro_flows.verdict.thresholds import EVIDENCE_GAP_OF_RUNS, R_HAT_CONVERGED
+from pyro_flows.verdict.verdict import NAMED
 
-RUNS_ADDED = 7  # at most, one for each mode that is missed
 MAX_COPIES = 128  # of each flow: draws are scored by all of them
-NAMED = 3  # coordinates; the verdict counts the others
 
 
 def make_runs(state: FitState) -> None:
@@ -100,7 +100,7 @@ def _combine(state: FitState) -> None:
         _take(state, tried)
     if not clock.over and isinstance(state.plain, Flow):
         with clock.part(_stages.VARIANCE):
-            state.warnings, state.failures = volume_misfit(state.plain, state.density)
+            state.failures = volume_misfit(state.plain, state.density)
     if len(state.kept) > 1:
         with clock.part(_stages.COMPARING):
             _compare(state)
@@ -116,7 +116,7 @@ def _take(state: FitState, tried: MultimodalCandidate) -> bool:
     if tried.enough:
         accepted(f"combined: {tried.stage.stage}")
         state.multimodal, state.plain, state.sampler, state.copies = tried, tried.sampler, tried.sampler, 1
-        state.warnings, state.failures, state.disagreements = [], [], []  # which are about a flow
+        state.failures, state.disagreements = [], []  # which are about a flow
     return tried.enough
 
 
@@ -156,7 +156,7 @@ def _complete(state: FitState) -> None:
             moves = []
         else:
             chains_can = all(region.beside for region in missed) and plan.refine is not None  # so one run is enough
-            most = 0 if state.multimodal is not None else 1 if chains_can else RUNS_ADDED
+            most = 0 if state.multimodal is not None else 1 if chains_can else MEASURED_PLACES
             if group([*moves, *more], MAX_COPIES) is None:  # with some of the images, it would miss modes all the same
                 state.sampler, state.copies = state.plain, 1
                 return

@@ -306,7 +306,7 @@ def conclude(state: FitState) -> Posterior:
         losses=best.losses,
         history=[*state.history, *(stage for run in state.runs for stage in run.history), *noted(search)],
         settings={**_asked(plan), **_chosen(best, sampler, density), "seconds": plan.clock.elapsed},
-        warnings=[*notes, *state.warnings, *_differ(state)],
+        warnings=[*notes, *_differ(state)],
         failures=[*state.improper, *([] if search is None else search.failures), *state.failures, *cut_short],
         notes=[UNSEARCHED] if search is None else search.notes,
         doubts=[] if moving or not of_flow else _in_vain(state),

@@ -20,10 +20,10 @@ from pyro_flows.modes.propriety import improper_tails
 from pyro_flows.results.record import Stage
 from pyro_flows.starts.gaussians import CLOSE, Start, divergence
 from pyro_flows.training.convergence import Monitor
-from pyro_flows.training.loop import BATCH, STEP_SIZE, WARM_UP, Budget, Check, Look, train
+from pyro_flows.training.loop import BATCH, CHECK_EVERY, STEP_SIZE, Budget, Check, Look, train
 from pyro_flows.training.trainer import Trainer
 from pyro_flows.verdict.deciding import LOOKED_AT_DRAWS, acceptable_gap, shift_is_noise
-from pyro_flows.verdict.thresholds import EVIDENCE_GAP_OF_TRIALS, SHIFT_SEEN, SHIFT_SEEN_IN_TRAINING
+from pyro_flows.verdict.thresholds import EVIDENCE_GAP_OF_TRIALS
 
 STEP_SIZES = (STEP_SIZE, 3e-3)
 
@@ -47,7 +47,7 @@ class Entrant(NamedTuple):
         monitor = Monitor()
         with density.clock.part(_stages.TRIAL):
             for step in range(steps):
-                trainer.step(size * min(1.0, (step + 1) / WARM_UP))
+                trainer.step(size * min(1.0, (step + 1) / CHECK_EVERY))
             trainer.write()
             monitor.add(*Check(flow, density, seed=seed)())
         finished = bool(monitor.elbos)
@@ -61,7 +61,7 @@ def begin(flow: Flow, start: Start) -> None:
 
 def share(max_steps: int) -> int:
     """Steps of each entrant, a warm-up and as many; all of them together take at most half of the budget."""
-    return max(1, min(2 * WARM_UP, max_steps // (2 * (len(STEP_SIZES) + 1))))
+    return max(1, min(2 * CHECK_EVERY, max_steps // (2 * (len(STEP_SIZES) + 1))))
 
 
 def race(
@@ -126,7 +126,7 @@ def _first_round(run: Run, trainer: Trainer) -> None:
         trainer.write()
         weighing = weighed(trainer.flow, density, LOOKED_AT_DRAWS)
         share = weighing.ess / len(weighing.log_weights)
-        return shift_is_noise(weighing, seen=SHIFT_SEEN_IN_TRAINING * SHIFT_SEEN), share
+        return shift_is_noise(weighing), share
 
     def report(done: int, elbo: float, state: str) -> None:
         plan.bar.show(f"{done} steps, {in_nats(elbo)}{state}")
@@ -143,6 +143,6 @@ def _first_round(run: Run, trainer: Trainer) -> None:
         outcome = assess(_stages.FIRST_ROUND, trainer, training)
         run.take(outcome, trainer)
         done = not training.early or plan.clock.over or (stalls and outcome.only_k_hat_fails)
-        if done or shift_is_noise(outcome.weighing, seen=SHIFT_SEEN_IN_TRAINING * SHIFT_SEEN):
+        if done or shift_is_noise(outcome.weighing):
             return
         look = None

@@ -41,23 +41,22 @@ from pyro_flows.results.record import Stage
 from pyro_flows.results.scoring import JUDGING
 from pyro_flows.starts.gaussians import Start
 from pyro_flows.starts.portfolio import moved, tells_moments
-from pyro_flows.verdict.deciding import POOL, UNSEARCHED, Draw
+from pyro_flows.verdict.deciding import CHECKED, POOL, UNSEARCHED, Draw
 from pyro_flows.verdict.thresholds import (
     ESS_SHARE_LEAST,
     ESS_SHARE_PROMISING,
-    GLOBAL_MODE_LOWER,
-    GLOBAL_MODES_APART,
     K_HAT_GOOD,
     K_HAT_MOST,
     ROW_ERROR_MOST,
+    ROW_MODE_SHARE,
+    ROW_MODES_APART,
 )
+from pyro_flows.verdict.verdict import NAMED
 from pyro_flows.verdict.weighing import in_words, weigh
 
 WHOLE_UP_TO = 1000  # latents that are judged together, if the model has all rows at each run
-LOOKED_AT = 64  # draws at which rows are looked at
 ROUND = 500  # steps of the first round; each next one has twice as many
 RATE = 5e-3  # of Adam, at the beginning of a round
-NAMED = 5  # rows
 
 
 def diagnose_hierarchical(
@@ -71,7 +70,7 @@ def diagnose_hierarchical(
         about: dict[str, Any] = {"settings": {"diagnosed": True}, "losses": torch.zeros(0)}
         if whole is None:
             return _posterior(guide, marginal, _checked(guide, marginal, seed, unbounded()), draws, seed, about)
-        z, _ = _global_draw(guide)(LOOKED_AT)
+        z, _ = _global_draw(guide)(CHECKED)
         second = marginal.marginal.second_modes(z.median(0).values)
         failures = _of_rows(second, marginal.marginal.row_count, guide) + _second_mode(marginal, z, seed)
         about |= {"failures": failures, "notes": [_sought(marginal)]}
@@ -203,7 +202,7 @@ class _Checks:
 def _checked(guide: AutoHierarchicalFlow, density: MarginalDensity, seed: int, clock: Clock) -> _Checks:
     """Look at the rows, and for second modes; what the clock cuts speaks against the draws."""
     found, checked, sought = _Checks(), False, UNSEARCHED
-    z, _ = _global_draw(guide)(LOOKED_AT)
+    z, _ = _global_draw(guide)(CHECKED)
     with clock.part(_stages.ROWS):
         _check_rows(found, guide, density, z)
         checked = True
@@ -284,7 +283,7 @@ def _second_mode(density: MarginalDensity, z: Tensor, seed: int) -> list[str]:
             continue
         apart = ((mode - own) / spread).abs()
         heights = few(torch.stack([own, mode]))
-        if float(apart.max()) > GLOBAL_MODES_APART and float(heights[1] - heights[0]) > -GLOBAL_MODE_LOWER:
+        if float(apart.max()) > ROW_MODES_APART and float(heights[1] - heights[0]) > math.log(ROW_MODE_SHARE):
             away, name = in_words(float(apart.max())), coordinate_names(density.structure)[int(apart.argmax())]
             return [f"a second mode of the latents outside of plates, {away} sds away in {name}"]
     return []
@@ -308,7 +307,7 @@ def _is_good(guide: AutoHierarchicalFlow, density: MarginalDensity, *, moves: bo
     A guide that ``moves`` goes to the moments that the weights tell, and is looked at again if it was not good.
     """
     z, log_q = _global_draw(guide)(400 * density.marginal.most_draws // MOST_DRAWS)
-    density.marginal.choose_count(z[:LOOKED_AT])
+    density.marginal.choose_count(z[:CHECKED])
     found = weigh(z, density(z), log_q)
     criteria = (K_HAT_GOOD, ESS_SHARE_LEAST), (K_HAT_MOST, ESS_SHARE_PROMISING)
     good = any(found.k_hat < k_hat and found.ess >= share * len(z) for k_hat, share in criteria)
@@ -396,7 +395,7 @@ def _global_draw(guide: AutoHierarchicalFlow) -> Draw:
 
 def _marginal(guide: AutoHierarchicalFlow, args: Positional, kwargs: Keywords, seed: int) -> MarginalDensity:
     """Return the log density of the globals; see :class:`MarginalDensity`."""
-    middle = _global_draw(guide)(LOOKED_AT)[0].median(0).values
+    middle = _global_draw(guide)(CHECKED)[0].median(0).values
     return MarginalDensity(guide.density_of_globals(args, kwargs, middle, seed))
 
 

@@ -18,6 +18,7 @@ from pyro_flows import _stages
 from pyro_flows._journal import milestone
 from pyro_flows._ledger import accepted
 from pyro_flows._seeding import derive, seeded
+from pyro_flows.correction.adaptation import MOST_DIM
 from pyro_flows.correction.refine import chains_of_flow
 from pyro_flows.correction.untrained import chains_of_gaussian
 from pyro_flows.fitting.flow_training import begin, is_improper, train_flow
@@ -36,16 +37,15 @@ from pyro_flows.modes.population_monte_carlo import can_be_tempered
 from pyro_flows.results.dims import coordinate_names
 from pyro_flows.results.record import Stage
 from pyro_flows.starts.coordinates import climbed
-from pyro_flows.starts.prior import prior_draws, spread_of
+from pyro_flows.starts.prior import MATRICES_UP_TO, prior_draws, spread_of
 from pyro_flows.verdict.deciding import JUDGED_DRAWS, LOOKED_AT_DRAWS, SEARCHED_DRAWS, shift_is_noise
 from pyro_flows.verdict.methods import CONDITIONALS, GAUSSIAN, GRID, INDEPENDENT, MCMC, MIXTURE, TRAINED
 from pyro_flows.verdict.thresholds import ESS_OF_MCMC, ESS_SHARE_COLLAPSED, ESS_SHARE_PROMISING
 
 AS_READ, AT_MODES, AT_THE_BEST, AFTER = "as read", "at modes", "at the best start", "after a flow"
-AT_FIRST = 80  # dimensions up to which Gaussian conditionals are tried before chains, which cost less above
 AT_ONCE = "converged: weighting changes no result at the start"
 DONE = "converged: given a few latents, the others are Gaussian"
-SAMPLED_FROM, SAMPLED_UP_TO = 30, 1500  # dimensions in which a sampler is tried before a flow is trained
+SAMPLED_FROM = 30  # dimensions from which on a sampler is tried before a flow is trained
 
 
 class Method(NamedTuple):
@@ -106,7 +106,7 @@ def _is_hierarchical(run: Run) -> bool:
 
 
 def _few(run: Run) -> bool:
-    return run.state.as_read.dim <= AT_FIRST
+    return run.state.as_read.dim <= MATRICES_UP_TO  # above, chains cost less than Gaussian conditionals
 
 
 # ---- a Gaussian ------------------------------------------------------------------------------------------------------
@@ -208,7 +208,7 @@ def _chains_of_gaussian(run: Run) -> str | None:
 def _chains_come_first(run: Run) -> bool:
     plan, density = run.plan, run.density
     asked = plan.escalate and plan.refine is not None and plan.runs == 1 and plan.draws <= 20_000
-    return run.from_scratch and asked and SAMPLED_FROM <= density.dim <= SAMPLED_UP_TO and density.batched
+    return run.from_scratch and asked and SAMPLED_FROM <= density.dim <= MOST_DIM and density.batched
 
 
 def _chains_of_flow(run: Run) -> str | None:

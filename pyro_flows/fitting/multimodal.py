@@ -21,8 +21,8 @@ from pyro_flows.flows.mixture import FlowMixture
 from pyro_flows.flows.parts import student_mixture, tabulated
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.modes.population_monte_carlo import Generation, Parts, begun, can_be_tempered, fitted, tempered_mixture
-from pyro_flows.modes.separable import is_separable, marginals
-from pyro_flows.modes.survey import ROUNDS, Survey, can_be_surveyed, climbed_from, has_new, survey
+from pyro_flows.modes.separable import PROBES, is_separable, marginals
+from pyro_flows.modes.survey import IN_VAIN, ROUNDS, Survey, can_be_surveyed, climbed_from, has_new, survey
 from pyro_flows.results.record import Stage
 from pyro_flows.starts.gaussians import Start
 from pyro_flows.starts.prior import units_of
@@ -30,9 +30,6 @@ from pyro_flows.verdict.deciding import LOOKED_AT_DRAWS, weights_correct
 from pyro_flows.verdict.methods import INDEPENDENT, MIXTURE, TABULATED
 from pyro_flows.verdict.psis import psis
 from pyro_flows.verdict.thresholds import ESS_SHARE_COLLAPSED, ESS_SHARE_PROMISING
-
-FEW_ROUNDS = 2  # of a survey
-PROBED = 8  # draws between which coordinates are exchanged
 
 
 @dataclass(frozen=True)
@@ -60,7 +57,7 @@ def multimodal(
     if not can_be_surveyed(density):
         return None
     seed = derive(seed, "several modes")
-    found = survey(density, z, seed=seed, rounds=FEW_ROUNDS, climbs=96, ridges=ridges)  # until there is a second mode
+    found = survey(density, z, seed=seed, rounds=IN_VAIN, climbs=96, ridges=ridges)  # until there is a second mode
     found = found if near is None else climbed_from(density, found, near)
     likely = found.likely()
     apart = len(likely) > 1 and (_has_barrier(density, likely.modes, barrier) or _are_apart(likely, seed))
@@ -146,7 +143,7 @@ def _survey_again(density: LogDensity, found: Survey, best: Generation, seed: in
     def known(points: Tensor) -> Tensor:
         return torch.cat([torch.logsumexp(best.parts.log_prob(part), 0) for part in points.split(4096)])
 
-    return survey(density, best.z, seed=seed, rounds=FEW_ROUNDS, known=known, before=found)
+    return survey(density, best.z, seed=seed, rounds=IN_VAIN, known=known, before=found)
 
 
 @torch.no_grad()
@@ -158,7 +155,7 @@ def independent(density: LogDensity, starts: Sequence[Start], *, seed: int) -> M
     modes = [start.loc for start in starts if start.evidence is not None]
     places = torch.stack([starts[0].loc, *modes])
     with seeded(seed, density.device):
-        z = starts[0].map(torch.randn(PROBED, density.dim, dtype=density.dtype, device=density.device))
+        z = starts[0].map(torch.randn(2 * PROBES, density.dim, dtype=density.dtype, device=density.device))
     found = is_separable(density, z, seed=seed, modes=places)
     return _tabulated(density, places, starts[0].sds, len(modes), seed) if found else None
 

@@ -22,8 +22,6 @@ from pyro_flows.starts.gaussians import CLOSE, Start, standard
 from pyro_flows.starts.portfolio import matched, portfolio
 from pyro_flows.starts.prior import PRIOR_DRAWS, possible_points, prior_draws, spread_of
 
-COORDINATES_SHARE = 0.4  # of the seconds that are left, if there is a bound
-
 
 def prepare(run: Run) -> None:
     """Choose coordinates of hierarchical sites, then charts for angles and heavy tails; each is kept once it is found.
@@ -39,14 +37,14 @@ def prepare(run: Run) -> None:
     if state.improper:
         return
     if state.density.structure.hierarchical:
-        with clock.part(_stages.PARAMETERIZING, share=COORDINATES_SHARE):
+        with clock.part(_stages.PARAMETERIZING, share=SHARE_OF_SECONDS):
             if answered(run, AS_READ):
                 return
             state.density, start, chosen = choose_coordinates(state.density, state.climbed, seed=seed)
             elbo = cast("float | None", chosen.pop("elbo"))
             state.history.append(Stage(_stages.PARAMETERIZATION, elbo=elbo, details=chosen))
             state.starts += [] if start is None else [start]
-    with clock.part(_stages.TRANSFORMS, share=COORDINATES_SHARE):
+    with clock.part(_stages.TRANSFORMS, share=SHARE_OF_SECONDS):
         first = state.starts[0] if state.starts else None
         state.density, carried, charted = choose_charts(state.density, first, seed=seed)
         state.history += [Stage(_stages.SITE_TRANSFORMS, details={"sites": charted})] if charted else []

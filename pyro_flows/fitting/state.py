@@ -223,7 +223,7 @@ class FitState:
         added: how many runs were added at missed modes.
         search: the last search for missed modes; None if there was no time for one.
         history: the entries on coordinates and on all runs together.
-        warnings, failures: what speaks against the draws of a volume-preserving flow.
+        failures: what speaks against the draws of a volume-preserving flow.
         disagreements: of the runs.
     """
 
@@ -242,7 +242,6 @@ class FitState:
     added: int = 0
     search: Search | None = None
     history: list[Stage] = field(default_factory=list)
-    warnings: list[str] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
     disagreements: list[str] = field(default_factory=list)
 

@@ -47,13 +47,13 @@ from pyro_flows.model.supports import inside
 from pyro_flows.verdict.psis import psis
 from pyro_flows.verdict.thresholds import (
     K_HAT_MOST,
-    ROW_ERROR_GOOD,
-    ROW_ERROR_KNOWN,
     ROW_MODE_REACHED,
     ROW_MODE_SHARE,
     ROW_MODES_APART,
     ROW_WEIGHTS_EVEN,
-    ROW_WEIGHTS_UNEVEN,
+    SHIFT_MOST,
+    SHIFT_SEEN,
+    TAIL_SHARE,
 )
 
 DRAWS_LEAST, DRAWS_MOST = 4, 256  # of a row, K
@@ -264,7 +264,7 @@ class Marginal:
         self.adapt(z)
         while True:
             found = self.errors(z)
-            if found.differences <= ROW_ERROR_GOOD or self.count >= DRAWS_MOST:
+            if found.differences <= SHIFT_SEEN or self.count >= DRAWS_MOST:
                 return found
             self.count *= 2
 
@@ -282,7 +282,7 @@ class Marginal:
                 halves = torch.cat([terms.by_net(plate) for terms in found], 1)
                 own = torch.where(halves[0] == halves[1], 0.0, 0.5 * (halves[0] - halves[1])) * kept
                 known = torch.isfinite(own)
-                if bool((known.double().mean(0) < ROW_ERROR_KNOWN).any()):
+                if bool((known.double().mean(0) < 1.0 - TAIL_SHARE).any()):
                     return Errors(math.inf, math.inf)
                 own = torch.where(known, own, 0.0)
                 differences += float(own.var(0).sum())
@@ -386,7 +386,7 @@ class Marginal:
                 relative = torch.log_softmax(weights, 0) + math.log(len(weights))
                 uneven = relative.exp().var(0).mean(0) * kept
                 order = uneven.argsort(descending=True)[: max(1, LOOKED_AT // len(self.parts))]
-                for row in order[uneven[order] > ROW_WEIGHTS_UNEVEN * here.count].tolist():
+                for row in order[uneven[order] > SHIFT_MOST**2 * here.count].tolist():
                     _, k_hat = psis(relative[:, :, row].reshape(-1))
                     if not k_hat < K_HAT_MOST:
                         found.append(WorstRow(plate, int(index[row]), float(k_hat)))

@@ -13,7 +13,6 @@ from pyro_flows.model.log_density import LogDensity
 from pyro_flows.modes.missed_regions import Guide, MissedRegion
 from pyro_flows.modes.survey import can_be_surveyed, distances, survey
 from pyro_flows.modes.symmetric_modes import symmetric_modes_of
-from pyro_flows.modes.symmetries import MOVED_DRAWS
 from pyro_flows.modes.tempering import temper
 from pyro_flows.modes.terms import places_of_terms
 from pyro_flows.modes.tops import MODE_REACHES
@@ -27,9 +26,9 @@ from pyro_flows.modes.unverified_modes import (
 from pyro_flows.starts.curvature import lower_triangular
 from pyro_flows.starts.gaussians import Start
 from pyro_flows.starts.pathfinder import Paths, pathfinder
-from pyro_flows.starts.portfolio import SAME_END, SEARCHES_UNBATCHED
-from pyro_flows.starts.prior import in_units, prior_draws, units_of
-from pyro_flows.verdict.deciding import CHECKED, SEARCHED_DRAWS, WEIGHED_DRAWS
+from pyro_flows.starts.portfolio import SAME_END
+from pyro_flows.starts.prior import PATHS, in_units, prior_draws, units_of
+from pyro_flows.verdict.deciding import CHECKED, COMPARED_DRAWS, SEARCHED_DRAWS
 from pyro_flows.verdict.psis import psis
 from pyro_flows.verdict.thresholds import K_HAT_MOST, MISSED_MASS_SHARE
 
@@ -58,7 +57,7 @@ def climbed(
     shares[len(own) + len(far) :] = 0.01  # a second path from each: long first steps leap over modes
     longer = len(own) if _is_cheap(density) else 0
     paths = pathfinder(density, points, shares * units, seed=derive(seed, "modes"), own=longer)
-    drawn = z[:MOVED_DRAWS], log_q[:MOVED_DRAWS], units
+    drawn = z[:COMPARED_DRAWS], log_q[:COMPARED_DRAWS], units
     found = symmetric_modes_of(guide, paths, len(own), *drawn) if density.batched else []
     if found:
         return found
@@ -98,7 +97,7 @@ def surveyed(guide: Guide, z: Tensor, doubts: list[Start], *, seed: int) -> list
     looked_at = found.of_terms | thin
     covered = (~thin).nonzero()[:, 0]
     if not len(covered):  # a flow may be thin at the very top of what it covers, far from all of its draws
-        covered = distances(found, z[:MOVED_DRAWS]).median(1).values.argmin()[None]
+        covered = distances(found, z[:COMPARED_DRAWS]).median(1).values.argmin()[None]
         looked_at[covered] = False
     if not bool(looked_at.any()):
         return []
@@ -131,7 +130,7 @@ def _weighed(
     chosen = own + torch.tensor(_ends(paths, own, units), dtype=torch.long, device=ends.device)
     best = paths.best.some(chosen)
     with seeded(derive(seed, "weighing"), density.device), torch.no_grad():
-        each = density.affordable(WEIGHED_DRAWS * len(chosen)) // max(len(chosen), 1)
+        each = density.affordable(2 * COMPARED_DRAWS * len(chosen)) // max(len(chosen), 1)
         count = max(each, CHECKED) if density.batched else CHECKED
         noise = torch.randn(count, density.dim, dtype=ends.dtype, device=ends.device)
         draws, log_q = best.map(noise)
@@ -219,7 +218,7 @@ def _dispersed(guide: Guide, modes: Sequence[Start], z: Tensor, *, seed: int) ->
     points = torch.cat([*(mode.loc[None] for mode in modes), terms, *outwards, *flipped, prior])
     with torch.no_grad():
         points = points[torch.isfinite(density(points)) & torch.isfinite(points).all(1)]
-    return points if density.batched else points[:SEARCHES_UNBATCHED]
+    return points if density.batched else points[:PATHS]
 
 
 @torch.no_grad()

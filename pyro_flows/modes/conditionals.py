@@ -33,13 +33,11 @@ from pyro_flows.starts.curvature import FULL_HESSIAN_UP_TO, second_derivatives
 from pyro_flows.transforms.nested import Terms
 
 MOST_HELD = 6  # coordinates
-UNCHANGED = {torch.float64: 1e-7, torch.float32: 3e-3}  # change of an entry of a scaled Hessian that is rounding
 RATES = (-2.0, -1.0, -0.5, 0.5, 1.0, 2.0)  # of exponentials: powers of a scale, a variance or a precision
-MOST_RATES = 3  # exponentials along one coordinate
-POLYNOMIAL = 4  # degree along one coordinate, at most
-POINTS_ALONG, REACH = 13, 2.0  # points along a held coordinate, and spreads that they reach to either side
+MOST_FUNCTIONS = 4  # along one coordinate: exponentials, or powers of a polynomial
+REACH = 2.0  # spreads to either side that points along a held coordinate reach
+UNCHANGED = {torch.float64: 1e-7, torch.float32: 3e-3}  # change of an entry of a scaled Hessian that is rounding
 ERROR_MOST = {torch.float64: 1e-6, torch.float32: 1e-3}  # relative, of an entry by the functions
-NEGLIGIBLE = {torch.float64: 1e-8, torch.float32: 1e-5}  # share of an entry: a function that adds less is left out
 MOST_TERMS = 160  # products of functions of all held coordinates
 
 
@@ -185,8 +183,8 @@ def conditional(density: LogDensity, held: list[int], center: Tensor, spread: Te
     sets = list[list[Function]]()
     for number in range(len(held)):
         theta = center + 0.3 * spread * torch.randn_like(center)  # others are not in the middle
-        theta = theta.repeat(POINTS_ALONG, 1)
-        theta[:, number] = center[number] + spread[number] * torch.linspace(-REACH, REACH, POINTS_ALONG).to(center)
+        theta = theta.repeat(3 * MOST_FUNCTIONS + 1, 1)  # three for each function that there may be, and the constant
+        theta[:, number] = center[number] + spread[number] * torch.linspace(-REACH, REACH, len(theta)).to(center)
         values = torch.cat([part.flatten(1) for part in _numbers(density, held, plain, theta)], 1)
         found = _functions(theta, values, number, center, spread, ERROR_MOST[density.dtype])
         if found is None:
@@ -206,9 +204,9 @@ def _functions(
         return None
     size = values.abs().amax(0)
     values = values[:, size > 1e-10 * size.max()] / size[size > 1e-10 * size.max()]
-    rates = (some for count in range(MOST_RATES + 1) for some in itertools.combinations(RATES, count))
+    rates = (some for count in range(MOST_FUNCTIONS + 1) for some in itertools.combinations(RATES, count))
     sets = [[Function(rate=rate) for rate in some] for some in rates]
-    powers = [[float(power) for power in range(1, last + 1)] for last in range(1, POLYNOMIAL + 1)]
+    powers = [[float(power) for power in range(1, last + 1)] for last in range(1, MOST_FUNCTIONS + 1)]
     sets += [[Function(power=power) for power in some] for some in powers]
     sets += [[Function(share=power) for power in some] for some in powers]
     for some in sorted(sets, key=len):
@@ -244,7 +242,7 @@ def _fitted(
     size = values.abs().amax(0).clamp_min(torch.finfo(torch.float64).tiny)
     units = terms.at(theta).abs().amax(0)
     solved = least_squares(terms.at(theta) / units, values / size)
-    kept = solved.abs().amax(1) > NEGLIGIBLE[density.dtype]
+    kept = solved.abs().amax(1) > ERROR_MOST[density.dtype] / 100.0  # all that is left out together is no error
     terms = terms._replace(rates=terms.rates[kept], powers=terms.powers[kept], shares=terms.shares[kept])
     solved = least_squares(terms.at(theta) / units[kept], values / size)
     found = Conditional(density, held, plain[order], terms, solved * size / units[kept, None], (rows, columns))

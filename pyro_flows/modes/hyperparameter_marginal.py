@@ -25,14 +25,18 @@ import torch
 from torch import Tensor, nn
 
 from pyro_flows.flows.flow import Flow
-from pyro_flows.modes.tables import EMPTY
-from pyro_flows.verdict.deciding import ESTIMATED_DRAWS, WEIGHED_DRAWS
+from pyro_flows.modes.survey import ROUNDS
+from pyro_flows.verdict.deciding import COMPARED_DRAWS, ESTIMATED_DRAWS
 from pyro_flows.verdict.psis import psis
-from pyro_flows.verdict.thresholds import ESS_OF_CHAINS, ESS_SHARE_GOOD, K_HAT_GOOD
+from pyro_flows.verdict.thresholds import (
+    DENSITY_GAP_OF_LOST,
+    DENSITY_GAP_OF_NOTHING,
+    ESS_OF_CHAINS,
+    ESS_SHARE_GOOD,
+    K_HAT_GOOD,
+)
 
-MOST_ROUNDS = 16
 DF = 5.0  # of Student-t distributions that are drawn from in a few dimensions
-FITTED_WITHIN = 25.0  # nats below the top: draws of lower density are left out of the first fit
 
 
 class Sample(NamedTuple):
@@ -60,8 +64,8 @@ def sampled(log_density: Callable[[Tensor], Tensor], loc: Tensor, root: Tensor) 
     theta, log_p, proposals = loc.new_zeros(0, k), loc.new_zeros(0), list[tuple[Tensor, Tensor]]()
     while True:
         proposals.append((loc, root))
-        chi = torch.distributions.Chi2(loc.new_tensor(DF)).sample((WEIGHED_DRAWS, 1))
-        fresh = loc + (torch.randn(WEIGHED_DRAWS, k).to(loc) * (DF / chi).sqrt()) @ root.mT
+        chi = torch.distributions.Chi2(loc.new_tensor(DF)).sample((2 * COMPARED_DRAWS, 1))
+        fresh = loc + (torch.randn(2 * COMPARED_DRAWS, k).to(loc) * (DF / chi).sqrt()) @ root.mT
         theta, log_p = torch.cat([theta, fresh]), torch.cat([log_p, log_density(fresh)])
         if not bool(torch.isfinite(log_p).any()):
             return None
@@ -72,7 +76,7 @@ def sampled(log_density: Callable[[Tensor], Tensor], loc: Tensor, root: Tensor) 
         ridge = 1e-10 * covariance.diagonal().clamp_min(1e-300).diag()
         root, fault = torch.linalg.cholesky_ex(covariance + ridge)
         found = Sample(theta, log_p, torch.softmax(log_p - log_q, 0), loc, root)
-        if int(fault) or found.effective >= ESS_OF_CHAINS or len(proposals) == MOST_ROUNDS:
+        if int(fault) or found.effective >= ESS_OF_CHAINS or len(proposals) == ROUNDS:
             return None if int(fault) else found
 
 
@@ -102,7 +106,7 @@ def fit_flow(
 
     Cost: 280 passes through the flow at thousands of points, and 4000 densities. Randomness is torch's global one.
     """
-    near = sample.log_p > sample.log_p.max() - FITTED_WITHIN
+    near = sample.log_p > sample.log_p.max() - DENSITY_GAP_OF_LOST
     theta, log_p, weights = sample.theta[near], sample.log_p[near], sample.weights[near]
     weights = weights / weights.sum()
     with torch.no_grad():
@@ -126,7 +130,7 @@ def fit_flow(
             break
         log_mass = float(torch.logsumexp(ratios, 0)) - math.log(ESTIMATED_DRAWS)
         usable = torch.isfinite(own).all(1)
-        own, values = own[usable], values[usable].clamp_min(log_p.max() - EMPTY)
+        own, values = own[usable], values[usable].clamp_min(log_p.max() - DENSITY_GAP_OF_NOTHING)
         fresh = torch.softmax(ratios[usable], 0)
         effective = 1.0 / weights.square().sum(), 1.0 / fresh.square().sum()
         weights = torch.cat([effective[0] * weights, effective[1] * fresh]) / sum(effective)

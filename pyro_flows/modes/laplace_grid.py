@@ -29,27 +29,26 @@ from pyro_flows._seeding import derive, seeded
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.model.sites import Structure
 from pyro_flows.model.stack import Stack
-from pyro_flows.modes.propriety import finer
-from pyro_flows.modes.tables import EMPTY, OUTSIDE, Table
-from pyro_flows.modes.tops import MODE_REACHES, NEGLIGIBLE_GAIN, NEWTON, Tails, Tops, roots_across
+from pyro_flows.modes.propriety import MOST, finer
+from pyro_flows.modes.tables import OUTSIDE, Table
+from pyro_flows.modes.tops import MODE_REACHES, NEGLIGIBLE_GAIN, Tails, Tops, roots_across
 from pyro_flows.modes.under_covered import is_usable
+from pyro_flows.starts.climb import NEWTON
 from pyro_flows.starts.curvature import SMALL_UP_TO, second_derivatives
 from pyro_flows.starts.gaussians import Start
 from pyro_flows.starts.prior import spread_of
-from pyro_flows.verdict.deciding import ESTIMATED_DRAWS, SEARCHED_DRAWS
+from pyro_flows.verdict.deciding import COMPARED_DRAWS, ESTIMATED_DRAWS, SEARCHED_DRAWS
+from pyro_flows.verdict.thresholds import DENSITY_GAP_OF_NOTHING
 from pyro_flows.verdict.weighing import resample
 
 STEPS = (0.3, 0.6, 1.0, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0, 6.5, 8.0, 11.0, 15.0, 20.0)  # spreads from the middle
 CLOSE = (*(0.3 * number for number in range(1, 28)), 9.0, 10.0, 11.5, 13.0, 15.0, 17.5, 20.0)  # for a flow
 MOST_COORDINATES = 4  # that get a grid; half as many before there is a flow
 PREDICTS_SPREAD = 0.02  # sum of squared correlations with the distances of other coordinates from their medians
-MOST_SITES = 16  # sites of one coordinate that are compared by curvature
 CURVATURE_CHANGE = 0.05  # of log curvatures over two spreads: less is none
-DRAWS, ERROR_MOST = 128, 0.15  # at a grid point; relative standard error of a mass that counts as known
-ERROR_REDRAWN = 0.1  # a grid point with a larger error gets sixteen times as many draws in place of those
+ERROR_MOST = 0.15  # relative standard error of the mass of a grid point that is known; with more, it gets 2000 draws
 STRETCH = 5.0  # by which steps are stretched, up to four times, where the marginal has not fallen off at the last
 FEWEST_POINTS = 8  # of a grid
-SIDE = (*(0.5 * number for number in range(1, 9)), 5.0, 6.5, 8.0, 11.0, 15.0, 20.0, 30.0, 45.0)  # for many posteriors
 
 
 @dataclass(frozen=True)
@@ -79,7 +78,7 @@ def all_grids(density: LogDensity, z: Tensor, log_weights: Tensor, *, seed: int)
     """Return grids along the coordinates of weighted draws z (S, D) that predict the spread of others.
 
     Cost: for each of up to four coordinates, 58 paths of up to 60 gradients, 29 Hessians or a few more, 4000 densities;
-    up to ten times that where a marginal has not fallen off, and 2048 densities for a noisy grid point.
+    up to ten times that where a marginal has not fallen off, and 2000 densities for a noisy grid point.
     """
     log_mass = torch.log_softmax(log_weights.double(), 0)
     if not can_have_grid(density) or len(z) < SEARCHED_DRAWS // 2 or not is_usable(log_mass):
@@ -94,7 +93,7 @@ def grids_about(density: LogDensity, loc: Tensor, z: Tensor, *, seed: int) -> li
 
     Draws z (S, D) of a normal distribution at loc give the units.
 
-    Cost: that of :func:`all_grids` for two coordinates, and 32 Hessians at most.
+    Cost: that of :func:`all_grids` for two coordinates, and 64 Hessians at most.
     """
     alone = sites_of_one(density.structure)
     if not alone:
@@ -108,7 +107,7 @@ def grids_about(density: LogDensity, loc: Tensor, z: Tensor, *, seed: int) -> li
 
 def sites_of_one(structure: Structure) -> list[int]:
     """Return the coordinates of the first sites that have one each."""
-    return [latent.offset for latent in structure.latents if latent.size == 1][:MOST_SITES]
+    return [latent.offset for latent in structure.latents if latent.size == 1][:MOST]
 
 
 def bending(hessians: Tensor, alone: list[int]) -> Tensor:
@@ -168,7 +167,7 @@ def _marginals(
     tops = tails.tops(coordinates, [*steps, *longer])
     log_masses, errors = _weighed(tails, tops)
     masses = log_masses.view(len(coordinates), -1)
-    near = masses > masses.nan_to_num(nan=-torch.inf).amax(1, keepdim=True) - EMPTY
+    near = masses > masses.nan_to_num(nan=-torch.inf).amax(1, keepdim=True) - DENSITY_GAP_OF_NOTHING
     known = torch.isfinite(masses) & (errors.view_as(masses) < ERROR_MOST)
     last = len(steps) + len(longer)
     found = list[Marginal | None]()
@@ -220,11 +219,13 @@ def _weighed(tails: Tails, tops: Tops) -> tuple[Tensor, Tensor]:
     if not len(known):
         return log_masses, errors
     points, roots, held = tops.points[known, :-1].double(), tops.roots[known], tops.points[known, -1].long()
-    masses, relative = _drawn(tails, points, roots, held, DRAWS)
-    unsure = ((relative > ERROR_REDRAWN) & (masses > masses.nan_to_num(nan=-math.inf).max() - EMPTY)).nonzero()[:, 0]
+    masses, relative = _drawn(tails, points, roots, held, COMPARED_DRAWS // 2)
+    unsure = (
+        (relative > ERROR_MOST) & (masses > masses.nan_to_num(nan=-math.inf).max() - DENSITY_GAP_OF_NOTHING)
+    ).nonzero()[:, 0]
     for number in unsure.tolist():
         one = slice(number, number + 1)
-        masses[one], relative[one] = _drawn(tails, points[one], roots[one], held[one], 16 * DRAWS)
+        masses[one], relative[one] = _drawn(tails, points[one], roots[one], held[one], ESTIMATED_DRAWS)
     log_masses[known], errors[known] = masses, relative
     return log_masses, errors
 
@@ -266,7 +267,7 @@ def _moments(starts: Sequence[Start]) -> tuple[Tensor, Tensor, Tensor]:
 def bent(stack: Stack, starts: Sequence[Start]) -> Bent | None:
     """Return the site of one coordinate along which each posterior is bent most; None if no site is of one coordinate.
 
-    Cost: a Hessian at two points for each such site, up to 16.
+    Cost: a Hessian at two points for each such site, up to 32.
     """
     alone = sites_of_one(stack.structure)
     if not alone or not 1 < stack.dim <= SMALL_UP_TO:
@@ -287,11 +288,11 @@ def grids_together(stack: Stack, starts: Sequence[Start], bent: Bent) -> list[Ta
     not normal shows in the weights of the flow's draws. Paths begin where the others are on average, given the
     coordinate, under the start's normal distribution. Where the others are normal, one step comes to the top.
 
-    Cost: up to five Hessians and gradients at 33 places for each data set.
+    Cost: up to five Hessians and gradients at 29 places for each data set.
     """
     loc, covariance, spread = _moments(starts)
     rows, held = torch.arange(len(stack), device=loc.device), bent.coordinates
-    steps = loc.new_tensor([*(-step for step in reversed(SIDE)), 0.0, *SIDE])
+    steps = loc.new_tensor([*(-step for step in reversed(STEPS)), 0.0, *STEPS])
     slopes = covariance[rows, held] / covariance[rows, held, held, None]
     points = loc[:, None] + (spread[rows, held, None] * steps)[..., None] * slopes[:, None]
     tops, masses, roots, known = _tops(stack, points.flatten(0, 1), held.repeat_interleave(len(steps)))
@@ -333,8 +334,8 @@ def _slopes(stack: Stack, points: Tensor, held: Tensor) -> tuple[Tensor, Tensor]
 def _table(coordinate: int, tops: Tensor, masses: Tensor, roots: Tensor, known: Tensor) -> Table | None:
     """Return the table of the grid about the middle one, up to the first that are not known or have no mass."""
     places = tops[:, coordinate].double()
-    near = masses > masses[known].max() - EMPTY if bool(known.any()) else known
-    chosen = around(len(SIDE), places, known, near, gap=0)
+    near = masses > masses[known].max() - DENSITY_GAP_OF_NOTHING if bool(known.any()) else known
+    chosen = around(len(STEPS), places, known, near, gap=0)
     if len(chosen) < FEWEST_POINTS:
         return None
     return Table(coordinate, places[chosen], masses[chosen], tops[chosen], roots[chosen])

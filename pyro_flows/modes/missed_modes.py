@@ -26,14 +26,14 @@ from pyro_flows.modes.missed_regions import (
     to_name,
 )
 from pyro_flows.modes.symmetric_modes import with_symmetric_modes
-from pyro_flows.modes.symmetries import MOVED_DRAWS, are_the_same, images, moves, signed_permutation
+from pyro_flows.modes.symmetries import are_the_same, images, moves, signed_permutation
 from pyro_flows.modes.tempering import Tempered, move_walkers, temper
-from pyro_flows.modes.under_covered import MANY_WALKERS, Space, regions_by_density, under_covered_region
+from pyro_flows.modes.under_covered import Space, regions_by_density, under_covered_region
 from pyro_flows.modes.unverified_modes import UNWEIGHED, UnverifiedMode, modes_with_mass, worth_measuring
 from pyro_flows.starts.gaussians import Gaussians, Start
 from pyro_flows.starts.pathfinder import Paths, pathfinder
-from pyro_flows.starts.portfolio import SEARCHES_UNBATCHED
-from pyro_flows.starts.prior import SEARCHES, prior_draws, units_of
+from pyro_flows.starts.prior import PATHS, SEARCHES, prior_draws, units_of
+from pyro_flows.verdict.deciding import COMPARED_DRAWS, SEARCHED_DRAWS
 from pyro_flows.verdict.weighing import element, resample
 
 
@@ -84,7 +84,7 @@ def missed_modes(
     if usable is None:
         return Search()
     guide, z, log_q, weights = usable
-    few = z[:MOVED_DRAWS], log_q[:MOVED_DRAWS]
+    few = z[:COMPARED_DRAWS], log_q[:COMPARED_DRAWS]
     doubts: list[Start] = []
     notes: list[str] = []
     unresolved: list[MissedRegion] = []
@@ -107,7 +107,7 @@ def missed_modes(
     if not found and unresolved and sift(unresolved):
         notes.append(UNWEIGHED)
     if not density.batched:
-        few_starts = f"the search for missed modes had only {SEARCHES_UNBATCHED} starting points"
+        few_starts = f"the search for missed modes had only {PATHS} starting points"
         notes.append(f"{few_starts}: the model runs draw by draw")
     if not found:
         return Search(notes=tuple(notes), passed=density.batched, draws=(z, weights))
@@ -159,10 +159,8 @@ def _named(density: LogDensity, place: Tensor, z: Tensor) -> str:
 
 # many data sets at once, with fewer paths and walkers for each --------------------------------------------------------
 
-DRAWS = 600  # of each flow
-OUTWARDS = INFLATED[:2]
-EACH = 2  # paths from the guide's own draws, from draws that a factor moves outwards; doubtful places that are measured
-SEARCHED_FOR_SYMMETRIES = 2  # data sets: exact symmetries belong to the model
+EACH = 2  # paths from the guide's own draws, from draws that a factor moves outwards; doubtful places that
+# are measured; and data sets that show exact symmetries of the model
 
 
 def missed_together(stack: Stack, flows: Sequence[Flow], *, seed: int) -> list[Search]:
@@ -175,7 +173,7 @@ def missed_together(stack: Stack, flows: Sequence[Flow], *, seed: int) -> list[S
     usable = [one for one in drawn if one is not None]
     if not usable:
         return [Search() for _ in drawn]
-    symmetric = any(mirrored(one.guide, *one.few) for one in usable[:SEARCHED_FOR_SYMMETRIES])
+    symmetric = any(mirrored(one.guide, *one.few) for one in usable[:EACH])
     found: list[list[MissedRegion]] = [[] for _ in drawn]
     for search in (_climbed, _wandered):
         for one, missed in zip(usable, search(stack, usable, seed), strict=True):
@@ -196,12 +194,12 @@ class _FlowDraws(NamedTuple):
 
     @property
     def few(self) -> tuple[Tensor, Tensor]:
-        return self.z[:MOVED_DRAWS], self.log_q[:MOVED_DRAWS]
+        return self.z[:COMPARED_DRAWS], self.log_q[:COMPARED_DRAWS]
 
 
 def _draw(stack: Stack, number: int, flow: Flow) -> _FlowDraws | None:
     """Draw from a flow; None if no draw has a density."""
-    usable = guide_at(stack.densities[number], flow.log_prob, *flow.draw(DRAWS))
+    usable = guide_at(stack.densities[number], flow.log_prob, *flow.draw(SEARCHED_DRAWS))
     return None if usable is None else _FlowDraws(number, *usable, units_of(usable[1]))
 
 
@@ -257,9 +255,9 @@ def _full(units: Tensor) -> Tensor:
 def _own_points(one: _FlowDraws) -> Tensor:
     """Draws of the guide, and draws moved outwards."""
     center = one.z.median(0).values
-    rows = torch.arange(EACH * (1 + len(OUTWARDS)), device=one.z.device) % len(one.z)
-    own, *far = one.z[rows].split([EACH] * (1 + len(OUTWARDS)))
-    return torch.cat([own, *(center + factor * (part - center) for factor, part in zip(OUTWARDS, far, strict=True))])
+    rows = torch.arange(EACH * (1 + len(INFLATED)), device=one.z.device) % len(one.z)
+    own, *far = one.z[rows].split([EACH] * (1 + len(INFLATED)))
+    return torch.cat([own, *(center + factor * (part - center) for factor, part in zip(INFLATED, far, strict=True))])
 
 
 def _wandered(stack: Stack, drawn: Sequence[_FlowDraws], seed: int) -> list[list[MissedRegion]]:
@@ -267,7 +265,7 @@ def _wandered(stack: Stack, drawn: Sequence[_FlowDraws], seed: int) -> list[list
     begun = []
     for one in drawn:
         ratios = torch.log_softmax(one.weights.double(), 0)
-        begun.append(one.z[resample(ratios, MANY_WALKERS // 2, seed=derive(seed, f"wanderers {one.number}"))])
+        begun.append(one.z[resample(ratios, COMPARED_DRAWS // 2, seed=derive(seed, f"wanderers {one.number}"))])
     units, chosen = torch.stack([_full(one.units) for one in drawn]), stack.select([one.number for one in drawn])
     walked_to = move_walkers(chosen, torch.stack(begun), units, seed=derive(seed, "wandering"))
     found = []
@@ -280,7 +278,7 @@ def _wandered(stack: Stack, drawn: Sequence[_FlowDraws], seed: int) -> list[list
 
 def _search(one: _FlowDraws | None, missed: Sequence[MissedRegion], symmetric: bool) -> Search:
     """Return the result of the search, with the sentence on it."""
-    paths = EACH * len(OUTWARDS) + SEARCHES
+    paths = EACH * len(INFLATED) + SEARCHES
     notes = (f"many data sets were fitted side by side, and the search for missed modes had {paths} paths for each",)
     if one is None:
         return Search(notes=notes)

@@ -13,13 +13,12 @@ from pyro_flows.model.log_density import LogDensity
 from pyro_flows.modes.symmetries import SignedPermutation
 from pyro_flows.starts.climb import TICKS, climb
 from pyro_flows.starts.gaussians import Start
-from pyro_flows.starts.prior import LEVEL, units_of, without_noise
+from pyro_flows.starts.prior import LEVEL, SEARCHES, units_of, without_noise
+from pyro_flows.verdict.deciding import CHECKED
 from pyro_flows.verdict.thresholds import DENSITY_GAP_OF_MODES, MISSED_MASS_ERRORS, MISSED_MASS_SHARE
 
 TRUNCATED_TAIL = "short tail"  # name of a start where a marginal goes on beyond the draws
 BY_WALKERS = "wandered"
-CLIMBERS = 64  # draws that are compared with each place
-PLACES = 8  # to which walkers came, and that chains begin at, at most
 
 Score = Callable[[Tensor], Tensor]
 
@@ -126,7 +125,7 @@ def regions_of_walkers(ends: Tensor, thin: Tensor, mass: Tensor, there: Tensor) 
     if share - MISSED_MASS_ERRORS * math.sqrt(max(variance, 0.0)) <= known + MISSED_MASS_SHARE:
         return []
     about = moments(ends[thin], BY_WALKERS)
-    return [MissedRegion(end, about, beside=True) for end in ends[thin][:PLACES]]
+    return [MissedRegion(end, about, beside=True) for end in ends[thin][:SEARCHES]]
 
 
 # whether places have tops of their own --------------------------------------------------------------------------------
@@ -141,7 +140,7 @@ def are_separated(density: LogDensity, places: Tensor, z: Tensor, near: Tensor |
     their tops. Where a climb comes to no rest, there is no top, and no answer: False.
     Only draws (S, D) that are ``near`` (L, S) are compared with a place; all by default.
 
-    Cost: a climb for each place, and 64 or a few more for draws; all of them side by side.
+    Cost: a climb for each place, and 50 or a few more for draws; all of them side by side.
     """
     chosen = _some_of(torch.ones(len(places), len(z), dtype=torch.bool, device=z.device) if near is None else near)
     used = chosen.any(0)
@@ -163,10 +162,10 @@ def are_separated(density: LogDensity, places: Tensor, z: Tensor, near: Tensor |
 
 
 def _some_of(near: Tensor) -> Tensor:
-    """Keep up to 64 of the draws that are compared with each place (L, S), where it goes the same ones for all."""
+    """Keep up to 50 of the draws that are compared with each place (L, S), where it goes the same ones for all."""
     count = near.shape[1]
-    stride = max(1, count // CLIMBERS)
+    stride = max(1, count // CHECKED)
     order = torch.cat([torch.arange(first, count, stride) for first in range(stride)]).to(near.device)
     found = torch.zeros_like(near)
-    found[:, order] = near[:, order] & (near[:, order].cumsum(1) <= CLIMBERS)
+    found[:, order] = near[:, order] & (near[:, order].cumsum(1) <= CHECKED)
     return found

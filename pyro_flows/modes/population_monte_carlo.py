@@ -26,16 +26,16 @@ from torch import Tensor
 from pyro_flows._seeding import derive, seeded
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.modes.hyperparameter_marginal import DF
+from pyro_flows.modes.survey import IN_VAIN, ROUNDS
 from pyro_flows.starts.prior import prior_draws
 from pyro_flows.verdict.deciding import LOOKED_AT_DRAWS
 from pyro_flows.verdict.psis import psis
-from pyro_flows.verdict.thresholds import ESS_SHARE_COLLAPSED, ESS_SHARE_GOOD, K_HAT_GOOD
+from pyro_flows.verdict.thresholds import ESS_SHARE_COLLAPSED, ESS_SHARE_GOOD, K_HAT_GOOD, TAIL_SHARE
 from pyro_flows.verdict.weighing import resample, tempered
 
 GENERATIONS = 4  # between two additions of parts
-ADDITIONS, IN_VAIN = 6, 2  # at most; in a row without a gain, after which the fit ends
-WIDE = 2.0, 4.0  # times the scales of a mixture: its wide parts. They never move, so no tail is without draws
-WIDE_SHARE = 0.05  # their weight in all
+# times the scales of a mixture: its wide parts, `TAIL_SHARE` of the draws. They never move, so no tail is without draws
+WIDE = 2.0, 4.0
 MOST_PARTS = 64  # half of them at tempered draws: as many may be added
 
 
@@ -80,8 +80,8 @@ class Parts:
         upper = torch.linalg.qr(rows.flatten(0, 1)).R
         wide = weights.new_tensor(WIDE)[:, None, None] * (upper.mT * upper.diagonal().sign())
         loc, roots = torch.cat([self.loc.double(), mean.expand(len(WIDE), -1)]), torch.cat([roots, wide])
-        shares = weights.new_full((len(WIDE),), WIDE_SHARE / len(WIDE))
-        log_weights = torch.cat([(1.0 - WIDE_SHARE) * weights, shares]).log()
+        shares = weights.new_full((len(WIDE),), TAIL_SHARE / len(WIDE))
+        log_weights = torch.cat([(1.0 - TAIL_SHARE) * weights, shares]).log()
         return Parts(loc.to(self.loc), roots.to(self.loc), log_weights.to(self.loc), self.df)
 
     def __getitem__(self, kept: Tensor | slice) -> Parts:
@@ -136,7 +136,7 @@ def tempered_mixture(density: LogDensity, *, seed: int) -> Parts | None:
     with seeded(derive(seed, "from the prior"), density.device):
         draws = prior_draws(density, 1000, seed=seed)
         parts = _about(draws[torch.isfinite(draws).all(1)], 1)
-        for _ in range(12):  # temperatures, at most
+        for _ in range(ROUNDS):  # temperatures, at most
             if parts is None:
                 return None
             z = parts.draw(2 * LOOKED_AT_DRAWS)
@@ -191,7 +191,7 @@ def fitted(
     with seeded(derive(seed, "a population"), density.device):
         best = last = _evolved(density, parts)
         in_vain = 0
-        for _ in range(ADDITIONS):
+        while in_vain < IN_VAIN:
             if best is None or last is None or best.share < ESS_SHARE_COLLAPSED or best.worth >= ESS_SHARE_GOOD:
                 break
             if len(last.parts) >= MOST_PARTS:
@@ -200,8 +200,6 @@ def fitted(
             last = _evolved(density, _joined(last))
             in_vain = 0 if last is not None and last.worth >= best.worth + ESS_SHARE_COLLAPSED else in_vain + 1
             best = last if last is not None and last.worth > best.worth else best
-            if in_vain == IN_VAIN:
-                break
     return best
 
 

@@ -29,7 +29,8 @@ from pyro_flows.verdict.next_step import IMPROPER
 
 Slow = tuple[bool | None, ...]  # one way and the other
 
-MOST = 32  # coordinates that are looked at
+# coordinates that are looked at: improper ones, those along which curvatures may change, and the worst of chains
+MOST = 32
 HIDDEN = 8  # coordinates that may hide each other
 SLACK = 0.03  # of a fall of one over the distance, that counts as none more
 

@@ -17,13 +17,13 @@ from torch import Tensor
 from pyro_flows._seeding import derive, seeded
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.starts.curvature import FULL_HESSIAN_UP_TO
+from pyro_flows.verdict.thresholds import EVIDENCE_GAP_GOOD_A_DIM
 
 PROBES = 3  # pairs of points between which each coordinate is exchanged
 TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4}  # of the largest gradient
 LINE = 160  # points on each side of a coordinate
 VALUES = 12  # of a coordinate, at most, about which points are put
 REFINED = 400  # points that each round of refinement adds
-AGREE = 2e-3  # nats between the last two rounds, a coordinate
 
 
 class Marginals(NamedTuple):
@@ -95,7 +95,7 @@ def marginals(density: LogDensity, center: Tensor, modes: Tensor, units: Tensor)
         weight = (found - top[:, None]).exp()
         before = last
         last = top + (0.5 * values.diff(dim=1) * (weight[:, 1:] + weight[:, :-1])).sum(1).log()
-    if not bool(((last - before).abs() < AGREE).all()):
+    if not bool(((last - before).abs() < EVIDENCE_GAP_GOOD_A_DIM).all()):
         return None
     return Marginals(values, found - last[:, None], float(height.double() + (last - height.double()).sum()))
 

@@ -21,19 +21,18 @@ from pyro_flows.model.log_density import LogDensity
 from pyro_flows.modes.terms import tops_of_terms
 from pyro_flows.starts.climb import FEW_TICKS, climb
 from pyro_flows.starts.curvature import FULL_HESSIAN_UP_TO, inverse_roots, lower_triangular
+from pyro_flows.starts.gaussians import CLOSE
 from pyro_flows.starts.prior import PRIOR_DRAWS, SAME, factors, prior_draws, unit_of_modes, units_of
 
 CLIMBS = 256  # of a round
-NUMBERS = 500_000  # that the climbs of a round handle at each step, at most; a look at where to begin, 12 times that
+# that a step of the climbs of a round, or a Hessian, handles at most; a look at where to begin, 12 times that
+NUMBERS = 500_000
 SCREENED = 400  # points for each climb, of which the best one climbs
 SCREENED_WRITTEN = 300_000_000  # numbers that operations on all of these points write: a fraction of a second
-SCREENED_IN_ALL = 200_000  # points of all rounds, at most, where an evaluation writes few numbers
 LAYERS = 16  # of points, by their distance from the modes so far
-ROUNDS, IN_VAIN = 12, 3  # at most; rounds in a row without a new mode, after which the survey is over
+ROUNDS, IN_VAIN = 12, 3  # at most; in a row without a new mode, after which a survey is over, and of a first look
 MOST_MODES = 200
 CURVED = 4000  # rows of the Hessians of a round
-EVIDENCE_WITHIN = 12.0  # nats of Laplace evidence below the best
-APART = 1.0  # of :func:`distances`: a top that is nearer to a mode is no other one
 PARTS = ("modes", "roots", "evidence", "met", "of_terms")
 
 
@@ -59,7 +58,7 @@ class Survey:
     def likely(self) -> Survey:
         """Return the modes that hold a part of the mass that may matter, the best first."""
         order = self.evidence.argsort(descending=True)
-        order = order[self.evidence[order] > self.evidence.max() - EVIDENCE_WITHIN] if len(order) else order
+        order = order[self.evidence[order] > self.evidence.max() - CLOSE] if len(order) else order
         return replace(self, **{name: getattr(self, name)[order] for name in PARTS})
 
 
@@ -93,7 +92,7 @@ def survey(
     with seeded(derive(seed, "a survey of modes"), density.device):
         for number in range(rounds):
             last, own = found, derive(seed, f"survey {number}")
-            found = _merged(density, found, _ends(density, found, z, own, climbs, known, SCREENED_IN_ALL // rounds))
+            found = _merged(density, found, _ends(density, found, z, own, climbs, known, rounds))
             in_vain = 0 if has_new(found, last) else in_vain + 1
             if in_vain == IN_VAIN:
                 return replace(found, over=True)
@@ -105,7 +104,7 @@ def survey(
 def has_new(found: Survey, before: Survey) -> bool:
     """Whether there is a mode that was not there before, with a part of the mass that may matter."""
     fresh = found.evidence[len(before) :]
-    return len(fresh) > 0 and bool((fresh > found.evidence.max() - EVIDENCE_WITHIN).any())
+    return len(fresh) > 0 and bool((fresh > found.evidence.max() - CLOSE).any())
 
 
 @torch.no_grad()
@@ -116,7 +115,7 @@ def climbed_from(density: LogDensity, found: Survey, points: Tensor) -> Survey:
 
 def _ends(
     density: LogDensity, found: Survey, z: Tensor, seed: int, climbs: int,
-    known: Callable[[Tensor], Tensor] | None, widely: int,
+    known: Callable[[Tensor], Tensor] | None, rounds: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Return the ends (N, D) of the climbs of one round, the highest first, and the scales there (N, D)."""
     count = int(max(32, min(climbs, NUMBERS / max(1, density.numbers))))
@@ -128,7 +127,9 @@ def _ends(
     points, heights = _finite(density, points)
     plain, screened, promise = points[: count // 2], points[count // 2 :], heights[count // 2 :]
     if len(found) and len(screened):
-        pieces = min(widely, widely / SCREENED_IN_ALL * SCREENED_WRITTEN / max(1, density.written)) / len(screened)
+        # of all rounds together as many points as two rounds screen, or fewer where an evaluation writes many numbers
+        in_all = min(2 * SCREENED * CLIMBS, SCREENED_WRITTEN / max(1, density.written))
+        pieces = in_all / rounds / len(screened)
         more = [_far(density, found, prior, z, len(screened), round(pieces)) for _ in range(round(pieces) - 1)]
         screened, promise = (torch.cat(parts) for parts in zip((screened, promise), *more, strict=True))
         promise = promise - (_known(found, screened) if known is None else known(screened).to(screened))
@@ -227,8 +228,8 @@ def _merged(density: LogDensity, found: Survey, ends: tuple[Tensor, Tensor]) -> 
     met = found.met.clone()
     if len(found) and len(places):
         near, which = distances(found, places).min(0)
-        met += torch.bincount(which[near < APART], minlength=len(met)).to(met)
-        places, scales = places[near >= APART], scales[near >= APART]
+        met += torch.bincount(which[near < SAME], minlength=len(met)).to(met)
+        places, scales = places[near >= SAME], scales[near >= SAME]
     most = min(MOST_MODES - len(found), max(8, CURVED // density.dim))
     heads, counts = _heads(places, scales * unit_of_modes(density.dim, ridges=found.ridges), most)
     if not len(heads):
@@ -243,7 +244,7 @@ def _merged(density: LogDensity, found: Survey, ends: tuple[Tensor, Tensor]) -> 
     for number in evidence.argsort(descending=True).tolist():
         if not math.isfinite(float(evidence[number])):
             continue
-        if len(found) and bool((distances(found, heads[number : number + 1]) < APART).any()):
+        if len(found) and bool((distances(found, heads[number : number + 1]) < SAME).any()):
             continue
         fresh = zip(PARTS, (heads, roots, evidence, counts, counts < 0), strict=True)
         parts: dict[str, Any] = {name: torch.cat([getattr(found, name), x[number : number + 1]]) for name, x in fresh}

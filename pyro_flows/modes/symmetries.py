@@ -25,15 +25,13 @@ import torch
 from torch import Tensor
 
 from pyro_flows.model.log_density import LogDensity
+from pyro_flows.verdict.deciding import ESTIMATED_DRAWS
+from pyro_flows.verdict.thresholds import EVIDENCE_GAP_NEGLIGIBLE
 
-ADDITIONS = 12  # to a unit, at most
 ROUND_TRIP = 1e-3  # relative error of values that are mapped there and back
-MOVED_DRAWS = 200  # of a guide: moved to estimate the mass of their images
-TOGETHER = 2048  # images that one run of the model evaluates
-SAME, DIGITS = 0.01, 32.0  # nats, and units of the last place of a log density, within which two are the same
+DIGITS = 32.0  # units of the last place of a log density, beyond what is negligible, within which two are the same
 
 UNITS = 40  # of one kind at most, whole sites first; twice as many may be added to one
-AXIS = 32  # longest axis whose indices are moved one at a time
 
 Values = Mapping[str, Tensor]
 _T = TypeVar("_T")
@@ -148,7 +146,7 @@ def kinds_of(density: LogDensity, latents: Values) -> list[Kind]:
         reflections.append(Unit(site))
         for axis in range(-len(shape), 0):
             length = shape[axis]
-            if not 1 < length <= AXIS:
+            if not 1 < length <= UNITS:  # a longer axis has more indices than are kept
                 continue
             reflections += [Unit(site, axis, (index,)) for index in range(length)]
             for first, second in _pairs(range(length), up_to=6, apart=1):
@@ -200,15 +198,15 @@ class Image(NamedTuple):
 
 
 def are_the_same(log_p: Tensor, other: Tensor) -> Tensor:
-    """Whether log densities (S,) are the same but for rounding, and but for a hundredth of a mass; -inf never is."""
-    return (log_p - other).abs() <= SAME + DIGITS * torch.finfo(log_p.dtype).eps * log_p.abs()
+    """Whether log densities (S,) are the same but for rounding, and but for a fiftieth of a mass; -inf never is."""
+    return (log_p - other).abs() <= EVIDENCE_GAP_NEGLIGIBLE + DIGITS * torch.finfo(log_p.dtype).eps * log_p.abs()
 
 
 @torch.no_grad()
 def images(density: LogDensity, moves: Sequence[Move], z: Tensor) -> Iterator[Image]:
     """Yield the image of unconstrained draws (S, D) under each move; several moves share a run of the model."""
     latents = latents_of(density, z)
-    at_once = max(1, TOGETHER // len(z))
+    at_once = max(1, ESTIMATED_DRAWS // len(z))
     for first in range(0, len(moves), at_once):
         group = moves[first : first + at_once]
         moved = [move(latents) for move in group]
@@ -316,7 +314,7 @@ def _grown(kind: Kind) -> _Growth:
     sets = [members for members, at in zip(sets, heights.tolist(), strict=True) if at > -torch.inf]
     heights = heights[heights > -torch.inf]
     done: list[Members] = []
-    for _ in range(ADDITIONS):
+    while True:
         returned = (heights > height - 3.0).tolist()
         done += [members for members, back in zip(sets, returned, strict=True) if back]
         open_ = [number for number, back in enumerate(returned) if not back]
@@ -356,8 +354,8 @@ def _together(members: Members, additions: list[Unit]) -> Members:
 def _heights(density: LogDensity, asked: Sequence[tuple[Values, Move]]) -> Tensor:
     """Return the log density (N,) of a model's own values after each move; -inf outside of the support."""
     found = []
-    for first in range(0, len(asked), TOGETHER):
-        z, inside = _placed(density, _moved(asked[first : first + TOGETHER]))
+    for first in range(0, len(asked), ESTIMATED_DRAWS):
+        z, inside = _placed(density, _moved(asked[first : first + ESTIMATED_DRAWS]))
         heights = density(z) - density.log_jacobian(z)
         found.append(torch.where(inside, heights.double(), -torch.inf).nan_to_num(nan=-torch.inf, posinf=-torch.inf))
     return torch.cat(found)

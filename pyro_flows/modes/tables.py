@@ -14,7 +14,6 @@ from pyro_flows.transforms.splines import between, smooth_slopes
 
 POINTS = 4001  # at which the density is tabulated
 DF = 30.0  # degrees of freedom of the base of a flow, times a factor
-EMPTY = 60.0  # nats below the highest density: the mass there counts as zero
 OUTSIDE = 1e-4  # share of the mass that may lie beyond the ends of a flow's table
 
 

@@ -22,7 +22,7 @@ from pyro_flows.starts.gaussians import Gaussians
 from pyro_flows.starts.prior import in_units
 
 POINTS = 48  # for each normal
-TEMPERATURES, SLOWLY = 40, 400
+TEMPERATURES = 40
 LEAPS = 5
 WALKER_MOVES = 24
 

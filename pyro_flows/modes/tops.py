@@ -9,13 +9,12 @@ import torch
 from torch import Tensor
 
 from pyro_flows.model.log_density import LogDensity
-from pyro_flows.starts.climb import FEW_TICKS, climb
+from pyro_flows.starts.climb import FEW_TICKS, NEWTON, climb
 from pyro_flows.starts.curvature import second_derivatives
 from pyro_flows.starts.prior import spread_of
 
 NEGLIGIBLE_GAIN = 0.1  # nats
 NUMBERS_AT_ONCE = 2e7  # in Hessians that are computed together
-NEWTON = 4  # steps at most
 MODE_REACHES = 6.0  # units: draws are cut there, and beyond, a tail begins, and another top is apart
 
 

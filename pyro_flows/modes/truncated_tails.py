@@ -22,7 +22,7 @@ from pyro_flows.modes.missed_modes import Search, sentence_on
 from pyro_flows.modes.missed_regions import BY_WALKERS, TRUNCATED_TAIL, MissedRegion
 from pyro_flows.modes.tables import covariance_roots
 from pyro_flows.starts.gaussians import Start
-from pyro_flows.verdict.thresholds import MISSED_MASS_ERRORS, MISSED_MASS_OF_TAILS, QUARTILE_GAP_OF_GRID, TAIL_SHARE
+from pyro_flows.verdict.thresholds import MISSED_MASS_ERRORS, MISSED_MASS_OF_TAILS, TAIL_SHARE
 from pyro_flows.verdict.weighing import LEVELS, in_order, weighted_quantiles
 
 
@@ -78,7 +78,7 @@ def _truncated_by(marginal: Marginal, values: Tensor, mass: Tensor) -> float:
         return -math.inf
     below = marginal.below(found)
     quarters = (below[1:-1] - below[0]) / (below[-1] - below[0])
-    if float((quarters - quarters.new_tensor(LEVELS[1:-1])).abs().max()) > QUARTILE_GAP_OF_GRID:
+    if float((quarters - quarters.new_tensor(LEVELS[1:-1])).abs().max()) > TAIL_SHARE:
         return -math.inf
     short = max(float(below[0]), float(1.0 - below[-1])) - TAIL_SHARE
     return short if math.isfinite(short) else -math.inf

@@ -26,17 +26,17 @@ from pyro_flows._seeding import derive, seeded
 from pyro_flows.modes.missed_regions import Guide, MissedRegion, regions_of_walkers
 from pyro_flows.modes.tempering import LEAPS, move_walkers
 from pyro_flows.starts.prior import units_of
+from pyro_flows.verdict.deciding import COMPARED_DRAWS
 from pyro_flows.verdict.thresholds import (
     DENSITY_GAP_OF_WALKERS,
     ESS_SHARE_LEAST,
-    MASS_HARDLY_REACHED,
+    MISSED_MASS_OF_TAILS,
     MISSED_MASS_SHARE,
     TAIL_SHARE,
 )
 from pyro_flows.verdict.weighing import resample
 
 HIGH = 5.0  # nats of excess, up to which points are drawn outwards
-MANY_WALKERS = 256  # a quarter of them where a look at a point is costly
 MOVES = 64  # outwards, a quarter of them to see whether there is any way out; and as many under the density itself
 LOOKS = 8  # at the way back
 
@@ -124,7 +124,7 @@ def under_covered_region(
     density itself; see :func:`move_walkers`. Draws z (S, D) have log weights (S,) and log densities (S,).
     """
     log_mass = torch.log_softmax((weights - guide.covered).double(), 0)
-    count = MANY_WALKERS // 4 if space is not None and space.costly else MANY_WALKERS
+    count = COMPARED_DRAWS // 4 if space is not None and space.costly else COMPARED_DRAWS
     chosen = z[resample(log_mass, count, seed=derive(seed, "wanderers"))]
     if space is None or not is_usable(log_mass):
         ends, log_p = move_walkers(guide.density, chosen[None], units_of(z)[None], seed=derive(seed, "wandering"))
@@ -167,7 +167,7 @@ def _drawn_out(
         points = walked(space, points, MOVES - MOVES // 4, level=level, height=HIGH)
         points = space.look(points.x.repeat(2, 1), points.k.repeat(2))
         ordered, places = (over - level).sort()  # beyond the excess that is hardly reached, draws have next to no mass
-        reached = int((log_mass[places].exp().cumsum(0) < 1.0 - MASS_HARDLY_REACHED).sum())
+        reached = int((log_mass[places].exp().cumsum(0) < 1.0 - MISSED_MASS_OF_TAILS).sum())
         by = max(DENSITY_GAP_OF_WALKERS, float(ordered[min(reached, len(ordered) - 1)]))
         there = over - level > by
         known = float(log_mass.exp()[there].sum()) + MISSED_MASS_SHARE

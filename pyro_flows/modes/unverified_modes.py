@@ -12,9 +12,10 @@ from torch import Tensor
 
 from pyro_flows._seeding import derive
 from pyro_flows.modes.missed_regions import Guide, MissedRegion, is_resolved
-from pyro_flows.modes.tempering import SLOWLY, Tempered, temper
-from pyro_flows.modes.tops import MODE_REACHES, NEGLIGIBLE_GAIN, NEWTON
-from pyro_flows.starts.climb import newton
+from pyro_flows.modes.survey import NUMBERS
+from pyro_flows.modes.tempering import TEMPERATURES, Tempered, temper
+from pyro_flows.modes.tops import MODE_REACHES, NEGLIGIBLE_GAIN
+from pyro_flows.starts.climb import NEWTON, newton
 from pyro_flows.starts.curvature import inverse_roots, lower_triangular
 from pyro_flows.starts.gaussians import Gaussians, Start
 from pyro_flows.starts.pathfinder import Paths
@@ -27,11 +28,10 @@ from pyro_flows.verdict.thresholds import (
 )
 from pyro_flows.verdict.weighing import log_mean
 
-CURVED_UP_TO = 2**19  # dimensions times the numbers of one evaluation, for Hessians: seconds for all places together
 UNWEIGHED = (
     "the search for missed modes found a region whose mass it could not estimate: Hessians cost too much for this model"
 )
-MEASURED_PLACES = 4  # places whose mass is measured by tempering, the best first
+MEASURED_PLACES = 4  # places whose mass is measured by tempering, the best first; missed modes that get a run
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ def by_curvature(
     poor = [elsewhere[number] for number in _apart(paths, elsewhere, units)]
     left = (number for number in poor if number not in worth and not _is_spike(guide, ends[number]))
     poor = [*islice(left, MEASURED_PLACES)]
-    if density.dim * density.numbers > CURVED_UP_TO:
+    if density.dim * density.numbers > NUMBERS:
         starts = {path.number: path.start for path in doubtful}
         unresolved += [MissedRegion(ends[number], starts[number]) for number in poor]
         return None
@@ -135,7 +135,8 @@ def modes_with_mass(
     if there and guide.covered - float(log_mean(walk.log_weights[0])) > MASS_GAP_OF_TEMPERING:
         worth = [worth[number] for number in there]
         again = normals.some([0, *(1 + number for number in there)])
-        walk = temper(guide.density, again, seed=derive(worth[0].number, "slow tempering"), temperatures=SLOWLY)
+        slowly = round(MASS_GAP_OF_TEMPERING) * TEMPERATURES  # what is lacking falls as one over their number: to a nat
+        walk = temper(guide.density, again, seed=derive(worth[0].number, "slow tempering"), temperatures=slowly)
         there = _heavy(guide, walk, -MASS_GAP_OF_TEMPERING)
     found = []
     for number, log_weights in there.items():

@@ -18,10 +18,10 @@ from pyro_flows.starts.gaussians import Start
 from pyro_flows.starts.pathfinder import pathfinder
 from pyro_flows.starts.prior import PRIOR_DRAWS, path_starts, possible_points, prior_draws, spread_of
 from pyro_flows.verdict.deciding import COMPARED_DRAWS
+from pyro_flows.verdict.thresholds import DENSITY_GAP_OF_NOTHING
 
 FAR = (3e2, 1e3, 3e3)  # spreads of the prior, where a heavy tail falls off like a power
 HEAVY = 9.0  # power up to which a tail counts as heavy: eight degrees of freedom
-WALL_MATTERS = 50.0  # nats: a wall at a lower density, compared with some point, does not matter
 
 
 def choose_charts(density: LogDensity, start: Start | None, *, seed: int) -> tuple[LogDensity, Start | None, list[str]]:
@@ -139,7 +139,7 @@ def _walls(density: LogDensity, draws: Tensor) -> tuple[Tensor, Tensor]:
     points = possible_points(density, draws)
     if not len(points):
         return -none, none
-    least = density(points)[:, None] - WALL_MATTERS
+    least = density(points)[:, None] - DENSITY_GAP_OF_NOTHING
     return _wall(density, points, -1.0, least), _wall(density, points, 1.0, least)
 
 

@@ -28,10 +28,11 @@ from pyro_flows.starts.gaussians import (
     newton_step,
     stretch,
 )
+from pyro_flows.starts.prior import PATHS
 from pyro_flows.verdict.thresholds import DENSITY_GAP_OF_LOST
 
 TICKS, FEW_TICKS = 100, 60  # of a path, and of one of many; steps of Newton's method
-MODES = 4  # at most, by Newton's method
+NEWTON = 10  # steps of Newton's method after a path, at most
 SETTLED = 1e-8  # nats still to gain
 STALLED = 1e-3  # nats that a path has to rise by between two looks at whether it does
 WRITTEN = 2**22  # numbers that are written for paths that are looked at together
@@ -250,7 +251,7 @@ def laplace(density: LogDensity, points: Tensor, *, most: int = FEW_TICKS) -> li
     evidence = torch.nan_to_num(evidence, nan=-torch.inf, posinf=-torch.inf)
     kept: list[int] = []
     for index in evidence.argsort(descending=True).tolist():
-        if len(kept) == MODES or not float(evidence[index]) > float(evidence.max()) - DENSITY_GAP_OF_LOST:
+        if len(kept) == PATHS or not float(evidence[index]) > float(evidence.max()) - DENSITY_GAP_OF_LOST:
             break
         apart = [torch.linalg.solve(roots[other], modes[index] - modes[other]).norm() for other in kept]
         if all(float(distance) > 1.0 for distance in apart):

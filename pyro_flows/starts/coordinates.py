@@ -25,7 +25,7 @@ from pyro_flows.model.digits import COMPARED
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.model.noncentered import Information
 from pyro_flows.model.sites import Latent, Noncentered
-from pyro_flows.starts.curvature import FULL_HESSIAN_UP_TO, lower_triangular, scales
+from pyro_flows.starts.curvature import AT_ONCE, FULL_HESSIAN_UP_TO, lower_triangular, scales
 from pyro_flows.starts.gaussians import Start
 from pyro_flows.starts.pathfinder import Paths, pathfinder
 from pyro_flows.starts.prior import PRIOR_DRAWS, path_starts, possible_points, prior_draws, spread_of
@@ -34,7 +34,6 @@ from pyro_flows.verdict.thresholds import DENSITY_GAP_OF_LOST
 from pyro_flows.verdict.weighing import weigh
 
 STEPS = 400
-BATCH = 32  # pairs of opposite noise
 LEARNING_RATE = 0.05
 UNINFORMATIVE = 0.05  # precision of the data over that of the posterior; less counts as no information
 
@@ -243,7 +242,8 @@ class _Family:
         ascent = _Ascent(base, units, density.dim)
         with seeded(side.seed, density.device):
             for step in range(STEPS):
-                noise = torch.randn(BATCH, density.dim, dtype=density.dtype, device=density.device)
+                # pairs of opposite noise, so many points together
+                noise = torch.randn(AT_ONCE // 2, density.dim, dtype=density.dtype, device=density.device)
                 ascent.step(self.evaluate, torch.cat([noise, -noise]), step)
             noise = torch.randn(ESTIMATED_DRAWS, density.dim, dtype=density.dtype, device=density.device)
         loc, scale, said = ascent.result()

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pyro_flows.model.log_density import LogDensity
 
-CLOSE = 10.0  # nats of ELBO between starts of which none is left out: they are pooled, and raced
+CLOSE = 12.0  # nats of ELBO between starts, or of evidence between modes, of which none is left out
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from pyro_flows import _stages
 from pyro_flows._seeding import derive, seeded
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.model.stack import NotStackable, Stack
-from pyro_flows.starts.climb import TICKS, laplace
+from pyro_flows.starts.climb import NEWTON, TICKS, laplace
 from pyro_flows.starts.curvature import FULL_HESSIAN_UP_TO, SMALL_UP_TO, inverse_roots, lower_triangular, scales
 from pyro_flows.starts.gaussians import Start, divergence, standard
 from pyro_flows.starts.pathfinder import pathfinder, pool
@@ -29,14 +29,17 @@ from pyro_flows.starts.prior import (
     without_noise,
 )
 from pyro_flows.verdict.deciding import COMPARED_DRAWS, JUDGED_DRAWS, LOOKED_AT_DRAWS
-from pyro_flows.verdict.thresholds import ESS_SHARE_EVEN, ESS_SHARE_LEAST, EVIDENCE_GAP_NEGLIGIBLE, K_HAT_MOST
+from pyro_flows.verdict.thresholds import (
+    ESS_SHARE_EVEN,
+    ESS_SHARE_LEAST,
+    EVIDENCE_GAP_NEGLIGIBLE,
+    K_HAT_MOST,
+    TAIL_SHARE,
+)
 from pyro_flows.verdict.weighing import Weighing, weigh
 
-SEARCHES_UNBATCHED = 3
 SAME_END = 0.1  # sds between ends of paths that are one place
-STEPS_AFTER_PATHS = 10  # of Newton's method
 CHEAP_HESSIAN_WRITES = 1e6  # numbers for each point, at most
-TRIM = 0.05  # share of the draws, the lowest, that an ELBO leaves out
 
 
 def portfolio(density: LogDensity, *, seed: int, extra: Sequence[Start] = (), df: float = 15.0) -> list[Start]:
@@ -73,7 +76,7 @@ def portfolio(density: LogDensity, *, seed: int, extra: Sequence[Start] = (), df
         )
     starts = [*extra, standard(density), Start("prior", middle, spread)]
     most = density.affordable(TICKS * len(points)) // TICKS
-    points = points[finite][: most if density.batched else SEARCHES_UNBATCHED]
+    points = points[finite][: most if density.batched else PATHS]
     starts = _climbed(density, starts, points, seed)
     with seeded(seed, density.device):
         unit = math.sqrt((df - 2.0) / df)
@@ -106,7 +109,7 @@ def _climbed(density: LogDensity, starts: list[Start], points: Tensor, seed: int
         paths, ends = along_paths(density, points, seed=seed)
     if costly:
         with density.clock.part(_stages.MODES):
-            starts = starts + laplace(density, ends, most=STEPS_AFTER_PATHS)
+            starts = starts + laplace(density, ends, most=NEWTON)
     for start in paths:
         if not any(divergence(start, other) < 0.1 for other in starts):  # nats
             starts = [*starts, start]
@@ -117,7 +120,7 @@ def _scored(density: LogDensity, start: Start, noise: Tensor, log_noise: Tensor)
     with torch.no_grad():
         terms = density(start.map(noise)) - log_noise + start.volume
         terms = torch.nan_to_num(terms, nan=-torch.inf).sort().values
-    return replace(start, elbo=float(terms[int(TRIM * len(terms)) :].mean()))
+    return replace(start, elbo=float(terms[int(TAIL_SHARE * len(terms)) :].mean()))
 
 
 # paths ----------------------------------------------------------------------------------------------------------------
@@ -216,7 +219,7 @@ def _scores(stack: Stack, loc: Tensor, scale: Tensor, noise: Tensor, log_noise: 
     z = torch.where(usable[..., None, None], z, 0.0)
     log_p = stack(z.flatten(0, 2)).reshape(z.shape[:3])
     terms = (log_p - log_noise + volume[..., None]).nan_to_num(nan=-torch.inf).sort(-1).values
-    elbos = terms[..., int(TRIM * len(noise)) :].mean(-1)
+    elbos = terms[..., int(TAIL_SHARE * len(noise)) :].mean(-1)
     return torch.where(usable & torch.isfinite(elbos), elbos, -torch.inf)
 
 

@@ -16,7 +16,9 @@ from pyro_flows.model.sites import messages
 from pyro_flows.model.start import FromPrior
 
 PRIOR_DRAWS = 200  # that starts begin with; charts, and each round of a survey, with half of them
-SEARCHES, PATHS = 8, 4  # draws of the prior from which modes are looked for; points from which normals are
+# draws of the prior from which modes are looked for, or places that walkers come to and that chains begin at; points
+# from which normals are looked for, and modes that are kept
+SEARCHES, PATHS = 8, 4
 TRIES = 16  # moves by last digits
 NOISE = 0.5  # nats that they may change
 

@@ -11,7 +11,6 @@ from torch import Tensor
 from pyro_flows.verdict.thresholds import EVIDENCE_GAP_NEGLIGIBLE, R_HAT_OF_SHORT_CHAINS
 
 WINDOW = 10  # checks
-LEFT_TOLERANCE = 0.03  # nats that further steps may gain
 
 
 def split_r_hat(series: Tensor) -> Tensor:
@@ -96,7 +95,7 @@ class Monitor:
         A functional stands still if its two half-window means differ by less than it matters (0.02 nats of ELBO, 0.05
         posterior sds, 5 % of an sd), or by up to twenty times that while its split R-hat is at most 1.05. A slow climb
         is small in any window, so the ELBO's is also extrapolated: were the gap to shrink as one over the number of
-        steps, what is left to be gained must be 0.03 nats at most, give or take its standard error.
+        steps, what is left to be gained must be 0.02 nats at most, give or take its standard error.
         """
         if len(self.elbos) < WINDOW:
             return False, f"{len(self.elbos)} of {WINDOW} checks"
@@ -107,7 +106,7 @@ class Monitor:
         relative = torch.cat([drift[:1] / EVIDENCE_GAP_NEGLIGIBLE, drift[1:] / 0.05])
         moving = ~((relative < 1.0) | ((split_r_hat(series) <= R_HAT_OF_SHORT_CHAINS) & (relative < 20.0)))
         text = f"ELBO drift {float(drift[0]):.3f} nats, worst moment drift {float(drift[1:].max()):.3f} sd"
-        return not bool(moving.any()) and self._left(series[:, 0]) <= LEFT_TOLERANCE, text
+        return not bool(moving.any()) and self._left(series[:, 0]) <= EVIDENCE_GAP_NEGLIGIBLE, text
 
     def _left(self, window: Tensor) -> float:
         """What further steps would gain if the gap went as one over their number, less one standard error."""

@@ -15,11 +15,11 @@ from pyro_flows.model.stack import NotStackable, Stack
 from pyro_flows.objectives import BasePoints
 from pyro_flows.training.convergence import Monitor
 from pyro_flows.training.flow_graphs import Passes, flat, is_order, points, state_of
-from pyro_flows.training.loop import AVERAGED_SHARE, CHECK_EVERY, COOL, WARM_UP, Training
+from pyro_flows.training.loop import AVERAGED_SHARE, CHECK_EVERY, COOL, Training
 from pyro_flows.training.step_graph import Moments, stitched
 from pyro_flows.training.trainer import BLEND, DEFENSIVE, LOOK_EVERY
 from pyro_flows.verdict.deciding import COMPARED_DRAWS
-from pyro_flows.verdict.thresholds import DENSITY_GAP_OF_LOST, ESS_SHARE_PROMISING, EVIDENCE_GAP_VISIBLE
+from pyro_flows.verdict.thresholds import DENSITY_GAP_OF_LOST, ESS_SHARE_PROMISING, EVIDENCE_GAP_GOOD
 
 STEADY = 800  # steps at most, before the cool-down
 NEARLY_ALL = 0.9  # of the flows stand still: the rest is not waited for
@@ -197,11 +197,11 @@ def train_together(flows: Lockstep, *, report: Report) -> list[Training]:
     done, still = 0, torch.zeros(len(flows), dtype=torch.bool)
     good = still
     while done < STEADY and not float((still | good).double().mean()) >= NEARLY_ALL:
-        flows.step(min(1.0, (done + 1) / WARM_UP))
+        flows.step(min(1.0, (done + 1) / CHECK_EVERY))
         done += 1
         if done % (CHECK_EVERY // 2) == 0:
             still = still | run.check()  # what comes after is the cool-down, in ``loop.train`` too
-            good = torch.tensor([monitor.promises(EVIDENCE_GAP_VISIBLE) for monitor in run.monitors])
+            good = torch.tensor([monitor.promises(EVIDENCE_GAP_GOOD) for monitor in run.monitors])
             report(done, int((still | good).sum()), "converging")
     cool = COOL // 2 if float(still.double().mean()) >= NEARLY_ALL else COOL // 3
     why = [monitor.stationary()[1] for monitor in run.monitors]

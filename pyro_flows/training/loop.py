@@ -23,8 +23,7 @@ from pyro_flows.verdict.thresholds import DENSITY_GAP_OF_LOST, ESS_SHARE_COLLAPS
 
 BATCH = 64  # draws of a step
 STEP_SIZE = 1e-2  # of Adam
-WARM_UP = 50  # steps
-CHECK_EVERY = 40  # steps; many flows are looked at twice as often
+CHECK_EVERY = 40  # steps, and steps of warm-up before the first check; many flows are looked at twice as often
 COOL_SHARE = 0.6  # of the steps before, for the cool-down
 COOL = 600  # steps at least; half of them in a try and of many flows, a third where a look at the weights ended it
 AVERAGED_SHARE = 0.2  # of a cool-down, the last steps
@@ -184,7 +183,7 @@ class _Run:
         if self.cooling is not None:
             self._cool_on(self.cooling)
         elif done < _steady_share(self.budget.steps) and self.budget.left(done) and not self.still:
-            trainer.step(trainer.learning_rate * min(1.0, (done + 1) / WARM_UP))
+            trainer.step(trainer.learning_rate * min(1.0, (done + 1) / CHECK_EVERY))
             if self.done % CHECK_EVERY == 0:
                 self._look_at_all(settle)
         else:

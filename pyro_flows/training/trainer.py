@@ -18,7 +18,6 @@ from pyro_flows.verdict.thresholds import ESS_SHARE_PROMISING
 
 BLEND = 0.5
 DEFENSIVE = 0.3
-EAGER_STEPS = 10  # a shorter run would not pay for recording
 LOOK_EVERY = 10  # steps between two looks at what they have come to, since a look makes a GPU wait
 PLAIN = ("learning_rate", "evaluation", "_recordable", "_blend", "_careful", "_skips_seen")  # that steps change
 
@@ -148,7 +147,7 @@ class Trainer:
         self._careful = skipped > self._skips_seen or bool(self._left_out)
         self._skips_seen = skipped
         self._left_out.zero_()
-        if self._recordable and done >= EAGER_STEPS:
+        if self._recordable and done:  # a run up to the first look would not pay for it
             self._record()
         x, log_importance_ratio = self._points(LOOK_EVERY * self.batch, DEFENSIVE if self._blend else 0.0)
         self._drawn = list(zip(x.split(self.batch), log_importance_ratio.split(self.batch), strict=True))

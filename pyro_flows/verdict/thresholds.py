@@ -90,9 +90,8 @@ R_HAT_OF_SHORT_CHAINS = 1.05
 DIVERGENT_SHARE_OF_CHAINS = 0.0001
 # MCMC of a fit: trajectories that may diverge of any number: one says next to nothing. Source: chosen.
 DIVERGENT_FEW = 1
-# MCMC of a fit: times the share above, from which on the step size is halved. Source: chosen.
-DIVERGENT_TIMES_MOST = 10.0
-# MCMC of the caller: share of the draws, at most. Source: chosen.
+# MCMC of the caller: share of the draws, at most. MCMC of a fit: share from which on the step size is halved at once.
+# Source: chosen.
 DIVERGENT_SHARE_OF_MCMC = 0.001
 # MCMC of a fit: standard error of an sd, as a part of it, at which chains end. Source: measured (record 0025).
 SD_ERROR_OF_CHAINS = 0.04
@@ -104,41 +103,33 @@ SD_ERROR_OF_FEW_DRAWS = 0.02
 # Sds by which weighting may shift a mean, and log ratio by which it may change an sd, of draws that are used as they
 # are. The same of mass that rounding loses next to a bound. The same of the model's own values, and of chains against
 # weighted draws, beyond SHIFT_ERRORS. Standard error of an sd of chains, as a part of it, above which the verdict on
-# them has a reason. Source: chosen.
+# them has a reason. Rows of a plate: relative error of an estimate of a row, above which its k-hat matters. Source:
+# chosen.
 SHIFT_MOST = 0.1
-# Standard errors that SHIFT_MOST is counted beyond, where it is compared with noise. Source: chosen.
+# Standard errors that SHIFT_MOST and SHIFT_SEEN are counted beyond, where they are compared with noise. Source: chosen.
 SHIFT_ERRORS = 3.0
 # Verdict: sds that weighting may shift a mean by, of draws that it corrects. Source: measured (record 0033).
 MEAN_SHIFT_MOST = 1.0
 # Verdict: log ratio that weighting may widen an sd by, of draws that it corrects. Source: measured (record 0033).
 SD_WIDENING_MOST = math.log(2.0)
 # Round: sds, and log ratio of sds, below which weighting changes nothing that shows in 4000 draws: 2.5 standard
-# errors. Source: chosen.
+# errors; beyond SHIFT_ERRORS. Rows of a plate: the same as ROW_ERROR_MOST, from which on each row gets twice as many
+# draws. Source: chosen.
 SHIFT_SEEN = 0.04
-# Round: standard errors that are added: the largest of the shifts of many coordinates has so much noise. Source:
-# chosen.
-SHIFT_SEEN_ERRORS = 4.0
-# Round: times SHIFT_SEEN, for a flow in training: it has the noise of its last steps. Source: chosen.
-SHIFT_SEEN_IN_TRAINING = 1.5
-# NICE: Var[log p] over that of the base, above which the verdict has a warning. Source: chosen.
-VAR_LOG_P_RATIO = 2.0
-# NICE: the same, from which on the verdict is unreliable. Source: chosen.
+# NICE: Var[log p] over that of the base, from which on the verdict is unreliable. Source: chosen.
 VAR_LOG_P_RATIO_MOST = 5.0
 
 # ---- gaps between log evidence and ELBO, in nats ---------------------------------------------------------------------
 
-# Many fits: at most, for training to end early, since weights correct it. A grid is tried first if its log evidence
-# is higher than the ELBO of a start by more. Source: chosen.
-EVIDENCE_GAP_VISIBLE = 0.05
-# Round: nothing is left to gain below the larger of this and the next one times the dimension. Source: measured
-# (record 0016).
+# Round: nothing is left to gain below the larger of this and the next one times the dimension. Many fits: at most, for
+# training to end early; a grid is tried first if its log evidence is higher than the ELBO of a start by more. Source:
+# measured (record 0016).
 EVIDENCE_GAP_GOOD = 0.04
-# Round: the same, in nats a dimension. Source: measured (record 0016).
+# Round: the same, in nats a dimension. Tables: nats between the last two rounds, a coordinate. Source: measured (record
+# 0016).
 EVIDENCE_GAP_GOOD_A_DIM = 0.002
-# Round: part of both that counts where k-hat is above K_HAT_GOOD and below its threshold. Source: chosen.
-EVIDENCE_GAP_SMALL_SHARE = 0.25
-# Nats of ELBO that do not matter: a drift of training, and what the noise of a full covariance may cost. Source:
-# chosen.
+# Nats that do not matter: a drift of training and what it may still gain, what the noise of a full covariance may cost,
+# and a change of the log density by an exact symmetry. Source: chosen.
 EVIDENCE_GAP_NEGLIGIBLE = 0.02
 # Trial runs: below this, no other learning rate is tried; nor a start whose divergence from the best one is less.
 # Source: chosen.
@@ -149,24 +140,15 @@ EVIDENCE_GAP_OF_RUNS = 0.3
 # Rows of a plate: standard error of differences of the log density, from which on the draws are not used. Source:
 # chosen; an error of this size moves a mean by as many sds at most.
 ROW_ERROR_MOST = 0.2
-# Rows of a plate: the same, from which on each row gets twice as many draws. Source: chosen.
-ROW_ERROR_GOOD = 0.05
-# Rows of a plate: share of the draws of the others at which the error of a row has to be known. Source: chosen.
-ROW_ERROR_KNOWN = 0.95
 # Rows of a plate: mean relative variance of the weights of a row, up to which rows count as normal. Source: chosen.
 ROW_WEIGHTS_EVEN = 1e-4
-# Rows of a plate: relative variance of an estimate of a row, above which its k-hat matters. Source: chosen.
-ROW_WEIGHTS_UNEVEN = 0.01
-# Latents in plates: sds between two modes of a row, from which on the second counts. Source: chosen.
+# Latents in plates, and outside of them: sds between two modes, from which on the second counts. Source: chosen.
 ROW_MODES_APART = 3.0
-# The same: mass of the second mode, as a part of that of the first, from which on it counts. Source: chosen.
+# The same: mass of the second mode of a row, as a part of that of the first, from which on it counts; height of one
+# outside of plates. Source: chosen.
 ROW_MODE_SHARE = 0.01
 # The same: draws within an sd of the second mode, from which on it is integrated over. Source: chosen.
 ROW_MODE_REACHED = 0.3
-# Latents outside of plates: sds between two modes, from which on the second counts. Source: chosen.
-GLOBAL_MODES_APART = 5.0
-# The same: nats that a second mode may be lower. Source: chosen.
-GLOBAL_MODE_LOWER = 5.0
 
 # ---- data ------------------------------------------------------------------------------------------------------------
 
@@ -190,18 +172,16 @@ MISSED_MASS_SHARE = 0.02
 # have to visit. Source: chosen.
 MISSED_MASS_ERRORS = 2.0
 # Short tail: share of the mass beyond a quantile that draws may lack. Comparison of chains: share of their draws beyond
-# each of two quantiles. Source: chosen.
+# each of two quantiles. Missed mass next to the guide: share of weighted draws beyond the excess that counts as hardly
+# reached. Source: chosen.
 MISSED_MASS_OF_TAILS = 0.01
-# Short tail: share of the draws beyond each of two quantiles. Missed mass next to the guide: share of the walkers that
-# get out; with fewer, the search ends. Source: chosen.
+# Share of draws that counts as a tail. Short tail: beyond each of two quantiles; and probability by which quartiles of
+# a grid may differ from those of the draws. Missed mass next to the guide: share of the walkers that get out; with
+# fewer, the search ends. Starts: the lowest terms, which an ELBO leaves out. Mixtures: the share of wide parts. Rows of
+# a plate: share of the draws of the others at which the error of a row may be unknown. Source: chosen.
 TAIL_SHARE = 0.05
 # Missed mode of chains: part of a region's mass that chains need. Source: chosen.
 REGION_MASS_SHARE = 0.5
-# Short tail: probability by which quartiles of a grid may differ from those of the draws. Source: chosen.
-QUARTILE_GAP_OF_GRID = 0.03
-# Missed mass next to the guide: share of weighted draws beyond the excess that counts as hardly reached. Source:
-# chosen.
-MASS_HARDLY_REACHED = 0.005
 # Missed mode: nats that log q falls short of log p by, at a place where the guide has too little density. Source:
 # chosen.
 DENSITY_GAP_OF_MODES = 7.0
@@ -211,6 +191,8 @@ DENSITY_GAP_OF_WALKERS = 3.0
 # Nats below the best from which nothing counts: a start or a mode is left out, an image has no mass, and training goes
 # back to its best check. Source: chosen.
 DENSITY_GAP_OF_LOST = 20.0
+# Nats below the highest density: the mass there is zero, at a wall or at the end of a grid. Source: chosen.
+DENSITY_GAP_OF_NOTHING = 60.0
 # Unverified mode: nats that tempering may lack of the guide's own mass; with more, it is made anew, ten times as
 # slowly, and a region counts unless it has so much less. In 226 dimensions it lacked 33, in 125 it lacked 73, and
 # places were no modes. Source: measured.

@@ -12,6 +12,7 @@ from pyro_flows.verdict.next_step import IMPROPER, next_step
 from pyro_flows.verdict.thresholds import ESS_SHARE_LEAST, SHIFT_MOST
 from pyro_flows.verdict.weighing import in_words
 
+NAMED = 3  # of many coordinates or rows, the worst ones; others are counted
 SHOWN = 0.005  # sds: a smaller shift is printed as 0.00, and its coordinate is an accident of rounding
 
 

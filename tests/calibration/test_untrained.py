@@ -18,7 +18,7 @@ from pyro_flows.calibration.batch import CORRECTED_GRID, _Trial, _weighed
 from pyro_flows.fitting.laplace_grid import AT_ONCE
 from pyro_flows.flows.parts import location_scale
 from pyro_flows.model.stack import Stack
-from pyro_flows.modes.laplace_grid import FEWEST_POINTS, SIDE, Bent, _table, bent, grids_together
+from pyro_flows.modes.laplace_grid import FEWEST_POINTS, STEPS, Bent, _table, bent, grids_together
 from pyro_flows.modes.tables import flow_along
 from pyro_flows.starts.portfolio import starts_together
 from pyro_flows.verdict.deciding import LOOKED_AT_DRAWS
@@ -125,7 +125,7 @@ def test_a_posterior_that_is_not_bent_gets_no_slices(stack, starts):
     assert grids_together(stack, starts, straight) == [None] * COUNT
 
 
-def parts(count: int = 2 * len(SIDE) + 1) -> tuple[Tensor, Tensor, Tensor]:
+def parts(count: int = 2 * len(STEPS) + 1) -> tuple[Tensor, Tensor, Tensor]:
     places = torch.linspace(-8.0, 8.0, count).double()
     tops = torch.stack([places, 0.0 * places], 1)
     return tops, -0.5 * places.square(), torch.eye(2).double().expand(count, 2, 2)
@@ -134,21 +134,21 @@ def parts(count: int = 2 * len(SIDE) + 1) -> tuple[Tensor, Tensor, Tensor]:
 def test_a_table_ends_at_the_first_slice_that_is_not_known():
     tops, masses, roots = parts()
     known = torch.ones(len(masses), dtype=torch.bool)
-    known[len(SIDE) + 6] = False
+    known[len(STEPS) + 6] = False
     table = _table(0, tops, masses, roots, known)
-    assert len(table.places) == len(SIDE) + 6
-    assert table.places[-1] == tops[len(SIDE) + 5, 0]
+    assert len(table.places) == len(STEPS) + 6
+    assert table.places[-1] == tops[len(STEPS) + 5, 0]
 
 
 def test_nothing_is_made_of_few_slices_or_without_the_middle_one():
     tops, masses, roots = parts()
     known = torch.zeros(len(masses), dtype=torch.bool)
     assert _table(0, tops, masses, roots, known) is None
-    known[len(SIDE) : len(SIDE) + FEWEST_POINTS - 1] = True
+    known[len(STEPS) : len(STEPS) + FEWEST_POINTS - 1] = True
     assert _table(0, tops, masses, roots, known) is None
-    known[len(SIDE) + FEWEST_POINTS - 1] = True
+    known[len(STEPS) + FEWEST_POINTS - 1] = True
     assert _table(0, tops, masses, roots, known) is not None
-    known[len(SIDE)] = False
+    known[len(STEPS)] = False
     assert _table(0, tops, masses, roots, known) is None
 
 

@@ -550,7 +550,7 @@ def test_looks_between_are_at_the_worst_coordinates(narrow, monkeypatch):
 
     original = module.examined
     monkeypatch.setattr(module, "examined", examined)
-    monkeypatch.setattr(module, "WATCHED", 3)
+    monkeypatch.setattr(module, "MOST", 3)
     for room in (stopping, chains):
         monkeypatch.setattr(room, "ESS_OF_CHAINS", 4000.0)
     found = narrow.refine()

@@ -106,7 +106,7 @@ def walk_means():
 
 @pytest.mark.parametrize(
     ("hierarchical", "dim", "place"),
-    [(True, 14, 1), (False, 14, 7), (False, 80, 7), (False, 81, 9), (True, 81, 9)],
+    [(True, 14, 1), (False, 14, 7), (False, 100, 7), (False, 101, 9), (True, 101, 9)],
 )
 def test_few_coordinates_are_held_before_chains_and_many_after(hierarchical, dim, place):
     """Small hierarchical models are looked at as they are read, before coordinates are chosen."""
@@ -115,7 +115,7 @@ def test_few_coordinates_are_held_before_chains_and_many_after(hierarchical, dim
     asked = [number for number, method in enumerate(METHODS) if method.name == CONDITIONALS and method.applies(run)]
     assert asked == [place]
     before = [method.name for method in METHODS[:place]]
-    assert (MCMC in before) == (dim > 80)
+    assert (MCMC in before) == (dim > 100)
     assert (METHODS[place].when == AS_READ) == (place == 1)
 
 

@@ -19,7 +19,7 @@ OTHERS = {
     "next to the same": (1.3, 0.5, -1.0, False),
     "wider": (3.0, 0.0, -1.0, True),
     "as wide nearly, and elsewhere": (1.01, 3.0, -1.0, True),
-    "too low": (3.0, 0.0, -11.0, False),
+    "too low": (3.0, 0.0, -13.0, False),
 }
 
 

@@ -17,7 +17,7 @@ from pyro_flows.correction import latent
 from pyro_flows.correction.latent import Latent
 from pyro_flows.correction.starts import NoStart, dispersed_points
 from pyro_flows.flows.laplace_grid import sliced
-from pyro_flows.modes.missed_regions import BY_WALKERS, PLACES, Guide
+from pyro_flows.modes.missed_regions import BY_WALKERS, Guide
 from pyro_flows.modes.under_covered import (
     HIGH,
     LOOKS,
@@ -28,6 +28,7 @@ from pyro_flows.modes.under_covered import (
     under_covered_region,
     walked,
 )
+from pyro_flows.starts.prior import SEARCHES
 from pyro_flows.transforms.linear import LowerTriangularAffine
 from pyro_flows.verdict.thresholds import DENSITY_GAP_OF_WALKERS, TAIL_SHARE
 from tests.modes.test_tempering import flat
@@ -114,7 +115,7 @@ def test_a_guide_with_too_light_tails_has_too_little_mass():
     guide, weights, log_q = weighted(density, flow, z)
     found = under_covered_region(guide, Latent(flow, density), z, weights, log_q, seed=0)
     assert {region.start.name for region in found} == {BY_WALKERS}
-    assert len(found) == PLACES
+    assert len(found) == SEARCHES
     assert all(float(region.place.abs().max()) > 3.0 for region in found)
     assert under_covered_region(guide, None, z, weights, log_q, seed=0) == []
 

@@ -37,9 +37,10 @@ PHRASES = {
         "If their effective share has not risen by {verdict.thresholds.ESS_SHARE_COLLAPSED}",
         "in up to {starts.curvature.SMALL_UP_TO} dimensions and for models of few operations",
         "Given up to {modes.conditionals.MOST_HELD|word} coordinates",
-        "In up to {fitting.methods.AT_FIRST} dimensions this comes before the parameterization is chosen",
-        "In {fitting.methods.AT_FIRST} to {starts.curvature.FULL_HESSIAN_UP_TO} dimensions it is tried if the chains",
-        "In {fitting.methods.SAMPLED_FROM} to {fitting.methods.SAMPLED_UP_TO} dimensions a flow takes thousands of "
+        "In up to {starts.prior.MATRICES_UP_TO} dimensions this comes before the parameterization is chosen",
+        "In {starts.prior.MATRICES_UP_TO} to {starts.curvature.FULL_HESSIAN_UP_TO} dimensions it is tried if the "
+        "chains",
+        "In {fitting.methods.SAMPLED_FROM} to {correction.adaptation.MOST_DIM} dimensions a flow takes thousands of "
         "steps",
         "{correction.refine.ATTEMPT|comma} gradients at most, half of that in up to {starts.curvature.SMALL_UP_TO} "
         "dimensions",
@@ -67,8 +68,8 @@ PHRASES = {
         "**changes a mean** by more than {verdict.thresholds.SHIFT_MOST} posterior standard deviations",
         "the logarithm of the ratio is larger than {verdict.thresholds.SHIFT_MOST}",
         "by more than {verdict.thresholds.SHIFT_MOST} and {verdict.thresholds.SHIFT_ERRORS|word} standard errors",
-        "names the worst {fitting.combine.NAMED|word} and counts the others",
-        "(dimensions times data above {modes.unverified_modes.CURVED_UP_TO|million})",
+        "names the worst {verdict.verdict.NAMED|word} and counts the others",
+        "(dimensions times data above {modes.survey.NUMBERS|million})",
         "up to a factor of {modes.under_covered.HIGH|tens}",
         "up to {starts.prior.MATRICES_UP_TO} dimensions and for the first {modes.propriety.MOST} such coordinates",
         "This is tried for up to {modes.propriety.HIDDEN} such coordinates",
@@ -137,17 +138,17 @@ PHRASES = {
     ],
     "docs/gallery.md": ["trained by Pyro's SVI for {benchmarks.gallery.pictures.STEPS} steps"],
     "docs/design.md": [
-        "from {fitting.methods.SAMPLED_FROM} to {fitting.methods.SAMPLED_UP_TO} dimensions",
+        "from {fitting.methods.SAMPLED_FROM} to {correction.adaptation.MOST_DIM} dimensions",
         "up to {starts.curvature.SMALL_UP_TO} dimensions: in hierarchical models",
         "given up to {modes.conditionals.MOST_HELD|word} hyperparameters",
-        "up to {fitting.methods.AT_FIRST} dimensions before chains",
-        "above {fitting.methods.AT_FIRST} after them",
+        "up to {starts.prior.MATRICES_UP_TO} dimensions before chains",
+        "above {starts.prior.MATRICES_UP_TO} after them",
         "(diagonal above {flows.recipe.FULL_AFFINE_UP_TO} dimensions, $L$ above {starts.curvature.ONE_HESSIAN_UP_TO})",
         "falls {verdict.thresholds.DENSITY_GAP_OF_LOST} nats below the best check",
         "checked every {training.loop.CHECK_EVERY} steps",
         "a window of {training.convergence.WINDOW|word} checks",
         "split R-hat of at most {verdict.thresholds.R_HAT_OF_SHORT_CHAINS}",
-        "at most {training.convergence.LEFT_TOLERANCE} nats may remain",
+        "at most {verdict.thresholds.EVIDENCE_GAP_NEGLIGIBLE} nats may remain",
     ],
 }
 SOURCE = re.compile(r"\{([\w.]+?)(?:\((\w+)\))?(?:\[(-?\d+)\])?(?:\|([\w ]+))?\}")

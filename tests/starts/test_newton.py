@@ -9,8 +9,8 @@ import torch
 
 from pyro_flows.starts import climb as laplace_module
 from pyro_flows.starts import portfolio as portfolio_module
-from pyro_flows.starts.climb import newton
-from pyro_flows.starts.portfolio import STEPS_AFTER_PATHS, portfolio
+from pyro_flows.starts.climb import NEWTON, newton
+from pyro_flows.starts.portfolio import portfolio
 from tests.starts.test_pathfinder import WIDE, density_of, gaussian
 
 
@@ -55,7 +55,7 @@ def test_where_a_gradient_handles_many_numbers_paths_come_first(dear, monkeypatc
     monkeypatch.setattr(portfolio_module, "laplace", recorded)
     found = portfolio(density, seed=0)
     ((points, options),) = asked
-    assert options == ({"most": STEPS_AFTER_PATHS} if dear else {})
+    assert options == ({"most": NEWTON} if dear else {})
     away = torch.linalg.solve_triangular(factor, (points - loc).mT, upper=False).norm(dim=0)
     assert (float(away.max()) < 0.1) == dear
     best = next(start for start in found if start.name == "laplace")

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from pyro_flows.training.convergence import LEFT_TOLERANCE, WINDOW, Monitor
+from pyro_flows.training.convergence import WINDOW, Monitor
+from pyro_flows.verdict.thresholds import EVIDENCE_GAP_NEGLIGIBLE
 from tests.registry import normal
 
 DRAWS = normal(200, 2, seed=1)
@@ -50,7 +51,7 @@ def test_a_slow_climb_is_extrapolated():
     for checks in (20, 100):
         steps = 1.0 + torch.arange(checks, dtype=torch.float64)
         assert not watch(-30.0 / steps)[0]
-    checks = int(4.0 / LEFT_TOLERANCE)
+    checks = int(4.0 / EVIDENCE_GAP_NEGLIGIBLE)
     steps = 1.0 + torch.arange(checks, dtype=torch.float64)
     assert watch(-1.0 / steps)[0]
 
