@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pyro_flows import _checks
 from pyro_flows._interrupts import STATE
 from pyro_flows.density_estimation.ascent import RACE_STEPS, RACED, Ascent, State, widest
-from pyro_flows.density_estimation.points import Rows, Source
+from pyro_flows.density_estimation.points import Source, Stream
 
 MAX_STEPS = 20_000
 DECAY = 1e-4  # of weights a point of data, each epoch,
@@ -46,10 +46,14 @@ class Plan:
 
 
 def batch_size(train: Source, batch: int | None) -> int:
-    """Return how many points a step takes: what is asked for, or a tenth of few data."""
+    """Return how many points a step takes: what is asked for, or a tenth of few data; or a loader's own batches."""
+    if isinstance(train, Stream):
+        if batch is not None:
+            raise ValueError("batch: a DataLoader has batches of its own; leave it out, or pass the data themselves.")
+        return train.batch
     if batch is not None:
         return _checks.integer("batch", batch, 1)
-    return max(32, min(BATCH, len(train) // 10)) if isinstance(train, Rows) else BATCH
+    return max(32, min(BATCH, len(train) // 10))
 
 
 def choose(ascent: Ascent, learning_rate: float | None, weight_decay: float | None, plan: Plan) -> None:

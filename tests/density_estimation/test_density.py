@@ -2,11 +2,12 @@
 
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorDataset
 
 import pyro_flows as pf
 from pyro_flows import datasets
@@ -590,9 +591,43 @@ def test_wrong_orders_of_arguments_are_told_the_right_one():
 
 def test_two_points_with_a_context_are_enough():
     two = torch.tensor([0.0, 1.0])
-    with pytest.warns(UserWarning, match="is constant"):
+    with pytest.warns(UserWarning, match="is constant") as said:
         found = pf.fit_density(two, context=two, max_epochs=1, learning_rate=1e-3, progress=False)
     assert math.isfinite(found.validation)
+    assert [Path(one.filename).name for one in said] == ["test_density.py"]  # once, and at the user's line
+
+
+def test_tensors_with_a_gradient_are_data(tmp_path):
+    x, y = (torch.randn(50, 1, requires_grad=True) for _ in range(2))
+    found = pf.fit_density(y, context=x, max_epochs=1, learning_rate=1e-3, progress=False)
+    found.save(tmp_path / "saved")
+    assert torch.equal(pf.DensityFit.load(tmp_path / "saved").log_prob(y, x), found.log_prob(y, x))
+
+
+def test_a_context_in_half_precision():
+    x, y = torch.randn(2, 50, 1)
+    found = pf.fit_density(y.bfloat16(), context=x.bfloat16(), max_epochs=1, learning_rate=1e-3, progress=False)
+    assert found.log_prob(y.bfloat16(), x.bfloat16()).isfinite().all()
+
+
+def test_a_loader_tells_how_many_points_a_step_takes():
+    y = torch.randn(512, 2)
+    several = BatchSampler(RandomSampler(y), 40, drop_last=False)
+    listed = [TensorDataset(y[first : first + 30])[:] for first in range(0, 90, 30)]
+    options = {"validation": None, "max_epochs": 1, "progress": False, "learning_rate": 1e-3}
+    found = {
+        size: pf.fit_density(pf.nice(2), DataLoader(points, **given), **options).settings
+        for size, points, given in (
+            (16, TensorDataset(y), {"batch_size": 16}),
+            (64, TensorDataset(y), {"batch_size": 64}),
+            (40, TensorDataset(y), {"batch_sampler": several}),
+            (30, listed, {"batch_size": None}),
+        )
+    }
+    assert all(settings["batch"] == size for size, settings in found.items())
+    assert found[16]["weight_decay"] == pytest.approx(found[64]["weight_decay"], rel=0.01)  # of as many points
+    with pytest.raises(ValueError, match="batch: a DataLoader has batches of its own"):
+        pf.fit_density(pf.nice(2), DataLoader(TensorDataset(y), 16), batch=8, **options)
 
 
 def test_refuses_missing_values_and_says_where(tmp_path):
