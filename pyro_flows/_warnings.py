@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import CodeType
 
+from torch.utils import _contextlib
+
 HERE = str(Path(__file__).parent) + os.sep
 
 _warned: weakref.WeakKeyDictionary[object, set[tuple[CodeType, int]]] = weakref.WeakKeyDictionary()
@@ -34,7 +36,7 @@ class UnreliableWarning(UserWarning):
 
 def outside() -> int:
     """Return the ``stacklevel`` of the first caller outside of this package, for the function that calls this."""
-    ours = (HERE, contextlib.__file__)
+    ours = (HERE, contextlib.__file__, _contextlib.__file__)  # the last two: of decorators
     level, frame = 1, sys._getframe(1)
     while frame.f_back is not None and frame.f_code.co_filename.startswith(ours):
         level, frame = level + 1, frame.f_back

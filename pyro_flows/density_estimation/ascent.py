@@ -22,7 +22,8 @@ from pyro_flows.transforms.networks import Network, Residual, ResidualConvolutio
 
 RACED = (1e-3, 3e-3, 1e-2)
 RACE_STEPS = 80
-TIE, TIE_NATS = 0.05, 0.1  # of what the best gains on the start, and nats a dimension at most
+JUDGED = 32  # batches of training points that judge a race beside the held-out ones
+TIE, TIE_NATS, NOISE = 0.05, 0.1, 0.02  # of what the best gains on the start; nats a dimension at most, nats at least
 AVERAGE_POWER = 9.0  # the average holds about the last tenth of the steps
 CLIP = 5.0
 SCALES = 5.0
@@ -193,7 +194,7 @@ class Ascent:
         """
         start = self.keep()
         batches = list(islice(self._forever(), steps))
-        judge = self.held_out or batches[-8:]
+        judge = [*self.held_out, *batches[-JUDGED:]]
         first = (score(self.flow, judge), min(candidates), start, self.optimizer)
         runs: list[Run] = []
         for learning_rate in candidates:
@@ -204,9 +205,12 @@ class Ascent:
                 self.step(y, context, learning_rate * trapeze((step + 1) / steps))
             runs.append((score(self.flow, judge), learning_rate, self.keep(), self.optimizer))
         good = _about_best(first[0], runs, self.dim)
-        value, self.state.learning_rate, weights, self.optimizer = max(good or [first], key=lambda run: run[1])
+        _, self.state.learning_rate, weights, self.optimizer = max(good or [first], key=lambda run: run[1])
         self.assign(weights)
-        self.average, self.best_weights, self.state.best = self.keep(), weights, value if self.held_out else -math.inf
+        self.average = self.keep()
+        if self.held_out:
+            tried = [(self.validate(values), values) for values in (start, weights)]
+            self.state.best, self.best_weights = max(tried, key=lambda pair: pair[0])
         self.state.skipped, self.state.norm = 0, 0.0
 
     def set_weight_decay(self, decay: float) -> None:
@@ -297,5 +301,5 @@ def trapeze(share: float) -> float:
 def _about_best(start: float, runs: Sequence[Run], dim: int) -> list[Run]:
     """Return the runs that come about as far as the best one; none if that is no further than the start."""
     best = max(run[0] for run in runs)
-    enough = best - min(TIE * (best - start), TIE_NATS * dim) if math.isfinite(best) else best
+    enough = best - min(max(TIE * (best - start), NOISE), TIE_NATS * dim) if math.isfinite(best) else best
     return [run for run in runs if run[0] >= enough and best > start]

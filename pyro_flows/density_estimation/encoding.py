@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     import pandas as pd
 
 Level = str | float  # a number of Python, True and False among them
-LEVELS_UP_TO = 20  # values of a column of whole numbers that are read as categories
+LEVELS_UP_TO = 20  # values of a column of whole numbers that are read as categories,
+ROWS_A_LEVEL = 10  # if each is in so many rows: in a fold of five, one of fewer rows may be missing
 
 
 @dataclass(frozen=True)
@@ -57,8 +58,8 @@ class Column:
         if bool((codes == -2).any()):
             row = int((codes == -2).argmax())
             whole = (
-                f" Whole numbers with at most {LEVELS_UP_TO} values are read as categories; pass floating-point "
-                "numbers to the fit otherwise."
+                f" Whole numbers with at most {LEVELS_UP_TO} values, each in {ROWS_A_LEVEL} rows or more, are read as "
+                "categories; pass floating-point numbers to the fit otherwise."
             )
             raise ValueError(
                 f"context: {_plain(values[row])!r} in row {row} of column {self.name} is no category that the fit has "
@@ -85,7 +86,8 @@ class Encoding:
     def of(cls, context: object) -> Encoding | None:
         """Read the columns of a context; None where its numbers stay as they are, and have no names.
 
-        Categories are texts, booleans, pandas' categories, and whole numbers (by dtype) of at most 20 values.
+        Categories are texts, booleans, pandas' categories, and whole numbers (by dtype) of at most 20 values, each in
+        at least 10 rows.
         """
         if isinstance(context, np.memmap):
             return None
@@ -165,7 +167,8 @@ def _is_category(values: object) -> bool:
 def as_array(values: object) -> np.ndarray:
     """Return values as an array: of objects for pandas' own kinds, with None for what is missing."""
     if isinstance(values, (Tensor, np.ma.MaskedArray)):
-        return numbers("context", values).detach().cpu().numpy()
+        tensor = numbers("context", values).detach().cpu()
+        return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
     kind = getattr(values, "dtype", None)
     if kind is None or isinstance(kind, np.dtype):
         try:
@@ -200,7 +203,9 @@ def _read(name: str, values: np.ndarray, categories: bool) -> Column:
     levels: Sequence[Level] = ()
     if categories or texts or given.dtype.kind in "iu":
         levels = sorted({_plain(value) for value in given}, key=lambda level: (str(type(level)), level))
-        levels = levels if categories or texts or len(levels) <= LEVELS_UP_TO else ()
+        if not (categories or texts):
+            few = len(levels) > LEVELS_UP_TO or np.unique(given, return_counts=True)[1].min() < ROWS_A_LEVEL
+            levels = () if few else levels
     fill = 0.0 if levels else float(np.asarray(given, dtype=float).mean())
     return Column(name, tuple(levels), fill, bool(gone.any()))
 

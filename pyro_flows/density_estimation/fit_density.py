@@ -97,8 +97,8 @@ def fit_density(
             (read batch by batch), or a ``DataLoader`` that gives tensors, or pairs ``(data, context)``.
         context: what the density is conditional on, ``(N, columns)`` or ``(N,)``. Flows that are made here, by default
             or by name, take a data frame or an array with missing values (NaN, None): these become the mean and a
-            column that says where. Texts, booleans, pandas' categories, and whole numbers of at most 20 values become
-            columns of 0 and 1. Builders' flows standardize their context.
+            column that says where. Texts, booleans, pandas' categories, and whole numbers of at most 20 values, each in
+            10 rows or more, become columns of 0 and 1. Builders' flows standardize their context.
         validation: the share to hold out; or held-out data, or a pair of them and their context; or ``None``, with
             which nothing stops the training but the budget. With a ``DataLoader``, it cannot be a share.
         preprocess: ``"standardize"`` (each coordinate), ``"whiten"`` (correlations too; see
@@ -114,7 +114,8 @@ def fit_density(
             data (of the unit cube, with levels). The density, its nats and draws are those of the noisy data,
             :math:`x + \sigma\epsilon`; :meth:`DensityFit.denoise` takes the noise out of draws. Images are black or
             white at many pixels, where a density without noise has narrow peaks to learn.
-        batch: points a step; by default 256, or a tenth of the data if that is less, and 32 at least.
+        batch: points a step; by default 256, or a tenth of the data if that is less, and 32 at least. A ``DataLoader``
+            has batches of its own.
         learning_rate: of Adam, without trial runs.
         weight_decay: of AdamW, relative to the step size; by default 1e-4 times epochs ahead (in 20 000 steps at most)
             times parameters over points (of images: pixels), since what can be learned by heart is the more, the longer

@@ -166,6 +166,12 @@ class Stream:
 
     shuffled = ordered
 
+    @property
+    def batch(self) -> int:
+        """How many points a batch has, as the loader says, or its first batch."""
+        size = self.loader.batch_size or getattr(self.loader.batch_sampler, "batch_size", None)
+        return size if isinstance(size, int) else len(next(self.ordered(0))[0])
+
     def steps(self, size: int) -> int:
         """How many batches an epoch has."""
         try:
@@ -207,7 +213,7 @@ def _array(name: str, values: object, like: Tensor) -> Array:
         values = _of_frame(name, values)
     if not isinstance(values, (Tensor, np.ndarray, list, tuple)):
         raise ValueError(f"{name}: expected a tensor, an array or a DataLoader, got a {type(values).__name__}.")
-    tensor = numbers(name, values)
+    tensor = numbers(name, values).detach()
     if tensor.element_size() == 1:
         tensor = tensor.to(like.device)  # bytes stay bytes
     else:

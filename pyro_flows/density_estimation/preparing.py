@@ -159,7 +159,7 @@ def begin_mixture(
     assert x is not None
     if flow.context_dim:
         x = x * math.sqrt(len(x) / max(len(x) - flow.context_dim - 1, 0.5 * len(x)))
-    white = preprocess("whiten", [(x, None)])
+    white = preprocess("whiten", [(x, None)], warns=False)
     given = None if other is None else white.inverse_and_ladj(other)[0]
     parts = choose(white.inverse_and_ladj(x)[0], given, over=over).moved(white.loc, white.scale)
     fixed = None

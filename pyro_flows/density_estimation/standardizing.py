@@ -24,7 +24,9 @@ NAMED = 10  # coordinates that a warning names at most
 CONSTANT = 1e-12  # a variance below this share of the mean square is rounding error
 
 
-def preprocess(kind: str, batches: Iterable[Batch], *, pooled: bool = False, shrink: bool = True) -> Preprocess:
+def preprocess(
+    kind: str, batches: Iterable[Batch], *, pooled: bool = False, shrink: bool = True, warns: bool = True
+) -> Preprocess:
     r"""Measure data, and return the layer that makes them standardized or white. One pass over the batches.
 
     With a context, its linear effect on the mean is taken out too: for one-hot classes, the mean of each class.
@@ -36,6 +38,7 @@ def preprocess(kind: str, batches: Iterable[Batch], *, pooled: bool = False, shr
         batches: points, each with its context or none.
         pooled: whether all coordinates get one scale, as the pixels of an image should.
         shrink: whether correlations are shrunk.
+        warns: whether of constant coordinates.
 
     Warns:
         UserWarning: if a coordinate is constant, given the context if there is one. Its scale is then that of the
@@ -55,7 +58,7 @@ def preprocess(kind: str, batches: Iterable[Batch], *, pooled: bool = False, shr
         given = " given the context"
         slope, y = _regress(context, y)
         mean = mean - context.mean(0) @ slope
-    scale = _scales(y, size, given)
+    scale = _scales(y, size, given if warns else None)
     if pooled:
         scale = scale.square().mean().sqrt().expand(scale.shape)
     factor = scale.reshape(shape)
@@ -190,17 +193,18 @@ def _constant(y: Tensor, size: Tensor) -> Tensor:
     return y.square().mean(0) <= CONSTANT * size + torch.finfo(torch.float32).tiny ** 2
 
 
-def _scales(y: Tensor, size: Tensor, given: str) -> Tensor:
+def _scales(y: Tensor, size: Tensor, given: str | None) -> Tensor:
     """Return standard deviations of centered points whose mean square was ``size`` before centering."""
     variance, constant = y.square().mean(0), _constant(y, size)
     if bool(constant.any()):
         where = constant.nonzero().flatten().tolist()
-        warnings.warn(
-            f"data: coordinate {where[0]} is constant{given} ({len(where)} of {len(constant)} are), so that its "
-            "density has no upper bound. Drop it, or pass levels= if the values are quantized.",
-            UserWarning,
-            stacklevel=outside(),
-        )
+        if given is not None:
+            warnings.warn(
+                f"data: coordinate {where[0]} is constant{given} ({len(where)} of {len(constant)} are), so that its "
+                "density has no upper bound. Drop it, or pass levels= if the values are quantized.",
+                UserWarning,
+                stacklevel=outside(),
+            )
         rest = variance[~constant]
         variance = torch.where(constant, rest.min() if len(rest) else torch.ones_like(variance), variance)
     return variance.sqrt()

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from pyro_flows import _checks
 from pyro_flows._interrupts import STATE
 from pyro_flows.density_estimation.ascent import RACE_STEPS, RACED, Ascent, State, widest
-from pyro_flows.density_estimation.points import Rows, Source
+from pyro_flows.density_estimation.points import Source, Stream
+from pyro_flows.flows.flow import Flow
 
 MAX_STEPS = 20_000
 DECAY = 1e-4  # of weights a point of data, each epoch,
@@ -23,6 +24,7 @@ STEADY_SHARE = 0.2  # of what is left of a budget after the race; the rest is fo
 COOL_SHARE = 0.6  # of the steps so far, for a cool-down that validation asked for
 PATIENCE_SHARE = 0.3
 PATIENT_CHECKS = 8
+PATIENT_STEPS = 320  # at least: on a plateau, networks take some hundred steps before held-out points gain
 CHECK_COST = 0.05  # share of the work that goes into checks
 AVERAGE_EVERY = 5
 KEPT = "the start was kept, since the gain on held-out points is within its standard error"
@@ -46,17 +48,22 @@ class Plan:
 
 
 def batch_size(train: Source, batch: int | None) -> int:
-    """Return how many points a step takes: what is asked for, or a tenth of few data."""
+    """Return how many points a step takes: what is asked for, or a tenth of few data; or a loader's own batches."""
+    if isinstance(train, Stream):
+        if batch is not None:
+            raise ValueError("batch: a DataLoader has batches of its own; leave it out, or pass the data themselves.")
+        return train.batch
     if batch is not None:
         return _checks.integer("batch", batch, 1)
-    return max(32, min(BATCH, len(train) // 10)) if isinstance(train, Rows) else BATCH
+    return max(32, min(BATCH, len(train) // 10))
 
 
 def choose(ascent: Ascent, learning_rate: float | None, weight_decay: float | None, plan: Plan) -> None:
     """Set what is not given: the step size by a race of about a fifth of the budget at most, the decay by the budget.
 
     A short race is won by a step size that is too large for thousands of steps, so it is less for long trainings, down
-    to `SMALL_ENOUGH`; and units of wide networks die of it, so those of width W race up to 1 / W only. (That Adam's
+    to `SMALL_ENOUGH`, but for a mixture alone, which such a step size leaves on plateaus, at a linear regression. Units
+    of wide networks die of a large one, so those of width W race up to 1 / W only. (That Adam's
     step size should go as 1 / W: Yang et al. 2021, *Tuning large neural networks via zero-shot hyperparameter
     transfer*.)
     """
@@ -68,12 +75,18 @@ def choose(ascent: Ascent, learning_rate: float | None, weight_decay: float | No
     if learning_rate is None:
         scale = min(1.0, 1.0 / (widest(ascent.flow) * max(RACED)))
         ascent.race([scale * candidate for candidate in RACED], max(min(RACE_STEPS, ahead // (5 * len(RACED))), 8))
-        found = ascent.state.learning_rate
-        learning_rate = max(found * min(1.0, math.sqrt(LONG / max(ahead, 1))), min(found, SMALL_ENOUGH))
+        learning_rate = found = ascent.state.learning_rate
+        if not is_mixture_alone(ascent.flow):
+            learning_rate = max(found * min(1.0, math.sqrt(LONG / max(ahead, 1))), min(found, SMALL_ENOUGH))
     ascent.state.learning_rate = learning_rate
     if weight_decay is None:
         limit = FORGOTTEN / (learning_rate * max(counted, 1))
         ascent.set_weight_decay(min(ascent.state.weight_decay, limit))
+
+
+def is_mixture_alone(flow: Flow) -> bool:
+    """Whether a mixture given a context has all of the shape: the default of one output."""
+    return flow.mixture is not None and flow.context_dim > 0 and flow.dim == 1
 
 
 def _decay(ascent: Ascent, ahead: int) -> float:
@@ -172,7 +185,7 @@ def _check(ascent: Ascent, progress: float) -> None:
         state.falls += 1
         state.learning_rate *= 0.5
         return
-    patience = max(PATIENCE_SHARE * state.steps, PATIENT_CHECKS * _check_every(ascent))
+    patience = max(PATIENCE_SHARE * state.steps, PATIENT_CHECKS * _check_every(ascent), PATIENT_STEPS)
     if state.steps - state.best_step > patience:
         state.why = "validation no longer improved"
         state.cool_top = 0.3 * by_budget(state, progress)

@@ -9,7 +9,7 @@ from pyro.distributions import TorchDistribution
 from torch import Tensor, nn
 from torch.distributions import constraints
 
-from pyro_flows.flows.mixture_base import MixtureBase, MixtureOfStudents, halved
+from pyro_flows.flows.mixture_base import NO_GRADIENT, MixtureBase, MixtureOfStudents, inverted
 from pyro_flows.transforms import Bijection
 
 
@@ -69,6 +69,10 @@ class Defended(TorchDistribution):
         """All vectors."""
         return constraints.real_vector
 
+    def rsample(self, sample_shape: Sequence[int] = ()) -> Tensor:
+        """Refuse: the choice of a part has no gradient."""
+        raise NotImplementedError(NO_GRADIENT)
+
     def expand(self, batch_shape: Sequence[int], _instance: object = None) -> Defended:
         """Return independent copies."""
         return Defended(self.base, self.context, self.moved, self.fixed, batch_shape)
@@ -112,6 +116,7 @@ class Defended(TorchDistribution):
 
     @torch.no_grad()
     def icdf(self, value: Tensor) -> Tensor:
-        """Return quantiles (..., 1) of one coordinate, for probabilities (...,), by halving an interval."""
-        ends = torch.stack(torch.broadcast_tensors(self._out(self.moved.icdf(value)), self.fixed.icdf(value)))
-        return halved(self.cdf, value, *ends.aminmax(dim=0))
+        """Return quantiles (..., 1) of one coordinate, for probabilities (...,), by a search in an interval."""
+        moved = (self._out(end) for end in self.moved.around(value))
+        ends = torch.stack(torch.broadcast_tensors(*moved, *self.fixed.around(value)))
+        return inverted(self.cdf, value, *ends.aminmax(dim=0))

@@ -13,7 +13,8 @@ from pyro_flows.flows.flow import Flow
 
 LINES = 32  # along which second differences are taken
 SPREADS = 0.5, 0.05  # of random parameters: with large ones, points may lie outside of the interval of a spline
-ROUNDING = 1e-6  # of a second difference, relative to the first one
+ROUNDING = 1e-6  # of a second difference, relative to the first one,
+LAST_DIGITS = 1e-13  # and relative to the values, which may be far larger than their differences
 UP_TO = 100  # dimensions in which flows are looked at
 SHAPES = {"normal": "normal", "logistic": "logistic", "student_t": "Student t", "uniform": "uniform"}
 
@@ -44,7 +45,8 @@ def _straight(flow: Flow, spread: float) -> torch.Tensor:
         context = torch.randn(LINES, flow.context_dim, dtype=torch.float64) if flow.context_dim else None
     y = torch.stack([made.forward_and_ladj(start + step * way, context)[0] for step in (0.0, 1.0, 2.0)])
     bend, size = y.diff(n=2, dim=0)[0].abs(), y.diff(dim=0).abs().amax(0)
-    return (bend <= ROUNDING * size.clamp_min(1e-9)).all(0)  # NaN, where random parameters are too large, is not
+    rounding = ROUNDING * size.clamp_min(1e-9) + LAST_DIGITS * y.abs().amax(0)
+    return (bend <= rounding).all(0)  # NaN, where random parameters are too large, is not
 
 
 def warn_unbent(flow: Flow, name: str) -> None:

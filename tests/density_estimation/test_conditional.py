@@ -204,13 +204,15 @@ def test_categories_and_missing_values_become_numbers():
 
 
 def test_whole_numbers_of_few_values_are_categories_and_others_are_not():
-    assert Encoding.of(np.array([[1], [2], [3], [2]])).width == 3
-    assert Encoding.of(torch.tensor([0, 1, 1, 0])).encode(torch.tensor([1, 0])).tolist() == [[1.0], [0.0]]
+    assert Encoding.of(np.repeat([[1], [2], [3]], 10, 0)).width == 3
+    zeros_and_ones = Encoding.of(torch.tensor([0, 1]).repeat(10))
+    assert zeros_and_ones.encode(torch.tensor([1, 0])).tolist() == [[1.0], [0.0]]
     with pytest.raises(
-        ValueError, match=r"3 in row 0 .* \(1, 2\)\. Whole numbers with at most 20 values are read as cat"
+        ValueError, match=r"3 in row 0 .* \(1, 2\)\. Whole numbers with at most 20 values, each in 10 rows or more, are"
     ):
-        Encoding.of(np.array([1, 2])).encode(np.array([3]))
+        Encoding.of(np.repeat([1, 2], 10)).encode(np.array([3]))
     assert Encoding.of(np.arange(100)[:, None]) is None
+    assert Encoding.of(np.array([1] * 10 + [2] * 9)) is None  # a fold of cross-validation may have no 2
     assert Encoding.of(np.array([[1.0], [2.0]])) is None
     assert Encoding.of(torch.tensor([True, False, True])).encode(torch.tensor([True, False])).tolist() == [[1.0], [0.0]]
     found = Encoding.of(np.array([[1.0], [np.nan], [3.0]]))

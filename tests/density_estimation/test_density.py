@@ -2,11 +2,12 @@
 
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorDataset
 
 import pyro_flows as pf
 from pyro_flows import datasets
@@ -209,6 +210,8 @@ def test_long_trainings_take_smaller_steps(raced, expected, monkeypatch):
         ((200.0, 193.0, 100.0), 50.0, 1000, 3e-3),
         ((-math.inf, 100.0, -1e9), -math.inf, 10, 3e-3),
         ((-5e9, 100.0, -4e8), -1e20, 10, 3e-3),
+        ((50.035, 50.036, 50.029), 50.0, 1, 1e-2),  # differences of a hundredth of a nat are noise
+        ((50.035, 50.036, 50.001), 50.0, 1, 3e-3),
         ((40.0, 50.0, -math.inf), 50.0, 10, None),
         ((-math.inf,) * 3, -math.inf, 10, None),
     ],
@@ -217,6 +220,39 @@ def test_the_largest_step_size_that_comes_about_as_far_wins_a_race(scores, start
     runs = list(zip(scores, RACED, strict=True))
     good = _about_best(start, runs, dim)
     assert max([rate for _, rate in good], default=None) == expected
+
+
+def test_few_held_out_points_do_not_decide_a_race():
+    """They are unlike the others, so that each step makes them less likely."""
+    y = 3.0 + 0.1 * torch.randn(400, 1, generator=torch.Generator().manual_seed(0))
+    flow = pf.Flow(pf.transforms.LowerTriangularAffine(1))
+    ascent = Ascent(flow, points_for(flow, "data", y, None), [(torch.zeros(4, 1), None)], batch=32)
+    start = ascent.validate()
+    ascent.race(RACED, 40)
+    assert ascent.state.learning_rate == 1e-2
+    assert ascent.validate() < ascent.state.best == start
+    assert ascent.validate(ascent.best_weights) == start
+
+
+@pytest.mark.filterwarnings("ignore:.*only shifted and scaled")
+def test_a_mixture_alone_keeps_its_step_size_however_long_the_training(monkeypatch):
+    monkeypatch.setattr(Ascent, "race", lambda self, *_: setattr(self.state, "learning_rate", 1e-2))
+    monkeypatch.setattr(fit_density, "climb", lambda *_, **__: None)
+    x = torch.randn(300, 1)
+    options = {"max_epochs": 1000, "progress": False}
+    assert pf.fit_density(x.sin(), context=x, **options).settings["learning_rate"] == 1e-2
+    for name, y in (("auto", torch.cat([x, x.cos()], 1) + 0.1 * torch.randn(300, 2)), ("realnvp", x.sin())):
+        assert pf.fit_density(name, y, context=x, **options).settings["learning_rate"] < 4e-3
+
+
+@pytest.mark.slow
+def test_few_rows_are_not_left_at_a_linear_regression():
+    """At a thousandth as the step size, held-out points said nothing for 260 steps, and the start was all there was."""
+    rng = np.random.default_rng(1)
+    x, u = rng.uniform(-3.0, 3.0, 2200), rng.normal(size=2200)
+    y = np.sin(2.0 * x) + (0.05 + 0.075 * x**2) * u
+    fit = pf.fit_density(y[:200], context=x[:200], progress=False)
+    assert fit.nats(y[200:], x[200:]) > -0.6  # the linear regression has -1.1, and the truth .2
 
 
 def test_a_race_that_gains_nothing_leaves_the_start():
@@ -590,9 +626,43 @@ def test_wrong_orders_of_arguments_are_told_the_right_one():
 
 def test_two_points_with_a_context_are_enough():
     two = torch.tensor([0.0, 1.0])
-    with pytest.warns(UserWarning, match="is constant"):
+    with pytest.warns(UserWarning, match="is constant") as said:
         found = pf.fit_density(two, context=two, max_epochs=1, learning_rate=1e-3, progress=False)
     assert math.isfinite(found.validation)
+    assert [Path(one.filename).name for one in said] == ["test_density.py"]  # once, and at the user's line
+
+
+def test_tensors_with_a_gradient_are_data(tmp_path):
+    x, y = (torch.randn(50, 1, requires_grad=True) for _ in range(2))
+    found = pf.fit_density(y, context=x, max_epochs=1, learning_rate=1e-3, progress=False)
+    found.save(tmp_path / "saved")
+    assert torch.equal(pf.DensityFit.load(tmp_path / "saved").log_prob(y, x), found.log_prob(y, x))
+
+
+def test_a_context_in_half_precision():
+    x, y = torch.randn(2, 50, 1)
+    found = pf.fit_density(y.bfloat16(), context=x.bfloat16(), max_epochs=1, learning_rate=1e-3, progress=False)
+    assert found.log_prob(y.bfloat16(), x.bfloat16()).isfinite().all()
+
+
+def test_a_loader_tells_how_many_points_a_step_takes():
+    y = torch.randn(512, 2)
+    several = BatchSampler(RandomSampler(y), 40, drop_last=False)
+    listed = [TensorDataset(y[first : first + 30])[:] for first in range(0, 90, 30)]
+    options = {"validation": None, "max_epochs": 1, "progress": False, "learning_rate": 1e-3}
+    found = {
+        size: pf.fit_density(pf.nice(2), DataLoader(points, **given), **options).settings
+        for size, points, given in (
+            (16, TensorDataset(y), {"batch_size": 16}),
+            (64, TensorDataset(y), {"batch_size": 64}),
+            (40, TensorDataset(y), {"batch_sampler": several}),
+            (30, listed, {"batch_size": None}),
+        )
+    }
+    assert all(settings["batch"] == size for size, settings in found.items())
+    assert found[16]["weight_decay"] == pytest.approx(found[64]["weight_decay"], rel=0.01)  # of as many points
+    with pytest.raises(ValueError, match="batch: a DataLoader has batches of its own"):
+        pf.fit_density(pf.nice(2), DataLoader(TensorDataset(y), 16), batch=8, **options)
 
 
 def test_refuses_missing_values_and_says_where(tmp_path):

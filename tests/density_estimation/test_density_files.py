@@ -293,7 +293,7 @@ def test_a_script_that_is_run_anew_goes_on_exactly(tmp_path, monkeypatch, build)
 def test_a_training_that_validation_ended_goes_on_from_its_end(tmp_path):
     """Its cool-down began at a number of steps, where another one begins at a share of the budget."""
     points = torch.randn(80, 2, generator=torch.Generator().manual_seed(0))
-    options = {"checkpoint": tmp_path / "run.pt", "learning_rate": 0.05, "max_epochs": 150, "progress": False}
+    options = {"checkpoint": tmp_path / "run.pt", "learning_rate": 0.05, "max_epochs": 400, "progress": False}
     first = pf.fit_density(pf.nice(2, layers=2), points, **options)
     assert "validation" in first.why
     assert torch.equal(pf.fit_density(pf.nice(2, layers=2), points, **options).log_prob(points), first.log_prob(points))
