@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 from pyro_flows import _stages
 from pyro_flows._ledger import counted
 from pyro_flows._tensors import Args, Dispatch, Kwargs, Memories, storage_of, tensors_in
+from pyro_flows.graphs.alike import join_calls
 from pyro_flows.graphs.graph import (
     LIKE,
     constant_node,
@@ -135,7 +136,7 @@ def record(function: Callable[..., object], *inputs: Tensor) -> fx.GraphModule:
         tidy(recorded.graph)
     sweep(recorded.graph)
     module = graph_module(recorded, recorded.graph)  # with those constants only that are used
-    return ordered(join_parts(module)) if pure else module
+    return ordered(join_calls(join_parts(module))) if pure else module
 
 
 def _functionalized(function: Callable[..., object], inputs: tuple[Tensor, ...]) -> _Recorded | None:
