@@ -225,12 +225,16 @@ def decide(
 
 
 def weights_correct(ess_share: float, k_hat: float) -> bool:
-    """Say whether importance weights correct draws, by their effective share and k-hat.
+    """Say whether importance weights correct draws, by their effective share and k-hat."""
+    return ess_share >= ESS_SHARE_PROMISING and _is_good(ess_share, k_hat)
 
-    Of nearly even weights, k-hat is that of rounding or of the cells of a table: the threshold of the verdict does.
+
+def _is_good(ess_share: float, k_hat: float) -> bool:
+    """Say whether k-hat is good. Of nearly even weights it is noise, or tells of rounding or of the cells of a table.
+
+    For these, the threshold of the verdict does.
     """
-    limit = K_HAT_MOST if ess_share >= ESS_SHARE_EVEN else K_HAT_GOOD
-    return ess_share >= ESS_SHARE_PROMISING and k_hat < limit
+    return k_hat < (K_HAT_MOST if ess_share >= ESS_SHARE_EVEN else K_HAT_GOOD)
 
 
 def raw_weights(log_ratios: Tensor) -> Tensor | None:
@@ -243,8 +247,8 @@ def raw_weights(log_ratios: Tensor) -> Tensor | None:
 
 def nothing_to_gain(weighing: Weighing) -> bool:
     """Say whether draws can be used as they are, and the ELBO is so close to the log evidence that no method gains."""
-    gap = weighing.log_evidence - weighing.elbo
-    good = weighing.k_hat < K_HAT_GOOD and gap < acceptable_gap(len(weighing.mean_shift))
+    gap, share = weighing.log_evidence - weighing.elbo, weighing.ess / len(weighing.log_weights)
+    good = _is_good(share, weighing.k_hat) and gap < acceptable_gap(len(weighing.mean_shift))
     return good and status_of(weighing) == "ok"
 
 

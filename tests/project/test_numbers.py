@@ -46,7 +46,8 @@ PHRASES = {
         "dimensions",
         "they get up to {correction.refine.CHEAPEST|word} times as many",
         "up to {correction.untrained.MOST_COPIES} images under exact symmetries",
-        "k-hat is below {verdict.thresholds.K_HAT_GOOD}, training converged",
+        "k-hat is below {verdict.thresholds.K_HAT_GOOD} (or ESS/S above {verdict.thresholds.ESS_SHARE_EVEN}), training "
+        "converged",
         "less than {verdict.thresholds.EVIDENCE_GAP_GOOD} nats above it",
         "less than {verdict.thresholds.EVIDENCE_GAP_GOOD_A_DIM} nats per dimension",
         "at all such images, up to {fitting.combine.MAX_COPIES}, without",

@@ -320,7 +320,7 @@ BUGS = [
     # rounds
     (deciding, "nothing_to_gain", "gap < acceptable_gap(len(weighing.mean_shift))", "True", enough),
     (rounds.Round, "enough", "self.training.converged", "True", enough),
-    (deciding, "nothing_to_gain", "weighing.k_hat < K_HAT_GOOD", "True", enough),
+    (deciding, "nothing_to_gain", "_is_good(share, weighing.k_hat)", "True", enough),
     (deciding, "acceptable_gap", "max(", "min(", enough),
     (deciding, "shift_is_noise", "shift < SHIFT_SEEN", "True", unseen),
     (deciding, "shift_is_noise", "float(weighing.sd_shift.max())", "0.0", unseen),
