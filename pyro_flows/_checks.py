@@ -163,10 +163,11 @@ def context(owner: str, value: Tensor | None, context_dim: int) -> None:
 
 
 def floating(name: str, value: Tensor, like: Tensor | torch.dtype) -> Tensor:
-    """Return ``value`` if it holds floating-point numbers; whole numbers become exact ones of ``like``'s dtype."""
-    if not (isinstance(value, Tensor) and value.is_complex()) and dense(name, value).is_floating_point():
-        return value
+    """Return floating-point numbers; whole ones, and those of less precision, in ``like``'s dtype, which holds them."""
     dtype = like if isinstance(like, torch.dtype) else like.dtype
+    if not (isinstance(value, Tensor) and value.is_complex()) and dense(name, value).is_floating_point():
+        narrow = value.dtype != dtype and torch.finfo(value.dtype).eps > torch.finfo(dtype).eps
+        return value.to(dtype) if narrow else value
     limit = int(2 / torch.finfo(dtype).eps)  # up to which all whole numbers are there
     if value.is_complex() or (value.numel() and int(value.to(torch.int64).abs().max()) > limit):
         raise ValueError(

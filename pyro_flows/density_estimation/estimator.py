@@ -12,6 +12,7 @@ from typing import Any, cast
 import numpy as np
 from torch import Tensor
 
+from pyro_flows._seeding import derive
 from pyro_flows.density_estimation.encoding import as_array, is_frame
 from pyro_flows.density_estimation.fit_density import fit_density
 from pyro_flows.density_estimation.fitted import DensityFit
@@ -162,7 +163,7 @@ class DensityEstimator:
     ) -> np.ndarray:
         """Draw rows (n_samples, columns); of a conditional density, an output for each row of X, (N, D).
 
-        Without a ``random_state``, that of the constructor is taken.
+        More than one for each row are (n_samples, N, D). Without a ``random_state``, that of the constructor is taken.
 
         Raises:
             ValueError: for a conditional density without rows, or other columns than those of the fit.
@@ -174,7 +175,9 @@ class DensityEstimator:
         if X is None:
             raise ValueError("X: expected the rows that outputs are drawn given.")
         rows = self._rows(X)
-        return _numpy(self.fit_.sample(len(rows), rows, seed=seed))
+        seeds = [seed, *(derive(seed, f"outputs {number}") for number in range(1, n_samples))]
+        drawn = [_numpy(self.fit_.sample(len(rows), rows, seed=own)) for own in seeds]
+        return drawn[0] if n_samples == 1 else np.stack(drawn)
 
     def predict_quantiles(self, X: object, levels: Sequence[float] = (0.1, 0.5, 0.9)) -> np.ndarray:
         """Return quantiles (N, levels) of the output given each row, (N, levels, D) of several outputs.

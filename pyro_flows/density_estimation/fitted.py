@@ -21,6 +21,7 @@ from pyro_flows.density_estimation.points import CHUNK, Levels, Source, like, po
 from pyro_flows.flows import bases
 from pyro_flows.flows.flow import PIECE, Flow
 from pyro_flows.flows.signals import at_length
+from pyro_flows.plots.densities import COLUMNS
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -281,11 +282,12 @@ class DensityFit:
     def plot_samples(
         self, count: int = 64, *, image_shape: tuple[int, ...] | None = None, temperature: float = 1.0, seed: int = 0
     ) -> Figure:
-        """Draw samples: a cloud in two dimensions, else a grid of images (of ``image_shape``, for flat ones).
+        """Draw samples: a cloud in two dimensions, histograms in up to eight, else a grid of images.
 
-        Draws of a density that was fitted with noise are denoised.
+        Flat images have an ``image_shape``, or are squares. Draws of a density that was fitted with noise are denoised.
         """
-        flat = self.flow.event_shape == (2,)
+        shape = self.flow.event_shape
+        flat = len(shape) == 1 and shape[0] <= COLUMNS and image_shape is None
         points = self.sample(2000 if flat else count, temperature=temperature, seed=seed)
         points = self.denoise(points) if self.noise else points
         return plots.plot_points(points) if flat else plots.plot_images(points, image_shape)

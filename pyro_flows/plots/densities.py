@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pyro_flows._arguments import numbers
-from pyro_flows._figures import BASE, FILLED, FLOW, INK, LINE, WIDTH, panels, steps, styled
+from pyro_flows._figures import BASE, FILLED, FLOW, INK, LINE, WIDTH, limits, panels, steps, styled
 from pyro_flows.flows.flow import Flow
 from pyro_flows.plots import parts
 from pyro_flows.plots.walks import scale_spectrum
@@ -18,27 +19,45 @@ from pyro_flows.plots.walks import scale_spectrum
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+COLUMNS = 8  # of a table, at most: each has a histogram
+
 
 @styled
 def plot_points(points: Tensor, data: Tensor | None = None) -> Figure:
-    """Draw points in the plane, beside data if they are given.
+    """Draw points in the plane, beside data if they are given; of 1 or 3 to 8 columns, a histogram of each.
 
     Raises:
-        ValueError: for points that are not in the plane.
+        ValueError: for points of more columns, or of others than the data.
 
-    Shapes: ``(N, 2)`` both. Cost: O(N).
+    Shapes: ``(N, D)`` both. Cost: O(N D).
 
     >>> import torch
     >>> len(plot_points(torch.zeros(3, 2), torch.zeros(3, 2)).axes)
     2
     """
     clouds = [points] if data is None else [data, points]
-    if any(cloud.dim() != 2 or cloud.shape[1] != 2 for cloud in clouds):
-        raise ValueError(f"points: expected shape (N, 2), got {[tuple(cloud.shape) for cloud in clouds]}.")
+    shapes = [tuple(cloud.shape) for cloud in clouds]
+    if any(len(shape) != 2 or not 1 <= shape[1] <= COLUMNS or shape[1] != shapes[0][1] for shape in shapes):
+        raise ValueError(f"points: expected shape (N, D) with D up to {COLUMNS}, as the data's, got {shapes}.")
+    if shapes[0][1] != 2:
+        return _histograms(clouds)
     figure, grid = panels(len(clouds), columns=len(clouds), size=(WIDTH, WIDTH / 2.0))
     for axes, cloud, color, name in zip(grid, clouds[::-1], (FLOW, BASE), ("flow", "data"), strict=False):
         parts.cloud(axes, cloud, color)
         axes.set_title(name, loc="center")
+    return figure
+
+
+def _histograms(clouds: Sequence[Tensor]) -> Figure:
+    columns = [[cloud[:, place].double().cpu().numpy() for cloud in clouds] for place in range(clouds[0].shape[1])]
+    across = min(len(columns), 4)
+    figure, grid = panels(len(columns), columns=across, size=(WIDTH, 2.4 * math.ceil(len(columns) / across)))
+    for place, (axes, layers) in enumerate(zip(grid, columns, strict=True)):
+        bins = parts.edges(*limits(layers), layers, 41)
+        for number, values in enumerate(layers):
+            parts.histogram(axes, values, bins, filled=len(layers) == 1, number=number)
+        axes.set_title(f"column {place}", loc="center")
+        axes.set_yticks([])
     return figure
 
 

@@ -197,7 +197,17 @@ class Network(Paced):
         return self._last_parameters()[0][0].numel()
 
     def forward(self, kept: Tensor | None, context: Tensor | None) -> Tensor:
-        return self._paced(self.layers(beside(kept, context)))
+        x = beside(kept, context)
+        try:
+            return self._paced(self.layers(x))
+        except RuntimeError as error:
+            own = next(self.parameters()).dtype
+            if x.dtype == own:
+                raise
+            raise ValueError(
+                f"flow: its weights have dtype {own}, and the values {x.dtype}. Convert the values, as with "
+                f".to({own}), or the flow, as with .double()."
+            ) from error
 
 
 class Robust(Network):

@@ -25,6 +25,8 @@ def test_rows_and_outputs_given_rows():
     assert given.score(X, y) == pytest.approx(given.score_samples(X, y).mean())
     assert given.score(X, y) > given.score(X, y[::-1])
     assert given.sample(X=X).shape == (120, 1)
+    assert given.sample(3, X=X).shape == (3, 120, 1)
+    assert np.array_equal(given.sample(3, X=X)[0], given.sample(X=X))
     assert given.predict_quantiles(X[:4], [0.1, 0.9]).shape == (4, 2)
     with pytest.raises(ValueError, match="conditional=True"):
         plain.predict_quantiles(X)

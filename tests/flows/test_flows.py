@@ -236,3 +236,14 @@ def test_draws_of_the_logistic_base_are_finite():
     assert x.shape == (16000, 80)
     assert bool(torch.isfinite(x).all())
     assert float(x.std()) == pytest.approx(math.pi / math.sqrt(3.0), rel=0.01)
+
+
+@pytest.mark.parametrize("name", ["realnvp", "nice", "spline"])
+def test_values_of_another_dtype(name):
+    """Those of less precision are taken; of more, the weights' products have no dtype."""
+    flow = getattr(pf, name)(2)
+    half = torch.full((3, 2), 0.5, dtype=torch.float16)
+    close(flow().log_prob(half), flow().log_prob(half.float()), 1e-6)
+    assert flow.double()().log_prob(half.float()).dtype == torch.float64
+    with pytest.raises(ValueError, match=r"weights have dtype torch.float32, and the values torch.float64"):
+        flow.float()().log_prob(half.double())

@@ -80,9 +80,15 @@ def test_figures_of_a_fit():
     assert len(lines[1].get_xdata()) == len(fit.checks)
     assert len(plots.plot_points(fit.sample(10), torch.zeros(5, 2)).axes) == 2
     with pytest.raises(ValueError, match="expected shape"):
-        plots.plot_points(torch.zeros(3, 4))
-    digits = pf.fit_density("nice", torch.rand(50, 4), max_epochs=2, progress=False)
-    assert image(digits.plot_samples(9)).shape == (8, 8, 3)
+        plots.plot_points(torch.zeros(3, 9))
+    with pytest.raises(ValueError, match="as the data's"):
+        plots.plot_points(torch.zeros(3, 2), torch.zeros(3, 1))
+    table = pf.fit_density("nice", torch.rand(50, 4), max_epochs=2, progress=False)
+    assert image(table.plot_samples(9, image_shape=(2, 2))).shape == (8, 8, 3)
+    assert [axes.get_title() for axes in table.plot_samples().axes] == [f"column {place}" for place in range(4)]
+    assert len(plots.plot_points(torch.randn(50, 1), torch.randn(50, 1)).axes) == 1
+    digits = pf.fit_density("nice", torch.rand(50, 9), max_epochs=2, progress=False)
+    assert image(digits.plot_samples(9)).shape == (11, 11, 3)
 
 
 @pytest.mark.slow
