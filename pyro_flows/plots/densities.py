@@ -40,7 +40,7 @@ def plot_points(points: Tensor, data: Tensor | None = None) -> Figure:
     if any(len(shape) != 2 or not 1 <= shape[1] <= COLUMNS or shape[1] != shapes[0][1] for shape in shapes):
         raise ValueError(f"points: expected shape (N, D) with D up to {COLUMNS}, as the data's, got {shapes}.")
     if shapes[0][1] != 2:
-        return _histograms(clouds)
+        return _histograms(clouds[::-1])
     figure, grid = panels(len(clouds), columns=len(clouds), size=(WIDTH, WIDTH / 2.0))
     for axes, cloud, color, name in zip(grid, clouds[::-1], (FLOW, BASE), ("flow", "data"), strict=False):
         parts.cloud(axes, cloud, color)
@@ -54,10 +54,14 @@ def _histograms(clouds: Sequence[Tensor]) -> Figure:
     figure, grid = panels(len(columns), columns=across, size=(WIDTH, 2.4 * math.ceil(len(columns) / across)))
     for place, (axes, layers) in enumerate(zip(grid, columns, strict=True)):
         bins = parts.edges(*limits(layers), layers, 41)
-        for number, values in enumerate(layers):
+        handles = [
             parts.histogram(axes, values, bins, filled=len(layers) == 1, number=number)
+            for number, values in enumerate(layers)
+        ]
         axes.set_title(f"column {place}", loc="center")
         axes.set_yticks([])
+    if len(clouds) > 1:
+        grid[0].legend(handles, ["flow", "data"])
     return figure
 
 
