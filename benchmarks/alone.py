@@ -12,6 +12,7 @@ form. One row of the CSV file is one fit in a process of its own with one thread
 from __future__ import annotations
 
 import argparse
+import math
 import multiprocessing
 import resource
 import time
@@ -46,7 +47,7 @@ def fitted(
     kind: str, name: str, seed: int, root: str | None, limit: float | None
 ) -> tuple[Posterior, list[tuple[float, float]]]:
     """Fit a model by a flow alone; return its errors of means and of log sds, by raw draws and by those to use."""
-    options = {**OPTIONS, "seed": seed, "max_seconds": limit}
+    options = {**OPTIONS, "seed": seed, "max_seconds": math.inf if limit is None else limit}
     if kind == "wide":
         known = numbers.problem("latents", float(name), torch.float32)
         found = pf.fit(known.model, *known.args, **options)

@@ -106,7 +106,8 @@ class DiagonalAffine(Bijection):
     def inverse_and_ladj(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         shift, log_scale, ladj = self._affine(y, context)
         x = y - shift if self.scale.dim() == 1 else _solve(y - shift, self.scale)
-        return x * torch.exp(-log_scale), -ladj.expand(x.shape[:-1])
+        x = x * torch.exp(-log_scale)
+        return x, -ladj.expand(x.shape[:-1])
 
     def forward_and_score(
         self, x: Tensor, score: Tensor, context: Tensor | None = None

@@ -48,7 +48,7 @@ def test_log_evidence_is_that_of_each_data_set(posteriors):
 
 
 def test_verdicts_say_that_the_search_was_a_shorter_one(posteriors):
-    assert all("12 paths" in str(posterior.verdict) for posterior in posteriors)
+    assert all("14 paths" in str(posterior.verdict) for posterior in posteriors)
 
 
 def test_each_is_a_whole_posterior(posteriors, tmp_path):
@@ -218,7 +218,7 @@ def test_nothing_is_missed_where_there_is_one_mode():
             start_at(flow, mean, torch.linalg.cholesky(covariance))
         found = missed_together(stack, flows, seed=0)
     assert all(not search.missed and not search.failures and search.passed for search in found)
-    assert all("12 paths" in search.notes[0] for search in found)
+    assert all("14 paths" in search.notes[0] for search in found)
 
 
 def test_a_guide_that_is_too_narrow_is_found_by_wanderers():

@@ -80,7 +80,7 @@ class InverseWithoutGradient(pf.transforms.Planar):
 
 class ClampedStraightThrough(pf.transforms.DiagonalAffine):
     def forward_and_ladj(self, x, context=None):
-        shift, log_scale = self._affine(x, context)
+        shift, log_scale, _ = self._affine(x, context)
         log_scale = log_scale + (log_scale.clamp(-0.1, 0.1) - log_scale).detach()
         y = torch.addcmul(shift, x, log_scale.exp())
         return y, log_scale.sum(-1).expand(y.shape[:-1])
