@@ -32,7 +32,7 @@ from pyro_flows.correction.hmc import (
 )
 from pyro_flows.correction.latent import Latent, Points
 from pyro_flows.correction.stopping import examined, next_look, resolved_sds, slowest, sweeps_needed
-from pyro_flows.modes.propriety import MOST
+from pyro_flows.modes.propriety import COORDINATES_LOOKED_AT
 from pyro_flows.verdict.chains import McmcDiagnostics, McmcDraws, as_numbers, diverge, objections
 from pyro_flows.verdict.thresholds import (
     DIVERGENT_SHARE_OF_MCMC,
@@ -243,7 +243,7 @@ class Sampler:
         A first half without which the errors of sds are clearly smaller is discarded as warm-up.
         """
         self.numbers["checked"] = len(self.draws)
-        found = self._figures(self.numbers.get("worst") or slowest(self.judged_by()[0], MOST))
+        found = self._figures(self.numbers.get("worst") or slowest(self.judged_by()[0], COORDINATES_LOOKED_AT))
         self.resolved, error_ratio = False, 0.0
         if not objections(found):
             draws, gradients = self.judged_by()[0], self._gradients(found.sweeps)
@@ -263,7 +263,7 @@ class Sampler:
         sweeps = self.numbers["sweeps"] - (self.numbers["fixed_at"] or 0)
         known = {"superchain": self.superchain, "began": self.began}
         found, order = examined(chains, stats, self.names, **known, sweeps=sweeps, watched=watched)
-        self.numbers["worst"] = order[:MOST]
+        self.numbers["worst"] = order[:COORDINATES_LOOKED_AT]
         return found
 
     def judged_by(self) -> tuple[Tensor, dict[str, Tensor]]:

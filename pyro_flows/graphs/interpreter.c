@@ -2,7 +2,7 @@
 
    A program is a row of nests. A nest is a loop over up to DIMS dimensions; the last goes in blocks of BLOCK numbers.
    In each block, operands are found or gathered, instructions go from register to register (a block of numbers each),
-   and results are stored or added up. See pyro_flows/graphs/writing.py, which writes the programs. */
+   and results are stored or added up. See pyro_flows/graphs/programs.py, which writes the programs. */
 
 #include <math.h>
 #include <stdint.h>

@@ -29,7 +29,7 @@ from pyro_flows._seeding import derive, seeded
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.model.sites import Structure
 from pyro_flows.model.stack import Stack
-from pyro_flows.modes.propriety import MOST, finer
+from pyro_flows.modes.propriety import COORDINATES_LOOKED_AT, finer
 from pyro_flows.modes.tables import OUTSIDE, Table
 from pyro_flows.modes.tops import MODE_REACHES, NEGLIGIBLE_GAIN, Tails, Tops, roots_across
 from pyro_flows.modes.under_covered import is_usable
@@ -107,7 +107,7 @@ def grids_about(density: LogDensity, loc: Tensor, z: Tensor, *, seed: int) -> li
 
 def sites_of_one(structure: Structure) -> list[int]:
     """Return the coordinates of the first sites that have one each."""
-    return [latent.offset for latent in structure.latents if latent.size == 1][:MOST]
+    return [latent.offset for latent in structure.latents if latent.size == 1][:COORDINATES_LOOKED_AT]
 
 
 def bending(hessians: Tensor, alone: list[int]) -> Tensor:

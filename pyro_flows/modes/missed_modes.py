@@ -159,8 +159,9 @@ def _named(density: LogDensity, place: Tensor, z: Tensor) -> str:
 
 # many data sets at once, with fewer paths and walkers for each --------------------------------------------------------
 
-EACH = 2  # paths from the guide's own draws, from draws that a factor moves outwards; doubtful places that
-# are measured; and data sets that show exact symmetries of the model
+# paths from the guide's own draws, and from draws that a factor moves outwards; doubtful places that are measured; data
+# sets that show exact symmetries of the model
+EACH = 2
 
 
 def missed_together(stack: Stack, flows: Sequence[Flow], *, seed: int) -> list[Search]:

@@ -30,7 +30,7 @@ from pyro_flows.verdict.next_step import IMPROPER
 Slow = tuple[bool | None, ...]  # one way and the other
 
 # coordinates that are looked at: improper ones, those along which curvatures may change, and the worst of chains
-MOST = 32
+COORDINATES_LOOKED_AT = 32
 HIDDEN = 8  # coordinates that may hide each other
 SLACK = 0.03  # of a fall of one over the distance, that counts as none more
 
@@ -44,7 +44,7 @@ def improper_tails(density: LogDensity, draw: Callable[[], Tensor], *, seed: int
 
     Cost: for each such coordinate, up to 80 places of a few Hessians each; four or so where the density falls fast.
     """
-    found = _coordinates(density)[:MOST]
+    found = _coordinates(density)[:COORDINATES_LOOKED_AT]
     if not found or density.proper or not density.batched or density.dim > MATRICES_UP_TO:
         return []
     with seeded(derive(seed, "the tails of improper priors"), density.device):

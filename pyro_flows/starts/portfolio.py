@@ -133,7 +133,8 @@ def along_paths(density: LogDensity, points: Tensor, *, seed: int) -> tuple[list
 
     Paths are measured by the full and by the diagonal curvature where they begin, in turn: the one makes them fast
     where coordinates depend on each other, the other finds more where a mode is far from the mass. Above 200 dimensions
-    curvature and scales are diagonal; there paths go two legs, and the highest end gives a Laplace start.
+    curvature and scales are diagonal; there paths go two legs, and only the highest end is returned, with its Laplace
+    start.
     """
     if density.dim > FULL_HESSIAN_UP_TO:
         return _along_diagonal_paths(density, points[:PATHS], seed=seed)

@@ -72,7 +72,8 @@ PHRASES = {
         "names the worst {verdict.verdict.NAMED|word} and counts the others",
         "(dimensions times data above {modes.survey.NUMBERS|million})",
         "up to a factor of {modes.under_covered.HIGH|tens}",
-        "up to {starts.prior.MATRICES_UP_TO} dimensions and for the first {modes.propriety.MOST} such coordinates",
+        "up to {starts.prior.MATRICES_UP_TO} dimensions and for the first {modes.propriety.COORDINATES_LOOKED_AT} such "
+        "coordinates",
         "This is tried for up to {modes.propriety.HIDDEN} such coordinates",
         "Levels up to {modes.outward.DEEP} nats down are seen",
     ],
