@@ -124,8 +124,9 @@ def fit(
 
     A model with a subsampled plate is fitted by an :class:`AutoHierarchicalFlow`, on minibatches. The posterior is then
     that of the latents outside of plates, judged by all rows, with 1000 draws at most; :meth:`Posterior.local_samples`
-    draws the others. ``flow``, ``layers``, ``draws``, ``seed``, ``max_steps``, ``max_seconds`` and Ctrl-C count;
-    ``runs`` above 1 and ``train_model`` are refused, and ``escalate`` and ``refine`` change nothing.
+    draws the others. Up to some 4,700 rows (fewer, where these are far from normal), a mixture of Student-t
+    distributions is fitted to these latents by importance weights before any training, and chains of them come last.
+    ``runs`` above 1 and ``train_model`` are refused.
 
     Returns:
         A :class:`Posterior`; read its ``verdict`` first.

@@ -22,9 +22,11 @@ from pyro_flows._interrupts import STATE
 from pyro_flows._progress import Bar
 from pyro_flows._seeding import derive, seeded
 from pyro_flows._warnings import outside
+from pyro_flows.correction.refine import fallback_sampler
 from pyro_flows.fitting.marginal_density import MarginalDensity
 from pyro_flows.fitting.ranks import Followed, RowsOfRank, ranks
 from pyro_flows.fitting.state import Plan
+from pyro_flows.flows.parts import student_mixture
 from pyro_flows.flows.recipe import begin_at, begun_at, set_df
 from pyro_flows.guides.collapsed import FEW_PARTS, FULL_UP_TO, climb
 from pyro_flows.guides.crossed import CrossedMarginal
@@ -33,6 +35,7 @@ from pyro_flows.guides.marginal import MOST_DRAWS
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.model.observations import NothingObservedWarning
 from pyro_flows.model.sites import Keywords, Model, Positional, coordinates_of, messages
+from pyro_flows.modes.population_monte_carlo import GENERATIONS, about, fitted
 from pyro_flows.posterior.draws import from_draws
 from pyro_flows.posterior.posterior import Posterior
 from pyro_flows.results.dims import coordinate_names
@@ -41,12 +44,9 @@ from pyro_flows.results.record import Stage
 from pyro_flows.results.scoring import JUDGING
 from pyro_flows.starts.gaussians import Start
 from pyro_flows.starts.portfolio import moved, tells_moments
-from pyro_flows.verdict.deciding import CHECKED, POOL, UNSEARCHED, Draw
+from pyro_flows.verdict.deciding import CHECKED, LOOKED_AT_DRAWS, POOL, UNSEARCHED, Draw, status_of, weights_correct
+from pyro_flows.verdict.methods import MIXTURE
 from pyro_flows.verdict.thresholds import (
-    ESS_SHARE_LEAST,
-    ESS_SHARE_PROMISING,
-    K_HAT_GOOD,
-    K_HAT_MOST,
     ROW_ERROR_MOST,
     ROW_MODE_SHARE,
     ROW_MODES_APART,
@@ -56,6 +56,7 @@ from pyro_flows.verdict.weighing import in_words, weigh
 
 WHOLE_UP_TO = 1000  # latents that are judged together, if the model has all rows at each run
 ROUND = 500  # steps of the first round; each next one has twice as many
+FEW = LOOKED_AT_DRAWS // 10
 RATE = 5e-3  # of Adam, at the beginning of a round
 
 
@@ -85,7 +86,7 @@ def fit_hierarchical(plan: Plan, keeping: Callable[[LogDensity], AbstractContext
     if plan.runs > 1 or plan.train_model:
         name = "train_model" if plan.train_model else "runs"
         raise ValueError(f"{name}: not available for a model with subsampled plates. Leave it out, or give all rows.")
-    clock, trained, store = plan.clock, _Trained(), pyro.get_param_store()
+    clock, trained, store = plan.clock, _Trained(plan.seed), pyro.get_param_store()
     with store.scope(state=store.get_state()), seeded(derive(plan.seed, "a guide with plates")):
         guide = _begun(plan)
         if not ranks().first:
@@ -104,15 +105,20 @@ def fit_hierarchical(plan: Plan, keeping: Callable[[LogDensity], AbstractContext
             plan.bar.watch(_stages.JUDGING)
             if clock.interrupted is not None:
                 clock.reserve(_seconds_to_judge(guide, density, plan.draws))
-            return _concluded(guide, density, checks, plan, trained)
+            posterior = _concluded(guide, density, checks, plan, trained)
         finally:
             density.under(unbounded())
+    mendable = density.marginal.trainable and not checks.failures  # by chains of the globals
+    if plan.refine is None or not (mendable and _is_cheap(density)):
+        return posterior
+    return fallback_sampler(posterior, plan.refine, clock, plan.bar)
 
 
 @dataclass
 class _Trained:
     """What training has come to so far."""
 
+    seed: int
     losses: list[float] = field(default_factory=list)
     stages: list[Stage] = field(default_factory=list)
     good: bool = False
@@ -142,6 +148,7 @@ def _fitted(guide: AutoHierarchicalFlow, density: MarginalDensity | None, plan: 
         try:
             if density is not None:
                 trained.good, elbo = _is_good(guide, density, moves=not trained.stages)
+                trained.good = trained.good or (not trained.stages and plan.open and _mixture(guide, density, trained))
         except OutOfTime:
             if ranks().size == 1:
                 raise
@@ -155,6 +162,24 @@ def _fitted(guide: AutoHierarchicalFlow, density: MarginalDensity | None, plan: 
         plan.bar.watch(_stages.TRAINING)
         _train(guide, plan, steps, trained.losses)
         steps = 2 * ROUND
+
+
+def _mixture(guide: AutoHierarchicalFlow, density: MarginalDensity, trained: _Trained) -> bool:
+    """Fit a mixture to the globals by weighted draws, where a pass over all rows is cheap; say whether it is good.
+
+    Minibatches tell little of a tail, such as that of the log of a scale that may be zero.
+    """
+    if not _is_cheap(density):
+        return False
+    draws = _looked_at(density)
+    parts = about(_global_draw(guide)(draws)[0], 1)
+    best = None if parts is None else fitted(density, parts, seed=trained.seed, draws=draws)
+    if best is None or not weights_correct(best.share, best.k_hat):
+        return False
+    parts = best.parts
+    guide.take_flow(student_mixture(parts.loc, parts.roots, parts.log_weights.tolist(), df=parts.df))
+    trained.stages.append(Stage(MIXTURE, k_hat=best.k_hat, ess_ratio=best.share, details={"parts": len(parts)}))
+    return True
 
 
 def _seconds_to_judge(guide: AutoHierarchicalFlow, density: MarginalDensity, draws: int) -> float:
@@ -252,7 +277,7 @@ def _posterior(
     found = from_draws(density, _global_draw(guide), seed=seed, guide=guide, **said)
     if said["settings"].get("diagnosed"):
         return found
-    return replace(found, verdict=replace(found.verdict, guide_method=method_of(guide._top._single)))
+    return replace(found, verdict=replace(found.verdict, guide_method=method_of(guide._top._flow)))
 
 
 def _searches(density: MarginalDensity) -> tuple[int, int]:
@@ -301,16 +326,29 @@ def _named(names: list[str], rows: int, what: str) -> list[str]:
     return [f"{len(names)} of {rows:,} rows have {what}: {', '.join(names[:NAMED])}{more}"] if names else []
 
 
+def _looked_at(density: MarginalDensity) -> int:
+    """Return by how many draws of the globals a guide is looked at before it is judged: more where a pass is cheap.
+
+    A mixture takes as many in each of some 40 generations, and then costs as much as chains may.
+    """
+    few = FEW * density.marginal.most_draws // MOST_DRAWS
+    return min(LOOKED_AT_DRAWS, max(few, int(density.most_gradients) // (10 * GENERATIONS)))
+
+
+def _is_cheap(density: MarginalDensity) -> bool:
+    """Whether a pass over all rows is so cheap that a mixture, or chains, of the globals take some minutes at most."""
+    return _looked_at(density) > FEW
+
+
 def _is_good(guide: AutoHierarchicalFlow, density: MarginalDensity, *, moves: bool) -> tuple[bool, float]:
     """Return whether weights of the globals correct what is wrong with the draws, and the ELBO.
 
     A guide that ``moves`` goes to the moments that the weights tell, and is looked at again if it was not good.
     """
-    z, log_q = _global_draw(guide)(400 * density.marginal.most_draws // MOST_DRAWS)
+    z, log_q = _global_draw(guide)(_looked_at(density))
     density.marginal.choose_count(z[:CHECKED])
-    found = weigh(z, density(z), log_q)
-    criteria = (K_HAT_GOOD, ESS_SHARE_LEAST), (K_HAT_MOST, ESS_SHARE_PROMISING)
-    good = any(found.k_hat < k_hat and found.ess >= share * len(z) for k_hat, share in criteria)
+    found = weigh(z, density(z), log_q, quantiles=True)
+    good = status_of(found) != "unreliable"
     if not (moves and guide._top.affine is not None and tells_moments(found)):
         return good, found.elbo
     flow = guide._top._single

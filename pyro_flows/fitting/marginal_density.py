@@ -30,7 +30,7 @@ class MarginalDensity(LogDensity):
     def __init__(self, marginal: Marginal | CrossedMarginal) -> None:
         self.marginal = marginal
         rows, first, nodes = marginal.rows, marginal.first, messages(marginal.first.at.trace)
-        values = {name: bijection(nodes[name]["fn"])(value) for name, value in first.base.items()}
+        values = {name: bijection(nodes[name]["fn"])(value).to(marginal.dtype) for name, value in first.base.items()}
         values = {name: value for name, value in values.items() if bool(torch.isfinite(value).all())}  # else drawn anew
         alone, noncentered = _globals_alone(rows, {**first.at.chosen, **values}), coordinates_of(rows.latents)
         super().__init__(alone, rows.args, rows.kwargs, noncentered=noncentered)

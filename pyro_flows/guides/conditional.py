@@ -19,6 +19,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Protocol, cast
 
@@ -33,6 +34,7 @@ from pyro_flows._seeding import derive, seeded
 from pyro_flows.model.bijections import bijection, real_shape
 from pyro_flows.model.handlers import Place
 from pyro_flows.model.noncentered import location_scale
+from pyro_flows.model.precision import in_double
 from pyro_flows.model.sites import Keywords, Latent, Model, Positional, Site, by_event, is_open, is_subsample, messages
 from pyro_flows.model.start import FromPrior, initial_value
 
@@ -280,9 +282,10 @@ class Rows:
 
     @torch.enable_grad()
     def run(self, z: Tensor, start: Start, chosen: Chosen, *, through: bool = False) -> At:
-        """Run the model, and take the log densities of its sites."""
+        """Run the model, and take the log densities of its sites; in double precision at points in double."""
         at = At(self, z, start, chosen, through)
-        with poutine.block(), pyro.validation_enabled(False), at:
+        precisely = in_double() if z.dtype == torch.float64 else nullcontext()
+        with poutine.block(), precisely, pyro.validation_enabled(False), at:
             at.trace = poutine.trace(self.model).get_trace(*self.args, **self.kwargs)
             at.trace.compute_log_prob()
         for name, local in at.locals.items():

@@ -436,6 +436,7 @@ class CrossedMarginal:
     def __init__(self, system: Crossed, seed: int) -> None:
         self.system, self.seed = system, seed
         self.rows, self.first = system.rows, system.first
+        self.dtype = self.first.at.z.dtype
         self.count = 1 if system.quadratic else DRAWS_LEAST  # K, draws of the latents at a point
         self.clock = unbounded()
         self.trainable = system.quadratic  # else weights have the noise of u, whatever the guide

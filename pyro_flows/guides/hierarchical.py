@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
@@ -23,6 +24,7 @@ from torch._C import _functorch
 
 from pyro_flows import _checks
 from pyro_flows._fallbacks import fallback, first_line
+from pyro_flows.flows.mixture import FlowMixture
 from pyro_flows.flows.recipe import FlowLike, begin_at
 from pyro_flows.guides import conditional
 from pyro_flows.guides.autoflow import QUANTILE_DRAWS, AutoFlow, Drawn, Known, finite_gradients, levels_of, quantiles_of
@@ -52,6 +54,7 @@ MOST_NUMBERS = 64  # of a row: each takes a pass backward
 JOINT_UP_TO = 200  # coordinates of sites that are put into the flow, since their rows are not independent
 MORE_ROWS = 4  # times the rows by which the flow started, from which on it starts anew
 DRAWN_AT_ONCE = 4_000_000  # numbers of latents
+SAME = 1e-3  # relative error of a site's log density, among other draws or alone
 REACH = 0.3  # of difference quotients, in sds
 
 
@@ -356,6 +359,13 @@ class AutoHierarchicalFlow(AutoMessenger):  # type: ignore[metaclass]
         few.count = DRAWS
         return few
 
+    def take_flow(self, flow: FlowMixture) -> None:
+        """Take another distribution of the latents outside of plates, in the same coordinates."""
+        top = self._top
+        flow.add_module("local", top._flow.get_submodule("local"))
+        self.top = AutoFlow.of(flow, top._built_structure, top.model, *top._arguments)
+        self._globals_of = (self.top,)
+
     def _begin_again(self, args: Positional, kwargs: Keywords) -> None:
         """Let the flow start anew, if it did so by a few given rows, more are given, and it was not trained since.
 
@@ -633,16 +643,41 @@ class AutoHierarchicalFlow(AutoMessenger):  # type: ignore[metaclass]
         return {name: found[name] for name in self._axes}
 
     def _many(self, count: int, args: Positional, kwargs: Keywords, chosen: Chosen) -> dict[str, Tensor]:
-        """Draw in an outer plate."""
+        """Draw in an outer plate, and compare a draw with a run of its own."""
         with pyro.plate("_draws", count, dim=-1 - self._nesting):
             found = self._run_once(args, kwargs, chosen)
+            together, _ = self.get_traces()
         draws = {}
         for name, (batch, event_dim) in self._axes.items():
             value, rank = found[name], 1 + self._nesting + event_dim
             value = value.reshape(*[1] * (rank - value.dim()), *value.shape)
             cut = 1 + self._nesting - batch
             draws[name] = value.expand(count, *value.shape[1:]).reshape(count, *value.shape[cut:])
+        if self.local:
+            of_rows = {name: rows.expand(count, -1) for name, rows in chosen.items()}
+            self._check_draws(together, args, kwargs, {**draws, **of_rows})
         return draws
+
+    def _check_draws(
+        self, together: poutine.Trace, args: Positional, kwargs: Keywords, draws: Mapping[str, Tensor]
+    ) -> None:
+        """Raise an error unless the model, run on one draw, has the log densities that this draw has among others.
+
+        In an outer plate, ``w.sum()`` adds up the draws too, and ``w[0]`` is one of them.
+        """
+        together.compute_log_prob()
+        for place in {0, len(next(iter(draws.values()))) - 1}:
+            given = {name: value[place] for name, value in draws.items()}
+            alone = poutine.trace(poutine.condition(self.model, data=given)).get_trace(*args, **kwargs)
+            alone.compute_log_prob()
+            for name, site in messages(together).items():
+                if "log_prob" not in site or is_subsample(site):
+                    continue
+                density = site["log_prob"]
+                own = density[place] if density.dim() > self._nesting and len(density) > 1 else density
+                one = float(messages(alone)[name]["log_prob"].sum())
+                if not math.isclose(float(own.sum()), one, rel_tol=SAME, abs_tol=SAME):
+                    raise ValueError(f"the model gives site {name!r} another log density among other draws than alone")
 
     def median(self, *args: object, **kwargs: object) -> dict[str, Tensor]:
         """Return the marginal medians of 4000 draws."""

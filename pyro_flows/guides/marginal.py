@@ -171,6 +171,8 @@ class Marginal:
     ) -> None:
         self.rows, self.start, self.seed, self.remember = rows, start, seed, remember
         self.clock = unbounded()  # is looked at before each part of the data
+        self.dtype = z.dtype  # of the model. Where all rows count, it runs in double: beside a scale near zero, a row's
+        z = z.double() if most is None else z  # distance from its mean has no digit in single
         self.first = rows.near_mode(z, start, {})
         again = rows.run(z, at_values(self.first.base), self.first.at.chosen).densities()
         densities = self.first.at.densities().items()
@@ -350,6 +352,7 @@ class Marginal:
 
     def _resampled(self, z: Tensor, names: Sequence[str]) -> dict[str, Tensor]:
         """Return values of sites (S, *shape) at points, each row resampled from its draws by their weights."""
+        dtype, z = z.dtype, self._precise(z)
         points = z.reshape(len(z), *[1] * self._nest, z.shape[-1]) if self.batched else z[0]
         terms = self._terms(z, 0)
         now, steps, _ = self._draws(points, 0, {})
@@ -368,7 +371,7 @@ class Marginal:
             site = messages(at.trace)[name]
             value = site["value"]
             shape = value.shape[value.dim() - len(self.first.at.locals[name].batch) - site["fn"].event_dim :]
-            found[name] = value.reshape(-1 if self.batched else 1, *shape)
+            found[name] = value.reshape(-1 if self.batched else 1, *shape).to(dtype)
         return found
 
     def worst_rows(self, z: Tensor) -> list[WorstRow]:
@@ -399,7 +402,7 @@ class Marginal:
         Modes are sought from draws of the prior.
         """
         found: set[tuple[str, int]] = set()
-        points = z.reshape(*[1] * (1 + self._nest if self.batched else 0), -1)
+        points = self._precise(z).reshape(*[1] * (1 + self._nest if self.batched else 0), -1)
         for number, part in enumerate(self.parts):
             self.clock.look()
             now = self.rows.near_mode(points, self.start, part.chosen)
@@ -462,7 +465,12 @@ class Marginal:
             dead = {plate: ~(own > own.amax(0) - NEGLIGIBLE) for plate, own in weights.items()}
         return self._evaluated(z, number, dead)
 
+    def _precise(self, z: Tensor) -> Tensor:
+        """Return points in the precision of the runs."""
+        return z.to(self.first.at.z.dtype)
+
     def _evaluated(self, z: Tensor, number: int, dead: Mapping[str, Tensor]) -> _Terms:
+        z = self._precise(z)
         if self.batched:
             points = z.reshape(len(z), *[1] * self._nest, z.shape[-1])
             now, steps, log_q = self._draws(points, number, dead)

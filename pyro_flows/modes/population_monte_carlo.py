@@ -135,7 +135,7 @@ def tempered_mixture(density: LogDensity, *, seed: int) -> Parts | None:
     """
     with seeded(derive(seed, "from the prior"), density.device):
         draws = prior_draws(density, 1000, seed=seed)
-        parts = _about(draws[torch.isfinite(draws).all(1)], 1)
+        parts = about(draws[torch.isfinite(draws).all(1)], 1)
         for _ in range(ROUNDS):  # temperatures, at most
             if parts is None:
                 return None
@@ -147,13 +147,13 @@ def tempered_mixture(density: LogDensity, *, seed: int) -> Parts | None:
                 return None
             power = tempered(ratios)
             chosen = resample(torch.log_softmax(power * ratios, 0), 2 * LOOKED_AT_DRAWS, seed=0)
-            parts = _about(z[chosen], MOST_PARTS // 2)
+            parts = about(z[chosen], MOST_PARTS // 2)
             if power == 1.0:
                 break
     return parts
 
 
-def _about(draws: Tensor, count: int) -> Parts | None:
+def about(draws: Tensor, count: int) -> Parts | None:
     """Return a mixture of so many parts at draws (S, D), or of one at their mean; None where they have no spread.
 
     Half of the parts are at any draws, half where these are far apart; each has the weight of the draws next to it. One
@@ -182,14 +182,15 @@ def _about(draws: Tensor, count: int) -> Parts | None:
 
 @torch.no_grad()
 def fitted(
-    density: LogDensity, parts: Parts, *, seed: int, report: Callable[[str], None] = lambda text: None
-) -> Generation | None:
+    density: LogDensity, parts: Parts, *, seed: int, draws: int = LOOKED_AT_DRAWS,
+    report: Callable[[str], None] = lambda text: None,
+) -> Generation | None:  # fmt: skip
     """Fit a mixture to the density; return the best generation, judged by draws of its own; None if none has weight.
 
-    Cost: 4000 to 16,000 densities for each of up to 30 generations.
+    Cost: ``draws`` densities, and four times as many for many parts, for each of up to 30 generations.
     """
     with seeded(derive(seed, "a population"), density.device):
-        best = last = _evolved(density, parts)
+        best = last = _evolved(density, parts, draws)
         in_vain = 0
         while in_vain < IN_VAIN:
             if best is None or last is None or best.share < ESS_SHARE_COLLAPSED or best.worth >= ESS_SHARE_GOOD:
@@ -197,28 +198,28 @@ def fitted(
             if len(last.parts) >= MOST_PARTS:
                 break
             report(f"{len(last.parts)} parts, {last.share:.2f} of the draws effective")
-            last = _evolved(density, _joined(last))
+            last = _evolved(density, _joined(last), draws)
             in_vain = 0 if last is not None and last.worth >= best.worth + ESS_SHARE_COLLAPSED else in_vain + 1
             best = last if last is not None and last.worth > best.worth else best
     return best
 
 
-def _evolved(density: LogDensity, parts: Parts) -> Generation | None:
+def _evolved(density: LogDensity, parts: Parts, draws: int) -> Generation | None:
     best: Generation | None = None
     for _ in range(GENERATIONS):
-        now = generation(density, parts)
+        now = generation(density, parts, draws)
         if now is None:
             break
         best = now if best is None or now.worth > best.worth else best
         parts = _moved(now)
-    last = generation(density, parts)
+    last = generation(density, parts, draws)
     return last if best is None or (last is not None and last.worth > best.worth) else best
 
 
-def generation(density: LogDensity, parts: Parts) -> Generation | None:
+def generation(density: LogDensity, parts: Parts, draws: int = LOOKED_AT_DRAWS) -> Generation | None:
     """Draw from a mixture, and weight the draws; None if no draw has any weight."""
     parts = parts.even(0.1).with_wide()  # so that no part is left without draws
-    z = parts.draw(min(max(LOOKED_AT_DRAWS, 200 * len(parts)), 4 * LOOKED_AT_DRAWS))
+    z = parts.draw(min(max(draws, 200 * len(parts)), 4 * draws))
     log_parts = parts.log_prob(z)
     ratios = density(z).double() - torch.logsumexp(log_parts, 0)
     ratios = torch.where(torch.isfinite(ratios), ratios, -torch.inf)

@@ -116,7 +116,9 @@ def _by_rows(text: Text, posterior: Record) -> str:
     """Say how latents were integrated out, row by row."""
     steps, method = len(posterior.losses), posterior.verdict.guide_method
     what = "a Gaussian at a mode of their marginal density"
-    if method != made.GAUSSIAN or steps:
+    if method == made.MIXTURE:
+        what = f"a mixture of Student-t distributions, fitted by population Monte Carlo {text.cite('Cappe2008')}"
+    elif method != made.GAUSSIAN or steps:
         what = f"a normalizing flow, trained on minibatches in {steps} steps of Adam {text.cite('Kingma2015')}"
     rows = posterior.settings["rows"]
     if not rows:

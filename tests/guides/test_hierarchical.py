@@ -522,6 +522,24 @@ def test_models_that_take_no_batches_are_drawn_one_by_one():
     assert guide.sample_posterior(3, x, group)["effect"].shape == (3, 4)
 
 
+def summed(x, batch):
+    w = pyro.sample("w", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+    with pyro.plate("row", len(x), subsample_size=batch) as index:
+        z = pyro.sample("z", dist.Normal(w.sum(), 0.5))  # the sum is over draws too, if there are several
+        pyro.sample("x", dist.Normal(z, 1.0), obs=x[index])
+
+
+@pytest.mark.falls_back
+def test_a_model_that_would_mix_several_draws_is_drawn_one_by_one():
+    pyro.set_rng_seed(0)
+    x = 2.0 + torch.randn(20, generator=torch.Generator().manual_seed(0))
+    guide = pf.AutoHierarchicalFlow(summed, layers=2).initialize(x, 10)
+    draws = guide.sample_posterior(200, x, None)
+    shift = draws["z"].mean(1) - draws["w"].sum(1)  # mixed, z is about the sum of all draws
+    assert float(shift.abs().max()) < 1.5
+    assert float(draws["z"].mean()) == pytest.approx(float(x.mean()), abs=0.3)
+
+
 def discrete(y):
     mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
     with pyro.plate("row", len(y)):
@@ -600,6 +618,27 @@ def test_values_and_gradients_are_exact_where_rows_are_normal():
     assert torch.allclose(value, expected.detach(), atol=1e-6)
     assert torch.allclose(gradient, torch.autograd.grad(expected.sum(), z)[0], atol=1e-5)
     assert torch.allclose(density(z.detach()), value)
+
+
+def test_rows_whose_scale_is_nearly_zero_keep_their_digits():
+    """A value that lies 1e-9 from its mean has no digit of that in single precision, the model's."""
+    x = data(40).float()
+
+    def single(x, batch):
+        mu = pyro.sample("mu", dist.Normal(0.0, 5.0))
+        tau = pyro.sample("tau", dist.HalfNormal(2.0))
+        with pyro.plate("row", len(x), subsample_size=batch) as index:
+            z = pyro.sample("z", dist.Normal(mu, tau))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x[index])
+
+    guide, rows = rows_of(single, x, 10)
+    density = Marginal(rows, torch.tensor([0.5, -0.3]), guide._start, 0)
+    z = torch.tensor([[0.5, -20.0], [0.5, -8.0], [1.2, -1.0]])
+    tau = z.double()[:, 1].exp()
+    expected = dist.Normal(z.double()[:, :1], (1.0 + tau**2).sqrt()[:, None]).log_prob(x).sum(1)
+    expected += dist.Normal(0.0, 5.0).log_prob(z.double()[:, 0]) + dist.HalfNormal(2.0).log_prob(tau) + z[:, 1]
+    torch.testing.assert_close(density(z), expected, rtol=1e-5, atol=1e-5)
+    assert density.local_draws(z, ["z"], torch.arange(40), 0)["z"].dtype == torch.float32
 
 
 @pytest.mark.parametrize("batch", [None, 10])
