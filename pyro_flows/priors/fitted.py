@@ -257,7 +257,7 @@ def prior_from(
         sites: latent sites, together in one event, in the model's order; all by default. An earlier prior of several
             sites is named by its own site or by all of these.
         seed: the same seed gives the same prior.
-        max_epochs: bound on the passes through the draws; by default training stops by held-out draws.
+        max_epochs: bound on the passes through the draws, 75 by default; held-out draws may stop training before.
         progress: show a bar.
 
     Returns:
@@ -271,7 +271,7 @@ def prior_from(
         UnreliableWarning: if the verdict is unreliable.
         UserWarning: if means may be off by more than 0.15 sd, or sds by more than 15 %.
 
-    Cost: two seconds for 20 000 draws of one coordinate, ten to thirty for those of ten, which are drawn anew where
+    Cost: two seconds for 20 000 draws of one coordinate, ten for those of ten, which are drawn anew where
     there is a guide; where the posterior's flow is taken, next to nothing, or 500 steps of training, fewer where an
     evaluation costs much.
 

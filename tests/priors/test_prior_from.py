@@ -13,6 +13,7 @@ import torch
 from torch.distributions import biject_to, constraints
 
 import pyro_flows as pf
+from pyro_flows.density_estimation.fit_density import fit_density
 from pyro_flows.model.supports import _event_dim
 from pyro_flows.priors import making
 from pyro_flows.priors.making import _fitted, _in_one_turn
@@ -235,6 +236,20 @@ def test_draws_of_two_modes_begin_at_a_mixture(dim):
     part = [Part("theta", torch.Size([dim]), constraints.independent(constraints.real, 1), (None,))]
     prior = pf.FittedPrior(flow, part, status="ok", verdict="ok", error=making.UNKNOWN)
     assert prior().rsample((3, 4)).shape == (3, 4, dim)
+
+
+def test_draws_are_passed_seventy_five_times_at_most(monkeypatch):
+    given = []
+
+    def noted(*args, max_epochs, **options):
+        given.append(max_epochs)
+        return fit_density(*args, max_epochs=1, **options)
+
+    monkeypatch.setattr(making, "fit_density", noted)
+    z = torch.randn(500, 2, generator=torch.Generator().manual_seed(0)).double()
+    for epochs in (None, 3):
+        _fitted(z, torch.full((500,), 1.0 / 500).double(), 0, epochs, False)
+    assert given == [75, 3]
 
 
 def test_draws_of_one_gaussian_are_one_gaussian():
