@@ -33,7 +33,7 @@ from pyro_flows.results.dims import Labels
 from pyro_flows.training import loop
 from pyro_flows.training.trainer import Trainer
 from pyro_flows.verdict.psis import psis
-from pyro_flows.verdict.thresholds import PRIOR_ERROR_MOST
+from pyro_flows.verdict.thresholds import ESS_SHARE_PROMISING, PRIOR_ERROR_MOST
 
 if TYPE_CHECKING:
     from pyro_flows.results.record import Record
@@ -163,10 +163,8 @@ def _own(posterior: Record, names: Sequence[str], seed: int) -> tuple[Flow, Erro
     that a flow fitted to these draws is closer.
     """
     density, flow = posterior._need_model(), posterior.flow
-    plain = not any(latent.noncentered or latent.chart is not None for latent in density.structure.latents)
-    whole = plain and list(names) == list(density.names)
     usable = posterior.verdict.status in ("ok", "corrected") and not posterior._by_chains
-    if not whole or not usable or not isinstance(flow, Flow) or not_rebuilt(flow) is not None:
+    if not usable or not _is_whole(posterior, names) or not isinstance(flow, Flow) or not_rebuilt(flow) is not None:
         return None
     flow = copy.deepcopy(flow)
     with alone(), seeded(derive(seed, "moments of the prior"), density.device):
@@ -177,6 +175,13 @@ def _own(posterior: Record, names: Sequence[str], seed: int) -> tuple[Flow, Erro
     errors, flow = min(found, key=lambda one: max(one[0]))
     close = accumulated(errors, flow.dim, []).mean < PRIOR_ERROR_MOST
     return (flow, errors) if close or is_of_guide(posterior) else None
+
+
+def _is_whole(posterior: Record, names: Sequence[str]) -> bool:
+    """Whether the density is one of these sites alone, on their own supports, so that it weighs draws of a prior."""
+    density = posterior._need_model()
+    plain = not any(latent.noncentered or latent.chart is not None for latent in density.structure.latents)
+    return plain and list(names) == list(density.names)
 
 
 @torch.no_grad()
@@ -202,14 +207,22 @@ def _trained(flow: Flow, density: LogDensity, seed: int) -> Flow:
 def _of_draws(
     posterior: Record, parts: Mapping[str, tuple[Part, ...]], seed: int, max_epochs: int | None, progress: bool
 ) -> tuple[Flow, Errors]:
-    """Fit a flow to the draws to use, and move it to their moments; return it with its errors."""
+    """Fit a flow to the draws to use, and move it to their moments; return it with its errors.
+
+    In many coordinates, what differs between it and the posterior need not lie along axes, where shapes are compared.
+    If its weights are poor, its errors are those that weights tell.
+    """
     samples, weights = _draws(posterior, seed)
     angles = [latent.name for latent in posterior._need_model().structure.latents if isinstance(latent.chart, Circle)]
     samples = {**samples, **{name: _in_one_turn(samples[name], weights) for name in angles}}
     z = _repaired(torch.cat([coordinates(own, samples[name])[0] for name, own in parts.items()], -1))
     flow = _fitted(z, weights, seed, max_epochs, progress)
     with alone(), seeded(derive(seed, "moments of the prior"), z.device):
-        return flow, matched(flow, Sample.of(z, weights, posterior.chain_count), own=False)
+        mean, sd, bound = matched(flow, Sample.of(z, weights, posterior.chain_count), own=False)
+        if _is_whole(posterior, list(parts)):
+            spread = DRAWS * float(_weighed(flow, posterior._need_model()).weights.square().sum())
+            bound = math.sqrt(spread - 1.0) if spread > 1.0 / ESS_SHARE_PROMISING else bound
+        return flow, (mean, sd, bound)
 
 
 def _fitted(z: Tensor, weights: Tensor, seed: int, max_epochs: int | None, progress: bool) -> Flow:
