@@ -143,8 +143,8 @@ def fit_density(
 
     Warns:
         UserWarning: if a coordinate is constant, if coordinates fulfil a linear equation, such as a sum or a copy, if
-            the flow can only shift and scale a coordinate, or if more than a twentieth of the steps had a gradient that
-            is not finite and were skipped.
+            there are ten rows of training or more for each different value, if the flow can only shift and scale a
+            coordinate, or if more than a twentieth of the steps had a gradient that is not finite and were skipped.
 
     Reference: Bishop 1994, *Mixture density networks*; Breiman et al. 1984, *Classification and Regression Trees* (the
     rule of one standard error); Dinh, Krueger and Bengio 2015 (arXiv 1410.8516); Polyak and Juditsky 1992 (averaging,

@@ -59,7 +59,7 @@ class FittedPrior(nn.Module):
         status: of that verdict.
         links: how many posteriors, one after the other, it comes from.
         mean_error: how far a mean may be off, in sds of its unconstrained coordinate, over all links; infinite after a
-            posterior that is unreliable.
+            posterior that is unreliable, and where a flow of draws has an ESS/S below 0.5 under the posterior.
         sd_error: how far the logarithm of an sd may be off.
 
     Cost: a pass of the flow for each draw or density.
@@ -88,7 +88,7 @@ class FittedPrior(nn.Module):
         flow, parts, error = make(posterior, names, **options)
         posterior._hand_on(f"{by}()")
         found = cls(flow, parts, status=posterior.verdict.status, verdict=str(posterior.verdict), error=error)
-        if PRIOR_ERROR_MOST < max(found.mean_error, found.sd_error) < math.inf:
+        if max(found.mean_error, found.sd_error) > PRIOR_ERROR_MOST and found.status != "unreliable":
             warnings.warn(
                 f"{by}: {found._how_far()}. Fit with more draws (draws=20_000), or refit all data at once by "
                 "prior.refresh(model, *data).",
@@ -269,7 +269,7 @@ def prior_from(
 
     Warns:
         UnreliableWarning: if the verdict is unreliable.
-        UserWarning: if means may be off by more than 0.15 sd, or sds by more than 15 %.
+        UserWarning: if means may be off by more than 0.15 sd, or sds by more than 15 %, or if the error is not known.
 
     Cost: two seconds for 20 000 draws of one coordinate, ten for those of ten, which are drawn anew where
     there is a guide; where the posterior's flow is taken, next to nothing, or 500 steps of training, fewer where an

@@ -210,7 +210,7 @@ def _of_draws(
     """Fit a flow to the draws to use, and move it to their moments; return it with its errors.
 
     In many coordinates, what differs between it and the posterior need not lie along axes, where shapes are compared.
-    If its weights are poor, its errors are those that weights tell.
+    If its weights are poor, its errors are not known.
     """
     samples, weights = _draws(posterior, seed)
     angles = [latent.name for latent in posterior._need_model().structure.latents if isinstance(latent.chart, Circle)]
@@ -220,8 +220,8 @@ def _of_draws(
     with alone(), seeded(derive(seed, "moments of the prior"), z.device):
         mean, sd, bound = matched(flow, Sample.of(z, weights, posterior.chain_count), own=False)
         if _is_whole(posterior, list(parts)):
-            spread = DRAWS * float(_weighed(flow, posterior._need_model()).weights.square().sum())
-            bound = math.sqrt(spread - 1.0) if spread > 1.0 / ESS_SHARE_PROMISING else bound
+            weights = _weighed(flow, posterior._need_model()).weights
+            bound = bound if float(weights.square().sum()) * DRAWS < 1.0 / ESS_SHARE_PROMISING else math.inf
         return flow, (mean, sd, bound)
 
 

@@ -246,7 +246,7 @@ def test_an_error_of_shape_is_covered_for_95_percent_of_further_data():
 
 
 @pytest.mark.slow
-def test_a_flow_whose_weights_are_poor_has_the_error_that_weights_tell():
+def test_the_error_of_a_flow_whose_weights_are_poor_is_not_known():
     """Shapes that differ between axes: each marginal is normal, and so are the tilts along them."""
     count = 40
 
@@ -261,9 +261,9 @@ def test_a_flow_whose_weights_are_poor_has_the_error_that_weights_tell():
     drawn = kept.reshape(4, 1000, count)
     posterior = pf.from_mcmc({"theta": drawn}, signs)
     assert posterior.verdict.status == "ok"
-    with pytest.warns(UserWarning, match="prior_from: means may be off by"):
+    with pytest.warns(UserWarning, match="prior_from: its error is not known"):
         prior = pf.prior_from(posterior, max_epochs=1)
-    assert prior.mean_error > 1.3
+    assert prior.mean_error == math.inf
 
 
 def test_draws_with_heavy_tails_have_moments():
