@@ -120,6 +120,7 @@ def fit_density(
         weight_decay: of AdamW, relative to the step size; by default 1e-4 times epochs ahead (in 20 000 steps at most)
             times parameters over points (of images: pixels), since what can be learned by heart is the more, the longer
             it takes and the more there are; but 1 at most, and so little that a tenth of the training is remembered.
+            The default flow of one output given a context has none.
         start: ``"random"``: last layers of networks that are zero get small random weights, with which training is far
             quicker; ``"auto"``: the same, or for the default flow a hundredth of that, so that it begins at its
             mixture; or ``"identity"``: the flow starts as it is, so that few data are first described by the base
@@ -142,8 +143,8 @@ def fit_density(
 
     Warns:
         UserWarning: if a coordinate is constant, if coordinates fulfil a linear equation, such as a sum or a copy, if
-            the flow can only shift and scale a coordinate, or if more than a twentieth of the steps had a gradient that
-            is not finite and were skipped.
+            there are ten rows of training or more for each different value, if the flow can only shift and scale a
+            coordinate, or if more than a twentieth of the steps had a gradient that is not finite and were skipped.
 
     Reference: Bishop 1994, *Mixture density networks*; Breiman et al. 1984, *Classification and Regression Trees* (the
     rule of one standard error); Dinh, Krueger and Bengio 2015 (arXiv 1410.8516); Polyak and Juditsky 1992 (averaging,

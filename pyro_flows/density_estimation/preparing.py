@@ -18,7 +18,14 @@ from pyro_flows.density_estimation import files
 from pyro_flows.density_estimation.ascent import score
 from pyro_flows.density_estimation.mixtures import choose
 from pyro_flows.density_estimation.points import CHUNK, Batch, Rows, Source, Stream, points_for, rows
-from pyro_flows.density_estimation.standardizing import is_fresh, knots_of, preprocess, scale_of, warn_dependent
+from pyro_flows.density_estimation.standardizing import (
+    is_fresh,
+    knots_of,
+    preprocess,
+    scale_of,
+    warn_dependent,
+    warn_repeated,
+)
 from pyro_flows.flows.defended_base import DefendedBase
 from pyro_flows.flows.flow import Flow
 from pyro_flows.flows.mixture_base import MixtureBase
@@ -120,6 +127,7 @@ def with_scale(flow: Flow, train: Source, kind: str | None) -> tuple[Flow, str |
     batches = held(train, MEASURED_POINTS)
     if not images and train.levels is None:
         warn_dependent(batches)
+        warn_repeated(batches)
     fresh = is_fresh(flow)
     scaled = _scale_context(flow, batches, fresh)
     layer: Preprocess = preprocess(kind, scaled, pooled=images)

@@ -21,6 +21,7 @@ DEPENDENT = 1e-10  # a share of a variance, of an eigenvalue of correlations too
 FAR_SDS = 10.0  # robust standard deviations, beyond which values are far away
 SD_OVER_MAD = 1.4826  # the standard deviation of a normal distribution over its median absolute deviation
 NAMED = 10  # coordinates that a warning names at most
+REPEATED = 10  # rows for each value: far more than rounding gives, and each held-out row is one of training too
 CONSTANT = 1e-12  # a variance below this share of the mean square is rounding error
 
 
@@ -99,6 +100,20 @@ def warn_dependent(batches: Iterable[Batch]) -> None:
             f"data: coordinates {named} fulfil {equations}{'' if context is None else ' with the context'}, such as a "
             f"sum or a copy, so that the density has no upper bound. Drop {drop}, or pass levels= if the values are "
             "quantized.",
+            UserWarning,
+            stacklevel=outside(),
+        )
+
+
+def warn_repeated(batches: Iterable[Batch]) -> None:
+    """Warn if rows have so few different values that they are counts, categories, or copies of each other."""
+    y = torch.cat([batch.flatten(1) for batch, _ in batches]).double()
+    distinct = len(torch.unique(y @ torch.arange(1.0, y.shape[1] + 1.0).to(y).sin()))  # numbers that tell rows apart
+    if 1 < distinct <= len(y) / REPEATED:
+        warnings.warn(
+            f"data: {len(y)} rows have {distinct} different values, so that the density has no upper bound, and "
+            "held-out rows, which are copies of others, do not end the training. Drop copies. Of counts, pass levels=, "
+            "or noise= with a standard deviation.",
             UserWarning,
             stacklevel=outside(),
         )

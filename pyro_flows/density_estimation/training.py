@@ -92,8 +92,11 @@ def is_mixture_alone(flow: Flow) -> bool:
 def _decay(ascent: Ascent, ahead: int) -> float:
     """Return the weight decay for a number of steps ahead.
 
-    An image counts as often as it has pixels, at each of which convolutions use all their weights.
+    An image counts as often as it has pixels, at each of which convolutions use all their weights. A mixture alone has
+    none: held-out points end its training as well, and narrow noise about a curve needs large weights.
     """
+    if is_mixture_alone(ascent.flow):
+        return 0.0
     weights, epoch = sum(parameter.numel() for parameter in ascent.parameters), ascent.source.steps(ascent.batch)
     points = epoch * ascent.batch * math.prod(ascent.flow.event_shape[1:])
     return min(1.0, DECAY * weights / points * ahead / epoch)

@@ -41,6 +41,8 @@ DIRECTIONS = 8  # at most, along which further data are tried
 NODES, NODE_WEIGHTS = hermegauss(5)  # of these data, in sqrt(2) sds: far ones bring out most, though they are rare
 TINY = torch.finfo(torch.float64).tiny
 
+Errors = tuple[float, float, float]  # of a link, see :func:`matched`
+
 
 class PriorError(NamedTuple):
     """The accumulated error of a prior: bounds that hold for all coordinates, with 95 %."""
@@ -130,7 +132,7 @@ def compared(wanted: Sample, has: Sample, within: tuple[Tensor, Tensor], *, same
 
 
 @torch.no_grad()
-def matched(flow: Flow, sample: Sample, *, own: bool) -> tuple[float, float, float]:
+def matched(flow: Flow, sample: Sample, *, own: bool) -> Errors:
     """Move a flow to the means and sds of a sample; return the standard errors of means and of log sds that stay.
 
     A difference d with the standard error e is taken off by d^2 / (d^2 + e^2) of itself, so that noise changes little.
@@ -198,7 +200,7 @@ def _move(flow: Flow, center: Tensor, to: Tensor, factor: Tensor) -> None:
     with_preprocess(flow, Preprocess(loc.to(like), scale.to(like)))
 
 
-def accumulated(own: tuple[float, float, float], dim: int, earlier: list[PriorError]) -> PriorError:
+def accumulated(own: Errors, dim: int, earlier: list[PriorError]) -> PriorError:
     """Return the error of a prior: its own, see :func:`matched`, and those of earlier priors."""
     times, once = (_two_sided((1.0 - CONFIDENCE) / parts) for parts in (2 * dim, 1))  # the third is of all coordinates
     mean = math.hypot(times * own[0], once * own[2] / math.sqrt(2.0), *(error.mean for error in earlier))

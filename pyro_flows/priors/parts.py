@@ -252,9 +252,10 @@ class PriorDistribution(TorchDistribution):
         return PriorDistribution(self.flow, self.parts, self.error, torch.Size(batch_shape))
 
     def rsample(self, sample_shape: Sequence[int] = ()) -> Tensor:
-        """Draw ``(*sample_shape, *batch_shape, *event_shape)``."""
+        """Draw ``(*sample_shape, *batch_shape, *event_shape)``; there are no parameters that a gradient could go to."""
         shape = (*sample_shape, *self.batch_shape)
-        values = [value for value, _ in placed(self.parts, self.flow.rsample_and_log_prob(shape)[0])]
+        drawn = self.flow.draw(math.prod(shape))[0].reshape(*shape, self.flow.dim)
+        values = [value for value, _ in placed(self.parts, drawn)]
         return values[0] if len(values) == 1 else _flat(values, shape)
 
     def log_prob(self, value: Tensor) -> Tensor:

@@ -160,8 +160,9 @@ class Nested(Bijection):
         with torch.no_grad():
             root, lost = torch.linalg.cholesky_ex(lower)
             fault = (lost != 0) | ~torch.isfinite(found).all(-1)
-        if torch.is_grad_enabled():  # a gradient of what has no root would be NaN at all points
-            root = torch.linalg.cholesky_ex(torch.where(fault[..., None, None], identity, lower))[0]
+        if torch.is_grad_enabled():  # of both halves: else each entry off the diagonal gets half of its gradient
+            whole = lower + lower.tril(-1).mT  # and that of what has no root would be NaN at all points
+            root = torch.linalg.cholesky_ex(torch.where(fault[..., None, None], identity, whole))[0]
         else:
             root = torch.where(fault[..., None, None], identity, root)
         pull = torch.where(fault[..., None], 0.0, found[..., size:])

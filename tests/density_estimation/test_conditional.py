@@ -54,6 +54,27 @@ def test_the_default_has_two_modes(fitted):
     assert torch.equal(fitted.log_prob(y_test[:, 0], x_test[:, 0]), fitted.log_prob(y_test, x_test))
 
 
+def curve(count=2000):
+    x = 4.0 * torch.rand(count, 1, generator=torch.Generator().manual_seed(0)) - 2.0
+    return x, x**3 - 2.0 * x + 0.01 * torch.randn(count, 1, generator=torch.Generator().manual_seed(1))
+
+
+def test_one_output_given_a_context_has_no_weight_decay():
+    x, y = curve(200)
+    options = {"context": x, "max_epochs": 1, "progress": False}
+    assert pf.fit_density(y, **options).settings["weight_decay"] == 0.0
+    assert pf.fit_density(torch.cat([y, y.square()], 1), **options).settings["weight_decay"] > 0.0
+    assert pf.fit_density(y, weight_decay=0.1, **options).settings["weight_decay"] == 0.1
+
+
+@pytest.mark.slow
+def test_narrow_noise_about_a_curve_is_found():
+    """With weights that decay, a fit ended at 2.0 nats; the truth has 3.19."""
+    x, y = curve()
+    fit = pf.fit_density(y[:1000], context=x[:1000], max_epochs=300, progress=False)
+    assert fit.nats(y[1000:], x[1000:]) > 2.65
+
+
 def test_a_few_contexts_far_out_do_no_harm():
     (y, x), (y_test, x_test) = bimodal(600, seed=0), bimodal(4000, seed=1)
     far = torch.where(torch.arange(600)[:, None] % 100 == 0, 1000.0, 1.0)

@@ -1,5 +1,7 @@
 """The map to the scale of data: an exact affine bijection, and what it is measured to be."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 
@@ -151,3 +153,13 @@ def test_both_ways_meet_after_a_change_of_dtype(kind):
     layer = preprocess(kind, [(y, None)]).double()
     x, _ = layer.inverse_and_ladj(y.double())
     assert torch.allclose(layer.forward_and_ladj(x)[0], y.double(), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("many", [9, 12])
+def test_rows_of_few_different_values_are_named(many):
+    y = torch.randn(60, 2, generator=torch.Generator().manual_seed(0)).repeat(many, 1)
+    options = {"max_epochs": 1, "progress": False}
+    copies = pytest.warns(UserWarning, match="648 rows have 60 different values") if many == 12 else nullcontext()
+    with copies:
+        pf.fit_density(y, **options)
+    pf.fit_density(y, noise=0.1, **options)

@@ -175,6 +175,11 @@ def test_the_map_is_a_bijection_with_its_jacobian(rows, dtype):
     torch.testing.assert_close(map_(x.view(rows, 1, 4))[:, 0], y, **tolerance)
     torch.testing.assert_close(map_.forward_and_ladj(x[0])[1], ladj[0], **tolerance)
     torch.testing.assert_close(map_.inverse_and_ladj(y[0])[1], -ladj[0], **tolerance)
+    step = 1e-5 * torch.eye(4, dtype=torch.float64)
+    map_, point = map_.double(), y[0].double()
+    for way in (lambda at: map_.inverse_and_ladj(at)[0], lambda at: map_.forward_and_ladj(at)[0]):
+        slope = torch.autograd.functional.jacobian(way, point)
+        torch.testing.assert_close(slope, (way(point + step) - way(point - step)).mT / 2e-5, rtol=1e-6, atol=1e-6)
 
 
 def test_a_precision_that_is_none_stays_a_bijection():

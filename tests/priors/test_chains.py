@@ -245,6 +245,27 @@ def test_an_error_of_shape_is_covered_for_95_percent_of_further_data():
         assert 0.95 < float(predictive[off.abs() < most].sum() / predictive.sum()) < 0.999
 
 
+@pytest.mark.slow
+def test_the_error_of_a_flow_whose_weights_are_poor_is_not_known():
+    """Shapes that differ between axes: each marginal is normal, and so are the tilts along them."""
+    count = 40
+
+    def signs():
+        theta = pyro.sample("theta", dist.Normal(torch.zeros(count), 1.0).to_event(1))
+        pairs = theta.reshape(*theta.shape[:-1], -1, 2)
+        pyro.factor("product", (3.0 * torch.tanh(pairs.prod(-1))).sum(-1))
+
+    generator = torch.Generator().manual_seed(0)
+    pool = torch.randn(400_000, 2, generator=generator)
+    kept = pool[torch.multinomial((3.0 * torch.tanh(pool.prod(1))).exp(), 4000 * count // 2, True, generator=generator)]
+    drawn = kept.reshape(4, 1000, count)
+    posterior = pf.from_mcmc({"theta": drawn}, signs)
+    assert posterior.verdict.status == "ok"
+    with pytest.warns(UserWarning, match="prior_from: its error is not known"):
+        prior = pf.prior_from(posterior, max_epochs=1)
+    assert prior.mean_error == math.inf
+
+
 def test_draws_with_heavy_tails_have_moments():
     z = torch.from_numpy(np.random.default_rng(0).standard_cauchy((20_000, 1)))
     found = moments(Sample(z, equal(z)), box(z))
