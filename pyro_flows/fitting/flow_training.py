@@ -42,7 +42,7 @@ class Entrant(NamedTuple):
         extra: Sequence[Tensor] = (),
     ) -> Entrant:  # fmt: skip
         flow = copy.deepcopy(fresh)
-        begin(flow, start)
+        begin_at(flow, start.loc, start.scale)
         trainer = Trainer(flow, density, learning_rate=size, batch=BATCH, extra=extra)
         monitor = Monitor()
         with density.clock.part(_stages.TRIAL):
@@ -52,11 +52,6 @@ class Entrant(NamedTuple):
             monitor.add(*Check(flow, density, seed=seed)())
         finished = bool(monitor.elbos)
         return cls(start, trainer, *((monitor.elbos[0], monitor.gaps[0]) if finished else (-math.inf, math.inf)))
-
-
-def begin(flow: Flow, start: Start) -> None:
-    """Put the affine map of a flow at a start."""
-    begin_at(flow, start.loc, start.scale)
 
 
 def share(max_steps: int) -> int:

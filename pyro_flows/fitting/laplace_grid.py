@@ -15,11 +15,12 @@ from torch import Tensor
 
 from pyro_flows._seeding import derive, seeded
 from pyro_flows.correction.latent import WRITTEN_DEAR
-from pyro_flows.fitting.flow_training import begin
 from pyro_flows.fitting.multimodal import weighed
 from pyro_flows.fitting.rounds import Round, untrained
-from pyro_flows.fitting.state import LIGHTER, SHARE_OF_SECONDS, Plan, Run, Sampler
+from pyro_flows.fitting.state import LIGHTER, SHARE_OF_SECONDS, Plan, Run, Sampler, tails
 from pyro_flows.flows.flow import Flow
+from pyro_flows.flows.parts import location_scale
+from pyro_flows.flows.recipe import begin_at
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.modes.laplace_grid import Marginal, can_have_grid, closer, grids_about
 from pyro_flows.modes.missed_modes import Search
@@ -39,8 +40,8 @@ def grid_at_start(run: Run, density: LogDensity, start: Start) -> Round | None:
     with plan.clock.part(GRID, share=SHARE_OF_SECONDS), torch.no_grad():
         if not grid_comes_first(plan, density):
             return None
-        normal = plan.fresh(density)
-        begin(normal, start)
+        normal = location_scale(density.dim, df=tails(density.dim)).to(start.loc)
+        begin_at(normal, start.loc, start.scale)
         z = normal.draw(LOOKED_AT_DRAWS)[0]
         flow = along(density, grids_about(density, start.loc, z, seed=run.seed), seed=run.seed)
         if flow is None:

@@ -17,9 +17,8 @@ from pyro_flows.correction.refine import _gone_on
 from pyro_flows.correction.sampler import ROUND, Sampler
 from pyro_flows.correction.search import visits_all
 from pyro_flows.correction.untrained import chains_of_gaussian
-from pyro_flows.fitting.flow_training import begin
 from pyro_flows.flows.parts import affine_base_of, location_scale
-from pyro_flows.flows.recipe import latent_recipe, set_df
+from pyro_flows.flows.recipe import begin_at, latent_recipe, set_df
 from pyro_flows.modes.missed_regions import BY_WALKERS, MissedRegion
 from pyro_flows.starts.gaussians import Start
 from pyro_flows.training.loop import COOL, STALLED, Budget, Look, train
@@ -286,7 +285,7 @@ def test_a_look_at_an_untrained_flow_is_one_at_its_affine_map(name, dim):
     affine = affine_base_of(flow)
     found = []
     for one in (flow, affine):
-        begin(set_df(one, 30.0), start)
+        begin_at(set_df(one, 30.0), start.loc, start.scale)
         torch.manual_seed(0)
         found.append(one.draw(200))
     assert len(list(affine.modules())) < len(list(flow.modules()))
