@@ -32,4 +32,3 @@ ADDED_RUN = "training at a missed mode"
 PARAMETERIZATION, SITE_TRANSFORMS = "parameterization", "site transforms"
 TRIAL_RUN, FIRST_ROUND, INITIAL = "trial run", "first round", "initial Gaussian"
 SEARCH, SEARCH_BY_CHAINS = "search for missed modes", "search for modes missed by chains"
-EARLIER_SEARCH_BY_CHAINS = "search for modes that chains lack"  # of files of earlier versions

@@ -151,8 +151,6 @@ def more_draws(posterior: Record, count: int, *, seed: int) -> Tensor:
     """Return ``count`` further unconstrained draws (n, D) in the way of the verdict: see ``Posterior.sample``."""
     density = posterior._need_density()
     if posterior.verdict.status == "refined" and posterior.chains is not None:
-        if not can_go_on(posterior):
-            raise ValueError("sample: chains of an earlier version are not gone on with; refine(method='hmc') can be.")
         each = math.ceil(count / posterior.chains.count)
         return go_on(posterior, posterior.chains, each, seed=seed).transpose(0, 1).flatten(0, 1)[:count]
     flow = posterior.flow

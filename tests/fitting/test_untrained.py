@@ -194,24 +194,6 @@ def test_moves_are_those_that_were_asked_for(method, moves, trained_in_short):
     assert refined.refine(method, max_steps=10).chains.numbers["moves"] == moves
 
 
-def test_states_of_older_files_have_scales_only():
-    density = pf.LogDensity(bent)
-    flow = location_scale(DIM, df=120.0, diagonal=True).double()
-    names = [str(i) for i in range(DIM)]
-    sampler = Sampler.begin(
-        Latent(flow, density), names, flow.draw(8)[0].detach(), chains=64, kept=64, seed=0, independence=0
-    )
-    sampler.run(40)
-    chains = sampler.chains()
-    state = {name: value for name, value in chains.state.items() if name not in ("axes", "roots")}
-    state["round"] = state["round"][:, :2]
-    older = McmcDraws(chains.z, chains.stats, state, {k: v for k, v in chains.numbers.items() if k != "moves"})
-    again = Sampler(Latent(flow, density), names, older, kept=64, seed=0)
-    assert not len(again.metric.roots)
-    again.run(80)
-    assert again.numbers["sweeps"] == 80
-
-
 def trained(look):
     """Train until the functionals stand still, or the look ends it; they never stand still here."""
     density = pf.LogDensity(bent)

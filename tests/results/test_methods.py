@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import replace
-from pathlib import Path
 
 import pyro
 import pyro.distributions as dist
@@ -22,8 +21,6 @@ from pyro_flows.results.methods_text import is_affine, method_of
 from pyro_flows.verdict import methods
 from pyro_flows.verdict.references import WORKS, bibtex, named
 from tests.posteriors import Y, location, schools, schools_chains, schools_flow, schools_posterior
-
-OLD = Path(__file__).parent.parent / "data" / "format_2"
 
 
 def started(builder, **options):
@@ -161,15 +158,6 @@ def test_many_fits_name_their_methods():
     found = pf.fit_many(location, [torch.zeros(3) + k for k in range(4)], draws=200, progress=False)
     assert [posterior.method for posterior in found] == ["Gaussian"] * 4
     assert found[0].settings["flow"] == "auto"
-
-
-@pytest.mark.parametrize(("name", "expected"), [("fit", "trained flow"), ("chains", "MCMC")])
-@pytest.mark.filterwarnings("ignore::pyro_flows.UnreliableWarning")
-def test_files_of_earlier_versions_get_a_method(name, expected):
-    posterior = pf.load(OLD / name)
-    assert posterior.method == expected
-    assert posterior.to_arviz().attrs["method"] == expected
-    assert posterior.methods_text().startswith("The posterior, of ")
 
 
 # evidence that nothing supports ---------------------------------------------------------------------------------------
