@@ -216,7 +216,7 @@ class _Trial:
                 begin_at(set_df(flow, own), start.loc, start.scale)
                 weighing = weighed(flow, self.density, LOOKED_AT_DRAWS)
                 share = thresholds.ESS_SHARE_PROMISING if own in HEAVIER else thresholds.ESS_SHARE_GOOD
-                if not weighing.ess > share * len(weighing.log_weights):
+                if not weighing.share > share:
                     return None
                 if shift_is_noise(weighing):
                     return flow, Training([], weighing.elbo, True, False, AT_ONCE, 0, 0)
@@ -233,7 +233,7 @@ class _Trial:
                 except ValueError:
                     return None
                 weighing = _weighed(flow, self.density)
-                if not weighing.ess > thresholds.ESS_SHARE_PROMISING * len(weighing.log_weights):
+                if not weighing.share > thresholds.ESS_SHARE_PROMISING:
                     return None
                 if shift_is_noise(weighing):
                     return flow, Training([], weighing.elbo, True, False, GRID_AT_ONCE, 0, 0)
@@ -245,6 +245,6 @@ class _Trial:
 def _weighed(flow: Flow, density: LogDensity) -> Weighing:
     """Weigh a fresh sample of a flow: a small one, if weights of that are nearly the same."""
     quick = weighed(flow, density, QUICK_DRAWS)
-    if quick.ess > thresholds.ESS_SHARE_EVEN * QUICK_DRAWS and shift_is_noise(quick):
+    if quick.share > thresholds.ESS_SHARE_EVEN and shift_is_noise(quick):
         return quick
     return weighed(flow, density, LOOKED_AT_DRAWS)

@@ -17,8 +17,7 @@ from pyro_flows._interrupts import STATE, interruptible
 from pyro_flows._ledger import accepted
 from pyro_flows._progress import Bar
 from pyro_flows._seeding import derive, seeded
-from pyro_flows._threads import few_threads
-from pyro_flows._turns import alone
+from pyro_flows._threads import alone, few_threads
 from pyro_flows.correction.hmc import anneal
 from pyro_flows.correction.judging import Work, around, concluded, covered_by, evidence_of
 from pyro_flows.correction.latent import Latent

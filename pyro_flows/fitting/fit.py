@@ -17,8 +17,7 @@ from pyro_flows._interrupts import STATE, Released, interruptible
 from pyro_flows._ledger import counted, said
 from pyro_flows._progress import Bar
 from pyro_flows._seeding import derive, seeded
-from pyro_flows._threads import few_threads
-from pyro_flows._turns import alone
+from pyro_flows._threads import alone, few_threads
 from pyro_flows._warnings import outside
 from pyro_flows.correction.refine import fallback_sampler, which
 from pyro_flows.correction.search import noted

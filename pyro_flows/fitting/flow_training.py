@@ -120,8 +120,7 @@ def _first_round(run: Run, trainer: Trainer) -> None:
     def weigh() -> tuple[bool, float]:
         trainer.write()
         weighing = weighed(trainer.flow, density, LOOKED_AT_DRAWS)
-        share = weighing.ess / len(weighing.log_weights)
-        return shift_is_noise(weighing), share
+        return shift_is_noise(weighing), weighing.share
 
     def report(done: int, elbo: float, state: str) -> None:
         plan.bar.show(f"{done} steps, {in_nats(elbo)}{state}")

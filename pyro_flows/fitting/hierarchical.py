@@ -310,7 +310,7 @@ def _is_good(guide: AutoHierarchicalFlow, density: MarginalDensity, *, moves: bo
     density.marginal.choose_count(z[:CHECKED])
     found = weigh(z, density(z), log_q)
     criteria = (K_HAT_GOOD, ESS_SHARE_LEAST), (K_HAT_MOST, ESS_SHARE_PROMISING)
-    good = any(found.k_hat < k_hat and found.ess >= share * len(z) for k_hat, share in criteria)
+    good = any(found.k_hat < k_hat and found.share >= share for k_hat, share in criteria)
     if not (moves and guide._top.affine is not None and tells_moments(found)):
         return good, found.elbo
     flow = guide._top._single

@@ -163,7 +163,7 @@ def _mixture(run: Run, *, barrier: float = 3.0) -> str | None:
             z, hopeless = prior_draws(run.density, SEARCHED_DRAWS // 2, seed=run.seed), False
         else:
             z, weighing = run.flow().draw(SEARCHED_DRAWS // 2)[0], run.best.weighing
-            hopeless = weighing.ess < ESS_SHARE_COLLAPSED * len(weighing.log_weights)
+            hopeless = weighing.share < ESS_SHARE_COLLAPSED
         run.multimodal = multimodal(run.density, z, seed=run.seed, bar=plan.bar, barrier=barrier, ridges=hopeless)
     if run.multimodal is None:
         return None
@@ -183,7 +183,7 @@ def _may_have_modes(run: Run) -> bool:
     best = run.best
     if not (run.goes_on and run.missed_mode is None and run.multimodal is None) or best is None:
         return False
-    poor = best.weighing.ess < ESS_SHARE_PROMISING * len(best.weighing.log_weights)
+    poor = best.weighing.share < ESS_SHARE_PROMISING
     return poor or (can_be_tempered(run.density) and not best.only_k_hat_fails)
 
 

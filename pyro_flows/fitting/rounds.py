@@ -50,7 +50,7 @@ class Round:
     @property
     def corrected(self) -> bool:
         """Whether importance weights correct its draws."""
-        return weights_correct(self.weighing.ess / len(self.weighing.log_weights), self.weighing.k_hat)
+        return weights_correct(self.weighing.share, self.weighing.k_hat)
 
     @property
     def nearly_uniform(self) -> bool:
@@ -59,8 +59,7 @@ class Round:
         MCMC walkers reach a region with too little density by way of regions where the density is somewhat too small.
         """
         weighing = self.weighing
-        ratio = weighing.ess / len(weighing.log_weights)
-        return ratio > ESS_SHARE_EVEN and weighing.k_hat < K_HAT_GOOD and not weighing.broken and self.weighed
+        return weighing.share > ESS_SHARE_EVEN and weighing.k_hat < K_HAT_GOOD and not weighing.broken and self.weighed
 
     @property
     def weighed(self) -> bool:
@@ -72,7 +71,7 @@ class Round:
 
         More steps of training do not change a tail with next to no mass, and a mixture would have the same modes.
         """
-        even = self.weighing.ess > ESS_SHARE_GOOD * len(self.weighing.log_weights)
+        even = self.weighing.share > ESS_SHARE_GOOD
         return even and self.weighing.k_hat >= K_HAT_GOOD and self.weighed
 
     @property
@@ -127,7 +126,7 @@ def _assessed(
         elbo=weighing.elbo,
         steps=len(training.losses),
         k_hat=weighing.k_hat,
-        ess_ratio=weighing.ess / len(weighing.log_weights),
+        ess_ratio=weighing.share,
         gap=weighing.log_evidence - weighing.elbo if math.isfinite(weighing.elbo) else None,
         converged=training.converged,
         why=training.why,

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from pyro_flows import _checks
-from pyro_flows._turns import turn
+from pyro_flows._threads import turn
 from pyro_flows.flows.defended_base import DefendedBase
 from pyro_flows.flows.flow import BASES, MIXTURE, Flow
 from pyro_flows.flows.mixture_base import MixtureBase

@@ -21,7 +21,7 @@ import pyro_flows as pf
 from pyro_flows import LogDensity, _stages
 from pyro_flows._clock import Clock, OutOfTime
 from pyro_flows._progress import Bar
-from pyro_flows._turns import turn
+from pyro_flows._threads import turn
 from pyro_flows.fitting import rounds
 from pyro_flows.posterior import draws
 from pyro_flows.results.scoring import JUDGING

@@ -13,9 +13,8 @@ import torch
 
 import pyro_flows as pf
 from pyro_flows.flows.gaussian_conditionals import nested
-from pyro_flows.flows.laplace_grid import sliced
 from pyro_flows.flows.mixture import Component, FlowMixture
-from pyro_flows.flows.parts import location_scale, marginals
+from pyro_flows.flows.parts import location_scale, marginals, sliced
 from pyro_flows.flows.recipe import start_at, with_affine
 from pyro_flows.results.methods_text import is_affine, method_of
 from pyro_flows.verdict import methods
