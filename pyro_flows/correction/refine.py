@@ -268,7 +268,7 @@ def _gone_on(sampler: Sampler, found: McmcDiagnostics, spent: float, bar: Bar, p
     for this alone.
     """
     attempted = gradient_budget(sampler.latent.density, ATTEMPT)
-    trained = 2.0 * attempted  # training and the race before take as many as a sampler after it, if not small
+    trained = 2.0 * attempted  # training takes as many as a sampler after it, if not small
     most = trained if sampler.latent.dim > SMALL_UP_TO else attempted
     while not sampler.resolved:
         more = most - spent

@@ -93,7 +93,7 @@ def portfolio(density: LogDensity, *, seed: int, extra: Sequence[Start] = (), df
     usable = [start for start in scored if math.isfinite(start.elbo)]
     if usable and not density.clock.over:
         density.check_digits(max(usable, key=lambda start: start.elbo).map(noise))
-    # where the support cuts through every start, none has a finite ELBO: all are left to the race
+    # where the support cuts through every start, none has a finite ELBO
     return sorted(usable or scored, key=lambda start: -start.elbo)
 
 
