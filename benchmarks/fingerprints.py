@@ -34,7 +34,7 @@ Hashes = NDArray[np.uint32]
 PARTS = {
     "flows": ("flows", "transforms", "_tensors"),
     "density": ("density_estimation",),
-    "step": ("graphs", "training", "objectives", "_batches", "_cache", "_tensors"),
+    "step": ("graphs", "training", "objectives", "_cache", "_tensors"),
     "fit": ("model", "starts", "modes", "verdict", "fitting", "correction", "_mixing", "_seeding", "_tensors"),
 }  # rooms of the package, each in one part
 APART = ("fitting/hierarchical.py", "fitting/marginal_density.py", "fitting/ranks.py", "model/unchanged.py")

@@ -16,8 +16,7 @@ from pyro_flows._files import existing, locked, replace_directory
 
 Json: TypeAlias = "dict[str, Json] | list[Json] | str | float | int | bool | None"
 Entries = Mapping[str, Any]  # of JSON, by name
-VERSION, FIRST_SEALED = 3, 2  # of the format; from the second on, the JSON holds digests of all files
-UNFINISHED = ".unfinished"  # what the writer of format 1 appended to the names of its files
+VERSION = 3  # of the format
 ZEROS = "0" * 64  # stands for the digest of the JSON file while that is computed
 READS = 5  # attempts, where locks cannot keep saves of other processes out
 
@@ -56,11 +55,8 @@ class Bundle:
 
     def _is_ours(self, folder: Path) -> bool:
         with suppress(OSError, ValueError):
-            if _parsed((folder / self.text).read_bytes()).get("format") == self.format:
-                return True
-        # the writer of format 1, killed in its first save
-        names, known = {file.name for file in folder.iterdir()}, {self.text, *self.others}
-        return names <= known | {name + UNFINISHED for name in known} and any(n.endswith(UNFINISHED) for n in names)
+            return _parsed((folder / self.text).read_bytes()).get("format") == self.format
+        return False
 
     def write(self, path: Path, description: Mapping[str, object], contents: Mapping[str, bytes]) -> None:
         """Write the object at what :meth:`check_target` returned: all of it, or nothing if anything fails or kills the
@@ -70,8 +66,7 @@ class Bundle:
         whole = {"format": self.format, "version": VERSION, "digests": digests, **description}
         text = (json.dumps(whole, indent=1, allow_nan=False) + "\n").encode()
         sealed = text.replace(ZEROS.encode(), digest(text).encode(), 1)
-        unfinished = frozenset(name + UNFINISHED for name in (self.text, *self.others))
-        replace_directory(path, {**contents, self.text: sealed}, gone=unfinished)
+        replace_directory(path, {**contents, self.text: sealed})
 
     def read(self, path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, bytes]]:
         """Return description and contents. Nothing is written, so a read-only directory will do."""
@@ -95,20 +90,19 @@ class Bundle:
             why = f"{', '.join(lacking)} missing" if lacking else f"{self.text} was not written by pyro_flows"
             raise ValueError(f"path: expected the directory of a saved {self.what}, got {shown!r}: {why}.")
         version, digests = description.get("version"), description.get("digests")
-        if not isinstance(version, int) or isinstance(version, bool) or version not in range(1, VERSION + 1):
+        if version != VERSION or isinstance(version, bool):
             raise ValueError(
-                f"path: {shown!r} has format version {version!r}, this release of pyro_flows reads versions 1 to "
-                f"{VERSION}. Read it with the release that wrote it, or fit and save anew."
+                f"path: {shown!r} has format version {version!r}, this release of pyro_flows reads version {VERSION}. "
+                "Read it with the release that wrote it, or fit and save anew."
             )
         contents = {name: (source / name).read_bytes() for name in self.others}
-        if digests is not None or version >= FIRST_SEALED:
-            digests = digests if isinstance(digests, dict) else {}
-            own = str(digests.get(self.text))
-            found = {name: digest(data) for name, data in contents.items()}
-            found[self.text] = digest(text.replace(own.encode(), ZEROS.encode(), 1))
-            wrong = [name for name, value in found.items() if digests.get(name) != value]
-            if wrong:
-                raise ValueError(damaged(shown, wrong, "is not what was saved: its SHA-256 digest differs"))
+        digests = digests if isinstance(digests, dict) else {}
+        own = str(digests.get(self.text))
+        found = {name: digest(data) for name, data in contents.items()}
+        found[self.text] = digest(text.replace(own.encode(), ZEROS.encode(), 1))
+        wrong = [name for name, value in found.items() if digests.get(name) != value]
+        if wrong:
+            raise ValueError(damaged(shown, wrong, "is not what was saved: its SHA-256 digest differs"))
         return description, contents
 
 

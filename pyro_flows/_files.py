@@ -25,28 +25,27 @@ AT_FDCWD, RENAME_EXCHANGE = -100, 2  # of Linux
 # one step -------------------------------------------------------------------------------------------------------------
 
 
-def replace_directory(path: Path, files: Mapping[str, bytes], *, gone: frozenset[str] = frozenset()) -> None:
+def replace_directory(path: Path, files: Mapping[str, bytes]) -> None:
     """Make ``path`` a directory with these files: written beside it, synced to the disk, and put in place in one step.
 
     A process that is killed on the way leaves the earlier directory or the new one, each whole, and so does an OSError,
     which names the path. Where the system cannot exchange two directories, the earlier one may be left under another
     name, where :func:`existing` finds it. Other files in the earlier directory (figures, notes) are kept, by hard
-    links, unless they are ``gone``. Saves into one folder wait for each other.
+    links. Saves into one folder wait for each other.
     """
-    dropped = {*files, *gone}
     with _beside(path, parents=True) as (target, fresh):
         fresh.mkdir()
         for name, data in files.items():
             _write(fresh / name, data)
         if target.is_dir():
             shutil.copymode(target, fresh)
-            _carry(target, fresh, dropped)
+            _carry(target, fresh, set(files))
         _sync_folder(fresh)
         earlier = _put(fresh, target)
         _sync_folder(target.parent)
         if earlier is not None:
             with suppress(OSError):
-                _carry(earlier, target, dropped, os.rename)  # what came while the new files were written
+                _carry(earlier, target, set(files), os.rename)  # what came while the new files were written
 
 
 def replace_file(path: Path, data: bytes) -> None:

@@ -15,7 +15,7 @@ from torch.distributions import dirichlet
 from torch.overrides import TorchFunctionMode
 
 from pyro_flows._tensors import Args, Function, Kwargs
-from pyro_flows._turns import turn
+from pyro_flows._threads import turn
 
 
 @contextmanager

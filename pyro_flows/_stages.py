@@ -17,7 +17,6 @@ MOMENTS = "matching moments"
 BEST_START = "checking the best starting point"
 INDEPENDENCE = "checking for independent coordinates"
 SEVERAL = "checking for several modes"
-TRIALS, TRIAL = "short trial runs", "a short trial run"
 WEIGHTS = "checking importance weights"
 ROWS = "checking rows"
 SAMPLER, AT_ONCE, NEXT = "running MCMC", "running MCMC instead of training", "running MCMC instead of more training"
@@ -30,6 +29,5 @@ ADDED_RUN = "training at a missed mode"
 
 # stages; those that are also methods have the names of these, see ``verdict/methods.py``
 PARAMETERIZATION, SITE_TRANSFORMS = "parameterization", "site transforms"
-TRIAL_RUN, FIRST_ROUND, INITIAL = "trial run", "first round", "initial Gaussian"
+FIRST_ROUND, INITIAL = "first round", "initial Gaussian"
 SEARCH, SEARCH_BY_CHAINS = "search for missed modes", "search for modes missed by chains"
-EARLIER_SEARCH_BY_CHAINS = "search for modes that chains lack"  # of files of earlier versions

@@ -21,7 +21,6 @@ STAGES = {  # of parts inside of each other the outermost decides, but for these
         *SEARCHES_OF_CHAINS,
     ),
     "starts": (_stages.STARTS, _stages.MOMENTS, _stages.BEST_START),
-    "races": (_stages.TRIALS,),
     "training": (_stages.TRAINING, _stages.INDEPENDENCE, GRID, CONDITIONALS),
     "judging": (_stages.JUDGING, _stages.WEIGHTS, _stages.PROPRIETY, _stages.ROWS),
 }

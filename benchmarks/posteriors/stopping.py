@@ -20,15 +20,14 @@ from benchmarks import records
 from benchmarks.posteriors.models import NAMES, Problem, load
 from benchmarks.posteriors.running import full_name
 from pyro_flows import LogDensity
-from pyro_flows._clock import unbounded
-from pyro_flows._progress import Bar
 from pyro_flows._seeding import seeded
 from pyro_flows.fitting.fit import MAX_STEPS
-from pyro_flows.fitting.flow_training import race, share
-from pyro_flows.fitting.state import Plan
+from pyro_flows.fitting.state import recipe_for, tails
+from pyro_flows.flows.recipe import begin_at
 from pyro_flows.starts.coordinates import choose_coordinates
 from pyro_flows.starts.portfolio import portfolio
-from pyro_flows.training.loop import Budget, train
+from pyro_flows.training.loop import BATCH, STEP_SIZE, Budget, train
+from pyro_flows.training.trainer import Trainer
 
 OUT = records.RESULTS / "stopping.csv"
 LONGER = 10
@@ -42,24 +41,23 @@ FIELDS = (
 
 def first_round(problem: Problem, *, seed: int, steps: int | None = None) -> tuple[int, torch.Tensor, float, str]:
     """Return steps, ELBO terms on common draws, seconds and why it ended; ``steps`` switches the automatic stop off."""
-    options = {"train_model": False, "escalate": False, "clock": unbounded(), "bar": Bar("fit", visible=False)}
-    plan = Plan(problem.model, problem.args, {}, "realnvp", {}, MAX_STEPS, **options)
     began = time.monotonic()
     with seeded(seed):
         density, extra = LogDensity(problem.model, problem.args), []
         if density.structure.hierarchical:
-            density, start, _ = choose_coordinates(density, seed=seed)
-            extra = [] if start is None else [start]
-        starts = portfolio(density, seed=seed, extra=extra)
-        guide = plan.guide(density)
-        winner, _ = race(guide, density, starts, share(MAX_STEPS), seed=seed, extra=())
-        trainer, allowed = winner.trainer, steps or MAX_STEPS
-        left = Budget(allowed - len(trainer.losses))
+            density, found, _ = choose_coordinates(density, seed=seed)
+            extra = [] if found is None else [found]
+        start = portfolio(density, seed=seed, extra=extra)[0]
+        recipe = recipe_for("realnvp", {}).with_df(tails(density.dim))
+        flow = recipe.build_for_latents(density.dim).to(start.loc)
+        begin_at(flow, start.loc, start.scale)
+        trainer = Trainer(flow, density, learning_rate=STEP_SIZE, batch=BATCH)
+        left = Budget(steps or MAX_STEPS)
         result = train(trainer, left, seed=seed, report=lambda *_: None, settle=steps is None)
     with seeded(seed + 1), torch.no_grad():
-        base = guide.flow.base_distribution()
+        base = flow.base_distribution()
         noise = base.sample((DRAWS,))
-        z, ladj = guide.flow.bijection.forward_and_ladj(noise)
+        z, ladj = flow.bijection.forward_and_ladj(noise)
         terms = density(z) - base.log_prob(noise) + ladj
     return len(trainer.losses), terms, time.monotonic() - began, result.why
 

@@ -26,7 +26,6 @@ from benchmarks import records
 from benchmarks.records import Row
 from benchmarks.toys.targets import TARGETS, Target
 from pyro_flows import Posterior
-from pyro_flows._stages import TRIAL_RUN
 
 DRAWS = 10_000
 OUT = records.RESULTS / "toys.csv"
@@ -113,7 +112,7 @@ def work(task: Task) -> Row:
 def _figures(found: Posterior, target: Target) -> dict[str, Any]:
     """ELBO, modes and the sd of x0 are those of raw draws, the errors those of the draws to use."""
     mean, sd = errors(target, found._used)
-    rounds = [stage for stage in found.history if stage["stage"] != TRIAL_RUN]
+    rounds = list(found.history)
     return {
         "status": found.verdict.status,
         "k_hat": found.k_hat,

@@ -10,7 +10,7 @@ from torch import nn
 from pyro_flows import _checks, _journal
 from pyro_flows._progress import Bar
 from pyro_flows._seeding import derive, seeded
-from pyro_flows._turns import alone
+from pyro_flows._threads import alone
 from pyro_flows.amortization.amortized import Amortized, Parts
 from pyro_flows.amortization.building import LAYERS, exchangeable_rows, measured, networks, scale_of, simulate, stacked
 from pyro_flows.amortization.files import probe

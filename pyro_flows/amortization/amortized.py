@@ -16,8 +16,7 @@ from torch import Tensor, nn
 from pyro_flows import _checks
 from pyro_flows._bundles import Entries
 from pyro_flows._seeding import derive, seeded
-from pyro_flows._threads import few_threads
-from pyro_flows._turns import alone
+from pyro_flows._threads import alone, few_threads
 from pyro_flows.amortization import files
 from pyro_flows.amortization.building import simulate, stacked
 from pyro_flows.amortization.form import Form, Scale, bound, ess_share

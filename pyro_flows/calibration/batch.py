@@ -13,7 +13,6 @@ from pyro_flows import _stages
 from pyro_flows._seeding import derive, seeded
 from pyro_flows._threads import few_threads
 from pyro_flows.fitting.fit import conclude
-from pyro_flows.fitting.flow_training import begin
 from pyro_flows.fitting.laplace_grid import AT_ONCE as GRID_AT_ONCE
 from pyro_flows.fitting.methods import AT_ONCE
 from pyro_flows.fitting.rounds import Round, unweighed, weighed
@@ -21,7 +20,7 @@ from pyro_flows.fitting.run import prepare
 from pyro_flows.fitting.state import LIGHTER, FitState, Plan
 from pyro_flows.flows.flow import Flow
 from pyro_flows.flows.parts import affine_base_of
-from pyro_flows.flows.recipe import set_df, start_at
+from pyro_flows.flows.recipe import begin_at, set_df, start_at
 from pyro_flows.model.digits import COMPARED
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.model.stack import NotStackable, Stack
@@ -214,10 +213,10 @@ class _Trial:
         df = flow.df
         with seeded(derive(self.plan.seed, "a look at the start"), self.density.device):
             for own in (*(lighter * df for lighter in LIGHTER), *HEAVIER):
-                begin(set_df(flow, own), start)
+                begin_at(set_df(flow, own), start.loc, start.scale)
                 weighing = weighed(flow, self.density, LOOKED_AT_DRAWS)
                 share = thresholds.ESS_SHARE_PROMISING if own in HEAVIER else thresholds.ESS_SHARE_GOOD
-                if not weighing.ess > share * len(weighing.log_weights):
+                if not weighing.share > share:
                     return None
                 if shift_is_noise(weighing):
                     return flow, Training([], weighing.elbo, True, False, AT_ONCE, 0, 0)
@@ -234,7 +233,7 @@ class _Trial:
                 except ValueError:
                     return None
                 weighing = _weighed(flow, self.density)
-                if not weighing.ess > thresholds.ESS_SHARE_PROMISING * len(weighing.log_weights):
+                if not weighing.share > thresholds.ESS_SHARE_PROMISING:
                     return None
                 if shift_is_noise(weighing):
                     return flow, Training([], weighing.elbo, True, False, GRID_AT_ONCE, 0, 0)
@@ -246,6 +245,6 @@ class _Trial:
 def _weighed(flow: Flow, density: LogDensity) -> Weighing:
     """Weigh a fresh sample of a flow: a small one, if weights of that are nearly the same."""
     quick = weighed(flow, density, QUICK_DRAWS)
-    if quick.ess > thresholds.ESS_SHARE_EVEN * QUICK_DRAWS and shift_is_noise(quick):
+    if quick.share > thresholds.ESS_SHARE_EVEN and shift_is_noise(quick):
         return quick
     return weighed(flow, density, LOOKED_AT_DRAWS)

@@ -15,7 +15,7 @@ from pyro_flows._fallbacks import fallback
 from pyro_flows._interrupts import STATE, interruptible
 from pyro_flows._progress import Bar
 from pyro_flows._seeding import derive
-from pyro_flows._turns import alone
+from pyro_flows._threads import alone
 from pyro_flows._warnings import outside
 from pyro_flows.calibration.batch import FEWEST, coordinates_for, fit_stack, size_of_batch
 from pyro_flows.calibration.checkpoint import Folder

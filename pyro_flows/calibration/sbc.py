@@ -13,7 +13,7 @@ from pyro_flows._bundles import Entries
 from pyro_flows._interrupts import STATE, interruptible
 from pyro_flows._progress import Bar
 from pyro_flows._seeding import derive
-from pyro_flows._turns import alone
+from pyro_flows._threads import alone
 from pyro_flows._warnings import outside
 from pyro_flows.calibration.checkpoint import Checkpoint, key_of
 from pyro_flows.calibration.fit_many import Answers, Many, count

@@ -13,8 +13,7 @@ from torch import Tensor
 
 from pyro_flows import _checks
 from pyro_flows._seeding import derive, seeded
-from pyro_flows._threads import few_threads
-from pyro_flows._turns import alone
+from pyro_flows._threads import alone, few_threads
 from pyro_flows.comparison.bridge import DF, Bridged, Latent, bridge, enough, finite, fit_proposal
 from pyro_flows.comparison.draws import MOST_NUMBERS
 from pyro_flows.verdict.psis import largest_k, psis

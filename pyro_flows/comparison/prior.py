@@ -13,7 +13,7 @@ from torch import Tensor
 from pyro_flows import _checks
 from pyro_flows._fallbacks import fallback
 from pyro_flows._seeding import derive, seeded
-from pyro_flows._turns import alone
+from pyro_flows._threads import alone
 from pyro_flows.model.arguments import usable
 from pyro_flows.model.batching import apart, filled_up, over_rows, possible_pieces, quiet, redrawn
 from pyro_flows.model.faults import Faults, defined

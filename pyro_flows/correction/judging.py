@@ -39,7 +39,6 @@ STAGE = "refinement"
 TRIED = "the chains have not converged: "
 DISAGREE = "the chains and the weighted draws of the guide disagree"
 REPLACED = " own draws were replaced, because "
-TRIED_BEFORE = (TRIED, "a sampler has not finished: ")  # the second is in older files
 LEAST_DRAWS = 8  # of each chain, for its figures
 
 
@@ -188,10 +187,10 @@ def _verdict(
     old: Verdict, found: McmcDiagnostics | None, against: list[str], failures: list[str], notes: list[str], why: str
 ) -> Verdict:
     """Say ``refined`` if nothing is against it; else what was said before, and why the chains change nothing."""
-    kept = [note for note in old.notes if not note.startswith(TRIED_BEFORE)]
+    kept = [note for note in old.notes if not note.startswith(TRIED)]
     notes = [*kept, *(note for note in notes if note not in kept)]
     known = (reason.rpartition(REPLACED)[2] for reason in old.reasons)
-    reasons = tuple(reason for reason in known if not reason.startswith(TRIED_BEFORE))
+    reasons = tuple(reason for reason in known if not reason.startswith(TRIED))
     if improper := tuple(failure for failure in failures if failure.startswith(IMPROPER)):
         return replace(old, status="unreliable", k_hat=math.nan, reasons=improper, notes=(), chains=found)
     if failures:

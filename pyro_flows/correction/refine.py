@@ -17,8 +17,7 @@ from pyro_flows._interrupts import STATE, interruptible
 from pyro_flows._ledger import accepted
 from pyro_flows._progress import Bar
 from pyro_flows._seeding import derive, seeded
-from pyro_flows._threads import few_threads
-from pyro_flows._turns import alone
+from pyro_flows._threads import alone, few_threads
 from pyro_flows.correction.hmc import anneal
 from pyro_flows.correction.judging import Work, around, concluded, covered_by, evidence_of
 from pyro_flows.correction.latent import Latent
@@ -151,8 +150,6 @@ def more_draws(posterior: Record, count: int, *, seed: int) -> Tensor:
     """Return ``count`` further unconstrained draws (n, D) in the way of the verdict: see ``Posterior.sample``."""
     density = posterior._need_density()
     if posterior.verdict.status == "refined" and posterior.chains is not None:
-        if not can_go_on(posterior):
-            raise ValueError("sample: chains of an earlier version are not gone on with; refine(method='hmc') can be.")
         each = math.ceil(count / posterior.chains.count)
         return go_on(posterior, posterior.chains, each, seed=seed).transpose(0, 1).flatten(0, 1)[:count]
     flow = posterior.flow
@@ -271,7 +268,7 @@ def _gone_on(sampler: Sampler, found: McmcDiagnostics, spent: float, bar: Bar, p
     for this alone.
     """
     attempted = gradient_budget(sampler.latent.density, ATTEMPT)
-    trained = 2.0 * attempted  # training and the race before take as many as a sampler after it, if not small
+    trained = 2.0 * attempted  # training takes as many as a sampler after it, if not small
     most = trained if sampler.latent.dim > SMALL_UP_TO else attempted
     while not sampler.resolved:
         more = most - spent

@@ -45,7 +45,7 @@ ROUND = 30  # sweeps of a round of warm-up
 ROUNDS = 2, 12  # at least, at most
 HALVINGS = 4  # of the step size, where trajectories diverge
 HAMILTONIAN, MICROCANONICAL = "Hamiltonian", "microcanonical"  # moves; the latter take two dimensions
-COUNTS, METRIC = ("sweeps", "waiting", "checked", "halved"), ("axes", "roots")  # files of old have none of the latter
+COUNTS = ("sweeps", "waiting", "checked", "halved")
 STATS = (
     *("lp", "log_weight", "acceptance_rate", "diverging", "energy", "energy_error", "n_steps", "step_size"),
     *("proposed", "independent", "changes", "part"),
@@ -58,7 +58,7 @@ class Kept:
     def __init__(self, z: Tensor, stats: dict[str, Tensor]) -> None:
         self._like = z[:, :0]
         self._z = list(z.unbind(1))
-        known = {"part": torch.zeros_like(z[..., 0]), **stats} if stats else dict.fromkeys(STATS, self._like[..., 0])
+        known = stats or dict.fromkeys(STATS, self._like[..., 0])
         self._stats = {name: list(known[name].unbind(1)) for name in STATS}
 
     def __len__(self) -> int:
@@ -91,14 +91,14 @@ class Sampler:
         state, numbers = chains.state, dict(chains.numbers)
         self.points = latent.look(state["x"], state["k"])
         self.superchain, self.began = state["superchain"], state["began"]
-        self.metric = Metric.of(state["scale"])._replace(**{name: state[name] for name in METRIC if name in state})
+        self.metric = Metric(*(state[name] for name in Metric._fields))
         self.kernel = Kernel(**numbers.pop("kernel"))
         self.numbers: dict[str, Any] = numbers
         self.draws = Kept(chains.z, chains.stats)
-        self.exchange = exchange_of(latent, self.points, numbers.get("exchange", False))  # files of old have none
+        self.exchange = exchange_of(latent, self.points, numbers["exchange"])
         numbers["exchange"] = self.exchange is not None
         self.swaps = self.exchange is None and are_copies(latent)
-        self.round = [tuple(of.unbind(0)) for of in state["round"].unbind(0)] if state["round"].shape[1] == 3 else []
+        self.round = [tuple(of.unbind(0)) for of in state["round"].unbind(0)]
         self.found: McmcDiagnostics | None = None  # the figures of the last look in a run
         self.over = True  # no run is under way
         self.resolved = False  # whether the last look found enough draws, for all standard deviations too
@@ -118,7 +118,7 @@ class Sampler:
             "k": k,
             "began": k,
             "superchain": torch.arange(chains) // SUBCHAINS,
-            "scale": torch.ones_like(x[0]),
+            **Metric.of(torch.ones_like(x[0]))._asdict(),
             "round": x.new_zeros(0, 3, *x.shape),
         }
         numbers: dict[str, Any] = dict.fromkeys(COUNTS, 0) | {"fixed_at": None, "thin": 1, "worst": None}
@@ -193,14 +193,13 @@ class Sampler:
         """Return all that :meth:`run` changes."""
         z, stats = self.draws.stacked()
         figures = [as_numbers(self.found), self.judged and [self.judged[0], as_numbers(self.judged[1])]]
-        # "told" is the key of earlier files
-        flags = {"over": self.over, "told": self.resolved, "figures": figures, "kernel": self.kernel.stored()}
+        flags = {"over": self.over, "resolved": self.resolved, "figures": figures, "kernel": self.kernel.stored()}
         tensors = {"points": self.points, "metric": self.metric, "z": z, "stats": stats, "round": self.round}
         return {**flags, **tensors, "numbers": self.numbers, "density": self.latent.density.state()}
 
     def _put_back(self, state: dict[str, Any]) -> None:
         found, judged = state["figures"]
-        self.over, self.resolved, self.found = state["over"], state["told"], found and McmcDiagnostics.of(found)
+        self.over, self.resolved, self.found = state["over"], state["resolved"], found and McmcDiagnostics.of(found)
         self.judged = judged and (tuple(judged[0]), McmcDiagnostics.of(judged[1]))
         self.points, self.metric = Points(*state["points"]), Metric(*state["metric"])
         self.kernel = Kernel(**state["kernel"])
@@ -293,7 +292,7 @@ class Sampler:
         leaps, step = self.kernel.leaps(number), self.kernel.step
         if not adapt and number % 4 == 0:  # leaps of a quarter go into necks that the others overshoot
             step = 0.25 * step
-        move = microcanonical if self.numbers.get("moves") == MICROCANONICAL else hamiltonian
+        move = microcanonical if self.numbers["moves"] == MICROCANONICAL else hamiltonian
         moved = move(self.latent, points, step=step, leaps=leaps, metric=self.metric)
         if adapt:
             self.kernel.adapt(points, moved, self.metric, number)

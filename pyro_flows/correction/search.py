@@ -39,8 +39,6 @@ from pyro_flows.verdict.weighing import bridge_value
 
 TOO_LITTLE, MISS = "the chains have too little mass", "the chains miss a mode"  # which longer chains may have
 HELD_OUT = 4  # one superchain of so many
-OF_GUIDES = (_stages.SEARCH,)
-OF_CHAINS = _stages.SEARCH_BY_CHAINS, _stages.EARLIER_SEARCH_BY_CHAINS
 NO_PLACE = BY_WALKERS, TRUNCATED_TAIL  # starts that stand for more than the region of a normal distribution
 
 
@@ -134,7 +132,8 @@ def _not_visited(
     Chains visit a region, or chains that begin there mix with them. Another search may fail to find a region again.
     """
     guides, earlier = (
-        [stage["details"] for stage in history if stage["stage"] in names] for names in (OF_GUIDES, OF_CHAINS)
+        [stage["details"] for stage in history if stage["stage"] == name]
+        for name in (_stages.SEARCH, _stages.SEARCH_BY_CHAINS)
     )
     z, found = regions.chains.z, []
     for search in (*guides[-1:], *earlier):

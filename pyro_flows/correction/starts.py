@@ -81,8 +81,8 @@ def dispersed_points(latent: Latent, z: Tensor, log_weights: Tensor, count: int,
 
 
 def can_be_resumed(chains: McmcDraws) -> bool:
-    """Whether a sampler can go on with chains: not with those of NUTS, nor of older files in other spaces."""
-    return "kernel" in chains.numbers and "space" not in chains.numbers
+    """Whether a sampler can go on with chains: not with those of another one."""
+    return "kernel" in chains.numbers
 
 
 def _effective(log_weights: Tensor) -> float:

@@ -31,9 +31,7 @@ from pyro_flows.density_estimation.encoding import Encoding
 from pyro_flows.density_estimation.points import CHUNK, Levels, Rows, Source, like
 from pyro_flows.density_estimation.training import Plan
 from pyro_flows.flows.flow import Flow
-from pyro_flows.flows.recipe import ending, with_preprocess
 from pyro_flows.flows.recipe_json import not_rebuilt, restored, to_json
-from pyro_flows.transforms.fixed import Preprocess
 
 CHECKPOINT = b"pyro_flows density checkpoint 3\n"  # then the digest of the rest, a line, and the tensors
 DAMAGED = "checkpoint: {!r} is damaged ({}). Take a copy of it, or remove it to begin anew."
@@ -66,7 +64,8 @@ def read(path: str | os.PathLike[str]) -> dict[str, Any]:
     text, contents = FILES.read(path)
     with reading(path, TENSORS, TEXT):
         tensors = unpacked(contents[TENSORS])
-        flow = _rebuild(text["builder"], tensors["flow"])
+        flow = restored(text["builder"], tensors["flow"])
+        require(isinstance(flow, Flow), "it describes a mixture of flows")
         check_tensor("losses", tensors["losses"], (None,))
         check_tensor("checks", tensors["checks"], (None, 2))
         require(isinstance(text["settings"], dict) and isinstance(text["why"], str), "settings or reason are missing")
@@ -94,20 +93,6 @@ def _levels(count: Any, step: Any) -> Levels:
     require(type(count) is int and count >= 2, f"levels are {count}")
     require(isinstance(step, (int, float)) and math.isfinite(step) and step > 0.0, f"levels are {step} apart")
     return Levels(count, float(step))
-
-
-def _rebuild(text: Entries, state: Any) -> Flow:
-    """Build the flow of a file; format 1 did not note the map to the scale of data."""
-
-    def amend(flow: Flow) -> None:
-        found = [name.removesuffix("inverse_scale") for name in state if name.endswith(".inverse_scale")]
-        if found and ending(flow) is None:
-            loc, scale, slope = (state.get(f"{found[0]}{part}") for part in ("loc", "scale", "slope"))
-            with_preprocess(flow, Preprocess(loc, scale, slope))
-
-    found = restored(text, state, amend)
-    require(isinstance(found, Flow), "it describes a mixture of flows")
-    return found
 
 
 # checkpoints ----------------------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from pyro_flows._bundles import Entries
 from pyro_flows._interrupts import STATE, interruptible
 from pyro_flows._progress import Bar
 from pyro_flows._seeding import derive, seeded
-from pyro_flows._turns import alone
+from pyro_flows._threads import alone
 from pyro_flows._warnings import outside
 from pyro_flows.density_estimation import files
 from pyro_flows.density_estimation.ascent import Ascent, rouse

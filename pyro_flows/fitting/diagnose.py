@@ -16,8 +16,7 @@ from torch import Tensor
 from pyro_flows import _checks, _stages
 from pyro_flows._progress import Bar
 from pyro_flows._seeding import derive, seeded
-from pyro_flows._threads import few_threads
-from pyro_flows._turns import alone
+from pyro_flows._threads import alone, few_threads
 from pyro_flows.correction.search import noted
 from pyro_flows.fitting.hierarchical import diagnose_hierarchical
 from pyro_flows.fitting.programs import check_sites, from_traces, random_sites, run_guide, space_of
@@ -185,7 +184,7 @@ def _searched(
     with seeded(derive(seed, "a search"), density.device):
         z, log_q = draw(SEARCHED_DRAWS)
         weighing = weigh(z, density(z), log_q)
-        if not (always or (weighing.k_hat < weighing.threshold and weighing.ess >= ESS_SHARE_LEAST * len(z))):
+        if not (always or (weighing.k_hat < weighing.threshold and weighing.share >= ESS_SHARE_LEAST)):
             return Search(notes=(THIN,))
         search = missed_modes(density, [], z, log_q, score, seed=seed, space=space)
         return with_truncated_tails(search, density, lambda: (z, weighing.log_weights), seed=seed)

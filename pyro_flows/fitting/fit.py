@@ -17,8 +17,7 @@ from pyro_flows._interrupts import STATE, Released, interruptible
 from pyro_flows._ledger import counted, said
 from pyro_flows._progress import Bar
 from pyro_flows._seeding import derive, seeded
-from pyro_flows._threads import few_threads
-from pyro_flows._turns import alone
+from pyro_flows._threads import alone, few_threads
 from pyro_flows._warnings import outside
 from pyro_flows.correction.refine import fallback_sampler, which
 from pyro_flows.correction.search import noted
@@ -71,8 +70,8 @@ def fit(
     ``posterior.method`` names the method: a Gaussian, a grid, conditionals, a mixture, a trained flow, MCMC. A trained
     flow is :math:`z = m + L(b + A\,t(f(\epsilon)))` over all latents in unconstrained coordinates: f a normalizing
     flow, t tails for each coordinate, :math:`\epsilon` Student-t with 15 degrees of freedom (2 D, if that is more). m
-    and L come from the best of several initial Gaussians, the learning rate from short trial runs. Training maximizes
-    the ELBO by path gradients and stops by itself.
+    and L come from the best of several initial Gaussians. Training maximizes the ELBO by path gradients and stops by
+    itself.
 
     Args:
         model: a Pyro model (function or module).
@@ -90,8 +89,8 @@ def fit(
         seed: of all randomness. One seed gives one answer, given the versions of packages, the processor, the compiler
             and the number of threads. Torch's global generator is left as it was.
         max_steps: bound on the optimization steps of a run, 64 gradient evaluations each; by default 6000, and more
-            above 50 dimensions, twice as many from 200 on; the trial runs of starts and learning rates come on top.
-        max_seconds: bound on the seconds of the whole call, above zero: starts, trial runs, training, the search for
+            above 50 dimensions, twice as many from 200 on.
+        max_seconds: bound on the seconds of the whole call, above zero: starts, training, the search for
             modes and the final draws. It is kept within a second or a fifth, unless a single run of the model takes
             longer. At the limit, the result so far is checked, with fewer draws if necessary, and the verdict says what
             was skipped. Time spent waiting for another fit in the same process does not count.

@@ -44,7 +44,15 @@ from pyro_flows.results.record import Stage
 from pyro_flows.results.scoring import JUDGING
 from pyro_flows.starts.gaussians import Start
 from pyro_flows.starts.portfolio import moved, tells_moments
-from pyro_flows.verdict.deciding import CHECKED, LOOKED_AT_DRAWS, POOL, UNSEARCHED, Draw, status_of, weights_correct
+from pyro_flows.verdict.deciding import (
+    CHECKED,
+    LOOKED_AT_DRAWS,
+    POOL,
+    UNSEARCHED,
+    Draw,
+    status_of,
+    weights_correct,
+)
 from pyro_flows.verdict.methods import MIXTURE
 from pyro_flows.verdict.thresholds import (
     ROW_ERROR_MOST,
@@ -52,7 +60,7 @@ from pyro_flows.verdict.thresholds import (
     ROW_MODES_APART,
 )
 from pyro_flows.verdict.verdict import NAMED
-from pyro_flows.verdict.weighing import in_words, weigh
+from pyro_flows.verdict.weighing import Weighing, in_words, weigh
 
 WHOLE_UP_TO = 1000  # latents that are judged together, if the model has all rows at each run
 ROUND = 500  # steps of the first round; each next one has twice as many
@@ -147,8 +155,11 @@ def _fitted(guide: AutoHierarchicalFlow, density: MarginalDensity | None, plan: 
         over, elbo = False, math.nan
         try:
             if density is not None:
-                trained.good, elbo = _is_good(guide, density, moves=not trained.stages)
-                trained.good = trained.good or (not trained.stages and plan.open and _mixture(guide, density, trained))
+                found = _look(guide, density, moves=not trained.stages)
+                status, elbo = status_of(found), found.elbo
+                trained.good = status != "unreliable"
+                if plan.open and status != "ok" and not trained.stages:
+                    trained.good = _mixture(guide, density, trained) or trained.good
         except OutOfTime:
             if ranks().size == 1:
                 raise
@@ -340,21 +351,21 @@ def _is_cheap(density: MarginalDensity) -> bool:
     return _looked_at(density) > FEW
 
 
-def _is_good(guide: AutoHierarchicalFlow, density: MarginalDensity, *, moves: bool) -> tuple[bool, float]:
-    """Return whether weights of the globals correct what is wrong with the draws, and the ELBO.
+def _look(guide: AutoHierarchicalFlow, density: MarginalDensity, *, moves: bool) -> Weighing:
+    """Return the weights of draws of the globals.
 
-    A guide that ``moves`` goes to the moments that the weights tell, and is looked at again if it was not good.
+    A guide that ``moves`` goes to the moments that the weights tell, and is looked at again, unless that takes long and
+    weights correct its draws.
     """
     z, log_q = _global_draw(guide)(_looked_at(density))
     density.marginal.choose_count(z[:CHECKED])
     found = weigh(z, density(z), log_q, quantiles=True)
-    good = status_of(found) != "unreliable"
     if not (moves and guide._top.affine is not None and tells_moments(found)):
-        return good, found.elbo
+        return found
     flow = guide._top._single
     start = moved(Start("", *begun_at(flow)), z, found)
     begin_at(flow, start.loc, start.scale)
-    return (True, found.elbo) if good else _is_good(guide, density, moves=False)
+    return found if status_of(found) != "unreliable" and not _is_cheap(density) else _look(guide, density, moves=False)
 
 
 class _Loss(nn.Module):

@@ -15,11 +15,11 @@ from torch import Tensor
 
 from pyro_flows._seeding import derive, seeded
 from pyro_flows.correction.latent import WRITTEN_DEAR
-from pyro_flows.fitting.flow_training import begin
-from pyro_flows.fitting.multimodal import weighed
-from pyro_flows.fitting.rounds import Round, untrained
-from pyro_flows.fitting.state import LIGHTER, SHARE_OF_SECONDS, Plan, Run, Sampler
+from pyro_flows.fitting.rounds import Round, untrained, weighed
+from pyro_flows.fitting.state import LIGHTER, SHARE_OF_SECONDS, Plan, Run, Sampler, tails
 from pyro_flows.flows.flow import Flow
+from pyro_flows.flows.parts import location_scale
+from pyro_flows.flows.recipe import begin_at
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.modes.laplace_grid import Marginal, can_have_grid, closer, grids_about
 from pyro_flows.modes.missed_modes import Search
@@ -29,6 +29,7 @@ from pyro_flows.starts.gaussians import Start
 from pyro_flows.verdict.deciding import JUDGED_DRAWS, LOOKED_AT_DRAWS, weights_correct
 from pyro_flows.verdict.methods import GRID
 from pyro_flows.verdict.thresholds import ESS_SHARE_PROMISING
+from pyro_flows.verdict.weighing import Weighing
 
 AT_ONCE = "converged: draws from the conditional Laplace grid pass the checks"
 
@@ -39,8 +40,8 @@ def grid_at_start(run: Run, density: LogDensity, start: Start) -> Round | None:
     with plan.clock.part(GRID, share=SHARE_OF_SECONDS), torch.no_grad():
         if not grid_comes_first(plan, density):
             return None
-        normal = plan.fresh(density)
-        begin(normal, start)
+        normal = location_scale(density.dim, df=tails(density.dim)).to(start.loc)
+        begin_at(normal, start.loc, start.scale)
         z = normal.draw(LOOKED_AT_DRAWS)[0]
         flow = along(density, grids_about(density, start.loc, z, seed=run.seed), seed=run.seed)
         if flow is None:
@@ -77,25 +78,25 @@ def with_tails_checked(search: Search, density: LogDensity, sampler: Sampler, *,
 def along(density: LogDensity, grids: Sequence[Marginal], *, seed: int) -> Flow | None:
     """Return the flow of the best grid, made finer; None if no grid is promising, or if weights do not correct it."""
     with seeded(derive(seed, "slices along a coordinate"), density.device):
-        tried = [(found[0], one) for one in grids if (found := _of_grid(density, one)) is not None]
+        tried = [(found[0].share, one) for one in grids if (found := _of_grid(density, one)) is not None]
         share, best = max(tried, key=itemgetter(0), default=(0.0, None))
         close = closer(density, best, seed=seed) if best is not None and share >= ESS_SHARE_PROMISING else None
         found = None if close is None else _of_grid(density, close)
-    return found[2] if found is not None and weights_correct(*found[:2]) else None
+    return found[1] if found is not None and weights_correct(found[0].share, found[0].k_hat) else None
 
 
-def _of_grid(density: LogDensity, grid: Marginal) -> tuple[float, float, Flow] | None:
-    """Return the ESS share of draws of the flow of a grid, their k-hat, and the flow; None if there is no table.
+def _of_grid(density: LogDensity, grid: Marginal) -> tuple[Weighing, Flow] | None:
+    """Return draws of the flow of a grid, weighed, and the flow; None if there is no table.
 
     The base has the lightest tails that are accepted.
     """
-    found: tuple[float, float, Flow] | None = None
+    found: tuple[Weighing, Flow] | None = None
     for lighter in LIGHTER:
         try:
             sampler = flow_along(grid, lighter=lighter).to(density.device, density.dtype)
         except ValueError:
             return None
-        found = (*weighed(density, sampler), sampler)
-        if weights_correct(*found[:2]):
+        found = weighed(sampler, density, LOOKED_AT_DRAWS), sampler
+        if weights_correct(found[0].share, found[0].k_hat):
             break
     return found

@@ -21,7 +21,7 @@ from pyro_flows._seeding import derive, seeded
 from pyro_flows.correction.adaptation import MOST_DIM
 from pyro_flows.correction.refine import chains_of_flow
 from pyro_flows.correction.untrained import chains_of_gaussian
-from pyro_flows.fitting.flow_training import begin, is_improper, train_flow
+from pyro_flows.fitting.flow_training import is_improper, train_flow
 from pyro_flows.fitting.laplace_grid import grid_at_start, grid_comes_first
 from pyro_flows.fitting.multimodal import independent, multimodal
 from pyro_flows.fitting.rounds import untrained, weighed, weights_collapse
@@ -29,7 +29,7 @@ from pyro_flows.fitting.state import LIGHTER, SHARE_OF_SECONDS, Run
 from pyro_flows.flows.flow import Flow
 from pyro_flows.flows.gaussian_conditionals import marginal_flow, with_tails
 from pyro_flows.flows.parts import affine_base_of
-from pyro_flows.flows.recipe import set_df
+from pyro_flows.flows.recipe import begin_at, set_df
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.modes.conditionals import Conditional, can_have_conditionals, conditional, hyperparameters_of
 from pyro_flows.modes.hyperparameter_marginal import Sample, fit_flow, sampled
@@ -119,13 +119,13 @@ def _gaussian(run: Run) -> str | None:
     plain, df = affine_base_of(flow) if run.plan.recipe.named else flow, flow.df
     with run.plan.clock.part(_stages.BEST_START, noted=False):
         for lighter in LIGHTER if flow.base == "student_t" else (1.0,):
-            begin(set_df(plain, lighter * df), start)
+            begin_at(set_df(plain, lighter * df), start.loc, start.scale)
             if weights_collapse(plain, density):
                 continue
             cheap = density.affordable(JUDGED_DRAWS) > LOOKED_AT_DRAWS  # else the check that decides is as cheap
             if cheap and not shift_is_noise(weighed(plain, density, LOOKED_AT_DRAWS)):
                 continue
-            begin(set_df(flow, lighter * df), start)
+            begin_at(set_df(flow, lighter * df), start.loc, start.scale)
             outcome = untrained(_stages.FIRST_ROUND, flow, density, start.elbo, AT_ONCE)
             if shift_is_noise(outcome.weighing):
                 run.take(outcome)
@@ -163,7 +163,7 @@ def _mixture(run: Run, *, barrier: float = 3.0) -> str | None:
             z, hopeless = prior_draws(run.density, SEARCHED_DRAWS // 2, seed=run.seed), False
         else:
             z, weighing = run.flow().draw(SEARCHED_DRAWS // 2)[0], run.best.weighing
-            hopeless = weighing.ess < ESS_SHARE_COLLAPSED * len(weighing.log_weights)
+            hopeless = weighing.share < ESS_SHARE_COLLAPSED
         run.multimodal = multimodal(run.density, z, seed=run.seed, bar=plan.bar, barrier=barrier, ridges=hopeless)
     if run.multimodal is None:
         return None
@@ -183,7 +183,7 @@ def _may_have_modes(run: Run) -> bool:
     best = run.best
     if not (run.goes_on and run.missed_mode is None and run.multimodal is None) or best is None:
         return False
-    poor = best.weighing.ess < ESS_SHARE_PROMISING * len(best.weighing.log_weights)
+    poor = best.weighing.share < ESS_SHARE_PROMISING
     return poor or (can_be_tempered(run.density) and not best.only_k_hat_fails)
 
 

@@ -7,7 +7,6 @@ tempered from the prior.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from pyro_flows._progress import Bar
 from pyro_flows._seeding import derive, seeded
+from pyro_flows.fitting.rounds import weighed
 from pyro_flows.flows.flow import Flow
 from pyro_flows.flows.mixture import FlowMixture
 from pyro_flows.flows.parts import student_mixture, tabulated
@@ -28,7 +28,6 @@ from pyro_flows.starts.gaussians import Start
 from pyro_flows.starts.prior import units_of
 from pyro_flows.verdict.deciding import LOOKED_AT_DRAWS, weights_correct
 from pyro_flows.verdict.methods import INDEPENDENT, MIXTURE, TABULATED
-from pyro_flows.verdict.psis import psis
 from pyro_flows.verdict.thresholds import ESS_SHARE_COLLAPSED, ESS_SHARE_PROMISING
 
 
@@ -173,24 +172,13 @@ def _tabulated(
     except ValueError:
         return None
     with seeded(seed, density.device):
-        share, k_hat = weighed(density, sampler)
-    stage = Stage(
-        TABULATED if density.dim == 1 else INDEPENDENT, k_hat=k_hat, ess_ratio=share, details={"modes": modes}
-    )
+        found = weighed(sampler, density, LOOKED_AT_DRAWS)
+    name = TABULATED if density.dim == 1 else INDEPENDENT
+    stage = Stage(name, k_hat=found.k_hat, ess_ratio=found.share, details={"modes": modes})
     alone = "the density was tabulated on a grid"
     said = alone if density.dim == 1 else "the coordinates are independent, so the density of each was tabulated"
     said = f"the posterior has several modes: {said}" if modes > 1 else said
-    return MultimodalCandidate(sampler, said, stage, True) if weights_correct(share, k_hat) else None
-
-
-def weighed(density: LogDensity, sampler: Flow) -> tuple[float, float]:
-    """Return the effective share of draws of a sampler, and k-hat."""
-    z, log_q = sampler.draw(LOOKED_AT_DRAWS)
-    ratios = (density(z) - log_q).double().nan_to_num(nan=-torch.inf, posinf=-torch.inf)
-    if not bool(torch.isfinite(ratios).any()):
-        return 0.0, math.inf
-    log_weights, k_hat = psis(ratios)
-    return float(1.0 / log_weights.exp().square().sum()) / len(z), k_hat
+    return MultimodalCandidate(sampler, said, stage, True) if weights_correct(found.share, found.k_hat) else None
 
 
 def _begun(found: Survey) -> Parts:

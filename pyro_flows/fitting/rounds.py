@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -12,7 +13,7 @@ from pyro_flows import _stages
 from pyro_flows.flows.flow import Flow
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.results.record import Stage
-from pyro_flows.training.loop import BATCH, STEP_SIZE, Training
+from pyro_flows.training.loop import Training
 from pyro_flows.training.trainer import Trainer
 from pyro_flows.verdict.deciding import (
     COMPARED_DRAWS,
@@ -49,7 +50,7 @@ class Round:
     @property
     def corrected(self) -> bool:
         """Whether importance weights correct its draws."""
-        return weights_correct(self.weighing.ess / len(self.weighing.log_weights), self.weighing.k_hat)
+        return weights_correct(self.weighing.share, self.weighing.k_hat)
 
     @property
     def nearly_uniform(self) -> bool:
@@ -58,8 +59,7 @@ class Round:
         MCMC walkers reach a region with too little density by way of regions where the density is somewhat too small.
         """
         weighing = self.weighing
-        ratio = weighing.ess / len(weighing.log_weights)
-        return ratio > ESS_SHARE_EVEN and weighing.k_hat < K_HAT_GOOD and not weighing.broken and self.weighed
+        return weighing.share > ESS_SHARE_EVEN and weighing.k_hat < K_HAT_GOOD and not weighing.broken and self.weighed
 
     @property
     def weighed(self) -> bool:
@@ -71,7 +71,7 @@ class Round:
 
         More steps of training do not change a tail with next to no mass, and a mixture would have the same modes.
         """
-        even = self.weighing.ess > ESS_SHARE_GOOD * len(self.weighing.log_weights)
+        even = self.weighing.share > ESS_SHARE_GOOD
         return even and self.weighing.k_hat >= K_HAT_GOOD and self.weighed
 
     @property
@@ -95,13 +95,27 @@ def weights_collapse(flow: Flow, density: LogDensity) -> bool:
     return raw_weights(density(z) - log_q) is None
 
 
-@torch.no_grad()
-def assess(name: str, trainer: Trainer, training: Training, *, look: bool = True) -> Round:
-    """Weigh a fresh sample of the flow; a round that there is no time to weigh counts for nothing but its ELBO.
+def assess(name: str, trainer: Trainer, training: Training) -> Round:
+    """Weigh a fresh sample of the flow; a round that there is no time to weigh counts for nothing but its ELBO."""
+    trained = {"step_size": trainer.learning_rate, "batch": trainer.batch}
+    return _assessed(name, trainer.flow, trainer.density, training, trainer.evaluation, trained)
 
-    Without ``look``, none is drawn: chains that began at the flow are judged, and not its own draws.
+
+def untrained(name: str, flow: Flow, density: LogDensity, elbo: float, why: str, *, look: bool = True) -> Round:
+    """Weigh a flow as it is; see :func:`assess`.
+
+    Without ``look``, no sample is drawn: chains that began at the flow are judged, and not its own draws.
     """
-    flow, density = trainer.flow, trainer.density
+    return _assessed(
+        name, flow, density, Training([], elbo, look, False, why, 0, 0, early=look), "eager", {}, look=look
+    )
+
+
+@torch.no_grad()
+def _assessed(
+    name: str, flow: Flow, density: LogDensity, training: Training, evaluation: str, trained: dict[str, Any],
+    *, look: bool = True,
+) -> Round:  # fmt: skip
     weighing = unweighed(density.dim, training.elbo)
     if look:
         with density.clock.part(_stages.WEIGHTS, noted=False):
@@ -110,25 +124,18 @@ def assess(name: str, trainer: Trainer, training: Training, *, look: bool = True
     stage = Stage(
         name,
         elbo=weighing.elbo,
-        step_size=trainer.learning_rate,
-        batch=trainer.batch,
         steps=len(training.losses),
         k_hat=weighing.k_hat,
-        ess_ratio=weighing.ess / len(weighing.log_weights),
+        ess_ratio=weighing.share,
         gap=weighing.log_evidence - weighing.elbo if math.isfinite(weighing.elbo) else None,
         converged=training.converged,
         why=training.why,
         skipped=training.skipped,
         falls=training.falls,
-        details={"flow": trainer.evaluation, "model": density.reason or "recorded"},
+        details={"flow": evaluation, "model": density.reason or "recorded"},
+        **trained,
     )
     return Round(copy.deepcopy(flow), weighing, training, stage)
-
-
-def untrained(name: str, flow: Flow, density: LogDensity, elbo: float, why: str, *, look: bool = True) -> Round:
-    """Weigh a flow as it is; see :func:`assess`."""
-    trainer = Trainer(flow, density, learning_rate=STEP_SIZE, batch=BATCH)
-    return assess(name, trainer, Training([], elbo, look, False, why, 0, 0, early=look), look=look)
 
 
 def unweighed(dim: int, elbo: float) -> Weighing:

@@ -10,15 +10,15 @@ from torch import Tensor
 
 from pyro_flows import _stages
 from pyro_flows._seeding import seeded
-from pyro_flows.fitting.flow_training import begin
 from pyro_flows.fitting.methods import AFTER, AS_READ, AT_MODES, AT_THE_BEST, answered
 from pyro_flows.fitting.state import SHARE_OF_SECONDS, Run, tails
+from pyro_flows.flows.recipe import begin_at
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.modes.propriety import improper_tails
 from pyro_flows.results.record import Stage
 from pyro_flows.starts.charting import choose_charts
 from pyro_flows.starts.coordinates import choose_coordinates
-from pyro_flows.starts.gaussians import CLOSE, Start, standard
+from pyro_flows.starts.gaussians import CLOSE, standard
 from pyro_flows.starts.portfolio import matched, portfolio
 from pyro_flows.starts.prior import PRIOR_DRAWS, possible_points, prior_draws, spread_of
 
@@ -60,7 +60,7 @@ def first_draws(density: LogDensity, seed: int) -> Tensor:
 def begin_only(run: Run) -> None:
     """Put an untrained flow at the prior's middle and spread: the posterior has no finite integral."""
     draws = prior_draws(run.density, PRIOR_DRAWS, seed=run.seed)
-    begin(run.flow(), Start("prior", draws.median(0).values, spread_of(draws)))
+    begin_at(run.flow(), draws.median(0).values, spread_of(draws))
 
 
 def make_run(run: Run) -> None:

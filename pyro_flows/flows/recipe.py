@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from pyro_flows import _checks
-from pyro_flows._turns import turn
+from pyro_flows._threads import turn
 from pyro_flows.flows.defended_base import DefendedBase
-from pyro_flows.flows.flow import MIXTURE, Flow
+from pyro_flows.flows.flow import BASES, MIXTURE, Flow
 from pyro_flows.flows.mixture_base import MixtureBase
 from pyro_flows.flows.unbent import warn_unbent
 from pyro_flows.transforms import Bijection, Compose, DiagonalAffine, LowerTriangularAffine, SinhArcsinh
@@ -179,13 +179,16 @@ def latent_recipe(flow: FlowLike, options: Mapping[str, object], *, affine: str,
         TypeError: for options beside a flow that is already built, or options that the builder does not have.
     """
     around = () if _checks.choice("affine", affine, AFFINES) == "none" else (("affine", affine),)
+    _checks.choice("base", base, BASES)
+    _checks.positive("df", df)
     found = Recipe(flow, dict(options), base, df, around)
     if isinstance(flow, str):
         if flow in BUILDERS and flow not in VECTOR_BUILDERS:
             raise ValueError(f"flow: {flow!r} makes flows of images; a guide's is of a vector, as 'realnvp' makes.")
         _checks.choice("flow", flow, VECTOR_BUILDERS)
-        with turn(), torch.random.fork_rng(devices=[]):
-            found.build(1)  # wrong options fail here, not at the first step
+        if options:  # wrong ones fail here, not at the first step
+            with turn(), torch.random.fork_rng(devices=[]):
+                found.build(1)
     elif options:
         raise TypeError(f"options: {', '.join(options)} go with a flow's name; this flow is already built.")
     elif not isinstance(flow, (Flow, Bijection)) and not callable(flow):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
@@ -87,13 +87,12 @@ def from_json(text: Mapping[str, object]) -> Flow | FlowMixture:
     return recipe.build(dim)
 
 
-def restored(text: object, state: object, amend: Callable[..., None] = lambda flow: None) -> Any:
+def restored(text: object, state: object) -> Any:
     """Build the flow, or mixture of flows, of a file, which anybody may have written, and give it its state.
 
     Args:
         text: what :func:`to_json` wrote.
         state: tensors by name.
-        amend: changes the flow before it gets its state.
 
     Raises:
         Damaged: for sizes beyond those of the tensors, before anything of that size is made; for other tensors than
@@ -108,7 +107,6 @@ def restored(text: object, state: object, amend: Callable[..., None] = lambda fl
     try:
         with seeded(0), Building(state):
             flow = from_json(text)
-            amend(flow)
         flow.to(kinds.pop()).load_state_dict(state)
     except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         made = f"the tensors are not those of pf.{text.get('builder')} as this release makes it"

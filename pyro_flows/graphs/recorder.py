@@ -11,10 +11,10 @@ from typing import TypedDict, TypeVar
 import torch
 from torch import Tensor, fx
 
-from pyro_flows._batches import ROWS_AT_LEAST, nearby, rows_for
 from pyro_flows._cache import Cache
 from pyro_flows._fallbacks import Tried, fallback
 from pyro_flows._journal import evaluated
+from pyro_flows._tensors import ROWS_AT_LEAST, nearby, rows_for
 from pyro_flows.graphs.graph import first_result, is_pure
 from pyro_flows.graphs.recording import Unrecordable, record
 from pyro_flows.graphs.rounding import DIGITS, agree, moved_by

@@ -18,7 +18,7 @@ from torch.distributions import register_kl
 from pyro_flows import _checks
 from pyro_flows._arguments import numbers
 from pyro_flows._fallbacks import fallback
-from pyro_flows._turns import turn
+from pyro_flows._threads import turn
 from pyro_flows.guides.setup import LatentGuide
 from pyro_flows.model.batching import Rows, over_rows, quiet
 from pyro_flows.model.handlers import flatten_all, place_all

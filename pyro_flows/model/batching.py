@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflat
 from pyro_flows._fallbacks import Tried
 from pyro_flows._seeding import BatchedDraws
 from pyro_flows._tensors import filled, pull
-from pyro_flows._turns import Disturbed, turn
+from pyro_flows._threads import Disturbed, turn
 from pyro_flows.model.faults import Faults, Undefined, is_of_a_point
 
 Rows = TypeVar("Rows")  # a tensor, or a dict of tensors

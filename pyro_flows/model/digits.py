@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pyro_flows._fallbacks import Tried, passed_over
 from pyro_flows._seeding import seeded
-from pyro_flows._turns import turn
+from pyro_flows._threads import turn
 from pyro_flows.graphs import Recorder
 from pyro_flows.model.batching import over_rows, quiet, where_possible
 from pyro_flows.model.faults import passing_over

@@ -18,7 +18,7 @@ from pyro_flows._clock import Clock
 from pyro_flows._fallbacks import Tried
 from pyro_flows._journal import evaluated
 from pyro_flows._ledger import booked
-from pyro_flows._turns import turn
+from pyro_flows._threads import turn
 from pyro_flows.graphs import Recorder, RecorderState
 from pyro_flows.model.batching import quiet, values_and_grads, where_possible
 from pyro_flows.model.digits import COMPARED_ONE_BY_ONE

@@ -21,12 +21,11 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from pyro_flows import _checks
-from pyro_flows._batches import ROWS_AT_LEAST, rows_for
 from pyro_flows._clock import unbounded
 from pyro_flows._fallbacks import Tried, fallback, first_line
 from pyro_flows._journal import evaluated
 from pyro_flows._seeding import seeded
-from pyro_flows._tensors import Args, Dispatch, Function, Kwargs, tensors_in
+from pyro_flows._tensors import ROWS_AT_LEAST, Args, Dispatch, Function, Kwargs, rows_for, tensors_in
 from pyro_flows.model.arguments import usable
 from pyro_flows.model.batching import (
     Found,

@@ -12,9 +12,9 @@ from pyro import poutine
 from torch import Tensor
 
 from pyro_flows import _checks
-from pyro_flows._batches import ROWS_AT_MOST
 from pyro_flows._seeding import derive, seeded
-from pyro_flows._turns import turn
+from pyro_flows._tensors import ROWS_AT_MOST
+from pyro_flows._threads import turn
 from pyro_flows.graphs import Recorder
 from pyro_flows.model.batching import apart, join, quiet, redrawn, undefined
 from pyro_flows.model.digits import Digits

@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from pyro_flows._fallbacks import Tried, first_line
 from pyro_flows._seeding import seeded
 from pyro_flows._tensors import storage_of
-from pyro_flows._turns import alone
+from pyro_flows._threads import alone
 from pyro_flows.graphs import interpreter_is_built
 from pyro_flows.model.arguments import names_of
 from pyro_flows.model.batching import quiet

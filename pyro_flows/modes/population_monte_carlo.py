@@ -105,8 +105,9 @@ class Generation:
 
     @property
     def worth(self) -> float:
-        """The effective share, less the excess of k-hat over its threshold."""
-        return self.share - max(0.0, self.k_hat - K_HAT_GOOD)
+        """The effective share, less what k-hat plus its standard error is above the threshold."""
+        error = (1.0 + max(self.k_hat, 0.0)) / math.sqrt(3.0 * math.sqrt(len(self.z)))
+        return self.share - max(0.0, self.k_hat + error - K_HAT_GOOD)
 
 
 def begun(modes: Tensor, roots: Tensor, evidence: Tensor) -> Parts:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pyro_flows.flows.flow import Flow
-from pyro_flows.flows.laplace_grid import of_grid
+from pyro_flows.flows.parts import of_grid
 from pyro_flows.transforms.splines import between, smooth_slopes
 
 POINTS = 4001  # at which the density is tabulated

@@ -72,7 +72,7 @@ def plot_elbo(posterior: Record, *, width: float = WIDTH) -> Figure:
 
 
 def _rounds(axes: Axes, posterior: Record, total: int) -> None:
-    """Draw where training of the run that is shown went on: its stages follow each other, after short trial runs."""
+    """Draw where training of the run that is shown went on: its stages follow each other."""
     trained = [stage for stage in posterior.history if stage.get("steps") and stage.get("k_hat") is not None]
     runs = [stage.get("run") for stage in trained if stage["stage"] == posterior.settings.get("round")]
     lengths = [int(stage["steps"]) for stage in trained if stage.get("run") in (runs[:1] or [None])]

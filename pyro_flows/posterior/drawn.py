@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pyro_flows import _arrays, _arviz, _checks
 from pyro_flows._arrays import ALL, Chosen
-from pyro_flows._turns import alone
+from pyro_flows._threads import alone
 from pyro_flows.model.arguments import usable
 from pyro_flows.results import arviz_groups
 from pyro_flows.results.dims import Labeling

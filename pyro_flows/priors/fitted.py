@@ -220,8 +220,7 @@ class FittedPrior(nn.Module):
             check_numbers(text["parts"], flow.state_dict())
             parts = [Part.read(part, flow._like.dtype) for part in text["parts"]]
             require(sum(part.size for part in parts) == flow.dim, "its sites have another number of coordinates")
-            mean, sd = (float(text.get(name, math.inf)) for name in ("mean_error", "sd_error"))  # not in earlier files
-            error = PriorError(mean, sd, int(text.get("links", 1)))
+            error = PriorError(float(text["mean_error"]), float(text["sd_error"]), int(text["links"]))
             require(error.mean >= 0.0 and error.sd >= 0.0 and error.links >= 1, "its errors are no errors")
             return cls(flow, parts, status=str(text["status"]), verdict=str(text["verdict"]), error=error)
 

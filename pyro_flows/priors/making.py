@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.distributions import constraints
 
 from pyro_flows._seeding import derive, seeded
-from pyro_flows._turns import alone
+from pyro_flows._threads import alone
 from pyro_flows.comparison.draws import can_draw, is_of_guide, more
 from pyro_flows.density_estimation.fit_density import fit_density
 from pyro_flows.density_estimation.mixtures import choose, maximize

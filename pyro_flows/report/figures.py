@@ -15,7 +15,7 @@ from pyro_flows._arrays import Chosen
 from pyro_flows._fallbacks import Tried, fallback
 from pyro_flows._figures import INK, LINE, STATUS_COLORS
 from pyro_flows._seeding import seeded
-from pyro_flows._turns import alone
+from pyro_flows._threads import alone
 from pyro_flows.results.arviz_groups import NotThere
 from pyro_flows.results.record import Record
 

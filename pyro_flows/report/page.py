@@ -168,18 +168,10 @@ def recipe(posterior: Record) -> str:
         call = _call("fit", [model, *names], {"draws": settings["draws"], **known, **settings.get("asked", {})})
         call = f"# fitted side by side with {settings['side_by_side'] - 1} others by pf.fit_many; by itself:\n{call}"
     else:
-        call = _call("fit", [model, *names], {"draws": settings["draws"], **known, **_asked(settings)})
+        call = _call("fit", [model, *names], {"draws": settings["draws"], **known, **settings["asked"]})
     for again in settings.get("refinements", ()):
         call += f"posterior = posterior.refine({_words({k: v for k, v in again.items() if v is not None})})\n"
     return f"import pyro_flows as pf\n\n{call}"
-
-
-def _asked(settings: Entries) -> dict[str, object]:
-    """Return the options of a fit; files of earlier versions do not tell which flow was asked for."""
-    if "asked" in settings:
-        return dict(settings["asked"])
-    usual = {"runs": 1, "max_steps": None, "max_seconds": None, "train_model": False}
-    return {name: settings[name] for name, value in usual.items() if settings.get(name) not in (None, value)}
 
 
 def _call(name: str, given: list[str], options: Entries) -> str:

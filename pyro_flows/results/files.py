@@ -6,11 +6,9 @@ What a file says has to fit together: shapes, names, and densities that can be c
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
 
@@ -33,11 +31,9 @@ from pyro_flows.model.log_density import LogDensity
 from pyro_flows.model.sites import Keywords, Model, Positional
 from pyro_flows.model.unchanged import own
 from pyro_flows.results.dims import Labeling, coordinate_names
-from pyro_flows.results.methods_text import guide_method
 from pyro_flows.results.record import Record
 from pyro_flows.verdict.chains import McmcDiagnostics, McmcDraws
 from pyro_flows.verdict.deciding import OF_WEIGHTS
-from pyro_flows.verdict.methods import MCMC
 from pyro_flows.verdict.verdict import Verdict
 
 NETCDF, TENSORS, TEXT = "posterior.nc", "guide.pt", "posterior.json"
@@ -101,7 +97,6 @@ def _read(
         tensors = unpacked(contents[TENSORS])
         require(isinstance(tensors, dict), "it holds no tensors by name")
     with reading(source, TEXT, TENSORS):
-        description, tensors = present(description, tensors)
         check_texts(description)
         check_tensors(tensors, len(description["coordinates"]), description["verdict"])
         flow, guide, density = None, None, None
@@ -109,14 +104,13 @@ def _read(
             flow = restored(description["guide"]["flow"], tensors["flow"])
             check_flow(flow, tensors)
         settings = cast("Entries", _revived(description["settings"]))
-        verdict = _verdict(description["verdict"], guide_method(flow, settings))
+        verdict = _verdict(description["verdict"])
         history = tuple(cast("list[object]", _revived(description["history"])))
         numbers = {name: float(description["numbers"][name]) for name in NUMBER_FIELDS}
     with reading(source, NETCDF):
         groups, attrs = _arrays.read(contents[NETCDF])
-        attrs = attributes(attrs, description)
         check_groups(groups, tensors)
-    stored: tuple[object, object] | None = groups, {**attrs, "method": attrs.get("method", verdict.method)}
+    stored: tuple[object, object] | None = groups, attrs
     if model is not None:
         fitted = LogDensity(model, *own(args, kwargs), noncentered=settings.get("noncentered", []))
         density = _density(like(fitted, tensors["z"]), description["coordinates"], tensors)
@@ -162,14 +156,13 @@ def _revived(value: object) -> object:
     return tree_map(lambda item: float(item) if item in ("nan", "inf", "-inf") else item, value)
 
 
-def _verdict(stored: Entries, method: str) -> Verdict:
-    """Make a verdict again; earlier files do not say the method."""
+def _verdict(stored: Entries) -> Verdict:
+    """Make a verdict again."""
     make: Callable[..., Verdict] = Verdict
     said = {name: float(stored[name]) for name in OF_WEIGHTS} | {name: stored[name] for name in ("status", "where")}
     reasons, notes = (tuple(stored.get(name, ())) for name in ("reasons", "notes"))
     chains = None if stored.get("chains") is None else McmcDiagnostics.of(stored["chains"])
-    told = stored.get("guide_method", MCMC if chains is not None and chains.elsewhere else method)
-    return make(reasons=reasons, notes=notes, chains=chains, guide_method=told, **said)
+    return make(reasons=reasons, notes=notes, chains=chains, guide_method=stored["guide_method"], **said)
 
 
 def like(density: LogDensity, z: Tensor) -> LogDensity:
@@ -193,77 +186,6 @@ def _density(density: LogDensity, coordinates: Sequence[str], tensors: Entries) 
             "data and, if it has parameters of its own, the same values of these."
         )
     return density
-
-
-# files of earlier formats, brought to the words of the present one ----------------------------------------------------
-# Up to format 2, names had British spelling. Names of sites, which are keys too, stay as they are. Chains of other
-# samplers were a class of their own, with figures of their own.
-
-THIRD = 3  # the first format with American spelling
-WORDS = {"noncentred": "noncentered", "elbo_centred": "elbo_centered", "elbo_noncentred": "elbo_noncentered"}
-OPTIONS = {"noncentred": "noncentered", "centre": "center"}  # of a site's coordinates
-
-
-def present(description: Entries, tensors: Entries) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return what a file says and its tensors, as the present format has them."""
-    found = dict(description)
-    if description["version"] >= THIRD:
-        return found, dict(tensors)
-    found["settings"] = _renamed(description["settings"])
-    found["history"] = [_stage(entry) for entry in description["history"]]
-    found["coordinates"] = [_spelled(name) for name in description["coordinates"]]
-    found["verdict"] = {name: _spelled(value) for name, value in description["verdict"].items()}
-    return _with_chains(found, tensors) if found.get("kind") == "Chains" else (found, dict(tensors))
-
-
-def _with_chains(found: dict[str, Any], tensors: Entries) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Put the chains of another sampler where those of our own are."""
-    extra, z = tensors["extra"], tensors["z"]
-    count, old = extra["count"], extra["figures"]
-    stats = {name: value.reshape(count, -1) for name, value in extra["stats"].items()}
-    figures = McmcDiagnostics.of_mcmc(
-        chains=count,
-        draws=len(z) // count,
-        **{name: old[name] for name in ("r_hat", "ess_bulk", "ess_tail")},
-        where=old["r_hat_where"],
-        divergences=math.nan if old["divergences"] < 0 else old["divergences"] / len(z),
-    )
-    found["verdict"]["chains"] = asdict(figures)
-    chains = {"z": z.reshape(count, -1, z.shape[1]), "stats": stats, "state": {}, "numbers": {"method": "mcmc"}}
-    return found, {**tensors, "chains": chains}
-
-
-def attributes(attrs: Mapping[str, str | float], description: Entries) -> dict[str, str | float]:
-    """Return the attributes of stored groups in the words of the present format."""
-    if description["version"] >= THIRD:
-        return dict(attrs)
-    return {**attrs, "settings": json.dumps(description["settings"]), "verdict": _spelled(attrs["verdict"])}
-
-
-def _stage(entry: Entries) -> dict[str, Any]:
-    found = _renamed(entry)
-    return {**found, "details": _renamed(found["details"])} if isinstance(found.get("details"), Mapping) else found
-
-
-def _renamed(entry: Entries) -> dict[str, Any]:
-    return {WORDS.get(name, name): _sites(value) if name == "noncentred" else value for name, value in entry.items()}
-
-
-def _sites(chosen: object) -> object:
-    """Rename the options of each site; the first formats had a list of sites."""
-    if not isinstance(chosen, Mapping):
-        return chosen
-    return {
-        site: {OPTIONS.get(name, name): value for name, value in options.items()} if options else options
-        for site, options in chosen.items()
-    }
-
-
-def _spelled(value: Any) -> Any:
-    """Spell the marks of coordinates, such as ``theta[0] (partly non-centred)``, in a sentence or a list of them."""
-    if isinstance(value, list):
-        return [_spelled(part) for part in value]
-    return value.replace("non-centred)", "non-centered)") if isinstance(value, str) else value
 
 
 # whether what a file says fits together -------------------------------------------------------------------------------

@@ -80,7 +80,7 @@ def pool_of(density: LogDensity, draw: Draw, draws: int, times: int = POOL) -> P
         return score_pool(density, draw, times * draws)
     first = score_pool(density, draw, draws)
     weighing = weigh(first.z, first.log_p, first.log_q)
-    if weighing.ess > ESS_SHARE_EVEN * draws and weighing.k_hat < K_HAT_GOOD and not weighing.broken:
+    if weighing.share > ESS_SHARE_EVEN and weighing.k_hat < K_HAT_GOOD and not weighing.broken:
         return first
     rest = score_pool(density, draw, (times - 1) * draws)
     z, log_q, log_p = (torch.cat([getattr(part, name) for part in (first, rest)]) for name in ("z", "log_q", "log_p"))

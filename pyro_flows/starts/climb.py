@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pyro_flows._batches import ROWS_AT_LEAST, rows_for
+from pyro_flows._tensors import ROWS_AT_LEAST, rows_for
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.model.stack import Stack
 from pyro_flows.starts.curvature import (

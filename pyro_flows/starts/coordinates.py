@@ -172,7 +172,7 @@ def _diagonal(density: LogDensity, loc: Tensor, scale: Tensor, *, seed: int) -> 
     log_p = density(z)
     weighing = weigh(z, log_p, -0.5 * noise.square().sum(1) - scale.log().sum() - 0.5 * math.log(math.tau) * len(scale))
     close = not weighing.broken and weighing.log_evidence - weighing.elbo < acceptable_gap(len(scale))
-    enough = close and weights_correct(weighing.ess / len(z), weighing.k_hat)
+    enough = close and weights_correct(weighing.share, weighing.k_hat)
     return _Plain(Start("coordinates", loc, scale, _elbo(log_p, noise, scale)), enough)
 
 

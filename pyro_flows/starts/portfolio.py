@@ -93,7 +93,7 @@ def portfolio(density: LogDensity, *, seed: int, extra: Sequence[Start] = (), df
     usable = [start for start in scored if math.isfinite(start.elbo)]
     if usable and not density.clock.over:
         density.check_digits(max(usable, key=lambda start: start.elbo).map(noise))
-    # where the support cuts through every start, none has a finite ELBO: all are left to the race
+    # where the support cuts through every start, none has a finite ELBO
     return sorted(usable or scored, key=lambda start: -start.elbo)
 
 
@@ -265,8 +265,7 @@ def matched(density: LogDensity, start: Start, df: float, *, seed: int, draws: i
 
 def tells_moments(weighing: Weighing) -> bool:
     """Whether weights are good enough to tell moments, and uneven enough to tell others than those of the draws."""
-    share = weighing.ess / len(weighing.log_weights)
-    return weighing.k_hat < K_HAT_MOST and ESS_SHARE_LEAST < share <= ESS_SHARE_EVEN
+    return weighing.k_hat < K_HAT_MOST and ESS_SHARE_LEAST < weighing.share <= ESS_SHARE_EVEN
 
 
 def _noise(density: LogDensity, df: float, draws: int, *, seed: int) -> tuple[Tensor, Tensor]:
@@ -280,7 +279,7 @@ def _noise(density: LogDensity, df: float, draws: int, *, seed: int) -> tuple[Te
 
 def moved(start: Start, z: Tensor, weighing: Weighing) -> Start:
     """Return the start at the weighted moments of draws z (S, D)."""
-    share, weights = weighing.ess / len(z), weighing.log_weights.exp()
+    share, weights = weighing.share, weighing.log_weights.exp()
     more = (weights - share / len(z)).to(z)
     mean = start.loc + more @ (z - start.loc)
     away, moved, root = z - mean, start.loc - mean, start.scale

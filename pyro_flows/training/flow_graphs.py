@@ -13,9 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, fx, nn
 
-from pyro_flows._batches import nearby
 from pyro_flows._cache import Cache
-from pyro_flows._tensors import pull
+from pyro_flows._tensors import nearby, pull
 from pyro_flows.flows import bases
 from pyro_flows.flows.flow import Flow
 from pyro_flows.graphs import Runner, Stitcher, agree, partition, record

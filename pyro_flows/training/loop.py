@@ -150,7 +150,7 @@ class _Run:
         self.trainer, self.budget, self.check, self.report, self.look = trainer, budget, check, report, look
         self.monitor = Monitor()
         self.kept, self.best, self.falls = trainer.keep(), -math.inf, 0  # parameters and ELBO of the best check
-        self.first = len(trainer.losses)  # a race may have gone before
+        self.first = len(trainer.losses)  # another stretch may have gone before
         self.still, self.why, self.elbo = False, "no steps", -math.inf
         self.try_from, self.share, self.ask_from = 0.0, 0.0, 400
         self.cooling: _Cooling | None = None

@@ -98,8 +98,7 @@ class McmcDiagnostics:
         """Make figures again of those that a file holds."""
         kinds: dict[str, Callable[..., object]] = {"chains": int, "draws": int, "sweeps": int, "where": str}
         kinds["elsewhere"], make = bool, cast("Callable[..., McmcDiagnostics]", cls)
-        given = {"elsewhere": False, **stored}  # up to format 2 there was no such entry
-        return make(**{entry.name: kinds.get(entry.name, float)(given[entry.name]) for entry in fields(cls)})
+        return make(**{entry.name: kinds.get(entry.name, float)(stored[entry.name]) for entry in fields(cls)})
 
 
 def objections(figures: McmcDiagnostics) -> list[str]:

@@ -71,7 +71,7 @@ def judge(
     if (count := len(weighing.log_weights)) < LEAST_DRAWS:
         few = f"too few draws to judge ({count})"
         return _unweighed(weighing, names, [*failures, few, *doubts, *warnings], notes)
-    ratio = weighing.ess / len(weighing.log_weights)
+    ratio = weighing.share
     notes = (*notes, *_heavy_tailed(weighing, names))
     reasons = list(failures)
     good = weighing.k_hat < K_HAT_GOOD and ratio >= ESS_SHARE_PROMISING
@@ -105,7 +105,7 @@ def _unweighed(
 ) -> Verdict:  # fmt: skip
     """Return the verdict on draws whose weights say nothing: it has no k-hat."""
     mean, where, sd, _ = _largest_shifts(weighing)
-    ratio = weighing.ess / len(weighing.log_weights)
+    ratio = weighing.share
     figures = (math.nan, weighing.threshold, ratio, mean, sd, names[where])
     return Verdict("unreliable", *figures, reasons=tuple(reasons), notes=tuple(notes))
 
@@ -247,7 +247,7 @@ def raw_weights(log_ratios: Tensor) -> Tensor | None:
 
 def nothing_to_gain(weighing: Weighing) -> bool:
     """Say whether draws can be used as they are, and the ELBO is so close to the log evidence that no method gains."""
-    gap, share = weighing.log_evidence - weighing.elbo, weighing.ess / len(weighing.log_weights)
+    gap, share = weighing.log_evidence - weighing.elbo, weighing.share
     good = _is_good(share, weighing.k_hat) and gap < acceptable_gap(len(weighing.mean_shift))
     return good and status_of(weighing) == "ok"
 

@@ -13,8 +13,7 @@ NO_DIGITS = (("in double precision too",), "choose a prior with less mass where 
 BOUNDS = (("rounding puts",), "choose a prior with less mass next to the bound, or model the logit")
 INVALID = (("the model is invalid", "no finite log density"), "check the data and the priors")
 IMPROPER = "the posterior is improper: along "
-# the reason itself says for which site; the first is in files of earlier versions
-PROPER = re.compile(r"[Gg]ive ['`](.+?)['`] a proper prior|: along (?:a coordinate of )?(.+?), whose prior is improper")
+PROPER = re.compile(r": along (?:a coordinate of )?(.+?), whose prior is improper")  # the reason itself says which site
 TIME = (("max_seconds", "time for"), "give a larger max_seconds")
 OF_CHAINS = (
     (("the chains have not converged", "of the chains", "chains that began"), "call refine() with a larger max_steps"),
@@ -77,7 +76,7 @@ def next_step(reasons: Sequence[str], method: str | None = None) -> str:
     """Return what helps against the reasons for which a result of some method is unreliable."""
     table, otherwise = STEPS[method if method in STEPS else None]
     if improper := PROPER.search("; ".join(reasons)):
-        return f"give `{improper[1] or improper[2]}` a proper prior"
+        return f"give `{improper[1]}` a proper prior"
     for words, step in table:
         if any(word in reason for word in words for reason in reasons):
             return step

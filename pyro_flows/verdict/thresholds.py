@@ -131,9 +131,6 @@ EVIDENCE_GAP_GOOD_A_DIM = 0.002
 # Nats that do not matter: a drift of training and what it may still gain, what the noise of a full covariance may cost,
 # and a change of the log density by an exact symmetry. Source: chosen.
 EVIDENCE_GAP_NEGLIGIBLE = 0.02
-# Trial runs: below this, no other learning rate is tried; nor a start whose divergence from the best one is less.
-# Source: chosen.
-EVIDENCE_GAP_OF_TRIALS = 1.0
 # Runs of a fit: between the largest and the smallest log evidence, at most. Source: chosen.
 EVIDENCE_GAP_OF_RUNS = 0.3
 

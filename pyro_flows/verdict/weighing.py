@@ -55,6 +55,11 @@ class Weighing:
     widest: int = 0
 
     @property
+    def share(self) -> float:
+        """The effective share of the draws."""
+        return self.ess / len(self.log_weights)
+
+    @property
     def threshold(self) -> float:
         """Largest admissible k-hat for this many draws."""
         return largest_k(len(self.log_weights))

@@ -243,7 +243,7 @@ def test_each_second_of_a_fit_counts_once():
 
 def test_each_part_of_a_fit_belongs_to_a_stage():
     package = Path(pf.__file__).parent
-    inner = {"MODES", "PATHS", "ELBOS", "TRIAL", "FIT"}
+    inner = {"MODES", "PATHS", "ELBOS", "FIT"}
     for room in ("fitting", "starts", "correction", "training"):
         for file in (package / room).rglob("*.py"):
             text = file.read_text(encoding="utf-8")
@@ -260,8 +260,8 @@ def test_the_outermost_part_decides_but_compiling_and_searches_of_chains_count_f
     assert stages.stage_of(chains) == "sampler"
     assert stages.stage_of((*chains, _stages.MISSED_BY_CHAINS)) == "modes"
     assert stages.stage_of((*chains, _stages.MISSED_BY_CHAINS, _stages.TRACING)) == "tracing"
-    seconds = {(_stages.FIT, _stages.TRAINING): 1.0, (_stages.FIT, _stages.TRIALS, _stages.TRAINING): 2.0, (): 0.001}
-    assert stages.read(stages.written(seconds)) == {"races": 2.0, "training": 1.0}
+    seconds = {(_stages.FIT, _stages.TRAINING): 1.0, (_stages.FIT, _stages.MISSED, _stages.TRAINING): 2.0, (): 0.001}
+    assert stages.read(stages.written(seconds)) == {"modes": 2.0, "training": 1.0}
 
 
 # ---- table -----------------------------------------------------------------------------------------------------------

@@ -1,7 +1,5 @@
 """Exact symmetries as moves of chains: copies of a flow that chains change between freely."""
 
-from dataclasses import replace
-
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -81,19 +79,6 @@ def test_a_flow_alone_has_no_images():
     points = latent.look(torch.zeros(8, DIM).double(), torch.zeros(8, dtype=torch.long))
     assert exchange_of(latent, points, True) is None
     assert exchange_of(latent, points, None) is None
-
-
-def test_chains_of_older_files_go_on_without_an_exchange():
-    sampler = begun(mirrored())
-    sampler.run(80)
-    chains = sampler.chains()
-    again = Sampler(sampler.latent, sampler.names, chains, kept=64, seed=0)
-    assert again.exchange is not None
-    numbers = {name: value for name, value in chains.numbers.items() if name != "exchange"}
-    stats = {name: value for name, value in chains.stats.items() if name != "part"}
-    older = Sampler(sampler.latent, sampler.names, replace(chains, numbers=numbers, stats=stats), kept=64, seed=0)
-    assert older.exchange is None
-    torch.testing.assert_close(older.at_home(chains.z, chains.stats["part"].long()), chains.z)
 
 
 def items(right):

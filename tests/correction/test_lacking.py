@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from pyro_flows import LogDensity, McmcDraws
+from pyro_flows._stages import SEARCH_BY_CHAINS
 from pyro_flows.correction import refine
 from pyro_flows.correction.judging import around
-from pyro_flows.correction.search import MISS, OF_CHAINS, TOO_LITTLE, held_out, missed_by_chains
+from pyro_flows.correction.search import MISS, TOO_LITTLE, held_out, missed_by_chains
 from pyro_flows.modes import missed_modes
 from pyro_flows.modes.missed_regions import BY_WALKERS, MissedRegion
 from pyro_flows.modes.unverified_modes import UNWEIGHED
@@ -139,7 +140,7 @@ def test_later_chains_are_held_to_what_earlier_ones_lacked(monkeypatch, place, h
     first = missed_by_chains(*given, [], seed=0)
     assert [said.startswith(MISS) for said in first.failures] == [True]
     (stage,) = first.stages
-    assert stage.stage in OF_CHAINS
+    assert stage.stage == SEARCH_BY_CHAINS
     assert stage.details["places"] == [far.tolist()]
     monkeypatch.setattr(missed_modes, "mirrored", lambda *_: [])
     entry = stage.as_dict()

@@ -47,9 +47,6 @@ def test_too_many_equal_modes():
     assert MAX_COPIES < 40_320
 
 
-@pytest.mark.parametrize(
-    ("numbers", "resumed"), [({"kernel": {}}, True), ({}, False), ({"kernel": {}, "space": "plain"}, False)]
-)
-def test_chains_of_another_space_are_not_gone_on_with(numbers, resumed):
-    """Earlier versions kept chains in the original coordinates: their state means other points in a flow's space."""
+@pytest.mark.parametrize(("numbers", "resumed"), [({"kernel": {}}, True), ({}, False)])
+def test_chains_of_another_sampler_are_not_gone_on_with(numbers, resumed):
     assert can_be_resumed(pf.McmcDraws(torch.zeros(8, 10, 2), {}, {}, numbers)) == resumed

@@ -1,7 +1,6 @@
 """Fitted densities that are fitted again, saved and resumed."""
 
 import functools
-import json
 import math
 
 import numpy as np
@@ -136,21 +135,6 @@ def test_a_flow_that_could_not_be_loaded_is_not_saved(tmp_path):
     with pytest.raises(ValueError, match=r"flow: expected one as a builder made it.* it was changed after"):
         fit.save(tmp_path / "fit")
     assert not list(tmp_path.iterdir())
-
-
-def test_a_density_of_format_1_is_read(tmp_path):
-    fit = pf.fit_density("nice", cloud(), preprocess="whiten", **QUICK)
-    fit.save(tmp_path / "fit")
-    file = tmp_path / "fit" / "density.json"
-    text = json.loads(file.read_text())
-    del text["digests"], text["builder"]["preprocess"]
-    file.write_text(json.dumps({**text, "version": 1}))
-    assert torch.equal(pf.DensityFit.load(tmp_path / "fit").log_prob(cloud()), fit.log_prob(cloud()))
-    (tmp_path / "fit" / "density.pt").write_bytes(b"words")
-    with pytest.raises(
-        ValueError, match=r"path: '.*fit' is damaged \(density.pt, density.json cannot be what was saved"
-    ):
-        pf.DensityFit.load(tmp_path / "fit")
 
 
 # checkpoints ----------------------------------------------------------------------------------------------------------

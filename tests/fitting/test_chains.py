@@ -4,7 +4,6 @@ import copy
 import math
 import pickle
 from contextlib import nullcontext
-from pathlib import Path
 
 import pyro
 import pyro.distributions as dist
@@ -196,34 +195,6 @@ def test_files_pickles_and_copies(good, tmp_path):
     assert (
         pf.load(tmp_path / "chains", schools, Y).evidence().method == "importance"
     )  # from a Student t with their moments
-
-
-def test_chains_of_format_2_are_read():
-    """They were a class of their own. Figures, chains and the sentence come back; so does the evidence, by bridge."""
-    folder = Path(__file__).parent.parent / "data" / "format_2" / "chains"
-    with pytest.warns(pf.UnreliableWarning):
-        again = [pf.load(folder), pf.load(folder, nested, Y)]
-    for found in again:
-        assert found.verdict.chains.chains == found.chain_count == 2
-        assert found.verdict.chains.draws == 100
-        assert found.verdict.chains.r_hat == pytest.approx(1.0528, abs=1e-4)
-        assert math.isnan(found.verdict.chains.divergences)
-        assert str(found.verdict).startswith("unreliable: MCMC (R-hat 1.053, 41 effective draws)")
-        assert "Do not use the chains. Why: R-hat 1.053 of centre[4]" in str(found.verdict)
-        assert "2 chains of 100 draws" in str(found)
-        assert torch.equal(found.chains.z.flatten(0, 1), found.z)
-        assert found.settings["noncentered"] == {}
-    with pytest.warns(pf.UnreliableWarning):
-        tree = again[1].to_arviz(predictive=False)
-    assert tree["posterior"]["centre"].shape == (2, 100, SCHOOLS)
-
-
-def nested(y):
-    mu = pyro.sample("mu", dist.Normal(0.0, 5.0))
-    tau = pyro.sample("tau", dist.HalfNormal(1.0))
-    with pyro.plate("school", SCHOOLS):
-        center = pyro.sample("centre", dist.Normal(mu, tau))
-        pyro.sample("y", dist.Normal(center, 1.0), obs=y)
 
 
 def test_refinement_begins_at_chains_and_leaves_them_if_it_fails(good):

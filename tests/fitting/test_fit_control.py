@@ -21,7 +21,7 @@ import pyro_flows as pf
 from pyro_flows import LogDensity, _stages
 from pyro_flows._clock import Clock, OutOfTime
 from pyro_flows._progress import Bar
-from pyro_flows._turns import turn
+from pyro_flows._threads import turn
 from pyro_flows.fitting import rounds
 from pyro_flows.posterior import draws
 from pyro_flows.results.scoring import JUDGING
@@ -219,7 +219,6 @@ STAGES = {
     _stages.ELBOS: (portfolio, "_scored", 1, model),
     _stages.STARTS: ("pyro_flows.fitting.run", "portfolio", 1, model),
     _stages.PARAMETERIZING: ("pyro_flows.fitting.run", "choose_coordinates", 1, effects),
-    _stages.TRIAL: (Trainer, "step", 5, model),
     _stages.TRAINING: (Trainer, "step", 75, model),
     _stages.MOMENTS: ("pyro_flows.fitting.run", "matched", 1, model),
     _stages.BEST_START: (rounds, "weigh", 1, model),
@@ -294,7 +293,7 @@ def test_a_second_ctrl_c_while_judging_raises(monkeypatch):
 
 @pytest.mark.slow
 def test_an_interrupted_training_keeps_what_it_learned(monkeypatch):
-    """Late in the training, of 360 steps after a race of 100: the draws are right but for the name."""
+    """Late in the training, of 360 steps or more: the draws are right but for the name."""
     options = {**QUICK, "max_steps": 1200}
     whole = pf.fit(model, Y, **options)
     interrupting(monkeypatch, Trainer, "step", at=400)
@@ -489,7 +488,6 @@ def test_the_line_names_stages_and_no_time_to_come(monkeypatch):
     assert drawn[1].startswith("fit: reading the model")
     for stage in (
         "optimizing to modes",
-        "a short trial run",
         "run 2 of 2: training",
         "searching for missed modes",
         "judging",

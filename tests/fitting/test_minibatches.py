@@ -389,7 +389,7 @@ def test_seconds_bound_the_whole_fit():
 
 PARTS = {
     "finding starting points": ("pyro_flows.guides.hierarchical", "start_of_globals", 1),
-    "training": ("pyro_flows.fitting.hierarchical", "_is_good", 1),
+    "training": ("pyro_flows.fitting.hierarchical", "_look", 1),
     "checking rows": ("pyro_flows.fitting.hierarchical", "_check_rows", 1),
     "searching for missed modes": ("pyro_flows.fitting.hierarchical", "_second_mode", 1),
     "computing importance weights": ("pyro_flows.posterior.draws", "decide", 1),

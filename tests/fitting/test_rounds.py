@@ -15,15 +15,13 @@ import pyro_flows as pf
 from pyro_flows.fitting import rounds
 from pyro_flows.fitting.combine import _take, compare
 from pyro_flows.fitting.fit import _in_vain, default_steps
-from pyro_flows.fitting.flow_training import begin
 from pyro_flows.fitting.multimodal import MultimodalCandidate
 from pyro_flows.fitting.rounds import Round, assess, unweighed
 from pyro_flows.fitting.state import FitState, Run
 from pyro_flows.flows.mixture import FlowMixture
 from pyro_flows.flows.parts import location_scale
-from pyro_flows.flows.recipe import Recipe, set_df
+from pyro_flows.flows.recipe import Recipe, begin_at, set_df
 from pyro_flows.results.record import Stage
-from pyro_flows.starts.gaussians import Start
 from pyro_flows.training.loop import Training
 from pyro_flows.training.trainer import Trainer
 from pyro_flows.transforms import DiagonalAffine
@@ -114,7 +112,7 @@ def small():
 def check_begun():
     """A flow with other tails begins at a start: its standard deviations are those of the start."""
     flow = set_df(small(), 5.0)
-    begin(flow, Start("best", real(0.5, -0.5), real(0.7, 0.2)))
+    begin_at(flow, real(0.5, -0.5), real(0.7, 0.2))
     assert flow.recipe.df == flow.df == 5.0
     assert flow.base_distribution().base_dist.df[0].item() == 5.0
     affine = flow.bijection.layers[-1]

@@ -17,9 +17,8 @@ from pyro_flows.correction.refine import _gone_on
 from pyro_flows.correction.sampler import ROUND, Sampler
 from pyro_flows.correction.search import visits_all
 from pyro_flows.correction.untrained import chains_of_gaussian
-from pyro_flows.fitting.flow_training import begin
 from pyro_flows.flows.parts import affine_base_of, location_scale
-from pyro_flows.flows.recipe import latent_recipe, set_df
+from pyro_flows.flows.recipe import begin_at, latent_recipe, set_df
 from pyro_flows.modes.missed_regions import BY_WALKERS, MissedRegion
 from pyro_flows.starts.gaussians import Start
 from pyro_flows.training.loop import COOL, STALLED, Budget, Look, train
@@ -195,24 +194,6 @@ def test_moves_are_those_that_were_asked_for(method, moves, trained_in_short):
     assert refined.refine(method, max_steps=10).chains.numbers["moves"] == moves
 
 
-def test_states_of_older_files_have_scales_only():
-    density = pf.LogDensity(bent)
-    flow = location_scale(DIM, df=120.0, diagonal=True).double()
-    names = [str(i) for i in range(DIM)]
-    sampler = Sampler.begin(
-        Latent(flow, density), names, flow.draw(8)[0].detach(), chains=64, kept=64, seed=0, independence=0
-    )
-    sampler.run(40)
-    chains = sampler.chains()
-    state = {name: value for name, value in chains.state.items() if name not in ("axes", "roots")}
-    state["round"] = state["round"][:, :2]
-    older = McmcDraws(chains.z, chains.stats, state, {k: v for k, v in chains.numbers.items() if k != "moves"})
-    again = Sampler(Latent(flow, density), names, older, kept=64, seed=0)
-    assert not len(again.metric.roots)
-    again.run(80)
-    assert again.numbers["sweeps"] == 80
-
-
 def trained(look):
     """Train until the functionals stand still, or the look ends it; they never stand still here."""
     density = pf.LogDensity(bent)
@@ -286,7 +267,7 @@ def test_a_look_at_an_untrained_flow_is_one_at_its_affine_map(name, dim):
     affine = affine_base_of(flow)
     found = []
     for one in (flow, affine):
-        begin(set_df(one, 30.0), start)
+        begin_at(set_df(one, 30.0), start.loc, start.scale)
         torch.manual_seed(0)
         found.append(one.draw(200))
     assert len(list(affine.modules())) < len(list(flow.modules()))

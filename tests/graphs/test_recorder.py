@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 import pyro_flows as pf
-from pyro_flows._batches import PIECE, ROWS_AT_LEAST
 from pyro_flows._cache import Cache
+from pyro_flows._tensors import PIECE, ROWS_AT_LEAST
 from pyro_flows.graphs.graph import Stitcher
 from pyro_flows.graphs.recorder import RECORDED_FROM, Recorder
 from pyro_flows.graphs.recording import record

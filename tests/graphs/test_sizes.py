@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from pyro_flows._batches import PIECE, ROWS_AT_MOST
+from pyro_flows._tensors import PIECE, ROWS_AT_MOST
 from pyro_flows.graphs.recorder import A_PIECE, RECORDED_FROM, RECORDING, Recorder
 from tests.graphs.test_recorder import function
 from tests.invariants import close

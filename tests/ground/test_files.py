@@ -283,7 +283,6 @@ def test_other_files_in_the_directory_stay(tmp_path):
     (path / "notes").mkdir()
     (path / "notes" / "a.txt").write_text("words")
     (path / "link").symlink_to("nowhere")
-    (path / "one.bin.unfinished").write_bytes(b"half")  # by the writer of format 1
     BUNDLE.write(BUNDLE.check_target(path), {}, NEW)
     assert BUNDLE.read(path)[1] == NEW
     names = {"figure.png", "notes", "link", "one.bin", "two.bin", "thing.json"}
@@ -315,18 +314,6 @@ def test_a_link_to_a_directory_stays_a_link(tmp_path):
     BUNDLE.write(BUNDLE.check_target(tmp_path / "two"), {}, NEW)
     assert (tmp_path / "two").is_symlink()
     assert BUNDLE.read(tmp_path / "one")[1] == NEW
-
-
-def test_what_a_killed_first_save_of_format_1_left_is_not_in_the_way(tmp_path):
-    for name in ("one.bin", "two.bin", "thing.json.unfinished"):
-        (tmp_path / name).write_bytes(b"half")
-    BUNDLE.write(BUNDLE.check_target(tmp_path), {}, OLD)
-    assert {item.name for item in tmp_path.iterdir()} == {"one.bin", "two.bin", "thing.json"}
-    (tmp_path / "other").mkdir()
-    for name in ("one.bin", "two.bin"):  # which may be anybody's
-        (tmp_path / "other" / name).write_bytes(b"half")
-    with pytest.raises(ValueError, match="holds other files and no saved thing"):
-        BUNDLE.check_target(tmp_path / "other")
 
 
 # damage ---------------------------------------------------------------------------------------------------------------
@@ -384,15 +371,13 @@ def test_foreign_texts_are_refused(pair):
     refused(pair[0].parent / "nowhere", "one.bin, two.bin, thing.json missing")
 
 
-def test_format_1_has_no_digests_and_later_ones_need_them(pair):
+def test_files_need_their_digests_and_the_present_format(pair):
     text = json.loads((pair[0] / "thing.json").read_text())
     assert text["version"] == 3
     assert text["digests"]["one.bin"] == digest(OLD["one.bin"])
     del text["digests"]
     (pair[0] / "thing.json").write_text(json.dumps(text))
     refused(pair[0], "is damaged")
-    (pair[0] / "thing.json").write_text(json.dumps({**text, "version": 1}))
-    assert BUNDLE.read(pair[0])[1] == OLD
-    for version in (0, 4, "2", None):
+    for version in (2, 4, "3", True, None):
         (pair[0] / "thing.json").write_text(json.dumps({**text, "version": version}))
-        refused(pair[0], f"has format version {version!r}, this release of pyro_flows reads versions 1 to 3.")
+        refused(pair[0], f"has format version {version!r}, this release of pyro_flows reads version 3.")

@@ -15,7 +15,7 @@ from pyro import poutine
 from pyro.infer import SVI, Trace_ELBO
 
 import pyro_flows as pf
-from pyro_flows import _threads, _turns
+from pyro_flows import _threads
 from pyro_flows._interrupts import interruptible
 from tests.fitting.test_fit_control import QUICK, Y, model, slow
 
@@ -50,7 +50,7 @@ class Holding:
         self.inside, self.over = threading.Event(), threading.Event()
 
         def work():
-            with _turns.alone(), _threads.few_threads(1), poutine.trace(), pyro.validation_enabled(False):
+            with _threads.alone(), _threads.few_threads(1), poutine.trace(), pyro.validation_enabled(False):
                 self.inside.set()
                 self.over.wait()
 
@@ -78,8 +78,8 @@ def test_a_process_that_is_forked_while_another_thread_fits_can_fit():
 
 @needs_fork
 def test_a_process_that_is_forked_inside_of_a_turn_keeps_it():
-    with _turns.alone(), poutine.trace():
-        assert in_child(lambda: 0 if _turns._turn._is_owned() and len(poutine.runtime._PYRO_STACK) == 1 else 3) == 0
+    with _threads.alone(), poutine.trace():
+        assert in_child(lambda: 0 if _threads._turn._is_owned() and len(poutine.runtime._PYRO_STACK) == 1 else 3) == 0
 
 
 @needs_fork

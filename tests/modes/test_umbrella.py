@@ -16,7 +16,7 @@ from pyro_flows._seeding import seeded
 from pyro_flows.correction import latent
 from pyro_flows.correction.latent import Latent
 from pyro_flows.correction.starts import NoStart, dispersed_points
-from pyro_flows.flows.laplace_grid import sliced
+from pyro_flows.flows.parts import sliced
 from pyro_flows.modes.missed_regions import BY_WALKERS, Guide
 from pyro_flows.modes.under_covered import (
     HIGH,

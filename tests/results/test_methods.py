@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import replace
-from pathlib import Path
 
 import pyro
 import pyro.distributions as dist
@@ -14,16 +13,13 @@ import torch
 
 import pyro_flows as pf
 from pyro_flows.flows.gaussian_conditionals import nested
-from pyro_flows.flows.laplace_grid import sliced
 from pyro_flows.flows.mixture import Component, FlowMixture
-from pyro_flows.flows.parts import location_scale, marginals
+from pyro_flows.flows.parts import location_scale, marginals, sliced
 from pyro_flows.flows.recipe import start_at, with_affine
 from pyro_flows.results.methods_text import is_affine, method_of
 from pyro_flows.verdict import methods
 from pyro_flows.verdict.references import WORKS, bibtex, named
 from tests.posteriors import Y, location, schools, schools_chains, schools_flow, schools_posterior
-
-OLD = Path(__file__).parent.parent / "data" / "format_2"
 
 
 def started(builder, **options):
@@ -161,15 +157,6 @@ def test_many_fits_name_their_methods():
     found = pf.fit_many(location, [torch.zeros(3) + k for k in range(4)], draws=200, progress=False)
     assert [posterior.method for posterior in found] == ["Gaussian"] * 4
     assert found[0].settings["flow"] == "auto"
-
-
-@pytest.mark.parametrize(("name", "expected"), [("fit", "trained flow"), ("chains", "MCMC")])
-@pytest.mark.filterwarnings("ignore::pyro_flows.UnreliableWarning")
-def test_files_of_earlier_versions_get_a_method(name, expected):
-    posterior = pf.load(OLD / name)
-    assert posterior.method == expected
-    assert posterior.to_arviz().attrs["method"] == expected
-    assert posterior.methods_text().startswith("The posterior, of ")
 
 
 # evidence that nothing supports ---------------------------------------------------------------------------------------

@@ -1,6 +1,5 @@
 """Every posterior that can be saved can be loaded, and is the one that was saved."""
 
-import json
 import math
 import resource
 from dataclasses import replace
@@ -182,55 +181,10 @@ def test_numbers_of_history_and_settings_come_back_as_numbers(tmp_path):
 # files ----------------------------------------------------------------------------------------------------------------
 
 
-def test_files_of_format_1_are_read(pair, tmp_path):
-    copy = copied(pair[0], tmp_path / "copy")
-    text = json.loads((copy / TEXT).read_text(encoding="utf-8"))
-    del text["digests"], text["without"]
-    (copy / TEXT).write_text(json.dumps({**text, "version": 1}), encoding="utf-8")
-    again, now = pf.load(copy), pf.load(pair[0])
-    assert torch.equal(again.z, now.z)
-    assert again.verdict == now.verdict
-    schools_posterior(draws=200).save(copy)  # and replaced
-    assert json.loads((copy / TEXT).read_text(encoding="utf-8"))["version"] == 3
-
-
-def old_model(y):
-    mu = pyro.sample("mu", dist.Normal(0.0, 5.0))
-    tau = pyro.sample("tau", dist.HalfNormal(1.0))
-    with pyro.plate("school", SCHOOLS):
-        center = pyro.sample("centre", dist.Normal(mu, tau))  # a key of format 2 that is the name of a site, too
-        pyro.sample("y", dist.Normal(center, 1.0), obs=y)
-
-
-def test_a_fit_of_format_2_is_read_in_american_spelling():
-    """Settings, history, names of coordinates, attributes; sites keep their names. The log density is checked too."""
-    folder = ROOT / "tests" / "data" / "format_2" / "fit"
-    for again in (pf.load(folder), pf.load(folder, old_model, Y)):
-        chosen = again.settings["noncentered"]
-        assert set(chosen) == {"centre"}
-        assert set(chosen["centre"]) == {"noncentered", "precision", "center"}
-        details = again.history[0]["details"]
-        assert details["noncentered"] == chosen
-        assert details["elbo_noncentered"] > details["elbo_centered"]
-        assert again.coordinates[-1] == "centre[7] (partly non-centered)"
-        assert again.verdict.where == "centre[0] (partly non-centered)"
-        tree = again.to_arviz(predictive=False)
-        assert json.loads(tree.attrs["settings"])["noncentered"] == chosen
-        assert "centre[0] (partly non-centered)" in tree.attrs["verdict"]
-        assert "centred" not in f"{again} {again.settings} {tree.attrs['verdict']}"
-    assert again.density.structure.noncentered == chosen
-    assert again.guide is not None
-
-
-@pytest.mark.parametrize("version", [1, 3])
 @pytest.mark.parametrize("name", [NETCDF, TENSORS, TEXT])
 @pytest.mark.parametrize("kind", ["cut", "empty", "text"])
-def test_damaged_files_are_refused_in_one_line_that_names_the_path(pair, tmp_path, name, kind, version):
+def test_damaged_files_are_refused_in_one_line_that_names_the_path(pair, tmp_path, name, kind):
     copy = copied(pair[0], tmp_path / "copy")
-    if version == 1:
-        text = json.loads((copy / TEXT).read_text(encoding="utf-8"))
-        del text["digests"]
-        (copy / TEXT).write_text(json.dumps({**text, "version": 1}), encoding="utf-8")
     data = (copy / name).read_bytes()
     (copy / name).write_bytes({"cut": data[: len(data) // 2], "empty": b"", "text": b"some words"}[kind])
     with pytest.raises(ValueError, match="path: ") as caught:
@@ -272,7 +226,7 @@ def test_a_full_disk_is_an_error_that_names_the_path_and_leaves_the_old(pair, tm
 
 def test_each_save_goes_through_the_one_writer(tmp_path, monkeypatch):
     written = []
-    monkeypatch.setattr(_bundles, "replace_directory", lambda path, files, gone: written.append((path, set(files))))
+    monkeypatch.setattr(_bundles, "replace_directory", lambda path, files: written.append((path, set(files))))
     schools_posterior(draws=200).save(tmp_path / "posterior")
     fit = pf.fit_density("nice", torch.randn(50, 2), max_epochs=1, progress=False)
     fit.save(tmp_path / "density")

@@ -77,7 +77,7 @@ def good(tmp_path_factory):
     fit_density("planar", POINTS, checkpoint=folder / "density.ckpt", **CHECKPOINTED)
     check(from_exact(), simulations=20, checkpoint=folder / "sbc.json")
     made = pf.fit(model, Y, draws=1000, progress=False)
-    pf.prior_from(made, "mu", max_epochs=1, progress=False).save(folder / "prior")
+    pf.prior_from(made, "mu", max_epochs=2, progress=False).save(folder / "prior")
     return folder
 
 
