@@ -25,7 +25,7 @@ from pyro_flows._warnings import outside
 from pyro_flows.correction.refine import fallback_sampler
 from pyro_flows.fitting.marginal_density import MarginalDensity
 from pyro_flows.fitting.ranks import Followed, RowsOfRank, ranks
-from pyro_flows.fitting.state import Plan
+from pyro_flows.fitting.state import SHARE_OF_SECONDS, Plan
 from pyro_flows.flows.parts import student_mixture
 from pyro_flows.flows.recipe import begin_at, begun_at, set_df
 from pyro_flows.guides.collapsed import FEW_PARTS, FULL_UP_TO, climb
@@ -158,7 +158,8 @@ def _fitted(guide: AutoHierarchicalFlow, density: MarginalDensity | None, plan: 
                 status, elbo = status_of(found), found.elbo
                 trained.good = status != "unreliable"
                 if plan.open and status != "ok" and not trained.stages:
-                    mixture = _mixture(guide, density, plan.seed)
+                    with plan.clock.part(MIXTURE, share=SHARE_OF_SECONDS, noted=False):
+                        mixture = _mixture(guide, density, plan.seed)
                     trained.good = trained.good or mixture is not None
         except OutOfTime:
             if ranks().size == 1:

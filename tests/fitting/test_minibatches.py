@@ -128,6 +128,18 @@ def test_a_pass_costs_as_much_as_it_has_data(rows, cheap, monkeypatch):
     assert not hierarchical._is_cheap(density)
 
 
+def test_a_mixture_leaves_time_for_the_checks(monkeypatch):
+    def endless(density, parts, **options):
+        while True:
+            density.marginal.clock.look()
+
+    monkeypatch.setattr(hierarchical, "fitted", endless)
+    monkeypatch.setattr(hierarchical, "status_of", lambda found: "corrected")
+    posterior = pf.fit(normal_rows, normal(30), 10, max_seconds=6.0, progress=False)
+    assert posterior.verdict.status == "ok", str(posterior.verdict)
+    assert [stage["stage"] for stage in posterior.history] == ["initial Gaussian"]
+
+
 def test_a_prior_takes_as_many_passes_over_all_rows_as_a_check(fitted):
     posterior, evaluated = fitted[1], []
 
