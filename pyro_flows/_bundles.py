@@ -90,7 +90,7 @@ class Bundle:
             why = f"{', '.join(lacking)} missing" if lacking else f"{self.text} was not written by pyro_flows"
             raise ValueError(f"path: expected the directory of a saved {self.what}, got {shown!r}: {why}.")
         version, digests = description.get("version"), description.get("digests")
-        if version != VERSION or isinstance(version, bool):
+        if version != VERSION:
             raise ValueError(
                 f"path: {shown!r} has format version {version!r}, this release of pyro_flows reads version {VERSION}. "
                 "Read it with the release that wrote it, or fit and save anew."

@@ -203,7 +203,7 @@ def fallback_sampler(
     own.asked = clock.asked
     seed = int(posterior.settings["seed"])
     begun = posterior if chains is None else replace(posterior, chains=chains)
-    most = 2.5 * ATTEMPT  # nothing comes after it
+    most = min(2.5 * ATTEMPT, posterior._need_model().most_gradients)  # nothing comes after it
     work = Work(method, "they were not good enough", most=most, searched=searched, passed=passed)
     found = refined(begun, work, CHAINS, MAX_STEPS if chains is None else 0, seed, own, bar)
     if chains is None and found.verdict.status == "refined":

@@ -123,9 +123,9 @@ def fit(
 
     A model with a subsampled plate is fitted by an :class:`AutoHierarchicalFlow`, on minibatches. The posterior is then
     that of the latents outside of plates, judged by all rows, with 1000 draws at most; :meth:`Posterior.local_samples`
-    draws the others. Up to some 4,700 rows (fewer, where these are far from normal), a mixture of Student-t
-    distributions is fitted to these latents by importance weights before any training, and chains of them come last.
-    ``runs`` above 1 and ``train_model`` are refused.
+    draws the others. Up to some 4,700 rows, or data of rows (fewer, where rows are far from normal), a mixture of
+    Student-t distributions is fitted to these latents by importance weights before any training. Chains of them come
+    last, if the verdict would be ``unreliable``. ``runs`` above 1 and ``train_model`` are refused.
 
     Returns:
         A :class:`Posterior`; read its ``verdict`` first.

@@ -25,7 +25,7 @@ from pyro_flows._warnings import outside
 from pyro_flows.correction.refine import fallback_sampler
 from pyro_flows.fitting.marginal_density import MarginalDensity
 from pyro_flows.fitting.ranks import Followed, RowsOfRank, ranks
-from pyro_flows.fitting.state import Plan
+from pyro_flows.fitting.state import SHARE_OF_SECONDS, Plan
 from pyro_flows.flows.parts import student_mixture
 from pyro_flows.flows.recipe import begin_at, begun_at, set_df
 from pyro_flows.guides.collapsed import FEW_PARTS, FULL_UP_TO, climb
@@ -94,7 +94,7 @@ def fit_hierarchical(plan: Plan, keeping: Callable[[LogDensity], AbstractContext
     if plan.runs > 1 or plan.train_model:
         name = "train_model" if plan.train_model else "runs"
         raise ValueError(f"{name}: not available for a model with subsampled plates. Leave it out, or give all rows.")
-    clock, trained, store = plan.clock, _Trained(plan.seed), pyro.get_param_store()
+    clock, trained, store = plan.clock, _Trained(), pyro.get_param_store()
     with store.scope(state=store.get_state()), seeded(derive(plan.seed, "a guide with plates")):
         guide = _begun(plan)
         if not ranks().first:
@@ -116,8 +116,7 @@ def fit_hierarchical(plan: Plan, keeping: Callable[[LogDensity], AbstractContext
             posterior = _concluded(guide, density, checks, plan, trained)
         finally:
             density.under(unbounded())
-    mendable = density.marginal.trainable and not checks.failures  # by chains of the globals
-    if plan.refine is None or not (mendable and _is_cheap(density)):
+    if plan.refine is None or checks.failures or not _is_cheap(density):  # chains of the globals do not mend rows
         return posterior
     return fallback_sampler(posterior, plan.refine, clock, plan.bar)
 
@@ -126,7 +125,6 @@ def fit_hierarchical(plan: Plan, keeping: Callable[[LogDensity], AbstractContext
 class _Trained:
     """What training has come to so far."""
 
-    seed: int
     losses: list[float] = field(default_factory=list)
     stages: list[Stage] = field(default_factory=list)
     good: bool = False
@@ -152,20 +150,23 @@ def _fitted(guide: AutoHierarchicalFlow, density: MarginalDensity | None, plan: 
     """Train by rounds until draws of the globals can be corrected by weights: the process with a density says so."""
     steps = ROUND
     while True:
-        over, elbo = False, math.nan
+        over, elbo, mixture = False, math.nan, None
         try:
             if density is not None:
                 found = _look(guide, density, moves=not trained.stages)
                 status, elbo = status_of(found), found.elbo
                 trained.good = status != "unreliable"
                 if plan.open and status != "ok" and not trained.stages:
-                    trained.good = _mixture(guide, density, trained) or trained.good
+                    with plan.clock.part(MIXTURE, share=SHARE_OF_SECONDS, noted=False):
+                        mixture = _mixture(guide, density, plan.seed)
+                    trained.good = trained.good or mixture is not None
         except OutOfTime:
             if ranks().size == 1:
                 raise
             over = True  # the other processes wait for what this one says
         stage = _stages.FIRST_ROUND if trained.stages else _stages.INITIAL
-        trained.stages.append(Stage(stage=stage, elbo=elbo, steps=len(trained.losses)))
+        looked = Stage(stage=stage, elbo=elbo, steps=len(trained.losses))
+        trained.stages += [looked] if mixture is None else [looked, mixture]
         steps = min(steps, plan.max_steps - len(trained.losses))
         over = over or (density is not None and not density.marginal.trainable)
         if ranks().agreed(trained.good or over or steps <= 0):
@@ -175,22 +176,21 @@ def _fitted(guide: AutoHierarchicalFlow, density: MarginalDensity | None, plan: 
         steps = 2 * ROUND
 
 
-def _mixture(guide: AutoHierarchicalFlow, density: MarginalDensity, trained: _Trained) -> bool:
-    """Fit a mixture to the globals by weighted draws, where a pass over all rows is cheap; say whether it is good.
+def _mixture(guide: AutoHierarchicalFlow, density: MarginalDensity, seed: int) -> Stage | None:
+    """Fit a mixture to the globals by weighted draws, where a pass over all rows is cheap; None unless it is good.
 
     Minibatches tell little of a tail, such as that of the log of a scale that may be zero.
     """
     if not _is_cheap(density):
-        return False
+        return None
     draws = _looked_at(density)
     parts = about(_global_draw(guide)(draws)[0], 1)
-    best = None if parts is None else fitted(density, parts, seed=trained.seed, draws=draws)
+    best = None if parts is None else fitted(density, parts, seed=seed, draws=draws)
     if best is None or not weights_correct(best.share, best.k_hat):
-        return False
+        return None
     parts = best.parts
     guide.take_flow(student_mixture(parts.loc, parts.roots, parts.log_weights.tolist(), df=parts.df))
-    trained.stages.append(Stage(MIXTURE, k_hat=best.k_hat, ess_ratio=best.share, details={"parts": len(parts)}))
-    return True
+    return Stage(MIXTURE, k_hat=best.k_hat, ess_ratio=best.share, details={"parts": len(parts)})
 
 
 def _seconds_to_judge(guide: AutoHierarchicalFlow, density: MarginalDensity, draws: int) -> float:
@@ -343,12 +343,14 @@ def _looked_at(density: MarginalDensity) -> int:
     A mixture takes as many in each of some 40 generations, and then costs as much as chains may.
     """
     few = FEW * density.marginal.most_draws // MOST_DRAWS
+    if few < FEW or not density.marginal.batched:  # a pass is dear
+        return few
     return min(LOOKED_AT_DRAWS, max(few, int(density.most_gradients) // (10 * GENERATIONS)))
 
 
 def _is_cheap(density: MarginalDensity) -> bool:
     """Whether a pass over all rows is so cheap that a mixture, or chains, of the globals take some minutes at most."""
-    return _looked_at(density) > FEW
+    return density.marginal.trainable and _looked_at(density) > FEW
 
 
 def _look(guide: AutoHierarchicalFlow, density: MarginalDensity, *, moves: bool) -> Weighing:

@@ -11,14 +11,14 @@ from torch import Tensor
 
 from pyro_flows import _checks
 from pyro_flows._clock import Clock
-from pyro_flows.guides.conditional import Rows
+from pyro_flows.guides.conditional import Rows, vectorized
 from pyro_flows.guides.crossed import CrossedMarginal
 from pyro_flows.guides.marginal import ALL, Marginal
 from pyro_flows.model.bijections import bijection
 from pyro_flows.model.digits import COMPARED_ONE_BY_ONE
 from pyro_flows.model.handlers import Given
 from pyro_flows.model.log_density import LogDensity
-from pyro_flows.model.sites import Model, coordinates_of, messages
+from pyro_flows.model.sites import Model, coordinates_of, is_subsample, messages
 
 
 class MarginalDensity(LogDensity):
@@ -37,8 +37,17 @@ class MarginalDensity(LogDensity):
 
     @property
     def most_gradients(self) -> float:  # type: ignore[override]
-        """How many gradients one run of chains may take: some minutes, or 3e8 draws of rows."""
-        return max(5000.0, 3e8 / max(self.marginal.count * self.marginal.row_count, 1))
+        """How many gradients one run of chains may take: some minutes, or 3e8 draws of rows or of their data."""
+        return max(5000.0, 3e8 / max(self.marginal.count * max(self.marginal.row_count, self._terms), 1))
+
+    @property
+    def _terms(self) -> int:
+        """How many terms the largest site has in a pass over all rows: a row may have many data."""
+        sites = messages(self.marginal.first.at.trace).values()
+        counted = [site for site in sites if "log_prob" in site and not is_subsample(site)]
+        shares = [math.prod((own.full_size or own.size) / own.size for own in vectorized(site)) for site in counted]
+        terms = [site["log_prob"].numel() * share for site, share in zip(counted, shares, strict=True)]
+        return round(max(terms, default=0.0))
 
     def under(self, clock: Clock) -> None:
         super().under(clock)

@@ -259,7 +259,8 @@ class Conditional:
 class Rows:
     """A model with its data: the latents of the flow, and the names of those in plates.
 
-    ``children`` are the latents of the flow whose priors depend on latents in plates.
+    ``children`` are the latents of the flow whose priors depend on latents in plates. A ``doubled`` model was written
+    for single precision, and runs at points in double.
     """
 
     model: Model
@@ -268,6 +269,7 @@ class Rows:
     args: Positional
     kwargs: Keywords
     children: Sequence[str] = ()
+    doubled: bool = False
 
     def has_data_of(self, other: Rows) -> bool:
         """Whether the model gets the same objects."""
@@ -282,9 +284,9 @@ class Rows:
 
     @torch.enable_grad()
     def run(self, z: Tensor, start: Start, chosen: Chosen, *, through: bool = False) -> At:
-        """Run the model, and take the log densities of its sites; in double precision at points in double."""
+        """Run the model, and take the log densities of its sites."""
         at = At(self, z, start, chosen, through)
-        precisely = in_double() if z.dtype == torch.float64 else nullcontext()
+        precisely = in_double() if self.doubled else nullcontext()
         with poutine.block(), precisely, pyro.validation_enabled(False), at:
             at.trace = poutine.trace(self.model).get_trace(*self.args, **self.kwargs)
             at.trace.compute_log_prob()

@@ -432,6 +432,7 @@ class CrossedMarginal:
     """
 
     apart = True  # whether points have noise of their own
+    batched = True
 
     def __init__(self, system: Crossed, seed: int) -> None:
         self.system, self.seed = system, seed

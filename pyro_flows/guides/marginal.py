@@ -27,7 +27,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import torch
@@ -35,7 +35,7 @@ from pyro.distributions.util import scale_and_mask
 from torch import Tensor
 
 from pyro_flows._clock import unbounded
-from pyro_flows._fallbacks import fallback
+from pyro_flows._fallbacks import Tried, fallback
 from pyro_flows._seeding import derive, seeded
 from pyro_flows.guides import conditional
 from pyro_flows.guides.conditional import At, Conditional, Number, Rows, Start, at_values, axes_of, is_part, vectorized
@@ -172,8 +172,14 @@ class Marginal:
         self.rows, self.start, self.seed, self.remember = rows, start, seed, remember
         self.clock = unbounded()  # is looked at before each part of the data
         self.dtype = z.dtype  # of the model. Where all rows count, it runs in double: beside a scale near zero, a row's
-        z = z.double() if most is None else z  # distance from its mean has no digit in single
-        self.first = rows.near_mode(z, start, {})
+        # distance from its mean has no digit in single. Compiled code of a model may take no double.
+        doubled = replace(rows, doubled=z.dtype != torch.float64 and most is None)
+        with Tried(lambda error: isinstance(error, RuntimeError) and doubled.doubled) as tried:
+            self.first, self.rows = doubled.near_mode(z.double() if doubled.doubled else z, start, {}), doubled
+        if tried.error is not None:
+            fallback("rows are computed in single precision", tried.error)
+            self.first = rows.near_mode(z, start, {})
+        rows, z = self.rows, self._precise(z)
         again = rows.run(z, at_values(self.first.base), self.first.at.chosen).densities()
         densities = self.first.at.densities().items()
         if not all(torch.allclose(part, again[name], equal_nan=True) for name, part in densities):

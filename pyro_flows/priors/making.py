@@ -186,8 +186,8 @@ def _is_whole(posterior: Record, names: Sequence[str]) -> bool:
 
 @torch.no_grad()
 def _weighed(flow: Flow, density: LogDensity) -> Sample:
-    """Return weighted draws of a flow."""
-    z, log_q = flow.draw(DRAWS)
+    """Return weighted draws of a flow: fewer where each takes a pass over all rows."""
+    z, log_q = flow.draw(density.affordable(DRAWS) if density.by_rows else DRAWS)
     return Sample(z, psis((density(z) - log_q).double())[0].exp().to(z.device))
 
 
@@ -221,7 +221,7 @@ def _of_draws(
         mean, sd, bound = matched(flow, Sample.of(z, weights, posterior.chain_count), own=False)
         if _is_whole(posterior, list(parts)):
             weights = _weighed(flow, posterior._need_model()).weights
-            bound = bound if float(weights.square().sum()) * DRAWS < 1.0 / ESS_SHARE_PROMISING else math.inf
+            bound = bound if float(weights.square().sum()) * len(weights) < 1.0 / ESS_SHARE_PROMISING else math.inf
         return flow, (mean, sd, bound)
 
 

@@ -641,6 +641,22 @@ def test_rows_whose_scale_is_nearly_zero_keep_their_digits():
     assert density.local_draws(z, ["z"], torch.arange(40), 0)["z"].dtype == torch.float32
 
 
+@pytest.mark.falls_back
+def test_compiled_code_that_takes_no_double_stays_in_single():
+    x, net = data(40).float(), torch.jit.script(torch.nn.Linear(1, 1))
+
+    def compiled(x, batch):
+        mu = pyro.sample("mu", dist.Normal(0.0, 5.0))
+        with pyro.plate("row", len(x), subsample_size=batch) as index:
+            z = pyro.sample("z", dist.Normal(mu, 1.0))
+            pyro.sample("x", dist.Normal(net(z.unsqueeze(-1)).squeeze(-1), 1.0), obs=x[index])
+
+    guide, rows = rows_of(compiled, x, 10)
+    density = Marginal(rows, torch.tensor([0.5]), guide._start, 0)
+    assert density.first.at.z.dtype == torch.float32
+    assert bool(torch.isfinite(density(torch.tensor([[0.5], [1.0]]))).all())
+
+
 @pytest.mark.parametrize("batch", [None, 10])
 def test_priors_in_the_flow_that_depend_on_latents_in_plates_are_integrated(batch, monkeypatch):
     monkeypatch.setattr(hierarchical, "JOINT_UP_TO", 3)  # the coefficients, and not what they depend on
