@@ -118,7 +118,7 @@ def run(program, *words):
 )
 def test_a_save_that_is_killed_anywhere_leaves_the_old_or_the_new(tmp_path, first, exchanging, extra):
     count, old, new, none = map(int, run(KILLS, tmp_path / "folder" / "saved", first, exchanging, extra))
-    assert count > 100
+    assert count > 80  # places at which a save is killed
     assert new > 3
     assert (none > 50) if first else (old > 50 and none == 0)
 
