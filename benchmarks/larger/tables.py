@@ -118,7 +118,7 @@ def _counted(words: Iterable[str]) -> list[str]:
 
 
 def _stages(ours: Groups) -> str:
-    """Return the table of seconds by stage, medians over seeds, and the share of starts, races and searches."""
+    """Return the table of seconds by stage, medians over seeds, and the share of starts and searches."""
     found: dict[str, dict[str, float]] = {}
     for name, group in ours.items():
         read = [stages.read(row["parts"]) for row in group if row["parts"]]

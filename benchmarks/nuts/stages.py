@@ -24,7 +24,7 @@ STAGES = {  # of parts inside of each other the outermost decides, but for these
     "training": (_stages.TRAINING, _stages.INDEPENDENCE, GRID, CONDITIONALS),
     "judging": (_stages.JUDGING, _stages.WEIGHTS, _stages.PROPRIETY, _stages.ROWS),
 }
-SEARCHING = ("coordinates", "modes", "starts", "races")
+SEARCHING = ("coordinates", "modes", "starts")
 _STAGE_OF = {part: stage for stage, parts in STAGES.items() for part in parts}
 
 
@@ -44,6 +44,9 @@ def written(seconds: Mapping[tuple[str, ...], float]) -> str:
 
 
 def read(text: str) -> dict[str, float]:
-    """Return what :func:`written` wrote."""
-    pairs = (part.rsplit(" ", 1) for part in text.split("; ") if part)
-    return {stage: float(spent) for stage, spent in pairs}
+    """Return what :func:`written` wrote; a stage that fits have no more, such as the races, is among the others."""
+    found: dict[str, float] = {}
+    for stage, spent in (part.rsplit(" ", 1) for part in text.split("; ") if part):
+        stage = stage if stage in STAGES else OTHER
+        found[stage] = found.get(stage, 0.0) + float(spent)
+    return found

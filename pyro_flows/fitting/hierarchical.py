@@ -24,9 +24,9 @@ from pyro_flows._seeding import derive, seeded
 from pyro_flows._warnings import outside
 from pyro_flows.correction.refine import fallback_sampler
 from pyro_flows.fitting.marginal_density import MarginalDensity
+from pyro_flows.fitting.multimodal import candidate_of
 from pyro_flows.fitting.ranks import Followed, RowsOfRank, ranks
 from pyro_flows.fitting.state import SHARE_OF_SECONDS, Plan
-from pyro_flows.flows.parts import student_mixture
 from pyro_flows.flows.recipe import begin_at, begun_at, set_df
 from pyro_flows.guides.collapsed import FEW_PARTS, FULL_UP_TO, climb
 from pyro_flows.guides.crossed import CrossedMarginal
@@ -51,7 +51,6 @@ from pyro_flows.verdict.deciding import (
     UNSEARCHED,
     Draw,
     status_of,
-    weights_correct,
 )
 from pyro_flows.verdict.methods import MIXTURE
 from pyro_flows.verdict.thresholds import (
@@ -186,11 +185,11 @@ def _mixture(guide: AutoHierarchicalFlow, density: MarginalDensity, seed: int) -
     draws = _looked_at(density)
     parts = about(_global_draw(guide)(draws)[0], 1)
     best = None if parts is None else fitted(density, parts, seed=seed, draws=draws)
-    if best is None or not weights_correct(best.share, best.k_hat):
+    candidate = None if best is None else candidate_of(best, "", {"parts": len(best.parts)})
+    if candidate is None or not candidate.enough:
         return None
-    parts = best.parts
-    guide.take_flow(student_mixture(parts.loc, parts.roots, parts.log_weights.tolist(), df=parts.df))
-    return Stage(MIXTURE, k_hat=best.k_hat, ess_ratio=best.share, details={"parts": len(parts)})
+    guide.take_flow(candidate.sampler)
+    return candidate.stage
 
 
 def _seconds_to_judge(guide: AutoHierarchicalFlow, density: MarginalDensity, draws: int) -> float:
@@ -340,7 +339,7 @@ def _named(names: list[str], rows: int, what: str) -> list[str]:
 def _looked_at(density: MarginalDensity) -> int:
     """Return by how many draws of the globals a guide is looked at before it is judged: more where a pass is cheap.
 
-    A mixture takes as many in each of some 40 generations, and then costs as much as chains may.
+    A mixture takes as many in each of 40 generations at most, and then costs as much as chains may.
     """
     few = FEW * density.marginal.most_draws // MOST_DRAWS
     if few < FEW or not density.marginal.batched:  # a pass is dear

@@ -91,7 +91,7 @@ def multimodal(
     if best is not None:
         count, modes = len(best.parts), len(found.likely())
         said = f"the posterior has several modes: a mixture of {count} Student-t distributions was begun at {modes}"
-        tried = _mixture(best, f"{said} of them", {"modes": modes, "parts": count, "survey is over": found.over})
+        tried = candidate_of(best, f"{said} of them", {"modes": modes, "parts": count, "survey is over": found.over})
     return tried if tried is not None and (tried.enough or barrier) else _by_tempering(density, tried, seed, bar)
 
 
@@ -104,7 +104,7 @@ def _by_tempering(
     if best is None or (other is not None and best.share <= (other.stage.ess_ratio or 0.0)):
         return other
     said = f"a mixture of {len(best.parts)} Student-t distributions was fitted, by tempering from the prior"
-    return _mixture(best, said, {"parts": len(best.parts)})
+    return candidate_of(best, said, {"parts": len(best.parts)})
 
 
 @torch.no_grad()
@@ -186,7 +186,8 @@ def _begun(found: Survey) -> Parts:
     return begun(likely.modes, likely.roots, likely.evidence)
 
 
-def _mixture(best: Generation, said: str, details: dict[str, object]) -> MultimodalCandidate:
+def candidate_of(best: Generation, said: str, details: dict[str, object]) -> MultimodalCandidate:
+    """Return a mixture that was fitted, as a sampler, and whether weights correct its draws."""
     parts = best.parts
     sampler = student_mixture(parts.loc, parts.roots, parts.log_weights.tolist(), df=parts.df)
     stage = Stage(MIXTURE, k_hat=best.k_hat, ess_ratio=best.share, details=details)

@@ -24,6 +24,7 @@ from torch._C import _functorch
 
 from pyro_flows import _checks
 from pyro_flows._fallbacks import fallback, first_line
+from pyro_flows.flows.flow import Flow
 from pyro_flows.flows.mixture import FlowMixture
 from pyro_flows.flows.recipe import FlowLike, begin_at
 from pyro_flows.guides import conditional
@@ -359,7 +360,7 @@ class AutoHierarchicalFlow(AutoMessenger):  # type: ignore[metaclass]
         few.count = DRAWS
         return few
 
-    def take_flow(self, flow: FlowMixture) -> None:
+    def take_flow(self, flow: Flow | FlowMixture) -> None:
         """Take another distribution of the latents outside of plates, in the same coordinates."""
         top = self._top
         flow.add_module("local", top._flow.get_submodule("local"))

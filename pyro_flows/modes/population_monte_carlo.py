@@ -188,7 +188,7 @@ def fitted(
 ) -> Generation | None:  # fmt: skip
     """Fit a mixture to the density; return the best generation, judged by draws of its own; None if none has weight.
 
-    Cost: ``draws`` densities, and four times as many for many parts, for each of up to 30 generations.
+    Cost: ``draws`` densities, and four times as many for many parts, for each of up to 40 generations.
     """
     with seeded(derive(seed, "a population"), density.device):
         best = last = _evolved(density, parts, draws)
