@@ -472,6 +472,19 @@ def read_elsewhere(first: Conditional) -> list[Local]:
     return found
 
 
+def shared(first: Conditional) -> list[Local]:
+    """Return the sites that priors of other latents depend on, or log densities outside of their plates.
+
+    These stand for the latents outside of plates in a model that has none.
+    """
+    plates = {name: axes_of(messages(first.at.trace)[name]).items() for name in first.at.densities()}
+    found = []
+    for site in first.sites:
+        outside = {name for name, own in plates.items() if not site.plates.items() <= own}
+        found += [site] if _read_by(first, site, outside | (first.at.locals.keys() - {site.name})) else []
+    return found
+
+
 def parents(first: Conditional) -> list[Local]:
     """Return the sites on which priors of latents of the flow depend."""
     children = first.at.placed.keys() - first.at.without_local_parents

@@ -24,6 +24,7 @@ from torch._C import _functorch
 
 from pyro_flows import _checks
 from pyro_flows._fallbacks import fallback, first_line
+from pyro_flows._seeding import seeded
 from pyro_flows.flows.flow import Flow
 from pyro_flows.flows.mixture import FlowMixture
 from pyro_flows.flows.recipe import FlowLike, begin_at
@@ -92,7 +93,8 @@ class AutoHierarchicalFlow(AutoMessenger):  # type: ignore[metaclass]
     factor of the numbers of all sites but the largest one, at most 3000, in the place of the passes backward.
 
     Args:
-        model: a Pyro model with latents outside of plates. Its plates may be nested. Latents are continuous.
+        model: a Pyro model. Its plates may be nested. Latents are continuous. If all are in plates, the flow takes
+            those that priors of other latents read, or that are read outside of their plates.
         flow: of the latents outside of plates, see :class:`AutoFlow`.
         joint: sites in plates whose latents the flow takes too. Sites whose rows depend on each other given all else,
             such as increments of a random walk or weights of a regression, are found, and are taken too, up to 200
@@ -113,9 +115,9 @@ class AutoHierarchicalFlow(AutoMessenger):  # type: ignore[metaclass]
 
     Raises:
         ValueError: for a model that is not callable; and when the model is first run, for discrete latents, a model
-            without latents outside of plates, more than 64 numbers in a row, latents of a subsampled plate that depend
-            on each other, crossed plates of which a row of the data reads several rows, an index that was forgotten, a
-            log density that is NaN.
+            whose rows are independent of each other, more than 64 numbers in a row, latents of a subsampled plate that
+            depend on each other, crossed plates of which a row of the data reads several rows, an index that was
+            forgotten, a log density that is NaN.
 
     References: Tierney and Kadane 1986 (doi:10.1080/01621459.1986.10478240); Rue, Martino and Chopin 2009
     (doi:10.1111/j.1467-9868.2008.00700.x); Agrawal and Domke 2021 (arXiv 2111.03144), for the factorization.
@@ -219,7 +221,7 @@ class AutoHierarchicalFlow(AutoMessenger):  # type: ignore[metaclass]
         self._axes = {site["name"]: (len(site["fn"].batch_shape), site["fn"].event_dim) for site in latents}
         self.sizes = {site["name"]: transform_of(site).inv(site["value"]).numel() for site in latents}
         self.subsampled = any(map(conditional.is_part, every))
-        joint = set(self._joint)
+        joint = set(self._joint) or self._shared(latents, args, kwargs)
         for site in latents:
             size = self.sizes[site["name"]] // max(site["fn"].batch_shape.numel(), 1)
             if frames[site["name"]] and site["name"] not in (*joint, *self._own) and size > MOST_NUMBERS:
@@ -247,6 +249,17 @@ class AutoHierarchicalFlow(AutoMessenger):  # type: ignore[metaclass]
         shapes = [Compose([SinhArcsinh(1), DiagonalAffine(1)]) for _ in ([] if self._crossed else first.numbers)]
         top._flow.add_module("local", nn.ModuleList(shapes).to(top._like))
         self.top = top
+
+    def _shared(self, latents: Sequence[Site], args: Positional, kwargs: Keywords) -> set[str]:
+        """Return the sites that the flow takes if none is outside of plates: those that rows share."""
+        sites = {site["name"]: site for site in latents if site["name"] not in self._own}
+        if not sites or not all(map(vectorized, sites.values())):
+            return set()
+        nothing = latents[0]["value"].new_zeros(0)
+        with seeded(0, nothing.device):  # rows of a subsample are drawn
+            first = Rows(self.model, (), [*sites], args, kwargs).conditional(nothing, conditional.off_center, {})
+        found = [*conditional.shared(first), *conditional.read_elsewhere(first)]
+        return {site.name for site in found if self._fits(site)}
 
     def _to_join(self, rows: Rows, first: Conditional) -> str | None:
         """Return a site that the flow has to take: its rows, or what is read of them, do not stand for themselves.
@@ -302,8 +315,8 @@ class AutoHierarchicalFlow(AutoMessenger):  # type: ignore[metaclass]
             if "at least one continuous latent" not in str(error):
                 raise
             raise ValueError(
-                "model: expected at least one latent outside of plates, got none. Use AutoFlow, or name sites for the "
-                "flow in joint=."
+                "model: expected a latent outside of plates, or one that rows share, got none: rows are independent of "
+                "each other. Fit them one by one, or give the model all rows in one run, without a subsample."
             ) from error
         self._globals_of = (top,)  # in a tuple, and not as a module before all is known
         return top

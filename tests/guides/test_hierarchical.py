@@ -553,6 +553,47 @@ def no_globals(y):
         pyro.sample("y", dist.Normal(z, 1.0), obs=y)
 
 
+def plated(y, batch=None, *, same=True):
+    """All latents are in plates: two columns, each with a mean of its own."""
+    columns = pyro.plate("column", 2, dim=-1)
+    with columns:
+        mu = pyro.sample("mu", dist.Normal(real(0.0), 3.0))
+    others = columns if same else pyro.plate("again", 2, dim=-1)
+    with pyro.plate("row", len(y), subsample_size=batch, dim=-2) as index, others:
+        z = pyro.sample("z", dist.Normal(mu, 1.5))
+        pyro.sample("y", dist.Normal(z, 1.0), obs=y[index])
+
+
+@pytest.mark.parametrize("same", [True, False])
+@pytest.mark.parametrize("batch", [None, 10])
+def test_sites_that_rows_share_are_the_flows_where_all_are_in_plates(same, batch):
+    pyro.set_rng_seed(0)
+    y = torch.tensor([1.0, -2.0]) + 1.8 * torch.randn(
+        40, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64
+    )
+    guide = pf.AutoHierarchicalFlow(plated, layers=2).initialize(y, batch, same=same)
+    assert guide.local == ["z"]
+    precision = 40 / (1.0 + 1.5**2) + 1.0 / 9.0
+    mean = y.sum(0) / (1.0 + 1.5**2) / precision
+    draws = guide.sample_posterior(4000, y, batch, same=same)["mu"].reshape(4000, 2)  # the start is exact
+    assert torch.allclose(draws.mean(0), mean, atol=0.1 * precision**-0.5)
+    assert torch.allclose(draws.std(0), torch.full((2,), precision**-0.5, dtype=torch.float64), rtol=0.05)
+
+
+def weights_in_a_plate(x, y):
+    with pyro.plate("feature", x.shape[1]):
+        weight = pyro.sample("weight", dist.Normal(0.0, 3.0))
+    with pyro.plate("row", len(x), subsample_size=20) as index:
+        pyro.sample("y", dist.Normal((weight.unsqueeze(-2) * x[index]).sum(-1), 1.0), obs=y[index])
+
+
+def test_weights_in_a_plate_that_rows_of_another_read_are_the_flows():
+    x = torch.randn(60, 3, generator=torch.Generator().manual_seed(0))
+    guide = pf.AutoHierarchicalFlow(weights_in_a_plate, layers=2).initialize(x, x.sum(1))
+    assert guide.local == []
+    assert guide.sample_posterior(10, x, x.sum(1))["weight"].shape == (10, 3)
+
+
 def long_rows(y):
     mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
     with pyro.plate("row", len(y)):
@@ -564,7 +605,7 @@ def long_rows(y):
     ("model", "message"),
     [
         (discrete, "site 'k': a discrete latent"),
-        (no_globals, "at least one latent outside of plates"),
+        (no_globals, "a latent outside of plates"),
         (long_rows, "at most 64 numbers in a row, got 100"),
     ],
 )
