@@ -24,21 +24,22 @@ from pyro_flows._seeding import derive, seeded
 from pyro_flows._warnings import outside
 from pyro_flows.correction.refine import fallback_sampler
 from pyro_flows.fitting.marginal_density import MarginalDensity
+from pyro_flows.fitting.modes_of_globals import missed, sought, with_modes
 from pyro_flows.fitting.multimodal import candidate_of
 from pyro_flows.fitting.ranks import Followed, RowsOfRank, ranks
 from pyro_flows.fitting.state import SHARE_OF_SECONDS, Plan
 from pyro_flows.flows.recipe import begin_at, begun_at, set_df
-from pyro_flows.guides.collapsed import FEW_PARTS, FULL_UP_TO, climb
 from pyro_flows.guides.crossed import CrossedMarginal
 from pyro_flows.guides.hierarchical import AutoHierarchicalFlow
 from pyro_flows.guides.marginal import MOST_DRAWS
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.model.observations import NothingObservedWarning
 from pyro_flows.model.sites import Keywords, Model, Positional, coordinates_of, messages
+from pyro_flows.modes.missed_modes import sentence_on
+from pyro_flows.modes.missed_regions import MissedRegion
 from pyro_flows.modes.population_monte_carlo import GENERATIONS, about, fitted
 from pyro_flows.posterior.draws import from_draws
 from pyro_flows.posterior.posterior import Posterior
-from pyro_flows.results.dims import coordinate_names
 from pyro_flows.results.methods_text import method_of
 from pyro_flows.results.record import Stage
 from pyro_flows.results.scoring import JUDGING
@@ -55,11 +56,9 @@ from pyro_flows.verdict.deciding import (
 from pyro_flows.verdict.methods import MIXTURE
 from pyro_flows.verdict.thresholds import (
     ROW_ERROR_MOST,
-    ROW_MODE_SHARE,
-    ROW_MODES_APART,
 )
 from pyro_flows.verdict.verdict import NAMED
-from pyro_flows.verdict.weighing import Weighing, in_words, weigh
+from pyro_flows.verdict.weighing import Weighing, weigh
 
 WHOLE_UP_TO = 1000  # latents that are judged together, if the model has all rows at each run
 ROUND = 500  # steps of the first round; each next one has twice as many
@@ -80,8 +79,10 @@ def diagnose_hierarchical(
             return _posterior(guide, marginal, _checked(guide, marginal, seed, unbounded()), draws, seed, about)
         z, _ = _global_draw(guide)(CHECKED)
         second = marginal.marginal.second_modes(z.median(0).values)
-        failures = _of_rows(second, marginal.marginal.row_count, guide) + _second_mode(marginal, z, seed)
-        about |= {"failures": failures, "notes": [_sought(marginal)]}
+        failures = _of_rows(second, marginal.marginal.row_count, guide)
+        regions = missed(marginal, _global_draw(guide), guide.score_globals, seed=seed)
+        failures += [sentence_on(marginal, regions, z)] if regions else []
+        about |= {"failures": failures, "notes": [sought(marginal)]}
         return from_draws(*whole, draws=draws, seed=seed, guide=guide, **about)
 
 
@@ -107,7 +108,9 @@ def fit_hierarchical(plan: Plan, keeping: Callable[[LogDensity], AbstractContext
         try:
             with keeping(density), clock.part(_stages.TRAINING):
                 _fitted(guide, density, plan, trained)
-            checks = _checked(guide, density, plan.seed, clock)
+            checks = _checked(
+                guide, density, plan.seed, clock, lambda regions: _mended(guide, density, plan, trained, regions)
+            )
             clock.judging()
             plan.bar.watch(_stages.JUDGING)
             if clock.interrupted is not None:
@@ -127,6 +130,7 @@ class _Trained:
     losses: list[float] = field(default_factory=list)
     stages: list[Stage] = field(default_factory=list)
     good: bool = False
+    mended: int = 0  # how often modes that were missed were added
 
 
 def _begun(plan: Plan) -> AutoHierarchicalFlow:
@@ -234,9 +238,15 @@ class _Checks:
     settings: dict[str, object] = field(default_factory=dict)
 
 
-def _checked(guide: AutoHierarchicalFlow, density: MarginalDensity, seed: int, clock: Clock) -> _Checks:
-    """Look at the rows, and for second modes; what the clock cuts speaks against the draws."""
-    found, checked, sought = _Checks(), False, UNSEARCHED
+def _checked(
+    guide: AutoHierarchicalFlow, density: MarginalDensity, seed: int, clock: Clock,
+    mended: Callable[[list[MissedRegion]], bool] = lambda regions: False,
+) -> _Checks:  # fmt: skip
+    """Look at the rows, and for missed modes; what the clock cuts speaks against the draws.
+
+    If the guide was ``mended`` for the modes that it missed, it is looked at again.
+    """
+    found, checked, note = _Checks(), False, UNSEARCHED
     z, _ = _global_draw(guide)(CHECKED)
     with clock.part(_stages.ROWS):
         _check_rows(found, guide, density, z)
@@ -244,10 +254,29 @@ def _checked(guide: AutoHierarchicalFlow, density: MarginalDensity, seed: int, c
     if not checked:
         found.failures.append("no time for a check of all rows")
     with clock.part(_stages.MISSED):
-        found.failures += _second_mode(density, z, seed)
-        sought = _sought(density)
-    found.notes.append(sought)
+        regions = missed(density, _global_draw(guide), guide.score_globals, seed=seed)
+        if regions and mended(regions):
+            return _checked(guide, density, seed, clock, mended)
+        found.failures += [sentence_on(density, regions, z)] if regions else []
+        note = sought(density)
+    found.notes.append(note)
     return found
+
+
+def _mended(
+    guide: AutoHierarchicalFlow, density: MarginalDensity, plan: Plan, trained: _Trained, regions: list[MissedRegion]
+) -> bool:
+    """Let the guide have the regions that it misses, if it can; a flow that was asked for by name stays alone."""
+    tried = None
+    if plan.open and trained.mended < 2:  # once more for images of what was found
+        with plan.clock.part(MIXTURE, share=SHARE_OF_SECONDS, noted=False):
+            draws = _looked_at(density) if _is_cheap(density) else 0
+            tried = with_modes(density, guide._top._flow, regions, draws, seed=plan.seed)
+    if tried is not None:
+        guide.take_flow(tried.sampler)
+        trained.stages.append(tried.stage)
+        trained.mended += 1
+    return tried is not None
 
 
 def _check_rows(found: _Checks, guide: AutoHierarchicalFlow, density: MarginalDensity, z: Tensor) -> None:
@@ -288,40 +317,6 @@ def _posterior(
     if said["settings"].get("diagnosed"):
         return found
     return replace(found, verdict=replace(found.verdict, guide_method=method_of(guide._top._flow)))
-
-
-def _searches(density: MarginalDensity) -> tuple[int, int]:
-    """Return how many draws of the prior there are, and from how many is climbed: fewer where each takes long."""
-    share = density.marginal.most_draws / MOST_DRAWS
-    return round(share * 256), max(1, round(share * 3))
-
-
-def _sought(density: MarginalDensity) -> str:
-    draws, climbs = _searches(density)
-    return f"{UNSEARCHED}, but for climbs from {climbs} of {draws} draws of the prior"
-
-
-def _second_mode(density: MarginalDensity, z: Tensor, seed: int) -> list[str]:
-    """Say where climbs from draws of the prior end, if that is far from the draws ``z`` and about as high."""
-    draws, climbs = _searches(density)
-    values = density.prior(draws, seed=seed)
-    if values is None or density.dim > FULL_UP_TO:
-        return []
-    few = density.marginal.with_parts(FEW_PARTS)
-    center, spread = z.mean(0), z.std(0).clamp_min(1e-12)
-    own = climb(few, center)
-    starts = density.unconstrain(values).to(center)
-    order = torch.nan_to_num(few(starts), nan=-torch.inf).argsort(descending=True)
-    for start in starts[order[:climbs]]:
-        mode = climb(few, start)
-        if mode is None or own is None:
-            continue
-        apart = ((mode - own) / spread).abs()
-        heights = few(torch.stack([own, mode]))
-        if float(apart.max()) > ROW_MODES_APART and float(heights[1] - heights[0]) > math.log(ROW_MODE_SHARE):
-            away, name = in_words(float(apart.max())), coordinate_names(density.structure)[int(apart.argmax())]
-            return [f"a second mode of the latents outside of plates, {away} sds away in {name}"]
-    return []
 
 
 def _of_rows(second: list[tuple[str, int]], rows: int, guide: AutoHierarchicalFlow) -> list[str]:

@@ -373,6 +373,11 @@ class AutoHierarchicalFlow(AutoMessenger):  # type: ignore[metaclass]
         few.count = DRAWS
         return few
 
+    @torch.no_grad()
+    def score_globals(self, z: Tensor) -> Tensor:
+        """Return the log density (S,) of the flow at points (S, D)."""
+        return self._top._flow().log_prob(z)
+
     def take_flow(self, flow: Flow | FlowMixture) -> None:
         """Take another distribution of the latents outside of plates, in the same coordinates."""
         top = self._top

@@ -126,12 +126,15 @@ def sentence_on(density: LogDensity, found: Sequence[MissedRegion], z: Tensor) -
 
 
 @torch.no_grad()
-def mirrored(guide: Guide, z: Tensor, log_q: Tensor) -> list[MissedRegion]:
-    """Apply exact moves, found at two draws, to all; return the regions with a good part of the mass and no draws."""
+def mirrored(guide: Guide, z: Tensor, log_q: Tensor, rough: LogDensity | None = None) -> list[MissedRegion]:
+    """Apply exact moves, found at two draws, to all; return the regions with a good part of the mass and no draws.
+
+    Moves are found by a ``rough`` density, such as that of some of the rows, if there is one.
+    """
     density = guide.density
     found = []
     height, jacobian = density(z), density.log_jacobian(z)
-    for moved, inside, log_p, log_jacobian in images(density, moves(density, z[:2]), z):
+    for moved, inside, log_p, log_jacobian in images(density, moves(rough or density, z[:2]), z):
         # The move keeps the volume of the model's own values, so there q's image has the density that q has at z.
         image = log_q - jacobian + log_jacobian
         missed = missed_regions_of(moved, log_p, guide.missing_mass(moved, log_p, image))

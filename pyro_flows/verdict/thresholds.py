@@ -139,7 +139,7 @@ EVIDENCE_GAP_OF_RUNS = 0.3
 ROW_ERROR_MOST = 0.2
 # Rows of a plate: mean relative variance of the weights of a row, up to which rows count as normal. Source: chosen.
 ROW_WEIGHTS_EVEN = 1e-4
-# Latents in plates, and outside of them: sds between two modes, from which on the second counts. Source: chosen.
+# Latents in plates: sds between two modes, from which on the second counts. Source: chosen.
 ROW_MODES_APART = 3.0
 # The same: mass of the second mode of a row, as a part of that of the first, from which on it counts; height of one
 # outside of plates. Source: chosen.
