@@ -23,7 +23,6 @@ from pyro_flows._progress import Bar
 from pyro_flows._seeding import derive, seeded
 from pyro_flows._warnings import outside
 from pyro_flows.correction.refine import fallback_sampler
-from pyro_flows.fitting.marginal_density import MarginalDensity
 from pyro_flows.fitting.multimodal import candidate_of
 from pyro_flows.fitting.ranks import Followed, RowsOfRank, ranks
 from pyro_flows.fitting.state import SHARE_OF_SECONDS, Plan
@@ -32,6 +31,7 @@ from pyro_flows.guides.collapsed import FEW_PARTS, FULL_UP_TO, climb
 from pyro_flows.guides.crossed import CrossedMarginal
 from pyro_flows.guides.hierarchical import AutoHierarchicalFlow
 from pyro_flows.guides.marginal import MOST_DRAWS
+from pyro_flows.guides.marginal_density import INTEGRATED, MarginalDensity
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.model.observations import NothingObservedWarning
 from pyro_flows.model.sites import Keywords, Model, Positional, coordinates_of, messages
@@ -280,7 +280,7 @@ def _posterior(
     if not any(site["type"] == "sample" and site["is_observed"] for site in sites):
         what = "model: nothing is observed (no obs= with values, no pyro.factor), so the posterior is the prior."
         warnings.warn(what, NothingObservedWarning, stacklevel=outside())
-    said = {**about, "settings": {**about["settings"], **checks.settings}}
+    said = {**about, "settings": {**about["settings"], **checks.settings, INTEGRATED: density.recipe}}
     said |= {"notes": checks.notes, "failures": checks.failures, "draws": density.affordable(draws)}
     if isinstance(density.marginal, CrossedMarginal):
         said["times"] = 1

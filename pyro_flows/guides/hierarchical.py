@@ -342,8 +342,19 @@ class AutoHierarchicalFlow(AutoMessenger):  # type: ignore[metaclass]
         begin_at(top._single, *(part.to(top._like) for part in found))
         if self._crossed is not None:
             mode, scale = found
-            self._crossed.mode = self._crossed.normal(mode[None]).mean[0].detach().to(mode)
+            self.find_modes(args, kwargs, mode)
             self._about = mode, scale if scale.dim() == 1 else scale.norm(dim=1)
+
+    @torch.no_grad()
+    def find_modes(self, args: Positional, kwargs: Keywords, z: Tensor) -> None:
+        """Find modes of all latents in plates at a point ``z`` (D,) of the others: runs begin there."""
+        if self._crossed is not None:
+            self._crossed.mode = self._crossed.normal(z[None]).mean[0].to(z)
+            return
+        rows = self._rows(args, kwargs)
+        first = rows.near_mode(z, self._start, {})
+        for part in parts_of(first, 0, None):
+            self._remember(rows.near_mode(z, self._start, part.chosen))
 
     def density_of_globals(
         self, args: Positional, kwargs: Keywords, z: Tensor, seed: int, *, most: int | None = None
