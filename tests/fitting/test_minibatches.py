@@ -447,6 +447,24 @@ def test_saved_likelihoods_of_rows_come_back_within_their_error(count):
     torch.testing.assert_close(again(z), density(z), rtol=0.0, atol=density.level_error)
 
 
+def computed(x, batch):
+    mu = pyro.sample("mu", dist.Normal(real(0.0), 5.0))
+    pyro.deterministic("twice", 2.0 * mu)
+    with pyro.plate("row", len(x), subsample_size=batch) as index:
+        z = pyro.deterministic("shifted", pyro.sample("z", dist.Normal(mu, SD)) + 1.0) - 1.0
+        pyro.sample("x", dist.Normal(z, 1.0), obs=x[index])
+    pyro.deterministic("positive", (z > 0.0).sum(-1))
+
+
+def test_deterministic_sites_of_globals_are_samples():
+    """They were left out. Those that latents of rows go into have no draws of their own."""
+    posterior = pf.fit(computed, normal(30), 10, progress=False, draws=200)
+    assert set(posterior.samples) == {"mu", "twice"}
+    assert torch.equal(posterior.samples["twice"], 2.0 * posterior.samples["mu"])
+    assert "twice" in posterior.summary().index
+    assert set(posterior.local_samples(draws=5)) == {"z"}
+
+
 # what a posterior does with rows --------------------------------------------------------------------------------------
 
 
