@@ -196,7 +196,7 @@ def _deterministic(rows: Rows, first: Conditional) -> list[str]:
     return names
 
 
-def _globals_alone(model: Model, names: Sequence[str], fixed: Mapping[str, Tensor]) -> Model:
+def _globals_alone(model: Model, names: list[str], fixed: Mapping[str, Tensor]) -> Model:
     """Return the model with these sites alone; subsamples and latents in plates are ``fixed``."""
     known = {name: value.detach() for name, value in fixed.items()}
 
