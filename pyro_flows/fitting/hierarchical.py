@@ -127,6 +127,7 @@ class _Trained:
     losses: list[float] = field(default_factory=list)
     stages: list[Stage] = field(default_factory=list)
     good: bool = False
+    best: tuple[float, dict[str, Tensor]] | None = None  # ELBO of the best round, the start included, and its flow
 
 
 def _begun(plan: Plan) -> AutoHierarchicalFlow:
@@ -155,6 +156,9 @@ def _fitted(guide: AutoHierarchicalFlow, density: MarginalDensity | None, plan: 
                 found = _look(guide, density, moves=not trained.stages)
                 status, elbo = status_of(found), found.elbo
                 trained.good = status != "unreliable"
+                if trained.best is None or not elbo <= trained.best[0]:
+                    state = guide._top._flow.state_dict()
+                    trained.best = elbo, {name: value.clone() for name, value in state.items()}
                 if plan.open and status != "ok" and not trained.stages:
                     with plan.clock.part(MIXTURE, share=SHARE_OF_SECONDS, noted=False):
                         mixture = _mixture(guide, density, plan.seed)
@@ -169,6 +173,8 @@ def _fitted(guide: AutoHierarchicalFlow, density: MarginalDensity | None, plan: 
         steps = min(steps, plan.max_steps - len(trained.losses))
         over = over or (density is not None and not density.marginal.trainable)
         if ranks().agreed(trained.good or over or steps <= 0):
+            if trained.best is not None and not trained.good and elbo < trained.best[0]:  # training made it worse
+                guide._top._flow.load_state_dict(trained.best[1])
             return
         plan.bar.watch(_stages.TRAINING)
         _train(guide, plan, steps, trained.losses)

@@ -207,7 +207,8 @@ class AutoHierarchicalFlow(AutoMessenger):  # type: ignore[metaclass]
             if site["fn"].support.is_discrete:
                 raise ValueError(
                     f"site {site['name']!r}: a discrete latent, which has no gradient. Sum it out in the model, for "
-                    "example by a MixtureSameFamily, or use AutoFlow, which sums out enumerated latents."
+                    "example by a MixtureSameFamily. Or give plates all rows (no subsample): then fit and AutoFlow sum "
+                    "out latents that are marked for enumeration."
                 )
             transform_of(site)
         for option, names in ((self._option, self._joint), ("normal", self._own)):

@@ -107,6 +107,24 @@ def test_chains_of_the_globals_answer_where_nothing_else_does(monkeypatch):
     assert posterior.local_samples(rows=[0])["z"].shape == (len(posterior.samples["tau"]), 1)
 
 
+def test_training_that_makes_the_flow_worse_is_not_taken(monkeypatch):
+    """The sampler was that of the last round, whatever it had come to."""
+
+    def spoilt(guide, plan, steps, losses):
+        losses += [0.0] * steps
+        for parameter in guide._top._flow.parameters():
+            parameter.data -= 0.5
+
+    monkeypatch.setattr(hierarchical, "_train", spoilt)
+    monkeypatch.setattr(hierarchical, "_mixture", lambda *_: None)
+    x = 2.0 + torch.randn(30, generator=generator(1), dtype=torch.float64)
+    posterior = pf.fit(spread_rows, x, 10, max_steps=600, refine=False, progress=False)
+    reached = [stage["elbo"] for stage in posterior.history]
+    assert len(reached) == 3
+    assert posterior.elbo > max(reached[1:]) + 0.1
+    assert posterior.method == "Gaussian"
+
+
 def many_data(x, batch):
     mu = pyro.sample("mu", dist.Normal(real(0.0), 3.0))
     tau = pyro.sample("tau", dist.HalfNormal(real(1.0)))
