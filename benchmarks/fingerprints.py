@@ -37,7 +37,7 @@ PARTS = {
     "step": ("graphs", "training", "objectives", "_cache", "_tensors"),
     "fit": ("model", "starts", "modes", "verdict", "fitting", "correction", "_mixing", "_seeding", "_tensors"),
 }  # rooms of the package, each in one part
-APART = ("fitting/hierarchical.py", "fitting/marginal_density.py", "fitting/ranks.py", "model/unchanged.py")
+APART = ("fitting/hierarchical.py", "guides/marginal_density.py", "fitting/ranks.py", "model/unchanged.py")
 """Modules of these rooms that decide about no row: fits of minibatches, which no table of fits has, and the refusal of
 data that have changed after a fit."""
 DECIDING = {"fit": ("flows", "step", "fit"), "step": ("flows", "step"), "density": ("flows", "density")}

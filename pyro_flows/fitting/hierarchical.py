@@ -23,7 +23,6 @@ from pyro_flows._progress import Bar
 from pyro_flows._seeding import derive, seeded
 from pyro_flows._warnings import outside
 from pyro_flows.correction.refine import fallback_sampler
-from pyro_flows.fitting.marginal_density import MarginalDensity
 from pyro_flows.fitting.modes_of_globals import missed, sought, with_modes
 from pyro_flows.fitting.multimodal import candidate_of
 from pyro_flows.fitting.ranks import Followed, RowsOfRank, ranks
@@ -32,6 +31,7 @@ from pyro_flows.flows.recipe import begin_at, begun_at, set_df
 from pyro_flows.guides.crossed import CrossedMarginal
 from pyro_flows.guides.hierarchical import AutoHierarchicalFlow
 from pyro_flows.guides.marginal import MOST_DRAWS
+from pyro_flows.guides.marginal_density import INTEGRATED, MarginalDensity
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.model.observations import NothingObservedWarning
 from pyro_flows.model.sites import Keywords, Model, Positional, coordinates_of, messages
@@ -130,6 +130,7 @@ class _Trained:
     losses: list[float] = field(default_factory=list)
     stages: list[Stage] = field(default_factory=list)
     good: bool = False
+    best: tuple[float, dict[str, Tensor]] | None = None  # ELBO of the best round, the start included, and its flow
     mended: int = 0  # how often modes that were missed were added
 
 
@@ -159,6 +160,9 @@ def _fitted(guide: AutoHierarchicalFlow, density: MarginalDensity | None, plan: 
                 found = _look(guide, density, moves=not trained.stages)
                 status, elbo = status_of(found), found.elbo
                 trained.good = status != "unreliable"
+                if trained.best is None or not elbo <= trained.best[0]:
+                    state = guide._top._flow.state_dict()
+                    trained.best = elbo, {name: value.clone() for name, value in state.items()}
                 if plan.open and status != "ok" and not trained.stages:
                     with plan.clock.part(MIXTURE, share=SHARE_OF_SECONDS, noted=False):
                         mixture = _mixture(guide, density, plan.seed)
@@ -173,6 +177,8 @@ def _fitted(guide: AutoHierarchicalFlow, density: MarginalDensity | None, plan: 
         steps = min(steps, plan.max_steps - len(trained.losses))
         over = over or (density is not None and not density.marginal.trainable)
         if ranks().agreed(trained.good or over or steps <= 0):
+            if trained.best is not None and not trained.good and elbo < trained.best[0]:  # training made it worse
+                guide._top._flow.load_state_dict(trained.best[1])
             return
         plan.bar.watch(_stages.TRAINING)
         _train(guide, plan, steps, trained.losses)
@@ -309,7 +315,7 @@ def _posterior(
     if not any(site["type"] == "sample" and site["is_observed"] for site in sites):
         what = "model: nothing is observed (no obs= with values, no pyro.factor), so the posterior is the prior."
         warnings.warn(what, NothingObservedWarning, stacklevel=outside())
-    said = {**about, "settings": {**about["settings"], **checks.settings}}
+    said = {**about, "settings": {**about["settings"], **checks.settings, INTEGRATED: density.recipe}}
     said |= {"notes": checks.notes, "failures": checks.failures, "draws": density.affordable(draws)}
     if isinstance(density.marginal, CrossedMarginal):
         said["times"] = 1

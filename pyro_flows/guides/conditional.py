@@ -20,7 +20,7 @@ import itertools
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, cast
 
 import pyro
@@ -29,13 +29,26 @@ from pyro import poutine
 from pyro.distributions.util import scale_and_mask
 from pyro.poutine.indep_messenger import CondIndepStackFrame
 from torch import Tensor
+from torch._C import _functorch
 
 from pyro_flows._seeding import derive, seeded
+from pyro_flows.model.batching import batch
 from pyro_flows.model.bijections import bijection, real_shape
 from pyro_flows.model.handlers import Place
 from pyro_flows.model.noncentered import location_scale
 from pyro_flows.model.precision import in_double
-from pyro_flows.model.sites import Keywords, Latent, Model, Positional, Site, by_event, is_open, is_subsample, messages
+from pyro_flows.model.sites import (
+    Keywords,
+    Latent,
+    Model,
+    Placed,
+    Positional,
+    Site,
+    by_event,
+    is_open,
+    is_subsample,
+    messages,
+)
 from pyro_flows.model.start import FromPrior, initial_value
 
 MOST_STEPS = 60  # Newton steps to a mode
@@ -256,11 +269,33 @@ class Conditional:
 
 
 @dataclass(frozen=True)
+class Axes:
+    """The axes of a run at one point: those of plates, of any site, and those of sites in plates.
+
+    ``sites`` has the axes of a batch, and of an unconstrained event.
+    """
+
+    nest: int
+    sites: Mapping[str, tuple[int, int]]
+
+    def left(self, name: str) -> int:
+        """Return how many axes stand between those of points and those of a site."""
+        return self.nest - self.sites[name][0]
+
+    def own(self, name: str, value: Tensor) -> torch.Size:
+        return value.shape[value.dim() - sum(self.sites[name]) :]
+
+    def lead(self, name: str, value: Tensor) -> torch.Size:
+        """Return the axes of points that values of a site have."""
+        return value.shape[: max(value.dim() - self.nest - self.sites[name][1], 0)]
+
+
+@dataclass(frozen=True)
 class Rows:
     """A model with its data: the latents of the flow, and the names of those in plates.
 
     ``children`` are the latents of the flow whose priors depend on latents in plates. A ``doubled`` model was written
-    for single precision, and runs at points in double.
+    for single precision, and runs at points in double. With ``axes``, many points are mapped: each run has one.
     """
 
     model: Model
@@ -270,6 +305,7 @@ class Rows:
     kwargs: Keywords
     children: Sequence[str] = ()
     doubled: bool = False
+    axes: Axes | None = None
 
     def has_data_of(self, other: Rows) -> bool:
         """Whether the model gets the same objects."""
@@ -285,6 +321,8 @@ class Rows:
     @torch.enable_grad()
     def run(self, z: Tensor, start: Start, chosen: Chosen, *, through: bool = False) -> At:
         """Run the model, and take the log densities of its sites."""
+        if self.axes is not None and z.dim() > 1:
+            return self._mapped(self.axes, z, start, chosen, through)
         at = At(self, z, start, chosen, through)
         precisely = in_double() if self.doubled else nullcontext()
         with poutine.block(), precisely, pyro.validation_enabled(False), at:
@@ -292,6 +330,56 @@ class Rows:
             at.trace.compute_log_prob()
         for name, local in at.locals.items():
             local.scale = messages(at.trace)[name]["scale"]
+        return at
+
+    def _mapped(self, axes: Axes, z: Tensor, start: Start, chosen: Chosen, through: bool) -> At:
+        """Run the model at each point alone, by ``vmap``, and put what it gives into axes left of its plates.
+
+        A start that is no value for each point is that of the first point.
+        """
+        if not isinstance(start, Values):
+            first = self.run(z.reshape(-1, z.shape[-1])[0], start, chosen)
+            start = Values({name: local.value.detach() for name, local in first.locals.items()})
+        of_points = z.reshape(*z.shape[: z.dim() - 1 - axes.nest], z.shape[-1])
+        lead = torch.broadcast_shapes(of_points.shape[:-1], *(axes.lead(*item) for item in start.values.items()))
+        leaves = {}
+        for name, value in start.values.items():
+            whole = value.expand(*lead, *[1] * axes.left(name), *axes.own(name, value))
+            leaves[name] = whole if through else whole.detach().clone().requires_grad_()
+        runs: list[At] = []
+
+        def one(point: Tensor, values: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+            at = replace(self, axes=None).run(point, Values(values), chosen, through=True)
+            runs.append(at)
+            sites = {name: site for name, site in messages(at.trace).items() if site["type"] == "sample"}
+            latent: dict[str, Placed | Local] = {**at.placed, **at.locals}
+            masks = {name: site["mask"] for name, site in sites.items() if isinstance(site["mask"], Tensor)}
+            return {
+                "log_prob": {name: site["log_prob"] for name, site in sites.items() if not is_subsample(site)},
+                "mask": {name: mask for name, mask in masks.items() if _functorch.is_batchedtensor(mask)},
+                "value": {name: sites[name]["value"] for name in latent},
+                "ladj": {name: own.ladj for name, own in latent.items()},
+            }
+
+        flat = {name: value.reshape(-1, *axes.own(name, value)) for name, value in leaves.items()}
+        found = batch(one)(of_points.expand(*lead, z.shape[-1]).reshape(-1, z.shape[-1]), flat)
+
+        def spread(value: Tensor, event_dim: int = 0) -> Tensor:
+            return value.reshape(*lead, *[1] * (axes.nest + 1 + event_dim - value.dim()), *value.shape[1:])
+
+        inside, at = runs[0], At(self, z, start, chosen, through)
+        at.chosen, at.drawn = inside.chosen, inside.drawn
+        for name, site in messages(inside.trace).items():
+            if site["type"] != "sample":
+                continue
+            known = {key: spread(found[key][name]) for key in ("log_prob", "mask") if name in found[key]}
+            if name in found["value"]:
+                known["value"] = spread(found["value"][name], site["fn"].event_dim)
+            at.trace.add_node(name, **{**site, **known})
+        for name, placed in inside.placed.items():
+            at.placed[name] = placed._replace(value=found["value"][name], ladj=spread(found["ladj"][name]))
+        for name, own in inside.locals.items():
+            at.locals[name] = replace(own, value=leaves[name], ladj=spread(found["ladj"][name]))
         return at
 
     def conditional(self, z: Tensor, start: Start, chosen: Chosen, *, graph: bool = False) -> Conditional:
@@ -555,8 +643,18 @@ def check_plates(site: Site) -> None:
 # where rows start -----------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class Values:
+    """Unconstrained values of sites, from which rows start."""
+
+    values: Mapping[str, Tensor]
+
+    def __call__(self, msg: Site, at: At) -> Tensor:
+        return self.values[msg["name"]]
+
+
 def at_values(values: Mapping[str, Tensor]) -> Start:
-    return lambda msg, at: values[msg["name"]]
+    return Values(values)
 
 
 def beginning(msg: Site, at: At) -> Tensor:

@@ -209,7 +209,8 @@ class AutoHierarchicalFlow(AutoMessenger):  # type: ignore[metaclass]
             if site["fn"].support.is_discrete:
                 raise ValueError(
                     f"site {site['name']!r}: a discrete latent, which has no gradient. Sum it out in the model, for "
-                    "example by a MixtureSameFamily, or use AutoFlow, which sums out enumerated latents."
+                    "example by a MixtureSameFamily. Or give plates all rows (no subsample): then fit and AutoFlow sum "
+                    "out latents that are marked for enumeration."
                 )
             transform_of(site)
         for option, names in ((self._option, self._joint), ("normal", self._own)):
@@ -355,8 +356,19 @@ class AutoHierarchicalFlow(AutoMessenger):  # type: ignore[metaclass]
         begin_at(top._single, *(part.to(top._like) for part in found))
         if self._crossed is not None:
             mode, scale = found
-            self._crossed.mode = self._crossed.normal(mode[None]).mean[0].detach().to(mode)
+            self.find_modes(args, kwargs, mode)
             self._about = mode, scale if scale.dim() == 1 else scale.norm(dim=1)
+
+    @torch.no_grad()
+    def find_modes(self, args: Positional, kwargs: Keywords, z: Tensor) -> None:
+        """Find modes of all latents in plates at a point ``z`` (D,) of the others: runs begin there."""
+        if self._crossed is not None:
+            self._crossed.mode = self._crossed.normal(z[None]).mean[0].to(z)
+            return
+        rows = self._rows(args, kwargs)
+        first = rows.near_mode(z, self._start, {})
+        for part in parts_of(first, 0, None):
+            self._remember(rows.near_mode(z, self._start, part.chosen))
 
     def density_of_globals(
         self, args: Positional, kwargs: Keywords, z: Tensor, seed: int, *, most: int | None = None

@@ -155,7 +155,7 @@ class Marginal:
     trainable = True  # whether a better guide of the globals can make the weights good
     wide = False  # whether q has heavy tails
     apart = False  # whether rows have other random numbers at each point
-    batched = True  # whether the model takes many points, and many draws of rows, in axes left of its plates
+    batched = True  # whether many points, and many draws of rows, have axes left of plates: of the model, or by vmap
     mapped = True  # whether draws of rows are mapped, where it does not
     count = DRAWS_LEAST  # K, draws of a row
 
@@ -199,6 +199,11 @@ class Marginal:
         for number in self.first.numbers:
             self._dimensions[self.plates[number.site.name]] += self._inner(number, number.own.shape).numel()
         self.batched = self._can_be_batched(z)
+        if not self.batched:
+            axes = {site.name: (len(site.batch), site.event_dim) for site in self.first.sites}
+            self.rows = replace(rows, axes=conditional.Axes(self._nest, axes))
+            self.batched = self._can_be_batched(z)
+            self.rows = self.rows if self.batched else rows
 
     @torch.no_grad()
     def __call__(self, z: Tensor) -> Tensor:

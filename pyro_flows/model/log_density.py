@@ -87,6 +87,7 @@ class LogDensity(SiteValues):
 
     most_gradients = math.inf  # that one run of chains may take
     by_rows = False  # whether an evaluation is a pass over all rows of a plate, whose latents are integrated out
+    level_error = 0.0  # standard error of the log density, nats, that all points have in common
     proper = False  # whether all tails along improper priors were told to fall fast enough for a finite integral
 
     def _settle(self, structure: Structure, like: Runs | None = None) -> None:

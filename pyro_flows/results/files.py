@@ -26,6 +26,9 @@ from pyro_flows.flows.flow import Flow
 from pyro_flows.flows.mixture import FlowMixture
 from pyro_flows.flows.recipe_json import not_rebuilt, restored, to_json
 from pyro_flows.guides.autoflow import AutoFlow
+from pyro_flows.guides.marginal import DRAWS_MOST
+from pyro_flows.guides.marginal_density import INTEGRATED, MarginalDensity
+from pyro_flows.model.arguments import usable
 from pyro_flows.model.digits import ALLOWED
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.model.sites import Keywords, Model, Positional
@@ -112,9 +115,9 @@ def _read(
         check_groups(groups, tensors)
     stored: tuple[object, object] | None = groups, attrs
     if model is not None:
-        fitted = LogDensity(model, *own(args, kwargs), noncentered=settings.get("noncentered", []))
-        density = _density(like(fitted, tensors["z"]), description["coordinates"], tensors)
-        tensors = tree_map_only(Tensor, lambda value: value.to(fitted.device), tensors)
+        density = _density(_made(model, args, kwargs, settings, tensors["z"]), description["coordinates"], tensors)
+        device = density.device
+        tensors = tree_map_only(Tensor, lambda value: value.to(device), tensors)
         stored = None if description.get("without") else stored  # with the model all can be made
         if flow is not None:
             flow = flow.to(density.device)
@@ -171,6 +174,14 @@ def like(density: LogDensity, z: Tensor) -> LogDensity:
     return density.in_double() if wider else density
 
 
+def _made(model: Model, args: Positional, kwargs: Keywords, settings: Entries, z: Tensor) -> LogDensity:
+    """Make the log density of the fit that gave draws ``z`` (S, D), latents of rows integrated out if they were."""
+    given = own(args, kwargs)
+    if INTEGRATED in settings:
+        return MarginalDensity.made_of(settings[INTEGRATED], model, *usable(model, *given), z)
+    return like(LogDensity(model, *given, noncentered=settings.get("noncentered", [])), z)
+
+
 def _density(density: LogDensity, coordinates: Sequence[str], tensors: Entries) -> LogDensity:
     """Check that the log density, made again, is the one that was fitted."""
     found = coordinate_names(density.structure)
@@ -179,7 +190,8 @@ def _density(density: LogDensity, coordinates: Sequence[str], tensors: Entries) 
     z, saved = (tensors[name][:CHECKED].to(density.device) for name in ("z", "log_p"))
     with torch.no_grad():
         now = density(z)
-    if not torch.allclose(now.double(), saved.double(), rtol=ROUNDED, atol=ROUNDED_AT_LEAST, equal_nan=True):
+    least = ROUNDED_AT_LEAST + STANDARD_ERRORS * density.level_error
+    if not torch.allclose(now.double(), saved.double(), rtol=ROUNDED, atol=least, equal_nan=True):
         off = float((now - saved).abs().max())
         raise ValueError(
             f"model: its log density differs by up to {off:.3g} nats from the saved one. Pass the same model, the same "
@@ -192,6 +204,7 @@ def _density(density: LogDensity, coordinates: Sequence[str], tensors: Entries) 
 
 CHECKED = 8  # draws whose density is computed anew
 ROUNDED, ROUNDED_AT_LEAST = 1e-3, 1e-2  # relative, and nats: between machines and precisions
+STANDARD_ERRORS = 6.0  # of a level, by which two estimates of it may differ: four of their difference
 
 
 def check_tensors(tensors: Entries, dim: int, verdict: Entries) -> None:
@@ -249,7 +262,8 @@ def check_texts(description: Entries) -> None:
     require(all(_is_number(value) for value in description["numbers"].values()), "a number is no number")
     settings, history = description["settings"], description["history"]
     require(isinstance(settings, dict) and isinstance(history, list), "settings or history are missing")
-    require(type(settings.get("seed", 0)) is int and settings.get("seed", 0) >= 0, "the seed is none")
+    require(_is_seed(settings.get("seed", 0)), "the seed is none")
+    require(INTEGRATED not in settings or _is_recipe(settings[INTEGRATED]), "how rows were integrated out is not told")
     stages = all(isinstance(entry, dict) and isinstance(entry.get("stage"), str) for entry in history)
     require(stages, "an entry of the history has no stage")
     guide, labels = description["guide"], description.get("labels", {})
@@ -258,6 +272,20 @@ def check_texts(description: Entries) -> None:
     parts = [labels.get(name, {}) for name in ("coords", "dims")]
     lists = all(isinstance(part, dict) and all(isinstance(one, list) for one in part.values()) for part in parts)
     require(lists, "labels are no lists")
+
+
+def _is_seed(value: object) -> bool:
+    return type(value) is int and value >= 0
+
+
+def _is_recipe(value: object) -> bool:
+    """Whether a value is a recipe of :class:`MarginalDensity`."""
+    if not (isinstance(value, dict) and isinstance(value.get("joint"), list) and _is_seed(value.get("seed"))):
+        return False
+    texts = all(isinstance(name, str) for name in value["joint"]) and isinstance(value.get("noncentered"), dict)
+    count = value.get("count")
+    numbers = type(count) is int and 1 <= count <= DRAWS_MOST and _is_number(value.get("level_error"))
+    return texts and numbers and isinstance(value.get("wide"), bool)
 
 
 def _is_number(value: object) -> bool:

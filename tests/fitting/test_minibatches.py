@@ -1,5 +1,6 @@
 """Fits of minibatches: rows that are far from normal, latents of rows, leave-one-row-out, limits of time, sentences."""
 
+import json
 import math
 import sys
 import time
@@ -16,6 +17,7 @@ from pyro_flows._progress import Bar
 from pyro_flows.correction import refine
 from pyro_flows.fitting import hierarchical
 from pyro_flows.guides.marginal import Marginal
+from pyro_flows.guides.marginal_density import MarginalDensity
 from pyro_flows.posterior import draws
 from pyro_flows.priors import making
 from tests.interrupts import interrupting
@@ -144,6 +146,24 @@ def test_chains_of_the_globals_answer_where_nothing_else_does(monkeypatch):
     mean, sd = of_tau(x)
     assert float(posterior.samples["tau"].mean()) == pytest.approx(mean, abs=0.15 * sd)
     assert posterior.local_samples(rows=[0])["z"].shape == (len(posterior.samples["tau"]), 1)
+
+
+def test_training_that_makes_the_flow_worse_is_not_taken(monkeypatch):
+    """The sampler was that of the last round, whatever it had come to."""
+
+    def spoilt(guide, plan, steps, losses):
+        losses += [0.0] * steps
+        for parameter in guide._top._flow.parameters():
+            parameter.data -= 0.5
+
+    monkeypatch.setattr(hierarchical, "_train", spoilt)
+    monkeypatch.setattr(hierarchical, "_mixture", lambda *_: None)
+    x = 2.0 + torch.randn(30, generator=generator(1), dtype=torch.float64)
+    posterior = pf.fit(spread_rows, x, 10, max_steps=600, refine=False, progress=False)
+    reached = [stage["elbo"] for stage in posterior.history]
+    assert len(reached) == 3
+    assert posterior.elbo > max(reached[1:]) + 0.1
+    assert posterior.method == "Gaussian"
 
 
 def many_data(x, batch):
@@ -449,6 +469,59 @@ def test_other_posteriors_have_all_latents_in_their_samples():
     posterior = pf.diagnose(model, guide, torch.tensor([0.3, 0.9, -0.2, 0.8]), draws=200)
     with pytest.raises(ValueError, match="All latents are in samples"):
         posterior.local_samples()
+
+
+def test_a_saved_posterior_is_loaded_with_its_model(fitted, tmp_path):
+    """It was refused: a plate that is subsampled."""
+    x, posterior = fitted
+    posterior.save(tmp_path / "saved")
+    pf.load(tmp_path / "saved").save(tmp_path / "again")  # without the model
+    for batch in (10, None, 7):
+        loaded = pf.load(tmp_path / "again", normal_rows, x, batch)
+        torch.testing.assert_close(loaded.density(loaded.z), posterior.log_p, rtol=0.0, atol=1e-6)
+        assert loaded.local_samples(rows=[29, 3], draws=50)["z"].shape == (50, 2)
+    loaded = pf.load(tmp_path / "again", normal_rows, x, 10)
+    assert set(loaded.missing) == {"guide", "flow"}
+    for one, other in ((loaded, posterior), (posterior, loaded)):
+        assert torch.allclose(one.local_samples(seed=1)["z"], other.local_samples(seed=1)["z"], atol=1e-6)
+    assert torch.allclose(loaded.loo(progress=False).pointwise, posterior.loo(progress=False).pointwise, atol=1e-6)
+    with pytest.raises(ValueError, match=r"model: its log density differs by up to .* nats from the saved one"):
+        pf.load(tmp_path / "again", normal_rows, x + 1.0, 10)
+    with pytest.raises(ValueError, match=r"expected the unconstrained coordinates \['mu'\], got \['mu', 'tau'\]"):
+        pf.load(tmp_path / "again", spread_rows, x, 10)
+
+
+@pytest.mark.parametrize("count", [12, 30])
+def test_saved_likelihoods_of_rows_come_back_within_their_error(count):
+    """Rows that are not normal have as many draws, with tails as heavy, as those before."""
+    y = torch.poisson(torch.linspace(0.5, 9.0, count, dtype=torch.float64), generator=generator(3))
+    guide = pf.AutoHierarchicalFlow(gamma_poisson, layers=2).initialize(y, 6)
+    marginal = guide.density_of_globals((y, 6), {}, guide._top._init_loc(), 5)
+    z = guide._top._init_loc() + 0.2 * torch.randn(20, 2, generator=generator(4), dtype=torch.float64)
+    density = MarginalDensity(marginal)
+    density.level_error = marginal.choose_count(z).level
+    again = MarginalDensity.made_of(json.loads(json.dumps(density.recipe)), gamma_poisson, (y, 6), {}, z)
+    assert again.recipe == density.recipe
+    assert marginal.wide
+    torch.testing.assert_close(again(z), density(z), rtol=0.0, atol=density.level_error)
+
+
+def computed(x, batch):
+    mu = pyro.sample("mu", dist.Normal(real(0.0), 5.0))
+    pyro.deterministic("twice", 2.0 * mu)
+    with pyro.plate("row", len(x), subsample_size=batch) as index:
+        z = pyro.deterministic("shifted", pyro.sample("z", dist.Normal(mu, SD)) + 1.0) - 1.0
+        pyro.sample("x", dist.Normal(z, 1.0), obs=x[index])
+    pyro.deterministic("positive", (z > 0.0).sum(-1))
+
+
+def test_deterministic_sites_of_globals_are_samples():
+    """They were left out. Those that latents of rows go into have no draws of their own."""
+    posterior = pf.fit(computed, normal(30), 10, progress=False, draws=200)
+    assert set(posterior.samples) == {"mu", "twice"}
+    assert torch.equal(posterior.samples["twice"], 2.0 * posterior.samples["mu"])
+    assert "twice" in posterior.summary().index
+    assert set(posterior.local_samples(draws=5)) == {"z"}
 
 
 # what a posterior does with rows --------------------------------------------------------------------------------------

@@ -266,6 +266,8 @@ class Planted:
         return os.system, (f"touch {self.path}",)
 
 
+RECIPE = {"joint": [], "noncentered": {}, "seed": 0, "count": 4, "wide": False, "level_error": 0.0}
+MANY = {**RECIPE, "count": 10**9}
 TEXTS = {
     "posterior": [
         *(without(name) for name in ("numbers", "verdict", "settings", "history", "guide", "coordinates")),
@@ -276,6 +278,7 @@ TEXTS = {
         *(at(("numbers", "ess"), value) for value in (None, "many", [1.0], True)),
         *(at(("settings",), value) for value in ([], None, "x")),
         *(at(("settings", "seed"), value) for value in (-5, "0", 1.5)),
+        *(at(("settings", "integrated"), value) for value in ([], {}, MANY, {**RECIPE, "joint": [5]})),
         *(at(("history",), value) for value in ({}, [5], [{}], None)),
         *(at(("coordinates",), value) for value in (["a"], [], [5, 6], "ab", None, ["a"] * 10**5)),
         *(at(("labels",), value) for value in ({"coords": 5}, {"dims": {"mu": 5}}, {"other": {}}, 5)),

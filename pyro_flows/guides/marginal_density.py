@@ -4,36 +4,85 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any, Self
 
 import torch
 from pyro import poutine
 from torch import Tensor
+from torch._C import _functorch
 
 from pyro_flows import _checks
 from pyro_flows._clock import Clock
-from pyro_flows.guides.conditional import Rows, vectorized
+from pyro_flows._fallbacks import Tried, fallback
+from pyro_flows.guides.conditional import Conditional, Rows, at_values, is_part, vectorized
 from pyro_flows.guides.crossed import CrossedMarginal
+from pyro_flows.guides.hierarchical import AutoHierarchicalFlow
 from pyro_flows.guides.marginal import ALL, Marginal
+from pyro_flows.model.batching import batch
 from pyro_flows.model.bijections import bijection
 from pyro_flows.model.digits import COMPARED_ONE_BY_ONE
 from pyro_flows.model.handlers import Given
 from pyro_flows.model.log_density import LogDensity
-from pyro_flows.model.sites import Model, coordinates_of, is_subsample, messages
+from pyro_flows.model.sites import Keywords, Model, Positional, coordinates_of, is_deterministic, is_subsample, messages
+from pyro_flows.model.start import first_run, initial_value
+
+INTEGRATED = "integrated"  # what settings call :attr:`MarginalDensity.recipe`
 
 
 class MarginalDensity(LogDensity):
     """The log density of the globals; ``structure``, names and constrained values are those of the globals alone."""
 
     by_rows = True
-    level_error = 0.0  # standard error of the log density, nats, that all points have in common
 
     def __init__(self, marginal: Marginal | CrossedMarginal) -> None:
         self.marginal = marginal
         rows, first, nodes = marginal.rows, marginal.first, messages(marginal.first.at.trace)
         values = {name: bijection(nodes[name]["fn"])(value).to(marginal.dtype) for name, value in first.base.items()}
         values = {name: value for name, value in values.items() if bool(torch.isfinite(value).all())}  # else drawn anew
-        alone, noncentered = _globals_alone(rows, {**first.at.chosen, **values}), coordinates_of(rows.latents)
+        shown = [*(latent.name for latent in rows.latents), *_deterministic(rows, first)]
+        alone = _globals_alone(rows.model, shown, {**first.at.chosen, **values})
+        noncentered = coordinates_of(rows.latents)
         super().__init__(alone, rows.args, rows.kwargs, noncentered=noncentered)
+
+    @property
+    def recipe(self) -> dict[str, Any]:
+        """What, beside the model with its data, the density is made of; JSON values only.
+
+        These are sites in plates that are no rows, sites in other coordinates, the seed of the draws of rows, how many
+        there are, whether they have heavy tails, and the error of the level, nats.
+        """
+        marginal, nodes = self.marginal, messages(self.marginal.first.at.trace)
+        latents = marginal.rows.latents
+        return {
+            "joint": [latent.name for latent in latents if vectorized(nodes[latent.name])],
+            "noncentered": coordinates_of(latents),
+            "seed": marginal.seed,
+            "count": marginal.count,
+            "wide": isinstance(marginal, Marginal) and marginal.wide,
+            "level_error": self.level_error,
+        }
+
+    @classmethod
+    def made_of(cls, recipe: Mapping[str, Any], model: Model, args: Positional, kwargs: Keywords, z: Tensor) -> Self:
+        """Make the density anew by its :attr:`recipe`; ``z`` (S, D) are draws from near its mode.
+
+        Modes of rows are found anew, so its values differ from those before by the errors of likelihoods of rows. With
+        another number of coordinates than D, it is that of another model.
+        """
+        sites = messages(first_run(model, args, kwargs, initial_value))
+        joint = [name for name in recipe["joint"] if name in sites]
+        guide = AutoHierarchicalFlow(model, joint=joint, init="prior", noncentered=recipe["noncentered"])
+        guide.initialize(*args, **kwargs)
+        begun = guide._top._init_loc().to(guide._top._like)
+        middle = z.to(begun)[torch.isfinite(z).all(1)].median(0).values if z.shape[1] == len(begun) else begun
+        guide.find_modes(args, kwargs, middle)
+        marginal = guide.density_of_globals(args, kwargs, middle, recipe["seed"])
+        marginal.count = recipe["count"]
+        if isinstance(marginal, Marginal):
+            marginal.wide = recipe["wide"]
+        found = cls(marginal)
+        found.level_error = recipe["level_error"]
+        return found
 
     @property
     def most_gradients(self) -> float:  # type: ignore[override]
@@ -124,12 +173,35 @@ class MarginalDensity(LogDensity):
         """Return None: a pass over parts of the data is no graph."""
 
 
-def _globals_alone(rows: Rows, fixed: Mapping[str, Tensor]) -> Model:
-    """Return the model without data and latents in plates, which have these values."""
-    names, known = [latent.name for latent in rows.latents], {name: value.detach() for name, value in fixed.items()}
+def _deterministic(rows: Rows, first: Conditional) -> list[str]:
+    """Return the deterministic sites outside of subsampled plates that no value of latents in plates goes into.
 
-    def model(*args: object, **kwargs: object) -> None:
+    Under ``vmap`` over these values, what they go into is batched.
+    """
+    sites = [site for site in messages(first.at.trace).values() if site["type"] == "sample" and is_deterministic(site)]
+    names = [site["name"] for site in sites if not any(map(is_part, vectorized(site)))]
+    if not (names and first.sites):
+        return names
+
+    def apart(values: dict[str, Tensor]) -> Tensor:
+        nodes = messages(rows.run(first.at.z, at_values(values), first.at.chosen, through=True).trace)
+        names[:] = [name for name in names if not _functorch.is_batchedtensor(nodes[name]["value"])]
+        return first.at.z
+
+    with Tried(lambda error: isinstance(error, RuntimeError)) as tried:
+        batch(apart)({name: value[None] for name, value in first.base.items()})
+    if tried.error is not None:
+        fallback("deterministic sites are left out", tried.error)
+        return []
+    return names
+
+
+def _globals_alone(model: Model, names: list[str], fixed: Mapping[str, Tensor]) -> Model:
+    """Return the model with these sites alone; subsamples and latents in plates are ``fixed``."""
+    known = {name: value.detach() for name, value in fixed.items()}
+
+    def alone(*args: object, **kwargs: object) -> None:
         with poutine.block(expose=names), Given(known):
-            rows.model(*args, **kwargs)
+            model(*args, **kwargs)
 
-    return model
+    return alone
