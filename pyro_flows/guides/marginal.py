@@ -487,6 +487,7 @@ class Marginal:
             now, steps, log_q = self._draws(points, number, dead)
             at = self.rows.run(points.unsqueeze(0), at_values(now.moved(now.base, steps)), now.at.chosen, through=True)
             found = self._gathered(at, log_q, number)
+            found.total = torch.where(_without_digits(now, z), -torch.inf, found.total)
         else:
             each = [{plate: own[:, [place]] for plate, own in dead.items()} for place in range(len(z))]
             singles = [self._single(row, number, own) for row, own in zip(z, each, strict=True)]
@@ -521,7 +522,7 @@ class Marginal:
         with quiet():
             found = over_rows(one, drawn, batched=self.mapped, otherwise=not_mapped)
         log_p, of_q = ({plate: found[f"{kind} {plate}"] for plate in kept} for kind in "pq")
-        return _Terms(found["total"][0], log_p, of_q, kept)
+        return _Terms(torch.where(_without_digits(now, row), -torch.inf, found["total"][0]), log_p, of_q, kept)
 
     def _draws(
         self, points: Tensor, number: int, dead: Mapping[str, Tensor]
@@ -696,6 +697,19 @@ def _row_named(site: Site, index: list[int], chosen: Mapping[str, Tensor]) -> st
         plate = frames.get(axis)
         named.append(f"{plate}[{int(chosen[plate][place]) if plate in chosen else place}]" if plate else str(place))
     return ", ".join(named)
+
+
+def _without_digits(now: Conditional, z: Tensor) -> Tensor:
+    """Return at which points z (S, D) or (D,) rows have values with fewer than two digits for their sds.
+
+    A scale of rows is next to 0 there, and likelihoods are too high: the values are equal to their mean, but for
+    rounding.
+    """
+    lost = z.new_zeros(z.shape[:-1], dtype=torch.bool)
+    for own, value in zip(now.numbers, now.by_number(now.base), strict=True):
+        away = own.sd.detach() < 100.0 * torch.finfo(value.dtype).eps * value.abs()
+        lost = lost | (away.flatten(1).any(1) if z.dim() > 1 else away.any())
+    return lost
 
 
 def _by_row(values: Tensor, site: Site, plate: str, nest: int) -> Tensor:

@@ -137,6 +137,21 @@ def test_a_scale_that_may_be_zero_is_fitted(count, spread):
     assert with_locals.shape == (len(posterior.z), 2)
 
 
+@pytest.mark.parametrize("tau", [1e-12, 1e-15, 1e-17])
+def test_scales_below_the_rounding_of_rows_have_no_density(tau):
+    """At tau = 1e-17 the values of rows are their mean, and 1000 rows were hundreds of nats too likely."""
+    x = 2.0 + torch.randn(1000, generator=generator(0))
+    guide = pf.AutoHierarchicalFlow(spread_rows, layers=2).initialize(x, 20)
+    density = hierarchical._marginal(guide, (x, 20), {}, 0)
+    log_p = float(density(torch.tensor([[2.0, math.log(tau)]]))[0])
+    if tau < 1e-13:
+        assert log_p == -math.inf
+    else:
+        own = dist.Normal(2.0, 1.0).log_prob(x.double()).sum() + dist.Normal(0.0, 3.0).log_prob(real(2.0))
+        own += dist.HalfNormal(real(1.0)).log_prob(real(tau)) + math.log(tau)
+        assert log_p == pytest.approx(float(own), abs=0.05)
+
+
 @pytest.mark.slow
 def test_chains_of_the_globals_answer_where_nothing_else_does(monkeypatch):
     monkeypatch.setattr(hierarchical, "_mixture", lambda *_: None)
