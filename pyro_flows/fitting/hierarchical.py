@@ -63,6 +63,7 @@ from pyro_flows.verdict.weighing import Weighing, weigh
 WHOLE_UP_TO = 1000  # latents that are judged together, if the model has all rows at each run
 ROUND = 500  # steps of the first round; each next one has twice as many
 FEW = LOOKED_AT_DRAWS // 10
+OF_OTHERS = "latents of rows were integrated out, and the guide's flow is that of the others alone"
 RATE = 5e-3  # of Adam, at the beginning of a round
 
 
@@ -320,6 +321,7 @@ def _posterior(
     if isinstance(density.marginal, CrossedMarginal):
         said["times"] = 1
     found = from_draws(density, _global_draw(guide), seed=seed, guide=guide, **said)
+    found = replace(found, missing={"flow": OF_OTHERS})
     if said["settings"].get("diagnosed"):
         return found
     return replace(found, verdict=replace(found.verdict, guide_method=method_of(guide._top._flow)))

@@ -497,6 +497,8 @@ def test_a_saved_posterior_is_loaded_with_its_model(fitted, tmp_path):
         assert loaded.local_samples(rows=[29, 3], draws=50)["z"].shape == (50, 2)
     loaded = pf.load(tmp_path / "again", normal_rows, x, 10)
     assert set(loaded.missing) == {"guide", "flow"}
+    with pytest.raises(ValueError, match="sample: latents of rows were integrated out, and"):
+        posterior.sample(5)
     for one, other in ((loaded, posterior), (posterior, loaded)):
         assert torch.allclose(one.local_samples(seed=1)["z"], other.local_samples(seed=1)["z"], atol=1e-6)
     assert torch.allclose(loaded.loo(progress=False).pointwise, posterior.loo(progress=False).pointwise, atol=1e-6)
