@@ -80,7 +80,9 @@ def fit_density(
     Given a context, weights, places, scales and tails of the parts depend on it. One output given a context gets the
     mixture alone; else there are splines too, and above 100 coordinates affine couplings. At the end, the mixture as it
     began, which no context moves from the regression line, is mixed in. Its share w is what held-out points say: it is
-    large for few of them, and is ``settings["share_without_context"]``.
+    large for few of them, and is ``settings["share_without_context"]``. Given a context and up to 2000 points, five
+    such flows are fitted, each with another fifth held out, and the result is the mean of their densities. With
+    ``max_seconds``, those after the first are fitted if each gets as much time as the first took.
 
     The data are put on a common scale by an affine map that becomes the flow's last layer. Learning rates are
     compared in short trial runs. The largest that comes about as far as the best goes on until the mean log density of
@@ -100,8 +102,9 @@ def fit_density(
             or by name, take a data frame or an array with missing values (NaN, None): these become the mean and a
             column that says where. Texts, booleans, pandas' categories, and whole numbers of at most 20 values, each in
             10 rows or more, become columns of 0 and 1. Builders' flows standardize their context.
-        validation: the share to hold out; or held-out data, or a pair of them and their context; or ``None``, with
-            which nothing stops the training but the budget. With a ``DataLoader``, it cannot be a share.
+        validation: the share to hold out (a fifth at least for each of five flows); or held-out data, or a pair of them
+            and their context, for one flow; or ``None``, with which nothing stops the training but the budget. With a
+            ``DataLoader``, it cannot be a share.
         preprocess: ``"standardize"`` (each coordinate), ``"whiten"`` (correlations too; see
             ``density_estimation/standardizing.py``), ``None``, or ``"auto"``: standardized for vectors, and for images
             with one scale for all pixels; nothing for signals, nor after a :class:`~pyro_flows.transforms.Logit`, which
@@ -131,7 +134,8 @@ def fit_density(
         max_seconds: seconds at most, preparation included.
         clock: what these seconds are: ``"wall"``, or ``"cpu"`` for the process's own, as benchmarks want them.
         checkpoint: a file, written each half minute at the end of an epoch and at the end. If it is there, the
-            training goes on from it, as if it had not been broken off. It holds digests of data, flow and options, and
+            training goes on from it, as if it had not been broken off. (Flows after the first add a number to the
+            name.) It holds digests of data, flow and options, and
             those of another run are refused. (Of a ``DataLoader``, a few items are compared, if they are not random.)
         seed: of all randomness. The global generators are left as they were.
         progress: whether to show a bar, with held-out nats and bits a dimension.
@@ -148,7 +152,8 @@ def fit_density(
             coordinate, or if more than a twentieth of the steps had a gradient that is not finite and were skipped.
 
     Reference: Bishop 1994, *Mixture density networks*; Breiman et al. 1984, *Classification and Regression Trees* (the
-    rule of one standard error); Dinh, Krueger and Bengio 2015 (arXiv 1410.8516); Polyak and Juditsky 1992 (averaging,
+    rule of one standard error); Krogh and Vedelsby 1995, *Neural network ensembles, cross validation, and active
+    learning*; Dinh, Krueger and Bengio 2015 (arXiv 1410.8516); Polyak and Juditsky 1992 (averaging,
     doi:10.1137/0330046); Yao, Vehtari, Simpson and Gelman 2018 (w, doi:10.1214/17-BA1091); Zhai et al. 2024 (arXiv
     2412.06329: noise, taken out of draws).
 
