@@ -80,9 +80,9 @@ def fit_density(
     Given a context, weights, places, scales and tails of the parts depend on it. One output given a context gets the
     mixture alone; else there are splines too, and above 100 coordinates affine couplings. At the end, the mixture as it
     began, which no context moves from the regression line, is mixed in. Its share w is what held-out points say: it is
-    large for few of them, and is ``settings["share_without_context"]``. Given a context and up to 2000 points, five
+    large for few of them, and is ``settings["share_without_context"]``. Given a context and up to 1000 points, five
     such flows are fitted, each with another fifth held out, and the result is the mean of their densities. With
-    ``max_seconds``, those after the first are fitted if each gets as much time as the first took.
+    ``max_seconds``, another one is fitted as long as the time that the first took is left.
 
     The data are put on a common scale by an affine map that becomes the flow's last layer. Learning rates are
     compared in short trial runs. The largest that comes about as far as the best goes on until the mean log density of
@@ -201,7 +201,7 @@ def fit_density(
             runs, options = [first], {**options, **first.options}
             for number, pair in enumerate(pairs[1:], 1):
                 now = first.plan.clock()
-                limit = (first.plan.began + seconds - now) / (len(pairs) - number)
+                limit = first.plan.began + seconds - now
                 if any(run.ascent.state.interrupted for run in runs) or limit < first.seconds:
                     break
                 path = None if checkpoint is None else f"{os.fspath(checkpoint)}.{number}"

@@ -16,7 +16,7 @@ from pyro_flows import _checks
 from pyro_flows._bundles import Entries
 from pyro_flows.density_estimation import files
 from pyro_flows.density_estimation.ascent import score
-from pyro_flows.density_estimation.mixtures import FOLDED_UP_TO, FOLDS, choose
+from pyro_flows.density_estimation.mixtures import FOLDS, choose
 from pyro_flows.density_estimation.points import CHUNK, Batch, Rows, Source, Stream, points_for, rows
 from pyro_flows.density_estimation.standardizing import (
     is_fresh,
@@ -40,6 +40,7 @@ MEASURED_POINTS = 50_000  # from which scales and correlations are taken
 SPLINES_UP_TO = 100  # dimensions, above which the default is affine couplings
 MIXTURES_UP_TO = 200  # dimensions of a mixture of Gaussians as base
 PARTS_OF_CONTEXTS = 5  # of a mixture at least, if their weights, places and scales depend on a context
+AVERAGED_UP_TO = 1000  # points given a context, for which the densities of five flows are averaged: it takes seconds
 MIXTURE_SHARE = 0.35  # of the seconds, that expectation maximization may take
 STACKED = 200  # steps of expectation maximization for the share of a mixture without the context
 NUMBER = (int, float, np.number)  # kinds of a share
@@ -99,7 +100,7 @@ def sources(
             )
         if not 0.0 < validation < 1.0:
             raise ValueError(f"validation: expected a share between 0 and 1, data or None, got {validation!r}.")
-        several = folds and len(train) <= FOLDED_UP_TO
+        several = folds and len(train) <= AVERAGED_UP_TO
         return [*train.splits(max(float(validation), 1.0 / FOLDS if several else 0.0), FOLDS if several else 1)]
     pair = validation if isinstance(validation, tuple) else (validation, None)
     if len(pair) != 2:
