@@ -41,7 +41,7 @@ def regression(y, x, y_test, x_test):
 
 @pytest.fixture(scope="module")
 def fitted():
-    y, x = bimodal(1000, seed=0)
+    y, x = bimodal(1001, seed=0)  # of 1000 rows there are five flows
     return pf.fit_density(y, context=x, max_epochs=30, learning_rate=0.01, progress=False)
 
 
@@ -62,7 +62,7 @@ def curve(count=2000):
 
 def test_one_output_given_a_context_has_no_weight_decay():
     x, y = curve(200)
-    options = {"context": x, "max_epochs": 1, "progress": False}
+    options = {"context": x, "validation": None, "max_epochs": 1, "progress": False}
     assert pf.fit_density(y, **options).settings["weight_decay"] == 0.0
     assert pf.fit_density(torch.cat([y, y.square()], 1), **options).settings["weight_decay"] > 0.0
     assert pf.fit_density(y, weight_decay=0.1, **options).settings["weight_decay"] == 0.1
