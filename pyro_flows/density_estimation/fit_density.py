@@ -7,7 +7,8 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch.distributions import constraints
@@ -23,7 +24,7 @@ from pyro_flows.density_estimation import files
 from pyro_flows.density_estimation.ascent import Ascent, rouse
 from pyro_flows.density_estimation.encoding import Encoding
 from pyro_flows.density_estimation.fitted import DensityFit, bits_per_dim, mean_log_prob
-from pyro_flows.density_estimation.points import Rows, Source, like
+from pyro_flows.density_estimation.points import Levels, Rows, Source, like
 from pyro_flows.density_estimation.preparing import (
     CHECKED_POINTS,
     MIXTURE_SHARE,
@@ -37,7 +38,7 @@ from pyro_flows.density_estimation.preparing import (
 )
 from pyro_flows.density_estimation.standardizing import KINDS
 from pyro_flows.density_estimation.training import MAX_STEPS, Plan, batch_size, choose, climb
-from pyro_flows.flows.defended_base import DefendedBase
+from pyro_flows.flows.ensemble import averaged
 from pyro_flows.flows.flow import Flow
 from pyro_flows.flows.mixture_base import MixtureBase
 from pyro_flows.flows.recipe import AUTO
@@ -79,7 +80,9 @@ def fit_density(
     Given a context, weights, places, scales and tails of the parts depend on it. One output given a context gets the
     mixture alone; else there are splines too, and above 100 coordinates affine couplings. At the end, the mixture as it
     began, which no context moves from the regression line, is mixed in. Its share w is what held-out points say: it is
-    large for few of them, and is ``settings["share_without_context"]``.
+    large for few of them, and is ``settings["share_without_context"]``. Given a context and up to 1000 points, five
+    such flows are fitted, each with another fifth held out, and the result is the mean of their densities. With
+    ``max_seconds``, another one is fitted as long as the time that the first took is left.
 
     The data are put on a common scale by an affine map that becomes the flow's last layer. Learning rates are
     compared in short trial runs. The largest that comes about as far as the best goes on until the mean log density of
@@ -99,8 +102,9 @@ def fit_density(
             or by name, take a data frame or an array with missing values (NaN, None): these become the mean and a
             column that says where. Texts, booleans, pandas' categories, and whole numbers of at most 20 values, each in
             10 rows or more, become columns of 0 and 1. Builders' flows standardize their context.
-        validation: the share to hold out; or held-out data, or a pair of them and their context; or ``None``, with
-            which nothing stops the training but the budget. With a ``DataLoader``, it cannot be a share.
+        validation: the share to hold out (a fifth at least for each of five flows); or held-out data, or a pair of them
+            and their context, for one flow; or ``None``, with which nothing stops the training but the budget. With a
+            ``DataLoader``, it cannot be a share.
         preprocess: ``"standardize"`` (each coordinate), ``"whiten"`` (correlations too; see
             ``density_estimation/standardizing.py``), ``None``, or ``"auto"``: standardized for vectors, and for images
             with one scale for all pixels; nothing for signals, nor after a :class:`~pyro_flows.transforms.Logit`, which
@@ -130,7 +134,8 @@ def fit_density(
         max_seconds: seconds at most, preparation included.
         clock: what these seconds are: ``"wall"``, or ``"cpu"`` for the process's own, as benchmarks want them.
         checkpoint: a file, written each half minute at the end of an epoch and at the end. If it is there, the
-            training goes on from it, as if it had not been broken off. It holds digests of data, flow and options, and
+            training goes on from it, as if it had not been broken off. (Flows after the first add a number to the
+            name.) It holds digests of data, flow and options, and
             those of another run are refused. (Of a ``DataLoader``, a few items are compared, if they are not random.)
         seed: of all randomness. The global generators are left as they were.
         progress: whether to show a bar, with held-out nats and bits a dimension.
@@ -147,7 +152,8 @@ def fit_density(
             coordinate, or if more than a twentieth of the steps had a gradient that is not finite and were skipped.
 
     Reference: Bishop 1994, *Mixture density networks*; Breiman et al. 1984, *Classification and Regression Trees* (the
-    rule of one standard error); Dinh, Krueger and Bengio 2015 (arXiv 1410.8516); Polyak and Juditsky 1992 (averaging,
+    rule of one standard error); Krogh and Vedelsby 1995, *Neural network ensembles, cross validation, and active
+    learning*; Dinh, Krueger and Bengio 2015 (arXiv 1410.8516); Polyak and Juditsky 1992 (averaging,
     doi:10.1137/0330046); Yao, Vehtari, Simpson and Gelman 2018 (w, doi:10.1214/17-BA1091); Zhai et al. 2024 (arXiv
     2412.06329: noise, taken out of draws).
 
@@ -188,25 +194,27 @@ def fit_density(
         support = made.bijection.codomain
         if spread and getattr(support, "base_constraint", support) is not constraints.real:
             raise ValueError(f"noise: noisy points leave the flow's support, {support}; pass a flow without alpha=.")
-        train, held_out = sources(made, data, context, validation, levels, spread)
-        about = {} if checkpoint is None else identity(made, train, held_out, validation)
-        made, options["preprocess"] = with_scale(made, train, preprocess)
-        size = options["batch"] = batch_size(train, batch)
-        steps = MAX_STEPS if max_seconds is None else sys.maxsize
-        plan = Plan(steps if max_epochs is None else max_epochs * train.steps(size), seconds, CLOCKS[clock], began)
-        fixed = None
-        if auto:
-            made, fixed = begin_mixture(made, train, held_out, lambda: plan.progress(0) > MIXTURE_SHARE)
-            start = AUTO_START if start == "auto" else start
-        if start != "identity":
-            rouse(made, SMALL if start == AUTO_START else 1.0)
-        ascent = Ascent(made, train, [] if held_out is None else held(held_out, CHECKED_POINTS), batch=size)
-        keeper = files.Keeper(checkpoint, ascent, plan, SAVE_EVERY, options, about)
+        pairs = sources(made, data, context, validation, levels, spread, folds=auto and made.context_dim > 0)
+        asked = _Asked(options, preprocess, batch, learning_rate, weight_decay, start, max_epochs, auto)
         with Bar("fit_density", progress) as line:
-            validated = _train(keeper, held_out, learning_rate, weight_decay, fixed, line)
+            first = _run(asked, made, *pairs[0], validation, Plan(0, seconds, CLOCKS[clock], began), checkpoint, line)
+            runs, options = [first], {**options, **first.options}
+            for number, pair in enumerate(pairs[1:], 1):
+                now = first.plan.clock()
+                limit = first.plan.began + seconds - now
+                if any(run.ascent.state.interrupted for run in runs) or limit < first.seconds:
+                    break
+                path = None if checkpoint is None else f"{os.fspath(checkpoint)}.{number}"
+                with seeded(derive(seed, f"flow {number} of the density"), device):
+                    plan = Plan(0, limit, CLOCKS[clock], now)
+                    runs.append(
+                        _run(asked, make(flow, data, context), *pair, validation, plan, path, line, warns=False)
+                    )
+            whole, validated = _together(runs, options)
+            line.close(_words(validated, whole, first.ascent.source.levels) if math.isfinite(validated) else "done")
         STATE.take()  # there is nothing more to be lost
-    options.update(clock=clock, seconds=plan.clock() - keeper.plan.began)
-    state = ascent.state
+    options.update(clock=clock, seconds=first.plan.clock() - first.plan.began)
+    state = runs[-1].ascent.state if runs[-1].ascent.state.interrupted else first.ascent.state
     if state.skipped > SKIPPED_SHARE * state.steps:
         warnings.warn(
             f"data: {state.skipped} of {state.steps} steps were skipped, since their gradient was not finite. The "
@@ -217,29 +225,100 @@ def fit_density(
     if state.interrupted:
         rest = "" if checkpoint is None else " The same call goes on from the last checkpoint."
         warnings.warn(f"fit_density: {state.why}. The flow is what it had come to.{rest}", stacklevel=outside())
-    return _result(ascent, validated, options, encoding)
+    return _result(first.ascent, whole, validated, options, encoding)
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """What the training of each flow takes from the call."""
+
+    options: Entries
+    preprocess: str | None
+    batch: int | None
+    learning_rate: float | None
+    weight_decay: float | None
+    start: str
+    max_epochs: int | None
+    auto: bool
+
+
+@dataclass(frozen=True)
+class _Run:
+    """One flow after its training."""
+
+    ascent: Ascent
+    plan: Plan
+    seconds: float  # that it took
+    held_out: Source | None
+    fixed: MixtureBase | None  # the mixture as it began, without a context
+    options: Entries  # what was chosen
+
+
+def _run(
+    asked: _Asked,
+    flow: Flow,
+    train: Source,
+    held_out: Source | None,
+    validation: object,
+    bounds: Plan,
+    checkpoint: str | os.PathLike[str] | None,
+    line: Bar,
+    *,
+    warns: bool = True,
+) -> _Run:
+    """Put a new flow on the scale of the data, give it its start, and train it within the bounds' seconds."""
+    about = {} if checkpoint is None else identity(flow, train, held_out, validation)
+    flow, kind = with_scale(flow, train, asked.preprocess, warns=warns)
+    size = batch_size(train, asked.batch)
+    steps = MAX_STEPS if math.isinf(bounds.max_seconds) else sys.maxsize
+    most = steps if asked.max_epochs is None else asked.max_epochs * train.steps(size)
+    plan, fixed, start = replace(bounds, max_steps=most), None, asked.start
+    if asked.auto:
+        flow, fixed = begin_mixture(flow, train, held_out, lambda: plan.progress(0) > MIXTURE_SHARE)
+        start = AUTO_START if start == "auto" else start
+    if start != "identity":
+        rouse(flow, SMALL if start == AUTO_START else 1.0)
+    ascent = Ascent(flow, train, [] if held_out is None else held(held_out, CHECKED_POINTS), batch=size)
+    chosen: dict[str, object] = {"preprocess": kind, "batch": size}
+    keeper = files.Keeper(checkpoint, ascent, plan, SAVE_EVERY, {**asked.options, **chosen}, about)
+    _train(keeper, asked.learning_rate, asked.weight_decay, fixed is not None and held_out is not None, line)
+    plan = keeper.plan
+    return _Run(ascent, plan, plan.clock() - plan.began, held_out, fixed, chosen)
+
+
+def _together(runs: Sequence[_Run], options: dict[str, object]) -> tuple[Flow, float]:
+    """Mix in what no context moves, if there is something, and return the mean density of all flows, and their score.
+
+    The score is the mean log density of what was held out, each flow's own; NaN if nothing was.
+    """
+    flows = [run.ascent.flow for run in runs]
+    members = [
+        (run.ascent.flow, run.fixed, run.held_out) for run in runs if run.fixed is not None and run.held_out is not None
+    ]
+    if members:
+        options["share_without_context"] = defend(members)
+    scores = [(mean_log_prob(run.ascent.flow, run.held_out), run.held_out) for run in runs if run.held_out is not None]
+    validated = sum(score for score, _ in scores) / len(scores) if scores else math.nan
+    if len(flows) == 1:
+        return flows[0], validated
+    options["flows"] = len(flows)
+    return averaged(flows), validated
+
+
+def _words(nats: float, flow: Flow, levels: Levels | None) -> str:
+    return f"{nats:.3f} nats, {bits_per_dim(nats, flow, levels):.3f} bits/dim"
 
 
 def _train(
-    keeper: files.Keeper,
-    held_out: Source | None,
-    learning_rate: float | None,
-    weight_decay: float | None,
-    fixed: MixtureBase | None,
-    line: Bar,
-) -> float:
-    """Train, or go on from a checkpoint, to the end, and mix in what no context moves, if there is something.
-
-    Returns the mean log density of what was held out.
-    """
+    keeper: files.Keeper, learning_rate: float | None, weight_decay: float | None, stacked: bool, line: Bar
+) -> None:
+    """Train, or go on from a checkpoint, to the end."""
     ascent = keeper.ascent
-
-    def words(nats: float) -> str:
-        return f"{nats:.3f} nats, {bits_per_dim(nats, ascent.flow, ascent.source.levels):.3f} bits/dim"
 
     def show(state: str, epoch: int, share: float, nats: float) -> None:
         line.watch(state)
-        line.show(f"epoch {epoch}, {min(round(100 * share), 100)} % of the budget, {words(nats)}")
+        said = _words(nats, ascent.flow, ascent.source.levels)
+        line.show(f"epoch {epoch}, {min(round(100 * share), 100)} % of the budget, {said}")
 
     line.watch("comparing learning rates")
     start = ascent.keep()
@@ -253,21 +332,16 @@ def _train(
         ascent.average = start
         ascent.state.interrupt()
     STATE.hold(True)
-    climb(ascent, keeper.plan, report=show, save=keeper.save, stacked=fixed is not None)
+    climb(ascent, keeper.plan, report=show, save=keeper.save, stacked=stacked)
     if not ascent.state.interrupted:  # the last checkpoint is of an end of an epoch: from there one can go on
         keeper.save(final=True)
-    if fixed is not None and held_out is not None:
-        defend(ascent.flow, fixed, held_out)
-    validated = math.nan if held_out is None else mean_log_prob(ascent.flow, held_out)
-    line.close(words(validated) if math.isfinite(validated) else "done")
-    return validated
 
 
-def _result(ascent: Ascent, validation: float, options: Entries, encoding: Encoding | None) -> DensityFit:
-    state, train, flow = ascent.state, ascent.source, ascent.flow
+def _result(ascent: Ascent, flow: Flow, validation: float, options: Entries, encoding: Encoding | None) -> DensityFit:
+    state, train, trained = ascent.state, ascent.source, ascent.flow
     settings = {
         **options,
-        "flow": "flow" if flow.recipe is None else flow.recipe.builder,
+        "flow": "flow" if trained.recipe is None else trained.recipe.builder,
         "points": len(train) if isinstance(train, Rows) else None,
         "event_shape": list(flow.event_shape),
         **{name: getattr(state, name) for name in ("learning_rate", "weight_decay", "steps")},
@@ -275,8 +349,6 @@ def _result(ascent: Ascent, validation: float, options: Entries, encoding: Encod
         "skipped": state.skipped,
         "falls": state.falls,
     }
-    if isinstance(flow.mixture, DefendedBase):
-        settings["share_without_context"] = float(flow.mixture.share)
     return DensityFit(
         flow=flow,
         losses=torch.tensor(state.losses),

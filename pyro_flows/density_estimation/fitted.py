@@ -34,9 +34,11 @@ class DensityFit:
 
     Attributes:
         flow: the trained flow, with the affine map to the scale of the data as its last layer.
-        losses: negative mean log density of each minibatch, in nats.
-        checks: ``(count, 2)``: steps done and mean log density of held-out points, of the averaged weights.
-        validation: mean log density of all held-out points, in nats; NaN if there were none.
+        losses: negative mean log density of each minibatch, in nats; of the first of five flows.
+        checks: ``(count, 2)``: steps done and mean log density of held-out points, of the averaged weights; of the
+            first of five flows.
+        validation: mean log density of all held-out points, in nats, under the flow that did not see them; NaN if there
+            were none.
         levels: how the data are quantized, if they are.
         settings: what :func:`fit_density` was asked for and what it chose.
         why: what ended the training, in a sentence.

@@ -79,13 +79,15 @@ class Rows:
         """How many batches :meth:`shuffled` gives."""
         return max(len(self) // size, 1)
 
-    def split(self, share: float) -> tuple[Rows, Rows]:
-        """Part at random into the rest and ``share``, of at least one point each."""
+    def splits(self, share: float, times: int) -> list[tuple[Rows, Rows]]:
+        """Part at random into the rest and ``share``, of at least one point each; each time other points, if it can."""
         if len(self) < 2:
             raise ValueError("data: expected at least two points to hold some out, got one; pass validation=None.")
         order = torch.randperm(len(self))
         count = min(max(round(share * len(self)), 1), len(self) - 1)
-        return replace(self, indices=order[count:].sort().values), replace(self, indices=order[:count].sort().values)
+        turned = [order.roll(-number * count) for number in range(times)]
+        parts = [(places[count:].sort().values, places[:count].sort().values) for places in turned]
+        return [(replace(self, indices=rest), replace(self, indices=held_out)) for rest, held_out in parts]
 
     def first(self, count: int) -> Rows:
         """Return ``count`` points at most, at random."""

@@ -16,7 +16,7 @@ from pyro_flows import _checks
 from pyro_flows._bundles import Entries
 from pyro_flows.density_estimation import files
 from pyro_flows.density_estimation.ascent import score
-from pyro_flows.density_estimation.mixtures import choose
+from pyro_flows.density_estimation.mixtures import FOLDS, choose
 from pyro_flows.density_estimation.points import CHUNK, Batch, Rows, Source, Stream, points_for, rows
 from pyro_flows.density_estimation.standardizing import (
     is_fresh,
@@ -40,6 +40,7 @@ MEASURED_POINTS = 50_000  # from which scales and correlations are taken
 SPLINES_UP_TO = 100  # dimensions, above which the default is affine couplings
 MIXTURES_UP_TO = 200  # dimensions of a mixture of Gaussians as base
 PARTS_OF_CONTEXTS = 5  # of a mixture at least, if their weights, places and scales depend on a context
+AVERAGED_UP_TO = 1000  # points given a context, for which the densities of five flows are averaged: it takes seconds
 MIXTURE_SHARE = 0.35  # of the seconds, that expectation maximization may take
 STACKED = 200  # steps of expectation maximization for the share of a mixture without the context
 NUMBER = (int, float, np.number)  # kinds of a share
@@ -82,16 +83,16 @@ def _default(dim: int, options: Entries) -> Flow:
 
 
 def sources(
-    flow: Flow, data: object, context: object, validation: object, levels: int | None, noise: float
-) -> tuple[Source, Source | None]:
-    """Make what is trained on and what is held out."""
+    flow: Flow, data: object, context: object, validation: object, levels: int | None, noise: float, folds: bool = False
+) -> list[tuple[Source, Source | None]]:
+    """Make what is trained on and what is held out; with ``folds``, of few points five times, each time others."""
     train = points_for(flow, "data", data, context)
     train.steps(1)  # refuses a loader without points or a length
     if levels is not None:
         train = train.quantized(levels)
     train = replace(train, noise=noise)
     if validation is None:
-        return train, None
+        return [(train, None)]
     if isinstance(validation, NUMBER):
         if isinstance(train, Stream):
             raise ValueError(
@@ -99,17 +100,18 @@ def sources(
             )
         if not 0.0 < validation < 1.0:
             raise ValueError(f"validation: expected a share between 0 and 1, data or None, got {validation!r}.")
-        return train.split(float(validation))
+        several = folds and len(train) <= AVERAGED_UP_TO
+        return [*train.splits(max(float(validation), 1.0 / FOLDS if several else 0.0), FOLDS if several else 1)]
     pair = validation if isinstance(validation, tuple) else (validation, None)
     if len(pair) != 2:
         raise ValueError(f"validation: expected data, or a pair (data, context), got {len(pair)} items.")
     held_out = points_for(flow, "validation", *pair)
     if train.levels is not None:
         held_out = held_out.quantized(train.levels.count, train.levels.step)
-    return train, replace(held_out, noise=noise)
+    return [(train, replace(held_out, noise=noise))]
 
 
-def with_scale(flow: Flow, train: Source, kind: str | None) -> tuple[Flow, str | None]:
+def with_scale(flow: Flow, train: Source, kind: str | None, *, warns: bool = True) -> tuple[Flow, str | None]:
     """Append the affine map to the scale of the data, as measured on the data, noise of levels included.
 
     It takes the place of one that the flow has. A flow that knows data already, since it was trained, may be on their
@@ -125,12 +127,12 @@ def with_scale(flow: Flow, train: Source, kind: str | None) -> tuple[Flow, str |
             return flow, None
         kind = "whiten" if own is not None and own.full else "standardize"
     batches = held(train, MEASURED_POINTS)
-    if not images and train.levels is None:
+    if warns and not images and train.levels is None:
         warn_dependent(batches)
         warn_repeated(batches)
     fresh = is_fresh(flow)
     scaled = _scale_context(flow, batches, fresh)
-    layer: Preprocess = preprocess(kind, scaled, pooled=images)
+    layer: Preprocess = preprocess(kind, scaled, pooled=images, warns=warns)
     given = flow if auto and not fresh else None
     placed = with_preprocess(flow if given is None else copy.deepcopy(flow), layer)
     if given is not None and score(given, batches, CHECKED_POINTS) >= score(placed, batches, CHECKED_POINTS):
@@ -182,29 +184,36 @@ def begin_mixture(
     return found, fixed
 
 
+Member = tuple[Flow, MixtureBase, Source]  # a trained flow, the mixture without a context, what was held out
+
+
 @torch.no_grad()
-def defend(flow: Flow, fixed: MixtureBase, held_out: Source) -> None:
-    r"""Mix in the mixture without a context, with the share w that held-out points (N) give it.
+def defend(members: Sequence[Member]) -> float:
+    r"""Mix in the mixture without a context, with the share w that held-out points (N) give it; return w.
 
     .. math:: w = \arg\max \; \log w + \log(1 - w) + \sum_n \log\bigl((1 - w)\, q_n + w\, q_{1n}\bigr)
 
     This is stacking, with a point more for each of the two. So w is at least 1 / (N + 2), and the network is not
-    believed where few points tell what it is worth.
+    believed where few points tell what it is worth. All flows get the same share, by what each was not trained on.
 
     Reference: Yao, Vehtari, Simpson and Gelman 2018, *Using stacking to average Bayesian predictive distributions*,
     doi:10.1214/17-BA1091.
     """
-    base = with_fixed(flow, fixed, 0.5).mixture
-    assert isinstance(base, DefendedBase)
-    gains = []
-    for y, context in held(held_out, CHECKED_POINTS):
-        moved, still = base(context).terms(flow.bijection.inverse_and_ladj(y, context)[0])
-        gains.append((still - moved).double())
+    bases, gains = [], []
+    for flow, fixed, held_out in members:
+        base = with_fixed(flow, fixed, 0.5).mixture
+        assert isinstance(base, DefendedBase)
+        bases.append(base)
+        for y, context in held(held_out, CHECKED_POINTS):
+            moved, still = base(context).terms(flow.bijection.inverse_and_ladj(y, context)[0])
+            gains.append((still - moved).double())
     gain, share = torch.cat(gains), 0.5
     for _ in range(STACKED):
         odds = math.log(share / (1.0 - share))
         share = (float((gain + odds).sigmoid().sum()) + 1.0) / (len(gain) + 2.0)
-    base.share.fill_(share)
+    for base in bases:
+        base.share.fill_(share)
+    return share
 
 
 def identity(flow: Flow, train: Source, held_out: Source | None, validation: object) -> dict[str, object]:

@@ -14,8 +14,6 @@ from torch.distributions import Distribution, constraints
 
 from pyro_flows import _checks
 from pyro_flows.flows import bases
-from pyro_flows.flows.defended_base import DefendedBase
-from pyro_flows.flows.mixture_base import MixtureBase
 from pyro_flows.transforms import (
     Bijection,
     Bound,
@@ -75,7 +73,7 @@ class Flow(nn.Module):
         self.dim = math.prod(self.base_shape)
         self.base = _checks.choice("base", base, BASES)
         self.df = _checks.positive("df", df)
-        self.mixture: MixtureBase | DefendedBase | None = None  # in the place of the base: `recipe.with_mixture`
+        self.mixture: Any = None  # a MixtureBase, DefendedBase or Ensemble in the place of the base, see `recipe`
         self.recipe: Any = None  # a Recipe, which builds flows and so stands above this file; builders write it
         self.register_buffer("_like", torch.zeros(()), persistent=False)
 

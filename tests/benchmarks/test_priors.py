@@ -1,5 +1,7 @@
 """The benchmarks of priors: a short chain of each method, an autoencoder, and the tables."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -38,6 +40,25 @@ def test_a_normal_prior_has_the_moments_of_the_draws():
     mean, sd = chains.moments_of(prior)
     torch.testing.assert_close(mean, given.double().mean(0), rtol=0.0, atol=0.1)
     torch.testing.assert_close(sd, given.double().std(0), rtol=0.03, atol=0.0)
+
+
+def test_a_reference_may_come_from_chains_of_enough_draws(monkeypatch):
+    """A fit of all counts at once ended with Markov chains, and a reference had to have weights."""
+    problem = chains.PROBLEMS["logistic regression"]
+    x, y = problem.data(torch.Generator().manual_seed(0))
+    scale = torch.arange(1.0, 6.0)
+    z = torch.randn(4, 25_000, 5, generator=torch.Generator().manual_seed(2)) * scale
+    for draws, message in ((25_000, None), (500, "the reference has a standard error of 0.02")):
+        posterior = pf.from_mcmc({"beta": z[:, :draws]}, chains.logistic, x[:50], y[:50])
+        posterior = replace(posterior, verdict=replace(posterior.verdict, status="refined"))
+        monkeypatch.setattr(pf, "fit", lambda *args, posterior=posterior, **options: posterior)
+        if message:
+            with pytest.raises(AssertionError, match=message):
+                chains.at_once(problem, (x, y))
+        else:
+            mean, sd = chains.at_once(problem, (x, y))
+            torch.testing.assert_close(mean / scale, torch.zeros(5).double(), rtol=0.0, atol=0.015)
+            torch.testing.assert_close(sd, scale.double(), rtol=0.01, atol=0.0)
 
 
 def test_the_table_of_chains():

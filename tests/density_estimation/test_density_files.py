@@ -315,3 +315,19 @@ def test_checkpoints_that_cannot_be_written(tmp_path, monkeypatch):
     assert len(caught) == 1
     assert torch.equal(fit.losses, whole.losses)
     assert math.isfinite(fit.validation)
+
+
+def test_five_flows_go_on_from_checkpoints_of_their_own(tmp_path):
+    y, x = cloud(60, 0)[:, :1], cloud(60, 1)[:, :2]
+    options = {"context": x, "checkpoint": tmp_path / "run.pt", **QUICK}
+    first = pf.fit_density(y, **options)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "run.pt",
+        *(f"run.pt.{number}" for number in range(1, 5)),
+    ]
+    for gone in ((), (2, 4)):  # all were done, or some have to be done again
+        for number in gone:
+            (tmp_path / f"run.pt.{number}").unlink()
+        again = pf.fit_density(y, **options)
+        assert torch.equal(again.log_prob(y, x), first.log_prob(y, x))
+        assert again.settings["share_without_context"] == first.settings["share_without_context"]

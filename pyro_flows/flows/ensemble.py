@@ -1,0 +1,145 @@
+"""The mean of the densities of several conditional flows, as the base of one flow."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import cast
+
+import torch
+from pyro.distributions import TorchDistribution
+from torch import Tensor, nn
+from torch.distributions import constraints
+
+from pyro_flows.flows.flow import MIXTURE, Flow
+from pyro_flows.flows.mixture_base import NO_GRADIENT, inverted
+from pyro_flows.flows.recipe import Recipe, of_mixtures
+from pyro_flows.flows.recipe_json import from_json, to_json
+from pyro_flows.transforms.fixed import Preprocess
+
+
+class Ensemble(nn.Module):
+    r"""K conditional flows of vectors, all alike likely:
+
+    .. math:: q(y \mid c) = \frac1K \sum_k q_k(y \mid c)
+
+    Args:
+        flows: of one dimension D, and of one width of the context. If D is 1, each rises with its base.
+
+    Shapes: y is (..., D), the context (..., context_dim). Cost: that of all flows.
+
+    Reference: Krogh and Vedelsby 1995, *Neural network ensembles, cross validation, and active learning*;
+    Lakshminarayanan, Pritzel and Blundell 2017, arXiv 1612.01474.
+    """
+
+    def __init__(self, flows: Sequence[Flow]) -> None:
+        super().__init__()
+        self.flows = nn.ModuleList(flows)
+        self.dim, self.context_dim = flows[0].dim, flows[0].context_dim
+
+    @property
+    def members(self) -> list[Flow]:
+        """The flows."""
+        return [cast(Flow, flow) for flow in self.flows]
+
+    def forward(self, context: Tensor) -> Averaged:
+        """Return the distribution, with the batch shape of the context."""
+        return Averaged(self, context)
+
+
+class Averaged(TorchDistribution):
+    """The distribution of an :class:`Ensemble` in one context, or in each of a batch; event shape (D,)."""
+
+    arg_constraints = {}  # noqa: RUF012
+    has_rsample = False
+
+    def __init__(self, ensemble: Ensemble, context: Tensor, batch_shape: Sequence[int] | None = None) -> None:
+        self.ensemble, self.context = ensemble, context
+        batch = context.shape[:-1] if batch_shape is None else torch.Size(batch_shape)
+        super().__init__(batch, torch.Size((ensemble.dim,)), validate_args=False)
+
+    @property
+    def support(self) -> constraints.Constraint:
+        """All vectors."""
+        return constraints.real_vector
+
+    def rsample(self, sample_shape: Sequence[int] = ()) -> Tensor:
+        """Refuse: the choice of a flow has no gradient."""
+        raise NotImplementedError(NO_GRADIENT)
+
+    def expand(self, batch_shape: Sequence[int], _instance: object = None) -> Averaged:
+        """Return independent copies."""
+        return Averaged(self.ensemble, self.context, batch_shape)
+
+    def _together(self, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Give points and contexts one shape, but for the last."""
+        shape = torch.broadcast_shapes(value.shape[:-1], self.context.shape[:-1])
+        return value.expand(*shape, -1), self.context.expand(*shape, -1)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Return the log density, of shape ``(*sample_shape, *batch_shape)``."""
+        y, context = self._together(value)
+        found = []
+        for flow in self.ensemble.members:
+            x, ladj = flow.bijection.inverse_and_ladj(y, context)
+            found.append(flow.base_distribution(context).log_prob(x) + ladj)
+        whole = torch.stack(found).logsumexp(0) - math.log(len(found))
+        return whole.expand(torch.broadcast_shapes(whole.shape, self.batch_shape))
+
+    @torch.no_grad()
+    def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
+        """Draw ``(*sample_shape, *batch_shape, D)``."""
+        shape = torch.Size(sample_shape) + self.batch_shape
+        context = self.context.expand(*shape, -1)
+        members = self.ensemble.members
+        chosen = torch.randint(len(members), shape, device=context.device)
+        found = context.new_empty(*shape, self.ensemble.dim)
+        for number, flow in enumerate(members):
+            own = context[chosen == number]
+            found[chosen == number] = flow.bijection.forward_and_ladj(flow.base_distribution(own).sample(), own)[0]
+        return found
+
+    # one coordinate ---------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def cdf(self, value: Tensor) -> Tensor:
+        """Return the distribution function (...,) at points (..., 1) of one coordinate."""
+        y, context = self._together(value)
+        placed = ((flow, flow.bijection.inverse_and_ladj(y, context)[0]) for flow in self.ensemble.members)
+        return torch.stack([flow.base_distribution(context).cdf(x) for flow, x in placed]).mean(0)
+
+    @torch.no_grad()
+    def icdf(self, value: Tensor) -> Tensor:
+        """Return quantiles (..., 1) of one coordinate, for probabilities (...,), by a search between the flows' own."""
+        at, context = self._together(value[..., None])
+        ends = [
+            flow.bijection.forward_and_ladj(flow.base_distribution(context).icdf(at[..., 0]), context)[0]
+            for flow in self.ensemble.members
+        ]
+        return inverted(self.cdf, value, *torch.stack(ends).aminmax(dim=0))
+
+
+@of_mixtures
+def ensemble(dim: int, *, members: Sequence[Mapping[str, object]], base: str = "normal", df: float = 15.0) -> Flow:
+    """Return the mean of the densities of flows, each described as :func:`~pyro_flows.flows.recipe_json.to_json` does.
+
+    Raises:
+        ValueError: for no member, or members that are no conditional flows of vectors of ``dim`` coordinates.
+    """
+    flows = [from_json(one) for one in members]
+    fits = [isinstance(one, Flow) and one.event_shape == (dim,) and one.context_dim > 0 for one in flows]
+    if not fits or not all(fits) or len({one.context_dim for one in flows}) > 1:
+        raise ValueError(f"members: expected one or more conditional flows of {dim} coordinates, got others.")
+    return averaged(cast("list[Flow]", flows))
+
+
+def averaged(flows: Sequence[Flow]) -> Flow:
+    """Return the flow whose density is the mean of those of conditional flows of vectors, at least one."""
+    like = next(flows[0].parameters())
+    zero, one = like.new_zeros(flows[0].dim), like.new_ones(flows[0].dim)
+    whole = Flow(Preprocess(zero, one, like.new_zeros(flows[0].context_dim, flows[0].dim)))
+    whole.mixture, whole.base = Ensemble(flows), MIXTURE
+    described = [to_json(flow) for flow in flows]
+    if None not in described:
+        whole.recipe = Recipe("ensemble", {"members": tuple(described)})
+    return whole.to(like)

@@ -1,0 +1,88 @@
+"""The mean of the densities of conditional flows: its density, draws and quantiles; files; training that goes on."""
+
+import copy
+import math
+
+import pytest
+import torch
+
+import pyro_flows as pf
+from pyro_flows._untrusted import Damaged
+from pyro_flows.flows.ensemble import averaged
+from pyro_flows.flows.recipe_json import not_rebuilt, restored, to_json
+
+CONTEXT = torch.tensor([[-1.0, 0.5], [2.0, 0.0]])
+
+
+def members(dim=1):
+    """Two fits of other rows, each with its own line and scale."""
+    generator = torch.Generator().manual_seed(0)
+    found = []
+    for slope in (1.0, -2.0):
+        x = torch.randn(60, 2, generator=generator)
+        y = slope * x[:, :1] + (0.3 + x[:, 1:].abs()) * torch.randn(60, dim, generator=generator)
+        fit = pf.fit_density(y, context=x, validation=(y[:20], x[:20]), max_epochs=4, progress=False)
+        found.append(fit.flow)
+    return found
+
+
+@pytest.fixture(scope="module")
+def pair():
+    return members()
+
+
+def test_the_density_is_the_mean_and_integrates_to_one(pair):
+    whole = averaged(copy.deepcopy(pair))
+    grid = torch.linspace(-60.0, 60.0, 12_001)[:, None]
+    for row in CONTEXT:
+        about = row.expand(len(grid), -1)
+        density = whole.log_prob(grid, about).exp().detach()
+        torch.testing.assert_close(density, sum(flow.log_prob(grid, about).exp() for flow in pair) / 2.0)
+        assert float(torch.trapezoid(density, grid[:, 0])) == pytest.approx(1.0, abs=2e-3)
+
+
+def test_draws_and_quantiles_are_those_of_the_density(pair):
+    levels = torch.tensor([0.02, 0.3, 0.5, 0.9])
+    whole = averaged(copy.deepcopy(pair))
+    base = whole.base_distribution(CONTEXT[:, None])
+    quantiles = base.icdf(levels.expand(2, -1))[..., 0]
+    torch.testing.assert_close(base.cdf(quantiles[..., None]), levels.expand(2, -1), atol=1e-5, rtol=0.0)
+    torch.manual_seed(1)
+    drawn = whole(CONTEXT).sample((20_000,))
+    assert drawn.shape == (20_000, 2, 1)
+    share = (drawn <= quantiles).double().mean(0)
+    assert float((share - levels).abs().max()) < 4.0 * 0.5 / math.sqrt(20_000)
+
+
+def test_shapes_in_two_dimensions():
+    whole = averaged(members(dim=2))
+    assert whole(CONTEXT).sample((3,)).shape == (3, 2, 2)
+    assert whole(CONTEXT).log_prob(torch.zeros(3, 2, 2)).shape == (3, 2)
+    assert whole(CONTEXT[0]).sample((3,)).shape == (3, 2)
+    with pytest.raises(NotImplementedError, match="no gradient"):
+        whole(CONTEXT).rsample()
+
+
+def test_it_is_rebuilt_from_what_is_written_of_it(pair):
+    whole = averaged(copy.deepcopy(pair))
+    assert not_rebuilt(whole) is None
+    text, state = to_json(whole), whole.state_dict()
+    again = restored(text, state)
+    y = torch.randn(5, 1)
+    about = CONTEXT[:1].expand(5, -1)
+    assert torch.equal(again.log_prob(y, about), whole.log_prob(y, about))
+    for wrong in ((), ({"builder": "realnvp", "dim": 1, "base": "normal", "df": 15.0},)):
+        with pytest.raises(Damaged, match=r"as this release makes it"):
+            restored({**text, "members": wrong}, state)
+
+
+def test_training_goes_on_from_it():
+    """The map after an ensemble is none, which looked like that of a new flow, whose scale is measured anew."""
+    generator = torch.Generator().manual_seed(0)
+    x = 5.0 * torch.randn(60, 2, generator=generator)
+    y = 100.0 + 30.0 * x[:, :1] + torch.randn(60, 1, generator=generator)
+    first = pf.fit_density(y, context=x, max_epochs=2, progress=False)
+    assert first.settings["flows"] == 5
+    assert first.settings["flow"] == "realnvp"
+    more = pf.fit_density(first.flow, y, context=x, start="identity", max_epochs=1, progress=False)
+    assert more.nats(y, x) > first.nats(y, x) - 0.1
