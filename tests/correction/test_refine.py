@@ -376,6 +376,7 @@ def test_a_fit_tries_chains_after_a_first_round_that_is_not_enough(monkeypatch):
     monkeypatch.setattr(Round, "enough", property(lambda self: False))
     for module in ("methods", "flow_training"):
         monkeypatch.setattr(f"pyro_flows.fitting.{module}.shift_is_noise", lambda *_, **__: False)
+    monkeypatch.setattr("pyro_flows.fitting.multimodal.is_separable", lambda *_, **__: False)  # as it is
     found = pf.fit(schools, Y, progress=False, max_steps=800)
     assert found.verdict.status == "refined", found.verdict
     assert found.history[-1]["details"]["sweeps"] < 400
@@ -550,7 +551,7 @@ def test_looks_between_are_at_the_worst_coordinates(narrow, monkeypatch):
 
     original = module.examined
     monkeypatch.setattr(module, "examined", examined)
-    monkeypatch.setattr(module, "MOST", 3)
+    monkeypatch.setattr(module, "COORDINATES_LOOKED_AT", 3)
     for room in (stopping, chains):
         monkeypatch.setattr(room, "ESS_OF_CHAINS", 4000.0)
     found = narrow.refine()

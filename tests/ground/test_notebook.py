@@ -127,10 +127,11 @@ def test_in_a_notebook():
     (figure,) = pictures(shown[1])
     assert figure.metadata["image/png"] == {"width": round(96 * 7.0), "height": round(96 * 3.6)}
     (verdict,) = shown[5]
-    assert verdict.data["text/plain"].startswith("unreliable: do not use these samples")
+    assert verdict.data["text/plain"].startswith("unreliable: guide (k-hat")
+    assert "Do not use the draws." in verdict.data["text/plain"]
     assert verdict.data["text/html"].startswith('<b style="color:#b3261e">unreliable</b>')
     (posterior,) = shown[6]  # no warning beside it: it says what it is
-    assert "do not use these samples" in posterior.data["text/html"]
+    assert "Do not use the draws." in posterior.data["text/html"]
     assert "<table" in posterior.data["text/html"]
     (density,) = shown[7]
     assert density.data["text/plain"].startswith("DensityFit: planar on 90 points")

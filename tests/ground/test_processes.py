@@ -90,6 +90,7 @@ def test_signals_of_a_forked_process_are_its_own():
 
 @needs_fork
 @pytest.mark.slow
+@pytest.mark.falls_back  # the model is run draw by draw
 def test_forks_during_a_fit():
     thread = threading.Thread(target=lambda: pf.fit(slow, Y, max_seconds=20.0, progress=False))
     thread.start()

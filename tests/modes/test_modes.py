@@ -238,7 +238,7 @@ def test_an_image_in_hundreds_of_dimensions_that_only_poor_normals_come_to(both,
     It is found where Hessians cost too much, too.
     """
     if costly:
-        monkeypatch.setattr(unverified_modes, "CURVED_UP_TO", 0)
+        monkeypatch.setattr(unverified_modes, "NUMBERS", 0)
     dim = 220
     order = torch.cat([torch.arange(dim // 2, dim), torch.arange(dim // 2)])
     root = torch.diag(10.0 ** (0.4 * normal(dim, seed=3))) @ torch.linalg.qr(normal(dim, dim, seed=4))[0]
