@@ -640,6 +640,16 @@ def test_ctrl_c_ends_the_work_with_a_verdict(monkeypatch, part):
     assert posterior.samples["mu"].shape == (200,)
 
 
+def test_ctrl_c_while_missed_modes_are_added_leaves_them_said(monkeypatch):
+    """The draws had one of two modes, were `corrected`, and a note said that nothing was searched."""
+    interrupting(monkeypatch, hierarchical, "with_modes")
+    x = 1.0 + torch.randn(200, generator=generator(1), dtype=torch.float64)
+    with pytest.warns(UserWarning, match=r"interrupted \(Ctrl-C\) during: mixture"):
+        posterior = pf.fit(two_signs, x, 50, 1.0, progress=False)
+    assert posterior.verdict.status == "unreliable"
+    assert "the guide misses a mode near mu" in "; ".join(posterior.verdict.reasons)
+
+
 def test_a_second_ctrl_c_raises(monkeypatch):
     interrupting(monkeypatch, hierarchical, "_check_rows")
     interrupting(monkeypatch, draws, "decide")
