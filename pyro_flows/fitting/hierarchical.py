@@ -262,10 +262,10 @@ def _checked(
         found.failures.append("no time for a check of all rows")
     with clock.part(_stages.MISSED):
         regions = missed(density, _global_draw(guide), guide.score_globals, seed=seed)
-        if regions and mended(regions):
-            return _checked(guide, density, seed, clock, mended)
         found.failures += [sentence_on(density, regions, z)] if regions else []
         note = sought(density)
+        if regions and mended(regions):  # which may be cut: then this stays said
+            return _checked(guide, density, seed, clock, mended)
     found.notes.append(note)
     return found
 

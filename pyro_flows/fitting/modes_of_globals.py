@@ -43,11 +43,14 @@ def with_modes(
 ) -> MultimodalCandidate | None:
     """Return a sampler that has the missed regions too; None if there is none that weights correct.
 
-    Images under exact moves have copies of the flow. Otherwise a mixture begins at draws of the flow and at Laplace
-    approximations of the new modes, and takes so many ``draws`` in each generation; none if there are no draws.
+    Images under exact moves have copies of the flow, whatever else is missed: places without a move are often beside
+    such an image. If there is no exact move, or the copies are too many, a mixture begins at draws of the flow and at
+    Laplace approximations of the new modes, and takes so many ``draws`` in each generation; none if there are no draws.
     """
     moves = [region.move for region in regions if region.move is not None]
-    copies = group(moves, MAX_COPIES) if len(moves) == len(regions) else None
+    rows = [] if isinstance(flow, Flow) else zip(flow.orders.tolist(), flow.signs.tolist(), strict=True)
+    known = [(tuple(order), tuple(signs)) for order, signs in rows]
+    copies = group([*known, *moves], MAX_COPIES) if moves else None
     if copies:
         said = f"the posterior has symmetric modes: the flow has {len(copies)} copies"
         return MultimodalCandidate(FlowMixture.copied(flow, copies), said, Stage(COPIES), True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from pyro.distributions import TorchDistribution
@@ -110,11 +110,21 @@ class FlowMixture(nn.Module):
 
     @classmethod
     def copied(cls, flow: Flow | FlowMixture, moves: Sequence[tuple[Sequence[int], Sequence[float]]]) -> FlowMixture:
-        """Return the images of a flow, or of each part of a mixture, under signed permutations, all as likely."""
+        """Return the images of a flow, or of each part of a mixture, under signed permutations, all as likely.
+
+        What several moves bring to one place is one part.
+        """
         plain = flow if isinstance(flow, FlowMixture) else cls([flow])
-        pairs = [(torch.tensor(order), torch.tensor(signs)) for order, signs in moves]
-        parts = [replace(part, order=order, signs=signs) for part in plain.components for order, signs in pairs]
-        return cls(plain.members, parts)
+        found: dict[tuple[int, tuple[int, ...], tuple[float, ...]], float] = {}
+        rows = zip(plain.which.tolist(), plain.log_weights.tolist(), plain.orders.cpu(), plain.signs.cpu(), strict=True)
+        for which, log_weight, own, flips in rows:
+            for order, signs in moves:
+                moved = torch.tensor(signs, dtype=flips.dtype) * flips[list(order)]
+                image = which, tuple(own[list(order)].tolist()), tuple(moved.tolist())
+                found[image] = found.get(image, 0.0) + math.exp(log_weight)
+        images = ((torch.tensor(order), torch.tensor(signs)) for _, order, signs in found)
+        weights = zip(found.items(), images, strict=True)
+        return cls(plain.members, [Component(key[0], math.log(weight), *image) for (key, weight), image in weights])
 
     @property
     def components(self) -> tuple[Component, ...]:

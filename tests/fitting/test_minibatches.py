@@ -1,5 +1,6 @@
 """Fits of minibatches: rows that are far from normal, latents of rows, leave-one-row-out, limits of time, sentences."""
 
+import itertools
 import json
 import math
 import sys
@@ -16,8 +17,11 @@ from pyro_flows._clock import Clock
 from pyro_flows._progress import Bar
 from pyro_flows.correction import refine
 from pyro_flows.fitting import hierarchical
+from pyro_flows.fitting.modes_of_globals import with_modes
+from pyro_flows.flows.mixture import FlowMixture
 from pyro_flows.guides.marginal import Marginal
 from pyro_flows.guides.marginal_density import MarginalDensity
+from pyro_flows.modes.missed_regions import MissedRegion, moments
 from pyro_flows.posterior import draws
 from pyro_flows.priors import making
 from tests.interrupts import interrupting
@@ -93,6 +97,37 @@ def test_components_that_change_places_are_both_drawn():
     low, high = mean.min(1).values.mean(), mean.max(1).values.mean()
     exchanged = 1.0 / (1.0 + math.exp(float(high - low) / 2.0))
     assert float((mean[:, 0] > mean[:, 1]).double().mean()) == pytest.approx(exchanged, abs=0.03)
+
+
+def three_components(y, batch):
+    with pyro.plate("component", 3):
+        mean = pyro.sample("mean", dist.Normal(real(0.0), 3.0))
+    with pyro.plate("row", len(y), subsample_size=batch) as index:
+        parts = dist.Normal(mean.unsqueeze(-2), 0.5)
+        pyro.sample("y", dist.MixtureSameFamily(dist.Categorical(torch.ones(3)), parts), obs=y[index])
+
+
+def test_three_components_have_all_their_orders():
+    """A mean near 0 has images by no exact move beside others: no copies were made, and it took minutes."""
+    noise = 0.5 * torch.randn(330, generator=generator(0), dtype=torch.float64)
+    y = noise + real([-3.0, 0.0, 3.0]).repeat_interleave(110)
+    posterior = pf.fit(three_components, y, 33, progress=False)
+    assert posterior.verdict.status in ("ok", "corrected")
+    assert "symmetric copies" in [stage["stage"] for stage in posterior.history]
+    _, counts = torch.unique(posterior.samples["mean"].argsort(1), dim=0, return_counts=True)
+    assert len(counts) == 6
+    assert float(counts.min()) > 0.1 * float(counts.sum())
+
+
+def test_moves_that_are_found_later_add_to_the_copies():
+    """The copies were those of the last moves alone."""
+    flow = FlowMixture.copied(pf.realnvp(3, layers=2), [((0, 1, 2), (1.0, 1.0, 1.0)), ((1, 0, 2), (1.0, 1.0, 1.0))])
+    move = (0, 2, 1), (1.0, 1.0, 1.0)
+    regions = [MissedRegion(torch.zeros(3), moments(torch.zeros(1, 3), ""), move=move)]
+    found = with_modes(None, flow, regions, 0, seed=0)
+    assert sorted(part.order.tolist() for part in found.sampler.components) == [
+        list(order) for order in itertools.permutations(range(3))
+    ]
 
 
 # a posterior of the globals that is far from normal ------------------------------------------------------------------
@@ -603,6 +638,16 @@ def test_ctrl_c_ends_the_work_with_a_verdict(monkeypatch, part):
     assert posterior.verdict.status != "ok"
     assert any(f"during: {part}" in reason for reason in posterior.verdict.reasons)
     assert posterior.samples["mu"].shape == (200,)
+
+
+def test_ctrl_c_while_missed_modes_are_added_leaves_them_said(monkeypatch):
+    """The draws had one of two modes, were `corrected`, and a note said that nothing was searched."""
+    interrupting(monkeypatch, hierarchical, "with_modes")
+    x = 1.0 + torch.randn(200, generator=generator(1), dtype=torch.float64)
+    with pytest.warns(UserWarning, match=r"interrupted \(Ctrl-C\) during: mixture"):
+        posterior = pf.fit(two_signs, x, 50, 1.0, progress=False)
+    assert posterior.verdict.status == "unreliable"
+    assert "the guide misses a mode near mu" in "; ".join(posterior.verdict.reasons)
 
 
 def test_a_second_ctrl_c_raises(monkeypatch):

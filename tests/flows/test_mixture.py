@@ -50,6 +50,22 @@ def test_density_of_moved_copies_is_exact():
     torch.testing.assert_close(moved().log_prob(z.reshape(5, 10, 3)), exact(z).reshape(5, 10))
 
 
+def test_copies_of_copies_stand_at_the_images_of_all_moves():
+    """The first moves were forgotten, and parts stood twice at the images of the last ones."""
+    here, first, second = ((0, 1, 2), (1.0, 1.0, 1.0)), ((0, 1, 2), (-1.0, 1.0, 1.0)), ((0, 2, 1), (1.0, 1.0, 1.0))
+    once = FlowMixture.copied(affine(LOC, SCALE), [here, first])
+    twice = FlowMixture.copied(once, [here, second])
+    z = 4.0 * torch.randn(50, 3)
+    images = [z, z * torch.tensor([-1.0, 1.0, 1.0])]
+    images += [image[:, [0, 2, 1]] for image in images]
+    normal = dist.Normal(torch.tensor(LOC), torch.tensor(SCALE)).to_event(1)
+    expected = torch.logsumexp(torch.stack([normal.log_prob(image) for image in images]), 0) - math.log(4.0)
+    torch.testing.assert_close(twice.log_prob(z), expected)
+    again = FlowMixture.copied(twice, [here, first, second])
+    assert len(again.components) == 4
+    torch.testing.assert_close(again.log_prob(z), expected)
+
+
 def test_draws_have_the_shares_and_places_of_the_parts():
     z, log_q = moved().draw(20_000)
     torch.testing.assert_close(log_q, exact(z))
