@@ -315,6 +315,11 @@ class AutoHierarchicalFlow(AutoMessenger):  # type: ignore[metaclass]
         except ValueError as error:
             if "at least one continuous latent" not in str(error):
                 raise
+            if self._own:
+                raise ValueError(
+                    "model: expected a latent outside of plates, or one that rows share, for the flow, got none beside "
+                    f"those in normal=: {', '.join(self._own)}. Leave one of them out."
+                ) from error
             raise ValueError(
                 "model: expected a latent outside of plates, or one that rows share, got none: rows are independent of "
                 "each other. Fit them one by one, or give the model all rows in one run, without a subsample."
