@@ -96,7 +96,8 @@ class Averaged(TorchDistribution):
         found = context.new_empty(*shape, self.ensemble.dim)
         for number, flow in enumerate(members):
             own = context[chosen == number]
-            found[chosen == number] = flow.bijection.forward_and_ladj(flow.base_distribution(own).sample(), own)[0]
+            x = flow.base_distribution(own).expand(own.shape[:-1]).sample()  # a base may not depend on the context
+            found[chosen == number] = flow.bijection.forward_and_ladj(x, own)[0]
         return found
 
     # one coordinate ---------------------------------------------------------------------------------------------------

@@ -63,6 +63,13 @@ def test_shapes_in_two_dimensions():
         whole(CONTEXT).rsample()
 
 
+def test_draws_differ_where_the_base_does_not_depend_on_the_context():
+    """Above 200 outputs, flows have no mixture as base: all draws of one flow were the same."""
+    whole = averaged([pf.realnvp(2, layers=2, context_dim=2), pf.realnvp(2, layers=2, context_dim=2)])
+    drawn = whole(CONTEXT[:1].expand(100, -1)).sample((2,))
+    assert len(drawn.reshape(-1, 2).unique(dim=0)) == 200
+
+
 def test_it_is_rebuilt_from_what_is_written_of_it(pair):
     whole = averaged(copy.deepcopy(pair))
     assert not_rebuilt(whole) is None
