@@ -331,3 +331,14 @@ def test_five_flows_go_on_from_checkpoints_of_their_own(tmp_path):
         again = pf.fit_density(y, **options)
         assert torch.equal(again.log_prob(y, x), first.log_prob(y, x))
         assert again.settings["share_without_context"] == first.settings["share_without_context"]
+
+
+def test_checkpoints_tell_means_of_densities_apart(tmp_path):
+    """Their own map is none, and what is in the base was not compared."""
+    y, x = cloud(60, 0)[:, :1], cloud(60, 1)[:, :2]
+    one, other = (pf.fit_density(y, context=x, seed=seed, **QUICK).flow for seed in (0, 1))
+    options = {"context": x, "checkpoint": tmp_path / "run.pt", **QUICK}
+    first = pf.fit_density(one, y, **options)
+    assert torch.equal(pf.fit_density(one, y, **options).log_prob(y, x), first.log_prob(y, x))
+    with pytest.raises(ValueError, match="of another run"):
+        pf.fit_density(other, y, **options)
