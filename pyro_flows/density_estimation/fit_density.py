@@ -200,20 +200,19 @@ def fit_density(
             first = _run(asked, made, *pairs[0], validation, Plan(0, seconds, CLOCKS[clock], began), checkpoint, line)
             runs, options = [first], {**options, **first.options}
             for number, pair in enumerate(pairs[1:], 1):
-                now = first.plan.clock()
-                limit = first.plan.began + seconds - now
+                limit = seconds - sum(run.seconds for run in runs)  # those before a checkpoint count as well
                 if any(run.ascent.state.interrupted for run in runs) or limit < first.seconds:
                     break
                 path = None if checkpoint is None else f"{os.fspath(checkpoint)}.{number}"
                 with seeded(derive(seed, f"flow {number} of the density"), device):
-                    plan = Plan(0, limit, CLOCKS[clock], now)
+                    plan = Plan(0, limit, CLOCKS[clock], CLOCKS[clock]())
                     runs.append(
                         _run(asked, make(flow, data, context), *pair, validation, plan, path, line, warns=False)
                     )
             whole, validated = _together(runs, options)
             line.close(_words(validated, whole, first.ascent.source.levels) if math.isfinite(validated) else "done")
         STATE.take()  # there is nothing more to be lost
-    options.update(clock=clock, seconds=first.plan.clock() - first.plan.began)
+    options.update(clock=clock, seconds=sum(run.seconds for run in runs))
     state = runs[-1].ascent.state if runs[-1].ascent.state.interrupted else first.ascent.state
     if state.skipped > SKIPPED_SHARE * state.steps:
         warnings.warn(
