@@ -107,8 +107,12 @@ def values_of(flow: Flow) -> list[float]:
         x = torch.randn(VALUES, *flow.base_shape)
         context = torch.randn(VALUES, flow.context_dim) if flow.context_dim else None
         quiet = copy.deepcopy(flow.bijection).eval()
-        y, ladj = quiet.forward_and_ladj(x.to(like(flow)), None if context is None else context.to(like(flow)))
-    return [float(value) for value in torch.cat([y.flatten()[:VALUES], y.flatten(1).double().norm(dim=1).to(y), ladj])]
+        x, context = x.to(like(flow)), None if context is None else context.to(like(flow))
+        y, ladj = quiet.forward_and_ladj(x, context)
+        values = [y.flatten()[:VALUES], y.flatten(1).double().norm(dim=1).to(y), ladj]
+        if flow.mixture is not None:
+            values.append(flow.base_distribution(context).log_prob(x))
+    return [float(value) for value in torch.cat(values)]
 
 
 def _digest(*parts: object) -> str:

@@ -197,23 +197,24 @@ def fit_density(
         pairs = sources(made, data, context, validation, levels, spread, folds=auto and made.context_dim > 0)
         asked = _Asked(options, preprocess, batch, learning_rate, weight_decay, start, max_epochs, auto)
         with Bar("fit_density", progress) as line:
+            line.done = f"flow 1 of {len(pairs)}" if len(pairs) > 1 else ""
             first = _run(asked, made, *pairs[0], validation, Plan(0, seconds, CLOCKS[clock], began), checkpoint, line)
             runs, options = [first], {**options, **first.options}
             for number, pair in enumerate(pairs[1:], 1):
-                now = first.plan.clock()
-                limit = first.plan.began + seconds - now
+                limit = seconds - sum(run.seconds for run in runs)  # those before a checkpoint count as well
                 if any(run.ascent.state.interrupted for run in runs) or limit < first.seconds:
                     break
                 path = None if checkpoint is None else f"{os.fspath(checkpoint)}.{number}"
+                line.done = f"flow {number + 1} of {len(pairs)}"
                 with seeded(derive(seed, f"flow {number} of the density"), device):
-                    plan = Plan(0, limit, CLOCKS[clock], now)
+                    plan = Plan(0, limit, CLOCKS[clock], CLOCKS[clock]())
                     runs.append(
                         _run(asked, make(flow, data, context), *pair, validation, plan, path, line, warns=False)
                     )
             whole, validated = _together(runs, options)
             line.close(_words(validated, whole, first.ascent.source.levels) if math.isfinite(validated) else "done")
         STATE.take()  # there is nothing more to be lost
-    options.update(clock=clock, seconds=first.plan.clock() - first.plan.began)
+    options.update(clock=clock, seconds=sum(run.seconds for run in runs))
     state = runs[-1].ascent.state if runs[-1].ascent.state.interrupted else first.ascent.state
     if state.skipped > SKIPPED_SHARE * state.steps:
         warnings.warn(
@@ -224,8 +225,9 @@ def fit_density(
         )
     if state.interrupted:
         rest = "" if checkpoint is None else " The same call goes on from the last checkpoint."
-        warnings.warn(f"fit_density: {state.why}. The flow is what it had come to.{rest}", stacklevel=outside())
-    return _result(first.ascent, whole, validated, options, encoding)
+        which = f", in flow {len(runs)} of {len(pairs)}" if len(pairs) > 1 else ""
+        warnings.warn(f"fit_density: {state.why}{which}. The flow is what it had come to.{rest}", stacklevel=outside())
+    return replace(_result(first.ascent, whole, validated, options, encoding), why=state.why)
 
 
 @dataclass(frozen=True)

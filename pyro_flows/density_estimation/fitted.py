@@ -41,7 +41,7 @@ class DensityFit:
             were none.
         levels: how the data are quantized, if they are.
         settings: what :func:`fit_density` was asked for and what it chose.
-        why: what ended the training, in a sentence.
+        why: what ended the training, in a sentence; of the first of five flows, or of one that was interrupted.
         encoding: how a context with categories or missing values becomes the numbers that the flow takes.
 
     Its density is that of the data as given, :math:`\log q(x) = \log q_0(f^{-1}(x)) - \log|J|`, in nats; after a fit
@@ -261,11 +261,12 @@ class DensityFit:
         about, last = self.settings, float(self.losses[-1]) if len(self.losses) else math.nan
         bits = bits_per_dim(self.validation, self.flow, self.levels)
         seen = f"with noise of {self.noise:g}" if self.noise else f"{bits:.4f} bits/dim"
+        several = f"the mean of {about['flows']} densities, the first of them: " if "flows" in about else ""
         lines = [
-            f"{about['flow']} on {about['points']} points of shape {tuple(about['event_shape'])}, "
+            f"{several}{about['flow']} on {about['points']} points of shape {tuple(about['event_shape'])}, "
             f"preprocess {about['preprocess']!r}",
-            f"{about['steps']} steps of {about['batch']} in {about['seconds']:.1f} s, step size "
-            f"{about['learning_rate']:g}: {self.why}",
+            f"{about['steps']} steps of {about['batch']} in {about['seconds']:.1f} s{' for all' if several else ''}, "
+            f"step size {about['learning_rate']:g}: {self.why}",
             f"held out: {self.validation:.4f} nats, {seen}"
             if math.isfinite(self.validation)
             else f"nothing held out; last training loss {last:.4f} nats",

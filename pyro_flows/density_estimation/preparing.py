@@ -27,6 +27,7 @@ from pyro_flows.density_estimation.standardizing import (
     warn_repeated,
 )
 from pyro_flows.flows.defended_base import DefendedBase
+from pyro_flows.flows.ensemble import Ensemble, averaged
 from pyro_flows.flows.flow import Flow
 from pyro_flows.flows.mixture_base import MixtureBase
 from pyro_flows.flows.recipe import AUTO, BUILDERS, ending, with_fixed, with_mixture, with_preprocess
@@ -114,10 +115,10 @@ def sources(
 def with_scale(flow: Flow, train: Source, kind: str | None, *, warns: bool = True) -> tuple[Flow, str | None]:
     """Append the affine map to the scale of the data, as measured on the data, noise of levels included.
 
-    It takes the place of one that the flow has. A flow that knows data already, since it was trained, may be on their
-    scale: then ``"auto"`` leaves it as it is.
+    It takes the place of one that the flow has; in a mean of densities, of each flow's. A flow that knows data already,
+    since it was trained, may be on their scale: then ``"auto"`` leaves it as it is.
     """
-    own = ending(flow)
+    own = ending(_parts(flow)[0])
     images, auto = len(flow.event_shape) > 1, kind == "auto"
     if kind is None or (auto and len(flow.event_shape) == 2):
         return flow, None
@@ -131,13 +132,22 @@ def with_scale(flow: Flow, train: Source, kind: str | None, *, warns: bool = Tru
         warn_dependent(batches)
         warn_repeated(batches)
     fresh = is_fresh(flow)
-    scaled = _scale_context(flow, batches, fresh)
-    layer: Preprocess = preprocess(kind, scaled, pooled=images, warns=warns)
     given = flow if auto and not fresh else None
-    placed = with_preprocess(flow if given is None else copy.deepcopy(flow), layer)
+    placed = flow if given is None else copy.deepcopy(flow)
+    parts = []
+    for number, part in enumerate(_parts(placed)):
+        scaled = _scale_context(part, batches, fresh)
+        layer: Preprocess = preprocess(kind, scaled, pooled=images, warns=warns and number == 0)
+        parts.append(with_preprocess(part, layer))
+    placed = averaged(parts) if isinstance(placed.mixture, Ensemble) else parts[0]
     if given is not None and score(given, batches, CHECKED_POINTS) >= score(placed, batches, CHECKED_POINTS):
         return given, None if own is None else kind
     return placed, kind
+
+
+def _parts(flow: Flow) -> list[Flow]:
+    """Return the flows that have maps to the scale of data: those of a mean of densities, or the flow itself."""
+    return flow.mixture.members if isinstance(flow.mixture, Ensemble) else [flow]
 
 
 def _scale_context(flow: Flow, batches: Sequence[Batch], fresh: bool) -> Sequence[Batch]:

@@ -115,8 +115,13 @@ class Defended(TorchDistribution):
         return torch.lerp(self.moved.cdf(self._in(value)[0]), self.fixed.cdf(value), self.base.share)
 
     @torch.no_grad()
+    def around(self, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the smallest and the largest quantile (..., 1) of all parts, for probabilities (...,)."""
+        moved = (self._out(end) for end in self.moved.around(value))
+        low, high = torch.stack(torch.broadcast_tensors(*moved, *self.fixed.around(value))).aminmax(dim=0)
+        return low, high
+
+    @torch.no_grad()
     def icdf(self, value: Tensor) -> Tensor:
         """Return quantiles (..., 1) of one coordinate, for probabilities (...,), by a search in an interval."""
-        moved = (self._out(end) for end in self.moved.around(value))
-        ends = torch.stack(torch.broadcast_tensors(*moved, *self.fixed.around(value)))
-        return inverted(self.cdf, value, *ends.aminmax(dim=0))
+        return inverted(self.cdf, value, *self.around(value))

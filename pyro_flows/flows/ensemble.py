@@ -96,7 +96,8 @@ class Averaged(TorchDistribution):
         found = context.new_empty(*shape, self.ensemble.dim)
         for number, flow in enumerate(members):
             own = context[chosen == number]
-            found[chosen == number] = flow.bijection.forward_and_ladj(flow.base_distribution(own).sample(), own)[0]
+            x = flow.base_distribution(own).expand(own.shape[:-1]).sample()  # a base may not depend on the context
+            found[chosen == number] = flow.bijection.forward_and_ladj(x, own)[0]
         return found
 
     # one coordinate ---------------------------------------------------------------------------------------------------
@@ -110,11 +111,12 @@ class Averaged(TorchDistribution):
 
     @torch.no_grad()
     def icdf(self, value: Tensor) -> Tensor:
-        """Return quantiles (..., 1) of one coordinate, for probabilities (...,), by a search between the flows' own."""
+        """Return quantiles (..., 1) of one coordinate, for probabilities (...,), by a search in an interval."""
         at, context = self._together(value[..., None])
         ends = [
-            flow.bijection.forward_and_ladj(flow.base_distribution(context).icdf(at[..., 0]), context)[0]
+            flow.bijection.forward_and_ladj(end, context)[0]
             for flow in self.ensemble.members
+            for end in flow.base_distribution(context).around(at[..., 0])
         ]
         return inverted(self.cdf, value, *torch.stack(ends).aminmax(dim=0))
 

@@ -1,6 +1,7 @@
 """Fitted densities that are fitted again, saved and resumed."""
 
 import functools
+import itertools
 import math
 
 import numpy as np
@@ -331,3 +332,29 @@ def test_five_flows_go_on_from_checkpoints_of_their_own(tmp_path):
         again = pf.fit_density(y, **options)
         assert torch.equal(again.log_prob(y, x), first.log_prob(y, x))
         assert again.settings["share_without_context"] == first.settings["share_without_context"]
+
+
+def test_seconds_before_a_checkpoint_count(tmp_path, monkeypatch):
+    """Only those of the first flow did, so that a second call fitted more flows than the first one."""
+    ticks = itertools.count()
+    monkeypatch.setitem(fit_density.CLOCKS, "cpu", lambda: float(next(ticks)))
+    y, x = cloud(60, 0)[:, :1], cloud(60, 1)[:, :2]
+    options = {"context": x, "checkpoint": tmp_path / "run.pt", "clock": "cpu", "learning_rate": 0.01, **QUICK}
+    whole = pf.fit_density(y, **{**options, "checkpoint": None})
+    options["max_seconds"] = 0.7 * whole.settings["seconds"]
+    first, again = pf.fit_density(y, **options), pf.fit_density(y, **options)
+    assert 1 < first.settings["flows"] < 5
+    assert again.settings["flows"] == first.settings["flows"]
+    assert again.settings["seconds"] == pytest.approx(first.settings["seconds"], rel=0.1)
+    assert torch.equal(again.log_prob(y, x), first.log_prob(y, x))
+
+
+def test_checkpoints_tell_means_of_densities_apart(tmp_path):
+    """Their own map is none, and what is in the base was not compared."""
+    y, x = cloud(60, 0)[:, :1], cloud(60, 1)[:, :2]
+    one, other = (pf.fit_density(y, context=x, seed=seed, **QUICK).flow for seed in (0, 1))
+    options = {"context": x, "checkpoint": tmp_path / "run.pt", **QUICK}
+    first = pf.fit_density(one, y, **options)
+    assert torch.equal(pf.fit_density(one, y, **options).log_prob(y, x), first.log_prob(y, x))
+    with pytest.raises(ValueError, match="of another run"):
+        pf.fit_density(other, y, **options)

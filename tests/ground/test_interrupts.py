@@ -228,6 +228,20 @@ def test_a_density_is_what_it_had_come_to(monkeypatch, at):
     assert torch.isfinite(found.log_prob(points)).all()
 
 
+def test_of_five_densities_those_until_then(monkeypatch, capsys):
+    x = torch.randn(60, 2, generator=torch.Generator().manual_seed(0))
+    pressing(monkeypatch, Ascent, "step", at=50, number=signal.SIGINT)
+    options = {"context": x, "learning_rate": 0.01, "max_epochs": 20}
+    with pytest.warns(UserWarning, match=r"fit_density: interrupted \(Ctrl-C\) after \d+ steps, in flow 3 of 5\. The"):
+        found = pf.fit_density(x[:, :1] + x[:, 1:].square(), **options)
+    assert "flow 3 of 5" in capsys.readouterr().err
+    assert found.settings["flows"] == len(found.flow.mixture.members) == 3
+    assert found.why.startswith("interrupted (Ctrl-C)")
+    assert repr(found).startswith("DensityFit: the mean of 3 densities, the first of them: realnvp on 48 points")
+    assert " s for all, step size 0.01: interrupted (Ctrl-C)" in repr(found)
+    assert torch.isfinite(found.log_prob(x[:, :1], x)).all()
+
+
 def loaded(path):
     """A posterior that may be unreliable."""
     with warnings.catch_warnings():
