@@ -271,8 +271,8 @@ def _table(values: object, *, column: bool = False, missing: bool = False) -> np
         raise TypeError(f"argument must be a string or a real number: {error}") from None
     except ValueError as error:
         raise ValueError(
-            f"{error}. A density is of numbers: encode categories, or pass them as X to an estimator with "
-            "conditional=True, which takes them as they are."
+            f"{error}. A density is of numbers: encode categories. Only X of an estimator with conditional=True "
+            "may have them as they are."
         ) from None
     found = _shaped(found, column)
     if np.isinf(found).any() or (not missing and np.isnan(found).any()):

@@ -71,7 +71,7 @@ def test_contexts_may_be_missing_or_categories():
     frame.loc[3, "a"] = np.nan
     found = pf.DensityEstimator(conditional=True, **FAST).fit(frame, y)
     assert found.score_samples(frame, y).shape == (120,)
-    with pytest.raises(ValueError, match=r"to float: .*encode categories, or pass them as X to an estimator with cond"):
+    with pytest.raises(ValueError, match=r"to float: .*encode categories. Only X of an estimator with cond"):
         pf.DensityEstimator(**FAST).fit(frame)
     with pytest.raises(ValueError, match="feature names should match"):
         found.score_samples(frame.rename(columns={"a": "c"}), y)
