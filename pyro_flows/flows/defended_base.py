@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from pyro.distributions import TorchDistribution
 from torch import Tensor, nn
-from torch.distributions import constraints
 
-from pyro_flows.flows.mixture_base import NO_GRADIENT, MixtureBase, MixtureOfStudents, inverted
+from pyro_flows.flows.mixture_base import MixtureBase, MixtureOfStudents, OfParts, together
 from pyro_flows.transforms import Bijection
 
 
@@ -46,11 +44,8 @@ class DefendedBase(nn.Module):
         return Defended(self, context, self.mixture(context), self.fixed())
 
 
-class Defended(TorchDistribution):
+class Defended(OfParts):
     """The distribution of a :class:`DefendedBase` in one context, or in each of a batch; event shape (D,)."""
-
-    arg_constraints = {}  # noqa: RUF012
-    has_rsample = False
 
     def __init__(
         self,
@@ -64,29 +59,15 @@ class Defended(TorchDistribution):
         batch = moved.batch_shape if batch_shape is None else torch.Size(batch_shape)
         super().__init__(batch, moved.event_shape, validate_args=False)
 
-    @property
-    def support(self) -> constraints.Constraint:
-        """All vectors."""
-        return constraints.real_vector
-
-    def rsample(self, sample_shape: Sequence[int] = ()) -> Tensor:
-        """Refuse: the choice of a part has no gradient."""
-        raise NotImplementedError(NO_GRADIENT)
-
     def expand(self, batch_shape: Sequence[int], _instance: object = None) -> Defended:
         """Return independent copies."""
         return Defended(self.base, self.context, self.moved, self.fixed, batch_shape)
 
     def _in(self, value: Tensor) -> tuple[Tensor, Tensor]:
-        return self.base.bijection.inverse_and_ladj(*self._together(value))
+        return self.base.bijection.inverse_and_ladj(*together(value, self.context))
 
     def _out(self, x: Tensor) -> Tensor:
-        return self.base.bijection.forward_and_ladj(*self._together(x))[0]
-
-    def _together(self, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Give points and contexts one shape, but for the last."""
-        shape = torch.broadcast_shapes(value.shape[:-1], self.context.shape[:-1])
-        return value.expand(*shape, -1), self.context.expand(*shape, -1)
+        return self.base.bijection.forward_and_ladj(*together(x, self.context))[0]
 
     def terms(self, value: Tensor) -> tuple[Tensor, Tensor]:
         """Return both log densities, without their shares: what contexts move, and what they do not."""
@@ -120,8 +101,3 @@ class Defended(TorchDistribution):
         moved = (self._out(end) for end in self.moved.around(value))
         low, high = torch.stack(torch.broadcast_tensors(*moved, *self.fixed.around(value))).aminmax(dim=0)
         return low, high
-
-    @torch.no_grad()
-    def icdf(self, value: Tensor) -> Tensor:
-        """Return quantiles (..., 1) of one coordinate, for probabilities (...,), by a search in an interval."""
-        return inverted(self.cdf, value, *self.around(value))

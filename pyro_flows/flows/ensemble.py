@@ -7,12 +7,10 @@ from collections.abc import Mapping, Sequence
 from typing import cast
 
 import torch
-from pyro.distributions import TorchDistribution
 from torch import Tensor, nn
-from torch.distributions import constraints
 
 from pyro_flows.flows.flow import MIXTURE, Flow
-from pyro_flows.flows.mixture_base import NO_GRADIENT, inverted
+from pyro_flows.flows.mixture_base import OfParts, together
 from pyro_flows.flows.recipe import Recipe, of_mixtures
 from pyro_flows.flows.recipe_json import from_json, to_json
 from pyro_flows.transforms.fixed import Preprocess
@@ -47,38 +45,21 @@ class Ensemble(nn.Module):
         return Averaged(self, context)
 
 
-class Averaged(TorchDistribution):
+class Averaged(OfParts):
     """The distribution of an :class:`Ensemble` in one context, or in each of a batch; event shape (D,)."""
-
-    arg_constraints = {}  # noqa: RUF012
-    has_rsample = False
 
     def __init__(self, ensemble: Ensemble, context: Tensor, batch_shape: Sequence[int] | None = None) -> None:
         self.ensemble, self.context = ensemble, context
         batch = context.shape[:-1] if batch_shape is None else torch.Size(batch_shape)
         super().__init__(batch, torch.Size((ensemble.dim,)), validate_args=False)
 
-    @property
-    def support(self) -> constraints.Constraint:
-        """All vectors."""
-        return constraints.real_vector
-
-    def rsample(self, sample_shape: Sequence[int] = ()) -> Tensor:
-        """Refuse: the choice of a flow has no gradient."""
-        raise NotImplementedError(NO_GRADIENT)
-
     def expand(self, batch_shape: Sequence[int], _instance: object = None) -> Averaged:
         """Return independent copies."""
         return Averaged(self.ensemble, self.context, batch_shape)
 
-    def _together(self, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Give points and contexts one shape, but for the last."""
-        shape = torch.broadcast_shapes(value.shape[:-1], self.context.shape[:-1])
-        return value.expand(*shape, -1), self.context.expand(*shape, -1)
-
     def log_prob(self, value: Tensor) -> Tensor:
         """Return the log density, of shape ``(*sample_shape, *batch_shape)``."""
-        y, context = self._together(value)
+        y, context = together(value, self.context)
         found = []
         for flow in self.ensemble.members:
             x, ladj = flow.bijection.inverse_and_ladj(y, context)
@@ -105,20 +86,21 @@ class Averaged(TorchDistribution):
     @torch.no_grad()
     def cdf(self, value: Tensor) -> Tensor:
         """Return the distribution function (...,) at points (..., 1) of one coordinate."""
-        y, context = self._together(value)
+        y, context = together(value, self.context)
         placed = ((flow, flow.bijection.inverse_and_ladj(y, context)[0]) for flow in self.ensemble.members)
         return torch.stack([flow.base_distribution(context).cdf(x) for flow, x in placed]).mean(0)
 
     @torch.no_grad()
-    def icdf(self, value: Tensor) -> Tensor:
-        """Return quantiles (..., 1) of one coordinate, for probabilities (...,), by a search in an interval."""
-        at, context = self._together(value[..., None])
+    def around(self, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the smallest and the largest quantile (..., 1) of all flows, for probabilities (...,)."""
+        at, context = together(value[..., None], self.context)
         ends = [
             flow.bijection.forward_and_ladj(end, context)[0]
             for flow in self.ensemble.members
             for end in flow.base_distribution(context).around(at[..., 0])
         ]
-        return inverted(self.cdf, value, *torch.stack(ends).aminmax(dim=0))
+        low, high = torch.stack(ends).aminmax(dim=0)
+        return low, high
 
 
 @of_mixtures

@@ -143,19 +143,17 @@ class Parts(NamedTuple):
     log_scale: Tensor | None = None  # (*batch, K, D)
 
 
-class MixtureOfStudents(TorchDistribution):
-    """The distribution of a :class:`MixtureBase` in one context, or in each of a batch; event shape (D,).
+def together(value: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
+    """Give points (..., D) and contexts (..., H) one shape, but for the last axis."""
+    shape = torch.broadcast_shapes(value.shape[:-1], context.shape[:-1])
+    return value.expand(*shape, -1), context.expand(*shape, -1)
 
-    Draws have no gradient in the parameters, since the choice of a part has none.
-    """
+
+class OfParts(TorchDistribution):
+    """A distribution of vectors of which each draw comes from one of several parts."""
 
     arg_constraints = {}  # noqa: RUF012
     has_rsample = False
-
-    def __init__(self, parts: Parts, batch_shape: Sequence[int] | None = None) -> None:
-        self.parts = parts
-        batch = parts.log_weights.shape[:-1] if batch_shape is None else torch.Size(batch_shape)
-        super().__init__(batch, parts.loc.shape[-1:], validate_args=False)
 
     @property
     def support(self) -> constraints.Constraint:
@@ -165,6 +163,27 @@ class MixtureOfStudents(TorchDistribution):
     def rsample(self, sample_shape: Sequence[int] = ()) -> Tensor:
         """Refuse: the choice of a part has no gradient."""
         raise NotImplementedError(NO_GRADIENT)
+
+    def around(self, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the smallest and the largest quantile (..., 1) of the parts, for probabilities (...,)."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def icdf(self, value: Tensor) -> Tensor:
+        """Return quantiles (..., 1) of one coordinate, for probabilities (...,), by a search in an interval."""
+        return inverted(self.cdf, value, *self.around(value))
+
+
+class MixtureOfStudents(OfParts):
+    """The distribution of a :class:`MixtureBase` in one context, or in each of a batch; event shape (D,).
+
+    Draws have no gradient in the parameters, since the choice of a part has none.
+    """
+
+    def __init__(self, parts: Parts, batch_shape: Sequence[int] | None = None) -> None:
+        self.parts = parts
+        batch = parts.log_weights.shape[:-1] if batch_shape is None else torch.Size(batch_shape)
+        super().__init__(batch, parts.loc.shape[-1:], validate_args=False)
 
     def expand(self, batch_shape: Sequence[int], _instance: object = None) -> MixtureOfStudents:
         """Return independent copies."""
@@ -228,11 +247,6 @@ class MixtureOfStudents(TorchDistribution):
     def cdf(self, value: Tensor) -> Tensor:
         """Return the distribution function (...,) at points (..., 1) of one coordinate."""
         return (self.parts.log_weights.exp() * self._of_students("stdtr", self._in(value)[..., 0])).sum(-1)
-
-    @torch.no_grad()
-    def icdf(self, value: Tensor) -> Tensor:
-        """Return quantiles (..., 1) of one coordinate, for probabilities (...,), by a search in an interval."""
-        return inverted(self.cdf, value, *self.around(value))
 
     @torch.no_grad()
     def around(self, value: Tensor) -> tuple[Tensor, Tensor]:
