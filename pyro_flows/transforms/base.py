@@ -76,6 +76,12 @@ class Bijection(TransformModule, ConditionalTransform):
         dim = getattr(self, "dim", None)
         return None if dim is None else torch.Size((dim,) if isinstance(dim, int) else dim)
 
+    def _check(self, x: Tensor, context: Tensor | None) -> None:
+        """Refuse events of another shape than the map's, a context that is missing, and one that is not expected."""
+        assert self.event_shape is not None
+        _checks.event(type(self).__name__, x, self.event_shape)
+        _checks.context(type(self).__name__, context, self.context_dim)
+
     @torch.no_grad()
     def start_from(self, y: Tensor, context: Tensor | None = None) -> Tensor:
         """Set what this map can set from a batch of data, and return the batch's ``x``.

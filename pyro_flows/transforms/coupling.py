@@ -108,10 +108,6 @@ class Coupling(Bijection):
             return raw
         return torch.where(self.mask.repeat(self.per, *[1] * (self.event_dim - 1)), 0, raw)
 
-    def _check(self, x: Tensor, context: Tensor | None) -> None:
-        _checks.event(type(self).__name__, x, self.dim)
-        _checks.context(type(self).__name__, context, self.context_dim)
-
     def _total(self, terms: Tensor) -> Tensor:
         return terms.sum(self._axes)
 

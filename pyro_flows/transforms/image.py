@@ -64,8 +64,7 @@ class Squeeze(Bijection):
         return torch.Size((*batch, channels // len(self._corners), *(side * self.group for side in sides)))
 
     def forward_and_ladj(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        _checks.event("Squeeze", x, self.dim)
-        _checks.context("Squeeze", context, 0)
+        self._check(x, context)
         return self._squeeze(x), x.new_zeros(x.shape[: -self.event_dim])
 
     def inverse_and_ladj(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -82,8 +82,7 @@ class DiagonalAffine(Bijection):
 
         A diagonal L is a part of these scales.
         """
-        _checks.event(type(self).__name__, x, self.dim)
-        _checks.context(type(self).__name__, context, self.context_dim)
+        self._check(x, context)
         free = self.conditioner(None, context)
         shift, log_scale = free.chunk(2, dim=-1) if self._shifts else (None, free)
         whole = self.scale.dim() == 2
@@ -258,8 +257,7 @@ class LowerTriangularAffine(Bijection):
 
     def _factored(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """Return the shift m + L b, the matrix A and the log determinant of L A."""
-        _checks.event("LowerTriangularAffine", x, self.dim)
-        _checks.context("LowerTriangularAffine", context, self.context_dim)
+        self._check(x, context)
         free = self.conditioner(None, context)
         shift, log_diagonal, below = self._split(free)
         if self.relative is not None:

@@ -54,8 +54,7 @@ class LULinear(Bijection):
 
     def _factors(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """Return L, U and the log-determinant for points like ``x``."""
-        _checks.event(type(self).__name__, x, self.dim)
-        _checks.context(type(self).__name__, context, 0)
+        self._check(x, context)
         matrix = self.conditioner(None, None).unflatten(0, (len(self.permutation), -1))
         log_diagonal = matrix.diagonal()
         lower = matrix.tril(-1) + torch.ones_like(log_diagonal).diag_embed()

@@ -25,10 +25,6 @@ class _Standardizing(Bijection):
         self._pixels = math.prod(shape[1:])
         self.conditioner = conditioner(0, 0, 2 * self._width)
 
-    def _check(self, x: Tensor, context: Tensor | None) -> None:
-        _checks.event(type(self).__name__, x, self.dim)
-        _checks.context(type(self).__name__, context, 0)
-
     def _spread(self, values: Tensor) -> Tensor:
         """Give numbers for channels the axes of a signal or an image."""
         return values.reshape(self._width, *self._ones)

@@ -60,10 +60,6 @@ class Logit(Bijection):
         beyond = self.alpha / (1.0 - 2.0 * self.alpha)
         return constraints.independent(constraints.interval(-beyond, 1.0 + beyond), self.event_dim)
 
-    def _check(self, x: Tensor, context: Tensor | None) -> None:
-        _checks.event("Logit", x, self.dim)
-        _checks.context("Logit", context, 0)
-
     def _total(self, terms: Tensor) -> Tensor:
         return terms.flatten(-self.event_dim).sum(-1)
 

@@ -69,8 +69,7 @@ class SinhArcsinh(Bijection):
 
     def _tails(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         """Return k and c for each coordinate of ``x``, by the side it is on (the map keeps the sign)."""
-        _checks.event("SinhArcsinh", x, self.dim)
-        _checks.context("SinhArcsinh", context, self.context_dim)
+        self._check(x, context)
         raw = self.conditioner(None, context)
         left, right = torch.exp(bounded(raw, self.log_bound)).chunk(2, dim=-1)
         ends = zip(left.chunk(2, dim=-1), right.chunk(2, dim=-1), strict=True)
