@@ -26,7 +26,7 @@ from pyro_flows.model.log_density import LogDensity
 from pyro_flows.model.stack import NotStackable, Stack
 from pyro_flows.modes.laplace_grid import bent, grids_together
 from pyro_flows.modes.missed_modes import missed_together
-from pyro_flows.modes.tables import Table, flow_along
+from pyro_flows.modes.tops import Table, flow_along
 from pyro_flows.posterior.posterior import Posterior
 from pyro_flows.results.record import Stage
 from pyro_flows.starts.gaussians import Start

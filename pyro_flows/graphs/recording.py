@@ -17,7 +17,6 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 from pyro_flows import _stages
 from pyro_flows._ledger import counted
 from pyro_flows._tensors import Args, Dispatch, Kwargs, Memories, storage_of, tensors_in
-from pyro_flows.graphs.alike import join_calls
 from pyro_flows.graphs.graph import (
     LIKE,
     constant_node,
@@ -30,7 +29,7 @@ from pyro_flows.graphs.graph import (
     uncollected,
 )
 from pyro_flows.graphs.orders import ordered
-from pyro_flows.graphs.sums import join_parts
+from pyro_flows.graphs.sums import join_calls, join_parts
 from pyro_flows.graphs.written import resolve
 
 FOLDED = 2**16  # numbers in a constant that may be computed from smaller ones
