@@ -14,6 +14,8 @@ from torch.distributions import Transform, constraints
 from pyro_flows import _checks
 from pyro_flows._tensors import broadcast
 
+Scored = tuple[Tensor, Tensor, Tensor]  # y, log|dy/dx|, and the score at y, which comes back without a graph
+
 
 class Bijection(TransformModule, ConditionalTransform):
     r"""An invertible map with trainable parameters, plain (``context_dim=0``) or conditional.
@@ -53,9 +55,7 @@ class Bijection(TransformModule, ConditionalTransform):
         """Return ``x`` and ``log|dx/dy|``."""
         raise NotImplementedError
 
-    def forward_and_score(
-        self, x: Tensor, score: Tensor, context: Tensor | None = None
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def forward_and_score(self, x: Tensor, score: Tensor, context: Tensor | None = None) -> Scored:
         r"""Return ``y``, ``log|dy/dx|`` and the score carried along.
 
         Given :math:`g_x = \nabla_x \log q(x)` (``score``, shaped like ``x``), the density of ``y`` has the score

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pyro_flows import _checks
 from pyro_flows._arguments import MOST_COORDINATES, refused
-from pyro_flows.transforms.base import Bijection
+from pyro_flows.transforms.base import Bijection, Scored
 
 
 class Preprocess(Bijection):
@@ -136,9 +136,7 @@ class Permutation(Bijection):
     def inverse_and_ladj(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return self._gather(y, context, torch.argsort(self.permutation))
 
-    def forward_and_score(
-        self, x: Tensor, score: Tensor, context: Tensor | None = None
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def forward_and_score(self, x: Tensor, score: Tensor, context: Tensor | None = None) -> Scored:
         return *self.forward_and_ladj(x, context), score.index_select(-1, self.permutation)
 
     def _gather(self, x: Tensor, context: Tensor | None, indices: Tensor) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pyro_flows import _checks
-from pyro_flows.transforms.base import Bijection
+from pyro_flows.transforms.base import Bijection, Scored
 from pyro_flows.transforms.conditioners import conditioner
 from pyro_flows.transforms.networks import Free, State, adopt_buffer
 
@@ -108,9 +108,7 @@ class DiagonalAffine(Bijection):
         x = x * torch.exp(-log_scale)
         return x, -ladj.expand(x.shape[:-1])
 
-    def forward_and_score(
-        self, x: Tensor, score: Tensor, context: Tensor | None = None
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def forward_and_score(self, x: Tensor, score: Tensor, context: Tensor | None = None) -> Scored:
         shift, log_scale, ladj = self._affine(x, context)
         y = self._forward(x, shift, log_scale)
         with torch.no_grad():
@@ -281,9 +279,7 @@ class LowerTriangularAffine(Bijection):
         x = reduce(_solve, maps, y - shift)
         return x, -ladj.expand(x.shape[:-1])
 
-    def forward_and_score(
-        self, x: Tensor, score: Tensor, context: Tensor | None = None
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def forward_and_score(self, x: Tensor, score: Tensor, context: Tensor | None = None) -> Scored:
         shift, maps, ladj = self._maps(x, context)
         y = shift + reduce(_product, reversed(maps), x)
         with torch.no_grad():

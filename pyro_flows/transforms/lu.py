@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pyro_flows import _checks
-from pyro_flows.transforms.base import Bijection
+from pyro_flows.transforms.base import Bijection, Scored
 from pyro_flows.transforms.conditioners import conditioner
 
 
@@ -78,9 +78,7 @@ class LULinear(Bijection):
         x = _solve(upper.mT, _solve(lower.mT, rows, upper=True), upper=False)
         return self._events(x), -ladj
 
-    def forward_and_score(
-        self, x: Tensor, score: Tensor, context: Tensor | None = None
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def forward_and_score(self, x: Tensor, score: Tensor, context: Tensor | None = None) -> Scored:
         y, ladj = self.forward_and_ladj(x, context)
         with torch.no_grad():
             lower, upper, _ = self._factors(x, context)

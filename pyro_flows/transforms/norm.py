@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pyro_flows import _checks
-from pyro_flows.transforms.base import Bijection
+from pyro_flows.transforms.base import Bijection, Scored
 from pyro_flows.transforms.conditioners import conditioner
 
 
@@ -44,9 +44,7 @@ class _Standardizing(Bijection):
         self._check(y, context)
         return self._undo(y, *self._affine())
 
-    def forward_and_score(
-        self, x: Tensor, score: Tensor, context: Tensor | None = None
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def forward_and_score(self, x: Tensor, score: Tensor, context: Tensor | None = None) -> Scored:
         self._check(x, context)
         shift, log_scale = self._affine()
         return *self._do(x, shift, log_scale), score * self._spread(torch.exp(-log_scale.detach()))
@@ -189,9 +187,7 @@ class BatchNorm(_Standardizing):
             self.running_variance.lerp_(variance, self.momentum)
         return self._undo(y, *self._affine_of(mean, variance))
 
-    def forward_and_score(
-        self, x: Tensor, score: Tensor, context: Tensor | None = None
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def forward_and_score(self, x: Tensor, score: Tensor, context: Tensor | None = None) -> Scored:
         self._refuse_training()
         return super().forward_and_score(x, score, context)
 

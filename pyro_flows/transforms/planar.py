@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 from pyro_flows import _checks
-from pyro_flows.transforms.base import Bijection
+from pyro_flows.transforms.base import Bijection, Scored
 from pyro_flows.transforms.conditioners import conditioner
 
 _UNIT = math.log(math.e - 1.0)  # softplus(_UNIT) = 1
@@ -129,9 +129,7 @@ class Planar(Bijection):
         tanh = torch.tanh(root)
         return y - u * tanh, -_log_determinant(tanh, slope)
 
-    def forward_and_score(
-        self, x: Tensor, score: Tensor, context: Tensor | None = None
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def forward_and_score(self, x: Tensor, score: Tensor, context: Tensor | None = None) -> Scored:
         self._check(x, context)
         u, w, b, slope = self._parameters_at(context)
         tanh = torch.tanh((w * x).sum(-1, keepdim=True) + b)
