@@ -279,9 +279,7 @@ def conditionals_flow(density: LogDensity, *, seed: int) -> tuple[Flow, list[int
 
 
 @torch.no_grad()
-def _found(
-    density: LogDensity, held: list[int], middle: Tensor, spread: Tensor
-) -> tuple[Conditional, Sample] | None:  # fmt: skip
+def _found(density: LogDensity, held: list[int], middle: Tensor, spread: Tensor) -> tuple[Conditional, Sample] | None:
     """Return the conditionals and draws of the hyperparameters, at which the conditionals were checked.
 
     A posterior may lie where a function matters that contributed nothing near the middle of the prior.

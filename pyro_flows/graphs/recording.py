@@ -242,9 +242,7 @@ class _Tape(Dispatch):
         of_node = kind.view and any(number is not None for number in numbers)
         return kind.new or self._done in self._changed or large or of_node
 
-    def _change(
-        self, func: OpOverload, args: Args, kwargs: Mapping[str, object], kind: Kind, depends: bool
-    ) -> object:  # fmt: skip
+    def _change(self, func: OpOverload, args: Args, kwargs: Mapping[str, object], kind: Kind, depends: bool) -> object:
         """Run an operation that changes tensors in place."""
         parts = [part for part, one in zip(args, kind.written, strict=False) if one]
         changed = [*tensors_in((*parts, *(kwargs.get(name) for name in kind.named)))]
@@ -268,9 +266,7 @@ class _Tape(Dispatch):
             if getattr(self._root, str(node.target)) is value:
                 setattr(self._root, str(node.target), value.detach().clone())
 
-    def _write(
-        self, func: OpOverload, args: Args, kwargs: Mapping[str, object], result: object, depends: bool
-    ) -> None:  # fmt: skip
+    def _write(self, func: OpOverload, args: Args, kwargs: Mapping[str, object], result: object, depends: bool) -> None:
         """Write an operation down, and tag what it returns."""
         if depends and not isinstance(result, (Tensor, tuple, list, type(None))):
             raise DependsOnValues(

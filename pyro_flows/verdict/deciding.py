@@ -99,9 +99,7 @@ def judge(
     )
 
 
-def _unweighed(
-    weighing: Weighing, names: Sequence[str], reasons: Sequence[str], notes: Sequence[str] = ()
-) -> Verdict:  # fmt: skip
+def _unweighed(weighing: Weighing, names: Sequence[str], reasons: Sequence[str], notes: Sequence[str] = ()) -> Verdict:
     """Return the verdict on draws whose weights say nothing: it has no k-hat."""
     mean, where, sd, _ = _largest_shifts(weighing)
     ratio = weighing.share
