@@ -319,12 +319,9 @@ def checksum(tensors: Sequence[Tensor]) -> int:
     """Return a number that tells tensors from others: of their shapes, dtypes and numbers."""
     total = 0
     for part in tensors:
-        total = zlib.crc32(_bytes_of(part), zlib.crc32(f"{part.dtype} {tuple(part.shape)}".encode(), total))
+        numbers = part.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+        total = zlib.crc32(numbers, zlib.crc32(f"{part.dtype} {tuple(part.shape)}".encode(), total))
     return total
-
-
-def _bytes_of(value: Tensor) -> bytes:
-    return value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
 def _plain(value: object) -> object:

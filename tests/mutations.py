@@ -105,7 +105,7 @@ EDITS = (
          "tests/comparison/test_loo.py"),
     Edit("graphs/fusion_groups.py", "return wide - fixed", "return wide", GRAPHS),
     Edit("graphs/fusion_groups.py", "first if bool((value == first).all()) else value", "first", GRAPHS),
-    Edit("graphs/alike.py", "begin += size", "begin += 0", GRAPHS),
+    Edit("graphs/sums.py", "begin += size", "begin += 0", GRAPHS),
     Edit("graphs/sums.py", "any(one[1] > other[0] for one, other in pairwise(spans))", "False", GRAPHS),
     Edit("graphs/recorder.py", "if not self._repeats(recorded, fresh):", "if False:", GRAPHS),
     Edit("graphs/recorder.py", "torch.cat(part)[: len(z)]", "torch.cat(part)[-len(z) :]", GRAPHS),

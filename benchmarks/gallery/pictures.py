@@ -18,7 +18,7 @@ import pyro_flows as pf
 from benchmarks.gallery.entries import Entry
 from pyro_flows._figures import FLOW, INK, color_of, panels, styled
 from pyro_flows.cli import eight_schools
-from pyro_flows.plots.scalars import raw, scalar
+from pyro_flows.plots.parts import raw, scalar
 from pyro_flows.results.arviz_groups import posterior_group
 from pyro_flows.transforms.base import Bijection
 

@@ -26,7 +26,7 @@ from pyro_flows.model.log_density import LogDensity
 from pyro_flows.model.stack import NotStackable, Stack
 from pyro_flows.modes.laplace_grid import bent, grids_together
 from pyro_flows.modes.missed_modes import missed_together
-from pyro_flows.modes.tables import Table, flow_along
+from pyro_flows.modes.tops import Table, flow_along
 from pyro_flows.posterior.posterior import Posterior
 from pyro_flows.results.record import Stage
 from pyro_flows.starts.gaussians import Start
@@ -143,15 +143,13 @@ def _train(
     said = f"{{}}, {{}} steps, {{}} of {len(chosen)} converged"
     trainings = train_together(steps, report=lambda done, still, state: report(said.format(state, done, still)))
     stack.evaluations += part.evaluations
-    found = (_judged_once_more(*parts) for parts in zip(part.densities, chosen, trainings, strict=True))
-    return dict(zip(numbers, found, strict=True))
-
-
-def _judged_once_more(density: LogDensity, flow: Flow, training: Training) -> Fitted:
-    """Count a flow as converged, too, if nobody would see what its weights would change."""
-    if not training.converged and shift_is_noise(weighed(flow, density, LOOKED_AT_DRAWS)):
-        training = replace(training, converged=True, moving=False, why=AT_ONCE_TRAINED)
-    return flow, training
+    found = dict[int, Fitted]()
+    for number, density, flow, training in zip(numbers, part.densities, chosen, trainings, strict=True):
+        if not training.converged and shift_is_noise(weighed(flow, density, LOOKED_AT_DRAWS)):
+            # nobody would see what its weights would change
+            training = replace(training, converged=True, moving=False, why=AT_ONCE_TRAINED)
+        found[number] = flow, training
+    return found
 
 
 def _stage(training: Training, start: Start, count: int) -> Stage:

@@ -211,7 +211,11 @@ class Many:
         again = [number for number in numbers if number not in done]
         if self.amortized is not None:
             bar.watch(AMORTIZED)
-            answers = {number: self._answered(self.amortized, number) for number in numbers}
+            answers = dict[int, Posterior]()
+            for number in numbers:
+                options = {"draws": self.options["draws"], "seed": derive(self.seed, f"data set {number}")}
+                case = self.cases[number]
+                answers[number] = self.amortized.posterior(*case.args, model_kwargs=case.kwargs, **options)
             answered = [number for number, answer in answers.items() if answer.verdict.status != "unreliable"]
             yield from ((number, answers[number], True) for number in answered if number in again)
             again, numbers = ([number for number in part if number not in answered] for part in (again, numbers))
@@ -229,11 +233,6 @@ class Many:
         options = {name: value for name, value in self.options.items() if value is not None}
         for number, posterior in fit_each(self.model, cases, options, seeds, self.jobs, self.kept.under_way):
             yield number, posterior, True
-
-    def _answered(self, amortized: Answers, number: int) -> Posterior:
-        """Return what the amortized flow answers to a data set."""
-        case, seed = self.cases[number], derive(self.seed, f"data set {number}")
-        return amortized.posterior(*case.args, model_kwargs=case.kwargs, draws=self.options["draws"], seed=seed)
 
     def _side_by_side(self, numbers: Sequence[int], bar: Bar) -> list[Posterior | None]:
         """Fit a batch side by side, or those of it that can be; nothing if that cannot be done."""

@@ -131,7 +131,11 @@ def sbc(
     options |= {"escalate": escalate, "refine": refine, "draws": max(draws, 1000)}
     asked = {"kind": _checks.choice("kind", kind, ("prior", "posterior")), "simulations": simulations, "draws": draws}
     asked |= {"seed": seed, "steps": steps, "learning_rate": learning_rate}
-    asked |= {"method": _method(guide, sampler), "log_density": log_density}
+    if guide is not None and sampler is not None:
+        raise ValueError("guide: expected a guide or a sampler, got both.")
+    made = guide or sampler
+    method = "fit" if made is None else str(getattr(made, "__name__", type(made).__name__))
+    asked |= {"method": method, "log_density": log_density}
     if amortized is not None and kind != "prior":
         raise ValueError("amortized: expected kind='prior', for it knows the model with one data set, not with two.")
     check_jobs(jobs)
@@ -179,14 +183,6 @@ def _run(
         STATE.hold(True)
         kept.write()
     return _result(simulated, dict(sorted(found.items())), {**asked, "finished": len(kept.done)})
-
-
-def _method(guide: Callable[..., object] | None, sampler: Callable[..., object] | None) -> str:
-    """Return the name of what makes the draws."""
-    if guide is not None and sampler is not None:
-        raise ValueError("guide: expected a guide or a sampler, got both.")
-    made = guide or sampler
-    return "fit" if made is None else str(getattr(made, "__name__", type(made).__name__))
 
 
 def _ranked(

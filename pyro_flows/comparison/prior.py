@@ -18,7 +18,7 @@ from pyro_flows.model.arguments import usable
 from pyro_flows.model.batching import apart, filled_up, over_rows, possible_pieces, quiet, redrawn
 from pyro_flows.model.faults import Faults, defined
 from pyro_flows.model.handlers import Resample
-from pyro_flows.model.sites import Site, is_data, is_deterministic, is_subsample, messages
+from pyro_flows.model.sites import Site, is_data, is_deterministic, messages
 
 
 @_checks.options
@@ -63,7 +63,8 @@ def prior_predictive(
     def one(_: Tensor) -> dict[str, Tensor]:
         with apart(), seen, defined(lambda: f"after site {seen.name!r}"):
             trace = poutine.trace(Resample()(model)).get_trace(*args, **kwargs)
-        return {name: site["value"] for name, site in messages(trace).items() if _is_drawn(site)}
+        sites = {name: site for name, site in messages(trace).items() if site["type"] == "sample"}
+        return {name: site["value"] for name, site in sites.items() if is_data(site) or is_deterministic(site)}
 
     def many(count: int) -> dict[str, Tensor]:
         rows = partial(over_rows, one, randomness="different", otherwise=partial(fallback, "drawn one by one"))
@@ -76,10 +77,6 @@ def prior_predictive(
             return redrawn(many, draws)
         except NotImplementedError:
             raise ValueError(f"site {seen.name!r}: its prior, {seen.kind}, cannot be drawn from.") from None
-
-
-def _is_drawn(site: Site) -> bool:
-    return site["type"] == "sample" and not is_subsample(site) and (is_data(site) or is_deterministic(site))
 
 
 class _Last(Messenger):

@@ -25,15 +25,8 @@ from pyro_flows.results.scoring import LASTING
 from pyro_flows.verdict.chains import McmcDiagnostics, McmcDraws, as_numbers, objections
 from pyro_flows.verdict.deciding import CHECKED, ESTIMATED_DRAWS, UNSEARCHED
 from pyro_flows.verdict.methods import METHODS
-from pyro_flows.verdict.next_step import IMPROPER
-from pyro_flows.verdict.thresholds import (
-    ESS_OF_MCMC,
-    MISSED_MASS_OF_TAILS,
-    MISSED_MASS_SHARE,
-    SHIFT_ERRORS,
-    SHIFT_MOST,
-)
-from pyro_flows.verdict.verdict import Verdict
+from pyro_flows.verdict.thresholds import ESS_OF_MCMC, MISSED_MASS_OF_TAILS, MISSED_MASS_SHARE, SHIFT_ERRORS, SHIFT_MOST
+from pyro_flows.verdict.verdict import IMPROPER, Verdict
 
 STAGE = "refinement"
 TRIED = "the chains have not converged: "

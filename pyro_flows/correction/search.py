@@ -124,9 +124,7 @@ def missed_by_chains(
     return MissedByChains(found, list(search.notes), noted(search, _stages.SEARCH_BY_CHAINS), symmetries)
 
 
-def _not_visited(
-    history: Sequence[Mapping[str, Any]], regions: _Regions, mixes: Callable[[Tensor], bool]
-) -> list[str]:  # fmt: skip
+def _not_visited(history: Sequence[Mapping[str, Any]], regions: _Regions, mixes: Callable[[Tensor], bool]) -> list[str]:
     """Return what the search of the last guide found, and those of earlier chains, if these chains miss some of it.
 
     Chains visit a region, or chains that begin there mix with them. Another search may fail to find a region again.

@@ -26,7 +26,7 @@ from pyro_flows.density_estimation.standardizing import (
     warn_dependent,
     warn_repeated,
 )
-from pyro_flows.flows.defended_base import DefendedBase
+from pyro_flows.flows.bases import DefendedBase
 from pyro_flows.flows.ensemble import Ensemble, averaged
 from pyro_flows.flows.flow import Flow
 from pyro_flows.flows.mixture_base import MixtureBase

@@ -45,18 +45,9 @@ from pyro_flows.results.record import Stage
 from pyro_flows.results.scoring import JUDGING
 from pyro_flows.starts.gaussians import Start
 from pyro_flows.starts.portfolio import moved, tells_moments
-from pyro_flows.verdict.deciding import (
-    CHECKED,
-    LOOKED_AT_DRAWS,
-    POOL,
-    UNSEARCHED,
-    Draw,
-    status_of,
-)
+from pyro_flows.verdict.deciding import CHECKED, LOOKED_AT_DRAWS, POOL, UNSEARCHED, Draw, status_of
 from pyro_flows.verdict.methods import MIXTURE
-from pyro_flows.verdict.thresholds import (
-    ROW_ERROR_MOST,
-)
+from pyro_flows.verdict.thresholds import ROW_ERROR_MOST
 from pyro_flows.verdict.verdict import NAMED
 from pyro_flows.verdict.weighing import Weighing, weigh
 

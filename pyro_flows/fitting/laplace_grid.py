@@ -23,7 +23,7 @@ from pyro_flows.flows.recipe import begin_at
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.modes.laplace_grid import Marginal, can_have_grid, closer, grids_about
 from pyro_flows.modes.missed_modes import Search
-from pyro_flows.modes.tables import flow_along
+from pyro_flows.modes.tops import flow_along
 from pyro_flows.modes.truncated_tails import with_truncated_tails
 from pyro_flows.starts.gaussians import Start
 from pyro_flows.verdict.deciding import JUDGED_DRAWS, LOOKED_AT_DRAWS, weights_correct

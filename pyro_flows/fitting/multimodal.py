@@ -160,9 +160,7 @@ def independent(density: LogDensity, starts: Sequence[Start], *, seed: int) -> M
 
 
 @torch.no_grad()
-def _tabulated(
-    density: LogDensity, places: Tensor, units: Tensor, modes: int, seed: int
-) -> MultimodalCandidate | None:  # fmt: skip
+def _tabulated(density: LogDensity, places: Tensor, units: Tensor, modes: int, seed: int) -> MultimodalCandidate | None:
     """Tabulate independent coordinates; None where a table is too coarse, or weights say that they are not."""
     table = marginals(density, places[0], places, units)
     if table is None:

@@ -24,12 +24,7 @@ from pyro_flows.verdict.deciding import (
     status_of,
     weights_correct,
 )
-from pyro_flows.verdict.thresholds import (
-    ESS_SHARE_EVEN,
-    ESS_SHARE_GOOD,
-    K_HAT_GOOD,
-    VAR_LOG_P_RATIO_MOST,
-)
+from pyro_flows.verdict.thresholds import ESS_SHARE_EVEN, ESS_SHARE_GOOD, K_HAT_GOOD, VAR_LOG_P_RATIO_MOST
 from pyro_flows.verdict.weighing import Weighing, weigh
 
 

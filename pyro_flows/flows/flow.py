@@ -14,15 +14,7 @@ from torch.distributions import Distribution, constraints
 
 from pyro_flows import _checks
 from pyro_flows.flows import bases
-from pyro_flows.transforms import (
-    Bijection,
-    Bound,
-    DiagonalAffine,
-    LowerTriangularAffine,
-    Planar,
-    Rescale,
-    SinhArcsinh,
-)
+from pyro_flows.transforms import Bijection, Bound, DiagonalAffine, LowerTriangularAffine, Planar, Rescale, SinhArcsinh
 from pyro_flows.transforms.coupling import Coupling
 
 AFFINE = (DiagonalAffine, LowerTriangularAffine)

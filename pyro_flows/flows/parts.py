@@ -117,9 +117,7 @@ LOGISTIC = Base(
 )
 
 
-def knots(
-    values: Tensor, log_density: Tensor, base: Base, *, bins: int, bound: float
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+def knots(values: Tensor, log_density: Tensor, base: Base, *, bins: int, bound: float) -> tuple[Tensor, Tensor, Tensor]:
     """Return the knots (3, K + 1) of a spline from a base to a table of one coordinate, and its middle and scale.
 
     Raises:
@@ -141,9 +139,7 @@ def _latent(values: Tensor, log_density: Tensor, base: Base) -> Tensor:
     return base.value(torch.cat([none, mass.cumsum(0)]), torch.cat([mass.flip(0).cumsum(0).flip(0), none]))
 
 
-def _knots(
-    table: tuple[Tensor, Tensor, Tensor], base: Base, bins: int, bound: float
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+def _knots(table: tuple[Tensor, Tensor, Tensor], base: Base, bins: int, bound: float) -> tuple[Tensor, Tensor, Tensor]:
     """Choose the knots of one coordinate (K + 1,): places, values and log densities."""
     usable = torch.isfinite(table[0]) & torch.isfinite(table[2])
     table = table[0][usable], table[1][usable], table[2][usable]

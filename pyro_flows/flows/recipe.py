@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pyro_flows import _checks
 from pyro_flows._threads import turn
-from pyro_flows.flows.defended_base import DefendedBase
+from pyro_flows.flows.bases import DefendedBase
 from pyro_flows.flows.flow import BASES, MIXTURE, Flow
 from pyro_flows.flows.mixture_base import MixtureBase
 from pyro_flows.flows.unbent import warn_unbent

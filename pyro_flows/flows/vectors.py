@@ -7,15 +7,7 @@ from collections.abc import Sequence
 from pyro_flows import _checks
 from pyro_flows.flows.flow import Flow
 from pyro_flows.flows.recipe import Couplings, Networks, build, of_vectors
-from pyro_flows.transforms import (
-    AdditiveCoupling,
-    AffineCoupling,
-    Bijection,
-    Planar,
-    Rescale,
-    SplineCoupling,
-    masks,
-)
+from pyro_flows.transforms import AdditiveCoupling, AffineCoupling, Bijection, Planar, Rescale, SplineCoupling, masks
 
 
 @of_vectors

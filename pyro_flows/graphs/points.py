@@ -76,12 +76,9 @@ _minus = _with_number(SUB, PLUS, FROM, lambda number: -float(number))
 _over = _with_number(DIV, OVER, UNDER)
 
 
-def _added(emit: Writer, x: Operand, y: Operand, alpha: float = 1) -> View:
-    return _plus(emit, x, y if alpha == 1 else _times(emit, y, alpha))
-
-
-def _taken(emit: Writer, x: Operand, y: Operand, alpha: float = 1) -> View:
-    return _minus(emit, x, y if alpha == 1 else _times(emit, y, alpha))
+def _with_alpha(join: Written) -> Written:
+    """Add a number times the second operand, or take it away."""
+    return lambda emit, x, y, alpha=1: join(emit, x, y if alpha == 1 else _times(emit, y, alpha))
 
 
 def _power(emit: Writer, x: Operand, y: Operand) -> View:
@@ -169,9 +166,9 @@ POINTS: dict[str, Written] = {
     "ge": _with_number(GE2, GE),
     "eq": _with_number(EQ2, EQ),
     "ne": _with_number(NE2, NE),
-    "add": _added,
-    "sub": _taken,
-    "rsub": lambda emit, x, y, alpha=1: _taken(emit, y, x, alpha),
+    "add": _with_alpha(_plus),
+    "sub": _with_alpha(_minus),
+    "rsub": lambda emit, x, y, alpha=1: _with_alpha(_minus)(emit, y, x, alpha),
     "mul": _times,
     "div": _over,
     "pow": _power,

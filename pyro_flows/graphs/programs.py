@@ -232,9 +232,7 @@ def _bits(number: float) -> int:
     return int(struct.unpack("q", struct.pack("d", number))[0])
 
 
-def product_in_words(
-    one: Product, places: dict[Buffer, int], arrays: dict[Buffer, int]
-) -> tuple[list[int], int]:  # fmt: skip
+def product_in_words(one: Product, places: dict[Buffer, int], arrays: dict[Buffer, int]) -> tuple[list[int], int]:
     """Return the words of a product of matrices, and how many numbers are packed for it."""
     batch, rows, inner = one.first.sizes
     columns = one.second.sizes[2]

@@ -17,7 +17,6 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 from pyro_flows import _stages
 from pyro_flows._ledger import counted
 from pyro_flows._tensors import Args, Dispatch, Kwargs, Memories, storage_of, tensors_in
-from pyro_flows.graphs.alike import join_calls
 from pyro_flows.graphs.graph import (
     LIKE,
     constant_node,
@@ -30,7 +29,7 @@ from pyro_flows.graphs.graph import (
     uncollected,
 )
 from pyro_flows.graphs.orders import ordered
-from pyro_flows.graphs.sums import join_parts
+from pyro_flows.graphs.sums import join_calls, join_parts
 from pyro_flows.graphs.written import resolve
 
 FOLDED = 2**16  # numbers in a constant that may be computed from smaller ones
@@ -243,9 +242,7 @@ class _Tape(Dispatch):
         of_node = kind.view and any(number is not None for number in numbers)
         return kind.new or self._done in self._changed or large or of_node
 
-    def _change(
-        self, func: OpOverload, args: Args, kwargs: Mapping[str, object], kind: Kind, depends: bool
-    ) -> object:  # fmt: skip
+    def _change(self, func: OpOverload, args: Args, kwargs: Mapping[str, object], kind: Kind, depends: bool) -> object:
         """Run an operation that changes tensors in place."""
         parts = [part for part, one in zip(args, kind.written, strict=False) if one]
         changed = [*tensors_in((*parts, *(kwargs.get(name) for name in kind.named)))]
@@ -269,9 +266,7 @@ class _Tape(Dispatch):
             if getattr(self._root, str(node.target)) is value:
                 setattr(self._root, str(node.target), value.detach().clone())
 
-    def _write(
-        self, func: OpOverload, args: Args, kwargs: Mapping[str, object], result: object, depends: bool
-    ) -> None:  # fmt: skip
+    def _write(self, func: OpOverload, args: Args, kwargs: Mapping[str, object], result: object, depends: bool) -> None:
         """Write an operation down, and tag what it returns."""
         if depends and not isinstance(result, (Tensor, tuple, list, type(None))):
             raise DependsOnValues(

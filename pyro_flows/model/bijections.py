@@ -41,7 +41,11 @@ def bijection(fn: Distribution) -> Transform:
         inner = inner.base_dist
     if isinstance(inner, GENERALIZED_PARETO):
         support = cast(constraints.interval, inner.support)
-        return _lifted(_perhaps_bounded(support.lower_bound, torch.as_tensor(support.upper_bound)), lifted)
+        lower, upper = support.lower_bound, torch.as_tensor(support.upper_bound)
+        bounded = torch.isfinite(upper)
+        interval = constraints.interval(lower, torch.where(bounded, upper, lower + 1.0))
+        choice = _Choice(bounded, registered(constraints.greater_than(lower)), registered(interval))
+        return _lifted(choice, lifted)
     if is_narrower(inner) and ComposeTransform(inner.transforms).bijective:
         return _lifted(ComposeTransform([bijection(inner.base_dist), *inner.transforms]), lifted)
     return biject_to(cast(Constraint, fn.support))
@@ -49,13 +53,6 @@ def bijection(fn: Distribution) -> Transform:
 
 def _lifted(transform: Transform, axes: int) -> Transform:
     return IndependentTransform(transform, axes) if axes else transform
-
-
-def _perhaps_bounded(lower: Tensor, upper: Tensor) -> Transform:
-    """The bijection onto an interval whose upper bound may be infinite."""
-    bounded = torch.isfinite(upper)
-    interval = constraints.interval(lower, torch.where(bounded, upper, lower + 1.0))
-    return _Choice(bounded, registered(constraints.greater_than(lower)), registered(interval))
 
 
 def biject_to(support: Constraint) -> Transform:

@@ -152,9 +152,7 @@ def hold(model: Model, trace: poutine.Trace) -> tuple[Callable[..., object], dic
     return within(model, lambda: _Hold(held)), {name: leaf for name, (leaf, _) in held.items()}
 
 
-def place_all(
-    structure: Structure, z: Tensor, run: Callable[[], object], *, moving: bool = False
-) -> dict[str, Placed]:  # fmt: skip
+def place_all(structure: Structure, z: Tensor, run: Callable[[], object], *, moving: bool = False) -> dict[str, Placed]:
     """Put each latent at ``z``.
 
     ``run`` calls the model, only if supports depend on it, or on parameters that may move.

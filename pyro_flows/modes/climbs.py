@@ -16,13 +16,7 @@ from pyro_flows.modes.symmetric_modes import symmetric_modes_of
 from pyro_flows.modes.tempering import temper
 from pyro_flows.modes.terms import places_of_terms
 from pyro_flows.modes.tops import MODE_REACHES
-from pyro_flows.modes.unverified_modes import (
-    UnverifiedMode,
-    by_curvature,
-    distinct,
-    modes_with_mass,
-    worth_measuring,
-)
+from pyro_flows.modes.unverified_modes import UnverifiedMode, by_curvature, distinct, modes_with_mass, worth_measuring
 from pyro_flows.starts.curvature import lower_triangular
 from pyro_flows.starts.gaussians import Start
 from pyro_flows.starts.pathfinder import Paths, pathfinder

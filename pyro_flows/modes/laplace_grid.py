@@ -30,8 +30,7 @@ from pyro_flows.model.log_density import LogDensity
 from pyro_flows.model.sites import Structure
 from pyro_flows.model.stack import Stack
 from pyro_flows.modes.propriety import COORDINATES_LOOKED_AT, finer
-from pyro_flows.modes.tables import OUTSIDE, Table
-from pyro_flows.modes.tops import MODE_REACHES, NEGLIGIBLE_GAIN, Tails, Tops, roots_across
+from pyro_flows.modes.tops import MODE_REACHES, NEGLIGIBLE_GAIN, OUTSIDE, Table, Tails, Tops, roots_across
 from pyro_flows.modes.under_covered import is_usable
 from pyro_flows.starts.climb import NEWTON
 from pyro_flows.starts.curvature import SMALL_UP_TO, second_derivatives

@@ -137,9 +137,7 @@ class Outward:
         single = self.density if self.single is None else self.single
         return single.unrecorded(self._z(y).float())[0].double()
 
-    def _starts(
-        self, rows: Tensor, distance: float, tops: list[Tensor], far: list[Tensor]
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+    def _starts(self, rows: Tensor, distance: float, tops: list[Tensor], far: list[Tensor]) -> tuple[Tensor, Tensor]:
         """Return the largest share of a distance before the end of numbers (NaN: none), and where to begin there."""
         u = self.directions[rows]
         before, here, first, second = (part[rows] for part in (*tops, *far))

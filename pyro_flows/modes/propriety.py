@@ -25,7 +25,7 @@ from pyro_flows.model.log_density import LogDensity
 from pyro_flows.modes.outward import Outward, Side
 from pyro_flows.modes.tops import MODE_REACHES
 from pyro_flows.starts.prior import MATRICES_UP_TO, spread_of
-from pyro_flows.verdict.next_step import IMPROPER
+from pyro_flows.verdict.verdict import IMPROPER
 
 Slow = tuple[bool | None, ...]  # one way and the other
 

@@ -20,7 +20,7 @@ from pyro_flows.model.log_density import LogDensity
 from pyro_flows.modes.laplace_grid import Marginal, all_grids, can_have_grid, closer
 from pyro_flows.modes.missed_modes import Search, sentence_on
 from pyro_flows.modes.missed_regions import BY_WALKERS, TRUNCATED_TAIL, MissedRegion
-from pyro_flows.modes.tables import covariance_roots
+from pyro_flows.modes.tops import covariance_roots
 from pyro_flows.starts.gaussians import Start
 from pyro_flows.verdict.thresholds import MISSED_MASS_ERRORS, MISSED_MASS_OF_TAILS, TAIL_SHARE
 from pyro_flows.verdict.weighing import LEVELS, in_order, weighted_quantiles

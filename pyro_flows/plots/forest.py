@@ -11,7 +11,7 @@ import numpy as np
 from pyro_flows import _checks
 from pyro_flows._figures import INK, LINE, WIDTH, color_of, panels, styled
 from pyro_flows.plots import parts
-from pyro_flows.plots.scalars import Names, Posteriors, common, named, raw, raw_label, scalars_of
+from pyro_flows.plots.parts import Names, Posteriors, common, named, raw, raw_label, scalars_of
 from pyro_flows.results.arviz_groups import named_draws
 from pyro_flows.results.arviz_groups import posterior_group as used
 from pyro_flows.results.record import Record

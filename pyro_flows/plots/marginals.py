@@ -10,7 +10,7 @@ import numpy as np
 
 from pyro_flows._figures import INK, SHOWN, WIDTH, color_of, grid_of, panels, styled
 from pyro_flows.plots import parts
-from pyro_flows.plots.scalars import Names, Posteriors, common, named, scalars_of
+from pyro_flows.plots.parts import Names, Posteriors, common, named, scalars_of
 from pyro_flows.results.arviz_groups import posterior_group as used
 from pyro_flows.results.arviz_groups import prior_group
 from pyro_flows.results.record import Record

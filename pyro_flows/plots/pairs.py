@@ -11,7 +11,7 @@ import numpy as np
 
 from pyro_flows._figures import FLOW, WIDTH, color_of, limits, opaque, panels, styled
 from pyro_flows.plots import parts
-from pyro_flows.plots.scalars import (
+from pyro_flows.plots.parts import (
     Names,
     Posteriors,
     Transform,

@@ -11,7 +11,7 @@ import numpy as np
 from pyro_flows import _arviz
 from pyro_flows._figures import FLOW, INK, SHOWN, WIDTH, grid_of, panels, styled
 from pyro_flows.plots import parts
-from pyro_flows.plots.scalars import Names
+from pyro_flows.plots.parts import Names
 from pyro_flows.results.arviz_groups import predictive_groups
 from pyro_flows.results.record import Record
 

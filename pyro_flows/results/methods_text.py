@@ -12,7 +12,7 @@ from pyro_flows.flows.mixture import FlowMixture
 from pyro_flows.results.record import Record, attributes_of, counted
 from pyro_flows.verdict import methods as made
 from pyro_flows.verdict.deciding import MENDED, POOL
-from pyro_flows.verdict.references import bibtex, named
+from pyro_flows.verdict.methods import bibtex, named
 from pyro_flows.verdict.thresholds import K_HAT_GOOD, SHIFT_MOST
 from pyro_flows.verdict.verdict import Verdict
 from pyro_flows.verdict.weighing import UNTOLD

@@ -131,9 +131,7 @@ def _diagonals_by_differences(density: LogDensity, points: Tensor) -> Tensor:
     return torch.stack([torch.cat(row) for row in rows])
 
 
-def _where_coarse(
-    points: Tensor, diagonals: Tensor, found: Tensor, otherwise: Callable[[Tensor], Tensor]
-) -> Tensor:  # fmt: skip
+def _where_coarse(points: Tensor, diagonals: Tensor, found: Tensor, otherwise: Callable[[Tensor], Tensor]) -> Tensor:
     """Replace what was found (K, ...) where steps of differences are not a tenth of the scales that they tell."""
     fine = (_steps(points) <= 0.1 * _units(diagonals)).all(-1) & torch.isfinite(found).flatten(1).all(-1)
     coarse = (~fine).nonzero()[:, 0]

@@ -106,9 +106,7 @@ class Step:
         Exception: of any kind, if some layer cannot be recorded, or the passes give other numbers than the flow.
     """
 
-    def __init__(
-        self, flow: Flow, density: LogDensity, like: Tensor, weights: Tensor, views: Sequence[Tensor]
-    ) -> None:  # fmt: skip
+    def __init__(self, flow: Flow, density: LogDensity, like: Tensor, weights: Tensor, views: Sequence[Tensor]) -> None:
         self.flow, self.density = flow, density
         self.passes = Passes(flow, like, views)
         self._scalars = weights.new_zeros(2)

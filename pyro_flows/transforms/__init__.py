@@ -4,11 +4,11 @@ from pyro_flows.transforms import masks
 from pyro_flows.transforms.affine_coupling import AdditiveCoupling, AffineCoupling
 from pyro_flows.transforms.base import Bijection, Bound, Inverse
 from pyro_flows.transforms.compose import Compose
+from pyro_flows.transforms.fixed import Permutation
 from pyro_flows.transforms.image import MultiScale, Squeeze
 from pyro_flows.transforms.linear import DiagonalAffine, LowerTriangularAffine, Rescale
 from pyro_flows.transforms.lu import Conv1x1, LULinear
 from pyro_flows.transforms.norm import ActNorm, BatchNorm
-from pyro_flows.transforms.permutation import Permutation
 from pyro_flows.transforms.pixels import Dequantize, Logit
 from pyro_flows.transforms.planar import Planar
 from pyro_flows.transforms.spline_coupling import SplineCoupling

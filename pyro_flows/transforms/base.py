@@ -14,6 +14,8 @@ from torch.distributions import Transform, constraints
 from pyro_flows import _checks
 from pyro_flows._tensors import broadcast
 
+Scored = tuple[Tensor, Tensor, Tensor]  # y, log|dy/dx|, and the score at y, which comes back without a graph
+
 
 class Bijection(TransformModule, ConditionalTransform):
     r"""An invertible map with trainable parameters, plain (``context_dim=0``) or conditional.
@@ -53,9 +55,7 @@ class Bijection(TransformModule, ConditionalTransform):
         """Return ``x`` and ``log|dx/dy|``."""
         raise NotImplementedError
 
-    def forward_and_score(
-        self, x: Tensor, score: Tensor, context: Tensor | None = None
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def forward_and_score(self, x: Tensor, score: Tensor, context: Tensor | None = None) -> Scored:
         r"""Return ``y``, ``log|dy/dx|`` and the score carried along.
 
         Given :math:`g_x = \nabla_x \log q(x)` (``score``, shaped like ``x``), the density of ``y`` has the score
@@ -75,6 +75,12 @@ class Bijection(TransformModule, ConditionalTransform):
         """Shape of an event of x, from the map's ``dim`` (a number, or a shape); None if the map does not know it."""
         dim = getattr(self, "dim", None)
         return None if dim is None else torch.Size((dim,) if isinstance(dim, int) else dim)
+
+    def _check(self, x: Tensor, context: Tensor | None) -> None:
+        """Refuse events of another shape than the map's, a context that is missing, and one that is not expected."""
+        assert self.event_shape is not None
+        _checks.event(type(self).__name__, x, self.event_shape)
+        _checks.context(type(self).__name__, context, self.context_dim)
 
     @torch.no_grad()
     def start_from(self, y: Tensor, context: Tensor | None = None) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.distributions import constraints
 
 from pyro_flows import _checks
-from pyro_flows.transforms.base import Bijection
+from pyro_flows.transforms.base import Bijection, Scored
 from pyro_flows.transforms.networks import Seen, State, adopt_context_scale, seen_of
 
 
@@ -118,9 +118,7 @@ class Compose(Bijection):
             total = total + ladj
         return y, total
 
-    def forward_and_score(
-        self, x: Tensor, score: Tensor, context: Tensor | None = None
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def forward_and_score(self, x: Tensor, score: Tensor, context: Tensor | None = None) -> Scored:
         seen = self._seen(context)
         first, *others = self.layers
         x, total, score = first.forward_and_score(x, score, self._context(first, seen))

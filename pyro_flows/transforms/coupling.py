@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pyro_flows import _checks
 from pyro_flows._tensors import broadcast
-from pyro_flows.transforms.base import Bijection
+from pyro_flows.transforms.base import Bijection, Scored
 from pyro_flows.transforms.conditioners import conditioner, forward_and_pull
 from pyro_flows.transforms.masks import channels, half
 from pyro_flows.transforms.networks import Network
@@ -108,10 +108,6 @@ class Coupling(Bijection):
             return raw
         return torch.where(self.mask.repeat(self.per, *[1] * (self.event_dim - 1)), 0, raw)
 
-    def _check(self, x: Tensor, context: Tensor | None) -> None:
-        _checks.event(type(self).__name__, x, self.dim)
-        _checks.context(type(self).__name__, context, self.context_dim)
-
     def _total(self, terms: Tensor) -> Tensor:
         return terms.sum(self._axes)
 
@@ -134,9 +130,7 @@ class Coupling(Bijection):
         batch = y.shape[: -self.event_dim]
         return ladj if ladj.shape == batch else ladj.expand(batch)
 
-    def forward_and_score(
-        self, x: Tensor, score: Tensor, context: Tensor | None = None
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def forward_and_score(self, x: Tensor, score: Tensor, context: Tensor | None = None) -> Scored:
         self._check(x, context)
         if context is not None:
             batch = broadcast(x.shape[: -self.event_dim], context.shape[:-1])

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pyro_flows import _checks
-from pyro_flows.transforms.base import Bijection
+from pyro_flows.transforms.base import Bijection, Scored
 
 
 @_checks.constructor
@@ -64,8 +64,7 @@ class Squeeze(Bijection):
         return torch.Size((*batch, channels // len(self._corners), *(side * self.group for side in sides)))
 
     def forward_and_ladj(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        _checks.event("Squeeze", x, self.dim)
-        _checks.context("Squeeze", context, 0)
+        self._check(x, context)
         return self._squeeze(x), x.new_zeros(x.shape[: -self.event_dim])
 
     def inverse_and_ladj(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -77,9 +76,7 @@ class Squeeze(Bijection):
             x = x.unflatten(-1, (2, 2)).transpose(-3, -2).flatten(-4, -3)
         return x.flatten(-2), y.new_zeros(y.shape[: -self.event_dim])
 
-    def forward_and_score(
-        self, x: Tensor, score: Tensor, context: Tensor | None = None
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def forward_and_score(self, x: Tensor, score: Tensor, context: Tensor | None = None) -> Scored:
         return *self.forward_and_ladj(x, context), self._squeeze(score)
 
     def _squeeze(self, x: Tensor) -> Tensor:
@@ -142,9 +139,7 @@ class MultiScale(Bijection):
         second, ladj = self.coarse.inverse_and_ladj(second, context)
         return self._join(first, second), ladj
 
-    def forward_and_score(
-        self, x: Tensor, score: Tensor, context: Tensor | None = None
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def forward_and_score(self, x: Tensor, score: Tensor, context: Tensor | None = None) -> Scored:
         (first, second), (score_first, score_second) = self._halves(x), self._halves(score)
         second, ladj, score_second = self.coarse.forward_and_score(second, score_second, context)
         return self._join(first, second), ladj, self._join(score_first, score_second)

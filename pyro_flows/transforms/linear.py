@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pyro_flows import _checks
-from pyro_flows.transforms.base import Bijection
+from pyro_flows.transforms.base import Bijection, Scored
 from pyro_flows.transforms.conditioners import conditioner
 from pyro_flows.transforms.networks import Free, State, adopt_buffer
 
@@ -82,8 +82,7 @@ class DiagonalAffine(Bijection):
 
         A diagonal L is a part of these scales.
         """
-        _checks.event(type(self).__name__, x, self.dim)
-        _checks.context(type(self).__name__, context, self.context_dim)
+        self._check(x, context)
         free = self.conditioner(None, context)
         shift, log_scale = free.chunk(2, dim=-1) if self._shifts else (None, free)
         whole = self.scale.dim() == 2
@@ -109,9 +108,7 @@ class DiagonalAffine(Bijection):
         x = x * torch.exp(-log_scale)
         return x, -ladj.expand(x.shape[:-1])
 
-    def forward_and_score(
-        self, x: Tensor, score: Tensor, context: Tensor | None = None
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def forward_and_score(self, x: Tensor, score: Tensor, context: Tensor | None = None) -> Scored:
         shift, log_scale, ladj = self._affine(x, context)
         y = self._forward(x, shift, log_scale)
         with torch.no_grad():
@@ -258,8 +255,7 @@ class LowerTriangularAffine(Bijection):
 
     def _factored(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """Return the shift m + L b, the matrix A and the log determinant of L A."""
-        _checks.event("LowerTriangularAffine", x, self.dim)
-        _checks.context("LowerTriangularAffine", context, self.context_dim)
+        self._check(x, context)
         free = self.conditioner(None, context)
         shift, log_diagonal, below = self._split(free)
         if self.relative is not None:
@@ -283,9 +279,7 @@ class LowerTriangularAffine(Bijection):
         x = reduce(_solve, maps, y - shift)
         return x, -ladj.expand(x.shape[:-1])
 
-    def forward_and_score(
-        self, x: Tensor, score: Tensor, context: Tensor | None = None
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def forward_and_score(self, x: Tensor, score: Tensor, context: Tensor | None = None) -> Scored:
         shift, maps, ladj = self._maps(x, context)
         y = shift + reduce(_product, reversed(maps), x)
         with torch.no_grad():

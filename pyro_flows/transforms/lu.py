@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pyro_flows import _checks
-from pyro_flows.transforms.base import Bijection
+from pyro_flows.transforms.base import Bijection, Scored
 from pyro_flows.transforms.conditioners import conditioner
 
 
@@ -54,8 +54,7 @@ class LULinear(Bijection):
 
     def _factors(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """Return L, U and the log-determinant for points like ``x``."""
-        _checks.event(type(self).__name__, x, self.dim)
-        _checks.context(type(self).__name__, context, 0)
+        self._check(x, context)
         matrix = self.conditioner(None, None).unflatten(0, (len(self.permutation), -1))
         log_diagonal = matrix.diagonal()
         lower = matrix.tril(-1) + torch.ones_like(log_diagonal).diag_embed()
@@ -79,9 +78,7 @@ class LULinear(Bijection):
         x = _solve(upper.mT, _solve(lower.mT, rows, upper=True), upper=False)
         return self._events(x), -ladj
 
-    def forward_and_score(
-        self, x: Tensor, score: Tensor, context: Tensor | None = None
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def forward_and_score(self, x: Tensor, score: Tensor, context: Tensor | None = None) -> Scored:
         y, ladj = self.forward_and_ladj(x, context)
         with torch.no_grad():
             lower, upper, _ = self._factors(x, context)

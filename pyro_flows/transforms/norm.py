@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pyro_flows import _checks
-from pyro_flows.transforms.base import Bijection
+from pyro_flows.transforms.base import Bijection, Scored
 from pyro_flows.transforms.conditioners import conditioner
 
 
@@ -24,10 +24,6 @@ class _Standardizing(Bijection):
         self._width, self._ones = shape[0], (1,) * (len(shape) - 1)
         self._pixels = math.prod(shape[1:])
         self.conditioner = conditioner(0, 0, 2 * self._width)
-
-    def _check(self, x: Tensor, context: Tensor | None) -> None:
-        _checks.event(type(self).__name__, x, self.dim)
-        _checks.context(type(self).__name__, context, 0)
 
     def _spread(self, values: Tensor) -> Tensor:
         """Give numbers for channels the axes of a signal or an image."""
@@ -48,9 +44,7 @@ class _Standardizing(Bijection):
         self._check(y, context)
         return self._undo(y, *self._affine())
 
-    def forward_and_score(
-        self, x: Tensor, score: Tensor, context: Tensor | None = None
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def forward_and_score(self, x: Tensor, score: Tensor, context: Tensor | None = None) -> Scored:
         self._check(x, context)
         shift, log_scale = self._affine()
         return *self._do(x, shift, log_scale), score * self._spread(torch.exp(-log_scale.detach()))
@@ -193,9 +187,7 @@ class BatchNorm(_Standardizing):
             self.running_variance.lerp_(variance, self.momentum)
         return self._undo(y, *self._affine_of(mean, variance))
 
-    def forward_and_score(
-        self, x: Tensor, score: Tensor, context: Tensor | None = None
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def forward_and_score(self, x: Tensor, score: Tensor, context: Tensor | None = None) -> Scored:
         self._refuse_training()
         return super().forward_and_score(x, score, context)
 

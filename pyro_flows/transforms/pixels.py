@@ -12,7 +12,7 @@ from torch.distributions import constraints
 from torch.nn.functional import logsigmoid
 
 from pyro_flows import _checks
-from pyro_flows.transforms.base import Bijection
+from pyro_flows.transforms.base import Bijection, Scored
 from pyro_flows.transforms.conditioners import bounded, conditioner
 
 
@@ -60,10 +60,6 @@ class Logit(Bijection):
         beyond = self.alpha / (1.0 - 2.0 * self.alpha)
         return constraints.independent(constraints.interval(-beyond, 1.0 + beyond), self.event_dim)
 
-    def _check(self, x: Tensor, context: Tensor | None) -> None:
-        _checks.event("Logit", x, self.dim)
-        _checks.context("Logit", context, 0)
-
     def _total(self, terms: Tensor) -> Tensor:
         return terms.flatten(-self.event_dim).sum(-1)
 
@@ -79,9 +75,7 @@ class Logit(Bijection):
         low, high = torch.log(self.alpha + width * y), torch.log(self.alpha + width * (1.0 - y))
         return low - high, self._total(math.log(width) - low - high)
 
-    def forward_and_score(
-        self, x: Tensor, score: Tensor, context: Tensor | None = None
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def forward_and_score(self, x: Tensor, score: Tensor, context: Tensor | None = None) -> Scored:
         y, ladj = self.forward_and_ladj(x, context)
         with torch.no_grad():
             slope = torch.exp(_log_slope(x)) / (1.0 - 2.0 * self.alpha)

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 from pyro_flows import _checks
-from pyro_flows.transforms.base import Bijection
+from pyro_flows.transforms.base import Bijection, Scored
 from pyro_flows.transforms.conditioners import conditioner
 
 _UNIT = math.log(math.e - 1.0)  # softplus(_UNIT) = 1
@@ -110,15 +110,13 @@ class Planar(Bijection):
         return u + torch.where(away & ~mild, rounding, 0.0).detach(), w, b, slope
 
     def forward_and_ladj(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        _checks.event("Planar", x, self.dim)
-        _checks.context("Planar", context, self.context_dim)
+        self._check(x, context)
         u, w, b, slope = self._parameters_at(context)
         tanh = torch.tanh((w * x).sum(-1, keepdim=True) + b)
         return x + u * tanh, _log_determinant(tanh, slope)
 
     def inverse_and_ladj(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        _checks.event("Planar", y, self.dim)
-        _checks.context("Planar", context, self.context_dim)
+        self._check(y, context)
         u, w, b, slope = self._parameters_at(context)
         target = (w * y).sum(-1, keepdim=True) + b
         gain = slope - 1.0
@@ -131,11 +129,8 @@ class Planar(Bijection):
         tanh = torch.tanh(root)
         return y - u * tanh, -_log_determinant(tanh, slope)
 
-    def forward_and_score(
-        self, x: Tensor, score: Tensor, context: Tensor | None = None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        _checks.event("Planar", x, self.dim)
-        _checks.context("Planar", context, self.context_dim)
+    def forward_and_score(self, x: Tensor, score: Tensor, context: Tensor | None = None) -> Scored:
+        self._check(x, context)
         u, w, b, slope = self._parameters_at(context)
         tanh = torch.tanh((w * x).sum(-1, keepdim=True) + b)
         with torch.no_grad():

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pyro_flows import _checks
-from pyro_flows.transforms.base import Bijection
+from pyro_flows.transforms.base import Bijection, Scored
 from pyro_flows.transforms.conditioners import bounded, conditioner
 
 SLOW = 0.1  # three units out, k moves a point by three times itself, and six units out by nine times
@@ -69,8 +69,7 @@ class SinhArcsinh(Bijection):
 
     def _tails(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         """Return k and c for each coordinate of ``x``, by the side it is on (the map keeps the sign)."""
-        _checks.event("SinhArcsinh", x, self.dim)
-        _checks.context("SinhArcsinh", context, self.context_dim)
+        self._check(x, context)
         raw = self.conditioner(None, context)
         left, right = torch.exp(bounded(raw, self.log_bound)).chunk(2, dim=-1)
         ends = zip(left.chunk(2, dim=-1), right.chunk(2, dim=-1), strict=True)
@@ -89,9 +88,7 @@ class SinhArcsinh(Bijection):
         angle = stretched / power
         return onset * torch.sinh(angle), (_log_cosh(angle) - _log_cosh(stretched)).sum(-1)
 
-    def forward_and_score(
-        self, x: Tensor, score: Tensor, context: Tensor | None = None
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def forward_and_score(self, x: Tensor, score: Tensor, context: Tensor | None = None) -> Scored:
         power, onset = self._tails(x, context)
         angle = torch.asinh(x / onset)
         stretched = power * angle

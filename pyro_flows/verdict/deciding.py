@@ -13,7 +13,6 @@ from torch import Tensor
 from pyro_flows import _arviz
 from pyro_flows.verdict.chains import McmcDiagnostics
 from pyro_flows.verdict.methods import MCMC
-from pyro_flows.verdict.next_step import IMPROPER
 from pyro_flows.verdict.thresholds import (
     DIVERGENT_SHARE_OF_MCMC,
     ESS_OF_MCMC,
@@ -32,7 +31,7 @@ from pyro_flows.verdict.thresholds import (
     SHIFT_MOST,
     SHIFT_SEEN,
 )
-from pyro_flows.verdict.verdict import NAMED, Verdict
+from pyro_flows.verdict.verdict import IMPROPER, NAMED, Verdict
 from pyro_flows.verdict.weighing import Weighing, in_words, resample, weigh
 
 MENDED = f"is not below {K_HAT_GOOD} and weighting changes the results"
@@ -100,9 +99,7 @@ def judge(
     )
 
 
-def _unweighed(
-    weighing: Weighing, names: Sequence[str], reasons: Sequence[str], notes: Sequence[str] = ()
-) -> Verdict:  # fmt: skip
+def _unweighed(weighing: Weighing, names: Sequence[str], reasons: Sequence[str], notes: Sequence[str] = ()) -> Verdict:
     """Return the verdict on draws whose weights say nothing: it has no k-hat."""
     mean, where, sd, _ = _largest_shifts(weighing)
     ratio = weighing.share

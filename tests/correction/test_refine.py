@@ -374,8 +374,7 @@ def test_a_fit_tries_chains_after_a_first_round_that_is_not_enough(monkeypatch):
     from pyro_flows.fitting.rounds import Round
 
     monkeypatch.setattr(Round, "enough", property(lambda self: False))
-    for module in ("methods", "flow_training"):
-        monkeypatch.setattr(f"pyro_flows.fitting.{module}.shift_is_noise", lambda *_, **__: False)
+    monkeypatch.setattr("pyro_flows.fitting.methods.shift_is_noise", lambda *_, **__: False)
     monkeypatch.setattr("pyro_flows.fitting.multimodal.is_separable", lambda *_, **__: False)  # as it is
     found = pf.fit(schools, Y, progress=False, max_steps=800)
     assert found.verdict.status == "refined", found.verdict

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import pyro_flows as pf
-from pyro_flows.fitting import flow_training, methods
+from pyro_flows.fitting import methods
 from pyro_flows.fitting import rounds as samples
 from pyro_flows.training.convergence import Monitor
 from pyro_flows.training.loop import COOL
@@ -68,8 +68,7 @@ def test_a_training_that_ended_too_early_goes_on(monkeypatch):
         looks.append(weighing)
         return len(looks) == 3  # two looks at the start, and the first one while training
 
-    for module in (methods, flow_training):
-        monkeypatch.setattr(module, "shift_is_noise", unsure)
+    monkeypatch.setattr(methods, "shift_is_noise", unsure)
     found, rounds = fitted(skewed)
     assert [stage["steps"] for stage in rounds[:1]] == [160 + COOL // 3]
     assert rounds[1]["steps"] >= 1000
@@ -90,10 +89,9 @@ def test_training_does_not_go_on_for_the_tail_of_even_weights(monkeypatch, refin
         found = assess(name, trainer, training)
         return replace(found, weighing=replace(found.weighing, k_hat=0.9, ess=0.97 * len(found.weighing.log_weights)))
 
-    assess = flow_training.assess
-    for module in (methods, flow_training):
-        monkeypatch.setattr(module, "shift_is_noise", sure_once)
-    monkeypatch.setattr(flow_training, "assess", tail_in_doubt)
+    assess = methods.assess
+    monkeypatch.setattr(methods, "shift_is_noise", sure_once)
+    monkeypatch.setattr(methods, "assess", tail_in_doubt)
     found, rounds = fitted(skewed, refine=refine)
     assert len(rounds) == count
     if refine:
@@ -117,7 +115,7 @@ def test_no_glance_at_the_modes_of_a_long_model(monkeypatch, steps, glances):
         raise TrainingBegins
 
     monkeypatch.setattr(methods, "multimodal", multimodal)
-    monkeypatch.setattr(flow_training, "_first_round", first_round)
+    monkeypatch.setattr(methods, "_first_round", first_round)
 
     def recursion(y):
         rate = pyro.sample("rate", dist.Normal(torch.zeros(2).double(), 1.0).to_event(1))

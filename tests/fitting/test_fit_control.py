@@ -182,7 +182,7 @@ def test_runs_that_were_not_begun_are_said(monkeypatch):
         over.append(True)
         return found
 
-    monkeypatch.setattr("pyro_flows.fitting.flow_training.train", train)
+    monkeypatch.setattr("pyro_flows.fitting.methods.train", train)
     found = pf.fit(model, Y, runs=3, max_seconds=1e4, **QUICK)
     assert any("run 2 of 3" in note for note in found.verdict.notes)
     assert {stage["run"] for stage in found.history} == {0}

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from pyro_flows.graphs.alike import FEWEST, SMALL
 from pyro_flows.graphs.recording import record
+from pyro_flows.graphs.sums import FEWEST, SMALL
 from pyro_flows.model.batching import values_and_grads
 from tests.invariants import close
 

@@ -12,7 +12,7 @@ import pyro_flows as pf
 from pyro_flows.model.digits import ALLOWED, NOISE
 from pyro_flows.model.precision import LostDigits, in_double
 from pyro_flows.verdict.methods import MCMC
-from pyro_flows.verdict.next_step import next_step
+from pyro_flows.verdict.verdict import next_step
 from tests.invariants import close
 from tests.models import gauss
 from tests.registry import normal

@@ -20,7 +20,7 @@ from pyro_flows.fitting.laplace_grid import along
 from pyro_flows.flows.recipe_json import from_json, not_rebuilt, to_json
 from pyro_flows.modes.laplace_grid import all_grids, around, closer, grids_about, predictors_of_spread
 from pyro_flows.modes.missed_modes import Search
-from pyro_flows.modes.tables import flow_along
+from pyro_flows.modes.tops import flow_along
 from pyro_flows.modes.truncated_tails import truncated_tail, with_truncated_tails
 from pyro_flows.transforms.sliced import Sliced
 from pyro_flows.transforms.splines import between, smooth_slopes
@@ -351,7 +351,7 @@ def test_a_guide_that_ends_before_a_tail_is_told_so(monkeypatch):
     z = shortened(density)
     (whole,) = all_grids(density, z, torch.zeros(len(z)), seed=0)
     whole = closer(density, whole, seed=0)
-    monkeypatch.setattr("pyro_flows.modes.tables.OUTSIDE", 1.0)
+    monkeypatch.setattr("pyro_flows.modes.tops.OUTSIDE", 1.0)
     for slices, status in ((whole, "ok"), (cut(whole, float(z[:, 1].max())), "unreliable")):
         guide = AutoFlow.of(flow_along(slices), density.structure, groups, (INDEX, Y.double()), {})
         verdict = pf.diagnose(groups, guide, INDEX, Y.double(), seed=0).verdict
@@ -363,7 +363,7 @@ def test_nothing_is_trained_where_slices_do(monkeypatch):
     def fail(*_, **__):
         raise AssertionError("training was begun")
 
-    monkeypatch.setattr("pyro_flows.fitting.flow_training.train", fail)
+    monkeypatch.setattr("pyro_flows.fitting.methods.train", fail)
     generator = torch.Generator().manual_seed(0)
     X = torch.randn(40, 3, generator=generator)
     y = X @ torch.tensor([1.0, -0.5, 0.2]) + 0.7 * torch.randn(40, generator=generator)

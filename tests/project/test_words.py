@@ -8,7 +8,7 @@ import pytest
 
 from pyro_flows import Verdict
 from pyro_flows.verdict.chains import McmcDiagnostics, objections
-from pyro_flows.verdict.next_step import OF_FITS, OF_MCMC, OF_MIXING, OF_WEIGHTS, next_step
+from pyro_flows.verdict.verdict import OF_FITS, OF_MCMC, OF_MIXING, OF_WEIGHTS, next_step
 
 ROOT = Path(__file__).parent.parent.parent
 LONGEST, LONGEST_AT_FIRST = 35, 30  # words
@@ -144,7 +144,8 @@ def test_where_no_cause_is_known_weights_or_chains_are_poor():
 def test_what_the_package_says_is_known_as_a_cause():
     """The words by which causes are known stand in the package's own messages."""
     source = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "pyro_flows").rglob("*.py"))
-    elsewhere = source.replace((ROOT / "pyro_flows" / "verdict" / "next_step.py").read_text(encoding="utf-8"), "")
+    verdict = (ROOT / "pyro_flows" / "verdict" / "verdict.py").read_text(encoding="utf-8")
+    elsewhere = source.replace(verdict.partition("# what to do next")[2], "")
     built = {
         "a mode near": "misses a mode",
         "too little mass near": "has too little mass",

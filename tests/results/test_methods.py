@@ -18,7 +18,7 @@ from pyro_flows.flows.parts import location_scale, marginals, sliced
 from pyro_flows.flows.recipe import start_at, with_affine
 from pyro_flows.results.methods_text import is_affine, method_of
 from pyro_flows.verdict import methods
-from pyro_flows.verdict.references import WORKS, bibtex, named
+from pyro_flows.verdict.methods import WORKS, bibtex, named
 from tests.posteriors import Y, location, schools, schools_chains, schools_flow, schools_posterior
 
 

@@ -13,7 +13,7 @@ import torch
 from pyro_flows.verdict import deciding
 from pyro_flows.verdict import weighing as module
 from pyro_flows.verdict.deciding import decide, judge
-from pyro_flows.verdict.next_step import next_step
+from pyro_flows.verdict.verdict import next_step
 from pyro_flows.verdict.weighing import Weighing, heavy_tails, resample, weigh
 from tests.registry import normal
 
