@@ -147,7 +147,9 @@ def _past_mending(weighing: Weighing, names: Sequence[str], *, to_mend: bool) ->
     elif weighing.widening > SD_WIDENING_MOST:
         times = in_words(math.exp(weighing.widening))
         reasons.append(f"importance weighting widens the sd of {names[weighing.widest]} {times} times, {TOO_MUCH}")
-    if to_mend and K_HAT_GOOD <= weighing.k_hat < weighing.threshold:
+    # weights that are nearly even and only narrow take far draws away, and the largest ones, as k-hat tells, do nothing
+    narrows = weighing.share >= ESS_SHARE_EVEN and max(weighing.widening, mean) <= SHIFT_MOST
+    if to_mend and not narrows and K_HAT_GOOD <= weighing.k_hat < weighing.threshold:
         reasons.append(f"k-hat {weighing.k_hat:.2f} {MENDED}, so the weights have infinite variance")
     return reasons
 

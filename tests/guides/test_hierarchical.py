@@ -283,6 +283,27 @@ def counts_wide(y):
         pyro.sample("y", dist.Poisson(z.exp()), obs=y)
 
 
+def test_rows_settle_at_kinks(monkeypatch):
+    """Modes of counts under a Laplace prior are its kink, or where the slope is zero. Steps past a kink turned back."""
+
+    def model(y):
+        mu = pyro.sample("mu", dist.Normal(real(0.0), 5.0))
+        with pyro.plate("row", len(y)):
+            pyro.sample("y", dist.Poisson(pyro.sample("z", dist.Laplace(mu, 0.7)).exp()), obs=y)
+
+    y = real([0.0, 1.0, 2.0, 3.0, 4.0, 6.0, 9.0, 30.0])
+    _, rows = rows_of(model, y)
+    own, calls = type(rows).conditional, []
+    monkeypatch.setattr(type(rows), "conditional", lambda self, *args, **kw: calls.append(1) or own(self, *args, **kw))
+    mu = 1.0
+    now = rows.near_mode(real([mu]), beginning, {})
+    above, below = (y - 1 / 0.7).clamp_min(1e-9).log(), (y + 1 / 0.7).log()  # zeros of the slope on either side
+    exact = torch.where(above > mu, above, torch.where(below < mu, below, mu))
+    assert int((exact == mu).sum()) == 3
+    assert torch.allclose(now.base["z"].reshape(-1), exact, atol=0.05)
+    assert len(calls) < 40
+
+
 # what the guide follows ----------------------------------------------------------------------------------------------
 
 

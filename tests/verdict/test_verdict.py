@@ -61,6 +61,11 @@ TABLE = [
     ({**MOVED, "k_hat": 0.5}, "unreliable", "k-hat 0.50 is not below 0.5 and weighting changes the results"),
     ({**NARROW, "k_hat": 0.499}, "corrected", "changes the sd of a"),
     ({**NARROW, "k_hat": 0.5}, "unreliable", "the weights have infinite variance"),
+    ({**NARROW, "k_hat": 0.5, "ess": 0.979}, "unreliable", "the weights have infinite variance"),
+    ({**NARROW, "k_hat": 0.5, "ess": 0.981}, "corrected", "changes the sd of a by a factor"),  # far draws go
+    ({**NARROW, "k_hat": 0.7, "ess": 0.981}, "unreliable", "k-hat 0.70"),
+    ({**NARROW, "k_hat": 0.5, "ess": 0.981, "widening": 0.101}, "unreliable", "the weights have infinite variance"),
+    ({**MOVED, "k_hat": 0.5, "ess": 0.981}, "unreliable", "the weights have infinite variance"),
     ({"k_hat": 0.5}, "ok", ""),
     # more than weights can correct
     ({"sd_shift": pair(0.69), "widening": 0.69}, "corrected", "factor 1.99"),
