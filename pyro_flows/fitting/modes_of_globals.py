@@ -93,12 +93,10 @@ def _climbed(guide: Guide, density: MarginalDensity, z: Tensor, seed: int) -> li
     own = climb(few, z.mean(0))
     starts = density.unconstrain(values).to(z)
     order = torch.nan_to_num(few(starts), nan=-torch.inf).argsort(descending=True)
-    for start in starts[order[:climbs]]:
-        mode = climb(few, start)
-        if mode is None or own is None:
-            continue
-        heights = few(torch.stack([own, mode]))
-        thin = guide.is_under_covered(mode[None], density(mode[None]))
-        if bool(thin[0]) and float(heights[1] - heights[0]) > math.log(ROW_MODE_SHARE):
-            return [MissedRegion(mode, moments(mode[None], "prior"))]
-    return []
+    ends = [mode for start in starts[order[:climbs]] if (mode := climb(few, start)) is not None]
+    if own is None or not ends:
+        return []
+    modes = torch.stack(ends)
+    thin = guide.is_under_covered(modes, density(modes))
+    high = few(modes) - few(own[None]) > math.log(ROW_MODE_SHARE)
+    return [MissedRegion(mode, moments(mode[None], "prior")) for mode in modes[thin & high]]
