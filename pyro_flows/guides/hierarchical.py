@@ -224,7 +224,7 @@ class AutoHierarchicalFlow(AutoMessenger):  # type: ignore[metaclass]
         self.subsampled = any(map(conditional.is_part, every))
         joint = set(self._joint) or self._shared(latents, args, kwargs)
         for site in latents:
-            size = self.sizes[site["name"]] // max(site["fn"].batch_shape.numel(), 1)
+            size = self.sizes[site["name"]] // max(math.prod(site["fn"].batch_shape), 1)
             if frames[site["name"]] and site["name"] not in (*joint, *self._own) and size > MOST_NUMBERS:
                 self._give_up(
                     site["name"],
@@ -592,9 +592,12 @@ class AutoHierarchicalFlow(AutoMessenger):  # type: ignore[metaclass]
             if self._run is not None and is_open(msg) and msg["name"] in self._run.chosen:
                 msg["value"] = self._run.chosen[msg["name"]]
             return
-        if msg["is_observed"] or msg["infer"].get("is_auxiliary"):
+        if msg["infer"].get("is_auxiliary"):
             return
         prior = msg["infer"]["prior"] = msg["fn"]
+        if msg["is_observed"]:  # no part of the guide's density, for who traces the guide
+            msg["fn"] = prior.mask(False)
+            return
         posterior = self.get_posterior(msg["name"], prior)
         if isinstance(posterior, Tensor):
             posterior = dist.Delta(posterior, event_dim=prior.event_dim)
@@ -633,9 +636,9 @@ class AutoHierarchicalFlow(AutoMessenger):  # type: ignore[metaclass]
         for name, site in list(messages(guide_trace).items()):
             if site["type"] != "sample" or site["is_observed"]:
                 del guide_trace.nodes[name]
-            elif site["infer"].get("is_auxiliary"):
+            if site["type"] == "sample" and site["infer"].get("is_auxiliary"):
                 del model_trace.nodes[name]
-            else:
+            elif site["type"] == "sample":
                 scale = site["scale"] * site["infer"].get("power", 1.0)
                 messages(model_trace)[name] = {**site, "fn": site["infer"]["prior"], "scale": scale}
         return model_trace, guide_trace
