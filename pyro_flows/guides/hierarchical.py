@@ -87,7 +87,8 @@ class AutoHierarchicalFlow(AutoMessenger):  # type: ignore[metaclass]
     ``pyro.plate``), and new rows take one pass.
 
     It is a ``GuideMessenger``: the model runs twice a step, and its own plates are the guide's. Use it in ``SVI`` with
-    ``Trace_ELBO``, vectorized particles too. Minibatches add noise to gradients, so let the learning rate fall.
+    ``Trace_ELBO``, vectorized particles too; ``TraceEnum_ELBO`` and, with latents in plates, ``JitTrace_ELBO`` are
+    refused. Minibatches add noise to gradients, so let the learning rate fall.
 
     Cost of a step: two runs of the model, and one pass backward for each number of a row. With crossed plates, a dense
     factor of the numbers of all sites but the largest one, at most 3000, in the place of the passes backward.
@@ -429,6 +430,11 @@ class AutoHierarchicalFlow(AutoMessenger):  # type: ignore[metaclass]
     def __call__(self, /, *args: object, **kwargs: object) -> dict[str, Tensor]:  # type: ignore[override]
         """Draw all latents, and run the model on them; return ``{site: value}``, observed sites too."""
         self.initialize(*args, **kwargs)
+        if self.local and torch.jit.is_tracing():
+            raise NotImplementedError(
+                f"{type(self).__name__}: torch.jit records no second derivatives, by which rows of {self.local[0]!r} "
+                "are drawn. Use Trace_ELBO in the place of JitTrace_ELBO."
+            )
         self._begin_again(args, kwargs)
         self.args_kwargs = args, kwargs
         try:
@@ -659,6 +665,9 @@ class AutoHierarchicalFlow(AutoMessenger):  # type: ignore[metaclass]
         _checks.integer("n", n, 1)
         self.initialize(*args, **kwargs)
         with poutine.block():
+            if not (self.local or self._own):  # the flow has all latents
+                self(*args, **kwargs)  # takes over values that were loaded into Pyro's store
+                return self._top.sample_posterior(n, *args, **kwargs)
             chosen = self._chosen(args, kwargs)
             rows = max(sum(value.numel() for value in self._run_once(args, kwargs, chosen).values()), 1)
             size = max(1, DRAWN_AT_ONCE // rows)
