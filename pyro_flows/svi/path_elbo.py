@@ -258,12 +258,13 @@ class _Kept:
         elif not all(map(operator.is_, known.tensors, arguments.tensors)):
             density = density.beside(args, kwargs)
         ours, theirs = self.structure.layout, density.structure.layout
-        for mine, other in zip_longest(ours, theirs, fillvalue=("none", 0)):
+        for mine, other in zip_longest(ours, theirs):
             if mine != other:
-                expected = f"site {mine[0]!r} with {mine[1]} coordinates, as in the first run"
+                expected = f"site {mine[0]!r} with {mine[1]} coordinates" if mine else "no further site"
+                got = f"{other[0]!r} with {other[1]}" if other else "none"
                 raise ValueError(
-                    f"guide: expected {expected}, got {other[0]!r} with {other[1]}. {ROWS} Models have to draw their "
-                    "latents in one order."
+                    f"guide: expected {expected}, as in the first run, got {got}. A site without data is a latent. "
+                    f"{ROWS} Models have to draw their latents in one order."
                 )
         self._arguments, self.density = arguments, density
         return density

@@ -409,6 +409,29 @@ def test_latents_in_another_order_are_not_taken_for_each_other():
     assert posterior.verdict.status != "unreliable"
 
 
+def rows_or_data(y=None):
+    scale = pyro.sample("scale", dist.HalfNormal(real(1.0)))
+    with pyro.plate("rows", 3):
+        pyro.sample("y", dist.Normal(0.0, scale), obs=y)
+
+
+@pytest.mark.falls_back
+@pytest.mark.filterwarnings("ignore::pyro_flows.NothingObservedWarning")
+def test_data_that_come_after_the_first_run_or_are_left_out_are_named():
+    before, after = (pf.AutoRealNVP(rows_or_data, layers=2) for _ in range(2))
+    before.initialize()
+    assert before.structure.noncentered
+    for loss in (pf.PathELBO(4), Trace_ELBO()):
+        with pytest.raises(ValueError, match=r"site 'y': expected a latent, as in the first run, got data"):
+            SVI(rows_or_data, before, pyro.optim.Adam({"lr": 0.01}), loss).step(Y)
+    svi, _ = svi_of(rows_or_data, after)
+    svi.step(Y)
+    with pytest.raises(
+        ValueError, match=r"expected no further site, .* got 'y' with 3\. A site without data is a latent"
+    ):
+        svi.evaluate_loss()
+
+
 def test_data_that_fit_are_taken_after_data_that_do_not():
     guide = pf.AutoRealNVP(counts, layers=2, hidden=(4,), init="prior", noncentered=())
     svi, loss = svi_of(counts, guide, particles=4)
