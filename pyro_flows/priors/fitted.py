@@ -77,10 +77,11 @@ class FittedPrior(nn.Module):
 
     def __init__(self, flow: Flow, parts: Sequence[Part], *, status: str, verdict: str, error: PriorError) -> None:
         super().__init__()
-        self.flow = flow.eval().requires_grad_(False)
+        self.flow = flow.requires_grad_(False)
         self.parts = tuple(parts)
         self.status, self.verdict = status, verdict
         self.mean_error, self.sd_error, self.links = error
+        self.eval()  # else pyro.module warns of each parameter that is not trained
 
     @classmethod
     def _of(cls, posterior: Record, names: Sequence[str], *, by: str = "prior_from", **options: Any) -> FittedPrior:

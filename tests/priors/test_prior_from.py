@@ -454,3 +454,13 @@ def test_the_joint_bijection_is_one():
     torch.testing.assert_close(transform.inv(value), z)
     free = torch.autograd.functional.jacobian(lambda row: torch.cat([transform(row)[:3], transform(row)[4:]]), z[0])
     torch.testing.assert_close(transform.log_abs_det_jacobian(z, value)[0], torch.linalg.slogdet(free)[1])
+
+
+def test_pyro_may_register_a_prior(tmp_path):
+    """A model that did warned of each of the prior's parameters, none of which is trained."""
+    posterior = pf.fit(walk, torch.tensor([0.5, 1.5, 1.0]), progress=False)
+    prior = pf.prior_from(posterior, **QUICK)
+    prior.save(tmp_path / "prior")
+    for one in (prior, pf.FittedPrior.load(tmp_path / "prior"), copy.deepcopy(prior)):
+        pyro.module("prior", one)
+    assert not [*pyro.get_param_store()]
