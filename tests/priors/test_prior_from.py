@@ -246,17 +246,19 @@ def test_draws_of_two_modes_begin_at_a_mixture(dim):
 
 
 def test_draws_are_passed_seventy_five_times_at_most(monkeypatch):
-    given = []
+    given, taken = [], []
 
-    def noted(*args, max_epochs, **options):
+    def noted(flow, data, *, validation, max_epochs, **options):
         given.append(max_epochs)
-        return fit_density(*args, max_epochs=1, **options)
+        taken.append(torch.cat([data, validation]))
+        return fit_density(flow, data, validation=validation, max_epochs=1, **options)
 
     monkeypatch.setattr(making, "fit_density", noted)
     z = torch.randn(500, 2, generator=torch.Generator().manual_seed(0)).double()
     for epochs in (None, 3):
         _fitted(z, torch.full((500,), 1.0 / 500).double(), 0, epochs, False)
     assert given == [75, 3]
+    assert torch.equal(taken[0].sort(0).values, z.sort(0).values)  # of equal weights, each once
 
 
 def test_draws_of_one_gaussian_are_one_gaussian():
