@@ -332,6 +332,22 @@ def test_the_trace_of_a_guide_has_the_density_of_the_guide():
     assert bool(own.nodes["y"]["log_prob"].all())
 
 
+def test_factors_of_the_model_are_no_part_of_the_guide():
+    """Pyro marks them as auxiliary, as it does draws of a guide that no model has."""
+
+    def model(y, sigma):
+        schools(y, sigma)
+        pyro.factor("more", real(-7.0))
+
+    pyro.set_rng_seed(0)
+    guide = pf.AutoHierarchicalFlow(model, layers=2)
+    trace, (of_model, of_guide) = poutine.trace(guide).get_trace(SCHOOLS, SIGMA), guide.get_traces()
+    trace.compute_log_prob()
+    torch.testing.assert_close(trace.log_prob_sum(), of_guide.log_prob_sum())
+    of_model.compute_log_prob()
+    assert float(of_model.nodes["more"]["log_prob"]) == -7.0
+
+
 def test_draws_of_a_flow_of_all_latents_do_not_run_the_model():
     """A model that takes no batches was run for each of the 4000 draws of a median."""
     runs = []
