@@ -598,7 +598,7 @@ class AutoHierarchicalFlow(AutoMessenger):  # type: ignore[metaclass]
             if self._run is not None and is_open(msg) and msg["name"] in self._run.chosen:
                 msg["value"] = self._run.chosen[msg["name"]]
             return
-        if msg["infer"].get("is_auxiliary"):
+        if _is_auxiliary(msg):
             return
         prior = msg["infer"]["prior"] = msg["fn"]
         if msg["is_observed"]:  # no part of the guide's density, for who traces the guide
@@ -642,7 +642,7 @@ class AutoHierarchicalFlow(AutoMessenger):  # type: ignore[metaclass]
         for name, site in list(messages(guide_trace).items()):
             if site["type"] != "sample" or site["is_observed"]:
                 del guide_trace.nodes[name]
-            if site["type"] == "sample" and site["infer"].get("is_auxiliary"):
+            if site["type"] == "sample" and _is_auxiliary(site):
                 del model_trace.nodes[name]
             elif site["type"] == "sample":
                 scale = site["scale"] * site["infer"].get("power", 1.0)
@@ -742,6 +742,11 @@ class AutoHierarchicalFlow(AutoMessenger):  # type: ignore[metaclass]
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             return quantiles_of(self.sample_posterior(QUANTILE_DRAWS, *args, **kwargs), levels)
+
+
+def _is_auxiliary(site: Site) -> bool:
+    """Whether a site is a draw of the guide's own; Pyro marks a ``pyro.factor`` of the model alike."""
+    return bool(site["infer"].get("is_auxiliary")) and not site["is_observed"]
 
 
 class _Plates(Messenger):

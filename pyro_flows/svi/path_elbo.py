@@ -226,24 +226,29 @@ class _Kept:
             self.reason = None
             terms, gradient = found(x, arguments.tensors)
             self._taken += 1
-            if self._taken % CHECKED_EVERY or self._is_that_of_the_model(x, terms, arguments):
+            if self._taken % CHECKED_EVERY or self._is_that_of_the_model(found.density, x, terms, arguments):
                 return terms, gradient
             self._steps.clear()
             return self.step(count, arguments)
         self.reason = found
         return eager_step(self.flow, self._with(arguments), self.parameters, x)
 
-    def _is_that_of_the_model(self, x: Tensor, terms: Tensor, arguments: Arguments) -> bool:
-        """Whether the model has the value of a graph at the draw of the median term."""
-        middle = terms.argsort()[len(terms) // 2]
+    def _is_that_of_the_model(self, recorded: LogDensity, x: Tensor, terms: Tensor, arguments: Arguments) -> bool:
+        """Whether the model has the value of a graph at the draw of the median term; its structure is not read anew."""
+        middle, bare = terms.argsort()[len(terms) // 2], copy.copy(recorded)
+        bare.args, bare.kwargs = arguments.with_tensors(arguments.tensors)
         z, log_q, _ = self.flow.sample_with_score(at=x[middle][None])
-        own = self._with(arguments).unrecorded(z)[0] - log_q
+        with quiet():
+            own = bare(z.detach()) - log_q
         return not bool((own - terms[middle]).abs() > CHANGED[0] + CHANGED[1] * own.abs())
 
     def _record(self, x: Tensor, arguments: Arguments) -> RecordedStep | str:
         self._recorded += 1
         if self._recorded > MOST_RECORDED:
-            return fallback("the step is not recorded: shapes, or arguments that are no tensors, change too often")
+            return fallback(
+                "the step is not recorded: the model, a handler on it, what it reads besides its arguments, shapes, or "
+                "arguments that are no tensors, change too often"
+            )
         density = self._with(arguments)
         with Tried() as tried:
             return RecordedStep(self.flow, density, arguments, x)

@@ -221,6 +221,24 @@ def test_a_graph_is_recorded_anew_where_the_model_reads_something_else():
     assert loss._kept[guide]._recorded == 2, "a graph that agrees is kept"
 
 
+def test_a_comparison_of_a_graph_runs_the_model_once():
+    """Also of a minibatch that is new: to read its structure anew took as long as twenty steps."""
+    runs = []
+
+    def model(y):
+        runs.append(len(y))
+        _weighted(y, 1.0)
+
+    y = normal(20, seed=5) + 2.0
+    svi, loss = svi_of(model, pf.AutoRealNVP(model, layers=2))
+    svi.step(y)
+    before = len(runs)
+    for step in range(2 * CHECKED_EVERY):
+        svi.step(y + 0.01 * step)
+    assert loss.reason is None
+    assert len(runs) - before == 2
+
+
 @pytest.mark.falls_back
 def test_a_model_in_a_new_handler_at_each_step_keeps_its_pace():
     """As with a weight that is annealed: few graphs are recorded, and the optimizer's unit is found."""
