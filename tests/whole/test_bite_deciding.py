@@ -264,7 +264,7 @@ BUGS = [
     (*JUDGE, "ratio < ESS_SHARE_LEAST", "ratio > ESS_SHARE_LEAST", the_table),
     (*PAST, "weighing.widening > SD_WIDENING_MOST", "sd > SD_WIDENING_MOST", the_table),
     (*PAST, "not weighing.distance <= MEAN_SHIFT_MOST", "not mean <= MEAN_SHIFT_MOST", the_table),
-    (*PAST, "if to_mend and K_HAT_GOOD", "if K_HAT_GOOD", the_table),
+    (*PAST, "if to_mend and not narrows", "if not narrows", the_table),
     (*PAST, "K_HAT_GOOD <= weighing.k_hat", "K_HAT_GOOD < weighing.k_hat", the_table),
     (*JUDGE, "if weighing.broken:", "if False:", the_table),
     (*JUDGE, "if not weighing.k_hat < weighing.threshold", "if weighing.k_hat >= weighing.threshold", the_table),
