@@ -18,7 +18,9 @@ from pyro_flows.modes.missed_modes import mirrored
 from pyro_flows.modes.missed_regions import Guide, MissedRegion, Score, guide_at, is_resolved, moments
 from pyro_flows.modes.population_monte_carlo import MOST_PARTS, Parts, about, fitted
 from pyro_flows.modes.symmetries import group
+from pyro_flows.modes.unverified_modes import distinct
 from pyro_flows.results.record import Stage
+from pyro_flows.starts.prior import units_of
 from pyro_flows.verdict.deciding import CHECKED, ESTIMATED_DRAWS, UNSEARCHED, Draw
 from pyro_flows.verdict.thresholds import ROW_MODE_SHARE
 
@@ -99,4 +101,6 @@ def _climbed(guide: Guide, density: MarginalDensity, z: Tensor, seed: int) -> li
     modes = torch.stack(ends)
     thin = guide.is_under_covered(modes, density(modes))
     high = few(modes) - few(own[None]) > math.log(ROW_MODE_SHARE)
-    return [MissedRegion(mode, moments(mode[None], "prior")) for mode in modes[thin & high]]
+    lacking = [*modes[thin & high]]
+    lacking = [lacking[number] for number in distinct(lacking, units_of(z))]
+    return [MissedRegion(mode, moments(mode[None], "prior")) for mode in lacking]

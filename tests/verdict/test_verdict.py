@@ -110,6 +110,14 @@ def test_what_the_fit_says():
     assert str(noted).endswith("Note: no search was made.")
 
 
+@pytest.mark.parametrize(("factor", "status"), [("0.84", "corrected"), ("1.15", "unreliable")])
+def test_values_that_widen_are_not_corrected_by_weights_of_infinite_variance(factor, status):
+    """An sd of exp(z) was widened by such weights, and `corrected`, where that of z was hardly moved."""
+    changed = [f"importance weighting changes the sd of the values of v by a factor {factor}"]
+    for moved in ({}, NARROW):
+        assert judge(weighing(**moved, k_hat=0.55, ess=0.985), NAMES, changed=changed).status == status
+
+
 def test_the_figures_of_a_verdict():
     found = judge(weighing(mean_shift=pair(0.01, 0.04), sd_shift=pair(0.03)), NAMES)
     assert (found.mean_shift, found.sd_shift, found.where) == (0.04, 0.03, "b")
