@@ -6,8 +6,10 @@ scikit-learn's digits, 10, 30 or 100 labels a class, accuracies on 797 other ima
 ``examples/augmentation.py``: blends of real images in the latent space of a flow given the class, 100 a class; and as
 many draws of a Gaussian of each class with a shrunk covariance. Mixup (Zhang et al. 2018, arXiv 1710.09412) makes 1000
 convex combinations of two images, with weights of a Beta(0.2, 0.2) distribution; each stands with both labels and these
-weights, or with the larger one's label for nearest neighbors, which take no weights. A row of the CSV file is one seed,
-with its own images, one method and one classifier.
+weights, or with the larger one's label for nearest neighbors, which take no weights. What a method adds has the weight
+of all real images together. Otherwise the loss would have up to eleven times as many terms beside the same penalty, and
+a logistic regression would lose accuracy by that alone. A row of the CSV file is one seed, with its own images, one
+method and one classifier.
 """
 
 from __future__ import annotations
@@ -66,15 +68,25 @@ def synthetic(method: str, images: Tensor, labels: Tensor, seed: int, epochs: in
     return fake, digits, torch.ones(len(fake))
 
 
-def accuracy(name: str, train: Set, test: tuple[Tensor, Tensor]) -> float:
-    """Return the accuracy of a classifier by its name in the example."""
-    classifier, (images, labels, weights) = example()["CLASSIFIERS"][name], train
-    if name == "1-NN":
-        kept = weights >= 0.5
-        return float(classifier.fit(images[kept], labels[kept]).score(*test))
-    kept = weights > 0.0
-    argument = "logisticregression__sample_weight" if name == "logistic" else "sample_weight"
-    return float(classifier.fit(images[kept], labels[kept], **{argument: weights[kept].numpy()}).score(*test))
+def weighted(real: tuple[Tensor, Tensor], added: Set) -> Set:
+    """Return real and added images, whose weights have the same sum for the two kinds."""
+    images, labels, weights = added
+    each = torch.cat([torch.ones(len(real[0])), weights * (len(real[0]) / weights.sum())])
+    return torch.cat([real[0], images]), torch.cat([real[1], labels]), each
+
+
+def accuracy(name: str, real: tuple[Tensor, Tensor], added: Set | None, test: tuple[Tensor, Tensor]) -> float:
+    """Return the accuracy of a classifier by its name in the example.
+
+    Nearest neighbors take no weights, so of two labels of an image they get the likelier one.
+    """
+    images, labels, weights = (*real, torch.ones(len(real[0])))
+    if added is not None:
+        kept = added[2] > (0.5 if name == "1-NN" else 0.0)
+        images, labels, weights = weighted(real, (added[0][kept], added[1][kept], added[2][kept]))
+    argument = {"SVM": "sample_weight", "logistic": "logisticregression__sample_weight"}.get(name)
+    given = {} if argument is None else {argument: weights.numpy()}
+    return float(example()["CLASSIFIERS"][name].fit(images, labels, **given).score(*test))
 
 
 def measure(labels: int, seed: int, method: str, version: str, epochs: int = EPOCHS) -> list[Row]:
@@ -92,10 +104,8 @@ def measure(labels: int, seed: int, method: str, version: str, epochs: int = EPO
     row = records.attempt(row, fill)
     if row["error"]:
         return [row]
-    whole: Any = (*real, torch.ones(len(real[0])))
-    whole = whole if added is None else tuple(torch.cat(pair) for pair in zip(whole, added, strict=True))
     return [
-        {**row, "classifier": name, "accuracy": f"{accuracy(name, whole, test):.6g}"}
+        {**row, "classifier": name, "accuracy": f"{accuracy(name, real, added, test):.6g}"}
         for name in example()["CLASSIFIERS"]
     ]
 

@@ -266,7 +266,7 @@ def _mended(
 ) -> bool:
     """Let the guide have the regions that it misses, if it can; a flow that was asked for by name stays alone."""
     tried = None
-    if plan.open and trained.mended < 2:  # once more for images of what was found
+    if plan.open and trained.mended < 4:  # images of what was found, and modes beyond the three climbs of a search
         with plan.clock.part(MIXTURE, share=SHARE_OF_SECONDS, noted=False):
             draws = _looked_at(density) if _is_cheap(density) else 0
             tried = with_modes(density, guide._top._flow, regions, draws, seed=plan.seed)

@@ -18,7 +18,9 @@ from pyro_flows.modes.missed_modes import mirrored
 from pyro_flows.modes.missed_regions import Guide, MissedRegion, Score, guide_at, is_resolved, moments
 from pyro_flows.modes.population_monte_carlo import MOST_PARTS, Parts, about, fitted
 from pyro_flows.modes.symmetries import group
+from pyro_flows.modes.unverified_modes import distinct
 from pyro_flows.results.record import Stage
+from pyro_flows.starts.prior import units_of
 from pyro_flows.verdict.deciding import CHECKED, ESTIMATED_DRAWS, UNSEARCHED, Draw
 from pyro_flows.verdict.thresholds import ROW_MODE_SHARE
 
@@ -93,12 +95,12 @@ def _climbed(guide: Guide, density: MarginalDensity, z: Tensor, seed: int) -> li
     own = climb(few, z.mean(0))
     starts = density.unconstrain(values).to(z)
     order = torch.nan_to_num(few(starts), nan=-torch.inf).argsort(descending=True)
-    for start in starts[order[:climbs]]:
-        mode = climb(few, start)
-        if mode is None or own is None:
-            continue
-        heights = few(torch.stack([own, mode]))
-        thin = guide.is_under_covered(mode[None], density(mode[None]))
-        if bool(thin[0]) and float(heights[1] - heights[0]) > math.log(ROW_MODE_SHARE):
-            return [MissedRegion(mode, moments(mode[None], "prior"))]
-    return []
+    ends = [mode for start in starts[order[:climbs]] if (mode := climb(few, start)) is not None]
+    if own is None or not ends:
+        return []
+    modes = torch.stack(ends)
+    thin = guide.is_under_covered(modes, density(modes))
+    high = few(modes) - few(own[None]) > math.log(ROW_MODE_SHARE)
+    lacking = [*modes[thin & high]]
+    lacking = [lacking[number] for number in distinct(lacking, units_of(z))]
+    return [MissedRegion(mode, moments(mode[None], "prior")) for mode in lacking]

@@ -81,7 +81,7 @@ class DefendedBase(nn.Module):
     .. math:: q(u \mid c) = (1 - w)\, q_0(x \mid c) / |T'(x \mid c)| + w\, q_1(u), \qquad u = T(x \mid c)
 
     :math:`q \ge w q_1` in all contexts. So the density has a lower bound where the networks are wrong, as far from all
-    contexts of their data. :math:`q_1` is not trained.
+    contexts of their data. :math:`q_1` is not trained: its tensors are buffers.
 
     Args:
         bijection: T, which rises if there is one coordinate.
@@ -99,7 +99,7 @@ class DefendedBase(nn.Module):
 
     def __init__(self, bijection: Bijection, mixture: MixtureBase, fixed: MixtureBase, share: float) -> None:
         super().__init__()
-        self.bijection, self.mixture, self.fixed = bijection, mixture, fixed.requires_grad_(False)
+        self.bijection, self.mixture, self.fixed = bijection, mixture, fixed.frozen()
         self.context_dim = mixture.context_dim
         self.register_buffer("share", mixture.logits.new_tensor(share))
 

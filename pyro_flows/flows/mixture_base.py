@@ -79,6 +79,14 @@ class MixtureBase(nn.Module):
         self.below.copy_(factor.tril(-1) * scale[..., None])
         return self
 
+    def frozen(self) -> MixtureBase:
+        """Let the tensors be buffers, so that no optimizer trains them and ``pyro.module`` says nothing of them."""
+        for module in self.modules():
+            for name, value in [*module.named_parameters(recurse=False)]:
+                delattr(module, name)
+                module.register_buffer(name, value.detach())
+        return self
+
     def forward(self, context: Tensor | None = None) -> MixtureOfStudents:
         """Return the distribution, with the batch shape of the context."""
         _checks.context("MixtureBase", context, self.context_dim)

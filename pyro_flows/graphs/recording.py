@@ -47,6 +47,7 @@ class Kind(NamedTuple):
     composite: bool  # made of others
     same: bool  # returns its input
     random: bool
+    sized: bool  # the shape of its result may depend on values
     by_shape: bool  # the values of its inputs do not count
     new: bool  # a new tensor of the dtype and device of its input
     view: bool  # shares memory with its input
@@ -72,6 +73,7 @@ def kind_of(operation: OpOverload) -> Kind:
         composite=_has_kernel(operation, "CompositeImplicitAutograd") and not _has_kernel(operation, "CPU"),
         same=operation in (_aten.detach.default, _aten.alias.default),
         random=torch.Tag.nondeterministic_seeded in operation.tags,
+        sized=torch.Tag.dynamic_output_shape in operation.tags,
         by_shape=schema.name in _BY_SHAPE,
         new=schema.name in _NEW,
         view=any(part.alias_info is not None for part in schema.returns),
@@ -81,7 +83,7 @@ def kind_of(operation: OpOverload) -> Kind:
 
 
 class DependsOnValues(RuntimeError):
-    """A number was taken out of a tensor that depends on the inputs of what is recorded."""
+    """A number was taken out of a tensor that depends on the inputs of what is recorded, or a shape depends on it."""
 
 
 class Unrecordable(RuntimeError):
@@ -118,7 +120,7 @@ def record(function: Callable[..., object], *inputs: Tensor) -> fx.GraphModule:
     or two, and about 100 microseconds for each operation, twice as much if tensors are changed in place.
 
     Raises:
-        DependsOnValues: if a number is taken out of a tensor that depends on the inputs.
+        DependsOnValues: if a number is taken out of a tensor that depends on the inputs, or if a shape depends on it.
     """
     try:
         recorded = _run(function, inputs)
@@ -272,6 +274,8 @@ class _Tape(Dispatch):
             raise DependsOnValues(
                 "a number is taken out of a tensor that depends on the latents (float(), int(), .item(), if, numpy)"
             )
+        if depends and kind_of(func).sized and self._is_sized_by_inputs(func, args):
+            raise DependsOnValues("a shape depends on values, such as that of x[mask]: use torch.where, or a mask")
         named = {name: self._argument(part) for name, part in kwargs.items()}
         node = new_node(self._graph, func, tuple(map(self._argument, args)), kwargs=named)
         if isinstance(result, Tensor):
@@ -281,6 +285,15 @@ class _Tape(Dispatch):
                 if isinstance(part, Tensor):
                     item = new_node(self._graph, operator.getitem, (node, place))
                     self._tag(part, item, depends)
+
+    def _is_sized_by_inputs(self, func: OpOverload, args: Args) -> bool:
+        """Whether the shape of a result depends on values of the inputs. Of indices, only masks decide it."""
+        numbers = [
+            self._number(part)
+            for part in tensors_in(tuple(args[1:] if func is _aten.index.Tensor else args))
+            if func is not _aten.index.Tensor or part.dtype in (torch.bool, torch.uint8)
+        ]
+        return any(number is not None and self._depends[number] for number in numbers)
 
     def _argument(self, value: object) -> Argument:
         if isinstance(value, Tensor):

@@ -411,24 +411,30 @@ class Rows:
     def mode(self, z: Tensor, first: Conditional) -> dict[str, Tensor]:
         """Return unconstrained values near a mode, by Newton steps from where ``first`` was taken.
 
-        Rows whose log density would fall go a quarter of their way from where they were. Where there is hardly any
-        curvature, steps are four times as long as those before at most.
+        Rows whose log density would fall go a quarter of their way from where they were. Steps are four times as long
+        as the longest one before at most. Rows that step back and forth, no higher than before, are at a kink.
         """
         base, lengths, steps, heights = first.base, first.decrement, first.steps(), first.heights()
         reach = [number.sd.detach() for number in first.numbers]
+        at_kink = [torch.zeros_like(most, dtype=torch.bool) for most in reach]
         for _ in range(MOST_STEPS):
             now = self.conditional(z, at_values(first.moved(base, steps)), first.at.chosen)
             good = [_above(new, old) for new, old in zip(now.heights(), heights, strict=True)]
             base = first.moved(base, [torch.where(fine, step, 0.0) for fine, step in zip(good, steps, strict=True)])
             tried = list(zip(good, now.steps(), steps, reach, strict=True))
-            reach = [torch.where(fine, torch.maximum(most, old.abs()), most) for fine, _, old, most in tried]
+            reach = [torch.where(fine, most.maximum(old.abs()), most) for fine, _, old, most in tried]
             most = [FARTHER * length for length in reach]
             new = [torch.maximum(torch.minimum(step, m), -m) for (_, step, _, _), m in zip(tried, most, strict=True)]
             steps = [torch.where(fine, step, old / FARTHER) for (fine, _, old, _), step in zip(tried, new, strict=True)]
+            at_kink = [
+                kink | (fine & (fresh * old < 0.0) & _above(before, new))
+                for kink, (fine, fresh, old, _), before, new in zip(at_kink, tried, heights, now.heights(), strict=True)
+            ]
             lengths = [torch.where(fine, new, old) for fine, new, old in zip(good, now.decrement, lengths, strict=True)]
             heights = [torch.where(fine, new, old) for fine, new, old in zip(good, now.heights(), heights, strict=True)]
-            left = zip(lengths, steps, reach, strict=True)
-            if not any(bool(((far.abs() > NEAR) & (step.abs() > STUCK * most)).any()) for far, step, most in left):
+            left = zip(lengths, steps, reach, at_kink, strict=True)
+            going = (~kink & (far.abs() > NEAR) & (step.abs() > STUCK * most) for far, step, most, kink in left)
+            if not any(bool(rows.any()) for rows in going):
                 break
         return base
 

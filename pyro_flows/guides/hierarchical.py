@@ -87,7 +87,8 @@ class AutoHierarchicalFlow(AutoMessenger):  # type: ignore[metaclass]
     ``pyro.plate``), and new rows take one pass.
 
     It is a ``GuideMessenger``: the model runs twice a step, and its own plates are the guide's. Use it in ``SVI`` with
-    ``Trace_ELBO``, vectorized particles too. Minibatches add noise to gradients, so let the learning rate fall.
+    ``Trace_ELBO``, vectorized particles too; ``TraceEnum_ELBO`` and, with latents in plates, ``JitTrace_ELBO`` are
+    refused. Minibatches add noise to gradients, so let the learning rate fall.
 
     Cost of a step: two runs of the model, and one pass backward for each number of a row. With crossed plates, a dense
     factor of the numbers of all sites but the largest one, at most 3000, in the place of the passes backward.
@@ -224,7 +225,7 @@ class AutoHierarchicalFlow(AutoMessenger):  # type: ignore[metaclass]
         self.subsampled = any(map(conditional.is_part, every))
         joint = set(self._joint) or self._shared(latents, args, kwargs)
         for site in latents:
-            size = self.sizes[site["name"]] // max(site["fn"].batch_shape.numel(), 1)
+            size = self.sizes[site["name"]] // max(math.prod(site["fn"].batch_shape), 1)
             if frames[site["name"]] and site["name"] not in (*joint, *self._own) and size > MOST_NUMBERS:
                 self._give_up(
                     site["name"],
@@ -429,6 +430,11 @@ class AutoHierarchicalFlow(AutoMessenger):  # type: ignore[metaclass]
     def __call__(self, /, *args: object, **kwargs: object) -> dict[str, Tensor]:  # type: ignore[override]
         """Draw all latents, and run the model on them; return ``{site: value}``, observed sites too."""
         self.initialize(*args, **kwargs)
+        if self.local and torch.jit.is_tracing():
+            raise NotImplementedError(
+                f"{type(self).__name__}: torch.jit records no second derivatives, by which rows of {self.local[0]!r} "
+                "are drawn. Use Trace_ELBO in the place of JitTrace_ELBO."
+            )
         self._begin_again(args, kwargs)
         self.args_kwargs = args, kwargs
         try:
@@ -592,9 +598,12 @@ class AutoHierarchicalFlow(AutoMessenger):  # type: ignore[metaclass]
             if self._run is not None and is_open(msg) and msg["name"] in self._run.chosen:
                 msg["value"] = self._run.chosen[msg["name"]]
             return
-        if msg["is_observed"] or msg["infer"].get("is_auxiliary"):
+        if _is_auxiliary(msg):
             return
         prior = msg["infer"]["prior"] = msg["fn"]
+        if msg["is_observed"]:  # no part of the guide's density, for who traces the guide
+            msg["fn"] = prior.mask(False)
+            return
         posterior = self.get_posterior(msg["name"], prior)
         if isinstance(posterior, Tensor):
             posterior = dist.Delta(posterior, event_dim=prior.event_dim)
@@ -633,9 +642,9 @@ class AutoHierarchicalFlow(AutoMessenger):  # type: ignore[metaclass]
         for name, site in list(messages(guide_trace).items()):
             if site["type"] != "sample" or site["is_observed"]:
                 del guide_trace.nodes[name]
-            elif site["infer"].get("is_auxiliary"):
+            if site["type"] == "sample" and _is_auxiliary(site):
                 del model_trace.nodes[name]
-            else:
+            elif site["type"] == "sample":
                 scale = site["scale"] * site["infer"].get("power", 1.0)
                 messages(model_trace)[name] = {**site, "fn": site["infer"]["prior"], "scale": scale}
         return model_trace, guide_trace
@@ -656,6 +665,9 @@ class AutoHierarchicalFlow(AutoMessenger):  # type: ignore[metaclass]
         _checks.integer("n", n, 1)
         self.initialize(*args, **kwargs)
         with poutine.block():
+            if not (self.local or self._own):  # the flow has all latents
+                self(*args, **kwargs)  # takes over values that were loaded into Pyro's store
+                return self._top.sample_posterior(n, *args, **kwargs)
             chosen = self._chosen(args, kwargs)
             rows = max(sum(value.numel() for value in self._run_once(args, kwargs, chosen).values()), 1)
             size = max(1, DRAWN_AT_ONCE // rows)
@@ -730,6 +742,11 @@ class AutoHierarchicalFlow(AutoMessenger):  # type: ignore[metaclass]
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             return quantiles_of(self.sample_posterior(QUANTILE_DRAWS, *args, **kwargs), levels)
+
+
+def _is_auxiliary(site: Site) -> bool:
+    """Whether a site is a draw of the guide's own; Pyro marks a ``pyro.factor`` of the model alike."""
+    return bool(site["infer"].get("is_auxiliary")) and not site["is_observed"]
 
 
 class _Plates(Messenger):

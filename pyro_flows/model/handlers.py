@@ -163,6 +163,12 @@ def place_all(structure: Structure, z: Tensor, run: Callable[[], object], *, mov
     place = Place(structure.latents, z)
     with apart(), place:
         run()
+    for latent in structure.latents:
+        if latent.name not in place.placed:
+            raise ValueError(
+                f"site {latent.name!r}: expected a latent, as in the first run, got data or no such site. Make a new "
+                "guide or density, and run it first with the arguments that it is for."
+            )
     return place.placed
 
 

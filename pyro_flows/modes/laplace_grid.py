@@ -9,7 +9,7 @@ and the masses at a few values of c give the marginal of coordinate k, up to a c
 made along coordinates that predict the spread of others. A value of c counts only if its mass is known. One mode is
 used at each c. If further modes have the same share of the mass at each c, the marginal is right without them.
 
-The grid is a flow too, whose tail reaches as far: see ``tables.py``.
+The grid is a flow too, whose tail reaches as far: see ``tops.py``.
 
 Reference: Rue, Martino and Chopin 2009, "Approximate Bayesian inference for latent Gaussian models by using integrated
 nested Laplace approximations" (JRSS B 71, doi:10.1111/j.1467-9868.2008.00700.x).

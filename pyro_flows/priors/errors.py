@@ -1,8 +1,8 @@
 r"""How far a fitted prior may be from the posterior that it stands for: what each link of a chain adds, and what stays.
 
 The flow q of a link is moved to the means and sds of the draws of the posterior p, so these have the errors of the
-draws. To them comes what other differences of shape do to the posteriors of further data. If draws of q have weights,
-their size is
+draws; but not if that makes draws less likely, as of narrow modes whose masses are a little off. To them comes what
+other differences of shape do to the posteriors of further data. If draws of q have weights, their size is
 
 .. math:: \epsilon^2 = \operatorname{E}_q (p / q)^2 - 1 = S / \text{ESS} - 1 = \sum_n \epsilon_n^2
 
@@ -136,6 +136,8 @@ def matched(flow: Flow, sample: Sample, *, own: bool) -> Errors:
     """Move a flow to the means and sds of a sample; return the standard errors of means and of log sds that stay.
 
     A difference d with the standard error e is taken off by d^2 / (d^2 + e^2) of itself, so that noise changes little.
+    The flow is moved only if that makes the draws likelier: where its modes have masses that are a little off, the
+    moments tell of these, and a move would put each narrow mode at the wrong place.
     To what is left comes what other differences of shape would do to the posterior of further data: in these errors,
     or in a third number, the epsilon above, if the sample's draws are the flow's ``own``. The flow is changed in place.
     """
@@ -143,36 +145,55 @@ def matched(flow: Flow, sample: Sample, *, own: bool) -> Errors:
     drawn = sample.z if own else flow.draw(DRAWN)[0]
     has = Sample(drawn, equal(drawn))
     apart, at = compared(sample, has, within, same=own), moments(has, within)
-    moved, left = [], []
-    for difference, error in ((apart.mean, apart.mean_error), (apart.sd, apart.sd_error)):
-        share = difference.square() / (difference.square() + error.square()).clamp_min(TINY)
-        moved.append(torch.where(torch.isfinite(error), share * difference, 0.0))
-        left.append(error.square() + (difference - moved[-1]).square())
-    to, factor = at.mean + moments(sample, within).sd * moved[0], moved[1].exp()
-    _move(flow, at.mean, to, factor)
+    pairs = ((apart.mean, apart.mean_error), (apart.sd, apart.sd_error))
+    shifts = [_share(difference, error) * difference for difference, error in pairs]
+    to, factor = at.mean + moments(sample, within).sd * shifts[0], shifts[1].exp()
+    if _gain(flow, sample, at.mean, to, factor) > 0.0:
+        _move(flow, at.mean, to, factor)
+    else:
+        to, factor, shifts = at.mean, torch.ones_like(factor), [torch.zeros_like(shift) for shift in shifts]
+    left = [error.square() + (d - shift).square() for (d, error), shift in zip(pairs, shifts, strict=True)]
     bound = 0.0
     if own:
         bound = math.sqrt(max(len(drawn) * float(sample.weights.square().sum()) - 1.0, 0.0))
     else:
         moved_draws = (to + factor * (drawn.double() - at.mean)).to(drawn)
-        shape = shape_errors(sample, has._replace(z=moved_draws))
+        shape = shape_errors(sample, has._replace(z=moved_draws), left[0])
         left = [one + other for one, other in zip(left, shape, strict=True)]
     mean, sd = (float(part.sqrt().max()) for part in left)
     return mean, sd, bound
 
 
-def shape_errors(wanted: Sample, has: Sample) -> tuple[Tensor, Tensor]:
+def _share(difference: Tensor, error: Tensor) -> Tensor:
+    """Return which part of differences (D,) is taken off, given their standard errors."""
+    share = difference.square() / (difference.square() + error.square()).clamp_min(TINY)
+    return torch.where(torch.isfinite(error), share, 0.0)
+
+
+def _gain(flow: Flow, sample: Sample, center: Tensor, to: Tensor, factor: Tensor) -> float:
+    """Return how many nats likelier a draw of a sample is, on average, after :func:`_move`."""
+    before = center + (sample.z.double() - to) / factor
+    terms = flow.log_prob(before.to(sample.z)) - factor.log().sum() - flow.log_prob(sample.z)
+    return float(sample.weights @ terms.double())
+
+
+def shape_errors(wanted: Sample, has: Sample, mean_error: Tensor) -> tuple[Tensor, Tensor]:
     r"""Return mean squared differences (D,) of means and of log sds that further data bring out.
 
     Further data about a direction, as informative as those so far, weight the draws by a normal density of it. Its
     center is drawn as such data would be. What then differs between both samples, beyond its standard error, is
     averaged over centers, and summed over directions: one along each principal axis.
 
-    The draws ``wanted`` are those of the posterior; the flow ``has`` the others, which are independent of them.
+    An error e of a mean, in sds, becomes one of a log sd as well. The least change of the density that moves the mean,
+    :math:`1 + e (z - m) / s`, makes this :math:`e\, \gamma_c s_c / 2 s`, with the sd and the skewness given such data.
+    Of two modes alike, the sd does not tell how much mass each has, but it does once data prefer one.
+
+    The draws ``wanted`` are those of the posterior; the flow ``has`` the others, which are independent of them. Errors
+    of means, squared, are ``mean_error`` (D,).
     """
     weights = wanted.weights[:, None]
     within = box(wanted.z)
-    center, z = moments(wanted, within).mean, wanted.z.double().clamp(*within)
+    (center, spread, *_), z = moments(wanted, within), wanted.z.double().clamp(*within)
     variances, axes = torch.linalg.eigh((weights * (z - center)).mT @ (z - center))
     chosen = torch.randperm(len(variances))[:DIRECTIONS].to(z.device)
     scaled = (axes / variances.clamp_min(TINY).sqrt())[:, chosen]
@@ -185,6 +206,9 @@ def shape_errors(wanted: Sample, has: Sample) -> tuple[Tensor, Tensor]:
             apart = compared(tilted[0], tilted[1], within, same=False)
             total[0] += weight * (apart.mean.square() - apart.mean_error.square())
             total[1] += weight * (apart.sd.square() - apart.sd_error.square())
+            mean, sd, *_ = moments(tilted[0], within)
+            skewness = tilted[0].weights @ ((z - mean) / sd) ** 3
+            total[1] += weight * mean_error * (0.5 * skewness * sd / spread).square()
     total = (total * (len(variances) / len(chosen))).clamp_min(0.0)
     return total[0], total[1]
 

@@ -77,10 +77,11 @@ class FittedPrior(nn.Module):
 
     def __init__(self, flow: Flow, parts: Sequence[Part], *, status: str, verdict: str, error: PriorError) -> None:
         super().__init__()
-        self.flow = flow.eval().requires_grad_(False)
+        self.flow = flow.requires_grad_(False)
         self.parts = tuple(parts)
         self.status, self.verdict = status, verdict
         self.mean_error, self.sd_error, self.links = error
+        self.eval()  # else pyro.module warns of each parameter that is not trained
 
     @classmethod
     def _of(cls, posterior: Record, names: Sequence[str], *, by: str = "prior_from", **options: Any) -> FittedPrior:
@@ -243,7 +244,7 @@ def prior_from(
     correlations between sites, skewness and tails are kept, which a multivariate normal or marginals lose. Of all
     latent sites of a posterior that is ``ok`` or ``corrected``, in coordinates that are the sites' own, it is the
     posterior's flow, trained on where weights would still change it. (Of a corrected one, only if that comes close
-    enough.) At the end, the flow is moved to the means and sds of the weighted draws.
+    enough.) At the end, the flow is moved to the means and sds of the weighted draws, if that makes them likelier.
 
     A site that the fit takes for an angle, since the density has a period of one turn, is brought into the turn about
     its mean direction. Its prior is one on the line, so that later draws may lie beyond :math:`\pi`.

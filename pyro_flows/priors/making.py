@@ -34,6 +34,7 @@ from pyro_flows.training import loop
 from pyro_flows.training.trainer import Trainer
 from pyro_flows.verdict.psis import psis
 from pyro_flows.verdict.thresholds import ESS_SHARE_PROMISING, PRIOR_ERROR_MOST
+from pyro_flows.verdict.weighing import resample
 
 if TYPE_CHECKING:
     from pyro_flows.results.record import Record
@@ -233,7 +234,7 @@ def _fitted(z: Tensor, weights: Tensor, seed: int, max_epochs: int | None, progr
     modes, a Real-NVP alone is far off.
     """
     with alone(), seeded(derive(seed, "prior"), z.device):
-        z = z[torch.multinomial(weights, len(z), replacement=True)]
+        z = z[resample(weights.log(), len(z), seed=seed)]  # of equal weights, each draw once
         distinct, copies = torch.unique(z, dim=0, return_inverse=True)
         held_out = (torch.rand(len(distinct)) < 0.15).to(z.device)[copies]
         dim, train = z.shape[1], z[~held_out]

@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 from pyro.infer import ELBO, Trace_ELBO
+from pyro.poutine import runtime
+from pyro.poutine.trace_messenger import TraceMessenger
 from torch import Tensor, fx
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
@@ -34,6 +36,8 @@ from pyro_flows.transforms.networks import Paced
 Program = Callable[..., object]  # a model or a guide
 Keywords = dict[str, object]
 STEPS_KEPT, MOST_RECORDED = 8, 12  # graphs of one guide, by the shapes of data; that are made in all
+CHECKED_EVERY = 20  # steps by a graph, so that a run of the model adds a twentieth to their time
+CHANGED = 0.1, 1e-3  # nats, and part of a log density: more than rounding in single precision
 
 
 @_checks.constructor
@@ -52,13 +56,14 @@ class PathELBO(ELBO):
     Unless the guide has a ``cautious`` of its own, the loss learns how far steps move the flow (:class:`Pace`): the
     optimizer's learning rate has next to no effect, and steps become short near the optimum.
 
-    It works with :class:`AutoFlow` and its subclasses, and with any optimizer, scheduler or clipping. Other guides, and
-    models with parameters of their own, random subsampling inside, latents that come and go, or arguments that are
-    neither tensors nor plain numbers and words, get :class:`pyro.infer.Trace_ELBO` with as many particles. ``reason``
-    then says why, and the logger ``pyro_flows`` too.
+    It works with :class:`AutoFlow` and its subclasses, and with any optimizer, scheduler or clipping. Other guides,
+    steps inside of a handler (``with poutine.scale(scale=0.1):``), and models with parameters of their own, random
+    subsampling inside, latents that come and go, or arguments that are neither tensors nor plain numbers and words, get
+    :class:`pyro.infer.Trace_ELBO` with as many particles. ``reason`` then says why, and the logger ``pyro_flows`` too.
 
-    A graph holds what the model reads besides its arguments, such as a global tensor, at its value when it was
-    recorded: pass what changes as an argument, and numbers that change at each step as tensors.
+    A graph holds what the model reads besides its arguments, such as an attribute or a global tensor, at its value when
+    it was recorded. One draw of each twentieth step is compared with the model, and a graph that differs by more than
+    0.1 nats is recorded anew. So pass what changes as an argument, and numbers that change at each step as tensors.
 
     Cost of a step: one pass of the flow each way, and one gradient of the model for each particle.
 
@@ -96,7 +101,9 @@ class PathELBO(ELBO):
         kept = self._kept_of(model, guide, args, kwargs)
         if kept is None:
             return float(self._plain.loss(model, guide, *args, **kwargs))
-        return _value(kept.step(self.num_particles, Arguments(args, kwargs))[0])
+        terms, _ = kept.step(self.num_particles, Arguments(args, kwargs))
+        self.reason = kept.reason
+        return _value(terms)
 
     def loss_and_grads(
         self, model: Callable[..., object], guide: Callable[..., object], *args: object, **kwargs: object
@@ -142,9 +149,12 @@ class PathELBO(ELBO):
 
     def _kept_of(self, model: Program, guide: Program, args: Sequence[object], kwargs: Keywords) -> _Kept | None:
         """Return what is kept of a guide and its model; None, with a reason, where they need Pyro's own ELBO."""
+        if any(not (isinstance(part, TraceMessenger) and part.param_only) for part in runtime._PYRO_STACK):
+            self.reason = fallback("Trace_ELBO is used: a handler is around the step, and a graph has none")
+            return None
         kept = self._kept.get(guide)
         if kept is None or not kept.is_of(model, guide):
-            kept = self._kept[guide] = _Kept(model, guide, args, kwargs)
+            kept = self._kept[guide] = _Kept(model, guide, args, kwargs, kept)
         self.reason = kept.unfit
         return None if kept.unfit else kept
 
@@ -152,25 +162,34 @@ class PathELBO(ELBO):
 class _Kept:
     """A guide with its model's log density, and the graphs of its steps."""
 
-    def __init__(self, model: Program, guide: Program, args: Sequence[object], kwargs: Keywords) -> None:
+    def __init__(
+        self, model: Program, guide: Program, args: Sequence[object], kwargs: Keywords, before: _Kept | None
+    ) -> None:
         self.model = model
         self.reason: str | None = None  # why steps are not recorded
         self.unfit: str | None = None  # why Pyro's own ELBO is needed
         with Tried() as tried:
-            self._read(model, guide, args, kwargs)
+            self._read(model, guide, args, kwargs, before)
         if tried.error is not None:
             self.unfit = fallback("Trace_ELBO is used", tried.error)
 
-    def _read(self, model: Program, guide: Program, args: Sequence[object], kwargs: Keywords) -> None:
+    def _read(
+        self, model: Program, guide: Program, args: Sequence[object], kwargs: Keywords, before: _Kept | None
+    ) -> None:
         if not isinstance(guide, AutoFlow):
-            raise TypeError(f"the guide is a {type(guide).__name__}, and no AutoFlow")
+            raise TypeError(f"guide: expected an AutoFlow, got {type(guide).__name__}")
         guide.initialize(*args, **kwargs)
         if not isinstance(guide._flow, Flow):
             raise TypeError("the guide is a mixture of flows")
         self.guide = weakref.ref(guide)
         self.flow, self.structure = guide._flow, guide._built_structure
         self.density: LogDensity = PartialLogDensity(model, args, kwargs, noncentered=self.structure.noncentered)
-        if self.density.parameters():
+        left = set(self.density.names) - {latent.name for latent in self.structure.latents}
+        if left:
+            raise ValueError(f"the guide has no latents {', '.join(map(repr, sorted(left)))}")
+        with torch.enable_grad(), quiet():  # a module that Pyro is not told of has parameters too
+            moved = self.density.single(guide._init_loc().to(self.density.dtype)).requires_grad
+        if moved or self.density.parameters():
             raise ValueError("the model has parameters of its own")
         if not self.density.batched:
             raise ValueError(self.density.reason or "the model runs draw by draw")
@@ -178,9 +197,11 @@ class _Kept:
         self.gains = [module for module in self.flow.modules() if isinstance(module, Paced)]
         paced = guide._cautious == AUTO and any(module.gain is not None for module in self.gains)
         self.pace = Pace(self.flow, self.parameters, begun=guide._paced) if paced else None
+        self._recorded = self._taken = 0  # graphs, and steps by graphs
+        if before is not None and before.unfit is None and before.flow is self.flow:  # a model in another handler
+            self.pace, self._recorded = before.pace, before._recorded
         self._arguments = Arguments(args, kwargs)
         self._steps: Cache[tuple[object, ...], RecordedStep | str] = Cache(STEPS_KEPT)
-        self._recorded = 0
         self._base: tuple[object, BasePoints] | None = None
 
     def is_of(self, model: Program, guide: Any) -> bool:
@@ -203,14 +224,31 @@ class _Kept:
         found = self._steps.of(key, lambda: self._record(x, arguments))
         if isinstance(found, RecordedStep):
             self.reason = None
-            return found(x, arguments.tensors)
+            terms, gradient = found(x, arguments.tensors)
+            self._taken += 1
+            if self._taken % CHECKED_EVERY or self._is_that_of_the_model(found.density, x, terms, arguments):
+                return terms, gradient
+            self._steps.clear()
+            return self.step(count, arguments)
         self.reason = found
         return eager_step(self.flow, self._with(arguments), self.parameters, x)
+
+    def _is_that_of_the_model(self, recorded: LogDensity, x: Tensor, terms: Tensor, arguments: Arguments) -> bool:
+        """Whether the model has the value of a graph at the draw of the median term; its structure is not read anew."""
+        middle, bare = terms.argsort()[len(terms) // 2], copy.copy(recorded)
+        bare.args, bare.kwargs = arguments.with_tensors(arguments.tensors)
+        z, log_q, _ = self.flow.sample_with_score(at=x[middle][None])
+        with quiet():
+            own = bare(z.detach()) - log_q
+        return not bool((own - terms[middle]).abs() > CHANGED[0] + CHANGED[1] * own.abs())
 
     def _record(self, x: Tensor, arguments: Arguments) -> RecordedStep | str:
         self._recorded += 1
         if self._recorded > MOST_RECORDED:
-            return fallback("the step is not recorded: shapes, or arguments that are no tensors, change too often")
+            return fallback(
+                "the step is not recorded: the model, a handler on it, what it reads besides its arguments, shapes, or "
+                "arguments that are no tensors, change too often"
+            )
         density = self._with(arguments)
         with Tried() as tried:
             return RecordedStep(self.flow, density, arguments, x)
@@ -225,12 +263,13 @@ class _Kept:
         elif not all(map(operator.is_, known.tensors, arguments.tensors)):
             density = density.beside(args, kwargs)
         ours, theirs = self.structure.layout, density.structure.layout
-        for mine, other in zip_longest(ours, theirs, fillvalue=("none", 0)):
+        for mine, other in zip_longest(ours, theirs):
             if mine != other:
-                expected = f"site {mine[0]!r} with {mine[1]} coordinates, as in the first run"
+                expected = f"site {mine[0]!r} with {mine[1]} coordinates" if mine else "no further site"
+                got = f"{other[0]!r} with {other[1]}" if other else "none"
                 raise ValueError(
-                    f"guide: expected {expected}, got {other[0]!r} with {other[1]}. {ROWS} Models have to draw their "
-                    "latents in one order."
+                    f"guide: expected {expected}, as in the first run, got {got}. A site without data is a latent. "
+                    f"{ROWS} Models have to draw their latents in one order."
                 )
         self._arguments, self.density = arguments, density
         return density

@@ -80,7 +80,7 @@ def judge(
     if ratio < ESS_SHARE_LEAST:
         reasons.append(f"ESS/S {ratio:.3f} is below {ESS_SHARE_LEAST}")
     moved = _moved(weighing, names) or list(changed)
-    reasons += _past_mending(weighing, names, to_mend=bool(moved))
+    reasons += _past_mending(weighing, names, changed, to_mend=bool(moved))
     mean, where, sd, _ = _largest_shifts(weighing)
     moved = [] if any(TOO_MUCH in reason for reason in reasons) else moved  # the worst coordinate is named once
     if weighing.broken:
@@ -136,7 +136,7 @@ def _moved(weighing: Weighing, names: Sequence[str]) -> list[str]:
     return moved
 
 
-def _past_mending(weighing: Weighing, names: Sequence[str], *, to_mend: bool) -> list[str]:
+def _past_mending(weighing: Weighing, names: Sequence[str], changed: Sequence[str], *, to_mend: bool) -> list[str]:
     mean, where, sd, sd_where = _largest_shifts(weighing)
     reasons = []
     if math.isnan(mean) or math.isnan(sd):
@@ -147,7 +147,11 @@ def _past_mending(weighing: Weighing, names: Sequence[str], *, to_mend: bool) ->
     elif weighing.widening > SD_WIDENING_MOST:
         times = in_words(math.exp(weighing.widening))
         reasons.append(f"importance weighting widens the sd of {names[weighing.widest]} {times} times, {TOO_MUCH}")
-    if to_mend and K_HAT_GOOD <= weighing.k_hat < weighing.threshold:
+    # weights that are nearly even and only narrow take far draws away; the largest ones, as k-hat tells, do nothing. An
+    # sd of the model's own values may widen, by a factor above one, where that of the coordinate does not
+    narrows = weighing.share >= ESS_SHARE_EVEN and max(weighing.widening, mean) <= SHIFT_MOST
+    narrows = narrows and all("by a factor 0." in change for change in changed)
+    if to_mend and not narrows and K_HAT_GOOD <= weighing.k_hat < weighing.threshold:
         reasons.append(f"k-hat {weighing.k_hat:.2f} {MENDED}, so the weights have infinite variance")
     return reasons
 

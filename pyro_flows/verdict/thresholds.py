@@ -56,8 +56,9 @@ ESS_SHARE_COLLAPSED = 0.02
 # From this on, only the tail of the weights of a round can be in doubt, no part is added to a mixture, the flow of a
 # marginal is not fitted further, and many fits try heavier tails. Source: measured (record 0016).
 ESS_SHARE_GOOD = 0.9
-# Weights are nearly even above this, so that fewer checks and draws suffice, and a start is not matched again. Draws of
-# an amortized flow are used as they are. Source: chosen.
+# Weights are nearly even above this, so that fewer checks and draws suffice, and a start is not matched again; an
+# infinite variance does not matter where they only narrow. Draws of an amortized flow are used as they are. Source:
+# chosen.
 ESS_SHARE_EVEN = 0.98
 
 # ---- effective draws -------------------------------------------------------------------------------------------------

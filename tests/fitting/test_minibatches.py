@@ -6,6 +6,7 @@ import math
 import sys
 import time
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pyro
 import pyro.distributions as dist
@@ -16,12 +17,12 @@ import pyro_flows as pf
 from pyro_flows._clock import Clock
 from pyro_flows._progress import Bar
 from pyro_flows.correction import refine
-from pyro_flows.fitting import hierarchical
+from pyro_flows.fitting import hierarchical, modes_of_globals
 from pyro_flows.fitting.modes_of_globals import with_modes
 from pyro_flows.flows.mixture import FlowMixture
 from pyro_flows.guides.marginal import Marginal
 from pyro_flows.guides.marginal_density import MarginalDensity
-from pyro_flows.modes.missed_regions import MissedRegion, moments
+from pyro_flows.modes.missed_regions import Guide, MissedRegion, moments
 from pyro_flows.posterior import draws
 from pyro_flows.priors import making
 from tests.interrupts import interrupting
@@ -128,6 +129,34 @@ def test_moves_that_are_found_later_add_to_the_copies():
     assert sorted(part.order.tolist() for part in found.sampler.components) == [
         list(order) for order in itertools.permutations(range(3))
     ]
+
+
+class ThreeNormals:
+    """A density of one global with modes alike at -8, 0 and 8, as the search of a fit sees it."""
+
+    dim = 1
+
+    def __call__(self, z):
+        return torch.logsumexp(-0.5 * ((z - real([-8.0, 0.0, 8.0])) / 0.1) ** 2, 1)
+
+    def prior(self, draws, *, seed):
+        return real([-7.0, -9.0, 7.0])
+
+    def unconstrain(self, values):
+        return values[:, None]
+
+    @property
+    def marginal(self):
+        return SimpleNamespace(most_draws=modes_of_globals.MOST_DRAWS, with_parts=lambda parts: self)
+
+
+def test_each_end_of_climbs_is_a_missed_mode_once(monkeypatch):
+    """Only the first of several was one; and parts of a mixture began twice where two climbs had one end."""
+    monkeypatch.setattr(modes_of_globals, "climb", lambda density, z: 8.0 * (z / 8.0).round() + 1e-8 * z)
+    z, density = 0.1 * normal(50)[:, None] - 0.1, ThreeNormals()
+    guide = Guide(density, lambda z: torch.distributions.Normal(real(0.0), 0.1).log_prob(z[:, 0]), 0.0)
+    found = modes_of_globals._climbed(guide, density, z, 0)
+    assert sorted(round(float(region.place)) for region in found) == [-8, 8]
 
 
 # a posterior of the globals that is far from normal ------------------------------------------------------------------

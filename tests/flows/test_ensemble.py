@@ -2,13 +2,15 @@
 
 import copy
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
 
 import pyro_flows as pf
 from pyro_flows._untrusted import Damaged
-from pyro_flows.flows.ensemble import averaged
+from pyro_flows.flows.ensemble import Ensemble, averaged
 from pyro_flows.flows.recipe_json import not_rebuilt, restored, to_json
 
 CONTEXT = torch.tensor([[-1.0, 0.5], [2.0, 0.0]])
@@ -81,6 +83,18 @@ def test_it_is_rebuilt_from_what_is_written_of_it(pair):
     for wrong in ((), ({"builder": "realnvp", "dim": 1, "base": "normal", "df": 15.0},)):
         with pytest.raises(Damaged, match=r"as this release makes it"):
             restored({**text, "members": wrong}, state)
+
+
+def test_another_process_loads_it(tmp_path):
+    """Only a process that had called `fit_density` did: the builder was not known in others."""
+    x = torch.randn(60, 2, generator=torch.Generator().manual_seed(0))
+    fit = pf.fit_density(x[:, :1], context=x[:, 1:], max_epochs=1, progress=False)
+    assert isinstance(fit.flow.mixture, Ensemble)
+    fit.save(tmp_path / "density")
+    program = "import sys, pyro_flows as pf; print(type(pf.DensityFit.load(sys.argv[1]).flow.mixture).__name__)"
+    words = [sys.executable, "-c", program, tmp_path / "density"]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=300)
+    assert done.stdout.split() == ["Ensemble"], done.stderr
 
 
 def test_training_goes_on_from_it():

@@ -8,7 +8,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro import poutine
-from pyro.infer import SVI, Trace_ELBO
+from pyro.infer import SVI, Importance, JitTrace_ELBO, Trace_ELBO
 
 import pyro_flows as pf
 from pyro_flows.guides import hierarchical
@@ -283,6 +283,41 @@ def counts_wide(y):
         pyro.sample("y", dist.Poisson(z.exp()), obs=y)
 
 
+def test_rows_settle_at_kinks(monkeypatch):
+    """Modes of counts under a Laplace prior are its kink, or where the slope is zero. Steps past a kink turned back."""
+
+    def model(y):
+        mu = pyro.sample("mu", dist.Normal(real(0.0), 5.0))
+        with pyro.plate("row", len(y)):
+            pyro.sample("y", dist.Poisson(pyro.sample("z", dist.Laplace(mu, 0.7)).exp()), obs=y)
+
+    y = real([0.0, 1.0, 2.0, 3.0, 4.0, 6.0, 9.0, 30.0])
+    _, rows = rows_of(model, y)
+    own, calls = type(rows).conditional, []
+    monkeypatch.setattr(type(rows), "conditional", lambda self, *args, **kw: calls.append(1) or own(self, *args, **kw))
+    mu = 1.0
+    now = rows.near_mode(real([mu]), beginning, {})
+    above, below = (y - 1 / 0.7).clamp_min(1e-9).log(), (y + 1 / 0.7).log()  # zeros of the slope on either side
+    exact = torch.where(above > mu, above, torch.where(below < mu, below, mu))
+    assert int((exact == mu).sum()) == 3
+    assert torch.allclose(now.base["z"].reshape(-1), exact, atol=0.05)
+    assert len(calls) < 40
+
+
+def test_rows_of_several_numbers_pass_kinks():
+    """Data that only say a sum leave a direction without curvature: short steps after a kink ended 28 nats too low."""
+
+    def model(y):
+        mu = pyro.sample("mu", dist.Normal(real(0.0), 5.0))
+        with pyro.plate("row", len(y)):
+            z = pyro.sample("z", dist.Laplace(mu * torch.ones(2), 0.7).to_event(1))
+            pyro.sample("y", dist.Poisson((z[..., 0] + 0.5 * z[..., 1]).exp()), obs=y)
+
+    _, rows = rows_of(model, real([0.0, 1.0, 2.0, 3.0, 4.0, 6.0, 9.0, 30.0]))
+    now = rows.near_mode(real([-1.0]), beginning, {})
+    assert float(now.heights()[0].sum()) > -52.0  # -47.0 is the highest
+
+
 # what the guide follows ----------------------------------------------------------------------------------------------
 
 
@@ -295,6 +330,73 @@ def test_weights_of_eight_schools_come_to_the_evidence():
     posterior = pf.diagnose(schools, guide, SCHOOLS, SIGMA, progress=False)
     assert posterior.log_evidence == pytest.approx(LOG_EVIDENCE, abs=0.05)
     assert posterior.samples["theta"].shape == (4000, 8)
+
+
+def test_the_trace_of_a_guide_has_the_density_of_the_guide():
+    """Pyro's guides by effect handlers have the data in it too: its ``Importance`` gives them weights without data."""
+    pyro.set_rng_seed(0)
+    guide = pf.AutoHierarchicalFlow(schools, layers=2)
+    weighed = Importance(schools, guide=guide, num_samples=200).run(SCHOOLS, SIGMA)
+    assert float(weighed.get_log_normalizer()) == pytest.approx(LOG_EVIDENCE, abs=0.15)
+    trace = poutine.trace(guide).get_trace(SCHOOLS, SIGMA)
+    (own, theirs), _ = guide.get_traces(), trace.compute_log_prob()
+    torch.testing.assert_close(theirs.log_prob_sum(), trace.log_prob_sum())
+    assert not trace.nodes["y"]["log_prob"].any()
+    own.compute_log_prob()
+    assert bool(own.nodes["y"]["log_prob"].all())
+
+
+def test_factors_of_the_model_are_no_part_of_the_guide():
+    """Pyro marks them as auxiliary, as it does draws of a guide that no model has."""
+
+    def model(y, sigma):
+        schools(y, sigma)
+        pyro.factor("more", real(-7.0))
+
+    pyro.set_rng_seed(0)
+    guide = pf.AutoHierarchicalFlow(model, layers=2)
+    trace, (of_model, of_guide) = poutine.trace(guide).get_trace(SCHOOLS, SIGMA), guide.get_traces()
+    trace.compute_log_prob()
+    torch.testing.assert_close(trace.log_prob_sum(), of_guide.log_prob_sum())
+    of_model.compute_log_prob()
+    assert float(of_model.nodes["more"]["log_prob"]) == -7.0
+
+
+def test_draws_of_a_flow_of_all_latents_do_not_run_the_model():
+    """A model that takes no batches was run for each of the 4000 draws of a median."""
+    runs = []
+
+    def model(y):
+        mu = pyro.sample("mu", dist.Normal(real(0.0), 5.0))
+        runs.append(mu.dim())
+        y = y if mu.dim() == 0 else y[None, None, None]  # which has axes that no plate has
+        pyro.sample("y", dist.Normal(mu, 1.0).expand(y.shape).to_event(y.dim()), obs=y)
+
+    guide, y = pf.AutoHierarchicalFlow(model, layers=2), real(1.0, 3.0)
+    guide.initialize(y)
+    before = len(runs)
+    assert float(guide.median(y)["mu"]) == pytest.approx(4.0 / 2.04, abs=0.05)
+    assert len(runs) - before < 10
+
+
+def test_compiled_losses_are_refused():
+    """Second derivatives are no part of a trace of torch.jit, and modes would stay those of its rows."""
+    loss, guide = JitTrace_ELBO(ignore_jit_warnings=True), pf.AutoHierarchicalFlow(schools, layers=2)
+    svi = SVI(schools, guide, pyro.optim.Adam({"lr": 0.01}), loss)
+    with pytest.raises(NotImplementedError, match=r"rows of 'theta'.*Trace_ELBO in the place of JitTrace_ELBO"):
+        svi.step(SCHOOLS, SIGMA)
+
+
+def test_shapes_of_improper_priors_may_be_tuples():
+    def model(y):
+        mu = pyro.sample("mu", dist.ImproperUniform(dist.constraints.real, (), ()))
+        with pyro.plate("row", len(y)):
+            z = pyro.sample("z", dist.Normal(mu, 1.0))
+            pyro.sample("y", dist.Normal(z, 1.0), obs=y)
+
+    guide = pf.AutoHierarchicalFlow(model, layers=2).initialize(SCHOOLS)
+    assert guide.local == ["z"]
+    assert float(guide.median(SCHOOLS)["mu"]) == pytest.approx(float(SCHOOLS.mean()), abs=0.2)
 
 
 def test_training_mends_what_is_not_normal():

@@ -1,5 +1,6 @@
 """Chains of fitted priors: what a link adds to the error, what stays of it, and a new beginning from all data."""
 
+import copy
 import math
 from itertools import pairwise
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 import pyro_flows as pf
+from pyro_flows.flows.recipe import with_mixture
 from pyro_flows.priors import errors, fitted
 from pyro_flows.priors.errors import (
     PriorError,
@@ -189,16 +191,49 @@ def test_a_flow_is_moved_to_the_moments_of_weighted_draws(own):
 
 def test_what_moments_do_not_show_counts_as_far_as_further_data_bring_it_out():
     """Skewness, a correlation; and nothing of draws of the same distribution."""
-    x, y = normal(2, 20_000), normal(2, 20_000, 1)
-    same = shape_errors(Sample(x, equal(x)), Sample(y, equal(y)))
+    x, y, none = normal(2, 20_000), normal(2, 20_000, 1), torch.zeros(2).double()
+    same = shape_errors(Sample(x, equal(x)), Sample(y, equal(y)), none)
     skewed = torch.stack([(0.5 * x[:, 0]).exp(), x[:, 1]], 1)
     skewed = (skewed - skewed.mean(0)) / skewed.std(0)
-    bent = shape_errors(Sample(skewed, equal(x)), Sample(y, equal(y)))
+    bent = shape_errors(Sample(skewed, equal(x)), Sample(y, equal(y)), none)
     tied = torch.stack([x[:, 0], 0.3 * x[:, 0] + 0.91**0.5 * x[:, 1]], 1)
-    turned = shape_errors(Sample(tied, equal(x)), Sample(y, equal(y)))
+    turned = shape_errors(Sample(tied, equal(x)), Sample(y, equal(y)), none)
     assert float(torch.stack(same).sqrt().max()) < 0.015
     assert float(bent[0][0].sqrt()) > 0.1 > 2.0 * float(bent[0][1].sqrt())
     assert 0.1 < float(turned[0][1].sqrt()) < 0.3  # a center is off by .15 of the other one's, whose sd is .7 to 1
+
+
+def test_an_error_of_the_mass_of_a_mode_becomes_one_of_the_sd():
+    """The sd of two modes alike does not tell it, as it stood: further data prefer one of them."""
+    x = normal(1, 40_000) * 0.2
+    x[::2], x[1::2] = x[::2] + 1.0, x[1::2] - 1.0
+    error, scaled = 0.05, (x - x.mean(0)) / x.std(0)
+    off = Sample(x, equal(x) * (1.0 + error * scaled[:, 0]))
+    assert abs(float((moments(off, box(x)).sd / moments(Sample(x, equal(x)), box(x)).sd).log())) < 0.002
+    square = 0.0
+    for node, weight in zip(errors.NODES, errors.NODE_WEIGHTS / errors.NODE_WEIGHTS.sum(), strict=True):
+        tilt = -0.5 * (scaled[:, 0] - 2**0.5 * node).square()
+        both = [moments(sample.weighted(tilt), box(x)).sd for sample in (off, Sample(x, equal(x)))]
+        square += weight * float((both[0] / both[1]).log()) ** 2
+    stated = shape_errors(Sample(x, equal(x)), Sample(x, equal(x)), torch.tensor([error**2]).double())[1]
+    assert square**0.5 > 0.01
+    assert float(stated.sqrt()) == pytest.approx(square**0.5, rel=0.2)
+
+
+def test_a_flow_of_narrow_modes_is_not_moved_off_them():
+    """Their masses are a little off. Moments tell of these, and a move put a mode of sd .05 at .008 from its place."""
+    torch.manual_seed(0)
+    flow = with_mixture(pf.Flow(pf.transforms.LowerTriangularAffine(1)), components=2).double()
+    flow.mixture.assign(torch.tensor([0.07, 0.93]).log(), torch.tensor([[-0.85], [0.85]]), torch.full((2, 1, 1), 22.0))
+    before = copy.deepcopy(flow)
+    z = normal(1, 20_000) / 22.0 + torch.where(torch.arange(20_000) < 1200, -0.85, 0.85)[:, None]
+    stated = accumulated(matched(flow, Sample(z, equal(z)), own=False), 1, [])
+    places = torch.linspace(-1.0, 1.0, 41)[:, None].double()
+    assert torch.equal(flow.log_prob(places), before.log_prob(places))
+    masses = torch.tensor([0.06, 0.07]).double()
+    sds = (masses * (1.0 - masses) * 1.7**2 + 1.0 / 22.0**2).sqrt()
+    assert stated.mean > 0.01 * 1.7 / float(sds[0])
+    assert stated.sd > float((sds[1] / sds[0]).log())
 
 
 def test_noise_moves_a_flow_little():

@@ -246,17 +246,19 @@ def test_draws_of_two_modes_begin_at_a_mixture(dim):
 
 
 def test_draws_are_passed_seventy_five_times_at_most(monkeypatch):
-    given = []
+    given, taken = [], []
 
-    def noted(*args, max_epochs, **options):
+    def noted(flow, data, *, validation, max_epochs, **options):
         given.append(max_epochs)
-        return fit_density(*args, max_epochs=1, **options)
+        taken.append(torch.cat([data, validation]))
+        return fit_density(flow, data, validation=validation, max_epochs=1, **options)
 
     monkeypatch.setattr(making, "fit_density", noted)
     z = torch.randn(500, 2, generator=torch.Generator().manual_seed(0)).double()
     for epochs in (None, 3):
         _fitted(z, torch.full((500,), 1.0 / 500).double(), 0, epochs, False)
     assert given == [75, 3]
+    assert torch.equal(taken[0].sort(0).values, z.sort(0).values)  # of equal weights, each once
 
 
 def test_draws_of_one_gaussian_are_one_gaussian():
@@ -454,3 +456,13 @@ def test_the_joint_bijection_is_one():
     torch.testing.assert_close(transform.inv(value), z)
     free = torch.autograd.functional.jacobian(lambda row: torch.cat([transform(row)[:3], transform(row)[4:]]), z[0])
     torch.testing.assert_close(transform.log_abs_det_jacobian(z, value)[0], torch.linalg.slogdet(free)[1])
+
+
+def test_pyro_may_register_a_prior(tmp_path):
+    """A model that did warned of each of the prior's parameters, none of which is trained."""
+    posterior = pf.fit(walk, torch.tensor([0.5, 1.5, 1.0]), progress=False)
+    prior = pf.prior_from(posterior, **QUICK)
+    prior.save(tmp_path / "prior")
+    for one in (prior, pf.FittedPrior.load(tmp_path / "prior"), copy.deepcopy(prior)):
+        pyro.module("prior", one)
+    assert not [*pyro.get_param_store()]

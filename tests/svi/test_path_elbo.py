@@ -13,7 +13,7 @@ from pyro.infer import SVI, Trace_ELBO
 from pyro.infer.autoguide import AutoNormal
 
 import pyro_flows as pf
-from pyro_flows.svi.path_elbo import Arguments, RecordedStep, eager_step
+from pyro_flows.svi.path_elbo import CHECKED_EVERY, MOST_RECORDED, Arguments, RecordedStep, eager_step
 from tests.models import normal, real
 
 SD = 0.5
@@ -148,16 +148,20 @@ def test_batches_of_two_sizes_and_a_number_that_changes():
 
 
 @pytest.mark.falls_back
-@pytest.mark.parametrize("why", ["AutoNormal", "parameters", "draw by draw", "ndarray"])
+@pytest.mark.filterwarnings("ignore:Found vars in model but not guide")
+@pytest.mark.parametrize("why", ["AutoNormal", "parameters", "draw by draw", "ndarray", "'part'"])
 def test_what_has_no_path_gradient_gets_the_elbo_of_pyro(why, caplog):
     def model(y, extra=None):
         scale = pyro.param("scale", real(1.0)) if why == "parameters" else 1.0
         x = pyro.sample("x", dist.Normal(torch.zeros_like(y), scale).to_event(1))
         if why == "draw by draw":
             float(x.sum())
+        if why == "'part'":
+            pyro.sample("part", dist.Normal(0.0, 1.0))
         pyro.sample("y", dist.Normal(x, SD).to_event(1), obs=y)
 
-    guide = AutoNormal(model) if why == "AutoNormal" else pf.AutoRealNVP(model, layers=2)
+    known = pyro.poutine.block(model, hide=["part"])
+    guide = AutoNormal(model) if why == "AutoNormal" else pf.AutoRealNVP(known, layers=2)
     unused = {"extra": np.ones(3)} if why == "ndarray" else {}
     with caplog.at_level(logging.DEBUG, "pyro_flows"):
         svi, loss = svi_of(model, guide, particles=4)
@@ -174,6 +178,107 @@ def test_a_guide_of_two_models_reads_each():
     one, two = loss.loss(conjugate, guide, Y), loss.loss(other, guide, Y)
     assert two > one + 1.0, "its log density is twice as large"
     assert loss.loss(conjugate, guide, Y) == pytest.approx(one, abs=0.05)
+
+
+def of_draws(loss, model, guide, *args):
+    """The loss by many draws."""
+    many = Trace_ELBO(num_particles=4000, vectorize_particles=True, max_plate_nesting=1)
+    return many.loss(model, guide, *args) - sum(loss.loss(model, guide, *args) for _ in range(400)) / 400
+
+
+@pytest.mark.falls_back
+def test_a_handler_around_a_step_is_followed():
+    guide, loss = pf.AutoRealNVP(conjugate, layers=2), pf.PathELBO(num_particles=200)
+    whole = loss.loss(conjugate, guide, Y)
+    assert loss.reason is None
+    with pyro.poutine.scale(scale=0.1):
+        assert loss.loss(conjugate, guide, Y) == pytest.approx(0.1 * whole, abs=0.01)
+    assert loss.reason.startswith("Trace_ELBO is used: a handler")
+
+
+class Weighted(pyro.nn.PyroModule):
+    """A model that reads a weight which is none of its arguments, as annealing changes it."""
+
+    weight = 1.0
+
+    def forward(self, y):
+        _weighted(y, self.weight)
+
+
+def test_a_graph_is_recorded_anew_where_the_model_reads_something_else():
+    model, y = Weighted(), normal(20, seed=5) + 2.0
+    guide = pf.AutoRealNVP(model, layers=2)
+    svi, loss = svi_of(model, guide)
+    svi.step(y)
+    model.weight = 0.1
+    for _ in range(CHECKED_EVERY):
+        svi.step(y)
+    assert of_draws(loss, model, guide, y) == pytest.approx(0.0, abs=0.1)
+    assert loss._kept[guide]._recorded == 2
+    for _ in range(2 * CHECKED_EVERY):
+        svi.step(y)
+    assert loss.reason is None
+    assert loss._kept[guide]._recorded == 2, "a graph that agrees is kept"
+
+
+def test_a_comparison_of_a_graph_runs_the_model_once():
+    """Also of a minibatch that is new: to read its structure anew took as long as twenty steps."""
+    runs = []
+
+    def model(y):
+        runs.append(len(y))
+        _weighted(y, 1.0)
+
+    y = normal(20, seed=5) + 2.0
+    svi, loss = svi_of(model, pf.AutoRealNVP(model, layers=2))
+    svi.step(y)
+    before = len(runs)
+    for step in range(2 * CHECKED_EVERY):
+        svi.step(y + 0.01 * step)
+    assert loss.reason is None
+    assert len(runs) - before == 2
+
+
+@pytest.mark.falls_back
+def test_a_model_in_a_new_handler_at_each_step_keeps_its_pace():
+    """As with a weight that is annealed: few graphs are recorded, and the optimizer's unit is found."""
+    guide, loss, y = pf.AutoRealNVP(conjugate, layers=2), pf.PathELBO(num_particles=4), Y
+    optimizer = pyro.optim.Adam({"lr": 1e-4})
+    for step in range(MOST_RECORDED + 3):
+        weighted = pyro.poutine.scale(conjugate, scale=0.5 + 0.01 * step)
+        SVI(weighted, guide, optimizer, loss=loss).step(y)
+    kept = loss._kept[guide]
+    assert kept.pace.begun
+    assert kept.pace.gain > 1.0, "the optimizer's steps of 1e-4 are made as long as usual"
+    assert "change too often" in loss.reason
+
+
+@pytest.mark.falls_back
+def test_rows_that_a_mask_leaves_out_may_be_more_or_fewer():
+    def model(y):
+        _weighted(y[~y.isnan()], 1.0)
+
+    y, fewer = (normal(20, seed=5) + 2.0 for _ in range(2))
+    y[3], fewer[5:9] = math.nan, math.nan
+    guide = pf.AutoRealNVP(model, layers=2)
+    svi, loss = svi_of(model, guide)
+    svi.step(y)
+    assert "a shape depends on values" in loss.reason
+    for data in (fewer, y):
+        assert of_draws(loss, model, guide, data) == pytest.approx(0.0, abs=0.1)
+
+
+@pytest.mark.falls_back
+def test_a_module_that_pyro_is_not_told_of_is_trained():
+    net = torch.nn.Linear(1, 1, dtype=torch.float64)
+
+    def model(y):
+        _weighted(y - net(real(1.0)[None]), 1.0)
+
+    guide, loss = pf.AutoRealNVP(model, layers=2), pf.PathELBO(num_particles=4)
+    loss.loss_and_grads(model, guide, Y)
+    assert "parameters of its own" in loss.reason
+    assert all(bool(part.grad.abs() > 0.0) for part in net.parameters())
 
 
 def test_a_step_without_a_finite_gradient_leaves_the_parameters_as_they_are():
@@ -320,6 +425,29 @@ def test_latents_in_another_order_are_not_taken_for_each_other():
     posterior = pf.diagnose(in_turn, guide, "b", "a", draws=500, progress=False)
     assert posterior.samples["a"].mean() == pytest.approx(-3.0, abs=0.3)
     assert posterior.verdict.status != "unreliable"
+
+
+def rows_or_data(y=None):
+    scale = pyro.sample("scale", dist.HalfNormal(real(1.0)))
+    with pyro.plate("rows", 3):
+        pyro.sample("y", dist.Normal(0.0, scale), obs=y)
+
+
+@pytest.mark.falls_back
+@pytest.mark.filterwarnings("ignore::pyro_flows.NothingObservedWarning")
+def test_data_that_come_after_the_first_run_or_are_left_out_are_named():
+    before, after = (pf.AutoRealNVP(rows_or_data, layers=2) for _ in range(2))
+    before.initialize()
+    assert before.structure.noncentered
+    for loss in (pf.PathELBO(4), Trace_ELBO()):
+        with pytest.raises(ValueError, match=r"site 'y': expected a latent, as in the first run, got data"):
+            SVI(rows_or_data, before, pyro.optim.Adam({"lr": 0.01}), loss).step(Y)
+    svi, _ = svi_of(rows_or_data, after)
+    svi.step(Y)
+    with pytest.raises(
+        ValueError, match=r"expected no further site, .* got 'y' with 3\. A site without data is a latent"
+    ):
+        svi.evaluate_loss()
 
 
 def test_data_that_fit_are_taken_after_data_that_do_not():

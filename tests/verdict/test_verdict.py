@@ -61,6 +61,11 @@ TABLE = [
     ({**MOVED, "k_hat": 0.5}, "unreliable", "k-hat 0.50 is not below 0.5 and weighting changes the results"),
     ({**NARROW, "k_hat": 0.499}, "corrected", "changes the sd of a"),
     ({**NARROW, "k_hat": 0.5}, "unreliable", "the weights have infinite variance"),
+    ({**NARROW, "k_hat": 0.5, "ess": 0.979}, "unreliable", "the weights have infinite variance"),
+    ({**NARROW, "k_hat": 0.5, "ess": 0.981}, "corrected", "changes the sd of a by a factor"),  # far draws go
+    ({**NARROW, "k_hat": 0.7, "ess": 0.981}, "unreliable", "k-hat 0.70"),
+    ({**NARROW, "k_hat": 0.5, "ess": 0.981, "widening": 0.101}, "unreliable", "the weights have infinite variance"),
+    ({**MOVED, "k_hat": 0.5, "ess": 0.981}, "unreliable", "the weights have infinite variance"),
     ({"k_hat": 0.5}, "ok", ""),
     # more than weights can correct
     ({"sd_shift": pair(0.69), "widening": 0.69}, "corrected", "factor 1.99"),
@@ -103,6 +108,14 @@ def test_what_the_fit_says():
     noted = judge(fine, NAMES, notes=["no search was made"])
     assert noted.status == "ok"
     assert str(noted).endswith("Note: no search was made.")
+
+
+@pytest.mark.parametrize(("factor", "status"), [("0.84", "corrected"), ("1.15", "unreliable")])
+def test_values_that_widen_are_not_corrected_by_weights_of_infinite_variance(factor, status):
+    """An sd of exp(z) was widened by such weights, and `corrected`, where that of z was hardly moved."""
+    changed = [f"importance weighting changes the sd of the values of v by a factor {factor}"]
+    for moved in ({}, NARROW):
+        assert judge(weighing(**moved, k_hat=0.55, ess=0.985), NAMES, changed=changed).status == status
 
 
 def test_the_figures_of_a_verdict():
