@@ -12,7 +12,7 @@ from torch import Tensor
 import pyro_flows as pf
 from pyro_flows import LogDensity
 from pyro_flows.graphs.bindings import bound
-from pyro_flows.graphs.recording import record
+from pyro_flows.graphs.recording import DependsOnValues, record
 from pyro_flows.training import loop
 from pyro_flows.training import trainer as training
 from pyro_flows.training.flow_graphs import Passes, body_of
@@ -48,6 +48,28 @@ def test_constants_are_folded_and_repeats_shared():
     assert torch.equal(quick, expected)
     called = [str(node.target) for node in module.graph.nodes if node.op == "call_function"]
     assert sorted(called) == ["aten.add.Tensor", "aten.div.Tensor", "aten.exp.default", "aten.mul.Tensor"]
+
+
+SIZED = {
+    "mask": lambda x: x[x > 0.0].exp().sum(),
+    "places": lambda x: (x > 0.0).nonzero().sum() * x.sum(),
+    "selected": lambda x: torch.masked_select(x, x > 0.0).sum(),
+    "different values": lambda x: x.round().unique().sum(),
+}
+
+
+@pytest.mark.parametrize("name", SIZED)
+def test_shapes_that_depend_on_values_are_not_recorded(name):
+    """What follows would have the shapes of the first values."""
+    with pytest.raises(DependsOnValues, match="a shape depends on values"):
+        record(SIZED[name], normal(20, 3, seed=0))
+
+
+def test_orders_and_constant_masks_are_recorded():
+    even = torch.arange(5) % 2 == 0
+    plain, quick, expected, _ = run(lambda x: x[x[:, 0].argsort()][even].exp(), normal(5, 3, seed=0))
+    assert torch.equal(plain, expected)
+    assert torch.equal(quick, expected)
 
 
 def test_no_operation_on_constants_is_left_where_memory_is_used_again():
