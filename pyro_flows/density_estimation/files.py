@@ -30,7 +30,6 @@ from pyro_flows.density_estimation.ascent import Ascent
 from pyro_flows.density_estimation.encoding import Encoding
 from pyro_flows.density_estimation.points import CHUNK, Levels, Rows, Source, like
 from pyro_flows.density_estimation.training import Plan
-from pyro_flows.flows import ensemble  # noqa: F401, a builder that files name
 from pyro_flows.flows.flow import Flow
 from pyro_flows.flows.recipe_json import not_rebuilt, restored, to_json
 

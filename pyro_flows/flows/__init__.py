@@ -1,5 +1,5 @@
 """Flows: bijections with a base distribution, what they are made of, and mixtures of them."""
 
-from pyro_flows.flows import images, parts, vectors
+from pyro_flows.flows import ensemble, images, parts, vectors
 
-__all__ = ["images", "parts", "vectors"]  # which register their builders
+__all__ = ["ensemble", "images", "parts", "vectors"]  # which register their builders

@@ -419,7 +419,8 @@ class Rows:
         at_kink = [torch.zeros_like(most, dtype=torch.bool) for most in reach]
         for _ in range(MOST_STEPS):
             now = self.conditional(z, at_values(first.moved(base, steps)), first.at.chosen)
-            good = [_above(new, old) for new, old in zip(now.heights(), heights, strict=True)]
+            reached = now.heights()
+            good = [_above(new, old) for new, old in zip(reached, heights, strict=True)]
             base = first.moved(base, [torch.where(fine, step, 0.0) for fine, step in zip(good, steps, strict=True)])
             tried = list(zip(good, now.steps(), steps, reach, strict=True))
             reach = [torch.where(fine, most.maximum(old.abs()), most) for fine, _, old, most in tried]
@@ -428,10 +429,10 @@ class Rows:
             steps = [torch.where(fine, step, old / FARTHER) for (fine, _, old, _), step in zip(tried, new, strict=True)]
             at_kink = [
                 kink | (fine & (fresh * old < 0.0) & _above(before, new))
-                for kink, (fine, fresh, old, _), before, new in zip(at_kink, tried, heights, now.heights(), strict=True)
+                for kink, (fine, fresh, old, _), before, new in zip(at_kink, tried, heights, reached, strict=True)
             ]
             lengths = [torch.where(fine, new, old) for fine, new, old in zip(good, now.decrement, lengths, strict=True)]
-            heights = [torch.where(fine, new, old) for fine, new, old in zip(good, now.heights(), heights, strict=True)]
+            heights = [torch.where(fine, new, old) for fine, new, old in zip(good, reached, heights, strict=True)]
             left = zip(lengths, steps, reach, at_kink, strict=True)
             going = (~kink & (far.abs() > NEAR) & (step.abs() > STUCK * most) for far, step, most, kink in left)
             if not any(bool(rows.any()) for rows in going):
