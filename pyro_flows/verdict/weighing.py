@@ -249,13 +249,14 @@ def tempered(log_weights: Tensor) -> float:
     return low
 
 
-# by how much changes (V,) exceed errors, and what is changed at one place, and by how much, in words
-Compared = tuple[Tensor, Callable[[int], tuple[str, str]]]
+# by how much changes (V,) exceed errors, which only make an sd smaller (V,), and what is changed at a place, in words
+Compared = tuple[Tensor, Tensor, Callable[[int], tuple[str, str]]]
 
 
 def changed_values(values: Mapping[str, Tensor], log_weights: Tensor, draws: int | None = None) -> list[str]:
     """Say which mean or sd of the model's own values weighting changes most, if it is more than chance explains.
 
+    An sd that becomes smaller is named only if nothing else changes, since the verdict minds it less.
     A scale or a bound is the exponential of its coordinate. Its draws may have a tail that is too heavy by far, where
     the coordinate's hardly differ. Of values that have no fourth moment under the weights, quantiles are compared, and
     those of the draws to use, the first ``draws`` of all. Where a fourth moment exists, their mean and sd are compared
@@ -264,7 +265,7 @@ def changed_values(values: Mapping[str, Tensor], log_weights: Tensor, draws: int
     """
     weights = log_weights.double().exp()
     chosen = resample(log_weights.double(), len(weights), seed=0)
-    worst, said = 0.0, list[str]()
+    worst, said = (False, 0.0), list[str]()
     for name, value in values.items():
         flat = value.reshape(len(value), -1).double()
         if not value.is_floating_point() or not flat.shape[1]:
@@ -274,14 +275,16 @@ def changed_values(values: Mapping[str, Tensor], log_weights: Tensor, draws: int
             among = columns.nonzero()[:, 0]
             if not len(among):
                 continue
-            beyond, about = compare(flat[:, among], weights, draws or len(flat))
+            beyond, narrows, about = compare(flat[:, among], weights, draws or len(flat))
             excess = torch.where(torch.isfinite(beyond), beyond - SHIFT_MOST, -torch.inf)
-            place = int(excess.argmax())
-            if float(excess[place]) > worst:
-                worst = float(excess[place])
-                index = next(itertools.islice(itertools.product(*map(range, value.shape[1:])), int(among[place]), None))
-                what, by = about(place)
-                said = [f"importance weighting changes the {what} of the values of {element(name, index)} {by}"]
+            for kind in (narrows, ~narrows):
+                place = int(torch.where(kind, excess, -torch.inf).argmax())
+                rank = not bool(narrows[place]), float(excess[place])
+                if rank[1] > 0.0 and rank > worst:
+                    worst, places = rank, itertools.product(*map(range, value.shape[1:]))
+                    index = next(itertools.islice(places, int(among[place]), None))
+                    what, by = about(place)
+                    said = [f"importance weighting changes the {what} of the values of {element(name, index)} {by}"]
     return said
 
 
@@ -306,14 +309,15 @@ def _moments(values: Tensor, weights: Tensor, draws: int) -> Compared:
     changes, errors = torch.stack([shift, ratio.abs()]), SHIFT_ERRORS * torch.stack([shift_error, ratio_error])
     beyond = (changes.square() - errors.square()).clamp_min(0.0).sqrt().amax(0)  # as variances, chance adds up so
     excess, among = beyond.nan_to_num(nan=-torch.inf, posinf=-torch.inf).max(0)
+    by_sd, by_log_factor = shift.gather(0, among[None])[0], ratio.gather(0, among[None])[0]
 
     def said(place: int) -> tuple[str, str]:
-        by, log_factor = float(shift[among[place], place]), float(ratio[among[place], place])
+        by, log_factor = float(by_sd[place]), float(by_log_factor[place])
         if by > abs(log_factor):
             return "mean", f"by {in_words(by)} sd"
         return "sd", f"by a factor {in_words(math.exp(-log_factor))}"
 
-    return excess, said
+    return excess, by_log_factor >= by_sd, said
 
 
 def _quantiles(values: Tensor, weights: Tensor, draws: int) -> Compared:
@@ -333,7 +337,7 @@ def _quantiles(values: Tensor, weights: Tensor, draws: int) -> Compared:
         number = int(level[place])
         return f"{100 * LEVELS[number]:.0f} % quantile", f"by {in_words(float(shift[number, place]))} sd"
 
-    return excess, said
+    return excess, torch.zeros_like(excess, dtype=torch.bool), said
 
 
 def element(name: str, index: Sequence[int]) -> str:

@@ -99,6 +99,17 @@ def test_the_worst_of_several_is_named():
     assert " b " in said
 
 
+def test_an_sd_that_becomes_smaller_does_not_hide_one_that_becomes_larger():
+    """The verdict minds it less: weights of infinite variance may take far draws away."""
+    a, b = normal(S, seed=6), normal(S, seed=7)
+    weights = torch.log_softmax(-0.5 * a.square() + 0.15 * b.square(), 0)
+    for values in ({"a": a, "b": b}, {"both": torch.stack([a, b], 1)}, {"b": b, "a": a}):
+        (said,) = changed_values(values, weights)
+        assert said.split(" of the values of ")[1].startswith(("b by a factor 1.", "both[1] by a factor 1."))
+    (said,) = changed_values({"a": a}, weights)
+    assert said.endswith("a by a factor 0.71")
+
+
 def test_what_weighting_changes_besides_is_corrected():
     z, said = normal(S, 1, seed=8), []
 
