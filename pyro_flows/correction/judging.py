@@ -25,7 +25,14 @@ from pyro_flows.results.scoring import LASTING
 from pyro_flows.verdict.chains import McmcDiagnostics, McmcDraws, as_numbers, objections
 from pyro_flows.verdict.deciding import CHECKED, ESTIMATED_DRAWS, UNSEARCHED
 from pyro_flows.verdict.methods import METHODS
-from pyro_flows.verdict.thresholds import ESS_OF_MCMC, MISSED_MASS_OF_TAILS, MISSED_MASS_SHARE, SHIFT_ERRORS, SHIFT_MOST
+from pyro_flows.verdict.thresholds import (
+    ESS_OF_MCMC,
+    K_HAT_GOOD,
+    MISSED_MASS_OF_TAILS,
+    MISSED_MASS_SHARE,
+    SHIFT_ERRORS,
+    SHIFT_MOST,
+)
 from pyro_flows.verdict.verdict import IMPROPER, Verdict
 
 STAGE = "refinement"
@@ -148,11 +155,12 @@ def disagreements(posterior: Record, chains: McmcDraws) -> list[str]:
     """Say so where chains differ from the guide's weighted draws, if these are good enough to tell.
 
     Chains whose steps are too long for a narrow part of the posterior stay out of it, all alike, so that no R-hat sees
-    it. Draws of the guide may lie there. Wider chains are no fault: a guide that lacks a tail has good weights.
+    it. Draws of the guide may lie there. Wider chains are no fault: a guide that lacks a tail has good weights. Weights
+    of infinite variance are not compared: their averages have no standard error.
     """
     weights = posterior.log_weights.double().exp()
     effective = float(1.0 / weights.square().sum())
-    if not posterior.k_hat < posterior.verdict.k_threshold or effective < ESS_OF_MCMC:
+    if not posterior.k_hat < K_HAT_GOOD or effective < ESS_OF_MCMC:
         return []
     draws, z = posterior.z.double(), chains.z.flatten(0, 1).double()
     mean = (weights[:, None] * draws).sum(0)
