@@ -21,9 +21,9 @@ import math
 # mass of a region. Source: PSIS; Yao.
 K_HAT_MOST = 0.7
 
-# Weights have a finite variance below this: they correct results, chains are held to them, a mixture or table is
-# accepted, a round has nothing left to gain, and the flow of a marginal is not fitted further. Source: PSIS (finite
-# variance); measured (record 0033).
+# Weights have a finite variance below this: they correct results, a mixture or table is accepted, a round
+# has nothing left to gain, and the flow of a marginal is not fitted further. Source: PSIS (finite variance); measured
+# (record 0033).
 K_HAT_GOOD = 0.5
 
 # Log ratio of the largest weight and the mean one: below this, weights have no tail, and k-hat counts as 0. Source:

@@ -509,16 +509,17 @@ def check_disagreement(scale, shift, said):
     chains = scale * normal(4096, 2, seed=2).reshape(64, 64, 2) + shift
     posterior = SimpleNamespace(
         z=draws, log_weights=torch.full((4000,), -math.log(4000.0)), k_hat=0.1, coordinates=("a", "b"),
+        verdict=SimpleNamespace(k_threshold=0.7),
     )  # fmt: skip
     found = disagreements(posterior, SimpleNamespace(z=chains))
     assert bool(found) == said
-    posterior.k_hat = 0.5  # weights of infinite variance: then nobody can tell
+    posterior.k_hat = 0.8  # then nobody can tell
     assert disagreements(posterior, SimpleNamespace(z=chains)) == []
 
 
 @pytest.mark.parametrize(
     ("scale", "shift", "said"),
-    [(1.0, 0.0, False), (0.95, 0.05, False), (0.75, 0.0, True), (1.3, 0.0, False), (1.0, 0.3, True)],
+    [(1.0, 0.0, False), (0.95, 0.05, False), (0.75, 0.0, True), (1.3, 0.0, False), (1.0, 0.3, True), (1.3, 0.3, False)],
 )
 def test_chains_are_held_to_the_weighted_draws_of_the_guide(scale, shift, said):
     check_disagreement(scale, shift, said)
@@ -530,6 +531,7 @@ def test_chains_that_stay_out_of_a_tail_are_found():
     chains = normal(4096, 2, seed=2).clamp(max=1.6).reshape(64, 64, 2)
     posterior = SimpleNamespace(
         z=draws, log_weights=torch.full((4000,), -math.log(4000.0)), k_hat=0.1, coordinates=("a", "b"),
+        verdict=SimpleNamespace(k_threshold=0.7),
     )  # fmt: skip
     assert "disagree on" in disagreements(posterior, SimpleNamespace(z=chains))[0]
 
