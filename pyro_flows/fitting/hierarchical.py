@@ -47,7 +47,7 @@ from pyro_flows.starts.gaussians import Start
 from pyro_flows.starts.portfolio import moved, tells_moments
 from pyro_flows.verdict.deciding import CHECKED, LOOKED_AT_DRAWS, POOL, UNSEARCHED, Draw, status_of
 from pyro_flows.verdict.methods import MIXTURE
-from pyro_flows.verdict.thresholds import ROW_ERROR_MOST
+from pyro_flows.verdict.thresholds import ROW_ERROR_MOST, SHIFT_ERRORS
 from pyro_flows.verdict.verdict import NAMED
 from pyro_flows.verdict.weighing import Weighing, weigh
 
@@ -152,7 +152,8 @@ def _fitted(guide: AutoHierarchicalFlow, density: MarginalDensity | None, plan: 
                 found = _look(guide, density, moves=not trained.stages)
                 status, elbo = status_of(found), found.elbo
                 trained.good = status != "unreliable"
-                if trained.best is None or not elbo <= trained.best[0]:
+                noise = SHIFT_ERRORS * float(found.log_weights.std().nan_to_num()) / math.sqrt(len(found.log_weights))
+                if trained.best is None or not elbo < trained.best[0] - noise:
                     state = guide._top._flow.state_dict()
                     trained.best = elbo, {name: value.clone() for name, value in state.items()}
                 if plan.open and status != "ok" and not trained.stages:

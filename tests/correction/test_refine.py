@@ -519,7 +519,7 @@ def check_disagreement(scale, shift, said):
 
 @pytest.mark.parametrize(
     ("scale", "shift", "said"),
-    [(1.0, 0.0, False), (0.95, 0.05, False), (0.75, 0.0, True), (1.3, 0.0, False), (1.0, 0.3, True)],
+    [(1.0, 0.0, False), (0.95, 0.05, False), (0.75, 0.0, True), (1.3, 0.0, False), (1.0, 0.3, True), (1.3, 0.3, False)],
 )
 def test_chains_are_held_to_the_weighted_draws_of_the_guide(scale, shift, said):
     check_disagreement(scale, shift, said)

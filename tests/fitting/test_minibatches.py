@@ -245,6 +245,27 @@ def test_training_that_makes_the_flow_worse_is_not_taken(monkeypatch):
     assert posterior.method == "Gaussian"
 
 
+def test_a_later_round_is_taken_where_the_elbo_does_not_tell(monkeypatch):
+    """The ELBO of 400 draws has an error of .05 nats and more: the first of equal rounds was taken."""
+    looked, moved = hierarchical._look, []
+
+    def train(guide, plan, steps, losses):
+        losses += [0.0] * steps
+        guide._top._flow.bijection.layers[-1].loc.data += 1e-6
+        moved.append(guide._top._flow.bijection.layers[-1].loc.clone())
+
+    def lower(guide, density, *, moves):
+        found = looked(guide, density, moves=moves)
+        return replace(found, elbo=-1e-3 * len(moved), k_hat=0.9, ess=0.01)
+
+    monkeypatch.setattr(hierarchical, "_train", train)
+    monkeypatch.setattr(hierarchical, "_look", lower)
+    monkeypatch.setattr(hierarchical, "_mixture", lambda *_: None)
+    x = 2.0 + torch.randn(30, generator=generator(1), dtype=torch.float64)
+    posterior = pf.fit(spread_rows, x, 10, max_steps=600, refine=False, progress=False)
+    assert torch.equal(posterior.guide._top._flow.bijection.layers[-1].loc, moved[-1])
+
+
 def many_data(x, batch):
     mu = pyro.sample("mu", dist.Normal(real(0.0), 3.0))
     tau = pyro.sample("tau", dist.HalfNormal(real(1.0)))
