@@ -88,7 +88,10 @@ def line_of(error: BaseException) -> str:
     """
     frames = traceback.extract_tb(error.__traceback__)
     passed = [frame for frame in frames if not frame.filename.startswith(OF_MACHINERY)]
-    return f" ({Path(passed[-1].filename).name}, line {passed[-1].lineno}: `{passed[-1].line}`)" if passed else ""
+    if not passed:
+        return ""
+    code = f": `{passed[-1].line}`" if passed[-1].line else ""  # of a model in a string there is none
+    return f" ({Path(passed[-1].filename).name}, line {passed[-1].lineno}{code})"
 
 
 LOOKS = 3  # at points where a recorded graph gives NaN

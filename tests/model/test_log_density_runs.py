@@ -83,6 +83,22 @@ def test_models_that_cannot_be_batched_give_the_same_values(name):
 
 
 @pytest.mark.falls_back
+def test_the_line_of_a_library_is_named_and_that_of_a_model_without_source_has_a_number():
+    def stable(y):
+        index = pyro.sample("index", dist.Uniform(real(1.0), 2.0))
+        pyro.sample("y", dist.StableWithLogProb(index, real(0.0)), obs=y)
+
+    assert "(stable_log_prob.py, line " in pf.LogDensity(stable, (Y,)).reason
+    source = """def model(y):
+        x = pyro.sample("x", dist.Normal(torch.zeros(()), 1.0))
+        pyro.sample("y", dist.Normal(x if x > 0 else -x, 1.0), obs=y)
+    """
+    names = {"pyro": pyro, "dist": dist, "torch": torch}
+    exec(compile(source, "<string>", "exec"), names)
+    assert " (<string>, line 3). " in pf.LogDensity(names["model"], (Y,)).reason
+
+
+@pytest.mark.falls_back
 def test_a_branch_that_the_probes_do_not_see_still_counts():
     """Branches on values stop the batching wherever they are: each point is run for itself."""
 
