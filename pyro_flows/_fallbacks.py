@@ -77,4 +77,4 @@ class Tried:
 def first_line(error: BaseException) -> str:
     """Return the type of an error and the first line of what it says."""
     lines = str(error).strip().splitlines()
-    return f"{type(error).__name__.lstrip('_')}: {lines[0].rstrip('.:') if lines else 'no message'}"
+    return f"{type(error).__name__.lstrip('_')}: {lines[0].rstrip('.: ') if lines else 'no message'}"

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import TypeVar
 
 import torch
+from pyro import poutine
 from torch import Tensor
 from torch._C import _functorch
 from torch.overrides import TorchFunctionMode
@@ -17,6 +21,8 @@ from pyro_flows._tensors import Args, Function, Kwargs
 
 Result = TypeVar("Result")
 
+ROOT = Path(__file__).parents[1]  # of this package
+OF_MACHINERY = tuple(f"{folder}{os.sep}" for folder in (*torch.__path__, *poutine.__path__, ROOT))  # no model's lines
 OF_POINTS = (ArithmeticError, AssertionError, IndexError, RuntimeError, ValueError)  # that values of latents cause
 
 
@@ -73,6 +79,19 @@ def place_of(last: str | None, order: Sequence[str]) -> str:
     if following:
         return f"in or before site {following[0]!r}"
     return "in the model" if last is None else f"after site {last!r}"
+
+
+def line_of(error: BaseException) -> str:
+    """Quote the last line that an error passed through outside of torch, Pyro's handlers and this package, if any.
+
+    That is a line of the model, or of a library that it calls.
+    """
+    frames = traceback.extract_tb(error.__traceback__)
+    passed = [frame for frame in frames if not frame.filename.startswith(OF_MACHINERY)]
+    if not passed:
+        return ""
+    code = f": `{passed[-1].line}`" if passed[-1].line else ""  # of a model in a string there is none
+    return f" ({Path(passed[-1].filename).name}, line {passed[-1].lineno}{code})"
 
 
 LOOKS = 3  # at points where a recorded graph gives NaN

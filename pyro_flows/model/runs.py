@@ -45,6 +45,7 @@ from pyro_flows.model.faults import (
     Subsampled,
     defined,
     is_of_a_point,
+    line_of,
     passing_over,
     place_of,
     where_it_runs,
@@ -270,7 +271,7 @@ class Runs:
         if tried.error is not None:
             if again and is_of_a_point(tried.error):  # by chance, since it was none when this was tried point by point
                 return self._why_unbatched(points, single, again=False)
-            return f"not batched: {first_line(tried.error)}"
+            return f"not batched: {first_line(tried.error)}{line_of(tried.error)}"
         if not torch.allclose(single, batched, rtol=1e-3, atol=1e-3, equal_nan=True):
             return "not batched: vmap gave other values than single runs"
         return None

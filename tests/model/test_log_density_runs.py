@@ -1,5 +1,6 @@
 """How a log density is run: batched, recorded or point by point, and what it says when something is wrong."""
 
+import inspect
 import warnings
 
 import numpy as np
@@ -49,6 +50,11 @@ def dependent_item(y):
     pyro.sample("y", dist.Normal(alpha, beta), obs=y)
 
 
+def line_in(model):
+    """The last line of a model, which is the one that cannot be batched."""
+    return model.__code__.co_firstlineno + len(inspect.getsource(model).splitlines()) - 1
+
+
 FALLING_BACK = {
     "item": (takes_item, lambda x: gauss(x, 0.0, 1.0) + gauss(Y, x, 1.0 + x.detach().abs())),
     "branch": (branches, lambda x: gauss(x, 0.0, 1.0) + (gauss(Y, x, 1.0) if x > 0 else gauss(Y, -x, 2.0))),
@@ -63,6 +69,7 @@ def test_models_that_cannot_be_batched_give_the_same_values(name):
     density = pf.LogDensity(model, (Y,))
     assert not density.batched
     assert density.reason.startswith("not batched: RuntimeError")
+    assert f"({__name__.rpartition('.')[2]}.py, line {line_in(model)}: `pyro.sample(" in density.reason
     z = real(-1.3, -0.2, 0.4, 2.0)[:, None].requires_grad_()
     expected = torch.stack([by_hand(x) for x in z[:, 0]])
     (gradient,) = torch.autograd.grad(expected.sum(), z)
@@ -73,6 +80,22 @@ def test_models_that_cannot_be_batched_give_the_same_values(name):
     close(density.unconstrain(density.constrain(z)), z.detach(), 1e-12)
     assert density.predictive(z)["y"].shape == (4,)
     assert density.prior(3)["x"].shape == (3,)
+
+
+@pytest.mark.falls_back
+def test_the_line_of_a_library_is_named_and_that_of_a_model_without_source_has_a_number():
+    def stable(y):
+        index = pyro.sample("index", dist.Uniform(real(1.0), 2.0))
+        pyro.sample("y", dist.StableWithLogProb(index, real(0.0)), obs=y)
+
+    assert "(stable_log_prob.py, line " in pf.LogDensity(stable, (Y,)).reason
+    source = """def model(y):
+        x = pyro.sample("x", dist.Normal(torch.zeros(()), 1.0))
+        pyro.sample("y", dist.Normal(x if x > 0 else -x, 1.0), obs=y)
+    """
+    names = {"pyro": pyro, "dist": dist, "torch": torch}
+    exec(compile(source, "<string>", "exec"), names)
+    assert " (<string>, line 3). " in pf.LogDensity(names["model"], (Y,)).reason
 
 
 @pytest.mark.falls_back
