@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -182,6 +183,15 @@ class AutoHierarchicalFlow(AutoMessenger):  # type: ignore[metaclass]
     def has_own(self) -> bool:
         """Whether some sites have other posteriors than this class gives them."""
         return bool(self._own)
+
+    def __deepcopy__(self, memo: dict[int, object]) -> Self:
+        """Copy the guide: alone, with the same model; as a part of something else, with the copy of the model there."""
+        if not memo:
+            memo[id(self.model)] = self.model
+        new = self.__class__.__new__(self.__class__)
+        memo[id(self)] = new
+        new.__dict__.update(copy.deepcopy(self.__getstate__(), memo))
+        return new
 
     # the structure ---------------------------------------------------------------------------------------------------
 
