@@ -10,6 +10,7 @@ import torch
 from pyro import poutine
 from pyro.infer import SVI, Importance, JitTrace_ELBO, Trace_ELBO
 from pyro.infer.autoguide import AutoGuideList, AutoNormal
+from pyro.infer.inspect import get_model_relations
 
 import pyro_flows as pf
 from pyro_flows.guides import hierarchical
@@ -575,6 +576,14 @@ def test_plates_that_another_part_of_a_guide_has_made_are_named_with_a_remedy(ba
         SVI(with_scales, guide, pyro.optim.Adam({"lr": 0.01}), Trace_ELBO()).step(data(8), batch)
     guide = pf.AutoFlowMessenger(with_scales, normal=["w"], layers=2)
     assert SVI(with_scales, guide, pyro.optim.Adam({"lr": 0.01}), Trace_ELBO()).step(data(8), batch) > 0.0
+
+
+def test_pyro_finds_what_the_sites_of_a_guide_read():
+    """As it does for ``pyro.render_model``, with tensors whose shapes have parts that are plain tuples."""
+    guide = pf.AutoHierarchicalFlow(normal_rows, layers=2, init="prior").initialize(data(8))
+    found = get_model_relations(guide, (data(8),))
+    assert found["sample_sample"]["mu"] == found["sample_sample"]["z"] == ["_top_latent"]
+    assert found["plate_sample"] == {"row": ["z", "x"]}
 
 
 def test_rows_of_a_plate_that_a_handler_hides_are_asked_for():
