@@ -90,7 +90,7 @@ class Local:
 
     @property
     def size(self) -> int:
-        return self.value.shape[self.value.dim() - self.event_dim :].numel()
+        return math.prod(self.value.shape[self.value.dim() - self.event_dim :])
 
     def rows(self, value: Tensor) -> Tensor:
         """Return values with one axis for the numbers of a row."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -112,7 +113,7 @@ class AutoHierarchicalFlow(AutoMessenger):  # type: ignore[metaclass]
         sizes: numbers of each latent site of a run, unconstrained.
         subsampled: whether a run has a part of the rows of a plate.
         reason: what the guide cannot follow: pairs of sites in crossed plates that cannot be coupled, which it takes as
-            independent given the flow's latents; None if there is nothing.
+            independent given the flow's latents; or that it sees no data. None if there is nothing.
 
     Raises:
         ValueError: for a model that is not callable; and when the model is first run, for discrete latents, a model
@@ -183,6 +184,15 @@ class AutoHierarchicalFlow(AutoMessenger):  # type: ignore[metaclass]
         """Whether some sites have other posteriors than this class gives them."""
         return bool(self._own)
 
+    def __deepcopy__(self, memo: dict[int, object]) -> Self:
+        """Copy the guide: alone, with the same model; as a part of something else, with the copy of the model there."""
+        if not memo:
+            memo[id(self.model)] = self.model
+        new = self.__class__.__new__(self.__class__)
+        memo[id(self)] = new
+        new.__dict__.update(copy.deepcopy(self.__getstate__(), memo))
+        return new
+
     # the structure ---------------------------------------------------------------------------------------------------
 
     def initialize(self, *args: object, **kwargs: object) -> Self:
@@ -206,14 +216,8 @@ class AutoHierarchicalFlow(AutoMessenger):  # type: ignore[metaclass]
         latents = [site for site in sites if not site["is_observed"]]
         frames = {site["name"]: vectorized(site) for site in sites}
         every = [frame for own in frames.values() for frame in own]
-        for site in latents:
-            if site["fn"].support.is_discrete:
-                raise ValueError(
-                    f"site {site['name']!r}: a discrete latent, which has no gradient. Sum it out in the model, for "
-                    "example by a MixtureSameFamily. Or give plates all rows (no subsample): then fit and AutoFlow sum "
-                    "out latents that are marked for enumeration."
-                )
-            transform_of(site)
+        _check_latents(latents)
+        _check_rows(every, trace)
         for option, names in ((self._option, self._joint), ("normal", self._own)):
             for name in names:
                 _checks.choice(option, name, [site["name"] for site in latents])
@@ -245,6 +249,11 @@ class AutoHierarchicalFlow(AutoMessenger):  # type: ignore[metaclass]
                 break
             if moved not in self._own:
                 joint.add(moved)
+        if self.local and len(latents) == len(sites):
+            self.reason = fallback(
+                f"the model has no data, so latents in plates, such as {self.local[0]!r}, have their priors. If it has "
+                "some, a handler hides them: name these sites in expose=, too"
+            )
         self._events = {site.name: site.event_dim for site in first.sites}
         check_data(self._rows(args, kwargs), z, self._start, parts_of(first, 0, MOST_PARTS))
         self._begin(top, z, args, kwargs)
@@ -442,11 +451,24 @@ class AutoHierarchicalFlow(AutoMessenger):  # type: ignore[metaclass]
                 self._top._register()
                 self._z = finite_gradients(self.finite(self._top.sample_latent()))
                 self.model(*args, **kwargs)
+        except RuntimeError as error:
+            self._explain_shared_plates(error)
+            raise
         finally:
             self._z = self._run = None
             del self.args_kwargs
         model_trace, _ = self.get_traces()
         return {name: site["value"] for name, site in messages(model_trace).items() if site["type"] == "sample"}
+
+    def _explain_shared_plates(self, error: Exception) -> None:
+        """Raise an error with a remedy, if this one is about a plate that another part of the guide has made."""
+        for name in self._plate_sizes:
+            if f"Multiple sample sites named '{name}'" in first_line(error):
+                raise ValueError(
+                    f"plate {name!r}: expected it to be this guide's alone, got one that another part of the guide has "
+                    "made (as AutoGuideList does), whose draws this guide would not see. For normals beside flows, use "
+                    "one guide: AutoFlowMessenger(model, normal=[...]) with the names of their sites."
+                ) from error
 
     @property
     def _top(self) -> AutoFlow:
@@ -742,6 +764,29 @@ class AutoHierarchicalFlow(AutoMessenger):  # type: ignore[metaclass]
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             return quantiles_of(self.sample_posterior(QUANTILE_DRAWS, *args, **kwargs), levels)
+
+
+def _check_latents(latents: Iterable[Site]) -> None:
+    """Refuse discrete latents, and supports without a bijection."""
+    for site in latents:
+        support: Any = site["fn"].support
+        if support.is_discrete:
+            raise ValueError(
+                f"site {site['name']!r}: a discrete latent, which has no gradient. Sum it out in the model, for "
+                "example by a MixtureSameFamily. Or give plates all rows (no subsample): then fit and AutoFlow sum "
+                "out latents that are marked for enumeration."
+            )
+        transform_of(site)
+
+
+def _check_rows(frames: Iterable[conditional.Frame], trace: poutine.Trace) -> None:
+    """Refuse a subsampled plate whose rows a trace lacks."""
+    for frame in frames:
+        if conditional.is_part(frame) and frame.name not in messages(trace):
+            raise ValueError(
+                f"model: a handler hides which rows plate {frame.name!r} takes. Name the plate too, as in "
+                f"poutine.block(model, expose=[..., {frame.name!r}]), or name what to hide: hide=[...]."
+            )
 
 
 def _is_auxiliary(site: Site) -> bool:

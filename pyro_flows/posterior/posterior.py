@@ -379,6 +379,8 @@ class Posterior(Drawn):
     def __deepcopy__(self, memo: dict[int, object]) -> Posterior:
         """Copy everything but the model, its data and guides of other packages, which copies may share."""
         kept = {"density", "_drawer", *(() if isinstance(self.guide, AutoFlow) else ("guide",))}
+        if isinstance(self.guide, AutoFlow):
+            memo.update({id(part): part for part in (self.guide._model, self.guide.create_plates)})
         found = {name: value if name in kept else copy.deepcopy(value, memo) for name, value in vars(self).items()}
         make: Callable[..., Posterior] = type(self)
         return make(**found)

@@ -57,8 +57,7 @@ ESS_SHARE_COLLAPSED = 0.02
 # marginal is not fitted further, and many fits try heavier tails. Source: measured (record 0016).
 ESS_SHARE_GOOD = 0.9
 # Weights are nearly even above this, so that fewer checks and draws suffice, and a start is not matched again; an
-# infinite variance does not matter where they only narrow. Draws of an amortized flow are used as they are. Source:
-# chosen.
+# infinite variance does not matter where they only narrow. Source: chosen.
 ESS_SHARE_EVEN = 0.98
 
 # ---- effective draws -------------------------------------------------------------------------------------------------
@@ -115,7 +114,7 @@ MEAN_SHIFT_MOST = 1.0
 SD_WIDENING_MOST = math.log(2.0)
 # Round: sds, and log ratio of sds, below which weighting changes nothing that shows in 4000 draws: 2.5 standard
 # errors; beyond SHIFT_ERRORS. Rows of a plate: the same as ROW_ERROR_MOST, from which on each row gets twice as many
-# draws. Source: chosen.
+# draws. Amortized posterior: sds that a mean may be off by, of draws that are used as they are. Source: chosen.
 SHIFT_SEEN = 0.04
 # NICE: Var[log p] over that of the base, from which on the verdict is unreliable. Source: chosen.
 VAR_LOG_P_RATIO_MOST = 5.0

@@ -51,6 +51,23 @@ def test_answers_are_those_of_the_closed_form(amortized, data_sets):
         assert posterior.log_evidence == pytest.approx(float(evidence), abs=0.05)
 
 
+def test_draws_with_nearly_even_weights_are_resampled_too(amortized, monkeypatch):
+    """A mean of draws is off by as much as the square root of S/ESS - 1 tells: .14 sds, where ESS/S is .98."""
+    mean, covariance = exact(X, DATA)
+    given, root = type(amortized._parts.conditional).given, torch.linalg.cholesky(covariance)
+
+    def off(parts, features, dtype):
+        flow = location_scale(2, base="normal").to(given(parts, features, dtype)._like)
+        start_at(flow, mean + 0.09 * root[:, 0], root)
+        return flow
+
+    monkeypatch.setattr(type(amortized._parts.conditional), "given", off)
+    posterior = amortized(X, DATA)
+    assert 0.98 < posterior.verdict.ess_ratio < 0.998
+    assert posterior.verdict.status == "corrected"
+    assert ((posterior.samples["b"].mean(0) - mean).abs() < 0.05 * covariance.diagonal().sqrt()).all()
+
+
 def test_an_answer_is_an_ordinary_posterior(amortized, tmp_path):
     posterior = amortized.posterior(X, DATA, draws=400, seed=1)
     assert posterior.method == "amortized flow"

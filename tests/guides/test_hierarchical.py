@@ -9,6 +9,8 @@ import pytest
 import torch
 from pyro import poutine
 from pyro.infer import SVI, Importance, JitTrace_ELBO, Trace_ELBO
+from pyro.infer.autoguide import AutoGuideList, AutoNormal
+from pyro.infer.inspect import get_model_relations
 
 import pyro_flows as pf
 from pyro_flows.guides import hierarchical
@@ -555,6 +557,47 @@ def test_new_rows_may_be_more_or_fewer():
         share = 1.0 / (1.0 + draws["tau"].square())  # of mu, in the mean of a row
         expected = (share * draws["mu"])[:, None] + (1.0 - share)[:, None] * x
         assert torch.allclose((draws["z"] - expected).mean(0), torch.zeros(rows, dtype=x.dtype), atol=0.08)
+
+
+def with_scales(x, batch=None):
+    mu = pyro.sample("mu", dist.Normal(real(0.0), 5.0))
+    with pyro.plate("row", len(x), subsample_size=batch) as index:
+        z = pyro.sample("z", dist.Normal(mu, 1.0))
+        w = pyro.sample("w", dist.Gamma(real(3.0), 3.0))
+        pyro.sample("x", dist.Normal(z, w**-0.5), obs=x[index])
+
+
+@pytest.mark.parametrize("batch", [None, 4])
+def test_plates_that_another_part_of_a_guide_has_made_are_named_with_a_remedy(batch):
+    guide = AutoGuideList(with_scales)
+    guide.append(pf.AutoHierarchicalFlow(poutine.block(with_scales, hide=["w"]), layers=2, init="prior"))
+    guide.append(AutoNormal(poutine.block(with_scales, expose=["w"])))
+    with pytest.raises(ValueError, match=r"plate 'row'.*AutoFlowMessenger\(model, normal="):
+        SVI(with_scales, guide, pyro.optim.Adam({"lr": 0.01}), Trace_ELBO()).step(data(8), batch)
+    guide = pf.AutoFlowMessenger(with_scales, normal=["w"], layers=2)
+    assert SVI(with_scales, guide, pyro.optim.Adam({"lr": 0.01}), Trace_ELBO()).step(data(8), batch) > 0.0
+
+
+def test_pyro_finds_what_the_sites_of_a_guide_read():
+    """As it does for ``pyro.render_model``, with tensors whose shapes have parts that are plain tuples."""
+    guide = pf.AutoHierarchicalFlow(normal_rows, layers=2, init="prior").initialize(data(8))
+    found = get_model_relations(guide, (data(8),))
+    assert found["sample_sample"]["mu"] == found["sample_sample"]["z"] == ["_top_latent"]
+    assert found["plate_sample"] == {"row": ["z", "x"]}
+
+
+def test_rows_of_a_plate_that_a_handler_hides_are_asked_for():
+    part = poutine.block(with_scales, expose=["mu", "z", "x"])
+    with pytest.raises(ValueError, match=r"a handler hides which rows plate 'row' takes.*expose="):
+        pf.AutoHierarchicalFlow(part, layers=2).initialize(data(8), 4)
+
+
+@pytest.mark.falls_back
+def test_a_guide_that_sees_no_data_says_so():
+    """Rows then have their priors."""
+    guide = pf.AutoHierarchicalFlow(poutine.block(with_scales, expose=["mu", "z"]), layers=2, init="prior")
+    assert "the model has no data" in guide.initialize(data(8)).reason
+    assert pf.AutoHierarchicalFlow(with_scales, layers=2, init="prior").initialize(data(8)).reason is None
 
 
 def test_data_that_are_left_out_are_named():

@@ -3,10 +3,13 @@
 import copy
 import io
 import pickle
+from functools import partial
 
 import pyro
+import pyro.distributions as dist
 import pytest
 import torch
+from torch import nn
 
 import pyro_flows as pf
 from tests.guides.test_guides import KINDS, each_kind
@@ -89,6 +92,55 @@ def test_copies_are_equal_independent_and_train(kind, make_copy):
     close(density(guide), before, 0.0)
     assert trains(guide)
     assert torch.isfinite(density(copy.deepcopy(other))).all()
+
+
+class Held(nn.Module):
+    """A module with a guide of its own method, or of a module that it gets before or after the guide."""
+
+    def __init__(self, kind, holds):
+        super().__init__()
+        self.net = nn.Linear(1, 1)
+        inner = nn.Sequential(nn.Linear(1, 1)) if holds == "method" else Inner()
+        own = {"guide": kind(self.model if holds == "method" else inner), "inner": inner}
+        for name in own if holds == "guide first" else reversed(own):
+            setattr(self, name, own[name])
+
+    def model(self, y):
+        with pyro.plate("row", len(y)):
+            z = pyro.sample("z", dist.Normal(pyro.sample("mu", dist.Normal(0.0, 3.0)), 1.0))
+            pyro.sample("y", dist.Normal(z, self.net.weight.square().sum() + 1.0), obs=y)
+
+
+class Inner(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Linear(1, 1)
+
+    def forward(self, y):
+        return Held.model(self, y)
+
+
+def owner(model):
+    """The object whose method, or call, a model is; a handler may be around it."""
+    while hasattr(model, "func"):
+        model = model.args[1]
+    return getattr(model, "__self__", model)
+
+
+@pytest.mark.parametrize("holds", ["method", "model first", "guide first"])
+@pytest.mark.parametrize("kind", [pf.AutoRealNVP, pf.AutoHierarchicalFlow, pf.AutoFlowMessenger])
+def test_a_copy_of_a_module_has_a_guide_of_its_own_model(kind, holds):
+    """A guide that is copied alone keeps its model, and so does one of a posterior."""
+    first = Held(partial(kind, layers=2), holds)
+    y = torch.linspace(0.0, 1.0, 4)
+    first.guide(y)
+    second = copy.deepcopy(first)
+    models = [guide.model for guide in (second.guide, getattr(second.guide, "top", second.guide))]
+    assert all(owner(found) is (second if holds == "method" else second.inner) for found in models)
+    assert set(second.guide.sample_posterior(3, y)) == {"mu", "z"}
+    alone = copy.deepcopy(first.guide)
+    models = [guide.model for guide in (alone, getattr(alone, "top", alone))]
+    assert all(owner(found) is (first if holds == "method" else first.inner) for found in models)
 
 
 def test_copies_before_the_first_call():
