@@ -135,6 +135,8 @@ def _begun(plan: Plan) -> AutoHierarchicalFlow:
     if guide.top is None:
         guide = AutoHierarchicalFlow(plan.model, plan.recipe.builder, init="prior", **options)
         guide.initialize(*plan.args, **plan.kwargs)
+    if not guide.has_data:
+        guide.reason = None  # none is hidden: the posterior is the prior, of which a warning tells
     if plan.recipe.named:
         flow = guide._top._single
         start = begun_at(flow)
