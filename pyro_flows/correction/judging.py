@@ -149,7 +149,7 @@ def disagreements(posterior: Record, chains: McmcDraws) -> list[str]:
 
     Chains whose steps are too long for a narrow part of the posterior stay out of it, all alike, so that no R-hat sees
     it. Draws of the guide may lie there. Wider chains are no fault, nor is the mean that their tail moves: a guide that
-    lacks a tail has good weights.
+    lacks a tail has good weights. So means are compared over the range of the guide's draws.
     """
     weights = posterior.log_weights.double().exp()
     effective = float(1.0 / weights.square().sum())
@@ -160,17 +160,18 @@ def disagreements(posterior: Record, chains: McmcDraws) -> list[str]:
     away = (weights[:, None] * (draws - mean).square()).sum(0)
     fourth = (weights[:, None] * (draws - mean).pow(4)).sum(0) / away.square()
     error = ((fourth - 1.0).clamp_min(0.0) / (4.0 * effective)).sqrt()  # of the log of an sd
-    shift, ratio = (z.mean(0) - mean).abs() / away.sqrt(), (away.sqrt() / z.std(0)).log()
-    chance, noise = SHIFT_ERRORS / math.sqrt(effective), SHIFT_ERRORS * error
-    wider = ratio + noise < -SHIFT_MOST
-    excess = torch.where(wider, -math.inf, torch.maximum(shift - chance, ratio - noise)) - SHIFT_MOST
+    within = (z >= draws.amin(0)) & (z <= draws.amax(0))
+    middle = torch.where(within, z, 0.0).sum(0) / within.sum(0)
+    shift, ratio = (middle - mean).abs() / away.sqrt(), (away.sqrt() / z.std(0)).log()
+    chance = SHIFT_ERRORS / math.sqrt(effective)
+    excess = torch.maximum(shift - chance, ratio - SHIFT_ERRORS * error) - SHIFT_MOST
     ordered, outside = z.sort(0).values, int(MISSED_MASS_OF_TAILS * len(z))
     edges = ordered[outside], ordered[-1 - outside]  # torch.quantile took 16 million numbers at most for long
     beyond = torch.stack(
         [(weights[:, None] * (draws < edges[0])).sum(0), (weights[:, None] * (draws > edges[1])).sum(0)]
     )
-    chance = SHIFT_ERRORS * math.sqrt(MISSED_MASS_OF_TAILS / effective)
-    excess = torch.maximum(excess, beyond.amax(0) - MISSED_MASS_OF_TAILS - MISSED_MASS_SHARE - chance)
+    noise = SHIFT_ERRORS * math.sqrt(MISSED_MASS_OF_TAILS / effective)
+    excess = torch.maximum(excess, beyond.amax(0) - MISSED_MASS_OF_TAILS - MISSED_MASS_SHARE - noise)
     worst = int(excess.nan_to_num(nan=math.inf).argmax())
     if float(excess[worst]) <= 0.0:
         return []

@@ -122,7 +122,7 @@ class _Trained:
     losses: list[float] = field(default_factory=list)
     stages: list[Stage] = field(default_factory=list)
     good: bool = False
-    best: tuple[float, dict[str, Tensor]] | None = None  # ELBO of the best round, the start included, and its flow
+    best: tuple[float, dict[str, Tensor]] | None = None  # highest ELBO, and the last flow as good
     mended: int = 0  # how often modes that were missed were added
 
 
@@ -135,6 +135,8 @@ def _begun(plan: Plan) -> AutoHierarchicalFlow:
     if guide.top is None:
         guide = AutoHierarchicalFlow(plan.model, plan.recipe.builder, init="prior", **options)
         guide.initialize(*plan.args, **plan.kwargs)
+    if not guide.has_data:
+        guide.reason = None  # none is hidden: the posterior is the prior, of which a warning tells
     if plan.recipe.named:
         flow = guide._top._single
         start = begun_at(flow)
@@ -154,8 +156,8 @@ def _fitted(guide: AutoHierarchicalFlow, density: MarginalDensity | None, plan: 
                 trained.good = status != "unreliable"
                 noise = SHIFT_ERRORS * float(found.log_weights.std().nan_to_num()) / math.sqrt(len(found.log_weights))
                 if trained.best is None or not elbo < trained.best[0] - noise:
-                    state = guide._top._flow.state_dict()
-                    trained.best = elbo, {name: value.clone() for name, value in state.items()}
+                    state = {name: value.clone() for name, value in guide._top._flow.state_dict().items()}
+                    trained.best = elbo if trained.best is None else max(trained.best[0], elbo), state
                 if plan.open and status != "ok" and not trained.stages:
                     with plan.clock.part(MIXTURE, share=SHARE_OF_SECONDS, noted=False):
                         mixture = _mixture(guide, density, plan.seed)

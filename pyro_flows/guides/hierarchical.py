@@ -112,6 +112,7 @@ class AutoHierarchicalFlow(AutoMessenger):  # type: ignore[metaclass]
         local: names of the sites in plates that have conditional distributions.
         sizes: numbers of each latent site of a run, unconstrained.
         subsampled: whether a run has a part of the rows of a plate.
+        has_data: whether the first run had data.
         reason: what the guide cannot follow: pairs of sites in crossed plates that cannot be coupled, which it takes as
             independent given the flow's latents; or that it sees no data. None if there is nothing.
 
@@ -172,6 +173,7 @@ class AutoHierarchicalFlow(AutoMessenger):  # type: ignore[metaclass]
         self._events: dict[str, int] = {}  # axes of an unconstrained event of sites in plates
         self.sizes: dict[str, int] = {}
         self.subsampled = False
+        self.has_data = True  # in the first run
         self._z: Tensor | None = None  # the globals of this run
         self._run: _Run | None = None
         self._crossed: Crossed | None = None  # the system of all latents in plates, where rows are not independent
@@ -183,6 +185,9 @@ class AutoHierarchicalFlow(AutoMessenger):  # type: ignore[metaclass]
     def has_own(self) -> bool:
         """Whether some sites have other posteriors than this class gives them."""
         return bool(self._own)
+
+    def __getstate__(self) -> dict[str, object]:
+        return {name: value for name, value in self.__dict__.items() if name != "trace"}  # which a copy does not have
 
     def __deepcopy__(self, memo: dict[int, object]) -> Self:
         """Copy the guide: alone, with the same model; as a part of something else, with the copy of the model there."""
@@ -249,7 +254,8 @@ class AutoHierarchicalFlow(AutoMessenger):  # type: ignore[metaclass]
                 break
             if moved not in self._own:
                 joint.add(moved)
-        if self.local and len(latents) == len(sites):
+        self.has_data = len(latents) < len(sites)
+        if self.local and not self.has_data:
             self.reason = fallback(
                 f"the model has no data, so latents in plates, such as {self.local[0]!r}, have their priors. If it has "
                 "some, a handler hides them: name these sites in expose=, too"

@@ -124,7 +124,7 @@ def _cut(clock: Clock, scored: int, wanted: int, stopped: str, *, moving: bool) 
 def _uneven(log_weights: Tensor, least: float) -> list[str]:
     """Say that weights (S,) are uneven, if their effective share is below ``least``."""
     share = float(1.0 / log_weights.double().exp().square().sum()) / len(log_weights)
-    return [f"ESS/S {share:.3f} is below {least:.3f}, so the draws were weighted"] if share < least else []
+    return [f"ESS/S {share:.4f} is below {least:.4f}, so the draws were weighted"] if share < least else []
 
 
 def _changed(density: LogDensity, z: Tensor, log_weights: Tensor, draws: int, values: dict[str, Tensor]) -> list[str]:

@@ -65,6 +65,7 @@ def test_draws_with_nearly_even_weights_are_resampled_too(amortized, monkeypatch
     posterior = amortized(X, DATA)
     assert 0.98 < posterior.verdict.ess_ratio < 0.998
     assert posterior.verdict.status == "corrected"
+    assert f"ESS/S {posterior.verdict.ess_ratio:.4f} is below 0.9984" in posterior.verdict.reasons[0]
     assert ((posterior.samples["b"].mean(0) - mean).abs() < 0.05 * covariance.diagonal().sqrt()).all()
 
 

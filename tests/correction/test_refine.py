@@ -503,14 +503,18 @@ def test_regions_have_to_have_their_mass(share, enough):
     assert regions.cover([MissedRegion(loc, Start(BY_WALKERS, loc, scale))]) == [False]
 
 
-def check_disagreement(scale, shift, said):
-    """Chains of N(shift, scale) against 4000 equally weighted draws of N(0, 1) in two coordinates."""
-    draws = normal(4000, 2, seed=1)
-    chains = scale * normal(4096, 2, seed=2).reshape(64, 64, 2) + shift
-    posterior = SimpleNamespace(
+def evenly_weighted(draws):
+    """What ``disagreements`` needs of a posterior with 4000 equally weighted draws in two coordinates."""
+    return SimpleNamespace(
         z=draws, log_weights=torch.full((4000,), -math.log(4000.0)), k_hat=0.1, coordinates=("a", "b"),
         verdict=SimpleNamespace(k_threshold=0.7),
     )  # fmt: skip
+
+
+def check_disagreement(scale, shift, said):
+    """Chains of N(shift, scale) against 4000 equally weighted draws of N(0, 1) in two coordinates."""
+    posterior = evenly_weighted(normal(4000, 2, seed=1))
+    chains = scale * normal(4096, 2, seed=2).reshape(64, 64, 2) + shift
     found = disagreements(posterior, SimpleNamespace(z=chains))
     assert bool(found) == said
     posterior.k_hat = 0.8  # then nobody can tell
@@ -519,7 +523,7 @@ def check_disagreement(scale, shift, said):
 
 @pytest.mark.parametrize(
     ("scale", "shift", "said"),
-    [(1.0, 0.0, False), (0.95, 0.05, False), (0.75, 0.0, True), (1.3, 0.0, False), (1.0, 0.3, True), (1.3, 0.3, False)],
+    [(1.0, 0.0, False), (0.95, 0.05, False), (0.75, 0.0, True), (1.3, 0.0, False), (1.0, 0.3, True), (1.3, 0.3, True)],
 )
 def test_chains_are_held_to_the_weighted_draws_of_the_guide(scale, shift, said):
     check_disagreement(scale, shift, said)
@@ -527,13 +531,23 @@ def test_chains_are_held_to_the_weighted_draws_of_the_guide(scale, shift, said):
 
 def test_chains_that_stay_out_of_a_tail_are_found():
     """The chains' own sd tells little of a tail of five in a hundred that they lack."""
-    draws = normal(4000, 2, seed=1)
     chains = normal(4096, 2, seed=2).clamp(max=1.6).reshape(64, 64, 2)
-    posterior = SimpleNamespace(
-        z=draws, log_weights=torch.full((4000,), -math.log(4000.0)), k_hat=0.1, coordinates=("a", "b"),
-        verdict=SimpleNamespace(k_threshold=0.7),
-    )  # fmt: skip
-    assert "disagree on" in disagreements(posterior, SimpleNamespace(z=chains))[0]
+    assert "disagree on" in disagreements(evenly_weighted(normal(4000, 2, seed=1)), SimpleNamespace(z=chains))[0]
+
+
+def test_chains_that_have_a_tail_more_than_the_guide_do_not_disagree():
+    """A tail of 12 in a hundred, of which the guide has no draws, moves the mean by .6 sds."""
+    chains = normal(4096, 2, seed=2)
+    chains[: 4096 * 12 // 100, 0] -= 5.0 + normal(4096 * 12 // 100, seed=3).abs()
+    chains[: 4096 * 12 // 100, 0].clamp_(max=-4.0)
+    assert disagreements(evenly_weighted(normal(4000, 2, seed=1)), SimpleNamespace(z=chains.reshape(64, 64, 2))) == []
+
+
+def test_chains_that_miss_a_narrow_mode_among_wide_ones_are_found():
+    """.5 N(0, 1) + .5 N(.7, .05): chains that stay out of the second are wider, and their mean is .44 sds off."""
+    draws, chains = normal(4000, 2, seed=1), normal(4096, 2, seed=2).reshape(64, 64, 2)
+    draws[::2] = 0.7 + 0.05 * draws[::2]
+    assert "disagree on" in disagreements(evenly_weighted(draws), SimpleNamespace(z=chains))[0]
 
 
 def test_looks_between_are_at_the_worst_coordinates(narrow, monkeypatch):

@@ -266,6 +266,19 @@ def test_a_later_round_is_taken_where_the_elbo_does_not_tell(monkeypatch):
     assert torch.equal(posterior.guide._top._flow.bijection.layers[-1].loc, moved[-1])
 
 
+@pytest.mark.falls_back
+@pytest.mark.filterwarnings("ignore::pyro_flows.NothingObservedWarning")
+def test_a_model_without_data_has_its_prior():
+    def model(rows):
+        mu = pyro.sample("mu", dist.Normal(real(0.0), 3.0))
+        with pyro.plate("row", rows, subsample_size=2):
+            pyro.sample("z", dist.Normal(mu, 1.0))
+
+    posterior = pf.fit(model, 4, progress=False)
+    assert posterior.verdict.status == "ok"
+    assert posterior.samples["mu"].std() == pytest.approx(3.0, abs=0.2)
+
+
 def many_data(x, batch):
     mu = pyro.sample("mu", dist.Normal(real(0.0), 3.0))
     tau = pyro.sample("tau", dist.HalfNormal(real(1.0)))

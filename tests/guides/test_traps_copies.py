@@ -2,6 +2,7 @@
 
 import copy
 import io
+import itertools
 import pickle
 from functools import partial
 
@@ -94,6 +95,12 @@ def test_copies_are_equal_independent_and_train(kind, make_copy):
     assert torch.isfinite(density(copy.deepcopy(other))).all()
 
 
+def shared_rows(y):
+    with pyro.plate("row", len(y)):
+        z = pyro.sample("z", dist.Normal(pyro.sample("mu", dist.Normal(0.0, 3.0)), 1.0))
+        pyro.sample("y", dist.Normal(z, 1.0), obs=y)
+
+
 class Held(nn.Module):
     """A module with a guide of its own method, or of a module that it gets before or after the guide."""
 
@@ -141,6 +148,15 @@ def test_a_copy_of_a_module_has_a_guide_of_its_own_model(kind, holds):
     alone = copy.deepcopy(first.guide)
     models = [guide.model for guide in (alone, getattr(alone, "top", alone))]
     assert all(owner(found) is (first if holds == "method" else first.inner) for found in models)
+
+
+@pytest.mark.parametrize("kind", [pf.AutoHierarchicalFlow, pf.AutoFlowMessenger])
+def test_copies_of_guides_with_plates_can_be_copied_and_stored(kind):
+    guide, y = kind(shared_rows, layers=2), torch.linspace(0.0, 1.0, 4)
+    guide(y)
+    ways = copy.deepcopy, lambda guide: pickle.loads(pickle.dumps(guide))
+    for make_copy, again in itertools.product(ways, ways):
+        assert set(again(make_copy(guide)).sample_posterior(3, y)) == {"mu", "z"}
 
 
 def test_copies_before_the_first_call():
