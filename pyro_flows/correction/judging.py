@@ -149,7 +149,7 @@ def disagreements(posterior: Record, chains: McmcDraws) -> list[str]:
 
     Chains whose steps are too long for a narrow part of the posterior stay out of it, all alike, so that no R-hat sees
     it. Draws of the guide may lie there. Wider chains are no fault, nor is the mean that their tail moves: a guide that
-    lacks a tail has good weights. So means are compared over the range of the guide's draws.
+    lacks a tail can have good weights. So means are compared over the range of the guide's draws.
     """
     weights = posterior.log_weights.double().exp()
     effective = float(1.0 / weights.square().sum())

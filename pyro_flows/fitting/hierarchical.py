@@ -34,7 +34,7 @@ from pyro_flows.guides.marginal import MOST_DRAWS
 from pyro_flows.guides.marginal_density import INTEGRATED, MarginalDensity
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.model.observations import NothingObservedWarning
-from pyro_flows.model.sites import Keywords, Model, Positional, coordinates_of, messages
+from pyro_flows.model.sites import Keywords, Model, Positional, coordinates_of
 from pyro_flows.modes.missed_modes import sentence_on
 from pyro_flows.modes.missed_regions import MissedRegion
 from pyro_flows.modes.population_monte_carlo import GENERATIONS, about, fitted
@@ -306,8 +306,7 @@ def _posterior(
     guide: AutoHierarchicalFlow, density: MarginalDensity, checks: _Checks, draws: int, seed: int, about: Entries
 ) -> Posterior:
     """Return the posterior of the globals, judged with latents in plates integrated out."""
-    sites = messages(density.marginal.first.at.trace).values()
-    if not any(site["type"] == "sample" and site["is_observed"] for site in sites):
+    if not guide.has_data:
         what = "model: nothing is observed (no obs= with values, no pyro.factor), so the posterior is the prior."
         warnings.warn(what, NothingObservedWarning, stacklevel=outside())
     said = {**about, "settings": {**about["settings"], **checks.settings, INTEGRATED: density.recipe}}

@@ -6,7 +6,7 @@ import copy
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple, Self, cast
+from typing import Any, NamedTuple, Self
 
 import pyro
 import torch
@@ -383,15 +383,12 @@ class LatentGuide(AutoContinuous):
 
     def __deepcopy__(self, memo: dict[int, object]) -> Self:
         """Copy the guide: alone, with the same model; as a part of something else, with the copy of the model there."""
-        whose = (self._model, self.create_plates)
-        model, create_plates = copy.deepcopy(whose, memo) if memo else whose
-        new = memo.get(id(self))  # the model may hold the guide
-        if new is not None:
-            return cast(Self, new)
+        whose = {"_model": self._model, "create_plates": self.create_plates}  # which a stored guide does not have
+        if not memo:
+            memo.update({id(part): part for part in whose.values()})
         new = self.__class__.__new__(self.__class__)
         memo[id(self)] = new
-        new.__dict__.update(copy.deepcopy(self.__getstate__(), memo))
-        new.__dict__.update(_model=model, create_plates=create_plates, _arguments=self._arguments)
+        new.__dict__.update(copy.deepcopy(self.__getstate__() | whose, memo), _arguments=self._arguments)
         return new
 
 

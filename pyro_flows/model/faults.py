@@ -18,11 +18,11 @@ from torch.overrides import TorchFunctionMode
 
 from pyro_flows._fallbacks import Tried, first_line
 from pyro_flows._tensors import Args, Function, Kwargs
+from pyro_flows._warnings import HERE
 
 Result = TypeVar("Result")
 
-ROOT = Path(__file__).parents[1]  # of this package
-OF_MACHINERY = tuple(f"{folder}{os.sep}" for folder in (*torch.__path__, *poutine.__path__, ROOT))  # no model's lines
+OF_MACHINERY = (HERE, *(f"{folder}{os.sep}" for folder in (*torch.__path__, *poutine.__path__)))  # no model's lines
 OF_POINTS = (ArithmeticError, AssertionError, IndexError, RuntimeError, ValueError)  # that values of latents cause
 
 
