@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 
@@ -290,7 +290,7 @@ def conclude(state: FitState) -> Posterior:
     mixed = [run for run in state.kept if run is not best and isinstance(sampler, FlowMixture)]
     of_flow = state.multimodal is None
     stopped = _stopped(plan, best) if of_flow else ""
-    notes = [note for run in [best, *mixed] for note in _warnings(run, plan)] if of_flow else []
+    notes = [*_warnings(best, plan), *_of_others(mixed, plan)] if of_flow else []
     moving = of_flow and (best.best is None or best.best.training.moving)
     cut_short = ["training did not converge: means or sds still changed when it ended"]
     cut_short = cut_short if moving and not (state.improper or stopped) else []
@@ -352,6 +352,13 @@ def _warnings(run: Run, plan: Plan) -> list[str]:
     if result.skipped > 0.01 * len(result.losses):
         found.append(f"{result.skipped} of {len(result.losses)} training steps had a gradient that is not finite")
     return found
+
+
+def _of_others(runs: Sequence[Run], plan: Plan) -> list[str]:
+    """Count the further runs of a mixture whose training did not converge; each has figures of its own."""
+    trained = [run.best.training for run in runs if run.best is not None and _warnings(run, plan)]
+    count = sum(not training.converged for training in trained)
+    return [f"training of {count} of the {len(runs)} other runs in the mixture did not converge"] if count else []
 
 
 def _differ(state: FitState) -> list[str]:

@@ -13,7 +13,7 @@ from torch import Tensor
 from pyro_flows._seeding import derive
 from pyro_flows.modes.missed_regions import Guide, MissedRegion, is_resolved
 from pyro_flows.modes.survey import NUMBERS
-from pyro_flows.modes.tempering import TEMPERATURES, Tempered, temper
+from pyro_flows.modes.tempering import POINTS, TEMPERATURES, Tempered, temper
 from pyro_flows.modes.tops import MODE_REACHES, NEGLIGIBLE_GAIN
 from pyro_flows.starts.climb import NEWTON, newton
 from pyro_flows.starts.curvature import inverse_roots, lower_triangular
@@ -129,15 +129,21 @@ def modes_with_mass(
     Where tempering falls far short of what the guide's own weights say, points have not come to rest, and figures tell
     little. Then the regions that seem to have mass, and the guide's own, are tempered ten times as slowly from their
     ``normals``, one for each part of the ``walk``. A region that then has as much less is left out: its figure may
-    still be off by several nats.
+    still be off by several nats. If no region seems to have enough mass, those that may only lack it because the walk
+    was fast are tempered as slowly, where that costs seconds. They may still lack a nat.
     """
-    there = _heavy(guide, walk, math.log(MISSED_MASS_SHARE))
-    if there and guide.covered - float(log_mean(walk.log_weights[0])) > MASS_GAP_OF_TEMPERING:
-        worth = [worth[number] for number in there]
-        again = normals.some([0, *(1 + number for number in there)])
-        slowly = round(MASS_GAP_OF_TEMPERING) * TEMPERATURES  # what is lacking falls as one over their number: to a nat
-        walk = temper(guide.density, again, seed=derive(worth[0].number, "slow tempering"), temperatures=slowly)
-        there = _heavy(guide, walk, -MASS_GAP_OF_TEMPERING)
+    least = math.log(MISSED_MASS_SHARE)
+    there = _heavy(guide, walk, least)
+    lacks = bool(there) and guide.covered - float(log_mean(walk.log_weights[0])) > MASS_GAP_OF_TEMPERING
+    again = there if lacks else {} if there else _heavy(guide, walk, least - MASS_GAP_OF_TEMPERING)
+    slowly = round(MASS_GAP_OF_TEMPERING) * TEMPERATURES
+    left = MASS_GAP_OF_TEMPERING * TEMPERATURES / slowly  # nats, as what is lacking falls as one over their number
+    cost = (1 + len(again)) * POINTS * slowly
+    if again and (lacks or guide.density.affordable(cost) == cost):
+        worth = [worth[number] for number in again]
+        parts = normals.some([0, *(1 + number for number in again)])
+        walk = temper(guide.density, parts, seed=derive(worth[0].number, "slow tempering"), temperatures=slowly)
+        there = _heavy(guide, walk, -MASS_GAP_OF_TEMPERING if lacks else least - left)
     found = []
     for number, log_weights in there.items():
         path, end = worth[number], ends[worth[number].number]

@@ -14,7 +14,7 @@ import torch
 import pyro_flows as pf
 from pyro_flows.fitting import rounds
 from pyro_flows.fitting.combine import _take, compare
-from pyro_flows.fitting.fit import _in_vain, default_steps
+from pyro_flows.fitting.fit import _in_vain, _of_others, default_steps
 from pyro_flows.fitting.multimodal import MultimodalCandidate
 from pyro_flows.fitting.rounds import Round, assess, unweighed
 from pyro_flows.fitting.state import FitState, Run
@@ -213,6 +213,15 @@ IN_VAIN = [
 @pytest.mark.parametrize(("given", "said"), IN_VAIN)
 def test_runs_that_left_the_missed_mode_where_they_began(given, said):
     assert bool(_in_vain(FitState(None, None, **given))) == said
+
+
+def test_other_runs_that_did_not_converge_are_counted():
+    """Four runs of a mixture said four times that training did not converge, each with figures of its own."""
+    stopped = replace(DONE, converged=False, why="training did not converge in 5200 steps (ELBO drift 0.1 nats)")
+    runs = [SimpleNamespace(best=round_of(training=training)) for training in (stopped, DONE, stopped)]
+    plan = SimpleNamespace(clock=SimpleNamespace(cut=False))
+    assert _of_others(runs, plan) == ["training of 2 of the 3 other runs in the mixture did not converge"]
+    assert _of_others(runs[1:2], plan) == []
 
 
 @pytest.mark.parametrize(

@@ -81,17 +81,23 @@ def test_only_the_mass_of_its_own_region_counts():
 
 
 @pytest.mark.parametrize(
-    ("covered", "base", "there", "counts"),
+    ("covered", "base", "there", "exact", "counts"),
     [
-        (0.0, 0.0, -3.0, True),  # .05 of the mass; a fiftieth counts
-        (0.0, 0.0, -5.0, False),
-        (0.0, -9.0, -12.0, True),  # tempering falls short by the same in both regions
-        (0.0, -30.0, -20.0, True),  # it falls short of so much that it is made anew, which finds equal masses
-        (-3.0, 0.0, -6.0, True),  # the guide's own figure is the lower one
+        (0.0, 0.0, -3.0, -3.0, True),  # .05 of the mass; a fiftieth counts
+        (0.0, 0.0, -5.0, -5.0, False),
+        (0.0, 0.0, -6.0, -3.5, True),  # tempering falls short there, and finds .03 of the mass where it goes slowly
+        (0.0, 0.0, -15.0, 0.0, False),  # it never falls short of so much
+        (0.0, -9.0, -12.0, -3.0, True),  # it falls short by the same in both regions
+        (0.0, -30.0, -20.0, 0.0, True),  # it falls short of so much that it is made anew, which finds equal masses
+        (-3.0, 0.0, -6.0, -6.0, True),  # the guide's own figure is the lower one
     ],
 )
-def test_a_place_is_compared_with_what_tempering_makes_of_the_guides_own_region(covered, base, there, counts):
-    density = flat(lambda z: torch.logaddexp(-0.5 * z[..., 0].square(), -0.5 * (z[..., 0] - 50.0).square()), 1)
+def test_a_place_is_compared_with_what_tempering_makes_of_the_guides_own_region(covered, base, there, exact, counts):
+    def two(z):
+        terms = -0.5 * z[..., 0].square(), exact - 0.5 * (z[..., 0] - 50.0).square()
+        return torch.logaddexp(*terms) - 0.5 * math.log(2.0 * math.pi)
+
+    density = flat(two, 1)
     score = lambda z: -0.5 * z[:, 0].square() - 0.5 * math.log(2.0 * math.pi)  # noqa: E731
     guide = Guide(density, score, covered)
     ends = real([0.0], [50.0])
