@@ -245,14 +245,14 @@ def with_mixture(flow: Flow, *, components: int, context_dim: int = 0, hidden: S
 
 
 def with_fixed(flow: Flow, fixed: MixtureBase, share: float) -> Flow:
-    """Give a conditional flow with a mixture a share of the mass that no context moves, and note it in the recipe.
+    """Give a flow with a mixture a second one, of a share of the mass that is not moved, and note it in the recipe.
 
-    Maps before that to the scale of data go into the base, so that they do not move it either.
+    Maps before that to the scale of data go into the base, so that neither they nor a context move it.
     """
     mixture = flow.mixture
     assert isinstance(mixture, MixtureBase)
     if ending(flow) is None:
-        slope = torch.zeros(flow.context_dim, flow.dim)
+        slope = torch.zeros(flow.context_dim, flow.dim) if flow.context_dim else None
         flow = with_preprocess(flow, Preprocess(torch.zeros(flow.dim), torch.ones(flow.dim), slope).to(fixed.loc))
     bijection = flow.bijection
     assert isinstance(bijection, Compose)
