@@ -80,9 +80,9 @@ def fit_density(
     Given a context, weights, places, scales and tails of the parts depend on it. One output given a context gets the
     mixture alone; else there are splines too, and above 100 coordinates affine couplings. At the end, the mixture as it
     began, which no context moves from the regression line, is mixed in. Its share w is what held-out points say: it is
-    large for few of them, and is ``settings["share_without_context"]``. Without a context, a mixture of narrower parts
-    is mixed in so, where held-out points ask for it: ``settings["share_of_narrow_parts"]``. It is not trained further,
-    since such parts describe their points far better than others. Given a context and up to 1000 points, five
+    large for few of them, and is ``settings["share_without_context"]``, or ``settings["share_of_mixture"]`` if there is
+    no context. Without one, this mixture has narrower parts than the one at which the training starts, where held-out
+    points ask for it: such parts cannot be trained well. Given a context and up to 1000 points, five
     such flows are fitted, each with another fifth held out, and the result is the mean of their densities. With
     ``max_seconds``, another one is fitted as long as the time that the first took is left.
 
@@ -254,7 +254,7 @@ class _Run:
     plan: Plan
     seconds: float  # that it took
     held_out: Source | None
-    fixed: MixtureBase | None  # is to be mixed in
+    fixed: MixtureBase | None  # the mixture that is to be mixed in
     options: Entries  # what was chosen
 
 
@@ -285,7 +285,7 @@ def _run(
     ascent = Ascent(flow, train, [] if held_out is None else held(held_out, CHECKED_POINTS), batch=size)
     chosen: dict[str, object] = {"preprocess": kind, "batch": size}
     keeper = files.Keeper(checkpoint, ascent, plan, SAVE_EVERY, {**asked.options, **chosen}, about)
-    stacked = flow.context_dim > 0 and fixed is not None and held_out is not None
+    stacked = fixed is not None and held_out is not None
     _train(keeper, asked.learning_rate, asked.weight_decay, stacked, line)
     plan = keeper.plan
     return _Run(ascent, plan, plan.clock() - plan.began, held_out, fixed, chosen)
@@ -301,7 +301,7 @@ def _together(runs: Sequence[_Run], options: dict[str, object]) -> tuple[Flow, f
         (run.ascent.flow, run.fixed, run.held_out) for run in runs if run.fixed is not None and run.held_out is not None
     ]
     if members:
-        which = "share_without_context" if flows[0].context_dim else "share_of_narrow_parts"
+        which = "share_without_context" if flows[0].context_dim else "share_of_mixture"
         options[which] = defend(members)
     scores = [(mean_log_prob(run.ascent.flow, run.held_out), run.held_out) for run in runs if run.held_out is not None]
     validated = sum(score for score, _ in scores) / len(scores) if scores else math.nan

@@ -167,8 +167,8 @@ def begin_mixture(
     """Give a flow of vectors a mixture as its base, begun at Gaussians by expectation maximization.
 
     Residuals of a regression on the context are inflated first, since it has seen them. Returns the flow, and a mixture
-    that is to be mixed in at the end: given a context, the same one without it, else one of narrower parts, where
-    points ask for it.
+    that does not depend on the context and is to be mixed in at the end: the same one, or without a context one of
+    narrower parts, where points ask for it.
     """
     if flow.dim > MIXTURES_UP_TO:
         return flow, None
@@ -183,9 +183,8 @@ def begin_mixture(
     white = preprocess("whiten", [(x, None)], warns=False)
     given = None if other is None else white.inverse_and_ladj(other)[0]
     chosen = choose(white.inverse_and_ladj(x)[0], given, narrow=not flow.context_dim, over=over)
-    parts, *others = (one.moved(white.loc, white.scale) for one in chosen)
-    mixed_in = [parts] if flow.context_dim else others
-    fixed = [MixtureBase(flow.dim, len(one.loc)).to(x).assign(*one) for one in mixed_in]
+    parts, last = (one.moved(white.loc, white.scale) for one in (chosen[0], chosen[-1]))
+    fixed = MixtureBase(flow.dim, len(last.loc)).to(x).assign(*last)
     if flow.context_dim:
         parts = parts.split(PARTS_OF_CONTEXTS)
     found = with_mixture(flow, components=len(parts.log_weights), context_dim=flow.context_dim)
@@ -193,7 +192,7 @@ def begin_mixture(
     found.mixture.assign(*parts)
     if isinstance(bijection, Compose):
         found.mixture.context_scale, found.mixture.context_knots = bijection.context_scale, bijection.context_knots
-    return found, fixed[0] if fixed else None
+    return found, fixed
 
 
 Member = tuple[Flow, MixtureBase, Source]  # a trained flow, the mixture that is mixed in, what was held out
