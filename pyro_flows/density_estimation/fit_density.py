@@ -41,7 +41,7 @@ from pyro_flows.density_estimation.training import MAX_STEPS, Plan, batch_size, 
 from pyro_flows.flows.ensemble import averaged
 from pyro_flows.flows.flow import Flow
 from pyro_flows.flows.mixture_base import MixtureBase
-from pyro_flows.flows.recipe import AUTO
+from pyro_flows.flows.recipe import AUTO, without_fixed
 from pyro_flows.flows.unbent import warn_unbent
 
 AUTO_START, SMALL = "small", 0.01  # how a default flow starts: at its mixture, but for so much of random weights
@@ -280,13 +280,14 @@ def _run(
     if asked.auto:
         flow, fixed = begin_mixture(flow, train, held_out, lambda: plan.progress(0) > MIXTURE_SHARE)
         start = AUTO_START if start == "auto" else start
+    elif held_out is not None:
+        fixed = without_fixed(flow)  # its share is what these points say
     if start != "identity":
         rouse(flow, SMALL if start == AUTO_START else 1.0)
     ascent = Ascent(flow, train, [] if held_out is None else held(held_out, CHECKED_POINTS), batch=size)
     chosen: dict[str, object] = {"preprocess": kind, "batch": size}
     keeper = files.Keeper(checkpoint, ascent, plan, SAVE_EVERY, {**asked.options, **chosen}, about)
-    stacked = fixed is not None and held_out is not None
-    _train(keeper, asked.learning_rate, asked.weight_decay, stacked, line)
+    _train(keeper, asked.learning_rate, asked.weight_decay, fixed is not None and held_out is not None, line)
     plan = keeper.plan
     return _Run(ascent, plan, plan.clock() - plan.began, held_out, fixed, chosen)
 

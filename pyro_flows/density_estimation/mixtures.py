@@ -175,12 +175,10 @@ def choose(
     search = _Search(x, _splits(x, held_out), over)
     best = search.best(STRENGTHS)
     found = [best.finished()]
-    if narrow and not over():
+    if narrow:
         with seeded(NARROW_SEED, x.device):  # what comes after draws the same numbers with and without it
-            other = search.best(WEAK, least=best.count)
-            gains = other.held_out - best.held_out
-            if float(gains.mean()) > ERRORS * float(gains.std(correction=0)) / math.sqrt(len(gains)):
-                found.append(other.finished(of_folds=True))  # whether k-means finds narrow parts is a matter of luck
+            weak = search.narrower(best)
+            found += [] if weak is None else [weak.finished(of_folds=True)]
     return found
 
 
@@ -209,6 +207,14 @@ class _Search:
         tried += [self._attempt(first.count, prior, first.whole) for prior in strengths[1:] if not self.over()]
         return max(tried, key=lambda one: one.score)
 
+    def narrower(self, best: _Tried) -> _Tried | None:
+        """Return the best mixture with a weak prior, if it is clearly better; first with as many parts."""
+        tried = [self._attempt(best.count, prior, best.whole) for prior in WEAK if not self.over()]
+        if not (tried := [one for one in tried if one.beats(best)]):
+            return None
+        first = max(tried, key=lambda one: one.score)
+        return max(first, self.best((first.prior,), least=best.count), key=lambda one: one.score)
+
     def _attempt(self, count: int, prior: float, start: Parts | None = None) -> _Tried:
         made = [
             maximize(train, count, strength=prior, steps=SHORT, over=self.over, start=start) for train, _ in self.splits
@@ -234,10 +240,16 @@ class _Tried:
         """The mixture, if it is one of all points."""
         return self.made[0] if self.search.splits[0][0] is self.search.x else None
 
+    def beats(self, other: _Tried) -> bool:
+        """Whether held-out points clearly gain; one point does not tell."""
+        gains = self.held_out - other.held_out
+        return len(gains) > 1 and float(gains.mean()) > ERRORS * float(gains.std()) / math.sqrt(len(gains))
+
     def finished(self, *, of_folds: bool = False) -> Parts:
         """Return the mixture of all points, after as many steps as it takes.
 
-        ``of_folds``: it begins at that mixture without some of the points which describes all of them best.
+        ``of_folds``: it begins at that mixture without some of the points which describes all of them best, since
+        whether k-means finds narrow parts is a matter of luck.
         """
         of, start = self.search, self.whole
         if of_folds:

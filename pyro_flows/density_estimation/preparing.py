@@ -168,7 +168,7 @@ def begin_mixture(
 
     Residuals of a regression on the context are inflated first, since it has seen them. Returns the flow, and a mixture
     that does not depend on the context and is to be mixed in at the end: the same one, or without a context one of
-    narrower parts, where points ask for it.
+    narrower parts, where held-out points ask for it.
     """
     if flow.dim > MIXTURES_UP_TO:
         return flow, None
@@ -182,7 +182,7 @@ def begin_mixture(
         x = x * math.sqrt(len(x) / max(len(x) - flow.context_dim - 1, 0.5 * len(x)))
     white = preprocess("whiten", [(x, None)], warns=False)
     given = None if other is None else white.inverse_and_ladj(other)[0]
-    chosen = choose(white.inverse_and_ladj(x)[0], given, narrow=not flow.context_dim, over=over)
+    chosen = choose(white.inverse_and_ladj(x)[0], given, narrow=other is not None and not flow.context_dim, over=over)
     parts, last = (one.moved(white.loc, white.scale) for one in (chosen[0], chosen[-1]))
     fixed = MixtureBase(flow.dim, len(last.loc)).to(x).assign(*last)
     if flow.context_dim:
