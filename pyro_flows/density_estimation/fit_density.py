@@ -41,7 +41,7 @@ from pyro_flows.density_estimation.training import MAX_STEPS, Plan, batch_size, 
 from pyro_flows.flows.ensemble import averaged
 from pyro_flows.flows.flow import Flow
 from pyro_flows.flows.mixture_base import MixtureBase
-from pyro_flows.flows.recipe import AUTO
+from pyro_flows.flows.recipe import AUTO, without_fixed
 from pyro_flows.flows.unbent import warn_unbent
 
 AUTO_START, SMALL = "small", 0.01  # how a default flow starts: at its mixture, but for so much of random weights
@@ -80,7 +80,9 @@ def fit_density(
     Given a context, weights, places, scales and tails of the parts depend on it. One output given a context gets the
     mixture alone; else there are splines too, and above 100 coordinates affine couplings. At the end, the mixture as it
     began, which no context moves from the regression line, is mixed in. Its share w is what held-out points say: it is
-    large for few of them, and is ``settings["share_without_context"]``. Given a context and up to 1000 points, five
+    large for few of them, and is ``settings["share_without_context"]``, or ``settings["share_of_mixture"]`` if there is
+    no context. Without one, this mixture has narrower parts than the one at which the training starts, where held-out
+    points ask for it: such parts cannot be trained well. Given a context and up to 1000 points, five
     such flows are fitted, each with another fifth held out, and the result is the mean of their densities. With
     ``max_seconds``, another one is fitted as long as the time that the first took is left.
 
@@ -252,7 +254,7 @@ class _Run:
     plan: Plan
     seconds: float  # that it took
     held_out: Source | None
-    fixed: MixtureBase | None  # the mixture as it began, without a context
+    fixed: MixtureBase | None  # the mixture that is to be mixed in
     options: Entries  # what was chosen
 
 
@@ -278,6 +280,8 @@ def _run(
     if asked.auto:
         flow, fixed = begin_mixture(flow, train, held_out, lambda: plan.progress(0) > MIXTURE_SHARE)
         start = AUTO_START if start == "auto" else start
+    elif held_out is not None:
+        fixed = without_fixed(flow)  # its share is what these points say
     if start != "identity":
         rouse(flow, SMALL if start == AUTO_START else 1.0)
     ascent = Ascent(flow, train, [] if held_out is None else held(held_out, CHECKED_POINTS), batch=size)
@@ -289,7 +293,7 @@ def _run(
 
 
 def _together(runs: Sequence[_Run], options: dict[str, object]) -> tuple[Flow, float]:
-    """Mix in what no context moves, if there is something, and return the mean density of all flows, and their score.
+    """Mix in what was not trained, if there is something, and return the mean density of all flows, and their score.
 
     The score is the mean log density of what was held out, each flow's own; NaN if nothing was.
     """
@@ -298,7 +302,8 @@ def _together(runs: Sequence[_Run], options: dict[str, object]) -> tuple[Flow, f
         (run.ascent.flow, run.fixed, run.held_out) for run in runs if run.fixed is not None and run.held_out is not None
     ]
     if members:
-        options["share_without_context"] = defend(members)
+        which = "share_without_context" if flows[0].context_dim else "share_of_mixture"
+        options[which] = defend(members)
     scores = [(mean_log_prob(run.ascent.flow, run.held_out), run.held_out) for run in runs if run.held_out is not None]
     validated = sum(score for score, _ in scores) / len(scores) if scores else math.nan
     if len(flows) == 1:

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from pyro_flows._seeding import seeded
 from pyro_flows.flows.mixture_base import by_part
 
 COUNTS = (1, 2, 3, 5, 8, 12, 20, 35, 60, 100, 160)
-STRENGTHS = (1.0, 4.0, 16.0)  # of the prior of covariances, in units of D + 2 observations
-WEAKEST = 0.1
+STRENGTHS = (1.0, 0.1, 4.0, 16.0)  # of the prior of covariances, in units of D + 2 observations
+WEAK = (1e-5, 1e-3)  # strengths that leave narrow parts as narrow as their points
 ROWS_A_PART = 10  # points for each part at least
 STEPS, SHORT = 80, 25  # of expectation maximization at most, and while numbers are compared,
 FEWEST = 8  # and at least, once the time for it is over
@@ -23,6 +25,8 @@ LLOYD = 4  # steps of k-means before it
 PATIENCE = 2  # numbers of parts without a gain, after which no larger one is tried
 FOLDS, FOLDED_UP_TO = 5, 2000  # few points are held out in turns
 APART = 0.1  # standard deviations, by which the halves of a part differ
+NARROW_SEED = 0  # of mixtures with a weak prior
+ERRORS = 2.0  # standard errors by which these have to gain
 CHUNK = 2**22  # numbers of one piece of the work
 
 
@@ -54,8 +58,9 @@ class Parts(NamedTuple):
         away = torch.linalg.solve_triangular(factor, torch.randn_like(loc)[..., None], upper=False)[..., 0]
         return Parts(log_weights - math.log(times), loc + APART * away, factor)
 
-    def score(self, x: Tensor) -> float:
-        return sum(float(self.terms(part).logsumexp(-1).sum()) for part in pieces(x, self.loc.numel())) / len(x)
+    def log_prob(self, x: Tensor) -> Tensor:
+        """Return the log densities (N,) of points (N, D), in double precision."""
+        return torch.cat([self.terms(part).logsumexp(-1).double() for part in pieces(x, self.loc.numel())])
 
 
 def pieces(x: Tensor, width: int) -> Iterator[Tensor]:
@@ -156,41 +161,100 @@ def _nearest(x: Tensor, centers: Tensor) -> Tensor:
     return torch.cat([(half - piece @ centers.mT).argmin(-1) for piece in pieces(x, len(centers))])
 
 
-def choose(x: Tensor, held_out: Tensor | None, *, over: Callable[[], bool] = lambda: False) -> Parts:
+def choose(
+    x: Tensor, held_out: Tensor | None, *, narrow: bool = False, over: Callable[[], bool] = lambda: False
+) -> list[Parts]:
     """Return the mixture of the number of parts, and of the strength of the prior, that held-out points like best.
 
     The points (N, D) are white. Up to 2000 are held out in five turns; of more, ``held_out`` is taken, or a tenth.
+
+    ``narrow``: weak priors are tried too. They leave parts as narrow as their points: clusters of far smaller scales
+    than the spread of all points, values that repeat, thin sheets. The best such mixture is a second one to return, if
+    held-out points gain more than two standard errors.
     """
-    splits = _splits(x, held_out)
-    most = max(min(len(train) for train, _ in splits) // ROWS_A_PART, 1)
-    counts = [count for count in COUNTS if count <= most] or [1]
-
-    tried: list[_Tried] = []
-
-    def attempt(count: int, strength: float, start: Parts | None = None) -> None:
-        made = [maximize(train, count, strength=strength, steps=SHORT, over=over, start=start) for train, _ in splits]
-        scores = [parts.score(test) for parts, (_, test) in zip(made, splits, strict=True)]
-        whole = made[0] if splits[0][0] is x else None
-        tried.append(_Tried(sum(scores) / len(splits), count, strength, whole))
-
-    for count in counts:
-        attempt(count, STRENGTHS[0])
-        last = list(pairwise(one.score for one in tried))[-PATIENCE:]
-        if over() or (len(last) == PATIENCE and all(after < before for before, after in last)):
-            break
-    _, number, _, whole = max(tried, key=lambda one: one.score)
-    for strength in (WEAKEST, *STRENGTHS[1:]):
-        if not over():
-            attempt(number, strength, whole)
-    best = max(tried, key=lambda one: one.score)
-    return maximize(x, best.number, strength=best.strength, steps=STEPS, over=over, start=best.whole)
+    search = _Search(x, _splits(x, held_out), over)
+    best = search.best(STRENGTHS)
+    found = [best.finished()]
+    if narrow:
+        with seeded(NARROW_SEED, x.device):  # what comes after draws the same numbers with and without it
+            weak = search.narrower(best)
+            found += [] if weak is None else [weak.finished(of_folds=True)]
+    return found
 
 
-class _Tried(NamedTuple):
-    score: float
-    number: int
-    strength: float
-    whole: Parts | None  # the mixture, if it is one of all points
+@dataclass(frozen=True)
+class _Search:
+    """Points, how they are held out, and when to stop."""
+
+    x: Tensor
+    splits: Sequence[tuple[Tensor, Tensor]]
+    over: Callable[[], bool]
+
+    def best(self, strengths: Sequence[float], *, least: int = 1) -> _Tried:
+        """Compare numbers of parts with the first strength, ``least`` among them, then other strengths with the best.
+
+        After two numbers in turn that are worse, no larger one is tried.
+        """
+        most = max(min(len(train) for train, _ in self.splits) // ROWS_A_PART, 1)
+        tried: list[_Tried] = []
+        for count in [count for count in COUNTS if count <= most] or [1]:
+            tried.append(self._attempt(count, strengths[0]))
+            last = list(pairwise(one.score for one in tried))[-PATIENCE:]
+            worse = len(last) == PATIENCE and all(after < before for before, after in last)
+            if self.over() or (worse and count >= least):
+                break
+        first = max(tried, key=lambda one: one.score)
+        tried += [self._attempt(first.count, prior, first.whole) for prior in strengths[1:] if not self.over()]
+        return max(tried, key=lambda one: one.score)
+
+    def narrower(self, best: _Tried) -> _Tried | None:
+        """Return the best mixture with a weak prior, if it is clearly better; first with as many parts."""
+        tried = [self._attempt(best.count, prior, best.whole) for prior in WEAK if not self.over()]
+        if not (tried := [one for one in tried if one.beats(best)]):
+            return None
+        first = max(tried, key=lambda one: one.score)
+        return max(first, self.best((first.prior,), least=best.count), key=lambda one: one.score)
+
+    def _attempt(self, count: int, prior: float, start: Parts | None = None) -> _Tried:
+        made = [
+            maximize(train, count, strength=prior, steps=SHORT, over=self.over, start=start) for train, _ in self.splits
+        ]
+        held_out = torch.cat([parts.log_prob(test) for parts, (_, test) in zip(made, self.splits, strict=True)])
+        return _Tried(self, count, prior, held_out, made)
+
+
+@dataclass(frozen=True)
+class _Tried:
+    search: _Search
+    count: int
+    prior: float
+    held_out: Tensor  # log densities of held-out points
+    made: Sequence[Parts]  # a mixture for each way to hold points out
+
+    @property
+    def score(self) -> float:
+        return float(self.held_out.mean())
+
+    @property
+    def whole(self) -> Parts | None:
+        """The mixture, if it is one of all points."""
+        return self.made[0] if self.search.splits[0][0] is self.search.x else None
+
+    def beats(self, other: _Tried) -> bool:
+        """Whether held-out points clearly gain; one point does not tell."""
+        gains = self.held_out - other.held_out
+        return len(gains) > 1 and float(gains.mean()) > ERRORS * float(gains.std()) / math.sqrt(len(gains))
+
+    def finished(self, *, of_folds: bool = False) -> Parts:
+        """Return the mixture of all points, after as many steps as it takes.
+
+        ``of_folds``: it begins at that mixture without some of the points which describes all of them best, since
+        whether k-means finds narrow parts is a matter of luck.
+        """
+        of, start = self.search, self.whole
+        if of_folds:
+            start = max(self.made, key=lambda parts: float(parts.log_prob(of.x).mean()))
+        return maximize(of.x, self.count, strength=self.prior, steps=STEPS, over=of.over, start=start)
 
 
 def _splits(x: Tensor, held_out: Tensor | None) -> list[tuple[Tensor, Tensor]]:

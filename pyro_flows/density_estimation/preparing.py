@@ -166,8 +166,9 @@ def begin_mixture(
 ) -> tuple[Flow, MixtureBase | None]:
     """Give a flow of vectors a mixture as its base, begun at Gaussians by expectation maximization.
 
-    Residuals of a regression on the context are inflated first, since it has seen them. Returns the flow, and if there
-    is a context, the mixture without it.
+    Residuals of a regression on the context are inflated first, since it has seen them. Returns the flow, and a mixture
+    that does not depend on the context and is to be mixed in at the end: the same one, or without a context one of
+    narrower parts, where held-out points ask for it.
     """
     if flow.dim > MIXTURES_UP_TO:
         return flow, None
@@ -181,10 +182,10 @@ def begin_mixture(
         x = x * math.sqrt(len(x) / max(len(x) - flow.context_dim - 1, 0.5 * len(x)))
     white = preprocess("whiten", [(x, None)], warns=False)
     given = None if other is None else white.inverse_and_ladj(other)[0]
-    parts = choose(white.inverse_and_ladj(x)[0], given, over=over).moved(white.loc, white.scale)
-    fixed = None
+    chosen = choose(white.inverse_and_ladj(x)[0], given, narrow=other is not None and not flow.context_dim, over=over)
+    parts, last = (one.moved(white.loc, white.scale) for one in (chosen[0], chosen[-1]))
+    fixed = MixtureBase(flow.dim, len(last.loc)).to(x).assign(*last)
     if flow.context_dim:
-        fixed = MixtureBase(flow.dim, len(parts.log_weights)).to(x).assign(*parts)
         parts = parts.split(PARTS_OF_CONTEXTS)
     found = with_mixture(flow, components=len(parts.log_weights), context_dim=flow.context_dim)
     assert isinstance(found.mixture, MixtureBase)
@@ -194,12 +195,12 @@ def begin_mixture(
     return found, fixed
 
 
-Member = tuple[Flow, MixtureBase, Source]  # a trained flow, the mixture without a context, what was held out
+Member = tuple[Flow, MixtureBase, Source]  # a trained flow, the mixture that is mixed in, what was held out
 
 
 @torch.no_grad()
 def defend(members: Sequence[Member]) -> float:
-    r"""Mix in the mixture without a context, with the share w that held-out points (N) give it; return w.
+    r"""Mix in a mixture that was not trained, with the share w that held-out points (N) give it; return w.
 
     .. math:: w = \arg\max \; \log w + \log(1 - w) + \sum_n \log\bigl((1 - w)\, q_n + w\, q_{1n}\bigr)
 

@@ -72,16 +72,17 @@ class Logistic(dist.Logistic):
         return found
 
 
-# a base of which a share does not move with the context ---------------------------------------------------------------
+# a base with a second mixture beside what a flow makes of the first ---------------------------------------------------
 
 
 class DefendedBase(nn.Module):
-    r"""Bijections T of a conditional mixture q_0, and a mixture q_1 without a context:
+    r"""Bijections T of a mixture q_0, conditional or not, and a mixture q_1 without a context:
 
     .. math:: q(u \mid c) = (1 - w)\, q_0(x \mid c) / |T'(x \mid c)| + w\, q_1(u), \qquad u = T(x \mid c)
 
     :math:`q \ge w q_1` in all contexts. So the density has a lower bound where the networks are wrong, as far from all
-    contexts of their data. :math:`q_1` is not trained: its tensors are buffers.
+    contexts of their data. Without a context, :math:`q_1` has parts that are narrower than what trains well.
+    :math:`q_1` is not trained: its tensors are buffers.
 
     Args:
         bijection: T, which rises if there is one coordinate.
@@ -89,7 +90,7 @@ class DefendedBase(nn.Module):
         fixed: q_1.
         share: w.
 
-    Shapes: u is (..., D), the context (..., context_dim). Cost: that of T and of both mixtures.
+    Shapes: u is (..., D), the context (..., context_dim), or None. Cost: that of T and of both mixtures.
 
     Reference: Hesterberg 1995, *Weighted average importance sampling and defensive mixture distributions*,
     doi:10.1080/00401706.1995.10484303.
@@ -103,7 +104,7 @@ class DefendedBase(nn.Module):
         self.context_dim = mixture.context_dim
         self.register_buffer("share", mixture.logits.new_tensor(share))
 
-    def forward(self, context: Tensor) -> Defended:
+    def forward(self, context: Tensor | None = None) -> Defended:
         """Return the distribution, with the batch shape of the context."""
         return Defended(self, context, self.mixture(context), self.fixed())
 
@@ -114,7 +115,7 @@ class Defended(OfParts):
     def __init__(
         self,
         base: DefendedBase,
-        context: Tensor,
+        context: Tensor | None,
         moved: MixtureOfStudents,
         fixed: MixtureOfStudents,
         batch_shape: Sequence[int] | None = None,
@@ -128,10 +129,13 @@ class Defended(OfParts):
         return Defended(self.base, self.context, self.moved, self.fixed, batch_shape)
 
     def _in(self, value: Tensor) -> tuple[Tensor, Tensor]:
-        return self.base.bijection.inverse_and_ladj(*together(value, self.context))
+        return self.base.bijection.inverse_and_ladj(*self._with_context(value))
 
     def _out(self, x: Tensor) -> Tensor:
-        return self.base.bijection.forward_and_ladj(*together(x, self.context))[0]
+        return self.base.bijection.forward_and_ladj(*self._with_context(x))[0]
+
+    def _with_context(self, value: Tensor) -> tuple[Tensor, Tensor | None]:
+        return (value, None) if self.context is None else together(value, self.context)
 
     def terms(self, value: Tensor) -> tuple[Tensor, Tensor]:
         """Return both log densities, without their shares: what contexts move, and what they do not."""

@@ -245,14 +245,14 @@ def with_mixture(flow: Flow, *, components: int, context_dim: int = 0, hidden: S
 
 
 def with_fixed(flow: Flow, fixed: MixtureBase, share: float) -> Flow:
-    """Give a conditional flow with a mixture a share of the mass that no context moves, and note it in the recipe.
+    """Give a flow with a mixture a second one, of a share of the mass that is not moved, and note it in the recipe.
 
-    Maps before that to the scale of data go into the base, so that they do not move it either.
+    Maps before that to the scale of data go into the base, so that neither they nor a context move it.
     """
     mixture = flow.mixture
     assert isinstance(mixture, MixtureBase)
     if ending(flow) is None:
-        slope = torch.zeros(flow.context_dim, flow.dim)
+        slope = torch.zeros(flow.context_dim, flow.dim) if flow.context_dim else None
         flow = with_preprocess(flow, Preprocess(torch.zeros(flow.dim), torch.ones(flow.dim), slope).to(fixed.loc))
     bijection = flow.bijection
     assert isinstance(bijection, Compose)
@@ -264,6 +264,20 @@ def with_fixed(flow: Flow, fixed: MixtureBase, share: float) -> Flow:
         noted = (kind, {**cast(_Mixture, about), "fixed": fixed.components})
         flow.recipe = replace(flow.recipe, around=(noted, *around))
     return flow
+
+
+def without_fixed(flow: Flow) -> MixtureBase | None:
+    """Take the second mixture from a flow that has one, and return it: the reverse of :func:`with_fixed`."""
+    base = flow.mixture
+    if not isinstance(base, DefendedBase):
+        return None
+    layers = [*cast(Compose, base.bijection).layers, *cast(Compose, flow.bijection).layers]
+    flow.mixture, flow.bijection = base.mixture, _composed(flow.bijection, layers)
+    if flow.recipe is not None:
+        (kind, about), *around = flow.recipe.around
+        known = {name: value for name, value in cast(_Mixture, about).items() if name != "fixed"}
+        flow.recipe = replace(flow.recipe, around=((kind, known), *around))
+    return base.fixed
 
 
 def affine_of(flow: Flow) -> LowerTriangularAffine | DiagonalAffine | None:

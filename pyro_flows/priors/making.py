@@ -240,7 +240,7 @@ def _fitted(z: Tensor, weights: Tensor, seed: int, max_epochs: int | None, progr
         dim, train = z.shape[1], z[~held_out]
         scale = preprocess("whiten", [(train, None)])
         x, other = (scale.inverse_and_ladj(part)[0] for part in (train, z[held_out]))
-        parts, one = choose(x, other), maximize(x, 1, strength=1.0, steps=1, over=lambda: True)
+        parts, one = choose(x, other)[0], maximize(x, 1, strength=1.0, steps=1, over=lambda: True)
         gains = (parts.terms(other).logsumexp(1) - one.terms(other).logsumexp(1)).double()
         least = SEVERAL_MODES if dim > 1 else float(gains.std()) / math.sqrt(len(gains))
         if dim == 1:

@@ -806,10 +806,14 @@ def test_float64_stays_float64():
 def test_a_gain_within_its_standard_error_leaves_the_start():
     """Six held-out rows of sixty tell little of a training. Many rows that gain go their own way."""
     generator = torch.Generator().manual_seed(0)
-    few = pf.fit_density(torch.randn(60, 3, generator=generator), max_epochs=60, progress=False)
+    points = torch.randn(60, 3, generator=generator)
+    few = pf.fit_density(pf.realnvp(3, layers=4), points, max_epochs=60, progress=False)
     assert training.KEPT in few.why
     assert float(few.validation) == float(few.checks[-1, 1])
     x, noise = torch.randn(2, 3000, generator=generator)
     bent = torch.stack([x, x.square() + 0.1 * noise], 1)
     found = pf.fit_density(pf.realnvp(2, layers=4), bent, max_epochs=4, learning_rate=0.01, progress=False)
     assert training.KEPT not in found.why
+    default = pf.fit_density(points, max_epochs=60, progress=False)
+    assert training.KEPT not in default.why
+    assert 0.1 < default.settings["share_of_mixture"] < 0.9  # of the start, by six points
