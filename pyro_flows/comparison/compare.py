@@ -25,6 +25,8 @@ from pyro_flows.results.record import Record
 if TYPE_CHECKING:
     import pandas as pd
 
+UNKNOWN = "was not looked at: it is a fit of minibatches"
+
 
 @dataclass(frozen=True, eq=False)
 class Comparison:
@@ -151,6 +153,8 @@ def compare(
     The target for the difference in elpd to the best model is a Monte Carlo error of a fiftieth of its standard error
     over the paired observations, or of .02 nats if that is more. A note says where it is more than a tenth.
 
+    Of fits of minibatches, only the number of rows is compared, and a note says so.
+
     Cost: leave-one-out and evidence of each model.
 
     References: Vehtari, Gelman and Gabry 2017 (arXiv 1507.04544); Yao et al. 2018 (stacking, arXiv 1704.02030); Kass
@@ -174,7 +178,8 @@ def compare(
     for name, posterior in posteriors.items():
         if not isinstance(posterior, Record):
             raise ValueError(f"posteriors[{name!r}]: expected a Posterior, got a {type(posterior).__name__}.")
-    _check_data(posteriors)
+    rows = [name for name, one in posteriors.items() if one.density is not None and one.density.by_rows]
+    _check_data({name: one for name, one in posteriors.items() if name not in rows})
     with Bar("compare", progress, quick=True) as bar:
         found = _left_out(posteriors, sites, bar)
         names = tuple(sorted(found, key=lambda name: -found[name].elpd))
@@ -186,7 +191,7 @@ def compare(
         loo={name: found[name] for name in names},
         weights=dict(zip(names, weights, strict=True)),
         evidence={name: evidences[name] for name in names},
-        notes=(*_about_errors(names, found), *notes),
+        notes=(*_about_errors(names, found), *notes, *(f"whether {name} has the same data {UNKNOWN}" for name in rows)),
     )
 
 
@@ -280,7 +285,7 @@ def _check_data(posteriors: Mapping[str, Record]) -> None:
     for posterior in posteriors.values():
         posterior._check_unchanged()
     data = {name: _data(posterior) for name, posterior in posteriors.items()}
-    first = next(iter(data))
+    first = next(iter(data), "")
     for name, values in data.items():
         why = _differ(data[first], values)
         if why is not None:

@@ -119,7 +119,8 @@ def more(posterior: Record, count: int, *, seed: int, purpose: str) -> Draws:
     if is_of_guide(posterior):
         return _with_controls(posterior, Draws(z, ratio.cpu()))
     index = resample(psis(ratio)[0], count, seed=seed)
-    return _with_controls(posterior, Draws(z[index], None, copies=index.cpu()))
+    copies = torch.unique(index.cpu(), return_inverse=True)[1]  # numbers without gaps, half of which are even
+    return _with_controls(posterior, Draws(z[index], None, copies=copies))
 
 
 # control variates of a flow's draws: functions of its base whose expectations are known -------------------------------

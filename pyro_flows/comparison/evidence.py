@@ -17,6 +17,7 @@ from pyro_flows._threads import alone, few_threads
 from pyro_flows.comparison.bridge import DF, Bridged, Latent, bridge, enough, finite, fit_proposal
 from pyro_flows.comparison.draws import MOST_NUMBERS
 from pyro_flows.verdict.psis import largest_k, psis
+from pyro_flows.verdict.thresholds import LOG_WEIGHT_EVEN
 
 if TYPE_CHECKING:
     from pyro_flows.model.log_density import LogDensity
@@ -215,6 +216,7 @@ def importance(ratio: Tensor) -> Estimate:
 
     The rate r falls from 1 to 0 as the shape of the ratios' tail goes from 0 to 1: the mean of heavy-tailed ratios
     converges slower than :math:`S^{-1/2}`. Where k-hat is not below min(1 - 1 / log10(S), .7), no error is stated.
+    Ratios of which none is above 1.5 times their mean have no tail.
 
     Reference: Vehtari et al. 2024, *Pareto smoothed importance sampling*.
     """
@@ -225,6 +227,8 @@ def importance(ratio: Tensor) -> Estimate:
     weights = (ratio - largest).exp()
     value = largest + math.log(float(weights.mean()))
     k_hat = psis(ratio)[1] if size >= 30 else math.inf
+    if largest - value < LOG_WEIGHT_EVEN:
+        k_hat = min(k_hat, 0.0)  # as the verdict does
     limit = largest_k(size)
     if not k_hat < limit:
         return Estimate("importance", value, math.inf, f"k-hat of the weights {k_hat:.2f} is not below {limit:.2f}")

@@ -179,7 +179,7 @@ def as_loo(work: Work, found: Whole) -> Loo:
     return Loo(
         elpd=float(elpd.sum()),
         se=over_observations(elpd),
-        mcse=found.error,
+        mcse=math.hypot(found.error, _level_error(posterior)),
         p=float(p.sum()),
         method="approximate" if given.draws.ratio is not None else "plain",
         status=posterior.verdict.status,
@@ -193,6 +193,12 @@ def as_loo(work: Work, found: Whole) -> Loo:
         sites=given.places,
         joint=tuple(_joint(posterior, given.places)),
     )
+
+
+def _level_error(posterior: Record) -> float:
+    """Return the error that likelihoods of rows, estimated by draws, have at all draws alike, nats; 0 without any."""
+    density = posterior.density
+    return density.known_rounding(posterior._used) if density is not None and density.by_rows else 0.0
 
 
 def _joint(posterior: Record, places: Mapping[str, tuple[int, int]]) -> Iterator[str]:

@@ -112,7 +112,13 @@ def likelihood(posterior: Record, z: Tensor) -> xr.Dataset:
         return posterior._stored[0]["log_likelihood"]
     density = posterior._need_model()
     if density.by_rows:
-        return export.rows_group(density, z)
+        rows = export.rows_group(density, z)
+        if not rows.data_vars:
+            raise ValueError(
+                "loo: no latents in plates were integrated out, so there are no rows to leave out. Fit the model "
+                "without subsample_size=."
+            )
+        return rows
     if density.structure.enumerated:
         raise ValueError(
             f"model: no pointwise log likelihood, since {', '.join(map(repr, density.structure.enumerated))} are "

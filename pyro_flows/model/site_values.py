@@ -9,6 +9,7 @@ from itertools import pairwise
 
 import torch
 from pyro import poutine
+from pyro.distributions.util import scale_and_mask
 from torch import Tensor
 
 from pyro_flows import _checks
@@ -119,11 +120,17 @@ class SiteValues(Digits):
             return self.map(ladj, z)
 
     def log_prior(self, z: Tensor) -> dict[str, Tensor]:
-        """Return the log prior density of each latent site, constrained: ``{name: (S, *batch)}``."""
+        """Return the log prior density of each latent site, constrained: ``{name: (S, *batch)}``.
+
+        Masked entries are 0, and what ``poutine.scale`` multiplies is multiplied, as in the density.
+        """
         return self._site_densities(z, self.names)
 
     def log_likelihood(self, z: Tensor) -> dict[str, Tensor]:
-        """Return the pointwise log likelihood of each observed site: ``{name: (S, *batch)}``; masked entries are 0."""
+        """Return the pointwise log likelihood of each observed site: ``{name: (S, *batch)}``.
+
+        Masked entries are 0, and what ``poutine.scale`` multiplies is multiplied, as in the density.
+        """
         return self._site_densities(z, () if self.structure.enumerated else tuple(self.structure.observed))
 
     def _site_densities(self, z: Tensor, names: Sequence[str]) -> dict[str, Tensor]:
@@ -146,8 +153,8 @@ class SiteValues(Digits):
             site = messages(trace)[name]
             with self.writing(row), defined(partial(str, f"at site {name!r}")):
                 density = site["fn"].log_prob(site["value"])
-            mask = site["mask"]
-            found[name] = density if mask is None else torch.where(torch.as_tensor(mask), density, 0.0)
+            mask = site["mask"] if site["mask"] is None else torch.as_tensor(site["mask"], device=density.device)
+            found[name] = scale_and_mask(density, site["scale"], mask)
         return found
 
     def _no_densities(self, names: Sequence[str], rows: Tensor) -> dict[str, Tensor]:

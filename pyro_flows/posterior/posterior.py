@@ -155,6 +155,10 @@ class Posterior(Drawn):
         not below its limit, and where it is the cheaper way to that target, draws are moved to where the posterior
         without the observation lies, and weighted there.
 
+        An observation in ``poutine.scale`` counts with its scale s, as in ``log_p``: :math:`p(y_i \mid z)^s` takes the
+        place of :math:`p(y_i \mid z)`. So a row that stands for s rows leaves all of them out. For a tempered
+        likelihood, this is no score of predictions. A ``pyro.factor`` is never left out.
+
         After a fit of minibatches, an observation is a row of the plate whose latents are integrated out, with all its
         data: :math:`p(y_i \mid z)` is its likelihood given the other latents. The draws in hand are used.
 
@@ -196,7 +200,8 @@ class Posterior(Drawn):
     def log_likelihood(self) -> dict[str, Tensor]:
         """Return the pointwise log likelihood of the draws to use, nats: ``{site: (draws, *batch)}``.
 
-        Entries that a mask leaves out are 0. Models with enumerated latents have none: the dict is empty.
+        Entries that a mask leaves out are 0, and those in ``poutine.scale`` are multiplied by their scale, as in
+        ``log_p``. Models with enumerated latents have none: the dict is empty.
 
         Raises:
             ValueError: if a loaded posterior has no model.

@@ -12,6 +12,7 @@ import pyro_flows as pf
 from pyro_flows.comparison.bridge import bridge, fit_proposal
 from pyro_flows.comparison.evidence import convergence_rate, importance
 from pyro_flows.results.record import Stage
+from pyro_flows.verdict.psis import psis
 from tests.conjugate import (
     COUNTS,
     PINE,
@@ -115,6 +116,16 @@ def test_heavy_tails_of_weights_widen_the_error_and_end_it():
     assert heavy.standard_error == math.inf
     assert "k-hat" in heavy.note
     assert math.isnan(importance(torch.full((100,), -torch.inf)).value)
+
+
+def test_weights_that_are_all_but_equal_have_an_error():
+    """k-hat is free of scale, and would call a few ratios that stand out by a hundredth a heavy tail."""
+    ratio = 1e-6 * torch.randn(4000, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    ratio[:3] = torch.tensor([0.01, 0.003, 0.001])
+    assert psis(ratio)[1] > 0.7
+    found = importance(ratio)
+    assert found.standard_error < 1e-5
+    assert abs(found.value) < 1e-5
 
 
 @pytest.mark.slow

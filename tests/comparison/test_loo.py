@@ -445,6 +445,48 @@ def test_an_observation_that_alone_tells_of_a_latent(tmp_path):
     assert "leave them out in fits of their own" in str(alone)
 
 
+@pytest.mark.parametrize("scale", [0.5, 2.0])
+def test_scaled_observations_count_with_their_scale(scale):
+    """Leaving one out leaves its power of the likelihood out: log Z - log Z without it, by a grid."""
+    y = torch.tensor([0.4, 1.3, -0.2, 0.9, 3.0])
+
+    def model(y):
+        mu = pyro.sample("mu", dist.Normal(0.0, 2.0))
+        with poutine.scale(scale=scale), pyro.plate("row", len(y)):
+            pyro.sample("y", dist.Normal(mu, 1.0), obs=y)
+
+    def guide(y):
+        precision = 0.25 + scale * len(y)
+        pyro.sample("mu", dist.Normal(scale * y.sum() / precision, precision**-0.5))
+
+    mu = torch.linspace(-12.0, 12.0, 4801, dtype=torch.float64)
+    terms = scale * dist.Normal(mu[:, None], 1.0).log_prob(y.double())
+    total = dist.Normal(0.0, 2.0).log_prob(mu) + terms.sum(1)
+    exact = torch.logsumexp(total, 0) - torch.logsumexp(total[:, None] - terms, 0)
+    posterior = pf.diagnose(model, guide, y, draws=2000)
+    torch.testing.assert_close(posterior.loo(progress=False).pointwise, exact, rtol=0.0, atol=0.02)
+    likelihood = scale * dist.Normal(posterior.samples["mu"][:, None], 1.0).log_prob(y)
+    torch.testing.assert_close(posterior.log_likelihood()["y"], likelihood)
+    prior = dist.Normal(0.0, 2.0).log_prob(posterior.samples["mu"])
+    torch.testing.assert_close(posterior._used_log_p, prior + likelihood.sum(1), rtol=0.0, atol=1e-4)
+
+
+def test_resampled_draws_make_two_halves():
+    """Weights that are nearly even take one of each four draws of the pool: their places are all even, or all odd."""
+
+    def model(y):
+        sd = pyro.sample("sd", dist.HalfCauchy(1.0))
+        with pyro.plate("row", len(y)):
+            pyro.sample("y", dist.Normal(0.0, sd), obs=y)
+
+    posterior = pf.fit(model, torch.tensor([0.1, 2.0]), progress=False)
+    assert posterior.verdict.status == "corrected"
+    for seed in range(4):
+        half = pointwise._first_half(more(posterior, 4000, seed=seed, purpose="leave-one-out"), 1)
+        assert 0.4 < float(half.double().mean()) < 0.6
+    assert math.isfinite(posterior.loo(progress=False).elpd)
+
+
 def test_one_observation_of_several_values_is_no_sum():
     def model(y):
         mu = pyro.sample("mu", dist.Normal(0.0, 1.0))

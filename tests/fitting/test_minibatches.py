@@ -653,6 +653,30 @@ def test_leave_one_row_out_is_exact(fitted):
     assert found.high == ()
 
 
+def test_errors_of_likelihoods_of_rows_are_errors_of_leave_one_row_out(fitted, monkeypatch):
+    posterior = fitted[1]
+    before = posterior.loo(progress=False).mcse
+    monkeypatch.setattr(posterior.density, "level_error", 0.3)
+    assert posterior.loo(progress=False).mcse == pytest.approx(math.hypot(before, 0.3), rel=0.01)
+
+
+def test_fits_of_minibatches_are_compared_with_a_note_on_their_data(fitted):
+    posterior = fitted[1]
+    found = pf.compare({"a": posterior, "b": posterior}, progress=False)
+    assert "whether a has the same data was not looked at: it is a fit of minibatches" in found.notes
+
+
+def test_without_latents_in_plates_there_are_no_rows_to_leave_out():
+    def model(y):
+        mu = pyro.sample("mu", dist.Normal(0.0, 5.0))
+        with pyro.plate("row", len(y), subsample_size=10) as index:
+            pyro.sample("y", dist.Normal(mu, 1.0), obs=y[index])
+
+    posterior = pf.fit(model, normal(40), draws=200, progress=False)
+    with pytest.raises(ValueError, match=r"no rows to leave out\. Fit the model without subsample_size"):
+        posterior.loo(progress=False)
+
+
 @pytest.mark.slow
 def test_chains_move_in_the_marginal_density(fitted):
     x, posterior = fitted
