@@ -33,11 +33,13 @@ from pyro_flows.density_estimation.preparing import (
     held,
     identity,
     make,
+    mixtures,
     sources,
     with_scale,
 )
 from pyro_flows.density_estimation.standardizing import KINDS
 from pyro_flows.density_estimation.training import MAX_STEPS, Plan, batch_size, choose, climb
+from pyro_flows.flows.bases import DefendedBase
 from pyro_flows.flows.ensemble import averaged
 from pyro_flows.flows.flow import Flow
 from pyro_flows.flows.mixture_base import MixtureBase
@@ -277,11 +279,16 @@ def _run(
     steps = MAX_STEPS if math.isinf(bounds.max_seconds) else sys.maxsize
     most = steps if asked.max_epochs is None else asked.max_epochs * train.steps(size)
     plan, fixed, start = replace(bounds, max_steps=most), None, asked.start
+
+    def over() -> bool:
+        return plan.progress(0) > MIXTURE_SHARE
+
     if asked.auto:
-        flow, fixed = begin_mixture(flow, train, held_out, lambda: plan.progress(0) > MIXTURE_SHARE)
+        flow, fixed = begin_mixture(flow, train, held_out, over)
         start = AUTO_START if start == "auto" else start
-    elif held_out is not None:
-        fixed = without_fixed(flow)  # its share is what these points say
+    elif isinstance(flow.mixture, DefendedBase) and held_out is not None:
+        _, fixed = mixtures(flow, train, held_out, over)
+        without_fixed(flow)
     if start != "identity":
         rouse(flow, SMALL if start == AUTO_START else 1.0)
     ascent = Ascent(flow, train, [] if held_out is None else held(held_out, CHECKED_POINTS), batch=size)

@@ -175,10 +175,10 @@ def choose(
     search = _Search(x, _splits(x, held_out), over)
     best = search.best(STRENGTHS)
     found = [best.finished()]
-    if narrow:
+    if narrow and not over():
         with seeded(NARROW_SEED, x.device):  # what comes after draws the same numbers with and without it
-            weak = search.narrower(best)
-            found += [] if weak is None else [weak.finished(of_folds=True)]
+            weak = search.best(WEAK, least=best.count)  # often fewer parts are best with a weak prior
+            found += [weak.finished(of_folds=True)] if weak.beats(best) else []
     return found
 
 
@@ -206,14 +206,6 @@ class _Search:
         first = max(tried, key=lambda one: one.score)
         tried += [self._attempt(first.count, prior, first.whole) for prior in strengths[1:] if not self.over()]
         return max(tried, key=lambda one: one.score)
-
-    def narrower(self, best: _Tried) -> _Tried | None:
-        """Return the best mixture with a weak prior, if it is clearly better; first with as many parts."""
-        tried = [self._attempt(best.count, prior, best.whole) for prior in WEAK if not self.over()]
-        if not (tried := [one for one in tried if one.beats(best)]):
-            return None
-        first = max(tried, key=lambda one: one.score)
-        return max(first, self.best((first.prior,), least=best.count), key=lambda one: one.score)
 
     def _attempt(self, count: int, prior: float, start: Parts | None = None) -> _Tried:
         made = [

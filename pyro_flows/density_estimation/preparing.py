@@ -16,7 +16,7 @@ from pyro_flows import _checks
 from pyro_flows._bundles import Entries
 from pyro_flows.density_estimation import files
 from pyro_flows.density_estimation.ascent import score
-from pyro_flows.density_estimation.mixtures import FOLDS, choose
+from pyro_flows.density_estimation.mixtures import FOLDS, Parts, choose
 from pyro_flows.density_estimation.points import CHUNK, Batch, Rows, Source, Stream, points_for, rows
 from pyro_flows.density_estimation.standardizing import (
     is_fresh,
@@ -166,15 +166,31 @@ def begin_mixture(
 ) -> tuple[Flow, MixtureBase | None]:
     """Give a flow of vectors a mixture as its base, begun at Gaussians by expectation maximization.
 
-    Residuals of a regression on the context are inflated first, since it has seen them. Returns the flow, and a mixture
-    that does not depend on the context and is to be mixed in at the end: the same one, or without a context one of
-    narrower parts, where held-out points ask for it.
+    Returns the flow, and the mixture that is to be mixed in at the end.
     """
     if flow.dim > MIXTURES_UP_TO:
         return flow, None
-    bijection = flow.bijection
+    parts, fixed = mixtures(flow, train, held_out, over)
+    if flow.context_dim:
+        parts = parts.split(PARTS_OF_CONTEXTS)
+    found = with_mixture(flow, components=len(parts.log_weights), context_dim=flow.context_dim)
+    assert isinstance(found.mixture, MixtureBase)
+    found.mixture.assign(*parts)
+    if isinstance(flow.bijection, Compose):
+        found.mixture.context_scale = flow.bijection.context_scale
+        found.mixture.context_knots = flow.bijection.context_knots
+    return found, fixed
+
+
+@torch.no_grad()
+def mixtures(flow: Flow, train: Source, held_out: Source | None, over: Callable[[], bool]) -> tuple[Parts, MixtureBase]:
+    """Return mixtures of what a flow's map to the scale of data makes of points: to train, and to mix in at the end.
+
+    They are the same one, or without a context, where held-out points ask for it, the second has narrower parts.
+    Residuals of a regression on the context are inflated first, since it has seen them.
+    """
     x, other = (
-        None if points is None else torch.cat([bijection.inverse_and_ladj(y, c)[0] for y, c in held(points, most)])
+        None if points is None else torch.cat([flow.bijection.inverse_and_ladj(y, c)[0] for y, c in held(points, most)])
         for points, most in ((train, MEASURED_POINTS), (held_out, CHECKED_POINTS))
     )
     assert x is not None
@@ -182,17 +198,10 @@ def begin_mixture(
         x = x * math.sqrt(len(x) / max(len(x) - flow.context_dim - 1, 0.5 * len(x)))
     white = preprocess("whiten", [(x, None)], warns=False)
     given = None if other is None else white.inverse_and_ladj(other)[0]
-    chosen = choose(white.inverse_and_ladj(x)[0], given, narrow=other is not None and not flow.context_dim, over=over)
-    parts, last = (one.moved(white.loc, white.scale) for one in (chosen[0], chosen[-1]))
-    fixed = MixtureBase(flow.dim, len(last.loc)).to(x).assign(*last)
-    if flow.context_dim:
-        parts = parts.split(PARTS_OF_CONTEXTS)
-    found = with_mixture(flow, components=len(parts.log_weights), context_dim=flow.context_dim)
-    assert isinstance(found.mixture, MixtureBase)
-    found.mixture.assign(*parts)
-    if isinstance(bijection, Compose):
-        found.mixture.context_scale, found.mixture.context_knots = bijection.context_scale, bijection.context_knots
-    return found, fixed
+    narrow = other is not None and not flow.context_dim
+    found = choose(white.inverse_and_ladj(x)[0], given, narrow=narrow, over=over)
+    parts, last = (one.moved(white.loc, white.scale) for one in (found[0], found[-1]))
+    return parts, MixtureBase(flow.dim, len(last.loc)).to(x).assign(*last)
 
 
 Member = tuple[Flow, MixtureBase, Source]  # a trained flow, the mixture that is mixed in, what was held out

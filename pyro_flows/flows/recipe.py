@@ -266,18 +266,16 @@ def with_fixed(flow: Flow, fixed: MixtureBase, share: float) -> Flow:
     return flow
 
 
-def without_fixed(flow: Flow) -> MixtureBase | None:
-    """Take the second mixture from a flow that has one, and return it: the reverse of :func:`with_fixed`."""
+def without_fixed(flow: Flow) -> None:
+    """Take the second mixture from a flow: the reverse of :func:`with_fixed`."""
     base = flow.mixture
-    if not isinstance(base, DefendedBase):
-        return None
+    assert isinstance(base, DefendedBase)
     layers = [*cast(Compose, base.bijection).layers, *cast(Compose, flow.bijection).layers]
     flow.mixture, flow.bijection = base.mixture, _composed(flow.bijection, layers)
     if flow.recipe is not None:
         (kind, about), *around = flow.recipe.around
         known = {name: value for name, value in cast(_Mixture, about).items() if name != "fixed"}
         flow.recipe = replace(flow.recipe, around=((kind, known), *around))
-    return base.fixed
 
 
 def affine_of(flow: Flow) -> LowerTriangularAffine | DiagonalAffine | None:

@@ -143,7 +143,7 @@ def test_a_fitted_density_is_fitted_again_and_its_mixture_weighed_anew():
     x = torch.stack([x, x.square() + 0.1 * noise], 1)[other.argsort()]
     found = pf.fit_density(x, max_epochs=5, progress=False)
     again = pf.fit_density(found.flow, 3.0 * x + 7.0, max_epochs=5, progress=False)
-    assert again.nats(3.0 * x + 7.0) > found.nats(x) - 2.0 * math.log(3.0) - 0.1
+    assert again.nats(3.0 * x + 7.0) > found.nats(x) - 2.0 * math.log(3.0) - 0.5
     assert 0.0 < again.settings["share_of_mixture"] < 1.0
     unwatched = pf.fit_density(found.flow, x, validation=None, max_epochs=1, progress=False)
     assert float(unwatched.flow.mixture.share) == pytest.approx(found.settings["share_of_mixture"])
