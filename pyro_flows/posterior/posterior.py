@@ -153,7 +153,9 @@ class Posterior(Drawn):
         dimensions go together. The target is a Monte Carlo error of a fiftieth of the standard error over observations,
         or of .02 nats if that is more. The total error is then .02 % larger than by observations alone. Where k-hat is
         not below its limit, and where it is the cheaper way to that target, draws are moved to where the posterior
-        without the observation lies, and weighted there.
+        without the observation lies, and weighted there. The Monte Carlo error does not hold the bias of Pareto
+        smoothing: of 40 normal data it is -.010 nats with 1000 draws, where an error of .003 is stated. One seed of a
+        model of five groups is .2 nats too high, at an error of .04 and k-hat below .7.
 
         An observation in ``poutine.scale`` counts with its scale s, as in ``log_p``: :math:`p(y_i \mid z)^s` takes the
         place of :math:`p(y_i \mid z)`. So a row that stands for s rows leaves all of them out. For a tempered
