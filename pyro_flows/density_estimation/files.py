@@ -31,6 +31,7 @@ from pyro_flows.density_estimation.encoding import Encoding
 from pyro_flows.density_estimation.points import CHUNK, Levels, Rows, Source, like
 from pyro_flows.density_estimation.training import Plan
 from pyro_flows.flows.flow import Flow
+from pyro_flows.flows.mixture_base import MixtureBase
 from pyro_flows.flows.recipe_json import not_rebuilt, restored, to_json
 
 CHECKPOINT = b"pyro_flows density checkpoint 3\n"  # then the digest of the rest, a line, and the tensors
@@ -179,10 +180,11 @@ class Keeper:
         every: float,
         options: Entries,
         start: Entries,
+        fixed: MixtureBase | None,
     ) -> None:
         self.path = None if path is None else Path(path)
         self.ascent, self.plan, self.every, self.last = ascent, plan, every, time.monotonic()
-        self.failed = False
+        self.failed, self.fixed = False, fixed  # what is mixed in at the end; a search under a clock may end elsewhere
         shapes = [list(parameter.shape) for parameter in ascent.parameters]
         points = len(ascent.source) if hasattr(ascent.source, "__len__") else None
         epoch = None if path is None else ascent.source.steps(ascent.batch)  # a DataLoader does not tell its points
@@ -214,6 +216,10 @@ class Keeper:
             )
         try:
             self.ascent.restore(saved)
+            if self.fixed is not None and saved.get("fixed") is not None:
+                fixed = MixtureBase(self.fixed.dim, len(saved["fixed"]["logits"])).to(self.fixed.loc)
+                fixed.load_state_dict(saved["fixed"])
+                self.fixed = fixed
         except Exception as error:
             raise ValueError(DAMAGED.format(name, first_line(error))) from error
         self.plan = replace(self.plan, began=self.plan.clock() - self.ascent.state.seconds)
@@ -226,7 +232,8 @@ class Keeper:
             return
         self.ascent.state.seconds = self.plan.clock() - self.plan.began
         self.last = now
-        data = packed({"about": self.about, **self.ascent.checkpoint()})
+        fixed = None if self.fixed is None else dict(self.fixed.state_dict())
+        data = packed({"about": self.about, "fixed": fixed, **self.ascent.checkpoint()})
         try:
             replace_file(self.path, CHECKPOINT + digest(data).encode() + b"\n" + data)
         except OSError as error:  # what has been learned so far is worth more than its checkpoint

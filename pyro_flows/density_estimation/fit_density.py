@@ -286,17 +286,18 @@ def _run(
     if asked.auto:
         flow, fixed = begin_mixture(flow, train, held_out, over)
         start = AUTO_START if start == "auto" else start
-    elif isinstance(flow.mixture, DefendedBase) and held_out is not None:
-        _, fixed = mixtures(flow, train, held_out, over)
+    elif isinstance(flow.mixture, DefendedBase):
+        if held_out is not None:
+            _, fixed = mixtures(flow, train, held_out, over)
         without_fixed(flow)
     if start != "identity":
         rouse(flow, SMALL if start == AUTO_START else 1.0)
     ascent = Ascent(flow, train, [] if held_out is None else held(held_out, CHECKED_POINTS), batch=size)
     chosen: dict[str, object] = {"preprocess": kind, "batch": size}
-    keeper = files.Keeper(checkpoint, ascent, plan, SAVE_EVERY, {**asked.options, **chosen}, about)
-    _train(keeper, asked.learning_rate, asked.weight_decay, fixed is not None and held_out is not None, line)
+    keeper = files.Keeper(checkpoint, ascent, plan, SAVE_EVERY, {**asked.options, **chosen}, about, fixed)
+    _train(keeper, asked.learning_rate, asked.weight_decay, fixed is not None, line)
     plan = keeper.plan
-    return _Run(ascent, plan, plan.clock() - plan.began, held_out, fixed, chosen)
+    return _Run(ascent, plan, plan.clock() - plan.began, held_out, keeper.fixed, chosen)
 
 
 def _together(runs: Sequence[_Run], options: dict[str, object]) -> tuple[Flow, float]:

@@ -166,7 +166,7 @@ def begin_mixture(
 ) -> tuple[Flow, MixtureBase | None]:
     """Give a flow of vectors a mixture as its base, begun at Gaussians by expectation maximization.
 
-    Returns the flow, and the mixture that is to be mixed in at the end.
+    Returns the flow, and the mixture that is to be mixed in at the end, if points are held out to weigh it.
     """
     if flow.dim > MIXTURES_UP_TO:
         return flow, None
@@ -179,7 +179,7 @@ def begin_mixture(
     if isinstance(flow.bijection, Compose):
         found.mixture.context_scale = flow.bijection.context_scale
         found.mixture.context_knots = flow.bijection.context_knots
-    return found, fixed
+    return found, None if held_out is None else fixed
 
 
 @torch.no_grad()
@@ -226,7 +226,7 @@ def defend(members: Sequence[Member]) -> float:
         bases.append(base)
         for y, context in held(held_out, CHECKED_POINTS):
             moved, still = base(context).terms(flow.bijection.inverse_and_ladj(y, context)[0])
-            gains.append((still - moved).double())
+            gains.append((still - moved).double().nan_to_num(0.0, math.inf, -math.inf))  # none where both are 0
     gain, share = torch.cat(gains), 0.5
     for _ in range(STACKED):
         odds = math.log(share / (1.0 - share))

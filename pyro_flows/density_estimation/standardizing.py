@@ -13,6 +13,7 @@ from torch import Tensor
 from pyro_flows import _checks
 from pyro_flows._warnings import outside
 from pyro_flows.density_estimation.points import Batch, like
+from pyro_flows.flows.bases import DefendedBase
 from pyro_flows.flows.ensemble import Ensemble
 from pyro_flows.flows.flow import Flow
 from pyro_flows.transforms.fixed import Preprocess
@@ -168,7 +169,7 @@ def knots_of(contexts: Tensor) -> Tensor | None:
 @torch.no_grad()
 def is_fresh(flow: Flow) -> bool:
     """Whether the flow is what builders make: the identity, up to an order of coordinates, so that it knows no data."""
-    if isinstance(flow.mixture, Ensemble):
+    if isinstance(flow.mixture, (Ensemble, DefendedBase)):
         return False
     x = torch.linspace(-1.0, 1.0, 2 * flow.dim).reshape(2, *flow.base_shape).to(like(flow))
     context = x.new_zeros(2, flow.context_dim) if flow.context_dim else None

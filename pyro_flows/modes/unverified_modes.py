@@ -130,23 +130,27 @@ def modes_with_mass(
     little. Then the regions that seem to have mass, and the guide's own, are tempered ten times as slowly from their
     ``normals``, one for each part of the ``walk``. A region that then has as much less is left out: its figure may
     still be off by several nats. If no region seems to have enough mass, those that may only lack it because the walk
-    was fast are tempered as slowly, where that costs seconds. They may still lack a nat.
+    was fast are tempered as slowly, where the model is cheap. What this adds to their mass, a nat at most, may be
+    lacking once more.
     """
-    least = math.log(MISSED_MASS_SHARE)
-    there = _heavy(guide, walk, least)
+    least, slowly = math.log(MISSED_MASS_SHARE), round(MASS_GAP_OF_TEMPERING) * TEMPERATURES
+    fast = _shares(guide, walk)
+    there = [number for number, share in fast.items() if share > least]
     lacks = bool(there) and guide.covered - float(log_mean(walk.log_weights[0])) > MASS_GAP_OF_TEMPERING
-    again = there if lacks else {} if there else _heavy(guide, walk, least - MASS_GAP_OF_TEMPERING)
-    slowly = round(MASS_GAP_OF_TEMPERING) * TEMPERATURES
-    left = MASS_GAP_OF_TEMPERING * TEMPERATURES / slowly  # nats, as what is lacking falls as one over their number
-    cost = (1 + len(again)) * POINTS * slowly
-    if again and (lacks or guide.density.affordable(cost) == cost):
+    near = [] if there else [number for number, share in fast.items() if share > least - MASS_GAP_OF_TEMPERING]
+    cost = (1 + len(near)) * POINTS * slowly
+    if again := there if lacks else near if guide.density.affordable(cost) == cost else []:
         worth = [worth[number] for number in again]
         parts = normals.some([0, *(1 + number for number in again)])
         walk = temper(guide.density, parts, seed=derive(worth[0].number, "slow tempering"), temperatures=slowly)
-        there = _heavy(guide, walk, -MASS_GAP_OF_TEMPERING if lacks else least - left)
+        slow = _shares(guide, walk)
+        # what is lacking falls as one over the number of temperatures: from 10 nats to one
+        left = [min(max(share - fast[again[number]], 0.0), 1.0) for number, share in slow.items()]
+        enough = [-MASS_GAP_OF_TEMPERING if lacks else least - lacking for lacking in left]
+        there = [number for number, share in slow.items() if share > enough[number]]
     found = []
-    for number, log_weights in there.items():
-        path, end = worth[number], ends[worth[number].number]
+    for number in there:
+        path, end, log_weights = worth[number], ends[worth[number].number], _thin(guide, walk, number)
         thin_end = bool(guide.is_under_covered(end[None], guide.density(end[None]).detach()))
         drawn = walk.ends[1 + number][int(log_weights.argmax())]
         place = end if thin_end else drawn
@@ -154,18 +158,21 @@ def modes_with_mass(
     return found
 
 
-def _heavy(guide: Guide, walk: Tempered, least: float) -> dict[int, Tensor]:
-    """Return which parts of a walk, after the first, have enough mass where the guide is thin, and log weights there.
+def _shares(guide: Guide, walk: Tempered) -> dict[int, float]:
+    """Return, for the parts of a walk after the first, how much mass they have where the guide is thin.
 
-    Enough is the logarithm of a part of what the guide covers.
+    As the logarithm of a part of what the guide covers.
     """
     covered = min(float(log_mean(walk.log_weights[0])), guide.covered)
-    found = {}
-    for number, (ends, log_p, log_weights) in enumerate(zip(*(part[1:] for part in walk), strict=True)):
-        own = torch.where(guide.is_under_covered(ends, log_p), log_weights, -torch.inf)
-        if float(log_mean(own)) - covered > least:
-            found[number] = own
-    return found
+    return {
+        number: float(log_mean(_thin(guide, walk, number))) - covered for number in range(len(walk.log_weights) - 1)
+    }
+
+
+def _thin(guide: Guide, walk: Tempered, number: int) -> Tensor:
+    """Return the log weights (S,) of a part of a walk where the guide is too thin, and no weight elsewhere."""
+    ends, log_p, log_weights = (part[1 + number] for part in walk)
+    return torch.where(guide.is_under_covered(ends, log_p), log_weights, -torch.inf)
 
 
 def distinct(places: Sequence[Tensor], units: Tensor, *, by: float | None = None) -> list[int]:

@@ -192,7 +192,7 @@ DENSITY_GAP_OF_LOST = 20.0
 DENSITY_GAP_OF_NOTHING = 60.0
 # Unverified mode: nats that tempering may lack of the guide's own mass; with more, it is made anew, ten times as
 # slowly, and a region counts unless it has so much less. In 226 dimensions it lacked 33, in 125 it lacked 73, and
-# places were no modes. A region that only counts with so much more is tempered as slowly too. Source: measured.
+# places were no modes. A region that lacks up to so much to count is tempered as slowly too. Source: measured.
 MASS_GAP_OF_TEMPERING = 10.0
 # Unverified mode: nats a dimension between the guide's mass and that of Laplace's normal at its mode. Source: chosen.
 MASS_GAP_OF_LAPLACE_A_DIM = 0.5

@@ -86,6 +86,8 @@ def test_only_the_mass_of_its_own_region_counts():
         (0.0, 0.0, -3.0, -3.0, True),  # .05 of the mass; a fiftieth counts
         (0.0, 0.0, -5.0, -5.0, False),
         (0.0, 0.0, -6.0, -3.5, True),  # tempering falls short there, and finds .03 of the mass where it goes slowly
+        (0.0, 0.0, -4.5, -4.5, False),  # .011 of the mass, and nothing is lacking
+        (0.0, 0.0, -6.0, -4.5, True),  # slow tempering finds so much more that as much may be lacking again
         (0.0, 0.0, -15.0, 0.0, False),  # it never falls short of so much
         (0.0, -9.0, -12.0, -3.0, True),  # it falls short by the same in both regions
         (0.0, -30.0, -20.0, 0.0, True),  # it falls short of so much that it is made anew, which finds equal masses
