@@ -17,7 +17,7 @@ from pyro_flows._threads import alone, few_threads
 from pyro_flows.comparison.bridge import DF, Bridged, Latent, bridge, enough, finite, fit_proposal
 from pyro_flows.comparison.draws import MOST_NUMBERS
 from pyro_flows.verdict.psis import largest_k, psis
-from pyro_flows.verdict.thresholds import LOG_WEIGHT_EVEN
+from pyro_flows.verdict.weighing import has_no_tail
 
 if TYPE_CHECKING:
     from pyro_flows.model.log_density import LogDensity
@@ -227,8 +227,8 @@ def importance(ratio: Tensor) -> Estimate:
     weights = (ratio - largest).exp()
     value = largest + math.log(float(weights.mean()))
     k_hat = psis(ratio)[1] if size >= 30 else math.inf
-    if largest - value < LOG_WEIGHT_EVEN:
-        k_hat = min(k_hat, 0.0)  # as the verdict does
+    if has_no_tail(ratio):
+        k_hat = min(k_hat, 0.0)
     limit = largest_k(size)
     if not k_hat < limit:
         return Estimate("importance", value, math.inf, f"k-hat of the weights {k_hat:.2f} is not below {limit:.2f}")

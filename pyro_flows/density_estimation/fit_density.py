@@ -83,8 +83,8 @@ def fit_density(
     mixture alone; else there are splines too, and above 100 coordinates affine couplings. At the end, the mixture as it
     began, which no context moves from the regression line, is mixed in. Its share w is what held-out points say: it is
     large for few of them, and is ``settings["share_without_context"]``, or ``settings["share_of_mixture"]`` if there is
-    no context. Without one, this mixture has narrower parts than the one at which the training starts, where held-out
-    points ask for it: such parts cannot be trained well. Given a context and up to 1000 points, five
+    no context. Without one, held-out points may ask for a mixture of narrower parts in its place: such parts cannot be
+    trained well. Given a context and up to 1000 points, five
     such flows are fitted, each with another fifth held out, and the result is the mean of their densities. With
     ``max_seconds``, another one is fitted as long as the time that the first took is left.
 

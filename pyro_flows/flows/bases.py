@@ -81,7 +81,7 @@ class DefendedBase(nn.Module):
     .. math:: q(u \mid c) = (1 - w)\, q_0(x \mid c) / |T'(x \mid c)| + w\, q_1(u), \qquad u = T(x \mid c)
 
     :math:`q \ge w q_1` in all contexts. So the density has a lower bound where the networks are wrong, as far from all
-    contexts of their data. Without a context, :math:`q_1` has parts that are narrower than what trains well.
+    contexts of their data. Without a context, parts of :math:`q_1` may be narrower than what can be trained well.
     :math:`q_1` is not trained: its tensors are buffers.
 
     Args:

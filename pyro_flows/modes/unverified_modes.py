@@ -137,9 +137,12 @@ def modes_with_mass(
     fast = _shares(guide, walk)
     there = [number for number, share in fast.items() if share > least]
     lacks = bool(there) and guide.covered - float(log_mean(walk.log_weights[0])) > MASS_GAP_OF_TEMPERING
-    near = [] if there else [number for number, share in fast.items() if share > least - MASS_GAP_OF_TEMPERING]
-    cost = (1 + len(near)) * POINTS * slowly
-    if again := there if lacks else near if guide.density.affordable(cost) == cost else []:
+    again = there if lacks else []
+    if not there:
+        near = [number for number, share in fast.items() if share > least - MASS_GAP_OF_TEMPERING]
+        cost = (1 + len(near)) * POINTS * slowly
+        again = near if guide.density.affordable(cost) == cost else []
+    if again:
         worth = [worth[number] for number in again]
         parts = normals.some([0, *(1 + number for number in again)])
         walk = temper(guide.density, parts, seed=derive(worth[0].number, "slow tempering"), temperatures=slowly)

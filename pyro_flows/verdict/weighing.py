@@ -65,6 +65,11 @@ class Weighing:
         return largest_k(len(self.log_weights))
 
 
+def has_no_tail(ratio: Tensor) -> bool:
+    """Whether no weight is far above their mean, by log ratios (S,): k-hat of such weights tells nothing."""
+    return float(ratio.max() - torch.logsumexp(ratio, 0)) + math.log(len(ratio)) < LOG_WEIGHT_EVEN
+
+
 def weigh(z: Tensor, log_p: Tensor, log_q: Tensor, *, quantiles: bool = False) -> Weighing:
     """Compare draws ``z`` (S, D) from q with their log densities under p and q; ``quantiles`` too, if asked for."""
     ratio = (log_p - log_q).double()
@@ -75,7 +80,7 @@ def weigh(z: Tensor, log_p: Tensor, log_q: Tensor, *, quantiles: bool = False) -
         return Weighing(ratio, math.inf, 0.0, -math.inf, -math.inf, nothing, nothing, 0.0, math.inf, broken)
     log_weights, k_hat = psis(ratio)
     log_evidence = float(torch.logsumexp(ratio, 0) - math.log(len(ratio)))
-    if float(ratio.max()) - log_evidence < LOG_WEIGHT_EVEN:
+    if has_no_tail(ratio):
         k_hat = min(k_hat, 0.0)
     weights, points = log_weights.exp().unsqueeze(-1), z.double()
     mean, weighted, possible = points.mean(0), (weights * points).sum(0), torch.isfinite(ratio)
