@@ -123,9 +123,10 @@ def _take(state: FitState, tried: MultimodalCandidate) -> bool:
 def _look(state: FitState) -> None:
     clock, sampler = state.plan.clock, state.sampler
     assert sampler is not None
+    known = [] if state.search is None else [region.start for region in state.search.missed]
     with clock.part(_stages.MISSED):
         state.search = None
-        state.search = _search(state, sampler)
+        state.search = _search(state, sampler, known)
     if state.search is not None:
         with clock.part(_stages.TAILS):
             state.search = with_tails_checked(state.search, state.density, sampler, seed=state.plan.seed)
@@ -235,11 +236,12 @@ def _add_run(state: FitState, start: Start) -> None:
     state.added += 1
 
 
-def _search(state: FitState, sampler: Sampler) -> Search:
+def _search(state: FitState, sampler: Sampler, known: Sequence[Start] = ()) -> Search:
+    """Search for what a sampler misses; paths climb from ``known`` places too, which an earlier sampler missed."""
     density, best = state.density, state.best
     with density.clock.watching():
         z, log_q = sampler.draw(density.affordable(SEARCHED_DRAWS))
-    modes = [mode for run in state.runs for mode in run.modes]
+    modes = [*known, *(mode for run in state.runs for mode in run.modes)]
     wandering = not (sampler is best.flow() and best.best is not None and best.best.nearly_uniform)
     space = latent_of(sampler, density) if wandering else None
     seed = state.plan.seed
