@@ -177,7 +177,7 @@ MISSED_MASS_OF_TAILS = 0.01
 # fewer, the search ends. Starts: the lowest terms, which an ELBO leaves out. Mixtures: the share of wide parts. Rows of
 # a plate: share of the draws of the others at which the error of a row may be unknown. Source: chosen.
 TAIL_SHARE = 0.05
-# Missed mode of chains: part of a region's mass that chains need. Missed mode: part of the mass that counts, above which
+# Missed mode of chains: part of a region's mass that chains need. Missed mode: part of the mass that counts; above it,
 # the mass of a place by weights is measured by tempering too. Source: chosen.
 REGION_MASS_SHARE = 0.5
 # Missed mode: nats that log q falls short of log p by, at a place where the guide has too little density. Source:

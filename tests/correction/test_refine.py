@@ -498,8 +498,11 @@ def test_regions_have_to_have_their_mass(share, enough):
     evidence = 0.0  # both halves of the sum are normalized
     regions = _Regions(density, chains, evidence, 0)
     loc, scale = torch.tensor([-4.0, 0.0, 0.0], dtype=REAL), torch.eye(3, dtype=REAL)
-    assert regions.visited(loc, scale) is enough
-    assert regions.visited(loc, torch.ones(3, dtype=REAL)) is enough
+    assert regions.visited(loc, scale, loc) is enough
+    assert regions.visited(loc, torch.ones(3, dtype=REAL), loc) is enough
+    narrow = 0.1 * scale  # the mass in this ball is next to nothing, that of the region is not
+    assert regions.visited(loc, narrow, loc)
+    assert not regions.visited(loc, narrow, loc + 1.0)
     assert regions.cover([MissedRegion(loc, Start(BY_WALKERS, loc, scale))]) == [False]
 
 
