@@ -14,12 +14,13 @@ import torch
 from torch.distributions import constraints
 
 import pyro_flows as pf
-from pyro_flows.modes import unverified_modes
+from pyro_flows.modes import climbs, unverified_modes
 from pyro_flows.modes.missed_modes import missed_modes
 from pyro_flows.modes.missed_regions import Guide
 from pyro_flows.modes.tempering import Tempered, move_walkers, temper
 from pyro_flows.modes.unverified_modes import UnverifiedMode, modes_with_mass
 from pyro_flows.starts.gaussians import Gaussians, Start
+from pyro_flows.starts.pathfinder import Paths
 from pyro_flows.verdict.weighing import log_mean
 from tests.models import real
 from tests.registry import normal
@@ -221,3 +222,18 @@ def check_neck():
 
 def test_the_neck_of_a_funnel():
     check_neck()
+
+
+@pytest.mark.parametrize(("share", "found", "doubts"), [(0.03, 1, 0), (0.015, 0, 1), (0.005, 0, 0)])
+def test_a_mass_that_is_nearly_enough_is_measured_again(share, found, doubts):
+    """Weights from a normal that a funnel is wider than say up to five times too little, without a large k-hat."""
+    places = torch.tensor([[0.0] * 4, [20.0] * 4], dtype=torch.float64)
+    shares = torch.tensor([1.0 - share, share], dtype=torch.float64)
+
+    def log_density(z):
+        return torch.logsumexp(shares.log() + dist.Normal(places, 1.0).log_prob(z[..., None, :]).sum(-1), -1)
+
+    guide = Guide(flat(log_density, 4), lambda z: dist.Normal(0.0, 1.0).log_prob(z).sum(-1), math.log(1.0 - share))
+    paths = Paths.at(places, torch.eye(4, dtype=torch.float64).expand(2, 4, 4), shares.log())
+    regions, doubtful = climbs._weighed(guide, paths, 1, torch.ones(4, dtype=torch.float64), seed=0)
+    assert (len(regions), len(doubtful)) == (found, doubts)
