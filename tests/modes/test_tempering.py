@@ -140,6 +140,29 @@ def test_a_region_counts_unless_slow_tempering_finds_clearly_less(slowly, counts
     assert bool(found) is counts
 
 
+@pytest.mark.parametrize(("beside", "found"), [(True, [0, 1]), (False, [0])])
+def test_mass_beside_the_guides_own_mode_hides_no_other_mode(beside, found, monkeypatch):
+    """Beside a banana in 40 dimensions, chains had that mass, and a funnel that lacked .2 nats was left out."""
+    places = real([0.0], [50.0], [90.0])
+    density = flat(lambda z: torch.logsumexp(-0.5 * (z[..., :1] - places[:, 0]).square(), -1), 1)
+    guide = Guide(density, lambda z: -0.5 * z[:, 0].square() - 0.5 * math.log(2.0 * math.pi), 0.0)
+    starts = [Start("mode", place, torch.ones_like(place)) for place in places[1:]]
+    worth = [
+        UnverifiedMode(1 + number, 0.0, True, start, number == 0 and beside) for number, start in enumerate(starts)
+    ]
+    asked = []
+
+    def slowly(density, normals, **_):
+        asked.append(normals.loc[1:, 0].tolist())
+        return Tempered(places[[0, 2], None], density(places[[0, 2]])[:, None], real([0.0], [-3.5]))
+
+    monkeypatch.setattr(unverified_modes, "temper", slowly)
+    fast = Tempered(places[:, None], density(places)[:, None], real([0.0], [-1.0], [-4.5]))
+    regions = modes_with_mass(guide, places, worth, gaussians(places.tolist(), 1.0), fast)
+    assert [region.start for region in regions] == [starts[number] for number in found]
+    assert asked == ([[90.0]] if beside else [])
+
+
 def test_a_tail_of_a_scale_in_many_dimensions_is_no_place():
     """Tempering fell 70 nats short of all masses, and a tail of mass e^-20 was told as a mode that is missed."""
     dim = 60
