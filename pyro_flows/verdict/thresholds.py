@@ -166,7 +166,7 @@ PRIOR_ERROR_MOST = 0.15
 # earlier draws' weight that a replaced flow may leave out. Source: chosen.
 MISSED_MASS_SHARE = 0.02
 # Missed mass next to the guide: standard errors that the share has to exceed; and of the mass of a region that chains
-# have to visit. Source: chosen.
+# have to visit, or that is measured by tempering too. Source: chosen.
 MISSED_MASS_ERRORS = 2.0
 # Short tail: share of the mass beyond a quantile that draws may lack. Comparison of chains: share of their draws beyond
 # each of two quantiles. Missed mass next to the guide: share of weighted draws beyond the excess that counts as hardly
