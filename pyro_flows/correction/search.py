@@ -65,8 +65,12 @@ def noted(search: Search | None, stage: str = _stages.SEARCH) -> list[Stage]:
         return []
     scales = [region.start.scale for region in missed]
     spreads = [s.norm(dim=1) if s.dim() == 2 and len(s) > SMALL_UP_TO else s for s in scales]
-    places = [region.start.loc.tolist() for region in missed]
-    details = {"sentence": search.sentence, "places": places, "spreads": [spread.tolist() for spread in spreads]}
+    details = {
+        "sentence": search.sentence,
+        "places": [region.start.loc.tolist() for region in missed],
+        "spreads": [spread.tolist() for spread in spreads],
+        "drawn": [_with_mass(region).tolist() for region in missed],
+    }
     return [Stage(stage, details=details)]
 
 
@@ -103,8 +107,7 @@ def missed_by_chains(
 
     def left(missed: list[MissedRegion]) -> list[MissedRegion]:
         missed = [region for region, covered in zip(missed, regions.cover(missed), strict=True) if not covered]
-        places = [region.place if region.drawn is None else region.drawn for region in missed]
-        return [] if missed and mixes(torch.stack(places)) else missed
+        return [] if missed and mixes(torch.stack([_with_mass(region) for region in missed])) else missed
 
     thin = Guide(density, score, covered).is_under_covered(z[chosen], log_p[chosen], by=DENSITY_GAP_OF_WALKERS)
     if not searched or float(thin.double().mean()) > MISSED_MASS_SHARE:
@@ -135,10 +138,16 @@ def _not_visited(history: Sequence[Mapping[str, Any]], regions: _Regions, mixes:
     )
     z, found = regions.chains.z, []
     for search in (*guides[-1:], *earlier):
-        pairs = zip(search["places"], search["spreads"], strict=True)
-        places = [place for place, spread in pairs if not regions.visited(z.new_tensor(place), z.new_tensor(spread))]
-        found += [search["sentence"]] if places and not mixes(z.new_tensor(places)) else []
+        parts = search["places"], search["spreads"], search.get("drawn", search["places"])  # none in older files
+        each = zip(*([z.new_tensor(value) for value in part] for part in parts), strict=True)
+        drawn = [point for place, spread, point in each if not regions.visited(place, spread, point)]
+        found += [search["sentence"]] if drawn and not mixes(torch.stack(drawn)) else []
     return found
+
+
+def _with_mass(region: MissedRegion) -> Tensor:
+    """Return a point (D,) with a good part of a region's mass."""
+    return region.place if region.drawn is None else region.drawn
 
 
 def held_out(chains: McmcDraws) -> Tensor:
@@ -182,7 +191,8 @@ class _Regions:
         """
         near = [self.inside(region.start.loc, region.start.scale) for region in missed]
         went = [
-            region.start.name not in NO_PLACE and self.visited(region.start.loc, region.start.scale, inside)
+            region.start.name not in NO_PLACE
+            and self.visited(region.start.loc, region.start.scale, _with_mass(region), inside)
             for region, inside in zip(missed, near, strict=True)
         ]
         asked = [number for number, region in enumerate(missed) if went[number] and not region.beside]
@@ -195,18 +205,19 @@ class _Regions:
         return went
 
     @torch.no_grad()
-    def visited(self, loc: Tensor, scale: Tensor, inside: Tensor | None = None) -> bool:
+    def visited(self, loc: Tensor, scale: Tensor, drawn: Tensor, inside: Tensor | None = None) -> bool:
         """Whether chains visit the region of a normal distribution: superchains agree on its share, which is enough.
 
-        A region need not be visited if importance weights show that it has next to no mass. If half of the draws are
-        inside, no weights are needed. Where a guide covers little of the posterior, such as a normal distribution in a
-        funnel, maxima of the density look like missed modes.
+        A region need not be visited if importance weights show that it has next to no mass. They tell nothing of a
+        region whose mass lies outside of the normal, as ``drawn`` from it shows. If half of the draws are inside, no
+        weights are needed. Where a guide covers little of the posterior, such as a normal distribution in a funnel,
+        maxima of the density look like missed modes.
         """
         inside = self.inside(loc, scale) if inside is None else inside
         share = float(inside.double().mean())
         if share < REGION_MASS_SHARE:  # more is never needed
             needed, most = self._needed(loc, scale)
-            if most < MISSED_MASS_SHARE:
+            if most < MISSED_MASS_SHARE and bool(_inside((drawn - loc)[None], scale)):
                 return True
             if share < needed:
                 return False

@@ -271,6 +271,9 @@ class DensityFit:
             if math.isfinite(self.validation)
             else f"nothing held out; last training loss {last:.4f} nats",
         ]
+        share = about.get("share_of_mixture", about.get("share_without_context"))
+        if share is not None:
+            lines.append(f"a share of {share:.2g} of the density is a mixture that was not trained")
         if about["skipped"]:
             lines.append(f"{about['skipped']} steps were skipped, since their gradient was not finite")
         return "\n".join(lines)

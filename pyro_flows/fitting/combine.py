@@ -123,9 +123,10 @@ def _take(state: FitState, tried: MultimodalCandidate) -> bool:
 def _look(state: FitState) -> None:
     clock, sampler = state.plan.clock, state.sampler
     assert sampler is not None
+    known = [] if state.search is None else [region.start for region in state.search.missed]
     with clock.part(_stages.MISSED):
         state.search = None
-        state.search = _search(state, sampler)
+        state.search = _search(state, sampler, known)
     if state.search is not None:
         with clock.part(_stages.TAILS):
             state.search = with_tails_checked(state.search, state.density, sampler, seed=state.plan.seed)
@@ -156,7 +157,8 @@ def _complete(state: FitState) -> None:
             moves = []
         else:
             chains_can = all(region.beside for region in missed) and plan.refine is not None  # so one run is enough
-            most = 0 if state.multimodal is not None else 1 if chains_can else MEASURED_PLACES
+            alone = state.multimodal is not None and not state.best.nearly_uniform  # no flow covers what a mixture does
+            most = 0 if alone else 1 if chains_can else MEASURED_PLACES
             if group([*moves, *more], MAX_COPIES) is None:  # with some of the images, it would miss modes all the same
                 state.sampler, state.copies = state.plain, 1
                 return
@@ -235,12 +237,13 @@ def _add_run(state: FitState, start: Start) -> None:
     state.added += 1
 
 
-def _search(state: FitState, sampler: Sampler) -> Search:
+def _search(state: FitState, sampler: Sampler, known: Sequence[Start] = ()) -> Search:
+    """Search for what a sampler misses; paths climb from ``known`` places too, which an earlier sampler missed."""
     density, best = state.density, state.best
     with density.clock.watching():
         z, log_q = sampler.draw(density.affordable(SEARCHED_DRAWS))
-    modes = [mode for run in state.runs for mode in run.modes]
-    wandering = not (sampler is best.flow() and best.best is not None and best.best.nearly_uniform)
+    modes = [*known, *(mode for run in state.runs for mode in run.modes)]
+    wandering = not (sampler is best.flow() and best.nearly_uniform)
     space = latent_of(sampler, density) if wandering else None
     seed = state.plan.seed
     return missed_modes(density, modes, z, log_q, sampler.log_prob, seed=seed, wandering=wandering, space=space)

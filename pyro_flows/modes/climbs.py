@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from operator import itemgetter
 
@@ -24,7 +25,7 @@ from pyro_flows.starts.portfolio import SAME_END
 from pyro_flows.starts.prior import PATHS, in_units, prior_draws, units_of
 from pyro_flows.verdict.deciding import CHECKED, COMPARED_DRAWS, SEARCHED_DRAWS
 from pyro_flows.verdict.psis import psis
-from pyro_flows.verdict.thresholds import K_HAT_MOST, MISSED_MASS_SHARE
+from pyro_flows.verdict.thresholds import K_HAT_MOST, MISSED_MASS_ERRORS, MISSED_MASS_SHARE, REGION_MASS_SHARE
 
 INFLATED = (3.0, 10.0, 30.0)  # factors by which a few draws are moved outwards
 SCREENED_AT = (1.5, 2.5, 4.0, 8.0)  # factors by which all draws are moved outwards
@@ -117,8 +118,9 @@ def _weighed(
 ) -> tuple[list[MissedRegion], list[UnverifiedMode]]:  # fmt: skip
     """Weigh draws of the normals at the ends of paths, from number ``own`` on; return what the guide lacks, and doubts.
 
-    A doubt is a normal whose weights are too uneven to estimate a mass. If all ends are ``apart``, masses that are too
-    small by themselves are added up, and the largest of these regions is returned.
+    A doubt is a normal whose weights are too uneven to estimate a mass, or elsewhere, with a mass that may be half of
+    what counts: where the region has longer tails than the normal, the estimate is too low. If all ends are
+    ``apart``, masses that are too small by themselves are added up, and the largest of these regions is returned.
     """
     density, ends = guide.density, paths.ends
     chosen = own + torch.tensor(_ends(paths, own, units), dtype=torch.long, device=ends.device)
@@ -141,14 +143,16 @@ def _weighed(
             continue
         log_weights, k_hat = psis(missing_mass.log())
         start = Start("mode", best.loc[place], scales[place])
-        beside = not bool(at_ends[number]) or _is_top(ends[number], ends[:own], units)
-        if not k_hat < K_HAT_MOST:
-            elsewhere = bool(at_ends[number]) or float(thin.double().mean()) > 0.5
+        mass, beside = float(missing_mass.mean()), not bool(at_ends[number]) or _is_top(ends[number], ends[:own], units)
+        elsewhere = bool(at_ends[number]) or float(thin.double().mean()) > 0.5
+        error = MISSED_MASS_ERRORS * float(missing_mass.std()) / math.sqrt(len(missing_mass))
+        nearly = mass <= MISSED_MASS_SHARE and mass + error > REGION_MASS_SHARE * MISSED_MASS_SHARE
+        if (elsewhere and nearly) or not k_hat < K_HAT_MOST:
             doubtful.append(UnverifiedMode(number, float(paths.elbo[number]), elsewhere, start, beside))
-        else:
+        if k_hat < K_HAT_MOST:
             drawn = draws[place][int(log_weights.argmax())]
             region = MissedRegion(ends[number] if bool(at_ends[number]) else drawn, start, beside=beside, drawn=drawn)
-            small.append((float(missing_mass.mean()), region))
+            small.append((mass, region))
     found = [region for mass, region in small if mass > MISSED_MASS_SHARE]
     if apart and not found and sum(mass for mass, _ in small) > MISSED_MASS_SHARE:
         found = [max(small, key=itemgetter(0))[1]]

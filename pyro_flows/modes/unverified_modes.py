@@ -129,36 +129,41 @@ def modes_with_mass(
     Where tempering falls far short of what the guide's own weights say, points have not come to rest, and figures tell
     little. Then the regions that seem to have mass, and the guide's own, are tempered ten times as slowly from their
     ``normals``, one for each part of the ``walk``. A region that then has as much less is left out: its figure may
-    still be off by several nats. If no region seems to have enough mass, those that may only lack it because the walk
-    was fast are tempered as slowly, where the model is cheap. What this adds to their mass, a nat at most, may be
-    lacking once more.
+    still be off by several nats. If no mode seems to have enough mass, those that may only lack it because the walk was
+    fast are tempered as slowly, where the model is cheap. What this adds to their mass, a nat at most, may be lacking
+    once more.
     """
     least, slowly = math.log(MISSED_MASS_SHARE), round(MASS_GAP_OF_TEMPERING) * TEMPERATURES
     fast = _shares(guide, walk)
     there = [number for number, share in fast.items() if share > least]
     lacks = bool(there) and guide.covered - float(log_mean(walk.log_weights[0])) > MASS_GAP_OF_TEMPERING
     again = there if lacks else []
-    if not there:
-        near = [number for number, share in fast.items() if share > least - MASS_GAP_OF_TEMPERING]
+    if not lacks and all(worth[number].beside for number in there):
+        # where there is mass beside the guide's own mode, only other modes may be missed yet
+        others = [number for number in fast if not there or not worth[number].beside]
+        near = [number for number in others if fast[number] > least - MASS_GAP_OF_TEMPERING]
         cost = (1 + len(near)) * POINTS * slowly
         again = near if guide.density.affordable(cost) == cost else []
+    found = [] if lacks else [_region(guide, ends, worth[number], walk, number) for number in there]
     if again:
-        worth = [worth[number] for number in again]
         parts = normals.some([0, *(1 + number for number in again)])
-        walk = temper(guide.density, parts, seed=derive(worth[0].number, "slow tempering"), temperatures=slowly)
+        walk = temper(guide.density, parts, seed=derive(worth[again[0]].number, "slow tempering"), temperatures=slowly)
         slow = _shares(guide, walk)
         # what is lacking falls as one over the number of temperatures: from 10 nats to one
         left = [min(max(share - fast[again[number]], 0.0), 1.0) for number, share in slow.items()]
         enough = [-MASS_GAP_OF_TEMPERING if lacks else least - lacking for lacking in left]
         there = [number for number, share in slow.items() if share > enough[number]]
-    found = []
-    for number in there:
-        path, end, log_weights = worth[number], ends[worth[number].number], _thin(guide, walk, number)
-        thin_end = bool(guide.is_under_covered(end[None], guide.density(end[None]).detach()))
-        drawn = walk.ends[1 + number][int(log_weights.argmax())]
-        place = end if thin_end else drawn
-        found.append(MissedRegion(place, path.start, beside=path.beside or not thin_end, drawn=drawn))
+        found += [_region(guide, ends, worth[again[number]], walk, number) for number in there]
     return found
+
+
+def _region(guide: Guide, ends: Tensor, path: UnverifiedMode, walk: Tempered, number: int) -> MissedRegion:
+    """Return what is missed about the end of a path, which is a part of a walk, the guide's own region not counted."""
+    end, log_weights = ends[path.number], _thin(guide, walk, number)
+    thin_end = bool(guide.is_under_covered(end[None], guide.density(end[None]).detach()))
+    drawn = walk.ends[1 + number][int(log_weights.argmax())]
+    place = end if thin_end else drawn
+    return MissedRegion(place, path.start, beside=path.beside or not thin_end, drawn=drawn)
 
 
 def _shares(guide: Guide, walk: Tempered) -> dict[int, float]:

@@ -166,7 +166,7 @@ PRIOR_ERROR_MOST = 0.15
 # earlier draws' weight that a replaced flow may leave out. Source: chosen.
 MISSED_MASS_SHARE = 0.02
 # Missed mass next to the guide: standard errors that the share has to exceed; and of the mass of a region that chains
-# have to visit. Source: chosen.
+# have to visit, or that is measured by tempering too. Source: chosen.
 MISSED_MASS_ERRORS = 2.0
 # Short tail: share of the mass beyond a quantile that draws may lack. Comparison of chains: share of their draws beyond
 # each of two quantiles. Missed mass next to the guide: share of weighted draws beyond the excess that counts as hardly
@@ -177,7 +177,8 @@ MISSED_MASS_OF_TAILS = 0.01
 # fewer, the search ends. Starts: the lowest terms, which an ELBO leaves out. Mixtures: the share of wide parts. Rows of
 # a plate: share of the draws of the others at which the error of a row may be unknown. Source: chosen.
 TAIL_SHARE = 0.05
-# Missed mode of chains: part of a region's mass that chains need. Source: chosen.
+# Missed mode of chains: part of a region's mass that chains need. Missed mode: part of the mass that counts; above it,
+# the mass of a place by weights is measured by tempering too. Source: chosen.
 REGION_MASS_SHARE = 0.5
 # Missed mode: nats that log q falls short of log p by, at a place where the guide has too little density. Source:
 # chosen.

@@ -498,8 +498,12 @@ def test_regions_have_to_have_their_mass(share, enough):
     evidence = 0.0  # both halves of the sum are normalized
     regions = _Regions(density, chains, evidence, 0)
     loc, scale = torch.tensor([-4.0, 0.0, 0.0], dtype=REAL), torch.eye(3, dtype=REAL)
-    assert regions.visited(loc, scale) is enough
-    assert regions.visited(loc, torch.ones(3, dtype=REAL)) is enough
+    assert regions.visited(loc, scale, loc) is enough
+    assert regions.visited(loc, torch.ones(3, dtype=REAL), loc) is enough
+    narrow = 0.1 * scale  # there is next to no mass in this ball
+    assert regions.visited(loc, narrow, loc)
+    if not share:
+        assert not regions.visited(loc, narrow, loc + 1.0)  # but some in the region that it was found in
     assert regions.cover([MissedRegion(loc, Start(BY_WALKERS, loc, scale))]) == [False]
 
 

@@ -127,6 +127,7 @@ def test_narrow_parts_have_a_share_of_the_density(points):
     train, test = x[:900], x[900:]
     found = pf.fit_density(train, max_epochs=6, progress=False)
     share, base = found.settings["share_of_mixture"], found.flow.mixture
+    assert f"a share of {share:.2g} of the density is a mixture that was not trained" in found.summary()
     assert 1.0 / 92.0 <= share <= 1.0
     assert float(base.share) == pytest.approx(share)
     u, ladj = found.flow.bijection.inverse_and_ladj(test)

@@ -14,12 +14,13 @@ import torch
 from torch.distributions import constraints
 
 import pyro_flows as pf
-from pyro_flows.modes import unverified_modes
+from pyro_flows.modes import climbs, unverified_modes
 from pyro_flows.modes.missed_modes import missed_modes
 from pyro_flows.modes.missed_regions import Guide
 from pyro_flows.modes.tempering import Tempered, move_walkers, temper
 from pyro_flows.modes.unverified_modes import UnverifiedMode, modes_with_mass
 from pyro_flows.starts.gaussians import Gaussians, Start
+from pyro_flows.starts.pathfinder import Paths
 from pyro_flows.verdict.weighing import log_mean
 from tests.models import real
 from tests.registry import normal
@@ -139,6 +140,29 @@ def test_a_region_counts_unless_slow_tempering_finds_clearly_less(slowly, counts
     assert bool(found) is counts
 
 
+@pytest.mark.parametrize(("beside", "found"), [(True, [0, 1]), (False, [0])])
+def test_mass_beside_the_guides_own_mode_hides_no_other_mode(beside, found, monkeypatch):
+    """Beside a banana in 40 dimensions, chains had that mass, and a funnel that lacked .2 nats was left out."""
+    places = real([0.0], [50.0], [90.0])
+    density = flat(lambda z: torch.logsumexp(-0.5 * (z[..., :1] - places[:, 0]).square(), -1), 1)
+    guide = Guide(density, lambda z: -0.5 * z[:, 0].square() - 0.5 * math.log(2.0 * math.pi), 0.0)
+    starts = [Start("mode", place, torch.ones_like(place)) for place in places[1:]]
+    worth = [
+        UnverifiedMode(1 + number, 0.0, True, start, number == 0 and beside) for number, start in enumerate(starts)
+    ]
+    asked = []
+
+    def slowly(density, normals, **_):
+        asked.append(normals.loc[1:, 0].tolist())
+        return Tempered(places[[0, 2], None], density(places[[0, 2]])[:, None], real([0.0], [-3.5]))
+
+    monkeypatch.setattr(unverified_modes, "temper", slowly)
+    fast = Tempered(places[:, None], density(places)[:, None], real([0.0], [-1.0], [-4.5]))
+    regions = modes_with_mass(guide, places, worth, gaussians(places.tolist(), 1.0), fast)
+    assert [region.start for region in regions] == [starts[number] for number in found]
+    assert asked == ([[90.0]] if beside else [])
+
+
 def test_a_tail_of_a_scale_in_many_dimensions_is_no_place():
     """Tempering fell 70 nats short of all masses, and a tail of mass e^-20 was told as a mode that is missed."""
     dim = 60
@@ -221,3 +245,18 @@ def check_neck():
 
 def test_the_neck_of_a_funnel():
     check_neck()
+
+
+@pytest.mark.parametrize(("share", "found", "doubts"), [(0.03, 1, 0), (0.015, 0, 1), (0.005, 0, 0)])
+def test_a_mass_that_is_nearly_enough_is_measured_again(share, found, doubts):
+    """Weights from a normal that a funnel is wider than say up to five times too little, without a large k-hat."""
+    places = torch.tensor([[0.0] * 4, [20.0] * 4], dtype=torch.float64)
+    shares = torch.tensor([1.0 - share, share], dtype=torch.float64)
+
+    def log_density(z):
+        return torch.logsumexp(shares.log() + dist.Normal(places, 1.0).log_prob(z[..., None, :]).sum(-1), -1)
+
+    guide = Guide(flat(log_density, 4), lambda z: dist.Normal(0.0, 1.0).log_prob(z).sum(-1), math.log(1.0 - share))
+    paths = Paths.at(places, torch.eye(4, dtype=torch.float64).expand(2, 4, 4), shares.log())
+    regions, doubtful = climbs._weighed(guide, paths, 1, torch.ones(4, dtype=torch.float64), seed=0)
+    assert (len(regions), len(doubtful)) == (found, doubts)
