@@ -138,7 +138,7 @@ def test_a_site_may_have_the_name_of_a_group(name, tmp_path):
     def model(y):
         pyro.sample("y", dist.Normal(pyro.sample(name, dist.Normal(0.0, 1.0)), 1.0), obs=y)
 
-    posterior = pf.diagnose(model, lambda y: pyro.sample(name, dist.Normal(0.5, 0.5**0.5)), torch.tensor(1.0), draws=200)
+    posterior = pf.diagnose(model, lambda y: pyro.sample(name, dist.Normal(0.5, 0.7)), torch.tensor(1.0), draws=200)
     posterior.save(tmp_path / "saved")
     again = pf.load(tmp_path / "saved")
     assert torch.equal(again.samples[name], posterior.samples[name])
