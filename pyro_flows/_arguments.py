@@ -206,6 +206,16 @@ OTHERS: dict[str, Check] = {
 }
 
 
+def signature_of(model: Callable[..., object]) -> inspect.Signature:
+    """Return the signature of a model: of a module it is that of ``forward``; that of its call has no names.
+
+    Raises:
+        TypeError, ValueError: if Python knows none.
+    """
+    own = inspect.unwrap(model, stop=lambda part: hasattr(part, "__signature__"))
+    return inspect.signature(own.forward if isinstance(own, torch.nn.Module) else own)
+
+
 def checks_of(function: Callable[..., object]) -> dict[str, Check]:
     """Return the checks of the parameters of a function, those that its annotations and the table tell."""
     found = dict[str, Check]()

@@ -113,8 +113,8 @@ def read(data: bytes) -> tuple[dict[str, xr.Dataset], dict[str, str | float]]:
     with xarray.open_datatree(io.BytesIO(data), engine="h5netcdf") as tree:
         size = sum(node.dataset.nbytes for node in tree.subtree)
         require(size <= WIDER * len(data), f"its arrays have {size} bytes, in a file of {len(data)}")
-        tree.load()
-        groups = {name: node.to_dataset().copy() for name, node in tree.children.items()}
+        # tree.load() leaves out variables that have the name of a group, such as a site "prior"
+        groups = {name: node.to_dataset().load() for name, node in tree.children.items()}
         attrs = {str(name): value.item() if hasattr(value, "item") else value for name, value in tree.attrs.items()}
     for group in groups.values():
         group.attrs = {}

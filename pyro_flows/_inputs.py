@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from pyro_flows import _checks
+from pyro_flows._arguments import signature_of
 
 Parameter = inspect.Parameter
 NAMED = (Parameter.POSITIONAL_OR_KEYWORD, Parameter.KEYWORD_ONLY)
@@ -244,8 +245,7 @@ def _too_large(array: np.ndarray) -> bool:
 
 def match(model: Callable[..., object], fields: Mapping[str, object]) -> dict[str, object]:
     """Return the model's keyword arguments, by name."""
-    target = model.forward if isinstance(model, torch.nn.Module) else model
-    parameters = inspect.signature(target).parameters
+    parameters = signature_of(model).parameters
     fixed = [name for name, parameter in parameters.items() if parameter.kind is Parameter.POSITIONAL_ONLY]
     if fixed:
         raise ValueError(

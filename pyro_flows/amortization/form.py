@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import cast
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten
 
+from pyro_flows._arguments import signature_of
 from pyro_flows.calibration.wiring import Case, Wiring
 from pyro_flows.density_estimation.standardizing import tails
 from pyro_flows.model.arguments import usable
@@ -26,7 +26,7 @@ def bound(model: Model, args: tuple[object, ...], kwargs: Keywords) -> Case:
     """Return arguments with which the model runs, in one form however the caller passed them."""
     args, found = usable(model, args, kwargs)
     try:
-        given = inspect.signature(model).bind(*args, **found)
+        given = signature_of(model).bind(*args, **found)
     except (TypeError, ValueError):
         return Case(args, found)
     given.apply_defaults()

@@ -108,12 +108,10 @@ def fit_stack(
         report(_stages.MISSED)
         searches = missed_together(stack.select(list(done)), [flow for flow, _ in done.values()], seed=seed)
     found: list[Posterior | None] = [None] * len(plans)
-    shared = stack.evaluations // len(plans)
     with few_threads(densities[0].numbers, EACH):
         for (number, (flow, training)), search in zip(done.items(), searches, strict=True):
             report(f"verdict {number + 1} of {len(plans)}")
             plan, density = plans[number], densities[number]
-            density.evaluations += shared
             outcome = Round(
                 flow, unweighed(density.dim, training.elbo), training, _stage(training, starts[number], len(plans))
             )
@@ -142,7 +140,6 @@ def _train(
     steps = Lockstep(part, chosen, learning_rate=STEP_SIZE, batch=EACH)
     said = f"{{}}, {{}} steps, {{}} of {len(chosen)} converged"
     trainings = train_together(steps, report=lambda done, still, state: report(said.format(state, done, still)))
-    stack.evaluations += part.evaluations
     found = dict[int, Fitted]()
     for number, density, flow, training in zip(numbers, part.densities, chosen, trainings, strict=True):
         if not training.converged and shift_is_noise(weighed(flow, density, LOOKED_AT_DRAWS)):

@@ -11,7 +11,7 @@ from types import ModuleType
 from typing import TypeVar
 
 from pyro_flows._bundles import Entries
-from pyro_flows.calibration.wiring import Case
+from pyro_flows.calibration.wiring import Case, numbered
 from pyro_flows.fitting.fit import fit
 from pyro_flows.flows.flow import Flow
 from pyro_flows.flows.mixture import FlowMixture
@@ -75,10 +75,8 @@ class FitTask:
 
     def __call__(self) -> Posterior:
         case, options = self.case, {"progress": False, "raise_on_interrupt": True, **self.options}
-        try:
+        with numbered(self.number):
             return fit(self.model, *case.args, model_kwargs=case.kwargs, seed=self.seed, **options)
-        except ValueError as error:
-            raise ValueError(f"data[{self.number}]: {error}") from error
 
 
 def fit_each(

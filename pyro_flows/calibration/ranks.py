@@ -49,22 +49,23 @@ def ranks_of(
 
 
 def ranks_among(
-    samples: Entries, density: LogDensity, truth: Truth, draws: int, *, seed: int, log_density: bool
+    found: Posterior | Entries, density: LogDensity, truth: Truth, draws: int, *, seed: int, log_density: bool
 ) -> Ranked:
-    """Rank true values among draws ``{site: (S, *shape)}`` of another program."""
+    """Rank true values among draws ``{site: (S, *shape)}`` of another program, or those to use of a posterior."""
     kept = {}
+    samples, status = (found.samples, found.verdict.status) if isinstance(found, Posterior) else (found, "not judged")
     for name in density.names:
         if name not in samples:
             raise ValueError(f"sampler: expected draws of all latent sites, none of {name!r}.")
         kept[name] = torch.as_tensor(samples[name], device=density.device)
         if len(kept[name]) < draws or kept[name].shape[1:] != truth[name].shape:
-            expected = (f"{draws} or more", *truth[name].shape)
-            raise ValueError(f"sampler: expected draws of {name!r} in shape {expected}, got {tuple(kept[name].shape)}.")
+            expected = f"{draws} or more draws of {name!r}, each of shape {tuple(truth[name].shape)}"
+            raise ValueError(f"sampler: expected {expected}, got shape {tuple(kept[name].shape)}.")
     picked = _picked(min(map(len, kept.values())), draws, seed=seed)
     kept = {name: value[picked] for name, value in kept.items()}
     with torch.no_grad():
         log_p = density(density.unconstrain(kept)) if log_density else None
-    return Ranked(_ranks(kept, log_p, density, truth, seed=seed), "not judged")
+    return Ranked(_ranks(kept, log_p, density, truth, seed=seed), status)
 
 
 @torch.no_grad()
@@ -102,12 +103,6 @@ class Task:
     truth: Truth
     seed: int
 
-    def ranked(self, posterior: Posterior, *, raw: bool = False) -> Ranked:
-        """Rank the true values among draws of a posterior."""
-        about = self.about
-        draws, log_density = about["draws"], about["log_density"]
-        return ranks_of(posterior, self.truth, draws, seed=self.seed, log_density=log_density, raw=raw)
-
 
 class GuideTask(Task):
     """Train a guide by Pyro's SVI on one data set, and rank true values among its own draws."""
@@ -120,7 +115,8 @@ class GuideTask(Task):
                 _train(about["model"], guide, case, steps=about["steps"], learning_rate=about["learning_rate"])
             options = {"draws": max(about["draws"], 100), "seed": self.seed, "progress": False}
             posterior = diagnose(about["model"], guide, *case.args, model_kwargs=case.kwargs, **options)
-            return self.ranked(posterior, raw=True)
+            draws, log_density = about["draws"], about["log_density"]
+            return ranks_of(posterior, self.truth, draws, seed=self.seed, log_density=log_density, raw=True)
 
 
 def _train(model: Model, guide: Model, case: Case, *, steps: int, learning_rate: float) -> None:
@@ -138,7 +134,5 @@ class SamplerTask(Task):
         about, case = self.about, self.case
         with seeded(derive(self.seed, "sampler")):
             found = about["sampler"](*case.args, **case.kwargs)
-        if isinstance(found, Posterior):
-            return self.ranked(found)
         density, options = LogDensity(about["model"], case.args, case.kwargs), {"log_density": about["log_density"]}
         return ranks_among(found, density, self.truth, about["draws"], seed=self.seed, **options)

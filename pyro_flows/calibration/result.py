@@ -111,7 +111,7 @@ class Calibration:
         for label, ranks in self.scalars(var_names).items():
             row: dict[str, float] = {}
             for prob in NOMINAL:
-                share, _, error = covered(ranks, self.draws, prob)
+                share, error = covered(ranks, self.draws, prob)
                 row |= {f"{prob:.0%}": share, f"{prob:.0%}_se": error}
             rows[label] = row
         return pandas.DataFrame.from_dict(rows, orient="index")
@@ -284,16 +284,15 @@ def envelope(simulations: int, draws: int) -> Envelope:
     return Envelope(simulations, draws)
 
 
-def covered(ranks: np.ndarray, draws: int, prob: float) -> tuple[float, float, float]:
-    """Return how often central intervals of about this probability held the truth, how often they ought to, and the
-    binomial standard error of that share.
+def covered(ranks: np.ndarray, draws: int, prob: float) -> tuple[float, float]:
+    """Return how often central intervals of this probability held the truth, and the binomial standard error of that.
 
-    An interval leaves out equally many ranks at both ends, so its exact probability is a multiple of 2 / (L + 1) off.
+    A bound between two ranks counts a truth with the lower one in part, so that the share is right for any L.
     """
-    cut = round(0.5 * (1.0 - prob) * (draws + 1))
-    exact = 1.0 - 2.0 * cut / (draws + 1)
-    share = float(((ranks >= cut) & (ranks <= draws - cut)).mean())
-    return share, exact, float(np.sqrt(exact * (1.0 - exact) / len(ranks)))
+    cut = 0.5 * (1.0 - prob) * (draws + 1)
+    from_end = np.minimum(ranks, draws - ranks)
+    share = float(np.clip(from_end + 1.0 - cut, 0.0, 1.0).mean())
+    return share, float(np.sqrt(prob * (1.0 - prob) / len(ranks)))
 
 
 def symmetry(ranks: np.ndarray, draws: int) -> float:

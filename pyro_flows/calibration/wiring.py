@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +12,7 @@ from pyro import poutine
 from torch import Tensor
 from torch.utils._pytree import MappingKey, SequenceKey, tree_flatten, tree_flatten_with_path, tree_unflatten
 
+from pyro_flows._arguments import signature_of
 from pyro_flows._fallbacks import Tried
 from pyro_flows.model.arguments import usable
 from pyro_flows.model.batching import apart, quiet
@@ -24,6 +25,15 @@ Names = Mapping[str, str | int] | None  # of the arguments that hold the data of
 HOW = "Say which argument holds it: data={'site': 'argument'}"
 
 
+@contextmanager
+def numbered(number: int) -> Iterator[None]:
+    """Let errors of a data set tell its number."""
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"data[{number}]: {error}") from error
+
+
 @dataclass(frozen=True)
 class Case:
     """The arguments of a model for one data set."""
@@ -33,12 +43,10 @@ class Case:
 
     def density(self, model: Model, number: int, lead: LogDensity | None = None) -> LogDensity:
         """Return the model's log density: how the model runs is taken from ``lead``, that of data of equal shapes."""
-        try:
+        with numbered(number):
             if lead is not None and lead.batched and not lead.parameters():
                 return lead.beside(self.args, self.kwargs)
             return LogDensity(model, self.args, self.kwargs)
-        except ValueError as error:
-            raise ValueError(f"data[{number}]: {error}") from error
 
     @property
     def shapes(self) -> tuple[object, ...]:
@@ -57,10 +65,11 @@ def cases_of(model: Model, data: object, model_kwargs: Keywords | None) -> list[
         )
     shared = dict(model_kwargs or {})
     found = []
-    for own in data:
+    for number, own in enumerate(data):
         args: tuple[object, ...] = tuple(own) if isinstance(own, tuple) else () if isinstance(own, Mapping) else (own,)
         kwargs = {**shared, **own} if isinstance(own, Mapping) else shared
-        found.append(Case(*usable(model, *owned(args, kwargs))))
+        with numbered(number):
+            found.append(Case(*usable(model, *owned(args, kwargs))))
     return found
 
 
@@ -185,8 +194,8 @@ def _leaf_names(density: LogDensity, case: Case) -> tuple[list[str], dict[int, s
     """Return the name of each leaf of the arguments, ``y``, ``batch['y']``, ``argument 0``, and those by position."""
     signature: list[str] = []
     with suppress(TypeError, ValueError):
-        bound = inspect.signature(density.model).bind_partial(*case.args)
-        kinds = inspect.signature(density.model).parameters
+        bound = signature_of(density.model).bind_partial(*case.args)
+        kinds = signature_of(density.model).parameters
         for name, value in bound.arguments.items():
             many = kinds[name].kind is inspect.Parameter.VAR_POSITIONAL
             signature += [f"argument {len(signature) + number}" for number in range(len(value))] if many else [name]
@@ -212,7 +221,7 @@ def filled(model: Model, case: Case, data: Names) -> Case:
     each site: where the site is then observed, it is the one.
     """
     try:
-        bound = inspect.signature(model).bind(*case.args, **case.kwargs)
+        bound = signature_of(model).bind(*case.args, **case.kwargs)
     except (TypeError, ValueError):
         return case
     bound.apply_defaults()

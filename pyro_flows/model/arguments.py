@@ -16,6 +16,7 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map, tree_map_with_path
 
+from pyro_flows._arguments import signature_of
 from pyro_flows._fallbacks import Tried, first_line
 from pyro_flows._seeding import derive, seeded
 from pyro_flows.model.batching import apart
@@ -162,7 +163,7 @@ def names_of(model: Model, args: Positional) -> list[str]:
     names = list[str]()
     with suppress(TypeError, ValueError):
         positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-        names = [name for name, one in inspect.signature(model).parameters.items() if one.kind in positional]
+        names = [name for name, one in signature_of(model).parameters.items() if one.kind in positional]
     return [*names, *map(str, range(len(args)))][: len(args)]
 
 

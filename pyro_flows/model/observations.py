@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import warnings
 from collections.abc import Callable
 from contextlib import suppress
@@ -17,6 +16,7 @@ from torch.distributions import Distribution
 from torch.distributions.constraints import Constraint
 from torch.utils._pytree import tree_flatten_with_path
 
+from pyro_flows._arguments import signature_of
 from pyro_flows._tensors import broadcast
 from pyro_flows._warnings import outside
 from pyro_flows.model.batching import apart
@@ -264,7 +264,7 @@ def _arguments(model: Model, args: Positional, kwargs: dict[str, object]) -> dic
     """The tensors among a model's arguments, by name where names can be found."""
     given: dict[str, object] = {**{f"argument {position}": value for position, value in enumerate(args)}, **kwargs}
     with suppress(TypeError, ValueError):
-        given = dict(inspect.signature(model).bind(*args, **kwargs).arguments)
+        given = dict(signature_of(model).bind(*args, **kwargs).arguments)
     found = {}
     for name, value in given.items():
         for path, leaf in tree_flatten_with_path(value)[0]:

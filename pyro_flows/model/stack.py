@@ -46,7 +46,7 @@ class Stack:
     Points (K m, D) stand in K groups of m, one for each data set, and each is scored with the data of its group. Data
     sets have to agree in everything but the numbers in some tensors, or this is NotStackable. These tensors are inputs
     of the recorded graphs, so that a model is recorded once for all data sets. The densities themselves share graphs
-    from then on too. ``evaluations`` counts gradients of all data sets together.
+    from then on too. Each counts the gradients of its own data.
     """
 
     batched = True
@@ -56,7 +56,7 @@ class Stack:
         first = self.densities[0]
         self.dim, self.dtype, self.device, self.numbers = first.dim, first.dtype, first.device, first.numbers
         self.structure, self.written = first.structure, first.written
-        self.clock, self.evaluations = unbounded(), 0
+        self.clock = unbounded()
         self._form, self._where, self._given = _sorted_out(self.densities)
         self.given = [torch.stack(parts) for parts in zip(*self._given, strict=True)]
         self._bare = copy.copy(first)
@@ -118,14 +118,19 @@ class Stack:
 
     def value_and_grad(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """Return the log densities (K m,) and their gradients (K m, D)."""
-        self.evaluations += len(z)
-        value, grad = self._run("gradients", partial(self._differentiated, batch_and_grads), z)
+        self.spend(len(z) // len(self))
+        value, grad = self._with_gradients(z)
         return value, grad
 
     def hessians(self, z: Tensor) -> Tensor:
         """Return the Hessians (K m, D, D)."""
-        self.evaluations += z.numel()
+        self.spend(z.numel() // len(self))
         return self._run("hessians", partial(self._differentiated, lambda *asked: (batch_hessians(*asked),)), z)[0]
+
+    def spend(self, gradients: int) -> None:
+        """Count gradients that were taken of each data set."""
+        for density in self.densities:
+            density.spend(gradients)
 
     def select(self, chosen: Sequence[int]) -> Stack:
         """Return the stack of some of the data sets, which shares the graphs of one data set."""
@@ -133,12 +138,15 @@ class Stack:
         other.densities = [self.densities[number] for number in chosen]
         other._given = [self._given[number] for number in chosen]
         other.given = [torch.stack(parts) for parts in zip(*other._given, strict=True)]
-        other._runners, other._calls, other.evaluations = Cache(KINDS_KEPT), Counter(), 0
+        other._runners, other._calls = Cache(KINDS_KEPT), Counter()
         return other
 
     def _all(self, groups: Tensor, given: Sequence[Tensor]) -> Tensor:
         """Return the log densities (K, m) of groups of points (K, m, D)."""
         return batch(lambda z, *part: self._values(z, *part)[0])(groups, *given)
+
+    def _with_gradients(self, z: Tensor) -> list[Tensor]:
+        return self._run("gradients", partial(self._differentiated, batch_and_grads), z)
 
     def _differentiated(self, how: Values, groups: Tensor, *given: Tensor) -> tuple[Tensor, ...]:
         """Return derivatives of the log densities of groups of points (K, m, D), as ``how`` takes them."""
@@ -187,11 +195,10 @@ class Stack:
         points = torch.cat([self.structure.points(size) for size in SIZES_COMPARED])
         with Tried(lambda error: not isinstance(error, NotStackable)) as tried:
             for _ in range(RECORDED_FROM):
-                value, grad = self.value_and_grad(points.repeat(len(self), 1))
+                value, grad = self._with_gradients(points.repeat(len(self), 1))
         if tried.error is not None:
             why = f"the model cannot take its data as inputs: {tried.error}".splitlines()[0]
             raise NotStackable(why) from tried.error
-        self.evaluations = 0
         some = range(0, len(self), max(1, len(self) // 8))  # at which gradients are compared too
         for number, density in enumerate(self.densities):
             first, derived = number * COMPARED, number in some

@@ -13,6 +13,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pyro_flows._arguments import signature_of
 from pyro_flows._arrays import ALL, Chosen
 from pyro_flows._bundles import Entries
 from pyro_flows._files import replace_file
@@ -187,7 +188,7 @@ def _arguments(posterior: Record) -> str:
     model = posterior.density.model
     try:
         count = len(posterior.density.args)
-        named = [one.name for one in inspect.signature(model).parameters.values() if one.kind in POSITIONAL]
+        named = [one.name for one in signature_of(model).parameters.values() if one.kind in POSITIONAL]
     except (TypeError, ValueError):  # no signature
         return "*data"
     return ", ".join(named[:count]) if len(named) >= count else "*data"

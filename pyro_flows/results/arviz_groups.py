@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -15,6 +14,7 @@ from pyro.distributions import TorchDistribution
 from torch import Tensor
 
 from pyro_flows import _arrays, _arviz
+from pyro_flows._arguments import signature_of
 from pyro_flows._seeding import derive, seeded
 from pyro_flows.model.batching import apart
 from pyro_flows.model.handlers import Place, Resample
@@ -216,7 +216,7 @@ def predict(density: LogDensity, z: Tensor, args: Positional, kwargs: Keywords, 
 def constants(density: LogDensity) -> xr.Dataset:
     """The model's tensor arguments that are not observed themselves."""
     try:
-        arguments = inspect.signature(density.model).bind(*density.args, **density.kwargs).arguments
+        arguments = signature_of(density.model).bind(*density.args, **density.kwargs).arguments
     except (TypeError, ValueError):
         arguments = {}
     observed = list(density.structure.observed.values())

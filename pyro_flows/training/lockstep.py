@@ -152,7 +152,7 @@ class Lockstep:
         loss, weights, *moments = self._step(*self._inputs(x), *held)
         self.weights, self.moments = weights.clone(), Moments(*(part.clone() for part in moments))
         self.losses.append(loss)
-        self.stack.evaluations += len(self) * self.batch
+        self.stack.spend(self.batch)
 
     @torch.no_grad()
     def _draw(self) -> None:

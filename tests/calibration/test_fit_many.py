@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import pickle
 
+import numpy as np
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -19,10 +20,13 @@ from pyro_flows.flows.recipe import latent_recipe, start_at
 from pyro_flows.model.stack import Stack
 from pyro_flows.modes.missed_modes import Search, missed_together
 from pyro_flows.starts.portfolio import starts_together
-from tests.calibration.models import branching, counts, data_sets, exact, regression, two_modes
+from tests.calibration.models import X, branching, counts, data_sets, exact, regression, two_modes
 from tests.results.test_arviz import groups
 
 COUNT = 6
+
+
+Y = torch.zeros(5)
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +65,7 @@ def test_each_is_a_whole_posterior(posteriors, tmp_path):
     drawn = posterior.predictive()["y"]
     assert drawn.mean(0).numpy() == pytest.approx((args[0] @ exact(*args)[0]).numpy(), abs=0.2)
     assert posterior.history[-1]["stage"] == "side by side"
+    assert posterior.settings["gradient_evaluations"] > 14 * 50, "those of the search count too"
     assert len(posterior.losses) == posterior.history[-1]["steps"]
 
 
@@ -329,6 +334,12 @@ def test_ray_on_one_machine():
 def test_a_single_data_set_is_refused():
     with pytest.raises(ValueError, match="call fit"):
         pf.fit_many(regression, data_sets(1)[0][1])
+
+
+@pytest.mark.parametrize("bad", [(X,), {"x": X, "z": Y}, [X, Y], (np.array(["a"]), Y)])
+def test_a_data_set_that_the_model_does_not_take_is_named(bad):
+    with pytest.raises(ValueError, match=r"data\[1\]: "):
+        pf.fit_many(regression, [(X, Y), bad], progress=False)
 
 
 @pytest.mark.slow

@@ -117,17 +117,23 @@ def test_a_guide_is_trained_and_ranked_by_its_own_draws():
     assert not list(pyro.get_param_store())
 
 
-@pytest.mark.slow
-def test_a_sampler_may_return_a_posterior():
+def judged(*, draws):
+    """A sampler that returns a posterior of its exact draws."""
+
     def sampler(x, y):
         mean, covariance = exact(x, y)
 
         def guide(x, y):
             pyro.sample("b", dist.MultivariateNormal(mean, covariance))
 
-        return pf.diagnose(regression, guide, x, y, draws=200)
+        return pf.diagnose(regression, guide, x, y, draws=draws)
 
-    found = check(sampler, simulations=20)
+    return sampler
+
+
+@pytest.mark.slow
+def test_a_sampler_may_return_a_posterior():
+    found = check(judged(draws=200), simulations=20)
     assert found.statuses == {"ok": 20}
 
 
@@ -308,8 +314,20 @@ def test_unreliable_fits_are_counted_and_said():
 def test_draws_have_to_fit():
     with pytest.raises(ValueError, match="none of 'b'"):
         check(lambda x, y: {"q": y}, simulations=10)
-    with pytest.raises(ValueError, match=r"199 or more.*got \(50, 2\)"):
+    with pytest.raises(ValueError, match=r"199 or more draws of 'b', each of shape \(2,\), got shape \(50, 2\)"):
         check(from_exact(draws=50), simulations=10)
+    with pytest.raises(ValueError, match=r"199 or more draws of 'b'.*got shape \(100, 2\)"):
+        check(judged(draws=100), simulations=10)
+
+
+def test_draws_of_a_posterior_without_its_model_are_ranked(tmp_path):
+    def sampler(x, y):
+        judged(draws=200)(x, y).save(tmp_path / "saved")
+        return pf.load(tmp_path / "saved")
+
+    found = check(sampler, simulations=10)
+    assert found.statuses == {"ok": 10}
+    assert found.ranks["b"].tolist() == check(judged(draws=200), simulations=10).ranks["b"].tolist()
 
 
 def test_models_that_cannot_be_simulated_are_refused():

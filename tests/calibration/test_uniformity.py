@@ -58,13 +58,18 @@ def test_no_p_value_is_below_the_number_of_nulls():
     assert envelope(N, L).p_value(np.zeros(N, dtype=int)) == pytest.approx(1.0 / (NULLS + 1))
 
 
-def test_coverage_counts_central_ranks_exactly():
-    ranks = np.arange(1000)
+@pytest.mark.parametrize("draws", [999, 100, 9])
+def test_coverage_counts_central_ranks_exactly(draws):
+    ranks = np.arange(draws + 1)
     for prob in (0.5, 0.8, 0.9, 0.95):
-        share, exact, error = covered(ranks, 999, prob)
+        share, error = covered(ranks, draws, prob)
         assert share == pytest.approx(prob)
-        assert exact == pytest.approx(prob)
-        assert error == pytest.approx((prob * (1.0 - prob) / 1000) ** 0.5)
+        assert error == pytest.approx((prob * (1.0 - prob) / (draws + 1)) ** 0.5)
+
+
+def test_coverage_looks_at_both_ends():
+    shares = [covered(np.array([rank]), 999, 0.9)[0] for rank in (0, 49, 50, 500, 949, 950, 999)]
+    assert shares == pytest.approx([0.0, 0.0, 1.0, 1.0, 1.0, 0.0, 0.0])
 
 
 def test_symmetric_ranks_are_symmetric_whatever_their_spread():

@@ -135,6 +135,16 @@ def test_an_argument_that_is_none_is_filled_with_the_site_that_it_holds(site):
     assert wired(model, *case.args)({site: torch.ones(3)}).args[1].tolist() == [1.0, 1.0, 1.0]
 
 
+def test_arguments_of_a_module_have_the_names_of_its_forward():
+    class Model(torch.nn.Module):
+        def forward(self, x, y=None):
+            mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+            pyro.sample("obs", dist.Normal(mu + x, 1.0).to_event(1), obs=y)
+
+    case = filled(Model(), Case((torch.zeros(3),), {}), None)
+    assert wired(Model(), *case.args, data={"obs": "y"})({"obs": Y}).args[1].tolist() == Y.tolist()
+
+
 def test_other_arguments_that_are_none_stay_so():
     def model(x, scale=None, y=None):
         mu = pyro.sample("mu", dist.Normal(0.0, 1.0 if scale is None else scale))

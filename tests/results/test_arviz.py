@@ -295,6 +295,19 @@ def test_constant_data_are_arguments_that_are_not_observed():
     assert tree["constant_data"]["x"].dims == ("x_dim_0",)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])  # in double, the model is wrapped
+def test_constant_data_of_a_module_are_arguments_of_its_forward(dtype):
+    class Model(torch.nn.Module):
+        def forward(self, x, y):
+            slope = pyro.sample("slope", dist.Normal(0.0, 1.0))
+            with pyro.plate("point", 3):
+                pyro.sample("y", dist.Normal(slope * x, 1.0), obs=y)
+
+    args = torch.arange(3.0, dtype=dtype), torch.zeros(3, dtype=dtype)
+    tree = any_posterior(Model(), *args).to_arviz(predictive=False)
+    assert list(tree["constant_data"].data_vars) == ["x"]
+
+
 # models that lack something -------------------------------------------------------------------------------------------
 
 

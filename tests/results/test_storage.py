@@ -133,6 +133,18 @@ def test_with_keyword_arguments(tmp_path):
     assert again.predictive(torch.tensor([2.0]), draws=5)["y"].shape == (5, 1)
 
 
+@pytest.mark.parametrize("name", ["prior", "fit", "posterior"])
+def test_a_site_may_have_the_name_of_a_group(name, tmp_path):
+    def model(y):
+        pyro.sample("y", dist.Normal(pyro.sample(name, dist.Normal(0.0, 1.0)), 1.0), obs=y)
+
+    posterior = pf.diagnose(model, lambda y: pyro.sample(name, dist.Normal(0.5, 0.7)), torch.tensor(1.0), draws=200)
+    posterior.save(tmp_path / "saved")
+    again = pf.load(tmp_path / "saved")
+    assert torch.equal(again.samples[name], posterior.samples[name])
+    same_trees(posterior, again)
+
+
 @pytest.mark.parametrize("status", list(OFF))
 def test_every_status_comes_back(status, tmp_path):
     posterior = schools_posterior(status, draws=500)
