@@ -84,9 +84,9 @@ def fit_density(
     began, which no context moves from the regression line, is mixed in. Its share w is what held-out points say: it is
     large for few of them, and is ``settings["share_without_context"]``, or ``settings["share_of_mixture"]`` if there is
     no context. Without one, held-out points may ask for a mixture of narrower parts in its place: such parts cannot be
-    trained well. Given a context and up to 1000 points, five
-    such flows are fitted, each with another fifth held out, and the result is the mean of their densities. With
-    ``max_seconds``, another one is fitted as long as the time that the first took is left.
+    trained well. Given a context and up to 1000 points, five such flows are fitted, each with another fifth held out,
+    and the result is the mean of their densities. With ``max_seconds``, another one is fitted as long as the time that
+    the first took is left.
 
     The data are put on a common scale by an affine map that becomes the flow's last layer. Learning rates are
     compared in short trial runs. The largest that comes about as far as the best goes on until the mean log density of

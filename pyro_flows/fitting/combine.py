@@ -157,8 +157,7 @@ def _complete(state: FitState) -> None:
             moves = []
         else:
             chains_can = all(region.beside for region in missed) and plan.refine is not None  # so one run is enough
-            alone = state.multimodal is not None and not state.best.nearly_uniform  # no flow covers what a mixture does
-            most = 0 if alone else 1 if chains_can else MEASURED_PLACES
+            most = 0 if state.multimodal is not None else 1 if chains_can else MEASURED_PLACES
             if group([*moves, *more], MAX_COPIES) is None:  # with some of the images, it would miss modes all the same
                 state.sampler, state.copies = state.plain, 1
                 return
@@ -243,7 +242,7 @@ def _search(state: FitState, sampler: Sampler, known: Sequence[Start] = ()) -> S
     with density.clock.watching():
         z, log_q = sampler.draw(density.affordable(SEARCHED_DRAWS))
     modes = [*known, *(mode for run in state.runs for mode in run.modes)]
-    wandering = not (sampler is best.flow() and best.nearly_uniform)
+    wandering = not (sampler is best.flow() and best.best is not None and best.best.nearly_uniform)
     space = latent_of(sampler, density) if wandering else None
     seed = state.plan.seed
     return missed_modes(density, modes, z, log_q, sampler.log_prob, seed=seed, wandering=wandering, space=space)

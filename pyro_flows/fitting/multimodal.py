@@ -51,7 +51,7 @@ def multimodal(
     is a mixture, the survey goes on from its draws with large weights, and from where it is thin. With a ``barrier``,
     modes count as several only if the density falls by so many nats on the straight line between the best one and
     another. Without one, independent coordinates are tabulated even if no mode was found: tops may be sharp edges,
-    where no climb comes to rest.
+    where no climb comes to rest. They are not independent if they depend on each other at one of ``near``.
     """
     if not can_be_surveyed(density):
         return None
@@ -62,7 +62,8 @@ def multimodal(
     apart = len(likely) > 1 and (_has_barrier(density, likely.modes, barrier) or _are_apart(likely, seed))
     if not apart and barrier:
         return None
-    separable = is_separable(density, z, seed=seed, modes=likely.modes)
+    places = likely.modes if near is None else torch.cat([z[:1], near, likely.modes])
+    separable = is_separable(density, z, seed=seed, modes=places)
     product = None
     if separable:
         places, units = likely.modes, likely.roots[:1].norm(dim=2).flatten()

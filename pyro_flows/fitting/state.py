@@ -175,11 +175,6 @@ class Run:
         return asked and self.best is not None and not (self.best.enough or self.improper)
 
     @property
-    def nearly_uniform(self) -> bool:
-        """Whether the weights of its flow are nearly the same at all draws."""
-        return self.best is not None and self.best.nearly_uniform
-
-    @property
     def rank(self) -> tuple[float, float]:
         return (-1.0, -math.inf) if self.best is None else self.best.rank
 

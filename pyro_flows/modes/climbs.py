@@ -25,7 +25,13 @@ from pyro_flows.starts.portfolio import SAME_END
 from pyro_flows.starts.prior import PATHS, in_units, prior_draws, units_of
 from pyro_flows.verdict.deciding import CHECKED, COMPARED_DRAWS, SEARCHED_DRAWS
 from pyro_flows.verdict.psis import psis
-from pyro_flows.verdict.thresholds import K_HAT_MOST, MISSED_MASS_ERRORS, MISSED_MASS_SHARE, REGION_MASS_SHARE
+from pyro_flows.verdict.thresholds import (
+    K_HAT_GOOD,
+    K_HAT_MOST,
+    MISSED_MASS_ERRORS,
+    MISSED_MASS_SHARE,
+    REGION_MASS_SHARE,
+)
 
 INFLATED = (3.0, 10.0, 30.0)  # factors by which a few draws are moved outwards
 SCREENED_AT = (1.5, 2.5, 4.0, 8.0)  # factors by which all draws are moved outwards
@@ -118,9 +124,10 @@ def _weighed(
 ) -> tuple[list[MissedRegion], list[UnverifiedMode]]:  # fmt: skip
     """Weigh draws of the normals at the ends of paths, from number ``own`` on; return what the guide lacks, and doubts.
 
-    A doubt is a normal whose weights are too uneven to estimate a mass, or elsewhere, with a mass that may be half of
-    what counts: where the region has longer tails than the normal, the estimate is too low. If all ends are
-    ``apart``, masses that are too small by themselves are added up, and the largest of these regions is returned.
+    A doubt is a normal whose weights are too uneven to estimate a mass. Where the region has longer tails than the
+    normal, the estimate is too low: so weights have to be more even to rule out a mass elsewhere that may be half of
+    what counts. If all ends are ``apart``, masses that are too small by themselves are added up, and the largest of
+    these regions is returned.
     """
     density, ends = guide.density, paths.ends
     chosen = own + torch.tensor(_ends(paths, own, units), dtype=torch.long, device=ends.device)
@@ -147,7 +154,7 @@ def _weighed(
         elsewhere = bool(at_ends[number]) or float(thin.double().mean()) > 0.5
         error = MISSED_MASS_ERRORS * float(missing_mass.std()) / math.sqrt(len(missing_mass))
         nearly = mass <= MISSED_MASS_SHARE and mass + error > REGION_MASS_SHARE * MISSED_MASS_SHARE
-        if (elsewhere and nearly) or not k_hat < K_HAT_MOST:
+        if not k_hat < (K_HAT_GOOD if nearly and elsewhere else K_HAT_MOST):
             doubtful.append(UnverifiedMode(number, float(paths.elbo[number]), elsewhere, start, beside))
         if k_hat < K_HAT_MOST:
             drawn = draws[place][int(log_weights.argmax())]

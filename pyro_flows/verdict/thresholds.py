@@ -22,7 +22,8 @@ import math
 K_HAT_MOST = 0.7
 
 # Weights have a finite variance below this: they correct results, a mixture or table is accepted, a round
-# has nothing left to gain, and the flow of a marginal is not fitted further. Source: PSIS (finite variance); measured
+# has nothing left to gain, the flow of a marginal is not fitted further, and a missed mode of nearly the mass that
+# counts is ruled out without tempering. Source: PSIS (finite variance); measured
 # (record 0033).
 K_HAT_GOOD = 0.5
 
@@ -178,7 +179,7 @@ MISSED_MASS_OF_TAILS = 0.01
 # a plate: share of the draws of the others at which the error of a row may be unknown. Source: chosen.
 TAIL_SHARE = 0.05
 # Missed mode of chains: part of a region's mass that chains need. Missed mode: part of the mass that counts; above it,
-# the mass of a place by weights is measured by tempering too. Source: chosen.
+# a place with uneven weights is tempered. Source: chosen.
 REGION_MASS_SHARE = 0.5
 # Missed mode: nats that log q falls short of log p by, at a place where the guide has too little density. Source:
 # chosen.

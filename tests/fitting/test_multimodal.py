@@ -13,8 +13,10 @@ from torch.distributions import constraints
 import pyro_flows as pf
 from benchmarks.modes import labels, sbi
 from benchmarks.toys import targets
+from pyro_flows._progress import Bar
 from pyro_flows.fitting import combine, methods
-from pyro_flows.verdict.methods import MIXTURE, TABULATED
+from pyro_flows.fitting.multimodal import multimodal
+from pyro_flows.verdict.methods import INDEPENDENT, MIXTURE, TABULATED
 
 
 def line_of(count, distance):
@@ -118,6 +120,31 @@ def test_tops_that_are_edges_are_tabulated():
     size = (grid * weight).sum(0)
     spread = ((grid - size).square() * weight).sum(0).sqrt()
     assert float(((x.abs().mean(0) - size) / spread).abs().max()) < 0.1
+
+
+def test_coordinates_that_depend_on_each_other_at_a_missed_mode_are_not_tabulated():
+    """The table took the place of a normal distribution, lacked the mode as well, and no run was added there."""
+    dim = 12
+
+    def log_density(z):
+        z = z.double()
+        second = dist.Normal(9.0, 1.0).log_prob(z[..., 0])
+        second = second + dist.Normal(6.0, (0.5 * (z[..., :1] - 9.0)).exp()).log_prob(z[..., 1:]).sum(-1)
+        return torch.logaddexp(dist.Normal(0.0, 1.0).log_prob(z).sum(-1), math.log(0.04) + second)
+
+    def model():
+        z = pyro.sample("z", dist.ImproperUniform(constraints.real_vector, (), (dim,)))
+        pyro.factor("both", log_density(z))
+
+    density = pf.LogDensity(model)
+    z = torch.randn(100, dim, generator=torch.Generator().manual_seed(0), dtype=density.dtype)
+    top = torch.full((1, dim), 6.0, dtype=density.dtype)
+    top[0, 0] = 9.0 - 0.5 * (dim - 1)
+    alone = multimodal(density, z, seed=0, bar=Bar("", False))
+    assert alone is not None
+    assert alone.stage.stage == INDEPENDENT
+    found = multimodal(density, z, top, seed=0, bar=Bar("", False))
+    assert found is None or found.stage.stage != INDEPENDENT
 
 
 def test_one_coordinate_is_not_called_independent():

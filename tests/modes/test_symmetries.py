@@ -17,12 +17,10 @@ from pyro.ops.indexing import Vindex
 import pyro_flows as pf
 from pyro_flows._clock import unbounded
 from pyro_flows.fitting import combine, methods
-from pyro_flows.fitting.multimodal import MultimodalCandidate
 from pyro_flows.modes import missed_modes as modes
 from pyro_flows.modes.missed_modes import Search, missed_modes
 from pyro_flows.modes.missed_regions import BY_WALKERS, MissedRegion
 from pyro_flows.modes.symmetries import Image, Move, Unit, _joining, _moved, group, images, moves, signed_permutation
-from pyro_flows.results.record import Stage
 from pyro_flows.starts.gaussians import Start
 from tests.models import real
 from tests.registry import normal
@@ -455,23 +453,6 @@ def test_no_run_is_added_where_a_flow_is_only_thin(monkeypatch):
         found = combine.FitState(plan, None, plain=flow, sampler=flow, search=Search(tuple(missed)))
         combine._complete(found)
     assert len(added) == 1
-
-
-@pytest.mark.parametrize(("covers", "runs"), [(True, 4), (False, 0)])
-def test_runs_are_added_beside_a_table_whose_mode_a_flow_covers(monkeypatch, covers, runs):
-    """The table stayed the sampler, and the fit was unreliable for a mode that a second run finds."""
-    far = torch.full((2,), 3.0)
-    flow = pf.realnvp(2, layers=2)
-    plan = SimpleNamespace(clock=SimpleNamespace(over=False), refine="auto")
-    table = MultimodalCandidate(flow, "", Stage("independent coordinates"), True)
-    found = combine.FitState(plan, None, plain=flow, sampler=flow, multimodal=table)
-    found.search, found.surveys = Search((MissedRegion(far, Start("mode", far, far)),)), 2
-    found.runs = [SimpleNamespace(best=SimpleNamespace(weighed=True), nearly_uniform=covers, chains=None, rank=0)]
-    monkeypatch.setattr(combine, "_look", lambda found: None)
-    monkeypatch.setattr(combine, "_copied", lambda *_: False)
-    monkeypatch.setattr(combine, "_add_run", lambda found, start: setattr(found, "added", found.added + 1))
-    combine._complete(found)
-    assert found.added == runs
 
 
 def test_a_second_look_climbs_from_what_the_first_one_found(monkeypatch):

@@ -247,9 +247,12 @@ def test_the_neck_of_a_funnel():
     check_neck()
 
 
-@pytest.mark.parametrize(("share", "found", "doubts"), [(0.03, 1, 0), (0.015, 0, 1), (0.005, 0, 0)])
-def test_a_mass_that_is_nearly_enough_is_measured_again(share, found, doubts):
-    """Weights from a normal that a funnel is wider than say up to five times too little, without a large k-hat."""
+@pytest.mark.parametrize(
+    ("width", "share", "found", "doubts"),
+    [(1.0, 0.03, 1, 0), (1.0, 0.015, 0, 0), (0.75, 0.03, 1, 0), (0.75, 0.015, 0, 1), (0.75, 0.003, 0, 0)],
+)
+def test_a_mass_that_is_nearly_enough_by_uneven_weights_is_measured_again(width, share, found, doubts):
+    """Weights from a normal that a funnel is wider than give up to five times too little, with k-hats below .7."""
     places = torch.tensor([[0.0] * 4, [20.0] * 4], dtype=torch.float64)
     shares = torch.tensor([1.0 - share, share], dtype=torch.float64)
 
@@ -257,6 +260,6 @@ def test_a_mass_that_is_nearly_enough_is_measured_again(share, found, doubts):
         return torch.logsumexp(shares.log() + dist.Normal(places, 1.0).log_prob(z[..., None, :]).sum(-1), -1)
 
     guide = Guide(flat(log_density, 4), lambda z: dist.Normal(0.0, 1.0).log_prob(z).sum(-1), math.log(1.0 - share))
-    paths = Paths.at(places, torch.eye(4, dtype=torch.float64).expand(2, 4, 4), shares.log())
+    paths = Paths.at(places, width * torch.eye(4, dtype=torch.float64).expand(2, 4, 4), shares.log())
     regions, doubtful = climbs._weighed(guide, paths, 1, torch.ones(4, dtype=torch.float64), seed=0)
     assert (len(regions), len(doubtful)) == (found, doubts)
