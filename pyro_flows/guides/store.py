@@ -80,6 +80,8 @@ class Whole:
 
     def release(self) -> None:
         """Give each parameter memory of its own, for copies and files, until the next :meth:`hold`."""
+        if self.vector.grad is not None:
+            self.gather()  # Pyro may have set the vector's gradient to zero since, and so are the parameters' ones
         for part in self.parameters:
             part.data = part.data.clone()
             part.grad = None if part.grad is None else part.grad.clone()
