@@ -312,6 +312,8 @@ class LatentGuide(AutoContinuous):
         trained = [part for part in self._named.parameters if part.requires_grad]
         whole = self._whole
         if whole is None or list(map(id, whole.parameters)) != list(map(id, trained)) or not whole.hold():
+            if whole is not None:
+                whole.release()
             kinds = {(part.dtype, part.device) for part in trained}
             self._whole = Whole(trained) if len(kinds) == 1 else None
         return self._whole

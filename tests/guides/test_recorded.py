@@ -130,6 +130,17 @@ def test_outside_of_steps_gradients_are_those_of_each_parameter():
     assert torch.autograd.grad(slope.square().sum(), next(guide.flow.parameters()))[0].isfinite().all()
 
 
+def test_a_parameter_that_is_frozen_in_training_leaves_no_gradient_behind():
+    """The others had the gradient of the step before added to theirs."""
+    guide, other = guide_of(), guide_of()
+    trained(guide, "vectorized")
+    other.load_state_dict(copy.deepcopy(guide.state_dict()))
+    next(guide.flow.parameters()).requires_grad_(False)
+    next(other.flow.parameters()).requires_grad_(False)
+    for one, own in zip(trained(guide, "vectorized"), trained(other, "vectorized"), strict=True):
+        close(one, own, 1e-9)
+
+
 def test_copies_and_pickles_in_training_go_on_alike():
     guide = guide_of()
     trained(guide, "vectorized")
