@@ -86,7 +86,10 @@ class RecordedMap:
     def __init__(self, bijection: Bijection, whole: Whole, x: Tensor, parts: list[Tensor]) -> None:
         self._kept = bijection, parts  # so that nothing else comes to have their ids
         called = _Called(bijection)
-        names = {id(parameter): name for name, parameter in called.named_parameters()}
+        named = [*called.named_parameters(remove_duplicate=False)]
+        names = {id(parameter): name for name, parameter in named}
+        if len(names) < len(named):
+            raise ValueError("layers: expected parameters that belong to one layer each.")
         sizes = [part.numel() for part in whole.parameters]
 
         def along(vector: Tensor, x: Tensor) -> tuple[Tensor]:
