@@ -127,9 +127,13 @@ class Flow(nn.Module):
     def forward(self, context: Tensor | None = None) -> TransformedDistribution:
         """Return the distribution of the flow, with the batch shape of the context."""
         context = None if context is None else self._real("context", context)
-        base, bound = self.base_distribution(context), Bound(self.bijection, context)
-        if context is not None:
-            return TransformedDistribution(base, [bound])
+        if context is None:
+            return self.through(Bound(self.bijection))
+        return TransformedDistribution(self.base_distribution(context), [Bound(self.bijection, context)])
+
+    def through(self, bound: Bound) -> TransformedDistribution:
+        """Return the distribution of the flow, whose map is done by ``bound``, without a context."""
+        base = self.base_distribution()
         new: TransformedDistribution = TransformedDistribution.__new__(TransformedDistribution)
         new.base_dist, new.transforms = base, [bound]  # the shapes are known, and torch takes long to find them
         Distribution.__init__(new, base.batch_shape, self.event_shape)

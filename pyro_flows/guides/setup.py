@@ -19,10 +19,12 @@ from torch import Tensor, nn
 from torch.distributions import constraints
 
 from pyro_flows import _checks
+from pyro_flows._cache import Cache
 from pyro_flows._fallbacks import passed_over
 from pyro_flows.flows.flow import Flow
 from pyro_flows.flows.mixture import FlowMixture
 from pyro_flows.flows.recipe import FlowLike, affine_of, begin_at, latent_recipe, start_at
+from pyro_flows.guides.recorded import KEPT, Maps
 from pyro_flows.guides.store import Named, Whole, copy_stored, forget, in_svi, param_statement, place, was_loaded
 from pyro_flows.model.log_density import LogDensity, PartialLogDensity
 from pyro_flows.model.precision import LostDigits
@@ -85,6 +87,8 @@ class LatentGuide(AutoContinuous):
         self.plates: dict[str, object] = {}
         self._in_store = False
         self._named: Named | None = None  # the tensors by their names in Pyro's store
+        self._maps: Maps = Cache(KEPT)  # the flow by graphs, for steps of SVI
+        self._stepping = False  # whether the next draw is of such a step
 
     def initialize(self, *args: object, **kwargs: object) -> Self:
         """Run the model once on its arguments and make the parameters, so that an optimizer can be built."""
@@ -287,7 +291,9 @@ class LatentGuide(AutoContinuous):
                     place(full, tensor)
             self._in_store = True
         told = tensors
-        if in_svi() and (whole := self._as_one()) is not None:
+        whole = self._as_one() if in_svi() else None
+        self._stepping = whole is not None and torch.is_grad_enabled()
+        if whole is not None:
             if gather and torch.is_grad_enabled():
                 whole.gather()
             told = {self._pyro_get_fullname("flow"): whole.vector}
@@ -306,6 +312,8 @@ class LatentGuide(AutoContinuous):
         trained = [part for part in self._named.parameters if part.requires_grad]
         whole = self._whole
         if whole is None or list(map(id, whole.parameters)) != list(map(id, trained)) or not whole.hold():
+            if whole is not None:
+                whole.release()
             kinds = {(part.dtype, part.device) for part in trained}
             self._whole = Whole(trained) if len(kinds) == 1 else None
         return self._whole
@@ -379,7 +387,8 @@ class LatentGuide(AutoContinuous):
         for tensor in super().state_dict(keep_vars=True).values():
             tensor.__dict__.pop("unconstrained", None)  # Pyro's weak reference
         gone = dict.fromkeys(("_model", "_whole", "_named", "master", "create_plates"))
-        return {**self.__dict__, **gone, "plates": {}, "_arguments": ((), {}), "_in_store": False}
+        maps: Maps = Cache(KEPT)
+        return {**self.__dict__, **gone, "plates": {}, "_arguments": ((), {}), "_in_store": False, "_maps": maps}
 
     def __deepcopy__(self, memo: dict[int, object]) -> Self:
         """Copy the guide: alone, with the same model; as a part of something else, with the copy of the model there."""

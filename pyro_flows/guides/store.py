@@ -79,10 +79,14 @@ class Whole:
         return True
 
     def release(self) -> None:
-        """Give each parameter memory of its own, for copies and files, until the next :meth:`hold`."""
-        for part in self.parameters:
+        """Give each parameter memory of its own, for copies, files and other vectors, until the next :meth:`hold`.
+
+        Where Pyro has set the vector's gradient to zero since, the parameters' ones are of the step before, and go.
+        """
+        before = self._parts if self.vector.grad is not self._gradient else [None] * len(self.parameters)
+        for part, old in zip(self.parameters, before or [None] * len(self.parameters), strict=True):
             part.data = part.data.clone()
-            part.grad = None if part.grad is None else part.grad.clone()
+            part.grad = None if part.grad is None or part.grad is old else part.grad.clone()
         self._gradient, self._parts = None, []
 
     def gather(self) -> None:

@@ -210,9 +210,12 @@ class Bound(Transform):
         return memo if memo.state == self._state(memo.x, memo.y, memo.ladj) else None
 
     def _call(self, x: Tensor) -> Tensor:
-        y, ladj = self.bijection.forward_and_ladj(_checks.floating("x", x, self._dtype), self.context)
+        y, ladj = self._forward(_checks.floating("x", x, self._dtype))
         self._keep(x, y, ladj, point=True)
         return y
+
+    def _forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.bijection.forward_and_ladj(x, self.context)
 
     def _inverse(self, y: Tensor) -> Tensor:
         memo = self._recall(None, y)
