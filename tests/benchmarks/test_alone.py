@@ -2,8 +2,9 @@
 
 import pytest
 
-from benchmarks import alone, records, tables
+from benchmarks import alone, records
 from benchmarks.posteriors import judging
+from tests.benchmarks.pages import write_only
 
 ROW = {
     **dict.fromkeys(alone.FIELDS, ""),
@@ -22,8 +23,7 @@ def test_the_table_counts_what_is_right_and_what_only_says_so(tmp_path):
     file, page = tmp_path / "rows.csv", tmp_path / "page.md"
     records.write(file, alone.FIELDS, [ROW])
     page.write_text("# A\n\n<!-- alone: begin -->\n<!-- alone: end -->\n", encoding="utf-8")
-    nothing = {name: tmp_path / "none.csv" for name in tables.write_tables.__kwdefaults__ if name != "alone_csv"}
-    tables.write_tables(page, alone_csv=file, **nothing)
+    write_only(page, alone_csv=file)
     assert "1 of 1 right" in page.read_text(encoding="utf-8")
 
 

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import inspect
-
 import pytest
 
-from benchmarks import records, tables
+from benchmarks import records
 from benchmarks.calibration import running
 from benchmarks.calibration.models import MODELS
 from benchmarks.calibration.tables import section
 from pyro_flows import LogDensity
-
-FILES = [name for name in inspect.signature(tables.write_tables).parameters if name.endswith("_csv")]
+from tests.benchmarks.pages import write_only
 
 
 @pytest.fixture(scope="module")
@@ -50,8 +47,7 @@ def test_the_table_compares_both_ways(rows, tmp_path):
     assert text.count("| poisson |") == 2
     page = tmp_path / "page.md"
     page.write_text("# A\n\n<!-- calibration: begin -->\n<!-- calibration: end -->\n\nB\n", encoding="utf-8")
-    files = dict.fromkeys(FILES, tmp_path / "none.csv")
-    tables.write_tables(page, **{**files, "calibration_csv": rows[0]})
+    write_only(page, calibration_csv=rows[0])
     assert "| poisson | fit, side by side | 10 |" in page.read_text(encoding="utf-8")
 
 

@@ -20,6 +20,7 @@ from benchmarks.toys import running as toys
 from benchmarks.toys import targets
 from benchmarks.toys.targets import TARGETS
 from pyro_flows import LogDensity
+from tests.benchmarks.pages import write_only
 
 STEIN_DRAWS = 2000
 STEIN_CHUNK = 250
@@ -185,7 +186,7 @@ def test_tables_are_put_between_the_markers_and_nowhere_else(tmp_path):
     rows = [row(), row(seed=1, used_mean=0.055), row(posterior=NAMES[1], error="ValueError: none", status="")]
     records.write(posteriors, posteriordb.FIELDS, rows)
     records.write(times, speed.FIELDS, [timed("eager", 2.0), timed("Pyro", 8.0), timed("recorded", 1.0)])
-    tables.write_tables(page, speed_csv=times, posteriordb_csv=posteriors)
+    write_only(page, speed_csv=times, posteriordb_csv=posteriors)
     text = page.read_text()
     assert "| eight schools | 10 | 256 | 2.00 (4.0) | 1.00 (8.0) | 8.00 |" in text
     line = next(line for line in text.splitlines() if line.startswith(f"| {NAMES[0]} |"))
@@ -195,7 +196,7 @@ def test_tables_are_put_between_the_markers_and_nowhere_else(tmp_path):
     assert "A CPU" in text
 
     page.write_text(text.replace("# Performance", "# Performance\n\nBy hand."))
-    tables.write_tables(page, speed_csv=tmp_path / "none.csv", posteriordb_csv=posteriors)
+    write_only(page, posteriordb_csv=posteriors)
     again = page.read_text()
     assert "By hand." in again
     assert again.replace("\n\nBy hand.", "") == text
@@ -454,8 +455,7 @@ def test_the_table_of_toys_has_one_line_a_case(tmp_path):
     rows += [toy_row(target="funnel", flow="realnvp", layers=8, modes="", of_modes="", sd_x0=sd) for sd in (2.9,)]
     rows += [toy_row(target="mixture", flow="realnvp", layers=8, runs=4, error="ValueError: none", status="")]
     records.write(file, toys.FIELDS, rows)
-    nothing = tmp_path / "none.csv"
-    tables.write_tables(page, speed_csv=nothing, posteriordb_csv=nothing, guides_csv=nothing, toys_csv=file)
+    write_only(page, toys_csv=file)
     lines = [line for line in page.read_text().splitlines() if line.startswith("| ")]
     cells = {line.split(" | ")[0][2:]: line.strip("| ").split(" | ") for line in lines}
     assert cells["u1"][4:6] == ["0.360", "0.700"]

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 
 import pytest
 import torch
 
 import pyro_flows as pf
-from benchmarks import records, tables
+from benchmarks import records
 from benchmarks.search import planted, running
 from benchmarks.search import tables as search_tables
 from pyro_flows.report import page
+from tests.benchmarks.pages import write_only
 
 
 @pytest.mark.parametrize("kind", planted.SUMS)
@@ -62,7 +62,7 @@ def test_blocks_are_done_once_and_make_tables(tmp_path, monkeypatch):
     found = sum(row["found"].count("1") for row in rows)
     page = tmp_path / "search.md"
     page.write_text("<!-- search: begin -->\n<!-- search: end -->\n")
-    tables.write_tables(page, **_only(search_csv=out))
+    write_only(page, search_csv=out)
     text = page.read_text()
     assert f"| 1 | {25 * found} |" in text
     assert "of 4 in each cell" in text
@@ -89,10 +89,3 @@ def test_what_a_report_says_is_what_was_measured():
 
 def _cell(dim, width):
     return "search", "none", str(dim), width
-
-
-def _only(**files):
-    """All files of tables, of which only some are there."""
-    names = [name for name in inspect.signature(tables.write_tables).parameters if name.endswith("_csv")]
-    nothing = records.RESULTS / "none.csv"
-    return {**dict.fromkeys(names, nothing), **files}
