@@ -21,6 +21,7 @@ import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, Protocol, cast
 
 import pyro
@@ -221,11 +222,12 @@ class Conditional:
         pairs = zip(self.steps(), self.numbers, strict=True)
         return [torch.where(own.flat & (step != 0.0), torch.inf, step / own.sd.detach()) for step, own in pairs]
 
+    @cached_property
     @torch.enable_grad()  # else sums of densities do not say what they depend on
-    def heights(self) -> list[Tensor]:
-        """Return for each number the log density of the rows of its outermost plate, of all rows if need be.
+    def _together(self) -> list[tuple[str, Tensor]]:
+        """Name for each number the rows that stand or fall together, and give their log density.
 
-        Rows that are moved together stand or fall together: an outer row, and what is inside of it.
+        These are the rows of its outermost plate: an outer row, and what is inside of it; all rows if need be.
         """
         nodes, parts = messages(self.at.trace), self.at.densities()
         frames = {name: axes_of(nodes[name]).items() for name in parts}
@@ -236,9 +238,30 @@ class Conditional:
             if name not in self.at.without_local_parents and part.requires_grad
         }
         if any(not any(root.plates.items() <= frames[name] for root in roots) for name in moved):
-            return [_summed(moved.values(), self.at.z.shape[:-1])] * len(self.numbers)
+            return [("", _summed(moved.values(), self.at.z.shape[:-1]))] * len(self.numbers)
         inside = [[part for name, part in moved.items() if root.plates.items() <= frames[name]] for root in roots]
-        return [_summed(own, root.batch) for own, root in zip(inside, roots, strict=True)]
+        return [(root.name, _summed(own, root.batch)) for own, root in zip(inside, roots, strict=True)]
+
+    def heights(self) -> list[Tensor]:
+        """Return for each number the log density of the rows that are moved together.
+
+        It is NaN where derivatives are: no step leads on from there.
+        """
+        known = self.least([torch.isfinite(step) for step in self.steps()])
+        return [torch.where(fine, own, torch.nan) for fine, (_, own) in zip(known, self._together, strict=True)]
+
+    def least(self, values: Sequence[Tensor]) -> list[Tensor]:
+        """Return for each number the least value among the numbers that are moved together with it."""
+        found: dict[str, Tensor] = {}
+        for value, (group, height) in zip(values, self._together, strict=True):
+            own = _least(value, height.shape)
+            found[group] = torch.minimum(found[group], own) if group in found else own
+        return [found[group] for group, _ in self._together]
+
+    def shortened(self, steps: Sequence[Tensor], most: Sequence[Tensor]) -> list[Tensor]:
+        """Return steps no longer than ``most`` of each number, in the same direction for all that move together."""
+        shares = self.least([(length / step.abs()).clamp_max(1.0) for step, length in zip(steps, most, strict=True)])
+        return [step * share for step, share in zip(steps, shares, strict=True)]
 
     @property
     def near(self) -> bool:
@@ -412,7 +435,8 @@ class Rows:
         """Return unconstrained values near a mode, by Newton steps from where ``first`` was taken.
 
         Rows whose log density would fall go a quarter of their way from where they were. Steps are four times as long
-        as the longest one before at most. Rows that step back and forth, no higher than before, are at a kink.
+        as the longest one before at most: all numbers of a row are shortened by one factor, else its direction might
+        lead down. Rows that step back and forth, no higher than before, are at a kink.
         """
         base, lengths, steps, heights = first.base, first.decrement, first.steps(), first.heights()
         reach = [number.sd.detach() for number in first.numbers]
@@ -424,8 +448,7 @@ class Rows:
             base = first.moved(base, [torch.where(fine, step, 0.0) for fine, step in zip(good, steps, strict=True)])
             tried = list(zip(good, now.steps(), steps, reach, strict=True))
             reach = [torch.where(fine, most.maximum(old.abs()), most) for fine, _, old, most in tried]
-            most = [FARTHER * length for length in reach]
-            new = [torch.maximum(torch.minimum(step, m), -m) for (_, step, _, _), m in zip(tried, most, strict=True)]
+            new = now.shortened(now.steps(), [FARTHER * length for length in reach])
             steps = [torch.where(fine, step, old / FARTHER) for (fine, _, old, _), step in zip(tried, new, strict=True)]
             at_kink = [
                 kink | (fine & (fresh * old < 0.0) & _above(before, new))
@@ -443,6 +466,13 @@ class Rows:
 def _summed(parts: Iterable[Tensor], shape: torch.Size) -> Tensor:
     spread = [part.expand(torch.broadcast_shapes(part.shape, shape)) for part in parts]
     return torch.as_tensor(sum(part.sum_to_size(shape) for part in spread))
+
+
+def _least(value: Tensor, shape: torch.Size) -> Tensor:
+    """Return the least values along the axes that a shape does not have."""
+    axes = [axis for axis in range(-value.dim(), 0) if axis < -len(shape) or shape[axis] == 1]
+    found = value.amin(axes, keepdim=True) if axes else value
+    return found.reshape(found.shape[found.dim() - len(shape) :])
 
 
 def _above(new: Tensor, old: Tensor) -> Tensor:
@@ -488,9 +518,16 @@ def slope(total: Tensor, site: Local) -> Tensor:
 
 
 def _eliminate(numbers: list[Number]) -> None:
-    """Take the innermost numbers out of the equations of the others."""
+    """Take the innermost numbers out of the equations of the others.
+
+    Where a number and one before it have no maximum together, such as at a saddle, the curvature of the later one is
+    raised to twice the least with which they would have one. Divided by a curvature near zero, steps would be endless.
+    """
     for number in reversed(numbers):
         size = number.own.abs()
+        for other, coupling in number.couplings.items():
+            least = coupling.square() / torch.maximum(numbers[other].own.abs(), coupling.abs()).clamp_min(SMALLEST)
+            size = torch.where(number.own > least, size, torch.maximum(size, 2.0 * least))
         number.flat = ~(size > SMALLEST)
         number.own = torch.where(number.flat, torch.as_tensor(number.site.scale).to(size), size)
         for other, coupling in number.couplings.items():

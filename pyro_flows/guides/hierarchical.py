@@ -544,7 +544,8 @@ class AutoHierarchicalFlow(AutoMessenger):  # type: ignore[metaclass]
             densities.append(dist.Normal(0.0, 1.0).log_prob(eps) - ladj - now.numbers[index].sd.log())
             return shaped.squeeze(-1)
 
-        values = now.moved(now.base, now.draw(noise))
+        drawn = now.moved(now.base, now.draw(noise))
+        values = {name: finite_gradients(value.unsqueeze(-1)).squeeze(-1) for name, value in drawn.items()}
         by_site = {name: torch.stack(parts).sum(0) for name, parts in now.by_site(densities).items()}
         return _Run(values, by_site, now.at.chosen)
 
@@ -600,7 +601,8 @@ class AutoHierarchicalFlow(AutoMessenger):  # type: ignore[metaclass]
         """Keep where the rows of this run have their modes, averaged over the particles; none of other plates."""
         if self._other_rows(conditional.all_frames(now.at.trace)):
             return
-        there = now.moved(now.base, [torch.where(step.isfinite(), step, 0.0) for step in now.steps()])
+        near = zip(now.steps(), now.decrement, strict=True)
+        there = now.moved(now.base, [torch.where(far.abs() <= conditional.NEAR, step, 0.0) for step, far in near])
         for site in now.sites:
             rank = max(-axis for axis in site.plates.values())
             value = there[site.name]

@@ -30,6 +30,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
+import pyro
 import torch
 from pyro.distributions.util import scale_and_mask
 from torch import Tensor
@@ -40,7 +41,7 @@ from pyro_flows._seeding import derive, seeded
 from pyro_flows.guides import conditional
 from pyro_flows.guides.conditional import At, Conditional, Number, Rows, Start, at_values, axes_of, is_part, vectorized
 from pyro_flows.model.batching import over_rows, quiet
-from pyro_flows.model.observations import refuse_outside, support_moves
+from pyro_flows.model.observations import left_alone, refuse_outside, support_moves
 from pyro_flows.model.reading import check_observed
 from pyro_flows.model.sites import Site, is_data, messages
 from pyro_flows.model.supports import inside
@@ -645,22 +646,27 @@ def parts_of(first: Conditional, seed: int, most: int | None) -> list[Part]:
 def check_data(rows: Rows, z: Tensor, start: Start, parts: Sequence[Part]) -> None:
     """Refuse data that are NaN or outside of their support, and log densities that are NaN wherever the globals are.
 
-    The error names the site and the row. A support that moves with the globals decides at each of their draws.
+    The error names the site and the row. A support that moves with the globals decides at each of their draws, and a
+    distribution made with ``validate_args=False`` is left alone.
     """
     for part in parts:
         at, other = (rows.run(point, start, part.chosen) for point in (z, z + JITTER))
+        if part is parts[0]:
+            with pyro.validation_enabled(False):  # as the run was, so that the model is run once more with checks
+                alone = left_alone(messages(at.trace), lambda: rows.model(*rows.args, **rows.kwargs))
         lost, also = (run.densities() for run in (at, other))
         for name, site in messages(at.trace).items():
             if site["type"] != "sample" or not site["is_observed"] or not is_data(site):
                 continue
             try:
                 check_observed(site)
-                if not support_moves(site, messages(other.trace)[name]):
+                if name not in alone and not support_moves(site, messages(other.trace)[name]):
                     refuse_outside(site)
             except ValueError as error:
                 fine, axes = inside(site["fn"], site["value"])
-                fine = fine & ~torch.isnan(site["value"])
+                nan, depth = torch.isnan(site["value"]), site["fn"].event_dim
                 fine = fine.flatten(fine.dim() - axes).all(-1) if axes else fine
+                fine = fine & ~(nan.flatten(nan.dim() - depth).any(-1) if depth else nan)
                 row = _row_named(site, (~fine).nonzero()[0].tolist(), at.chosen)
                 raise ValueError(f"{error} In all data, the first is at {row}.") from None
             undefined = torch.isnan(lost[name]) & torch.isnan(also[name])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import cast
 
@@ -65,8 +65,8 @@ def check_values(structure: Structure, run: Run, model: Callable[[], object]) ->
     kept = [name for name in structure.observed if nodes[name]["mask"] is not False]
     asked = [name for name in kept if not is_whole(nodes[name]["fn"])]
     if asked:
-        left_alone = _left_alone(structure, model)
-        asked = [name for name in asked if name not in left_alone]
+        alone = left_alone(nodes, model)
+        asked = [name for name in asked if name not in alone]
     if asked:
         with torch.no_grad(), pyro.validation_enabled(False):
             first, *others = [messages(trace) for trace in where_it_runs(run, structure.points, 2)] or [{}]
@@ -85,9 +85,8 @@ def check_values(structure: Structure, run: Run, model: Callable[[], object]) ->
     return frozenset(guards)
 
 
-def _left_alone(structure: Structure, model: Callable[[], object]) -> set[str]:
-    """The observed sites whose distributions were made with ``validate_args=False``."""
-    nodes = messages(structure.trace)
+def left_alone(nodes: Mapping[str, Site], model: Callable[[], object]) -> set[str]:
+    """The observed sites of a run whose distributions were made with ``validate_args=False``."""
     if not Distribution._validate_args:  # plates hand the global setting on as if it were a distribution's own
         values = {name: site["value"] for name, site in nodes.items() if site["type"] == "sample"}
         values = {name: value for name, value in values.items() if not nodes[name]["is_observed"]}
@@ -96,7 +95,8 @@ def _left_alone(structure: Structure, model: Callable[[], object]) -> set[str]:
             nodes = messages(poutine.trace(model).get_trace())
         if tried.error is not None:  # from a check of arguments, or of the model's own at values that it has run at
             return set()
-    return {name for name in structure.observed if _is_unchecked(nodes[name]["fn"])}
+    sites = {name: site for name, site in nodes.items() if site["type"] == "sample" and site["is_observed"]}
+    return {name for name, site in sites.items() if _is_unchecked(site["fn"])}
 
 
 def _is_unchecked(fn: Distribution) -> bool:

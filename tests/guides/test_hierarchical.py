@@ -14,7 +14,7 @@ from pyro.infer.inspect import get_model_relations
 
 import pyro_flows as pf
 from pyro_flows.guides import hierarchical
-from pyro_flows.guides.conditional import Rows, beginning
+from pyro_flows.guides.conditional import Rows, at_values, beginning
 from pyro_flows.guides.crossed import CrossedMarginal
 from pyro_flows.guides.marginal import Marginal
 from pyro_flows.guides.setup import best_start
@@ -318,6 +318,58 @@ def test_rows_of_several_numbers_pass_kinks():
     _, rows = rows_of(model, real([0.0, 1.0, 2.0, 3.0, 4.0, 6.0, 9.0, 30.0]))
     now = rows.near_mode(real([-1.0]), beginning, {})
     assert float(now.heights()[0].sum()) > -52.0  # -47.0 is the highest
+
+
+def topics(y):
+    """Shares of topics in documents, the topics of words summed out."""
+    words = pyro.sample("words", dist.Normal(torch.zeros(3, 8), 1.0).to_event(2)).softmax(-1)
+    with pyro.plate("document", len(y)):
+        theta = pyro.sample("theta", dist.Dirichlet(0.5 * torch.ones(3)))
+        pyro.sample("y", dist.Multinomial(40, probs=(theta.unsqueeze(-2) @ words).squeeze(-2)), obs=y)
+
+
+def test_rows_on_a_simplex_reach_their_modes():
+    """Numbers shortened one by one led down, and a curvature near zero beside a coupling made endless steps."""
+    generator = torch.Generator().manual_seed(0)
+    words = 2.0 * torch.randn(24, generator=generator)
+    probs = torch.rand(12, 3, generator=generator) ** 3 @ words.reshape(3, 8).softmax(-1)
+    drawn = [torch.multinomial(row, 40, True, generator=generator) for row in probs]
+    _, rows = rows_of(topics, torch.stack([torch.bincount(row, minlength=8) for row in drawn]).float())
+    for start in [(-6.0, 3.0), (-3.0, -6.0), (6.0, -6.0), (6.0, 3.0)]:
+        now = rows.near_mode(words, at_values({"theta": torch.tensor(start).expand(12, 2)}), {})
+        assert now.near
+        assert float(now.heights()[0].sum()) > -178.8  # -178.6 is the highest; some rows ended 1 to 180 below
+
+
+def test_draws_without_a_gradient_leave_parameters_finite():
+    def model(y):
+        mu = pyro.sample("mu", dist.Normal(3.0, 1.0))
+        with pyro.plate("row", len(y)):
+            z = pyro.sample("z", dist.Normal(mu, 1.0))
+            pyro.sample("y", dist.Normal(torch.where(z > 0.0, z.sqrt(), 0.0), 0.5), obs=y)
+
+    pyro.set_rng_seed(0)
+    guide = pf.AutoHierarchicalFlow(model, layers=2, init="prior")
+    svi = SVI(model, guide, pyro.optim.Adam({"lr": 0.01}), Trace_ELBO())
+    losses = [svi.step(torch.linspace(0.5, 1.5, 8)) for _ in range(10)]
+    assert all(map(math.isfinite, losses))
+    assert all(bool(torch.isfinite(parameter).all()) for parameter in guide.parameters())
+
+
+def shares(y, validate_args=None):
+    m = pyro.sample("m", dist.Dirichlet(torch.ones(3)))
+    with pyro.plate("row", len(y)):
+        p = pyro.sample("p", dist.Dirichlet(4.0 * m))
+        pyro.sample("y", dist.Multinomial(9, probs=p, validate_args=validate_args), obs=y)
+
+
+def test_data_that_the_model_does_not_check_are_left_alone():
+    """Rows of differing totals have one distribution, whose total is none of theirs."""
+    y = torch.tensor([[3.0, 2.0, 1.0], [0.0, 9.0, 7.0], [4.0, 4.0, 1.0]])
+    guide = pf.AutoHierarchicalFlow(lambda y: shares(y, False), layers=2, init="prior").initialize(y)
+    assert guide.local == ["p"]
+    with pytest.raises(ValueError, match=r"validate_args=False. In all data, the first is at row\[1\]"):
+        pf.AutoHierarchicalFlow(shares, layers=2, init="prior").initialize(y)
 
 
 # what the guide follows ----------------------------------------------------------------------------------------------
