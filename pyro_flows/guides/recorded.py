@@ -9,25 +9,25 @@ from torch import Tensor, nn
 from torch._C import _functorch
 from torch.autograd.function import once_differentiable
 
-from pyro_flows._cache import Cache
 from pyro_flows._fallbacks import Tried, passed_over
 from pyro_flows._tensors import nearby, pull
 from pyro_flows.graphs import Runner, agree, record
 from pyro_flows.guides.store import Whole
 from pyro_flows.transforms import Bijection, Bound
 
-KEPT = 4  # maps of a guide, each for another number of points
+MOST_RECORDED = 4  # maps of a guide, each for another number of points
 KNOWN = "pyro_flows", "torch"  # packages whose layers do at each step what they did when they were recorded
 HOOKS = "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
 
-Maps = Cache[object, "RecordedMap | None"]
+Maps = dict[object, "RecordedMap | None"]
 
 
 class RecordedBound(Bound):
     r"""A :class:`Bound` that maps points forward by graphs, recorded when so many points come for the first time.
 
     One graph is the map and its log derivative, the other their gradient along the parameters, which are one vector.
-    The layers themselves are used if one is of another package, if one has hooks, or if graphs give other numbers.
+    The layers themselves are used if one is of another package, if one has hooks, if graphs give other numbers, and if
+    the number of points, or what is no parameter, has changed often.
 
     Args:
         bijection: of vectors, without a context.
@@ -35,11 +35,10 @@ class RecordedBound(Bound):
         maps: what was recorded at earlier steps.
 
     >>> import torch, pyro_flows as pf
-    >>> from pyro_flows._cache import Cache
     >>> from pyro_flows.guides.recorded import RecordedBound
     >>> from pyro_flows.guides.store import Whole
     >>> layer, x = pf.transforms.AffineCoupling(2), torch.ones(3, 2)
-    >>> torch.equal(RecordedBound(layer, Whole([*layer.parameters()]), Cache(1))(x), layer.condition(None)(x))
+    >>> torch.equal(RecordedBound(layer, Whole([*layer.parameters()]), {})(x), layer.condition(None)(x))
     True
     """
 
@@ -54,7 +53,9 @@ class RecordedBound(Bound):
         parts = [part for held in self._held for part in held.values() if part is not None]
         fixed = ((id(part), part._version) for part in parts if id(part) not in trained)
         key = id(self.bijection), self._whole, points.shape, points.dtype, *fixed
-        found = self._maps.of(key, lambda: _recorded(self.bijection, self._whole, points, parts))
+        if key not in self._maps and len(self._maps) < MOST_RECORDED:
+            self._maps[key] = _recorded(self.bijection, self._whole, points, parts)
+        found = self._maps.get(key)
         if found is None:
             return super()._forward(x)
         both: Tensor = _Map.apply(found, points, self._whole.vector)

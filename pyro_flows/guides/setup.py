@@ -19,12 +19,11 @@ from torch import Tensor, nn
 from torch.distributions import constraints
 
 from pyro_flows import _checks
-from pyro_flows._cache import Cache
 from pyro_flows._fallbacks import passed_over
 from pyro_flows.flows.flow import Flow
 from pyro_flows.flows.mixture import FlowMixture
 from pyro_flows.flows.recipe import FlowLike, affine_of, begin_at, latent_recipe, start_at
-from pyro_flows.guides.recorded import KEPT, Maps
+from pyro_flows.guides.recorded import Maps
 from pyro_flows.guides.store import Named, Whole, copy_stored, forget, in_svi, param_statement, place, was_loaded
 from pyro_flows.model.log_density import LogDensity, PartialLogDensity
 from pyro_flows.model.precision import LostDigits
@@ -87,7 +86,7 @@ class LatentGuide(AutoContinuous):
         self.plates: dict[str, object] = {}
         self._in_store = False
         self._named: Named | None = None  # the tensors by their names in Pyro's store
-        self._maps: Maps = Cache(KEPT)  # the flow by graphs, for steps of SVI
+        self._maps: Maps = {}  # the flow by graphs, for steps of SVI
         self._stepping = False  # whether the next draw is of such a step
 
     def initialize(self, *args: object, **kwargs: object) -> Self:
@@ -387,8 +386,7 @@ class LatentGuide(AutoContinuous):
         for tensor in super().state_dict(keep_vars=True).values():
             tensor.__dict__.pop("unconstrained", None)  # Pyro's weak reference
         gone = dict.fromkeys(("_model", "_whole", "_named", "master", "create_plates"))
-        maps: Maps = Cache(KEPT)
-        return {**self.__dict__, **gone, "plates": {}, "_arguments": ((), {}), "_in_store": False, "_maps": maps}
+        return {**self.__dict__, **gone, "plates": {}, "_arguments": ((), {}), "_in_store": False, "_maps": {}}
 
     def __deepcopy__(self, memo: dict[int, object]) -> Self:
         """Copy the guide: alone, with the same model; as a part of something else, with the copy of the model there."""

@@ -118,7 +118,17 @@ def test_layers_that_cannot_be_recorded_are_called(monkeypatch):
     monkeypatch.setattr(recorded, "record", refused)
     guide = guide_of()
     assert trained(guide, "vectorized")[0].isfinite().all()
-    assert guide._maps.values() == [None]
+    assert [*guide._maps.values()] == [None]
+
+
+def test_numbers_of_points_that_change_often_are_not_recorded(monkeypatch):
+    made = []
+    real = recorded._recorded
+    monkeypatch.setattr(recorded, "_recorded", lambda *parts: made.append(1) or real(*parts))
+    guide = guide_of()
+    for count in range(2, 9):
+        SVI(model, guide, pyro.optim.Adam({"lr": 0.01}), Trace_ELBO(count, vectorize_particles=True)).step()
+    assert len(made) == recorded.MOST_RECORDED
 
 
 def test_outside_of_steps_gradients_are_those_of_each_parameter():
