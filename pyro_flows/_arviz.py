@@ -135,7 +135,8 @@ def summary(draws: xr.Dataset, *, ess: float | None, kind: str, prob: float, rou
     if ess is not None:
         found["ess"] = ess if math.isnan(ess) else int(ess)
         return found
-    r_hat = _halves(draws).azstats.rhat()
+    with np.errstate(invalid="ignore"):  # a constant has none
+        r_hat = _halves(draws).azstats.rhat()
     more = _frame({"ess_bulk": access.ess(method="bulk"), "ess_tail": access.ess(method="tail"), "r_hat": r_hat})
     for name in ("ess_bulk", "ess_tail"):
         found[name] = more[name].fillna(0).astype(int)
@@ -177,7 +178,10 @@ def _halves(draws: xr.Dataset) -> xr.Dataset:
 
 
 def power_scaling(draws: xr.Dataset, log_prior: Tensor, log_likelihood: Tensor) -> pd.DataFrame:
-    """Return the power-scaling sensitivity of each scalar to prior and likelihood, summed (chains, draws) each."""
+    """Return the power-scaling sensitivity of each scalar to prior and likelihood, summed (chains, draws) each.
+
+    That of a constant is 0: ArviZ divides 0 by 0.
+    """
     import xarray
     from arviz_stats import psense
 
@@ -185,8 +189,11 @@ def power_scaling(draws: xr.Dataset, log_prior: Tensor, log_likelihood: Tensor) 
     for name, values in (("log_prior", log_prior), ("log_likelihood", log_likelihood)):
         groups[name] = dataset({"total": values.double().cpu().numpy()}, {})
     tree = xarray.DataTree.from_dict(groups)
-    parts = {group: psense(tree, group=group) for group in ("prior", "likelihood")}
-    return _frame({name: getattr(part, "dataset", part) for name, part in parts.items()})
+    with np.errstate(invalid="ignore"):
+        parts = {group: psense(tree, group=group) for group in ("prior", "likelihood")}
+    found = {name: getattr(part, "dataset", part) for name, part in parts.items()}
+    constant = draws.min(SAMPLE_DIMS) == draws.max(SAMPLE_DIMS)
+    return _frame({name: part.where(~constant, 0.0) for name, part in found.items()})
 
 
 # selection ------------------------------------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 BINS = 45
+LETTERS = 11  # of a title, an inch
 STEP = 0.06  # of a panel's height between the bars of two posteriors
 
 
@@ -124,20 +125,21 @@ def _grid(
     height = max(1.55, min(2.4, 0.45 * width / columns))  # inches of a panel
     foot = 0.5 if len(layers) == 1 and prior is None else 0.9
     figure, grid = panels(len(shown), columns=columns, size=(width, height * math.ceil(len(shown) / columns) + foot))
+    letters = int(LETTERS * width / columns)
     handles: list[Artist] = []
     for axes, label in zip(grid, shown, strict=True):
         values = [layer[label] for layer in layers.values()]
-        handles = _marginal(axes, label, values, None if prior is None else prior[label]) or handles
+        axes.set_title(parts.short(label, letters, whole=letters), loc="left", pad=3)
+        handles = _marginal(axes, values, None if prior is None else prior[label]) or handles
     names = parts.with_status(posteriors) if prior is None else ["posterior", "prior"]
     parts.foot(figure, "bar: central 89 %; dot: mean", handles, names, columns=int(width / 1.8))
     parts.heading(figure, posteriors, text + parts.cut(shown, labels))
     return figure
 
 
-def _marginal(axes: Axes, label: str, layers: list[np.ndarray], prior: np.ndarray | None) -> list[Artist]:
+def _marginal(axes: Axes, layers: list[np.ndarray], prior: np.ndarray | None) -> list[Artist]:
     """Draw one scalar of all layers; return what a legend needs."""
     layers = [values[np.isfinite(values)] for values in layers]
-    axes.set_title(parts.plain(label), loc="left", pad=3)
     parts.silence(axes)
     spread = [values for values in layers if len(values) and np.ptp(values) > 0]
     if not spread and parts.constant(axes, layers[0]):

@@ -71,11 +71,15 @@ def plain(label: str) -> str:
     return label.replace("$", r"\$")
 
 
-def short(label: str) -> str:
-    """Return a label on two lines, the entry below the variable, each of 20 characters at most."""
+def short(label: str, most: int = 20, *, whole: int = 10) -> str:
+    """Return a label of up to ``whole`` letters as it is; else with the entry below the variable, ``most`` a line.
+
+    Longer lines lose letters in their middle: entries often differ at the end.
+    """
     name, bracket, entry = label.partition("[")
-    lines = [name, bracket + entry] if bracket and len(label) > 10 else [label]
-    return plain("\n".join(line if len(line) <= 20 else f"{line[:19]}…" for line in lines))
+    lines = [name, bracket + entry] if bracket and len(label) > whole else [label]
+    left, right = most // 2, (most - 1) // 2
+    return plain("\n".join(line if len(line) <= most else f"{line[:left]}…{line[-right:]}" for line in lines))
 
 
 def silence(axes: Axes) -> None:

@@ -382,7 +382,7 @@ class Drawn(Record):
         """
         density, z = self._need_density(), self._first(draws)
         self._hand_on("predictive()")
-        if not args and model_kwargs is None:
+        if density.by_rows or (not args and model_kwargs is None):  # by rows, it is an error that says what to do
             return density.predictive(z, seed=seed)
         return arviz_groups.predict(density, z, *usable(density.model, args, model_kwargs), seed=seed)
 

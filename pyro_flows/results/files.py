@@ -300,7 +300,7 @@ def check_groups(groups: Entries, tensors: Entries) -> None:
     count = group.sizes["chain"] * group.sizes["draw"]
     require(count == len(tensors["used"]), f"the posterior has {count} draws, and not {len(tensors['used'])}")
     for name, value in tensors["samples"].items():
-        if name in group and group[name].size == value.numel():
+        if name in group.data_vars and group[name].size == value.numel():  # "draw" is a coordinate, and a site "draw_"
             stored = group[name].transpose("chain", "draw", ...).to_numpy().reshape(-1)
             same = np.allclose(stored.astype(float), value.reshape(-1).double().numpy(), rtol=1e-5, equal_nan=True)
             require(same, f"{name} of the posterior is not that of the samples")

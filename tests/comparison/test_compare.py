@@ -280,6 +280,18 @@ def test_sensitivity_in_closed_form():
     assert shifts[0] > 0.05
 
 
+def test_a_constant_hangs_on_nothing():
+    def model(y):
+        mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+        pyro.deterministic("limits", torch.tensor([2.0, 3.0]))
+        pyro.sample("y", dist.Normal(mu, 1.0), obs=y)
+
+    guide = lambda y: pyro.sample("mu", dist.Normal(y / 2, 0.5**0.5))  # noqa: E731
+    table = pf.diagnose(model, guide, torch.tensor(6.0), draws=400).sensitivity().table
+    assert table.loc["mu", "diagnosis"] == "prior and likelihood conflict"
+    assert table.loc["limits[1]"].tolist() == [0.0, 0.0, "-"]
+
+
 def test_sensitivity_refuses_what_it_cannot_scale(three):
     with pytest.raises(ValueError, match="prior_sites: expected one of 'mu', got 'm'"):
         three["1.0"].sensitivity(prior_sites="m")

@@ -584,6 +584,14 @@ def test_other_posteriors_have_all_latents_in_their_samples():
         posterior.local_samples()
 
 
+def test_new_data_are_predicted_by_pyro(fitted):
+    """The error on data of another size was one of shapes."""
+    x, posterior = fitted
+    for data in ((), (x[:5], 5)):
+        with pytest.raises(ValueError, match=r"Draw them with posterior\.local_samples\(\), and new data with pyro"):
+            posterior.predictive(*data)
+
+
 def test_a_saved_posterior_is_loaded_with_its_model(fitted, tmp_path):
     """It was refused: a plate that is subsampled."""
     x, posterior = fitted

@@ -1,5 +1,6 @@
 """Figures: what is on them, robust ranges, errors; and that pyplot stays out of it."""
 
+import itertools
 import sys
 
 import numpy as np
@@ -100,6 +101,17 @@ def test_many_scalars_are_capped_with_a_note(ok):
     figure = plots.plot_posterior(ok, max_panels=5)
     assert "Posterior marginals · 5 of 16 scalars · guide: ok" in texts(figure)
     assert sum(bool(axes.get_title(loc="left")) for axes in figure.axes) == 5
+
+
+@pytest.mark.parametrize("width", [3.7, 7.0])
+def test_long_names_stay_in_their_panels(ok, width):
+    labeled = ok.assign_coords({"school": [f"A school with the number {number}" for number in range(8)]})
+    figure = plots.plot_posterior(labeled, "theta", width=width)
+    figure.canvas.draw()
+    titles = [axes._left_title for axes in figure.axes if axes.get_visible()]
+    boxes = [title.get_window_extent() for title in titles]
+    assert not any(one.overlaps(other) for one, other in itertools.combinations(boxes, 2))
+    assert len({title.get_text() for title in titles}) == 8
 
 
 def test_constant_broken_and_matrix_valued_sites(tmp_path):

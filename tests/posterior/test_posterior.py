@@ -137,6 +137,18 @@ def test_summary_intervals_differ_by_kind_and_default_to_the_installed_arviz():
     assert any(str(column) in ("hdi94_lb", "eti89_lb") for column in posterior.summary().columns)
 
 
+def test_chains_of_a_constant_have_no_r_hat():
+    def model(y):
+        mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+        pyro.deterministic("limit", torch.tensor(3.0))
+        pyro.sample("y", dist.Normal(mu, 1.0), obs=y)
+
+    draws = torch.randn(4, 500, generator=torch.Generator().manual_seed(0)) / math.sqrt(2.0)
+    table = pf.from_mcmc({"mu": draws}, model, torch.tensor(0.0)).summary()  # a warning is an error
+    assert math.isnan(table.loc["limit", "r_hat"])
+    assert table.loc["mu", "r_hat"] < 1.02
+
+
 def test_summary_selects_names(by_status):
     assert list(by_status["ok"].summary("double").index) == [f"double[{i}]" for i in range(SCHOOLS)]
     labeled = by_status["ok"].assign_coords({"school": list("abcdefgh")})

@@ -133,8 +133,8 @@ def test_with_keyword_arguments(tmp_path):
     assert again.predictive(torch.tensor([2.0]), draws=5)["y"].shape == (5, 1)
 
 
-@pytest.mark.parametrize("name", ["prior", "fit", "posterior"])
-def test_a_site_may_have_the_name_of_a_group(name, tmp_path):
+@pytest.mark.parametrize("name", ["prior", "fit", "posterior", "chain", "draw"])
+def test_a_site_may_have_the_name_of_a_group_or_dimension(name, tmp_path):
     def model(y):
         pyro.sample("y", dist.Normal(pyro.sample(name, dist.Normal(0.0, 1.0)), 1.0), obs=y)
 
