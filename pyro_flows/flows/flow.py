@@ -128,11 +128,11 @@ class Flow(nn.Module):
         """Return the distribution of the flow, with the batch shape of the context."""
         context = None if context is None else self._real("context", context)
         if context is None:
-            return self.through(Bound(self.bijection))
+            return self._through(Bound(self.bijection))
         return TransformedDistribution(self.base_distribution(context), [Bound(self.bijection, context)])
 
-    def through(self, bound: Bound) -> TransformedDistribution:
-        """Return the distribution of the flow, whose map is done by ``bound``, without a context."""
+    def _through(self, bound: Bound) -> TransformedDistribution:
+        """Return the distribution of the flow without a context, its map done by ``bound``."""
         base = self.base_distribution()
         new: TransformedDistribution = TransformedDistribution.__new__(TransformedDistribution)
         new.base_dist, new.transforms = base, [bound]  # the shapes are known, and torch takes long to find them

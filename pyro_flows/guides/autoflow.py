@@ -20,7 +20,7 @@ from pyro_flows._arguments import numbers
 from pyro_flows._fallbacks import fallback
 from pyro_flows._threads import turn
 from pyro_flows.flows.flow import Flow
-from pyro_flows.guides.recorded import RecordedBound
+from pyro_flows.guides.recorded import RecordedBound, hooked
 from pyro_flows.guides.setup import LatentGuide
 from pyro_flows.model.batching import Rows, over_rows, quiet
 from pyro_flows.model.handlers import flatten_all, place_all
@@ -116,8 +116,8 @@ class AutoFlow(LatentGuide):
     def sample_latent(self, *args: object, **kwargs: object) -> Tensor:
         """Draw the unconstrained vector, as the auxiliary site of Pyro's guides."""
         flow, whole, self._stepping = self._flow, self._whole if self._stepping else None, False
-        if isinstance(flow, Flow) and whole is not None:
-            posterior = flow.through(RecordedBound(flow.bijection, whole, self._maps))
+        if type(flow) is Flow and whole is not None and not hooked(flow):  # a flow of one's own may do another thing
+            posterior = flow._through(RecordedBound(flow.bijection, whole, self._maps))
         else:
             posterior = flow()
         return pyro.sample(f"_{self._pyro_name}_latent", posterior, infer={"is_auxiliary": True})

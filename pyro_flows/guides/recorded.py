@@ -62,11 +62,16 @@ class RecordedBound(Bound):
         return both[:, :-1].reshape(x.shape), both[:, -1].reshape(x.shape[:-1])
 
 
+def hooked(module: nn.Module) -> bool:
+    """Whether a module has hooks, which graphs would pass over."""
+    return any(vars(module).get(hooks) for hooks in HOOKS)
+
+
 def _recorded(bijection: Bijection, whole: Whole, x: Tensor, parts: list[Tensor]) -> RecordedMap | None:
     """Return the map by graphs; None if the layers have to be called."""
     for module in bijection.modules():
         own = type(module).__module__.partition(".")[0] in KNOWN
-        if not own or any(vars(module).get(hooks) for hooks in HOOKS):
+        if not own or hooked(module):
             return None
     with Tried() as tried:
         return RecordedMap(bijection, whole, x, parts)

@@ -100,6 +100,22 @@ class Shift(pf.transforms.Bijection):
         return y - self.calls * self.loc, y.new_zeros(y.shape[:-1])
 
 
+class Counted(pf.Flow):
+    """A user's own flow."""
+
+    calls = 0
+
+    def forward(self, context=None):
+        self.calls += 1
+        return super().forward(context)
+
+
+def test_flows_of_others_are_called_at_each_step():
+    flow = Counted(pf.transforms.AffineCoupling(4).double(), dim=4)
+    trained(pf.AutoFlow(model, flow, affine="none").initialize(), "vectorized")
+    assert flow.calls >= 3
+
+
 def test_layers_of_others_and_hooks_are_called_at_each_step():
     own = Shift()
     trained(pf.AutoFlow(model, pf.Flow(own), affine="none").initialize(), "one by one")
@@ -107,6 +123,10 @@ def test_layers_of_others_and_hooks_are_called_at_each_step():
     guide, seen = guide_of(), []
     layer = next(part for part in guide.flow.modules() if isinstance(part, torch.nn.Linear))
     layer.register_forward_hook(lambda *_: seen.append(1))
+    trained(guide, "vectorized")
+    assert len(seen) == 3
+    guide, seen = guide_of(), []
+    guide.flow.register_forward_hook(lambda *_: seen.append(1))
     trained(guide, "vectorized")
     assert len(seen) == 3
 
