@@ -295,11 +295,12 @@ def _check_rows(found: _Checks, guide: AutoHierarchicalFlow, density: MarginalDe
         )
     found.settings |= {"rows": rows, "worst_rows": [list(row) for row in [*(row[:2] for row in worst), *second]]}
     how = "normal distributions of all" if isinstance(marginal, CrossedMarginal) else f"{marginal.count} draws of each"
-    found.notes.append(
-        f"samples hold the latents outside of plates; those of {rows:,} rows were integrated out by {how} "
-        f"(error {errors.differences:.2g} nats, of the log evidence {errors.level:.2g} nats), and "
-        "local_samples() draws them"
-    )
+    if rows:
+        found.notes.append(
+            f"samples hold the latents outside of plates; those of {rows:,} rows were integrated out by {how} "
+            f"(error {errors.differences:.2g} nats, of the log evidence {errors.level:.2g} nats), and "
+            "local_samples() draws them"
+        )
 
 
 def _posterior(

@@ -121,6 +121,8 @@ class MarginalDensity(LogDensity):
         """Draw latents of rows at points ``z`` (S, D); see :meth:`pyro_flows.Posterior.local_samples`."""
         marginal, z = self.marginal, self._check(z).detach()
         sites = [site.name for site in marginal.first.sites]
+        if not sites:
+            return super().local_samples(z, names, rows)
         names = sites if names is None else [_checks.choice("names", name, sites) for name in names]
         found: dict[str, Tensor] = {}
         for plate in dict.fromkeys(marginal.plates[name] for name in names):
@@ -163,10 +165,15 @@ class MarginalDensity(LogDensity):
         return self.value_and_grad(z)
 
     def predictive(self, z: Tensor, *, seed: int = 0) -> dict[str, Tensor]:
-        """Raise an error: the latents of rows are not there."""
+        """Raise an error: the latents of rows are not there, and a run of the model has a part of the rows."""
+        if self.marginal.first.sites:
+            raise ValueError(
+                "predictive: latents of rows were integrated out. Draw them with posterior.local_samples(), and new "
+                "data with pyro.infer.Predictive and these draws."
+            )
         raise ValueError(
-            "predictive: latents of rows were integrated out. Draw them with posterior.local_samples(), and new data "
-            "with pyro.infer.Predictive and these draws."
+            "predictive: a run of the model has a part of the rows of its plates. Draw new data with "
+            "pyro.infer.Predictive, these draws, and a model whose plates have all rows (no subsample_size=)."
         )
 
     def graph(self, z: Tensor) -> None:

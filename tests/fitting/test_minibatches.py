@@ -584,6 +584,24 @@ def test_other_posteriors_have_all_latents_in_their_samples():
         posterior.local_samples()
 
 
+def test_without_latents_in_plates_all_latents_are_in_samples():
+    """A note said that latents of 0 rows were integrated out, and so did predictive(); local_samples() gave nothing."""
+
+    def regression(x, y):
+        slope = pyro.sample("slope", dist.Normal(real(0.0), 2.0))
+        with pyro.plate("row", len(y), subsample_size=10) as index:
+            pyro.sample("y", dist.Normal(slope * x[index], 1.0), obs=y[index])
+
+    x = normal(40)
+    posterior = pf.fit(regression, x, 2.0 * x, progress=False)
+    assert posterior.verdict.status == "ok"
+    assert "integrated out" not in str(posterior.verdict)
+    with pytest.raises(ValueError, match="All latents are in samples"):
+        posterior.local_samples()
+    with pytest.raises(ValueError, match="a part of the rows"):
+        posterior.predictive()
+
+
 def test_new_data_are_predicted_by_pyro(fitted):
     """The error on data of another size was one of shapes."""
     x, posterior = fitted
