@@ -16,6 +16,7 @@ from pyro_flows.guides.store import Whole
 from pyro_flows.transforms import Bijection, Bound
 
 MOST_RECORDED = 4  # maps of a guide, each for another number of points
+MOST_PRODUCTS = 10_000_000  # of points and parameters: beyond, torch's products of matrices take less time than graphs
 KNOWN = "pyro_flows", "torch"  # packages whose layers do at each step what they did when they were recorded
 HOOKS = "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
 
@@ -26,8 +27,8 @@ class RecordedBound(Bound):
     r"""A :class:`Bound` that maps points forward by graphs, recorded when so many points come for the first time.
 
     One graph is the map and its log derivative, the other their gradient along the parameters, which are one vector.
-    The layers themselves are used if one is of another package, if one has hooks, if graphs give other numbers, and if
-    the number of points, or what is no parameter, has changed often.
+    The layers themselves are used if one is of another package, if one has hooks, if graphs give other numbers, if the
+    flow is large, and if the number of points, or what is no parameter, has changed often.
 
     Args:
         bijection: of vectors, without a context.
@@ -69,6 +70,8 @@ def hooked(module: nn.Module) -> bool:
 
 def _recorded(bijection: Bijection, whole: Whole, x: Tensor, parts: list[Tensor]) -> RecordedMap | None:
     """Return the map by graphs; None if the layers have to be called."""
+    if len(x) * whole.vector.numel() > MOST_PRODUCTS:
+        return None
     for module in bijection.modules():
         own = type(module).__module__.partition(".")[0] in KNOWN
         if not own or hooked(module):

@@ -141,6 +141,15 @@ def test_layers_that_cannot_be_recorded_are_called(monkeypatch):
     assert [*guide._maps.values()] == [None]
 
 
+def test_layers_of_large_flows_are_called(monkeypatch):
+    guide = guide_of()
+    monkeypatch.setattr(recorded, "MOST_PRODUCTS", 4 * sum(part.numel() for part in guide.flow.parameters()) - 1)
+    trained(guide, "vectorized")
+    assert [*guide._maps.values()] == [None]
+    trained(guide, "one by one")
+    assert [type(kept) for kept in guide._maps.values()][1:] == [recorded.RecordedMap]
+
+
 def test_numbers_of_points_that_change_often_are_not_recorded(monkeypatch):
     made = []
     real = recorded._recorded
