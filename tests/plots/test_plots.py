@@ -136,6 +136,11 @@ def test_marginals_of_unknown_sites(ok):
 # pairs ----------------------------------------------------------------------------------------------------------------
 
 
+def test_pairs_of_a_list_are_refused(ok):
+    with pytest.raises(TypeError, match=r"names such as 'theta\[3\]', got a list\. Pass var_names="):
+        plots.plot_pairs(ok, ["theta"])
+
+
 def test_pairs_are_scattered_as_transformed(ok):
     figure = plots.plot_pairs(ok, "theta[0]", "double[1]", transform={"double": torch.exp})
     (axes,) = figure.axes
