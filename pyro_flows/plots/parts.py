@@ -227,7 +227,8 @@ def common(layers: Mapping[str, Mapping[str, np.ndarray]]) -> list[str]:
 def scalar(draws: xr.Dataset, label: str, transform: Transform | None = None) -> np.ndarray:
     """Return the draws (S,) of one scalar, such as ``mu``, ``theta[3]`` or ``theta[Choate]``, transformed."""
     if not isinstance(label, str):
-        raise TypeError(f"scalars: expected names such as 'theta[3]', got a {type(label).__name__}. Pass var_names=[...].")
+        got = type(label).__name__
+        raise TypeError(f"scalars: expected names such as 'theta[3]', got a {got}. Pass var_names=[...].")
     name = label if label in draws else variable(label)
     values = draws[_checks.choice("var_names", name, map(str, draws.data_vars))]
     found = dict(_columns(values))
