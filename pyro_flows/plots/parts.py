@@ -224,7 +224,7 @@ def common(layers: Mapping[str, Mapping[str, np.ndarray]]) -> list[str]:
 # scalars by label -----------------------------------------------------------------------------------------------------
 
 
-def scalar(draws: xr.Dataset, label: str, transform: Transform | None = None) -> np.ndarray:
+def scalar(draws: xr.Dataset, label: object, transform: Transform | None = None) -> np.ndarray:
     """Return the draws (S,) of one scalar, such as ``mu``, ``theta[3]`` or ``theta[Choate]``, transformed."""
     if not isinstance(label, str):
         got = type(label).__name__
