@@ -20,12 +20,14 @@ from pyro_flows._arguments import numbers
 from pyro_flows._fallbacks import fallback
 from pyro_flows._threads import turn
 from pyro_flows.flows.flow import Flow
-from pyro_flows.guides.recorded import RecordedBound, hooked
+from pyro_flows.guides.recorded import RecordedBound
 from pyro_flows.guides.setup import LatentGuide
+from pyro_flows.guides.store import in_svi
 from pyro_flows.model.batching import Rows, over_rows, quiet
 from pyro_flows.model.handlers import flatten_all, place_all
 from pyro_flows.model.sites import Keywords, Positional, Site, Structure, messages
 from pyro_flows.transforms import Bijection, Bound, Compose
+from pyro_flows.transforms.base import hooked
 
 QUANTILE_DRAWS = 4000
 
@@ -115,7 +117,7 @@ class AutoFlow(LatentGuide):
 
     def sample_latent(self, *args: object, **kwargs: object) -> Tensor:
         """Draw the unconstrained vector, as the auxiliary site of Pyro's guides."""
-        flow, whole, self._stepping = self._flow, self._whole if self._stepping else None, False
+        flow, whole = self._flow, self._whole if torch.is_grad_enabled() and in_svi() else None
         if type(flow) is Flow and whole is not None and not hooked(flow):  # a flow of one's own may do another thing
             posterior = flow._through(RecordedBound(flow.bijection, whole, self._maps))
         else:

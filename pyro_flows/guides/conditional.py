@@ -212,14 +212,15 @@ class Conditional:
             pull = pull - coupling * before[other]
         return pull / number.own
 
+    @cached_property
     def steps(self) -> list[Tensor]:
-        """Return the Newton step of each number."""
+        """The Newton step of each number."""
         return [step.detach() for step in self.draw(lambda index, shape: torch.zeros(()))]
 
     @property
     def decrement(self) -> list[Tensor]:
         """The Newton step of each number, in its standard deviations; infinite on a slope without curvature."""
-        pairs = zip(self.steps(), self.numbers, strict=True)
+        pairs = zip(self.steps, self.numbers, strict=True)
         return [torch.where(own.flat & (step != 0.0), torch.inf, step / own.sd.detach()) for step, own in pairs]
 
     @cached_property
@@ -247,7 +248,7 @@ class Conditional:
 
         It is NaN where derivatives are: no step leads on from there.
         """
-        known = self.least([torch.isfinite(step) for step in self.steps()])
+        known = self.least([torch.isfinite(step) for step in self.steps])
         return [torch.where(fine, own, torch.nan) for fine, (_, own) in zip(known, self._together, strict=True)]
 
     def least(self, values: Sequence[Tensor]) -> list[Tensor]:
@@ -425,7 +426,7 @@ class Rows:
         first = self.conditional(z, start, chosen, graph=graph)
         if first.near:
             return first
-        now = self.conditional(z, at_values(first.moved(first.base, first.steps())), first.at.chosen, graph=graph)
+        now = self.conditional(z, at_values(first.moved(first.base, first.steps)), first.at.chosen, graph=graph)
         above = (_above(new, old) for new, old in zip(now.heights(), first.heights(), strict=True))
         if (now.near or not patient) and all(bool(fine.all()) for fine in above):
             return now
@@ -438,7 +439,7 @@ class Rows:
         as the longest one before at most: all numbers of a row are shortened by one factor, else its direction might
         lead down. Rows that step back and forth, no higher than before, are at a kink.
         """
-        base, lengths, steps, heights = first.base, first.decrement, first.steps(), first.heights()
+        base, lengths, steps, heights = first.base, first.decrement, first.steps, first.heights()
         reach = [number.sd.detach() for number in first.numbers]
         at_kink = [torch.zeros_like(most, dtype=torch.bool) for most in reach]
         for _ in range(MOST_STEPS):
@@ -446,9 +447,9 @@ class Rows:
             reached = now.heights()
             good = [_above(new, old) for new, old in zip(reached, heights, strict=True)]
             base = first.moved(base, [torch.where(fine, step, 0.0) for fine, step in zip(good, steps, strict=True)])
-            tried = list(zip(good, now.steps(), steps, reach, strict=True))
+            tried = list(zip(good, now.steps, steps, reach, strict=True))
             reach = [torch.where(fine, most.maximum(old.abs()), most) for fine, _, old, most in tried]
-            new = now.shortened(now.steps(), [FARTHER * length for length in reach])
+            new = now.shortened(now.steps, [FARTHER * length for length in reach])
             steps = [torch.where(fine, step, old / FARTHER) for (fine, _, old, _), step in zip(tried, new, strict=True)]
             at_kink = [
                 kink | (fine & (fresh * old < 0.0) & _above(before, new))

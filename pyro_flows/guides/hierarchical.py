@@ -601,7 +601,7 @@ class AutoHierarchicalFlow(AutoMessenger):  # type: ignore[metaclass]
         """Keep where the rows of this run have their modes, averaged over the particles; none of other plates."""
         if self._other_rows(conditional.all_frames(now.at.trace)):
             return
-        near = zip(now.steps(), now.decrement, strict=True)
+        near = zip(now.steps, now.decrement, strict=True)
         there = now.moved(now.base, [torch.where(far.abs() <= conditional.NEAR, step, 0.0) for step, far in near])
         for site in now.sites:
             rank = max(-axis for axis in site.plates.values())

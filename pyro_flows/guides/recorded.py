@@ -14,11 +14,11 @@ from pyro_flows._tensors import nearby, pull
 from pyro_flows.graphs import Runner, agree, record
 from pyro_flows.guides.store import Whole
 from pyro_flows.transforms import Bijection, Bound
+from pyro_flows.transforms.base import hooked
 
 MOST_RECORDED = 4  # maps of a guide, each for another number of points
 MOST_PRODUCTS = 10_000_000  # of points and parameters: beyond, torch's products of matrices take less time than graphs
 KNOWN = "pyro_flows", "torch"  # packages whose layers do at each step what they did when they were recorded
-HOOKS = "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
 
 Maps = dict[object, "RecordedMap | None"]
 
@@ -61,11 +61,6 @@ class RecordedBound(Bound):
             return super()._forward(x)
         both: Tensor = _Map.apply(found, points, self._whole.vector)
         return both[:, :-1].reshape(x.shape), both[:, -1].reshape(x.shape[:-1])
-
-
-def hooked(module: nn.Module) -> bool:
-    """Whether a module has hooks, which graphs would pass over."""
-    return any(vars(module).get(hooks) for hooks in HOOKS)
 
 
 def _recorded(bijection: Bijection, whole: Whole, x: Tensor, parts: list[Tensor]) -> RecordedMap | None:

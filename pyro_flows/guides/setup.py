@@ -87,7 +87,6 @@ class LatentGuide(AutoContinuous):
         self._in_store = False
         self._named: Named | None = None  # the tensors by their names in Pyro's store
         self._maps: Maps = {}  # the flow by graphs, for steps of SVI
-        self._stepping = False  # whether the next draw is of such a step
 
     def initialize(self, *args: object, **kwargs: object) -> Self:
         """Run the model once on its arguments and make the parameters, so that an optimizer can be built."""
@@ -290,9 +289,7 @@ class LatentGuide(AutoContinuous):
                     place(full, tensor)
             self._in_store = True
         told = tensors
-        whole = self._as_one() if in_svi() else None
-        self._stepping = whole is not None and torch.is_grad_enabled()
-        if whole is not None:
+        if in_svi() and (whole := self._as_one()) is not None:
             if gather and torch.is_grad_enabled():
                 whole.gather()
             told = {self._pyro_get_fullname("flow"): whole.vector}

@@ -83,10 +83,10 @@ class Whole:
 
         Where Pyro has set the vector's gradient to zero since, the parameters' ones are of the step before, and go.
         """
-        before = self._parts if self.vector.grad is not self._gradient else [None] * len(self.parameters)
-        for part, old in zip(self.parameters, before or [None] * len(self.parameters), strict=True):
+        gone = set() if self.vector.grad is self._gradient else set(map(id, self._parts))
+        for part in self.parameters:
             part.data = part.data.clone()
-            part.grad = None if part.grad is None or part.grad is old else part.grad.clone()
+            part.grad = None if part.grad is None or id(part.grad) in gone else part.grad.clone()
         self._gradient, self._parts = None, []
 
     def gather(self) -> None:

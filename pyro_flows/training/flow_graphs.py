@@ -18,7 +18,7 @@ from pyro_flows._tensors import nearby, pull
 from pyro_flows.flows import bases
 from pyro_flows.flows.flow import Flow
 from pyro_flows.graphs import Runner, Stitcher, agree, partition, record
-from pyro_flows.transforms.base import Bijection
+from pyro_flows.transforms.base import Bijection, hooked
 from pyro_flows.transforms.compose import Compose
 
 
@@ -56,7 +56,6 @@ def body_of(layer: Bijection, x: Tensor) -> Body:
 
 _bodies: Cache[object, Body] = Cache(64)
 _MODULE_STATE = frozenset(vars(nn.Module()))
-_HOOKS = [key for key in _MODULE_STATE if "hooks" in key and "state_dict" not in key]
 
 
 def _layer_kind(layer: nn.Module) -> tuple[object, ...] | None:
@@ -68,7 +67,7 @@ def _layer_kind(layer: nn.Module) -> tuple[object, ...] | None:
     places: dict[int, int] = {}
     for name, module in layer.named_modules():
         own = {key: value for key, value in vars(module).items() if key not in _MODULE_STATE}
-        if any(vars(module).get(key) for key in _HOOKS) or not all(map(_is_plain, own.values())):
+        if hooked(module) or not all(map(_is_plain, own.values())):
             return None
         tensors = [
             (key, value.shape, value.dtype, value.requires_grad, places.setdefault(id(value), len(places)))

@@ -250,6 +250,14 @@ class Bound(Transform):
         return f"Bound({type(self.bijection).__name__}{shape})"
 
 
+_HOOKS = [key for key in vars(nn.Module()) if "hooks" in key and "state_dict" not in key]
+
+
+def hooked(module: nn.Module) -> bool:
+    """Whether a module has hooks, which a graph of what it does would pass over."""
+    return any(vars(module).get(key) for key in _HOOKS)
+
+
 def _held(module: nn.Module) -> list[dict[str, Any]]:
     """Return the tables of parameters and buffers of all modules inside; torch's ``modules()`` takes thrice as long."""
     found = [held for held in (module._parameters, module._buffers) if held]

@@ -273,7 +273,7 @@ def test_modes_of_far_rows_are_found(count):
     """From the prior's middle, a Newton step would overflow."""
     _, rows = rows_of(lambda y: counts_wide(y), real([count, 1.0]))
     now = rows.near_mode(real([0.0]), beginning, {})
-    z = now.base["z"] + torch.stack(now.steps(), -1).reshape(2)
+    z = now.base["z"] + torch.stack(now.steps, -1).reshape(2)
     slope = (real([count, 1.0]) - z.exp() - z / 100.0) / (z.exp() + 0.01).sqrt()
     assert float(slope.abs().max()) < 0.1
 
