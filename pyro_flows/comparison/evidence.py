@@ -27,6 +27,7 @@ DRAWS = 16_000  # of the flow, scored anew: an error of .008 nats at ESS/S = .5
 LEAST = 100  # draws that are added at a time
 ERROR_OF_ROWS = 0.05  # nats: the standard error that is asked by default where a draw is a pass over all rows
 MORE = 4  # times as many draws of a Student t with the moments of chains
+APART = 3  # joint errors: estimates so far apart are of different posteriors
 ROUNDS, FINE = 3, 0.003  # rounds of moments of weighted draws at most; nats, an error with which no further one is made
 NAMES = {"importance": "importance sampling", "bridge": "bridge sampling", "smc": "sequential Monte Carlo"}
 
@@ -134,7 +135,7 @@ def evidence(
         found = [makers[name](posterior, count) for name in wanted]
     # draws have in common what rounding does to the log density
     found = [replace(estimate, standard_error=math.hypot(estimate.standard_error, rounding)) for estimate in found]
-    estimates = tuple(map(_doubted, found) if posterior.verdict.status == "unreliable" else found)
+    estimates = tuple(map(_doubted, found) if posterior.verdict.status == "unreliable" else compared(found))
     usable = [estimate for estimate in estimates if not math.isnan(estimate.value)]
     if not usable:
         raise ValueError(f"evidence: {'; '.join(map(str, estimates))}.")
@@ -150,6 +151,23 @@ def _doubted(estimate: Estimate) -> Estimate:
     if math.isnan(estimate.value) or estimate.method == "smc":
         return estimate
     return Estimate(estimate.method, estimate.value, math.inf, "the verdict on the draws is unreliable")
+
+
+def compared(estimates: list[Estimate]) -> list[Estimate]:
+    """Take the error away from importance sampling far from bridge sampling: its proposal misses a part of the chains'.
+
+    Weights say nothing of what their proposal does not draw. Bridge sampling has draws of the chains from there.
+    """
+    by_method = {estimate.method: estimate for estimate in estimates}
+    if not {"importance", "bridge"} <= by_method.keys():
+        return estimates
+    weighted, bridged = by_method["importance"], by_method["bridge"]
+    errors = math.hypot(weighted.standard_error, bridged.standard_error)
+    if not math.isfinite(errors) or abs(weighted.value - bridged.value) <= APART * errors:
+        return estimates
+    note = "bridge sampling, which has the draws of the chains, gives another value"
+    weighted = replace(weighted, standard_error=math.inf, note=", ".join(filter(None, (weighted.note, note))))
+    return [weighted if estimate.method == "importance" else estimate for estimate in estimates]
 
 
 def improper_priors(posterior: Record) -> list[str]:
@@ -271,15 +289,13 @@ def _bridge(posterior: Record, count: int) -> Estimate:
     if not posterior._by_chains:
         note = "not used: it takes draws of the posterior, and these are the method's own or weighted ones"
         return Estimate("bridge", math.nan, math.inf, note)
-    density = posterior.density
-    if density is None:
-        return Estimate("bridge", math.nan, math.inf, "not used: it scores new draws, which takes the model")
     if posterior.flow is not None:
-        z, log_q = posterior.flow.draw(count)
         at_p = posterior._used_log_p.double() - posterior.flow.log_prob(posterior._used).double()
-        found = bridge(at_p, density(z).double() - log_q.double(), posterior.chain_count)
+        found = bridge(at_p, _ratio(posterior, count), posterior.chain_count)
+    elif posterior.density is not None:
+        found = _bridge_by_halves(posterior, posterior.density, count)
     else:
-        found = _bridge_by_halves(posterior, density, count)
+        return Estimate("bridge", math.nan, math.inf, "not used: it scores new draws, which takes the model")
     if not found.settled or not math.isfinite(found.standard_error):
         return Estimate("bridge", found.value, math.inf, "the iteration did not settle")
     return Estimate("bridge", found.value, found.standard_error)

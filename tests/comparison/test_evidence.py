@@ -10,7 +10,7 @@ import torch
 
 import pyro_flows as pf
 from pyro_flows.comparison.bridge import bridge, fit_proposal
-from pyro_flows.comparison.evidence import convergence_rate, importance
+from pyro_flows.comparison.evidence import compared, convergence_rate, importance
 from pyro_flows.results.record import Stage
 from pyro_flows.verdict.psis import psis
 from tests.conjugate import (
@@ -205,6 +205,42 @@ def test_without_a_model_the_raw_draws_are_taken(tmp_path):
     posterior.save(tmp_path / "saved")
     loaded = pf.load(tmp_path / "saved")
     assert loaded.evidence().value == pytest.approx(posterior.log_evidence, abs=1e-4)
+
+
+def test_weights_far_from_the_bridge_have_no_error():
+    weighted, bridged = pf.Estimate("importance", -2.07, 0.02, "from the flow"), pf.Estimate("bridge", -1.98, 0.005)
+    assert compared([weighted, replace(bridged, value=-2.01)])[0] is weighted
+    assert compared([weighted]) == [weighted]
+    far, same = compared([weighted, bridged])
+    assert same is bridged
+    assert (far.value, far.standard_error) == (-2.07, math.inf)
+    assert far.note == "from the flow, bridge sampling, which has the draws of the chains, gives another value"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [0, 2])
+def test_a_flow_that_misses_the_neck_of_a_funnel_leaves_the_evidence_to_the_bridge(seed, tmp_path):
+    """Weights of the flow were 4 of their errors off, with k-hat below .7; without a model they alone were taken."""
+
+    def funnel():
+        log_variance = pyro.sample("log_variance", dist.Normal(0.0, 3.0))
+        with pyro.plate("parts", 6):
+            part = pyro.sample("part", dist.Normal(0.0, (log_variance / 2).exp()))
+        pyro.sample("y", dist.Normal(part.sum(), 1.0), obs=torch.tensor(1.0))
+
+    log_variance = 3.0 * torch.linspace(-8.0, 8.0, 4001, dtype=torch.float64)  # y ~ N(0, sqrt(6 variance + 1))
+    log_p = dist.Normal(0.0, (6 * log_variance.exp() + 1).sqrt()).log_prob(torch.tensor(1.0, dtype=torch.float64))
+    log_prior = dist.Normal(0.0, 3.0).log_prob(log_variance)
+    exact = float((log_p + log_prior).logsumexp(0)) + math.log(48.0 / 4000)
+    posterior = pf.fit(funnel, flow="planar", max_steps=100, draws=1000, seed=seed, progress=False)
+    assert posterior.verdict.status == "refined"
+    posterior.save(tmp_path / "funnel")
+    for found in (posterior.evidence(), pf.load(tmp_path / "funnel").evidence()):
+        assert found.method == "bridge"
+        assert abs(found.value - exact) < 3 * found.standard_error < 0.03
+    weighted = posterior.evidence().estimates[0]
+    assert math.isinf(weighted.standard_error)
+    assert "bridge sampling, which has the draws of the chains, gives another value" in str(weighted)
 
 
 def test_an_improper_prior_is_noted():
