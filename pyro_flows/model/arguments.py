@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, cast
 import numpy as np
 import torch
 from pyro import poutine
+from pyro.infer.autoguide import AutoGuide
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map, tree_map_with_path
@@ -49,8 +50,12 @@ def usable(model: Model, args: Positional, kwargs: Keywords | None) -> tuple[tup
 
     Arrays, tables and lists of numbers stay what they are if the model runs with them. Otherwise as few of
     :data:`KINDS` become tensors as suffice, or all if none of this suffices. Each is tried at draws of the prior, with
-    gradients.
+    gradients. A ValueError says what is no model: what cannot be called, or a guide.
     """
+    if not callable(model):
+        raise ValueError(f"model: expected a callable Pyro model, got a {type(model).__name__}.")
+    if isinstance(model, AutoGuide):
+        raise ValueError(f"model: expected a Pyro model, got the guide {type(model).__name__}. Give its model first.")
     given = tuple(args), dict(kwargs or {})
     if any(isinstance(part, Tensor) and part.is_inference() for part in tree_leaves(given)):
         given = tree_map(lambda part: part.clone() if isinstance(part, Tensor) and part.is_inference() else part, given)

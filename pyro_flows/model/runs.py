@@ -112,8 +112,6 @@ class Runs:
     def __init__(
         self, model: Model, args: Positional = (), kwargs: Keywords | None = None, *, noncentered: Noncentered = ()
     ) -> None:
-        if not callable(model):
-            raise ValueError(f"model: expected a callable Pyro model, got a {type(model).__name__}.")
         self.args, self.kwargs = usable(model, args, kwargs)
         self._double = False  # whether the model runs in double precision, whatever it was written for
         self.faults = Faults()

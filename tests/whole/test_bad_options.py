@@ -108,3 +108,11 @@ def test_models_that_cannot_be_called(model):
     for door in (lambda: pf.LogDensity(model), lambda: pf.AutoRealNVP(model), lambda: pf.fit(model, Y)):
         with pytest.raises(ValueError, match=message):
             door()
+
+
+def test_a_guide_in_the_place_of_the_model():
+    guide = pf.AutoRealNVP(good)
+    message = r"model: expected a Pyro model, got the guide AutoRealNVP\. Give its model first\."
+    for door in (lambda: pf.diagnose(guide, good, Y), lambda: pf.fit(guide, Y), lambda: pf.LogDensity(guide, (Y,))):
+        with pytest.raises(ValueError, match=message):
+            door()
