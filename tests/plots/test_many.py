@@ -68,7 +68,7 @@ def test_variables_and_labels(ok, chosen, expected):
 def test_what_is_not_there_is_named(ok):
     with pytest.raises(ValueError, match=r"coords\['school'\]: expected labels among 'Choate', .*, got 'Choat'"):
         plots.plot_posterior(ok, coords={"school": ["Choat"]})
-    with pytest.raises(ValueError, match="coords: expected one of 'school', got 'scool'"):
+    with pytest.raises(ValueError, match="coords, dimensions of sites: expected one of 'school', got 'scool'"):
         plots.plot_posterior(ok, coords={"scool": ["Choate"]})
     with pytest.raises(ValueError, match=r"var_names: expected some of .*, but 'zzz' leaves none"):
         plots.plot_posterior(ok, "zzz", filter_vars="like")
