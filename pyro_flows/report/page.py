@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from pyro_flows._arguments import signature_of
 from pyro_flows._arrays import ALL, Chosen
 from pyro_flows._bundles import Entries
-from pyro_flows._files import replace_file
+from pyro_flows._files import check_folder, replace_file
 from pyro_flows._progress import unseen
 from pyro_flows.plots.predictive import plot_predictive, predictive_data
 from pyro_flows.report import tables
@@ -236,6 +236,12 @@ def check_target(path: str | os.PathLike[str]) -> Path:
             head = file.read(2000)
         if MARK.encode() not in head:
             raise ValueError(f"path: {str(target)!r} is there and is no earlier report. Name another file.")
+    try:
+        check_folder(target.parent)
+    except OSError as error:
+        raise ValueError(
+            f"path: expected a file that can be written, got {str(target)!r}: {error.strerror or error}. Name another."
+        ) from None
     return target
 
 
