@@ -103,8 +103,8 @@ def ticks(axes: Axes, most: int, *, integer: bool = False) -> str:
     """Let the horizontal axis have so many ticks, or one less if their labels are long; return what they leave out."""
     for count in (most, most - 1):
         axes.locator_params(axis="x", nbins=count, integer=integer)
-        formatter = axes.xaxis.get_major_formatter()
-        if max(map(len, formatter.format_ticks(axes.xaxis.get_majorticklocs())), default=0) < LONG:
+        formatter, places = axes.xaxis.get_major_formatter(), list(map(float, axes.xaxis.get_majorticklocs()))
+        if max(map(len, formatter.format_ticks(places)), default=0) < LONG:
             break
     return formatter.get_offset()
 
