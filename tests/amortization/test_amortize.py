@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import pickle
 
 import pyro
 import pyro.distributions as dist
@@ -148,6 +149,14 @@ def test_many_data_sets_at_once(amortized, data_sets):
         assert float(log_mean(log_weights[number])) == pytest.approx(float(evidence), abs=0.2)
     with pytest.raises(ValueError, match=r"data\['y'\]: expected shape \(K, \*\(5,\)\)"):
         amortized.samples({"y": torch.zeros(3, 4)})
+    with pytest.raises(ValueError, match=r"site 'y': expected missing values \(NaN\) where amortize was given them"):
+        amortized.samples({"y": torch.tensor([[0.0] * 5, [math.nan] * 5])})
+
+
+@pytest.mark.parametrize("way", [pickle.dumps, copy.deepcopy])
+def test_it_is_saved_and_not_pickled(amortized, way):
+    with pytest.raises(TypeError, match=r"Amortized: .* not pickled or copied\. Use save"):
+        way(amortized)
 
 
 @pytest.mark.slow
