@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
+import re
 import warnings
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from importlib.metadata import version
@@ -18,7 +19,7 @@ import numpy as np
 from torch import Tensor
 
 from pyro_flows import _checks
-from pyro_flows._arrays import SAMPLE_DIMS, Coords, as_tree, entries, rounded, with_attrs
+from pyro_flows._arrays import SAMPLE_DIMS, Coords, as_tree, entries, entry_labels, rounded, with_attrs
 from pyro_flows._figures import verdict_html
 from pyro_flows._mixing import chain_diagnostics as chain_diagnostics
 
@@ -122,8 +123,8 @@ def summary(draws: xr.Dataset, *, ess: float | None, kind: str, prob: float, rou
     """
     import arviz_stats  # noqa: F401  (registers the accessor azstats)
 
-    dims = list(SAMPLE_DIMS)
-    draws = draws.map(lambda values: values.astype(float))
+    dims, index = list(SAMPLE_DIMS), _index(draws)
+    draws = _unnamed(draws)
     label = f"{kind}{prob * 100:g}"
     access = draws.azstats
     bounds = getattr(access, kind)(prob=prob, dim=dims)
@@ -131,27 +132,39 @@ def summary(draws: xr.Dataset, *, ess: float | None, kind: str, prob: float, rou
     spread = draws.std(dims, ddof=1)
     error = access.mcse(method="mean") if ess is None else spread / math.sqrt(ess)
     columns = {"mean": draws.mean(dims), "sd": spread, f"{label}_lb": low, f"{label}_ub": high, "mcse_mean": error}
-    found = rounded(_frame(columns), round_to)
+    found = rounded(_frame(columns, index), round_to)
     if ess is not None:
         found["ess"] = ess if math.isnan(ess) else int(ess)
         return found
     with np.errstate(invalid="ignore"):  # a constant has none
         r_hat = _halves(draws).azstats.rhat()
-    more = _frame({"ess_bulk": access.ess(method="bulk"), "ess_tail": access.ess(method="tail"), "r_hat": r_hat})
+    more = _frame({"ess_bulk": access.ess(method="bulk"), "ess_tail": access.ess(method="tail"), "r_hat": r_hat}, index)
     for name in ("ess_bulk", "ess_tail"):
         found[name] = more[name].fillna(0).astype(int)
     found["r_hat"] = more["r_hat"] if round_to == "none" else more["r_hat"].round(3)
     return found
 
 
-def _frame(columns: Mapping[str, xr.Dataset]) -> pd.DataFrame:
-    """Return a table of figures of all scalars, one row a scalar."""
-    import xarray
-    from arviz_base import dataset_to_dataframe
+def _index(draws: xr.Dataset) -> list[str]:
+    """Return the labels of all scalars."""
+    return [label for values in draws.data_vars.values() for label in entry_labels(values)]
 
-    figure = "_figure"  # a dimension that no plate has: theirs are called row, column, summary
-    parts = [part.expand_dims({figure: [name]}) for name, part in columns.items()]
-    return dataset_to_dataframe(xarray.concat(parts, dim=figure), sample_dims=[figure]).T
+
+def _unnamed(draws: xr.Dataset) -> xr.Dataset:
+    """Return draws as floats whose variables and dimensions have names that no table or method of ArviZ has."""
+    names = [*draws.data_vars, *(dim for dim in draws.dims if dim not in SAMPLE_DIMS)]
+    numbered = {name: f"_{number}" for number, name in enumerate(names)}
+    return draws.map(lambda values: values.astype(float)).rename(numbered)
+
+
+def _frame(columns: Mapping[str, xr.Dataset], index: Sequence[str]) -> pd.DataFrame:
+    """Return a table of figures of all scalars, one row a scalar."""
+    import pandas as pd
+
+    found = {}
+    for name, part in columns.items():
+        found[name] = np.concatenate([values.to_numpy().reshape(-1) for values in part.data_vars.values()])
+    return pd.DataFrame(found, index=list(index))
 
 
 # comparison and chains ------------------------------------------------------------------------------------------------
@@ -185,7 +198,8 @@ def power_scaling(draws: xr.Dataset, log_prior: Tensor, log_likelihood: Tensor) 
     import xarray
     from arviz_stats import psense
 
-    groups = {"posterior": draws.map(lambda values: values.astype(float))}
+    index, draws = _index(draws), _unnamed(draws)
+    groups = {"posterior": draws}
     for name, values in (("log_prior", log_prior), ("log_likelihood", log_likelihood)):
         groups[name] = dataset({"total": values.double().cpu().numpy()}, {})
     tree = xarray.DataTree.from_dict(groups)
@@ -193,7 +207,7 @@ def power_scaling(draws: xr.Dataset, log_prior: Tensor, log_likelihood: Tensor) 
         parts = {group: psense(tree, group=group) for group in ("prior", "likelihood")}
     found = {name: getattr(part, "dataset", part) for name, part in parts.items()}
     constant = draws.min(SAMPLE_DIMS) == draws.max(SAMPLE_DIMS)
-    return _frame({name: part.where(~constant, 0.0) for name, part in found.items()})
+    return _frame({name: part.where(~constant, 0.0) for name, part in found.items()}, index)
 
 
 # selection ------------------------------------------------------------------------------------------------------------
@@ -213,6 +227,8 @@ def select(
     if filter_vars is None:
         for name in wanted or ():
             _checks.choice("var_names", name if name in known else name.removeprefix("~"), known)
+    for pattern in (wanted or ()) if filter_vars == "regex" else ():
+        _compiles(pattern)
     tree = xarray.DataTree.from_dict({"posterior": draws})
     choose = cast("Callable[..., xr.Dataset]", extract)
     with warnings.catch_warnings():
@@ -221,3 +237,14 @@ def select(
     if not found.data_vars:
         raise ValueError(f"var_names: expected some of {', '.join(map(repr, known))}, but {var_names!r} leaves none.")
     return found
+
+
+def _compiles(pattern: str) -> None:
+    """Refuse what is no regular expression; a leading ``~`` is ArviZ's own."""
+    try:
+        re.compile(pattern.removeprefix("~"))
+    except re.error as error:
+        raise ValueError(
+            f"var_names: expected regular expressions, got {pattern!r} ({error}). Write a backslash before "
+            "characters that stand for themselves, or pass filter_vars='like'."
+        ) from None

@@ -18,6 +18,12 @@ Json: TypeAlias = "dict[str, Json] | list[Json] | str | float | int | bool | Non
 Entries = Mapping[str, Any]  # of JSON, by name
 VERSION = 3  # of the format
 ZEROS = "0" * 64  # stands for the digest of the JSON file while that is computed
+READERS = {  # of the formats
+    "pyro_flows posterior": "pf.load",
+    "pyro_flows amortized posterior": "pf.Amortized.load",
+    "pyro_flows density": "pf.DensityFit.load",
+    "pyro_flows prior": "pf.FittedPrior.load",
+}
 READS = 5  # attempts, where locks cannot keep saves of other processes out
 
 
@@ -88,7 +94,9 @@ class Bundle:
             description = _parsed(text)
         if lacking or description.get("format") != self.format:
             why = f"{', '.join(lacking)} missing" if lacking else f"{self.text} was not written by pyro_flows"
-            raise ValueError(f"path: expected the directory of a saved {self.what}, got {shown!r}: {why}.")
+            raise ValueError(
+                f"path: expected the directory of a saved {self.what}, got {shown!r}: {why}.{self._remedy(source)}"
+            )
         version, digests = description.get("version"), description.get("digests")
         if version != VERSION:
             raise ValueError(
@@ -104,6 +112,15 @@ class Bundle:
         if wrong:
             raise ValueError(damaged(shown, wrong, "is not what was saved: its SHA-256 digest differs"))
         return description, contents
+
+    def _remedy(self, source: Path) -> str:
+        """Say how a directory that holds another object is read."""
+        for file in sorted(source.glob("*.json")):
+            with suppress(OSError, ValueError):
+                found = str(_parsed(file.read_bytes()).get("format"))
+                if found in READERS and found != self.format:
+                    return f" It is a saved {found.partition(' ')[2]}: read it with {READERS[found]}."
+        return ""
 
 
 def _working() -> tuple[Path, ...]:

@@ -37,7 +37,7 @@ def options(function: Callable[P, R]) -> Callable[P, R]:
     """
     found = inspect.signature(function).parameters
     kinds = inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD
-    named = [name for name, one in found.items() if one.kind in kinds and name != "self"]
+    named = [name for name, one in found.items() if one.kind in kinds and name not in ("self", "cls")]
     others = any(one.kind is one.VAR_KEYWORD for one in found.values())
     said = function.__qualname__.removesuffix(".__init__").rpartition(".")[2]
     known = [
@@ -73,10 +73,12 @@ def constructor(owner: type[T]) -> type[T]:
 
 
 def methods(owner: type[T]) -> type[T]:
-    """Apply :func:`options` to the public methods of a class that take options."""
-    for name, method in list(vars(owner).items()):
+    """Apply :func:`options` to the public methods of a class that take options, those of the class too."""
+    for name, found in list(vars(owner).items()):
+        of_class = isinstance(found, classmethod)
+        method = found.__func__ if of_class else found
         if inspect.isfunction(method) and not name.startswith("_") and len(inspect.signature(method).parameters) > 1:
-            setattr(owner, name, options(method))
+            setattr(owner, name, classmethod(options(method)) if of_class else options(method))
     return owner
 
 

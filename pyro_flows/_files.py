@@ -9,6 +9,7 @@ import re
 import secrets
 import shutil
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -56,6 +57,16 @@ def replace_file(path: Path, data: bytes) -> None:
         _write(fresh, data)
         os.replace(fresh, target)
         _sync_folder(target.parent)
+
+
+def check_folder(folder: Path) -> None:
+    """Raise an OSError if a folder, which may have to be made first, takes no files; leave nothing there."""
+    place = folder.absolute()
+    while not place.is_dir():
+        if place.exists() or place.is_symlink():
+            raise NotADirectoryError(0, f"{str(place)!r} is no directory")
+        place = place.parent
+    tempfile.TemporaryDirectory(prefix=".pyro-flows-", dir=place).cleanup()
 
 
 @contextmanager

@@ -121,7 +121,7 @@ def read_data(file: str | Path) -> dict[str, object]:
     """Read named values: tensors, and plain integers where a JSON or npz file has single ones.
 
     JSON: an object of numbers and (nested) lists. CSV: a header and rows of numbers; one tensor a column. npz: arrays.
-    Floats get torch's default dtype, integers and booleans keep their kind.
+    Floats get torch's default dtype. Integers and booleans keep their kind: they may be indices.
     """
     path = Path(file)
     if path.is_dir():

@@ -170,13 +170,17 @@ def keeping(path: str | os.PathLike[str] | None, about: Callable[[], Mapping[str
         journal.write()
 
 
-def check(path: str | os.PathLike[str] | None) -> None:
-    """Refuse before the work a directory, or a file in a directory that cannot be written to."""
+def check(path: str | os.PathLike[str] | None) -> Path | None:
+    """Refuse before the work a directory, or a file in a directory that cannot be written to.
+
+    Returns the whole path, since a model may change the working directory.
+    """
     if path is None:
-        return
+        return None
     folder = Path(os.path.realpath(path)).parent
     if Path(path).is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
         raise ValueError(f"checkpoint: expected a file in a directory that can be written to, got {str(path)!r}.")
+    return Path(path).absolute()
 
 
 def stop() -> None:

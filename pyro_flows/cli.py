@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 import platform
 import sys
-import tempfile
 import traceback
 import warnings
 from collections.abc import Callable
@@ -31,7 +30,7 @@ from torch import Tensor
 from pyro_flows import plots
 from pyro_flows._fallbacks import Tried, first_line
 from pyro_flows._figures import png
-from pyro_flows._files import replace_file
+from pyro_flows._files import check_folder, replace_file
 from pyro_flows._inputs import match, read_data, read_model
 from pyro_flows._interrupts import STATE, interruptible
 from pyro_flows._warnings import UnreliableWarning
@@ -81,6 +80,7 @@ class Ending:
     """What a command that is ended at once has come to."""
 
     left: str = "no complete results were written"  # what is there, in words
+    integers: str = ""  # the fields of the data that are tensors of integers
 
     def say(self, text: str) -> None:
         """Print a line. After a signal the terminal may be gone, which is no reason not to go on."""
@@ -118,9 +118,16 @@ def guarded(work: Callable[[Ending], int], debug: bool, file: Path | None = None
         line = _line(error, file)
         plain = isinstance(error, ValueError) and not line
         kind = "" if plain else f"{type(error).__name__}: "
-        hint = "" if plain else f"{line} (--debug shows the traceback)"
+        hint = "" if plain else f"{line}{_of_integers(error, ending.integers)} (--debug shows the traceback)"
         typer.echo(f"pyro-flows: error: {kind}{text}{hint}", err=True)
     raise typer.Exit(code)
+
+
+def _of_integers(error: Exception, fields: str) -> str:
+    """What to write where torch takes no integers, if the data have some."""
+    if not fields or not isinstance(error, RuntimeError) or "Long" not in str(error):
+        return ""
+    return f". The data have integers in {fields}. Write {fields.split(',')[0]}.float() in the model, or decimals there"
 
 
 def _own(error: Exception, file: Path | None) -> Exception:
@@ -247,6 +254,8 @@ def fit_command(
     def work(ending: Ending) -> int:
         target = _target(out, report)
         chosen, arguments = _read(model, data)
+        whole = (name for name, value in arguments.items() if isinstance(value, Tensor) and value.dtype == torch.int64)
+        ending.integers = ", ".join(whole)
         STATE.hold(True)  # from here on, fit alone lets the first signal through
         with joined() as ranks:
             try:
@@ -325,13 +334,8 @@ def _target(out: Path, report: Path | None = None) -> Path:
         target = FILES.check_target(out)
     except ValueError as error:
         raise ValueError(str(error).replace("path: ", "out: ", 1)) from None
-    place = target.absolute()
     try:
-        while not place.is_dir():
-            if place.exists() or place.is_symlink():
-                raise NotADirectoryError(0, f"{str(place)!r} is no directory")
-            place = place.parent
-        tempfile.TemporaryDirectory(prefix=".pyro-flows-", dir=place).cleanup()
+        check_folder(target)
     except OSError as error:
         raise ValueError(
             f"out: expected a directory that can be written, got {str(out)!r}: {error.strerror or error}. Name another."

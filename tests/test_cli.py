@@ -99,6 +99,20 @@ def test_csv(tmp_path):
     torch.testing.assert_close(found["count"], torch.tensor([2, 4]))
 
 
+def test_integers_where_torch_takes_none_are_named(tmp_path):
+    (tmp_path / "models.py").write_text(
+        "import torch, pyro, pyro.distributions as dist\n"
+        "def linear(x, z, y):\n"
+        "    w = pyro.sample('w', dist.Normal(torch.zeros(2), 1.0).to_event(1))\n"
+        "    with pyro.plate('row', len(y)):\n"
+        "        pyro.sample('y', dist.Normal(torch.stack((x, z), -1) @ w, 1.0), obs=y)\n"
+    )
+    (tmp_path / "data.csv").write_text("x,z,y\n1,2,0.5\n2,1,1.5\n")
+    found = run("fit", f"{tmp_path / 'models.py'}:linear", "--data", tmp_path / "data.csv", "--out", tmp_path / "out")
+    assert found.exit_code == 2
+    assert "The data have integers in x, z. Write x.float() in the model, or decimals there (--debug" in found.output
+
+
 def test_npz(tmp_path):
     path = tmp_path / "data.npz"
     np.savez(path, y=np.array([1.0, 2.0]), count=np.array([1, 2], dtype=np.int32), n=np.array(3), mask=np.array([True]))

@@ -95,7 +95,7 @@ def amortize(
     'amortized flow'
     """
     _checks.choice("flow", flow, ("auto", *LAYERS))
-    _journal.check(checkpoint)
+    checkpoint = _journal.check(checkpoint)
     if encoder is not None and not isinstance(encoder, nn.Module):
         raise ValueError(f"encoder: expected a torch module, got a {type(encoder).__name__}.")
     with alone(), Bar("amortize", progress) as bar:
@@ -108,7 +108,7 @@ def amortize(
         conditional = networks(read, features, encoder, rows, flow, layers, seed=seed)
         parts = Parts(read.form, scale, conditional, read.density, stacked(read))
         bar.close("simulated")
-    start = with_preprocess(conditional.flow, measured(read, features, rows))
+    start = with_preprocess(conditional.flow, measured(read, features, rows)).to(features)
     fitted = fit_density(
         start,
         read.z[REFERENCE:].float(),

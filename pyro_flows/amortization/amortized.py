@@ -184,6 +184,12 @@ class Amortized:
     _predicted: Predicted
     _probe: Entries
 
+    def __getstate__(self) -> dict[str, object]:
+        raise TypeError(
+            "Amortized: it holds graphs of its model, so that it is not pickled or copied. Use save(path), and "
+            "Amortized.load(path, model, ...) in the other process."
+        )
+
     def __call__(self, *args: object, **kwargs: object) -> Posterior:
         """Return the posterior of a data set, given as the model takes it."""
         return self.posterior(*args, model_kwargs=kwargs)
@@ -268,6 +274,7 @@ class Amortized:
             got = tuple(data[name].shape[1:]) if name in data else "nothing"
             if got != tuple(keep.shape):
                 raise ValueError(f"data[{name!r}]: expected shape (K, *{tuple(keep.shape)}), got {got}.")
+        parts.form.checked({name: data[name] for name in parts.form.keep})
         with alone(), seeded(derive(seed, "many data sets"), parts.lead.device):
             z, log_weights = parts.weighed(data, parts.features(data), draws)
             found = parts.lead.constrain(z.flatten(0, 1))

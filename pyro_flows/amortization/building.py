@@ -101,7 +101,7 @@ def networks(
     """Return an encoder of data on a common scale (N, n), and a flow, both untrained."""
     with seeded(derive(seed, "networks"), read.density.device):
         made = default_encoder(read, features, rows) if encoder is None else Shaped(encoder, read.form.keep)
-        made = made.to(read.density.device)
+        made = made.to(features)
         width = made(torch.zeros_like(features[:2])).shape[-1]
         return Conditional(couplings(flow, read.density.dim, layers, width), made, features.shape[1])
 

@@ -44,7 +44,7 @@ def rebuilt(found: Read, tensors: Entries, settings: Entries, encoder: nn.Module
     made = networks(found, features, encoder, rows, settings["flow"], settings["layers"], seed=0)
     dim, entries = found.density.dim, sum(found.form.sizes)
     blank = Preprocess(torch.zeros(dim), torch.ones(dim), torch.zeros(entries, dim))
-    flow = with_preprocess(made.flow, blank).to(found.density.device)
+    flow = with_preprocess(made.flow, blank).to(features)
     try:
         scale.load_state_dict(tensors["scale"])
         flow.load_state_dict(tensors["flow"])

@@ -68,9 +68,12 @@ class Form:
                     f"args: argument {number} is no data, and differs from the one that amortize was given. "
                     "The flow knows the model with that one only: amortize once more, or use fit."
                 )
-        found = self._placed(leaves)
+        return self.checked(self._placed(leaves))
+
+    def checked(self, found: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return values of the observed sites, of one data set or of many, or say what the flow does not take."""
         for name, value in found.items():
-            if not torch.equal(value.isnan(), self.missing[name]):
+            if not torch.equal(value.isnan(), self.missing[name].expand(value.shape)):
                 raise ValueError(f"site {name!r}: expected missing values (NaN) where amortize was given them.")
             if bool(value.isinf().any()):
                 raise ValueError(f"site {name!r}: expected finite data, got inf. The flow takes numbers only: use fit.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import itertools
 import math
 from collections.abc import Mapping, Sequence
@@ -119,7 +120,7 @@ class Comparison:
     __repr__ = __str__
 
     def _repr_html_(self) -> str:
-        notes = "".join(f"<p>Note: {note}.</p>" for note in self.notes)
+        notes = "".join(f"<p>Note: {html.escape(note)}.</p>" for note in self.notes)
         return f"{self.table.round(3).to_html()}{notes}"
 
 

@@ -54,7 +54,7 @@ def refine(
     seconds = _checks.seconds("max_seconds", max_seconds)
     seed = int(posterior.settings["seed"]) if seed is None else _checks.integer("seed", seed, 0)
     posterior._need_density()
-    _journal.check(checkpoint)
+    checkpoint = _journal.check(checkpoint)
     asked = {"method": method, "chains": chains, "max_steps": max_steps, "max_seconds": max_seconds, "seed": seed}
 
     def about() -> dict[str, object]:

@@ -184,7 +184,7 @@ def fit_density(
     options: dict[str, object] = {"preprocess": preprocess, "levels": levels, "learning_rate": learning_rate}
     options |= {"noise": noise, "weight_decay": weight_decay, "start": start, "max_epochs": max_epochs, "seed": seed}
     seconds = math.inf if max_seconds is None else _checks.positive("max_seconds", max_seconds)
-    _journal.check(checkpoint)
+    checkpoint = _journal.check(checkpoint)
     device = like(flow).device if isinstance(flow, Flow) else None
     encoding = Encoding.of(context) if context is not None and isinstance(flow, str) else None
     if encoding is not None:
@@ -228,7 +228,8 @@ def fit_density(
             stacklevel=outside(),
         )
     if state.interrupted:
-        rest = "" if checkpoint is None else " The same call goes on from the last checkpoint."
+        kept = checkpoint is not None and os.path.exists(checkpoint)
+        rest = " The same call goes on from the last checkpoint." if kept else ""
         which = f", in flow {len(runs)} of {len(pairs)}" if len(pairs) > 1 else ""
         warnings.warn(f"fit_density: {state.why}{which}. The flow is what it had come to.{rest}", stacklevel=outside())
     return replace(_result(first.ascent, whole, validated, options, encoding), why=state.why)

@@ -226,11 +226,12 @@ def _array(name: str, values: object, like: Tensor) -> Array:
 
 def _warn_rounded(name: str, values: Tensor, dtype: torch.dtype) -> None:
     """Warn if a column (of all others) loses its differences, or its size, as numbers of another dtype."""
-    if values.dtype != torch.float64 or dtype == torch.float64 or not values.numel():
+    narrower = values.is_floating_point() and values.dtype != torch.float64
+    if narrower or dtype == torch.float64 or not values.numel():
         return
-    columns = values.reshape(len(values), -1)
+    columns = values.reshape(len(values), -1).double()
     size, spread = columns.abs().amax(0), columns.amax(0) - columns.amin(0)
-    still = spread <= 100.0 * torch.finfo(values.dtype).eps * size
+    still = spread <= 100.0 * torch.finfo(columns.dtype).eps * size
     lost = (size.isfinite() & (size > torch.finfo(dtype).max)) | (
         ~still & (spread < 100.0 * torch.finfo(dtype).eps * size)
     )

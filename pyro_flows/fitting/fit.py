@@ -161,7 +161,7 @@ def fit(
     options: dict[str, object] = {} if layers is None else {"layers": layers}
     method = which(refine)
     asked = as_asked(locals())
-    _journal.check(checkpoint)
+    checkpoint = _journal.check(checkpoint)
     with interruptible(), alone(), seeded(seed), Bar("fit", progress) as bar:
         clock = Clock(max_seconds, raises=raise_on_interrupt, watch=bar.watch)
         plan = Plan(

@@ -157,7 +157,7 @@ def _marginal(axes: Axes, layers: list[np.ndarray], prior: np.ndarray | None) ->
             parts.interval(axes, values, -STEP * number * top, color_of(number)[0])
     axes.set_xlim(low, high)
     axes.set_ylim(-STEP * (len(layers) - 1) * top, None)
-    axes.locator_params(axis="x", nbins=4, integer=parts.whole(layers))
+    parts.ticks(axes, 4, integer=parts.whole(layers))
     return handles
 
 

@@ -147,7 +147,9 @@ def _triangle(
         axes.locator_params(nbins=3)
         axes.tick_params(labelbottom=row == count - 1, labelleft=column == 0 < row, labelsize=7)
         if row == count - 1:
-            axes.set_xlabel(parts.short(titles[names[column]]), fontsize=7)
+            lines = [parts.short(titles[names[column]]), parts.ticks(axes, 3)]
+            axes.set_xlabel("\n".join(filter(None, lines)), fontsize=7)
+            axes.xaxis.offsetText.set_visible(False)  # it would lie over the name
         if column == 0 < row:
             axes.set_ylabel(parts.short(titles[names[row]]), fontsize=7)
     if len(layers) > 1:

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 INTERVAL, INNER = (0.055, 0.945), (0.25, 0.75)  # quantiles: the central 89 % and 50 %
 NARROW = 5.0  # inches; 3.7 fit a phone of 390 pixels
 BINS = 60
+LONG = 6  # characters of a label of a tick, from which on there is one less
 
 
 def title(axes: Axes, posterior: Record, text: str) -> None:
@@ -96,6 +97,16 @@ def constant(axes: Axes, values: np.ndarray) -> bool:
     axes.text(0.5, 0.5, text, ha="center", va="center", transform=axes.transAxes)
     axes.set_xticks([])
     return True
+
+
+def ticks(axes: Axes, most: int, *, integer: bool = False) -> str:
+    """Let the horizontal axis have so many ticks, or one less if their labels are long; return what they leave out."""
+    for count in (most, most - 1):
+        axes.locator_params(axis="x", nbins=count, integer=integer)
+        formatter, places = axes.xaxis.get_major_formatter(), list(map(float, axes.xaxis.get_majorticklocs()))
+        if max(map(len, formatter.format_ticks(places)), default=0) < LONG:
+            break
+    return formatter.get_offset()
 
 
 def whole(layers: Sequence[np.ndarray]) -> bool:

@@ -18,7 +18,6 @@ from pyro_flows._arrays import ALL, Chosen
 from pyro_flows._threads import alone
 from pyro_flows.model.arguments import usable
 from pyro_flows.results import arviz_groups
-from pyro_flows.results.dims import Labeling
 from pyro_flows.results.record import Record, attributes, counted
 from pyro_flows.verdict.weighing import resample
 
@@ -135,10 +134,9 @@ class Drawn(Record):
         structure = arviz_groups.structural_groups(self)
         if self._stored is None:
             structure = self._labeling.applied(structure)
-        _arrays.relabel(structure, coords, dims)  # all that does not fit is found here
-        more = Labeling().joined(coords, dims)
-        stored = self._stored and (more.applied(self._stored[0]), self._stored[1])
-        return replace(self, _labeling=self._labeling.joined(coords, dims), _stored=stored)
+        labeled = _arrays.relabel(structure, coords, dims)
+        stored = self._stored and (labeled, self._stored[1])
+        return replace(self, _labeling=self._labeling.joined(labeled, coords, dims), _stored=stored)
 
     def to_arviz(
         self,

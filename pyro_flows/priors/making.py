@@ -171,7 +171,7 @@ def _own(posterior: Record, names: Sequence[str], seed: int) -> tuple[Flow, Erro
     with alone(), seeded(derive(seed, "moments of the prior"), density.device):
         found = [(matched(flow, _weighed(flow, density), own=True), flow)]
         if max(found[0][0]) > OWN_ERROR_MOST:
-            longer = _trained(copy.deepcopy(flow), density, seed)
+            longer = _trained(copy.deepcopy(flow).requires_grad_(True), density, seed)  # that of amortize is frozen
             found.append((matched(longer, _weighed(longer, density), own=True), longer))
     errors, flow = min(found, key=lambda one: max(one[0]))
     close = accumulated(errors, flow.dim, []).mean < PRIOR_ERROR_MOST

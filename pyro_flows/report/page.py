@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from pyro_flows._arguments import signature_of
 from pyro_flows._arrays import ALL, Chosen
 from pyro_flows._bundles import Entries
-from pyro_flows._files import replace_file
+from pyro_flows._files import check_folder, replace_file
 from pyro_flows._progress import unseen
 from pyro_flows.plots.predictive import plot_predictive, predictive_data
 from pyro_flows.report import tables
@@ -162,14 +162,17 @@ def recipe(posterior: Record) -> str:
     names += ["model_kwargs=model_kwargs"] if density is not None and density.kwargs else []
     known = {"seed": settings["seed"]}
     if posterior._of_mcmc:
-        call = _call("from_mcmc", ["mcmc", model, *names], known)
+        call = _call("pf.from_mcmc", ["mcmc", model, *names], known)
     elif settings.get("diagnosed"):
-        call = _call("diagnose", [model, "guide", *names], {"draws": settings["draws"], **known})
+        call = _call("pf.diagnose", [model, "guide", *names], {"draws": settings["draws"], **known})
+    elif "amortized" in settings:
+        call = _call("amortized.posterior", names, {"draws": settings["draws"], **known})
+        call = f"# amortized = pf.amortize({model}, ...), or pf.Amortized.load(...)\n{call}"
     elif "side_by_side" in settings:  # one of many, whose own seed came of that of the call
-        call = _call("fit", [model, *names], {"draws": settings["draws"], **known, **settings.get("asked", {})})
+        call = _call("pf.fit", [model, *names], {"draws": settings["draws"], **known, **settings.get("asked", {})})
         call = f"# fitted side by side with {settings['side_by_side'] - 1} others by pf.fit_many; by itself:\n{call}"
     else:
-        call = _call("fit", [model, *names], {"draws": settings["draws"], **known, **settings["asked"]})
+        call = _call("pf.fit", [model, *names], {"draws": settings["draws"], **known, **settings["asked"]})
     for again in settings.get("refinements", ()):
         call += f"posterior = posterior.refine({_words({k: v for k, v in again.items() if v is not None})})\n"
     return f"import pyro_flows as pf\n\n{call}"
@@ -178,7 +181,7 @@ def recipe(posterior: Record) -> str:
 def _call(name: str, given: list[str], options: Entries) -> str:
     usual = {"draws": 4000, "seed": 0}
     words = _words({key: value for key, value in options.items() if usual.get(key) != value})
-    return f"posterior = pf.{name}({', '.join(filter(None, [*given, words]))})\n"
+    return f"posterior = {name}({', '.join(filter(None, [*given, words]))})\n"
 
 
 def _arguments(posterior: Record) -> str:
@@ -236,6 +239,12 @@ def check_target(path: str | os.PathLike[str]) -> Path:
             head = file.read(2000)
         if MARK.encode() not in head:
             raise ValueError(f"path: {str(target)!r} is there and is no earlier report. Name another file.")
+    try:
+        check_folder(target.parent)
+    except OSError as error:
+        raise ValueError(
+            f"path: expected a file that can be written, got {str(target)!r}: {error.strerror or error}. Name another."
+        ) from None
     return target
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -67,7 +68,7 @@ class Labels:
     """Names of variables and dimensions of one model.
 
     Slashes, which netCDF reserves for groups, become points; a plate that shares its name with a variable gets the
-    suffix ``_dim``; a site called ``chain`` or ``draw`` gets an underscore.
+    suffix ``_dim``; a site called ``chain`` or ``draw``, and a dimension whose name is taken, get an underscore.
     """
 
     def __init__(self, structure: Structure) -> None:
@@ -80,11 +81,11 @@ class Labels:
             self._kept.update(getattr(messages(structure.trace)[latent.name]["fn"], "site_dims", {}))
         latents = [latent.name for latent in structure.latents]
         for site in (*latents, *structure.deterministic, *structure.observed):
-            name = site.replace("/", ".")
-            while name in self._taken:
-                name += "_"
-            self._variables[site] = name
-            self._taken.add(name)
+            self._variables[site] = _free(_plain(site), self._taken)
+            self._taken.add(self._variables[site])
+        on = (*(latent.plates for latent in structure.latents), *structure.deterministic.values())
+        of_sites = itertools.chain(*on, *structure.observed_plates.values())
+        self._plates = {_plain(plate.name) for plate in of_sites}
 
     def variable(self, site: str) -> str:
         """Return the name of the variable that holds this site."""
@@ -107,15 +108,15 @@ class Labels:
             elif axis < batch and shape[axis] == 1:
                 phantom.append(axis)
             else:
-                dims.append(f"{variable}_dim_{unnamed}")
+                dims.append(_free(f"{variable}_dim_{unnamed}", self._taken | self._plates))
                 unnamed += 1
         return Layout(tuple(dims), batch, tuple(phantom), keep)
 
     def _plate(self, plate: Plate, variable: str) -> str:
-        name = plate.name.replace("/", ".")
-        name = f"{name}_dim" if name in self._taken else name
+        name = _plain(plate.name)
+        name = _free(f"{name}_dim" if name in self._taken else name, self._taken)
         if self._sizes.setdefault(name, plate.size) != plate.size:
-            return f"{variable}_{name}"
+            return _free(f"{variable}_{name}", self._taken)
         return name
 
     def latent(self, latent: Latent) -> Layout:
@@ -176,6 +177,18 @@ class Labels:
         return self._named(self.layout(site, shape, event_dim, plates), site, shape, self._kept.get(site, ()))
 
 
+def _plain(name: str) -> str:
+    """Return a name that files can hold."""
+    return name.replace("/", ".") or "_"
+
+
+def _free(name: str, taken: set[str]) -> str:
+    """Return a name with as many underscores as make it a new one."""
+    while name in taken:
+        name += "_"
+    return name
+
+
 # labels that a user gives ---------------------------------------------------------------------------------------------
 
 
@@ -186,11 +199,17 @@ class Labeling:
     coords: dict[str, list[object]] = field(default_factory=dict)  # labels of dimensions, numbers or strings
     dims: dict[str, list[str]] = field(default_factory=dict)  # names of the dimensions of variables
 
-    def joined(self, coords: _arrays.Coords, dims: Mapping[str, Sequence[str]] | None) -> Labeling:
-        """Return these and further ones, which count where both say something."""
-        entries = {str(dim): [*map(_plain, cast("Iterable[object]", labels))] for dim, labels in (coords or {}).items()}
-        names = {name: [names] if isinstance(names, str) else list(names) for name, names in (dims or {}).items()}
-        return Labeling({**self.coords, **entries}, {**self.dims, **names})
+    def joined(
+        self, labeled: Mapping[str, xr.Dataset], coords: _arrays.Coords, dims: Mapping[str, Sequence[str]] | None
+    ) -> Labeling:
+        """Return these and further ones, which count where both say something, as the groups have them now."""
+        told = {*self.coords, *(coords or {}), *itertools.chain(*(dims or {}).values())}
+        entries = dict[str, list[object]]()
+        for group in labeled.values():
+            for dim in told & set(map(str, group.sizes)):
+                own = _arrays.listed(dim, group[dim].to_numpy().tolist())
+                entries[dim] = _arrays.of_both(dim, entries.get(dim, own), own)
+        return Labeling(entries, {**self.dims, **{name: list(names) for name, names in (dims or {}).items()}})
 
     def applied(self, groups: Mapping[str, xr.Dataset]) -> dict[str, xr.Dataset]:
         """Label those dimensions and variables that these groups have."""
@@ -200,9 +219,3 @@ class Labeling:
         named = _arrays.relabel(groups, None, {name: dims for name, dims in self.dims.items() if name in there})
         sizes = {str(dim) for group in named.values() for dim in group.sizes}
         return _arrays.relabel(named, {dim: labels for dim, labels in self.coords.items() if dim in sizes}, None)
-
-
-def _plain(label: object) -> object:
-    """Return a label of NumPy or torch as Python's own, which JSON holds."""
-    found = label.item() if hasattr(label, "item") else label
-    return found if isinstance(found, (bool, int, float, str)) else str(found)

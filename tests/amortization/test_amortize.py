@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import pickle
 
 import pyro
 import pyro.distributions as dist
@@ -19,6 +20,8 @@ from pyro_flows.amortization.networks import Conditional, Pooled, Sorted, Whiten
 from pyro_flows.flows.parts import location_scale
 from pyro_flows.flows.recipe import set_df, start_at, with_preprocess
 from pyro_flows.flows.recipe_json import not_rebuilt
+from pyro_flows.priors import making
+from pyro_flows.report.page import recipe
 from pyro_flows.transforms.fixed import Preprocess
 from pyro_flows.verdict.psis import psis
 from pyro_flows.verdict.weighing import log_mean, tempered
@@ -146,6 +149,14 @@ def test_many_data_sets_at_once(amortized, data_sets):
         assert float(log_mean(log_weights[number])) == pytest.approx(float(evidence), abs=0.2)
     with pytest.raises(ValueError, match=r"data\['y'\]: expected shape \(K, \*\(5,\)\)"):
         amortized.samples({"y": torch.zeros(3, 4)})
+    with pytest.raises(ValueError, match=r"site 'y': expected missing values \(NaN\) where amortize was given them"):
+        amortized.samples({"y": torch.tensor([[0.0] * 5, [math.nan] * 5])})
+
+
+@pytest.mark.parametrize("way", [pickle.dumps, copy.deepcopy])
+def test_it_is_saved_and_not_pickled(amortized, way):
+    with pytest.raises(TypeError, match=r"Amortized: .* not pickled or copied\. Use save"):
+        way(amortized)
 
 
 @pytest.mark.slow
@@ -154,6 +165,34 @@ def test_answers_are_calibrated(amortized):
     assert found.is_uniform(0.01)
     assert found.method == "Amortized"
     assert found.statuses.get("unreliable", 0) <= 3
+
+
+def test_an_answer_has_a_report_and_makes_a_prior(amortized, monkeypatch):
+    posterior = amortized.posterior(X, DATA, draws=400, seed=1)
+    text = recipe(posterior)
+    assert "# amortized = pf.amortize(regression, ...), or pf.Amortized.load(...)" in text
+    assert "posterior = amortized.posterior(x, y, draws=400, seed=1)\n" in text
+    scope = {"amortized": amortized, "x": X, "y": DATA}
+    exec(text, scope)
+    assert torch.equal(scope["posterior"].z, posterior.z)
+    monkeypatch.setattr(making, "OWN_ERROR_MOST", 0.0)
+    monkeypatch.setattr(making, "STEPS", 2)
+    making._own(posterior, ["b"], 0)  # its flow, which is frozen, is trained on
+
+
+@pytest.mark.filterwarnings("ignore::pyro_flows.UnreliableWarning")
+def test_double_precision_as_the_default(amortized, tmp_path):
+    amortized.save(tmp_path / "saved")
+    evidence = amortized.posterior(X, DATA).log_evidence
+    torch.set_default_dtype(torch.float64)
+    try:
+        again = pf.Amortized.load(tmp_path / "saved", regression, X, torch.zeros(5))
+        assert again.posterior(X, DATA).log_evidence == pytest.approx(evidence, abs=0.05)
+        options = {"simulations": 1000, "max_epochs": 1, "progress": False}
+        made = pf.amortize(regression, X.double(), torch.zeros(5), **options)
+        assert made.posterior(X.double(), DATA.double()).samples["b"].dtype == torch.float64
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 def test_a_saved_flow_answers_as_before(amortized, tmp_path):

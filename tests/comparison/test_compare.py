@@ -159,11 +159,12 @@ def test_improper_priors_have_no_bayes_factors(three):
             pyro.sample("y", dist.Normal(mu, 1.0), obs=y)
 
     other = pf.diagnose(flat, lambda y, sd: pyro.sample("mu", dist.Normal(y.mean(), len(y) ** -0.5)), DATA, 1.0)
-    found = pf.compare({"proper": three["10.0"], "flat": other})
-    assert math.isnan(found.log_bayes_factor("proper", "flat")[0])
+    found = pf.compare({"proper": three["10.0"], "<b>flat": other})
+    assert math.isnan(found.log_bayes_factor("proper", "<b>flat")[0])
     assert any("improper" in note for note in found.notes)
     assert "improper" in str(found)
     assert "improper" in found._repr_html_()
+    assert "<b>" not in found._repr_html_()
 
 
 # power scaling --------------------------------------------------------------------------------------------------------

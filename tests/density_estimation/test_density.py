@@ -608,6 +608,8 @@ def test_numbers_that_single_precision_does_not_hold_are_told():
         quick(points + np.array([0.0, 6e5]))
     with pytest.warns(UserWarning, match="context: column 0 has a range"):
         quick(points, context=points[:, 0] + 6e5)
+    with pytest.warns(UserWarning, match="context: column 0 has a range of 39 and numbers as large as 1.6e"):
+        quick(points, context=np.arange(40) + 1_600_000_000)
 
 
 @pytest.mark.parametrize("share", [0, 1, 5, True, 1.5])

@@ -49,3 +49,12 @@ def test_methods_of_a_posterior_list_theirs(method, wrong, near):
 def test_it_says_where_data_go():
     with pytest.raises(TypeError, match=r"no option 'y'\. Options: .* Data go by position, or in model_kwargs"):
         pf.fit(lambda y: None, y=1)
+
+
+@pytest.mark.parametrize("kind", [pf.DensityFit, pf.FittedPrior, pf.Amortized])
+def test_methods_of_a_class_check_theirs(kind):
+    more = [lambda y: None] * (kind is pf.Amortized)
+    with pytest.raises(ValueError, match="path: expected a path, got None"):
+        kind.load(None, *more)
+    with pytest.raises(TypeError, match=r"load: no option 'paht'\. Did you mean 'path'"):
+        kind.load(*more, paht="saved")

@@ -42,7 +42,7 @@ def test_labels_are_kept_and_the_posterior_is_not_changed(labeled, tmp_path):
 
 def test_names_of_dimensions(labeled):
     renamed = labeled.assign_coords(dims={"theta": ["place"]})
-    assert first(renamed) == "theta[0]"
+    assert first(renamed) == "theta[A]"
     assert first(renamed.assign_coords({"place": np.arange(8) * 10})) == "theta[0]"
     assert list(renamed.assign_coords({"place": np.arange(8) * 10}).summary("theta").index)[-1] == "theta[70]"
     assert "double[A]" in renamed.summary().index
@@ -60,7 +60,7 @@ def test_chains_are_labeled():
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"coords": {"scool": NAMES}}, "coords: expected one of .*, got 'scool'. Did you mean 'school'"),
+        ({"coords": {"scool": NAMES}}, "coords, dimensions of sites: .*, got 'scool'. Did you mean 'school'"),
         ({"coords": {"school": ["A"]}}, r"coords\['school'\]: expected 8 labels, got 1"),
         ({"dims": {"tehta": ["a"]}}, "dims: expected one of 'double', 'theta', 'y', got 'tehta'"),
         ({"dims": {"theta": ["a", "b"]}}, r"dims\['theta'\]: expected 1 names"),

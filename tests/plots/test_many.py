@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import numpy as np
@@ -68,7 +69,7 @@ def test_variables_and_labels(ok, chosen, expected):
 def test_what_is_not_there_is_named(ok):
     with pytest.raises(ValueError, match=r"coords\['school'\]: expected labels among 'Choate', .*, got 'Choat'"):
         plots.plot_posterior(ok, coords={"school": ["Choat"]})
-    with pytest.raises(ValueError, match="coords: expected one of 'school', got 'scool'"):
+    with pytest.raises(ValueError, match="coords, dimensions of sites: expected one of 'school', got 'scool'"):
         plots.plot_posterior(ok, coords={"scool": ["Choate"]})
     with pytest.raises(ValueError, match=r"var_names: expected some of .*, but 'zzz' leaves none"):
         plots.plot_posterior(ok, "zzz", filter_vars="like")
@@ -281,6 +282,26 @@ def test_narrow_figures_fit_a_phone(ok, draw):
     title = figure._suptitle.get_window_extent()
     assert title.x0 >= 0
     assert title.x1 <= figure.bbox.x1
+
+
+def test_labels_of_large_numbers_lie_apart():
+    def model():
+        for name, sd in (("a", 0.1), ("b", 30.0), ("c", 40.0)):
+            pyro.sample(name, dist.Normal(torch.tensor(123456.789, dtype=torch.float64), sd))
+        pyro.factor("none", torch.tensor(0.0))
+
+    posterior = pf.diagnose(model, model, draws=500)
+    for figure in (plots.plot_pairs(posterior), plots.plot_prior_posterior(posterior, width=5.2)):
+        figure.draw_without_rendering()
+        for axes in filter(lambda one: one.get_visible(), figure.axes):
+            low, high = axes.get_xlim()
+            ticks = [tick for tick in axes.xaxis.get_major_ticks() if low <= tick.get_loc() <= high]
+            boxes = [tick.label1.get_window_extent() for tick in ticks if tick.label1.get_visible()]
+            assert all(right.x0 - left.x1 > 3.0 for left, right in itertools.pairwise(boxes))
+            offset, name = axes.xaxis.offsetText, axes.xaxis.label
+            if offset.get_visible() and name.get_text():
+                assert not offset.get_window_extent().overlaps(name.get_window_extent())
+    assert "a\n+1.2345e5" in {axes.get_xlabel() for axes in plots.plot_pairs(posterior).axes}
 
 
 # counts ---------------------------------------------------------------------------------------------------------------

@@ -160,6 +160,8 @@ def test_summary_selects_names(by_status):
         ValueError, match=r"var_names: expected one of 'double', 'theta', got 'thet'\. Did you mean 'theta'"
     ):
         by_status["ok"].summary("thet")
+    with pytest.raises(ValueError, match=r"var_names: expected regular expressions, got '~\(' \(missing \)"):
+        by_status["ok"].summary(["the", "~("], filter_vars="regex")
 
 
 @pytest.mark.parametrize(

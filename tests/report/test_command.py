@@ -65,3 +65,6 @@ def test_errors_come_before_any_work(tmp_path):
     assert (done.exit_code, "expected the directory of a saved posterior" in done.output) == (2, True)
     done = run("report", tmp_path, "--model", model)
     assert (done.exit_code, "expected --model and --data together" in done.output) == (2, True)
+    done = run("report", tmp_path / "none", "--out", tmp_path / "mine.html" / "report.html")
+    assert (done.exit_code, "expected a file that can be written" in done.output) == (2, True)
+    assert {path.name for path in tmp_path.iterdir()} == {"mine.html", "models.py"}

@@ -214,6 +214,37 @@ def test_names_that_clash_or_hold_slashes():
     assert sizes(tree, "posterior", "draw_") == {"chain": 1, "draw": 200}
 
 
+@pytest.mark.parametrize("name", ["ci_bound", "variable", ""])
+def test_names_that_tables_use_themselves(name, tmp_path):
+    def model(plate, site):
+        with pyro.plate(plate, 3):
+            theta = pyro.sample(site, dist.Normal(0.0, 1.0))
+            pyro.sample("y", dist.Normal(theta, 1.0), obs=torch.zeros(3))
+
+    for names in ((name, "x"), ("unit", name)):
+        posterior = any_posterior(model, *names)
+        table = posterior.summary()
+        assert list(table.index) == [f"{names[1] or '_'}[{row}]" for row in range(3)]
+        assert not table.isna().any(axis=None)
+        assert list(posterior.sensitivity().table.index) == list(table.index)
+        posterior.save(tmp_path / "saved")
+        assert pf.load(tmp_path / "saved").summary().equals(table)
+
+
+def test_a_site_with_the_name_of_a_dimension_stays():
+    def model():
+        with pyro.plate("a_dim_0", 3):
+            pyro.sample("a", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        pyro.sample("b", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        pyro.sample("b_dim_0", dist.Normal(0.0, 1.0))
+
+    posterior = any_posterior(model)
+    assert len(posterior.summary()) == 6 + 2 + 1
+    assert sizes(posterior.to_arviz(predictive=False), "posterior", "a") == {
+        "chain": 1, "draw": 200, "a_dim_0": 3, "a_dim_0_": 2
+    }  # fmt: skip
+
+
 def test_masked_entries_are_left_out():
     mask = torch.tensor([[True, False, True], [True, True, False]])
     y = torch.arange(6.0).reshape(2, 3)
@@ -272,16 +303,66 @@ def test_coords_and_dims_of_the_user(schools):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"coords": {"schol": [1]}}, r"coords: expected one of .*, got 'schol'\. Did you mean 'school'"),
+        ({"coords": {"schol": [1]}}, r"coords, dimensions of sites: .*, got 'schol'\. Did you mean 'school'"),
         ({"coords": {"school": [1, 2]}}, r"coords\['school'\]: expected 8 labels, got 2"),
         ({"dims": {"theta": ["a", "b"]}}, r"dims\['theta'\]: expected 1 names for its dimensions \('school',\)"),
         ({"dims": {"theta": "a"}}, r"dims\['theta'\]: expected 1 names"),
         ({"dims": {"tehta": ["a"]}}, r"dims: expected one of .*'tehta'\. Did you mean 'theta'"),
+        ({"coords": {"school": 3}}, r"coords\['school'\]: expected a list of labels, numbers or texts, got 3"),
+        ({"coords": {"school": "ABCDEFGH"}}, r"coords\['school'\]: expected a list of labels.*, got 'ABCDEFGH'"),
+        ({"coords": {"school": [[1]] * 8}}, r"coords\['school'\]: expected a list of labels"),
+        ({"dims": {"theta": 3}}, r"dims\['theta'\]: expected 1 names"),
+        ({"dims": {"theta": ["theta"]}}, r"dims\['theta'\]: .*, but 'theta' is a variable\. Name another"),
+        ({"dims": {"theta": ["double"]}}, r"dims\['theta'\]: .*, but 'double' is a variable"),
+        ({"dims": {"theta": ["draw"]}}, r"dims\['theta'\]: .*, but 'draw' is a dimension of the draws"),
+        ({"dims": {"theta": ["a/b"]}}, r"dims\['theta'\]: .*, but 'a/b' has a slash"),
+        ({"dims": {"theta": [""]}}, r"dims\['theta'\]: .*, but '' is empty"),
     ],
 )
 def test_coords_and_dims_that_do_not_fit(schools, options, message):
     with pytest.raises(ValueError, match=message):
         schools.to_arviz(predictive=False, **options)
+
+
+@pytest.fixture(scope="module")
+def two_plates():
+    def model():
+        for name, size in (("a", 3), ("b", 3), ("c", 2)):
+            with pyro.plate(name.upper(), size):
+                pyro.sample(name, dist.Normal(torch.zeros(2 if name == "c" else ()), 1.0).to_event(int(name == "c")))
+
+    return any_posterior(model).assign_coords({"A": list("xyz")})
+
+
+def test_variables_that_share_a_dimension_share_its_labels(two_plates, tmp_path):
+    renamed = two_plates.assign_coords(dims={"b": ["A"]})
+    for posterior in (renamed, two_plates.assign_coords(dims={"a": ["unit"], "b": ["unit"]})):
+        assert [name for name in posterior.summary().index if name[0] != "c"] == [
+            f"{site}[{label}]" for site in "ab" for label in "xyz"
+        ]
+        assert not posterior.summary().isna().any(axis=None)
+    assert two_plates.to_arviz(dims={"b": ["A"]}, predictive=False)["posterior"]["b"].shape == (1, 200, 3)
+    renamed.save(tmp_path / "saved")
+    assert list(pf.load(tmp_path / "saved").summary("b").index) == ["b[x]", "b[y]", "b[z]"]
+    twice = two_plates.assign_coords({"A": list("aab")})
+    assert list(twice.summary("a", coords={"A": ["a"]}).index) == ["a[a]", "a[a]"]
+    days = np.array(["2026-01-01", "2026-01-02", "2026-01-03"], dtype="datetime64[ns]")
+    assert two_plates.assign_coords({"A": days}).summary("a").index[0].startswith("a[2026-01-01")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"dims": {"c": ["A", "d"]}}, r"dims: expected .* under the name 'A', got .*'A\[x\]'.* of 3 and .* of 2"),
+        ({"dims": {"c": ["d", "d"]}}, r"dims\['c'\]: .*, but 'd' is there twice"),
+        ({"dims": {"b": ["A"]}, "coords": {"B": list("uvw")}}, "coords, dimensions of sites"),
+    ],
+)
+def test_dimensions_that_cannot_be_one(two_plates, options, message):
+    with pytest.raises(ValueError, match=message):
+        two_plates.to_arviz(predictive=False, **options)
+    with pytest.raises(ValueError, match="expected dimensions with the same entries under the name 'A'"):
+        two_plates.assign_coords({"B": list("uvw")}).assign_coords(dims={"b": ["A"]})
 
 
 def test_constant_data_are_arguments_that_are_not_observed():

@@ -13,6 +13,10 @@ import torch
 from pyro.infer.autoguide import AutoNormal
 
 import pyro_flows as pf
+from pyro_flows import _bundles
+from pyro_flows.amortization import files as amortized
+from pyro_flows.density_estimation import files as density
+from pyro_flows.priors import fitted as prior
 from pyro_flows.results.files import FILES
 from tests.posteriors import (
     NETCDF,
@@ -237,6 +241,25 @@ def test_missing_files_are_named(saved, tmp_path, lost):
         pf.load(tmp_path)
     with pytest.raises(ValueError, match=r"guide\.pt, posterior\.json missing"):
         pf.load(tmp_path / "nowhere")
+
+
+READERS = {
+    "pf.load": pf.load,
+    "pf.Amortized.load": lambda path: pf.Amortized.load(path, schools),
+    "pf.DensityFit.load": pf.DensityFit.load,
+    "pf.FittedPrior.load": pf.FittedPrior.load,
+}
+
+
+@pytest.mark.parametrize("bundle", [FILES, amortized.FILES, density.FILES, prior.FILES], ids=lambda one: one.what)
+def test_a_directory_of_another_kind_names_what_reads_it(bundle, tmp_path):
+    bundle.write(tmp_path, {}, dict.fromkeys(bundle.others, b""))
+    own, others = _bundles.READERS[bundle.format], dict(READERS)
+    del others[own]
+    for name, read in others.items():
+        with pytest.raises(ValueError, match=rf"It is a saved {bundle.what}: read it with {own}\.$"):
+            read(tmp_path)
+        assert name in _bundles.READERS.values()
 
 
 def copy_with(saved, target, **changes):

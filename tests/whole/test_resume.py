@@ -187,6 +187,38 @@ def test_evaluations_of_slow_models_are_kept_and_those_that_draw_are_not(tmp_pat
     assert drawn[0] != drawn[1]
 
 
+def test_a_checkpoint_stays_where_the_call_was_made(tmp_path, monkeypatch):
+    (tmp_path / "other").mkdir()
+    monkeypatch.chdir(tmp_path)
+
+    def moving(y):
+        monkeypatch.chdir(tmp_path / "other")
+        location(y)
+
+    pf.fit(moving, Y, draws=100, progress=False, checkpoint="fit.ckpt")
+    monkeypatch.chdir(tmp_path)
+    points = Moving(torch.randn(64, 2, generator=torch.Generator().manual_seed(0)), tmp_path / "other", monkeypatch)
+    loader = torch.utils.data.DataLoader(points, batch_size=32)
+    flow = pf.nice(2, layers=2)
+    pf.fit_density(flow, loader, checkpoint="run.pt", max_epochs=1, learning_rate=0.01, validation=None, progress=False)
+    assert {path.name for path in tmp_path.iterdir()} == {"other", "fit.ckpt", "run.pt"}
+    assert not list((tmp_path / "other").iterdir())
+
+
+class Moving(torch.utils.data.Dataset):
+    """Points whose reading changes the working directory."""
+
+    def __init__(self, points, folder, patch):
+        self.points, self.folder, self.patch = points, folder, patch
+
+    def __len__(self):
+        return len(self.points)
+
+    def __getitem__(self, number):
+        self.patch.chdir(self.folder)
+        return self.points[number]
+
+
 def test_what_is_inside_of_a_step_is_no_step_and_what_comes_after_a_cut_is_not_kept(tmp_path):
     def step(value):
         def compute():
