@@ -55,7 +55,7 @@ from pyro_flows.model.start import FromPrior, initial_value
 MOST_STEPS = 60  # Newton steps to a mode
 NEAR = 0.3  # of a standard deviation of a number: how far from the mode the curvature may be taken
 SMALLEST = 1e-12  # curvature
-STUCK = 1e-3  # of the longest step, below which a step ends a climb
+STUCK = 1e-3  # nats that a step promises by its slope, below which it ends a climb
 FARTHER = 4.0  # times as long as steps before; also what a step is divided by
 ROUNDING = 1e-3  # of curvatures, as a part of the largest one
 OFF_CENTER = 0.3  # of the way to a draw of the prior
@@ -441,6 +441,7 @@ class Rows:
         """
         base, lengths, steps, heights = first.base, first.decrement, first.steps, first.heights()
         reach = [number.sd.detach() for number in first.numbers]
+        slopes = [number.raw.detach() for number in first.numbers]
         at_kink = [torch.zeros_like(most, dtype=torch.bool) for most in reach]
         for _ in range(MOST_STEPS):
             now = self.conditional(z, at_values(first.moved(base, steps)), first.at.chosen)
@@ -448,6 +449,8 @@ class Rows:
             good = [_above(new, old) for new, old in zip(reached, heights, strict=True)]
             base = first.moved(base, [torch.where(fine, step, 0.0) for fine, step in zip(good, steps, strict=True)])
             tried = list(zip(good, now.steps, steps, reach, strict=True))
+            risen = zip(good, now.numbers, slopes, strict=True)
+            slopes = [torch.where(fine, number.raw.detach(), old) for fine, number, old in risen]
             reach = [torch.where(fine, most.maximum(old.abs()), most) for fine, _, old, most in tried]
             new = now.shortened(now.steps, [FARTHER * length for length in reach])
             steps = [torch.where(fine, step, old / FARTHER) for (fine, _, old, _), step in zip(tried, new, strict=True)]
@@ -457,8 +460,8 @@ class Rows:
             ]
             lengths = [torch.where(fine, new, old) for fine, new, old in zip(good, now.decrement, lengths, strict=True)]
             heights = [torch.where(fine, new, old) for fine, new, old in zip(good, reached, heights, strict=True)]
-            left = zip(lengths, steps, reach, at_kink, strict=True)
-            going = (~kink & (far.abs() > NEAR) & (step.abs() > STUCK * most) for far, step, most, kink in left)
+            left = zip(lengths, steps, slopes, at_kink, strict=True)
+            going = (~kink & (far.abs() > NEAR) & ((step * slope).abs() > STUCK) for far, step, slope, kink in left)
             if not any(bool(rows.any()) for rows in going):
                 break
         return base

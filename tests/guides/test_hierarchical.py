@@ -341,6 +341,21 @@ def test_rows_on_a_simplex_reach_their_modes():
         assert float(now.heights()[0].sum()) > -178.8  # -178.6 is the highest; some rows ended 1 to 180 below
 
 
+def simplex_rows(x, batch=None):
+    alpha = pyro.sample("alpha", dist.LogNormal(real(0.0), 2.0))
+    with pyro.plate("row", len(x), subsample_size=batch) as index:
+        theta = pyro.sample("theta", dist.Dirichlet(alpha.unsqueeze(-1) * real([0.6, 0.2, 0.2])))
+        pyro.sample("x", dist.Multinomial(20, theta, validate_args=False), obs=x[index])
+
+
+def test_rows_far_out_where_the_density_is_a_line_reach_their_modes():
+    """An end at 1e-3 of the sd there, 1e6, was no mode: the row was 990 nats too low, and alpha 24 sds off."""
+    _, rows = rows_of(simplex_rows, real([[20.0, 0.0, 0.0]]))
+    for start in ([22.0, 0.4], [26.0, 0.4], [31.0, 0.4]):
+        now = rows.near_mode(real([1.6]), at_values({"theta": real([start])}), {})
+        assert now.near
+
+
 def test_draws_without_a_gradient_leave_parameters_finite():
     def model(y):
         mu = pyro.sample("mu", dist.Normal(3.0, 1.0))
@@ -1110,6 +1125,22 @@ def test_rows_with_a_second_mode_are_named():
     assert posterior.verdict.status == "unreliable"
     assert posterior.settings["worst_rows"] == [["row", 7], ["row", 37]]
     assert "2 of 60 rows have a second mode: row[7], row[37]" in posterior.verdict.reasons
+
+
+def with_outliers(x, batch):
+    mu = pyro.sample("mu", dist.Normal(real(0.0), 1.0))
+    with pyro.plate("row", len(x), subsample_size=batch) as index:
+        z = pyro.sample("z", dist.Normal(mu, 10.0))
+        far = dist.Normal(torch.stack([z, 0.0 * z], -1), real([0.4, 20.0]))
+        pyro.sample("x", dist.MixtureSameFamily(dist.Categorical(real([0.5, 0.5])), far), obs=x[index])
+
+
+def test_narrow_modes_within_wide_ones_are_second_modes():
+    """Distances were taken in sds of the wide one, so that 15 was near: draws hardly reach the narrow one there."""
+    x = real([15.0, -15.0] * 10)
+    guide = pf.AutoHierarchicalFlow(with_outliers, layers=2, init="prior").initialize(x, 10)
+    marginal = guide.density_of_globals((x, 10), {}, real([0.0]), 0)
+    assert len(marginal.second_modes(real([0.0]))) > 2
 
 
 def with_two_signs(x, batch):
