@@ -465,7 +465,9 @@ class Rows:
             steps = [torch.where(fine, step, old / FARTHER) for (fine, old, _), step in zip(tried, new, strict=True)]
             at_kink = [
                 kink | (fine & (fresh * old < 0.0) & _above(before, new))
-                for kink, (fine, old, _), fresh, before, new in zip(at_kink, tried, now.steps, heights, reached, strict=True)
+                for kink, (fine, old, _), fresh, before, new in zip(
+                    at_kink, tried, now.steps, heights, reached, strict=True
+                )
             ]
             lengths = [torch.where(fine, new, old) for fine, new, old in zip(good, now.decrement, lengths, strict=True)]
             heights = [torch.where(fine, new, old) for fine, new, old in zip(good, reached, heights, strict=True)]

@@ -249,7 +249,9 @@ class Marginal:
             together = self.rows.run(lead.unsqueeze(0), at_values(values), now.at.chosen, through=True).densities()
             found = {name: self._spread(part)[0] for name, part in together.items()}
             shapes = {name: value.shape for name, value in self.first.base.items()}
-            each = [{name: own[0, at].reshape(shapes[name]) for name, own in values.items()} for at in range(len(points))]
+            each = [
+                {name: own[0, at].reshape(shapes[name]) for name, own in values.items()} for at in range(len(points))
+            ]
         except (RuntimeError, ValueError, IndexError):
             return False
         for place, (point, own) in enumerate(zip(points, each, strict=True)):
