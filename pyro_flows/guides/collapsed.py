@@ -31,10 +31,12 @@ def start_of_globals(few: Density, z: Tensor) -> tuple[Tensor, Tensor] | None:
     mode = climb(few, z)
     if mode is None:
         return None
-    if few.adapt(mode.unsqueeze(0)):
-        again = climb(few, mode)
-        mode = mode if again is None else again
+    wide = few.adapt(mode.unsqueeze(0))
+    if wide:
+        mode = _climbed(few, mode)
     covariance = _covariance(few, mode)
+    if wide and _has_more_draws(few, mode, covariance):
+        mode = _climbed(few, mode)
     if few.first.at.drawn or isinstance(few, CrossedMarginal):
         mode = _mend(few.with_parts(MOST_PARTS), mode, covariance)
         some = few.with_parts(max(FEW_PARTS, RUNS // (2 * len(mode))))
@@ -69,6 +71,18 @@ def climb(density: Density, z: Tensor) -> Tensor | None:
 
     optimizer.step(closure)
     return best[1]
+
+
+def _climbed(density: Density, mode: Tensor) -> Tensor:
+    again = climb(density, mode)
+    return mode if again is None else again
+
+
+def _has_more_draws(density: Density, mode: Tensor, covariance: Tensor) -> bool:
+    """Whether rows get more draws for their differences between points one standard deviation from the mode."""
+    before, steps = density.count, torch.diag(_diagonal(covariance).sqrt())[:PROBES]
+    density.choose_count(torch.cat([mode + steps, mode - steps]))
+    return density.count > before
 
 
 def _mend(density: Density, mode: Tensor, covariance: Tensor) -> Tensor:

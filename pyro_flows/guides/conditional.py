@@ -34,7 +34,7 @@ from torch._C import _functorch
 
 from pyro_flows._seeding import derive, seeded
 from pyro_flows.model.batching import batch
-from pyro_flows.model.bijections import bijection, real_shape
+from pyro_flows.model.bijections import bijection, real_log_prob, real_shape
 from pyro_flows.model.handlers import Place
 from pyro_flows.model.noncentered import location_scale
 from pyro_flows.model.precision import in_double
@@ -55,7 +55,7 @@ from pyro_flows.model.start import FromPrior, initial_value
 MOST_STEPS = 60  # Newton steps to a mode
 NEAR = 0.3  # of a standard deviation of a number: how far from the mode the curvature may be taken
 SMALLEST = 1e-12  # curvature
-STUCK = 1e-3  # of the longest step, below which a step ends a climb
+STUCK = 1e-3  # nats that a step promises by its slope, below which it ends a climb
 FARTHER = 4.0  # times as long as steps before; also what a step is divided by
 ROUNDING = 1e-3  # of curvatures, as a part of the largest one
 OFF_CENTER = 0.3  # of the way to a draw of the prior
@@ -264,6 +264,11 @@ class Conditional:
         shares = self.least([(length / step.abs()).clamp_max(1.0) for step, length in zip(steps, most, strict=True)])
         return [step * share for step, share in zip(steps, shares, strict=True)]
 
+    def uphill(self, reach: Sequence[Tensor]) -> list[Tensor]:
+        """Return the Newton steps; those on a slope without curvature are as long as a climb may go."""
+        tried = zip(self.steps, self.numbers, reach, strict=True)
+        return [torch.where(own.flat, step.sign() * FARTHER * most, step) for step, own, most in tried]
+
     @property
     def near(self) -> bool:
         return all(bool((length.abs() <= NEAR).all()) for length in self.decrement)
@@ -353,7 +358,10 @@ class Rows:
             at.trace = poutine.trace(self.model).get_trace(*self.args, **self.kwargs)
             at.trace.compute_log_prob()
         for name, local in at.locals.items():
-            local.scale = messages(at.trace)[name]["scale"]
+            site = messages(at.trace)[name]
+            local.scale = site["scale"]
+            if (precise := real_log_prob(site["fn"], local.value)) is not None:
+                site["log_prob"] = scale_and_mask(precise - local.ladj, site["scale"], site["mask"])
         return at
 
     def _mapped(self, axes: Axes, z: Tensor, start: Start, chosen: Chosen, through: bool) -> At:
@@ -439,26 +447,32 @@ class Rows:
         as the longest one before at most: all numbers of a row are shortened by one factor, else its direction might
         lead down. Rows that step back and forth, no higher than before, are at a kink.
         """
-        base, lengths, steps, heights = first.base, first.decrement, first.steps, first.heights()
+        base, lengths, heights = first.base, first.decrement, first.heights()
         reach = [number.sd.detach() for number in first.numbers]
+        steps = first.uphill(reach)
+        slopes = [number.raw.detach() for number in first.numbers]
         at_kink = [torch.zeros_like(most, dtype=torch.bool) for most in reach]
         for _ in range(MOST_STEPS):
             now = self.conditional(z, at_values(first.moved(base, steps)), first.at.chosen)
             reached = now.heights()
             good = [_above(new, old) for new, old in zip(reached, heights, strict=True)]
             base = first.moved(base, [torch.where(fine, step, 0.0) for fine, step in zip(good, steps, strict=True)])
-            tried = list(zip(good, now.steps, steps, reach, strict=True))
-            reach = [torch.where(fine, most.maximum(old.abs()), most) for fine, _, old, most in tried]
-            new = now.shortened(now.steps, [FARTHER * length for length in reach])
-            steps = [torch.where(fine, step, old / FARTHER) for (fine, _, old, _), step in zip(tried, new, strict=True)]
+            tried = list(zip(good, steps, reach, strict=True))
+            risen = zip(good, now.numbers, slopes, strict=True)
+            slopes = [torch.where(fine, number.raw.detach(), old) for fine, number, old in risen]
+            reach = [torch.where(fine, most.maximum(old.abs()), most) for fine, old, most in tried]
+            new = now.shortened(now.uphill(reach), [FARTHER * length for length in reach])
+            steps = [torch.where(fine, step, old / FARTHER) for (fine, old, _), step in zip(tried, new, strict=True)]
             at_kink = [
                 kink | (fine & (fresh * old < 0.0) & _above(before, new))
-                for kink, (fine, fresh, old, _), before, new in zip(at_kink, tried, heights, reached, strict=True)
+                for kink, (fine, old, _), fresh, before, new in zip(
+                    at_kink, tried, now.steps, heights, reached, strict=True
+                )
             ]
             lengths = [torch.where(fine, new, old) for fine, new, old in zip(good, now.decrement, lengths, strict=True)]
             heights = [torch.where(fine, new, old) for fine, new, old in zip(good, reached, heights, strict=True)]
-            left = zip(lengths, steps, reach, at_kink, strict=True)
-            going = (~kink & (far.abs() > NEAR) & (step.abs() > STUCK * most) for far, step, most, kink in left)
+            left = zip(lengths, steps, slopes, at_kink, strict=True)
+            going = (~kink & (far.abs() > NEAR) & ((step * slope).abs() > STUCK) for far, step, slope, kink in left)
             if not any(bool(rows.any()) for rows in going):
                 break
         return base

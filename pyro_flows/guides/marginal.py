@@ -248,10 +248,13 @@ class Marginal:
             values = now.moved(now.base, steps)
             together = self.rows.run(lead.unsqueeze(0), at_values(values), now.at.chosen, through=True).densities()
             found = {name: self._spread(part)[0] for name, part in together.items()}
+            shapes = {name: value.shape for name, value in self.first.base.items()}
+            each = [
+                {name: own[0, at].reshape(shapes[name]) for name, own in values.items()} for at in range(len(points))
+            ]
         except (RuntimeError, ValueError, IndexError):
             return False
-        for place, point in enumerate(points):
-            own = {name: value[0, place].reshape(self.first.base[name].shape) for name, value in values.items()}
+        for place, (point, own) in enumerate(zip(points, each, strict=True)):
             for name, part in self.rows.run(point, at_values(own), now.at.chosen).densities().items():
                 one, near = found[name][min(place, len(found[name]) - 1)], torch.finfo(part.dtype).eps ** 0.5
                 alone = self._spread(part)[0, 0]
@@ -424,8 +427,11 @@ class Marginal:
                     first = self.rows.conditional(points, conditional.of_prior, part.chosen)
                 base = self.rows.mode(points, first)
                 then = self.rows.conditional(points, at_values(base), part.chosen)
-                steps = zip(then.by_number(then.base), now.by_number(now.base), now.numbers, strict=True)
-                away = [(((one - other) / own.sd).abs(), own.curvature.abs()) for one, other, own in steps]
+                steps = zip(then.by_number(then.base), now.by_number(now.base), then.numbers, now.numbers, strict=True)
+                away = [
+                    (((one - other) / torch.minimum(new.sd, own.sd)).abs(), own.curvature.abs())
+                    for one, other, new, own in steps
+                ]
                 far = [(sds > ROW_MODES_APART) & (bend > 0.0) for sds, bend in away]  # without curvature it is masked
                 lost = [~(length.abs() <= conditional.NEAR) for length in then.decrement]
                 apart, none, reached = self._by_rows(then, far), self._by_rows(then, lost), self._reached(now, then)

@@ -10,7 +10,7 @@ from typing import cast
 import torch
 from pyro.distributions.mixture import MaskedConstraint
 from torch import Tensor
-from torch.distributions import Distribution, constraints
+from torch.distributions import Beta, Dirichlet, Distribution, Independent, constraints
 from torch.distributions import biject_to as registered
 from torch.distributions.constraints import Constraint, MixtureSameFamilyConstraint
 from torch.distributions.transforms import (
@@ -49,6 +49,26 @@ def bijection(fn: Distribution) -> Transform:
     if is_narrower(inner) and ComposeTransform(inner.transforms).bijective:
         return _lifted(ComposeTransform([bijection(inner.base_dist), *inner.transforms]), lifted)
     return biject_to(cast(Constraint, fn.support))
+
+
+def real_log_prob(fn: Distribution, y: Tensor) -> Tensor | None:
+    r"""Return the log density of real numbers that :func:`bijection` takes to values of a Beta or Dirichlet; else None.
+
+    With shares :math:`x_k` of the unit, :math:`\log p(y) = \sum_k a_k \log x_k(y) - \log B(a)`. Beyond y = 36, 1 - x
+    has no digit in double precision, and a small concentration has mass there. The logarithms of all shares have their
+    digits at all y.
+    """
+    if isinstance(fn, Independent):
+        inner = real_log_prob(fn.base_dist, y)
+        return None if inner is None else inner.flatten(inner.dim() - fn.reinterpreted_batch_ndims).sum(-1)
+    if not isinstance(fn, (Beta, Dirichlet)):
+        return None
+    shares, y = (fn._dirichlet, y.unsqueeze(-1)) if isinstance(fn, Beta) else (fn, y)
+    sticks = y - torch.arange(y.shape[-1], 0, -1).to(y).log()  # as torch's StickBreakingTransform has it
+    taken = torch.nn.functional.pad(torch.nn.functional.logsigmoid(sticks), (0, 1))
+    left = torch.nn.functional.pad(torch.nn.functional.logsigmoid(-sticks).cumsum(-1), (1, 0))
+    a = shares.concentration
+    return (a * (taken + left)).sum(-1) + a.sum(-1).lgamma() - a.lgamma().sum(-1)
 
 
 def _lifted(transform: Transform, axes: int) -> Transform:
