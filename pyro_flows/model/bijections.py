@@ -9,6 +9,7 @@ from typing import cast
 
 import torch
 from pyro.distributions.mixture import MaskedConstraint
+from pyro.distributions.util import sum_rightmost
 from torch import Tensor
 from torch.distributions import Beta, Dirichlet, Distribution, Independent, constraints
 from torch.distributions import biject_to as registered
@@ -60,7 +61,7 @@ def real_log_prob(fn: Distribution, y: Tensor) -> Tensor | None:
     """
     if isinstance(fn, Independent):
         inner = real_log_prob(fn.base_dist, y)
-        return None if inner is None else inner.flatten(inner.dim() - fn.reinterpreted_batch_ndims).sum(-1)
+        return None if inner is None else sum_rightmost(inner, fn.reinterpreted_batch_ndims)
     if not isinstance(fn, (Beta, Dirichlet)):
         return None
     shares, y = (fn._dirichlet, y.unsqueeze(-1)) if isinstance(fn, Beta) else (fn, y)

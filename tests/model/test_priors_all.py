@@ -12,7 +12,7 @@ from pyro.distributions import transforms
 from torch.distributions import constraints
 
 import pyro_flows as pf
-from pyro_flows.model.bijections import biject_to
+from pyro_flows.model.bijections import biject_to, bijection, real_log_prob
 
 torch_of = torch.tensor
 ones, zeros = torch.ones, torch.zeros
@@ -257,3 +257,30 @@ def test_the_jacobian_of_triangles(square):
 def test_what_no_vector_of_real_numbers_can_reach_is_refused(make, message):
     with pytest.raises(ValueError, match=f"site 'x': no bijection from real numbers to its support .*{message}"):
         pf.LogDensity(alone(make))
+
+
+BETAS, SHARES = (
+    dist.Beta(real([[0.6, 2.0], [1.3, 0.7], [5.0, 0.9]]), 1.5),
+    dist.Dirichlet(real([[0.5, 2, 3], [1, 4, 0.7]])),
+)
+
+
+@pytest.mark.parametrize(
+    "prior",
+    [BETAS, BETAS.to_event(1), SHARES, SHARES.to_event(1), dist.Independent(SHARES, 0), dist.Beta(real(0.5), 0.7)],
+    ids=["Beta", "Beta of a vector", "Dirichlet", "Dirichlet of a plate", "Dirichlet of no event", "Beta of a scalar"],
+)
+def test_densities_of_real_numbers_are_those_of_shares_with_the_jacobian(prior):
+    x, to_shares = prior.sample(), bijection(prior)
+    y = to_shares.inv(x)
+    expected = prior.log_prob(x) + to_shares.log_abs_det_jacobian(y, x)
+    torch.testing.assert_close(real_log_prob(prior, y), expected)
+
+
+@pytest.mark.parametrize("y", [-90.0, 90.0])
+def test_densities_of_real_numbers_have_digits_where_shares_have_none(y):
+    """log p(y) = a log(1 / (1 + exp(-y))) + b log(1 / (1 + exp(y))) - log B(a, b)."""
+    a, b = 0.04, 0.08
+    expected = (a if y < 0.0 else b) * -90.0 - (math.lgamma(a) + math.lgamma(b) - math.lgamma(a + b))
+    assert float(real_log_prob(dist.Beta(real(a), real(b)), real(y))) == pytest.approx(expected)
+    assert real_log_prob(dist.Normal(0.0, 1.0), real(y)) is None
