@@ -28,6 +28,7 @@ import copy
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import NamedTuple
 
 import pyro
@@ -41,9 +42,11 @@ from pyro_flows._seeding import derive, seeded
 from pyro_flows.guides import conditional
 from pyro_flows.guides.conditional import At, Conditional, Number, Rows, Start, at_values, axes_of, is_part, vectorized
 from pyro_flows.model.batching import over_rows, quiet
+from pyro_flows.model.bijections import bijection
+from pyro_flows.model.bounds import log_times, on_bound
 from pyro_flows.model.observations import left_alone, refuse_outside, support_moves
 from pyro_flows.model.reading import check_observed
-from pyro_flows.model.sites import Site, is_data, messages
+from pyro_flows.model.sites import Site, by_event, is_data, messages
 from pyro_flows.model.supports import inside
 from pyro_flows.verdict.psis import psis
 from pyro_flows.verdict.thresholds import (
@@ -61,6 +64,8 @@ DRAWS_LEAST, DRAWS_MOST = 4, 256  # of a row, K
 DRAWS_WIDE = 16  # of a row that is not normal, at least
 AT_ONCE = 1_000_000  # numbers: draws of rows at once
 SMALLEST = 1e-12  # distance of points from 0 and 1
+ON_BOUNDS_FIRST, ON_BOUNDS = 8, 64  # draws of the globals at which rows beside a bound are looked for, and weighed
+ON_BOUNDS_LEAST = 1e-6  # part of a row's weight, below which draws on a bound are none
 LOOKED_AT, LOOKED_BY = 200, 32  # rows whose k-hat is estimated: those with the most uneven weights; draws of each
 PICKED_FROM = 64  # draws of a row that is not normal, of which one is picked
 NEGLIGIBLE = 60.0  # nats below the largest weight of a row
@@ -409,6 +414,65 @@ class Marginal:
                     if not k_hat < K_HAT_MOST:
                         found.append(WorstRow(plate, int(index[row]), float(k_hat)))
         return sorted(found, key=lambda row: -row.k_hat)
+
+    def on_bounds(self, z: Tensor) -> str | None:
+        """Name a site of rows that rounding puts onto a bound, if the mass that is lost there changes a mean or an sd.
+
+        Draws of rows get the weights of :mod:`pyro_flows.model.bounds`, and draws ``z`` (S, D) of the globals what
+        these do to the likelihoods of rows. Models whose draws are not batched, but mapped, are not looked at.
+        """
+        looked = self.batched and self.rows.axes is None and self.first.sites
+        z, numbers = z[:ON_BOUNDS], range(len(self.parts) if looked else 0)
+        log_weights, largest, worst = z.new_zeros(len(z), dtype=torch.float64), 0.0, None
+        for number in [at for at in numbers if self._gains(z[:ON_BOUNDS_FIRST], at)]:
+            place = 0
+            for piece in z.split(self._rows_at_once):
+                for name, gain in self._gains(piece, number).items():
+                    log_weights[place : place + len(piece)] += gain.sum(1)
+                    if float(gain.mean(0).abs().max()) > largest:
+                        largest, worst = float(gain.mean(0).abs().max()), name
+                place += len(piece)
+        weights, points = torch.softmax(log_weights, 0)[:, None], z.double()
+        mean = (weights * points).sum(0)
+        sd = (weights * (points - mean).square()).sum(0).sqrt()
+        shifts = torch.stack([(points.mean(0) - mean).abs() / sd, (points.std(0) / sd).log().abs()])
+        return worst if max(largest, float(shifts.nan_to_num(0.0).max())) > SHIFT_MOST else None
+
+    def _gains(self, z: Tensor, number: int) -> dict[str, Tensor]:
+        """Return by how many nats likelihoods of rows (S, rows) grow by the mass that is lost next to bounds, by site.
+
+        Sites without a draw there are left out.
+        """
+        self.clock.look()
+        points = self._precise(z).reshape(len(z), *[1] * self._nest, z.shape[-1])
+        with torch.no_grad():
+            now, steps, log_q = self._draws(points, number, {})
+            values = now.moved(now.base, steps)
+            at = self.rows.run(points.unsqueeze(0), at_values(values), now.at.chosen, through=True)
+            terms = self._gathered(at, log_q, number)
+        found = {}
+        for name, y in values.items():
+            site, plate = messages(at.trace)[name], self.plates[name]
+            lost = on_bound(y, bijection(site["fn"]).inv(site["value"]))
+            if not bool(lost.any()):
+                continue
+            times = log_times(y, lost, partial(self._slopes, points, values, name, now))
+            times = _by_row(self._spread(by_event(times, len(at.locals[name].batch))), site, plate, self._nest)
+            weights = torch.log_softmax(terms.weights(plate), 0)
+            share = torch.where(times == 0.0, -torch.inf, weights).logsumexp(0)
+            gain = torch.where(share > math.log(ON_BOUNDS_LEAST), (weights + times).logsumexp(0), 0.0)
+            if bool((gain != 0.0).any()):
+                found[name] = gain * terms.kept[plate]
+        return found
+
+    @torch.enable_grad()
+    def _slopes(self, points: Tensor, values: Mapping[str, Tensor], name: str, now: Conditional, y: Tensor) -> Tensor:
+        """Return the derivatives of the log joint density by values ``y`` of a site; others have ``values``."""
+        leaf = y.detach().requires_grad_()
+        moved = at_values({**values, name: leaf})
+        at = self.rows.run(points.unsqueeze(0), moved, now.at.chosen, through=True)
+        total = sum((part.sum() for part in at.densities(exact=True).values()), points.new_zeros(()))
+        return torch.autograd.grad(total, leaf)[0]
 
     @torch.no_grad()
     def second_modes(self, z: Tensor) -> list[tuple[str, int]]:

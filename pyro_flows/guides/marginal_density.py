@@ -22,7 +22,7 @@ from pyro_flows.model.batching import batch
 from pyro_flows.model.bijections import bijection
 from pyro_flows.model.digits import COMPARED_ONE_BY_ONE
 from pyro_flows.model.handlers import Given
-from pyro_flows.model.log_density import LogDensity
+from pyro_flows.model.log_density import LogDensity, lost_next_to
 from pyro_flows.model.sites import Keywords, Model, Positional, coordinates_of, is_deterministic, is_subsample, messages
 from pyro_flows.model.start import first_run, initial_value
 
@@ -109,6 +109,11 @@ class MarginalDensity(LogDensity):
     def known_rounding(self, z: Tensor) -> float:
         """Return what rounding and the likelihoods of rows do to the log density at all points alike, nats."""
         return math.hypot(super().known_rounding(z), self.level_error)
+
+    def on_bounds(self, z: Tensor) -> list[str]:
+        """Say which site rounding puts onto a bound, of the globals or of rows; see :class:`LogDensity`."""
+        worst = self.marginal.on_bounds(z) if isinstance(self.marginal, Marginal) else None
+        return super().on_bounds(z) + ([] if worst is None else [lost_next_to(worst)])
 
     def local_samples(
         self,

@@ -21,6 +21,7 @@ from pyro_flows._ledger import booked
 from pyro_flows._threads import turn
 from pyro_flows.graphs import Recorder, RecorderState
 from pyro_flows.model.batching import quiet, values_and_grads, where_possible
+from pyro_flows.model.bounds import far_from_zero, log_times, on_bound
 from pyro_flows.model.digits import COMPARED_ONE_BY_ONE
 from pyro_flows.model.faults import Faults, Refused, Undefined, passing_over
 from pyro_flows.model.runs import Runs
@@ -32,6 +33,11 @@ LARGER = 4  # times the numbers of data and coordinates, that a few results may 
 WRITTEN_FOR_A_CHECK, DRAWS_AT_LEAST = 2e9, 400  # numbers that a check may write, a second or so; and its draws
 SENT_BACK, SENT_BACK_ONE_BY_ONE = 1024, 64  # draws whose values are turned into coordinates again
 ON_BOUNDS = "rounding puts"  # begins a reason
+
+
+def lost_next_to(name: str) -> str:
+    """Return the reason: which site loses mass next to a bound."""
+    return f"{ON_BOUNDS} {name} onto a bound, and the mass that is lost next to it would change a mean or an sd"
 
 
 class DensityState(TypedDict):
@@ -134,32 +140,21 @@ class LogDensity(SiteValues):
     def on_bounds(self, z: Tensor) -> list[str]:
         """Say which site rounding puts onto a bound, if the mass that is lost there changes a mean or an sd; z (S, D).
 
-        A sigmoid has no values between 1 - eps and 1, and torch cuts it there. A draw at the cut does not return to the
-        same coordinate, and the density decays with the Jacobian alone. If it went on to decay at the rate before the
-        cut, the mass beyond would be as many times as large as that rate is smaller: draws there get this weight. The
-        rate is that half way to the cut, as rounding inside of the model comes before it.
+        Draws at the cut get the weights of :mod:`pyro_flows.model.bounds`.
         """
-        limit = -math.log(torch.finfo(z.dtype).eps)
-        far = (z.abs() > limit).any(1).nonzero()[:, 0]
+        far = (z.abs() > far_from_zero(z.dtype)).any(1).nonzero()[:, 0]
         first = far[: SENT_BACK if self.batched else SENT_BACK_ONE_BY_ONE]
 
         def lost_at(points: Tensor) -> Tensor:
-            back = self.unconstrain(self.constrain(points)).to(points)
-            return ~(torch.isclose(back, points, rtol=1e-3, atol=1e-3) | back.isnan()) & (points.abs() > limit)
+            return on_bound(points, self.unconstrain(self.constrain(points)).to(points))
 
         with quiet(), Tried() as tried:
             if not (len(first) and bool(lost_at(z[first]).any())):
                 return []
             lost = lost_at(z[far])
             far, lost = far[lost.any(1)], lost[lost.any(1)]
-            some = z[far]
-            before, beyond = (
-                -some.sign() * self.unrecorded(torch.where(lost, moved, some))[1].double()
-                for moved in (some.clamp(-0.5 * limit, 0.5 * limit), some + some.sign())
-            )
-            times = torch.where(lost, beyond / before.clamp_min(torch.finfo(z.dtype).eps), 1.0).nan_to_num(1.0)
             log_weights = z.new_zeros(len(z), dtype=torch.float64)
-            log_weights[far] = times.clamp_min(0.0).log().sum(1)
+            log_weights[far] = log_times(z[far], lost, lambda points: self.unrecorded(points)[1]).sum(1)
             worst = int(lost.sum(0).argmax())
             name = next(one.name for one in self.structure.latents if one.offset <= worst < one.offset + one.size)
             values = self.constrain(z)[name].reshape(len(z), -1).double()
@@ -174,7 +169,7 @@ class LogDensity(SiteValues):
         shifts = torch.stack([(values.mean(0) - mean).abs() / sd, (values.std(0) / sd).log().abs()])
         if not float(shifts.nan_to_num(0.0).max()) > SHIFT_MOST:
             return []
-        return [f"{ON_BOUNDS} {name} onto a bound, and the mass that is lost next to it would change its mean or sd"]
+        return [lost_next_to(name)]
 
     def take(self, values: Recorder, gradients: Recorder, constrained: Recorder, doubles: Recorder) -> None:
         """Evaluate by these recorders from now on: those that densities of one model with many data sets share."""

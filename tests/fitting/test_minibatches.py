@@ -452,6 +452,36 @@ def test_likelihoods_of_rows_come_to_the_integral(model):
     assert not density.second_modes(middle)
 
 
+def relaxed(y, batch):
+    temperature = pyro.sample("temperature", dist.LogNormal(real(0.0), 1.0))
+    with pyro.plate("row", len(y), subsample_size=batch) as index:
+        p = pyro.sample("p", dist.RelaxedBernoulli(temperature, logits=real(0.5)))
+        pyro.sample("y", dist.Binomial(8, p), obs=y[index])
+
+
+def betas(y, batch):
+    both = pyro.sample("both", dist.LogNormal(real(0.0), 1.0))
+    with pyro.plate("row", len(y), subsample_size=batch) as index:
+        p = pyro.sample("p", dist.Beta(both, both))
+        pyro.sample("y", dist.Binomial(8, p), obs=y[index])
+
+
+@pytest.mark.parametrize(
+    ("model", "middle", "lost"), [(relaxed, 0.1, True), (relaxed, 1.0, False), (betas, 0.1, False)]
+)
+def test_rows_that_rounding_puts_onto_a_bound_are_named(model, middle, lost):
+    """1 - 1e-16 is the last p below 1, and at temperatures of .1 much mass is beyond. Of a Beta it is not lost."""
+    y = real([0.0, 8.0, 8.0, 3.0]).repeat(5)
+    guide = pf.AutoHierarchicalFlow(model, layers=2, init="prior").initialize(y, 10)
+    z = real([middle]).log() + 0.1 * torch.randn(20, 1, generator=generator(1), dtype=torch.float64)
+    marginal = Marginal(guide._rows((y, 10), {}), z[0], guide._start, 0)
+    marginal.adapt(z)
+    marginal.count = 64
+    assert [reason.partition(",")[0] for reason in MarginalDensity(marginal).on_bounds(z)] == [
+        "rounding puts p onto a bound"
+    ] * lost
+
+
 @pytest.mark.slow
 def test_a_fit_of_rows_far_from_normal_is_right():
     """Against a grid of the negative binomial distribution."""
