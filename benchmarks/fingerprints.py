@@ -20,7 +20,6 @@ import re
 import textwrap
 import tokenize
 import zlib
-from collections import Counter
 from functools import cache
 from pathlib import Path
 
@@ -145,8 +144,10 @@ def version_in(text: str) -> str | None:
 
 def share(before: Hashes, after: Hashes) -> float:
     """Return which share of the lines before has changed: the larger number of those that went and those that came."""
-    then, now = (Counter(part.tolist()) for part in (before, after))
-    return max((then - now).total(), (now - then).total()) / max(len(before), 1)
+    (then, times), (now, again) = (np.unique(part, return_counts=True) for part in (before, after))
+    _, one, other = np.intersect1d(then, now, assume_unique=True, return_indices=True)
+    kept = int(np.minimum(times[one], again[other]).sum())
+    return (max(len(before), len(after)) - kept) / max(len(before), 1)
 
 
 @cache
