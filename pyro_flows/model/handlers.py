@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from typing import TypeVar, cast
 
 import pyro
@@ -56,6 +56,18 @@ class Place(Messenger):
 
     def _place(self, latent: Latent, fn: TorchDistribution) -> Placed:
         return latent.place(self.z, fn)
+
+
+class _AllPlaced(BaseException):
+    """Ends a run of the model in which nothing counts after its last latent; no model takes it for an error."""
+
+
+class _PlaceOnly(Place):
+    """The same, where the run ends with the last latent: a likelihood may take long."""
+
+    def _pyro_post_sample(self, msg: Site) -> None:
+        if len(self.placed) == len(self.latents):
+            raise _AllPlaced
 
 
 def masks_over(site: Site) -> list[tuple[Tensor, int]]:
@@ -160,8 +172,8 @@ def place_all(structure: Structure, z: Tensor, run: Callable[[], object], *, mov
     if not (structure.dependent or moving):
         nodes = messages(structure.trace)
         return {latent.name: latent.place(z, nodes[latent.name]["fn"]) for latent in structure.latents}
-    place = Place(structure.latents, z)
-    with apart(), place:
+    place = _PlaceOnly(structure.latents, z)
+    with apart(), suppress(_AllPlaced), place:
         run()
     for latent in structure.latents:
         if latent.name not in place.placed:

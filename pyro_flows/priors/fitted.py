@@ -153,12 +153,11 @@ class FittedPrior(nn.Module):
         ...     mu = pyro.sample("mu", prior())
         ...     with pyro.plate("row", len(y)):
         ...         pyro.sample("y", dist.Normal(mu, 1.0), obs=y)
-        >>> batches, prior = torch.randn(2, 20), lambda: dist.Normal(0.0, 10.0)
-        >>> first = prior
-        >>> for y in batches:
-        ...     prior = pf.prior_from(pf.fit(model, y, prior, progress=False))
-        >>> prior.links, prior.refresh(model, batches.flatten(), first, progress=False).links
-        (2, 1)
+        >>> first_batch, second, first = torch.randn(20), torch.randn(20), lambda: dist.Normal(0.0, 10.0)
+        >>> prior = pf.prior_from(pf.fit(model, first_batch, first, progress=False), max_epochs=2)
+        >>> prior = prior.refresh(model, torch.cat([first_batch, second]), first, progress=False)
+        >>> prior.links, list(prior.sample())
+        (1, ['mu'])
         """
         posterior = fit(model, *args, **options)
         of = sites_of(posterior._need_density())

@@ -238,6 +238,39 @@ def test_models_without_hierarchical_sites_are_left_alone(monkeypatch):
     assert not guide.structure.dependent
 
 
+@pytest.mark.parametrize("groups", ["vectorized", "written out"])
+def test_a_guides_own_run_of_the_model_ends_with_the_last_latent(groups):
+    """A likelihood may take long, and errors that a model catches are no matter of the guide's."""
+    places, ended = [], []
+
+    def model(y):
+        try:
+            mu = pyro.sample("mu", dist.Normal(real(0.0), 3.0))
+            tau = pyro.sample("tau", dist.HalfNormal(real(1.0)))
+            if groups == "vectorized":
+                with pyro.plate("groups", len(y)):
+                    theta = pyro.sample("theta", dist.Normal(mu, tau))
+            else:
+                each = [pyro.sample(f"theta_{row}", dist.Normal(mu, tau)) for row in range(len(y))]
+                theta = torch.stack(each)
+            places.append("likelihood")
+        except Exception:
+            places.append("caught")
+            raise
+        finally:
+            ended.append(True)
+        pyro.sample("y", dist.Normal(theta, 1.0).to_event(1), obs=y)
+
+    guide = pf.AutoRealNVP(model, layers=2, hidden=(8,)).initialize(Y)
+    assert any(name.startswith("theta") for name in guide.structure.noncentered)
+    svi = SVI(model, guide, pyro.optim.Adam({"lr": 0.01}), Trace_ELBO())
+    for _ in range(2):
+        places.clear(), ended.clear()
+        svi.step(Y)
+        assert places == ["likelihood"]  # of the model
+        assert len(ended) == 2
+
+
 def test_medians_are_those_of_the_values(trained):
     """And not the values at the medians of the coordinates."""
     median, middle = trained.median(Y), trained.quantiles([0.5], Y)

@@ -74,13 +74,13 @@ def check_stack(program: Program, seed: int) -> None:
 SEEDS = st.integers(0, 2**20)
 
 
-@settings(USUAL, max_examples=80)
+@settings(USUAL, max_examples=30)
 @given(programs(), SEEDS)
 def test_a_density_is_that_of_pyros_trace(program, seed):
     check_density(program, seed)
 
 
-@settings(USUAL, max_examples=20)
+@settings(USUAL, max_examples=8)
 @given(programs(), SEEDS)
 def test_a_stack_is_its_densities(program, seed):
     check_stack(program, seed)
