@@ -419,10 +419,9 @@ class Marginal:
         """Name a site of rows that rounding puts onto a bound, if the mass that is lost there changes a mean or an sd.
 
         Draws of rows get the weights of :mod:`pyro_flows.model.bounds`, and draws ``z`` (S, D) of the globals what
-        these do to the likelihoods of rows. Models whose draws are not batched, but mapped, are not looked at.
+        these do to the likelihoods of rows.
         """
-        looked = self.batched and self.rows.axes is None and self.first.sites
-        z, numbers = z[:ON_BOUNDS], range(len(self.parts) if looked else 0)
+        z, numbers = z[:ON_BOUNDS], range(len(self.parts) if self.batched and self.first.sites else 0)
         log_weights, largest, worst = z.new_zeros(len(z), dtype=torch.float64), 0.0, None
         for number in [at for at in numbers if self._gains(z[:ON_BOUNDS_FIRST], at)]:
             place = 0
@@ -451,9 +450,10 @@ class Marginal:
             at = self.rows.run(points.unsqueeze(0), at_values(values), now.at.chosen, through=True)
             terms = self._gathered(at, log_q, number)
         found = {}
+        of = messages(at.trace if self.rows.axes is None else self.first.at.trace)  # what is mapped is gone by now
         for name, y in values.items():
             site, plate = messages(at.trace)[name], self.plates[name]
-            lost = on_bound(y, bijection(site["fn"]).inv(site["value"]))
+            lost = on_bound(y, bijection(of[name]["fn"]).inv(site["value"]))
             if not bool(lost.any()):
                 continue
             times = log_times(y, lost, partial(self._slopes, points, values, name, now))

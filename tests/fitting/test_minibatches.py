@@ -459,6 +459,14 @@ def relaxed(y, batch):
         pyro.sample("y", dist.Binomial(8, p), obs=y[index])
 
 
+def relaxed_rows(y, batch):
+    """The same, of which several draws need vmap."""
+    temperature = pyro.sample("temperature", dist.LogNormal(real(0.0), 1.0))
+    with pyro.plate("row", len(y), subsample_size=batch) as index:
+        p = pyro.sample("p", dist.RelaxedBernoulli(temperature.reshape(()), logits=real(0.5)))
+        pyro.sample("y", dist.Binomial(8, p.reshape(batch)), obs=y[index])
+
+
 def betas(y, batch):
     both = pyro.sample("both", dist.LogNormal(real(0.0), 1.0))
     with pyro.plate("row", len(y), subsample_size=batch) as index:
@@ -467,7 +475,8 @@ def betas(y, batch):
 
 
 @pytest.mark.parametrize(
-    ("model", "middle", "lost"), [(relaxed, 0.1, True), (relaxed, 1.0, False), (betas, 0.1, False)]
+    ("model", "middle", "lost"),
+    [(relaxed, 0.1, True), (relaxed, 1.0, False), (relaxed_rows, 0.1, True), (betas, 0.1, False)],
 )
 def test_rows_that_rounding_puts_onto_a_bound_are_named(model, middle, lost):
     """1 - 1e-16 is the last p below 1, and at temperatures of .1 much mass is beyond. Of a Beta it is not lost."""
@@ -475,6 +484,7 @@ def test_rows_that_rounding_puts_onto_a_bound_are_named(model, middle, lost):
     guide = pf.AutoHierarchicalFlow(model, layers=2, init="prior").initialize(y, 10)
     z = real([middle]).log() + 0.1 * torch.randn(20, 1, generator=generator(1), dtype=torch.float64)
     marginal = Marginal(guide._rows((y, 10), {}), z[0], guide._start, 0)
+    assert (marginal.rows.axes is not None) == (model is relaxed_rows)
     marginal.adapt(z)
     marginal.count = 64
     assert [reason.partition(",")[0] for reason in MarginalDensity(marginal).on_bounds(z)] == [
