@@ -30,7 +30,7 @@ from pyro_flows.fitting.state import SHARE_OF_SECONDS, Plan
 from pyro_flows.flows.recipe import begin_at, begun_at, set_df
 from pyro_flows.guides.crossed import CrossedMarginal
 from pyro_flows.guides.hierarchical import AutoHierarchicalFlow
-from pyro_flows.guides.marginal import MOST_DRAWS
+from pyro_flows.guides.marginal import MOST_DRAWS, Marginal
 from pyro_flows.guides.marginal_density import INTEGRATED, MarginalDensity
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.model.observations import NothingObservedWarning
@@ -64,7 +64,8 @@ def diagnose_hierarchical(
     """Judge a guide with structure; see :func:`pyro_flows.diagnose`."""
     with seeded(seed):
         guide.initialize(*args, **kwargs)
-        whole, marginal = _whole_draw(model, guide, args, kwargs), _marginal(guide, args, kwargs, seed)
+        marginal = _marginal(guide, args, kwargs, seed)
+        whole = _whole_draw(model, guide, args, kwargs, marginal.marginal)
         bar.watch(_stages.JUDGING)
         about: dict[str, Any] = {"settings": {"diagnosed": True}, "losses": torch.zeros(0)}
         if whole is None:
@@ -447,10 +448,13 @@ def _marginal(guide: AutoHierarchicalFlow, args: Positional, kwargs: Keywords, s
 
 
 def _whole_draw(
-    model: Model, guide: AutoHierarchicalFlow, args: Positional, kwargs: Keywords
+    model: Model, guide: AutoHierarchicalFlow, args: Positional, kwargs: Keywords, marginal: Marginal | CrossedMarginal
 ) -> tuple[LogDensity, Draw] | None:
     """Return the log density of all latents and what draws them together; None if rows are judged one by one."""
+    axes = marginal.rows.axes  # where the model takes one point, many are mapped
     if guide.subsampled or sum(guide.sizes.values()) > WHOLE_UP_TO:
+        return None
+    if guide.local and isinstance(marginal, Marginal) and not marginal.batched:
         return None
     density = LogDensity(model, args, kwargs, noncentered=coordinates_of(guide._latents))
     latents = density.structure.latents
@@ -461,10 +465,13 @@ def _whole_draw(
     @torch.no_grad()
     def draw(count: int) -> tuple[Tensor, Tensor]:
         z, log_q = _global_draw(guide)(count)
-        run = guide._locals(z.reshape(count, *[1] * guide._nesting, -1), args, kwargs, remember=False)
+        values, densities = dict[str, Tensor](), dict[str, Tensor]()
+        if guide.local:
+            lead = z.reshape(count, *[1] * (guide._nesting if axes is None else axes.nest), -1)
+            values, densities, _ = guide._locals(lead, args, kwargs, remember=False, axes=axes)
         names = [latent.name for latent in latents]
-        parts = [run.values[own].reshape(count, -1) if own in run.values else z[:, places[own]] for own in names]
-        for density_of_rows in run.densities.values():
+        parts = [values[own].reshape(count, -1) if own in values else z[:, places[own]] for own in names]
+        for density_of_rows in densities.values():
             log_q = log_q + density_of_rows.reshape(count, -1).sum(1)
         return torch.cat(parts, 1).to(density.dtype), log_q.to(density.dtype)
 

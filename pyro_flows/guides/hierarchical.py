@@ -525,13 +525,15 @@ class AutoHierarchicalFlow(AutoMessenger):  # type: ignore[metaclass]
         return self._run
 
     def _locals(
-        self, z: Tensor, args: Positional, kwargs: Keywords, *, remember: bool = True, chosen: Chosen | None = None
-    ) -> _Run:
-        """Draw unconstrained values of the latents in plates, given the others."""
+        self, z: Tensor, args: Positional, kwargs: Keywords, *, remember: bool = True, chosen: Chosen | None = None,
+        axes: conditional.Axes | None = None,
+    ) -> _Run:  # fmt: skip
+        """Draw unconstrained values of the latents in plates, given the others; see :class:`Rows` for ``axes``."""
         if self._crossed is not None:
             return self._crossed_locals(self._crossed, z)
         graph = torch.is_grad_enabled()
-        rows = replace(self._rows(args, kwargs), children=())  # with these, modes of particles are far apart
+        # with children, modes of particles are far apart
+        rows = replace(self._rows(args, kwargs), children=(), axes=axes)
         now = rows.near_mode(z, self._start, chosen or {}, graph=graph, patient=not graph)
         if remember:
             self._remember(now)

@@ -45,6 +45,7 @@ from pyro_flows.model.batching import over_rows, quiet
 from pyro_flows.model.bijections import bijection
 from pyro_flows.model.bounds import log_times, on_bound
 from pyro_flows.model.observations import left_alone, refuse_outside, support_moves
+from pyro_flows.model.precision import doubled
 from pyro_flows.model.reading import check_observed
 from pyro_flows.model.sites import Site, by_event, is_data, messages
 from pyro_flows.model.supports import inside
@@ -179,9 +180,9 @@ class Marginal:
         self.clock = unbounded()  # is looked at before each part of the data
         self.dtype = z.dtype  # of the model. Where all rows count, it runs in double: beside a scale near zero, a row's
         # distance from its mean has no digit in single. Compiled code of a model may take no double.
-        doubled = replace(rows, doubled=z.dtype != torch.float64 and most is None)
-        with Tried(lambda error: isinstance(error, RuntimeError) and doubled.doubled) as tried:
-            self.first, self.rows = doubled.near_mode(z.double() if doubled.doubled else z, start, {}), doubled
+        precise = replace(rows, doubled=z.dtype != torch.float64 and most is None)
+        with Tried(lambda error: isinstance(error, RuntimeError) and precise.doubled) as tried:
+            self.first, self.rows = precise.near_mode(z.double() if precise.doubled else z, start, {}), precise
         if tried.error is not None:
             fallback("rows are computed in single precision", tried.error)
             self.first = rows.near_mode(z, start, {})
@@ -722,8 +723,9 @@ def check_data(rows: Rows, z: Tensor, start: Start, parts: Sequence[Part]) -> No
     for part in parts:
         at, other = (rows.run(point, start, part.chosen) for point in (z, z + JITTER))
         if part is parts[0]:
+            model = doubled(rows.model) if rows.doubled else rows.model
             with pyro.validation_enabled(False):  # as the run was, so that the model is run once more with checks
-                alone = left_alone(messages(at.trace), lambda: rows.model(*rows.args, **rows.kwargs))
+                alone = left_alone(messages(at.trace), partial(model, *rows.args, **rows.kwargs))
         lost, also = (run.densities() for run in (at, other))
         for name, site in messages(at.trace).items():
             if site["type"] != "sample" or not site["is_observed"] or not is_data(site):

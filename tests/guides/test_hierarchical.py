@@ -1098,6 +1098,51 @@ def in_batches(X, y, batch):
         pyro.sample("y", dist.Poisson((X[index] * (b + slope)).sum(-1).exp()), obs=y[index])
 
 
+def by_matrix(X, w):
+    return X @ w
+
+
+def by_sum(X, w):
+    return w.sum()
+
+
+def by_value(X, w):
+    return w[0] if float(w[0].detach()) > -100.0 else w[1]
+
+
+@pytest.mark.falls_back
+@pytest.mark.parametrize(("mean", "row"), [(by_matrix, None), (by_sum, [1.0, 1.0]), (by_value, [1.0, 0.0])])
+def test_a_guide_is_judged_where_a_model_takes_one_point(mean, row):
+    """Many draws at once were an error of shapes, or mixed in a sum; a matrix in single precision met one in double."""
+    X = data(20).float().reshape(10, 2)
+
+    def model(X, y):
+        w = pyro.sample("w", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        with pyro.plate("row", len(y)):
+            z = pyro.sample("z", dist.Normal(mean(X, w), 1.0))
+            pyro.sample("y", dist.Normal(z, 0.5), obs=y)
+
+    y = X.sum(1)
+    A = X.double() if row is None else real(row).expand(10, 2)
+    covariance = A @ A.mT + 1.25 * torch.eye(10, dtype=torch.float64)
+    evidence = float(torch.distributions.MultivariateNormal(0.0 * y.double(), covariance).log_prob(y.double()))
+    guide = pf.AutoHierarchicalFlow(model, layers=2).initialize(X, y)
+    found = pf.diagnose(model, guide, X, y, draws=1000, progress=False)
+    assert found.verdict.status == "ok"
+    assert found.log_evidence == pytest.approx(evidence, abs=0.02)
+
+
+def test_minibatches_of_a_regression_in_single_precision():
+    X = data(60).float().reshape(30, 2)
+
+    def model(X, y):
+        w = pyro.sample("w", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        with pyro.plate("row", len(y), subsample_size=10) as index:
+            pyro.sample("y", dist.Normal(X[index] @ w, 0.5), obs=y[index])
+
+    assert pf.fit(model, X, X.sum(1), progress=False).verdict.status == "ok"
+
+
 def test_points_are_mapped_where_a_regression_takes_one():
     """They were evaluated one by one: a fit of 800 rows took 470 seconds, and takes 39."""
     X = data(60).reshape(30, 2) - 1.0

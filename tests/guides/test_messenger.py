@@ -242,3 +242,23 @@ def test_the_divergence_of_a_value_has_the_log_density():
     assert loss_of(guide, model=model) == pytest.approx(0.0, abs=0.05)
     assert loss_of(guide, model=model, elbo=TraceMeanField_ELBO) == pytest.approx(0.0, abs=0.05)
     assert math.isfinite(loss_of(guide, model=model, elbo=TraceGraph_ELBO))
+
+
+@pytest.mark.parametrize("around", [{"scale": 2.0}, {"mask": torch.tensor([True, False, True])}], ids=["scale", "mask"])
+@pytest.mark.parametrize("kind", [pf.AutoRealNVP, pf.AutoHierarchicalFlow, pf.AutoFlowMessenger])
+def test_the_mean_field_loss_has_the_scales_and_masks_of_the_model(kind, around):
+    """Pyro's has those of a divergence from the guide, which has none."""
+
+    def model(x):
+        with poutine.scale(scale=0.5):
+            mu = pyro.sample("mu", dist.Normal(real(0.0), 5.0))
+        with pyro.plate("row", len(x)), getattr(poutine, next(iter(around)))(**around):
+            z = pyro.sample("z", dist.Normal(mu, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    x = data(3)
+    guide, losses = kind(model, layers=2).initialize(x), []
+    for elbo in (Trace_ELBO, TraceMeanField_ELBO):
+        pyro.set_rng_seed(1)
+        losses.append(loss_of(guide, x, model=model, elbo=elbo, particles=10))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
