@@ -1111,7 +1111,10 @@ def by_value(X, w):
 
 
 @pytest.mark.falls_back
-@pytest.mark.parametrize(("mean", "row"), [(by_matrix, None), (by_sum, [1.0, 1.0]), (by_value, [1.0, 0.0])])
+@pytest.mark.parametrize(
+    ("mean", "row"),
+    [(by_matrix, None), (by_sum, [1.0, 1.0]), pytest.param(by_value, [1.0, 0.0], marks=pytest.mark.slow)],
+)
 def test_a_guide_is_judged_where_a_model_takes_one_point(mean, row):
     """Many draws at once were an error of shapes, or mixed in a sum; a matrix in single precision met one in double."""
     X = data(20).float().reshape(10, 2)
