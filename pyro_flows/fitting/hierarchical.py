@@ -30,8 +30,7 @@ from pyro_flows.fitting.state import SHARE_OF_SECONDS, Plan
 from pyro_flows.flows.recipe import begin_at, begun_at, set_df
 from pyro_flows.guides.crossed import CrossedMarginal
 from pyro_flows.guides.hierarchical import AutoHierarchicalFlow
-from pyro_flows.guides.marginal import MOST_DRAWS
-from pyro_flows.guides.marginal import Marginal
+from pyro_flows.guides.marginal import MOST_DRAWS, Marginal
 from pyro_flows.guides.marginal_density import INTEGRATED, MarginalDensity
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.model.observations import NothingObservedWarning

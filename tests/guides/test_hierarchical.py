@@ -1135,6 +1135,20 @@ def test_a_guide_is_judged_where_a_model_takes_one_point(mean, row):
     assert found.log_evidence == pytest.approx(evidence, abs=0.02)
 
 
+@pytest.mark.falls_back
+def test_a_guide_without_rows_is_judged_where_a_model_branches():
+    def model(y):
+        mu = pyro.sample("mu", dist.Normal(real(0.0), 1.0))
+        scale = 1.0 if float(mu.detach().reshape(-1)[0]) > -100.0 else 2.0
+        pyro.sample("y", dist.Normal(mu, scale), obs=y)
+
+    y = real(0.5)
+    guide = pf.AutoHierarchicalFlow(model, layers=2).initialize(y)
+    found = pf.diagnose(model, guide, y, draws=500, progress=False)
+    assert found.verdict.status == "ok"
+    assert found.log_evidence == pytest.approx(float(dist.Normal(0.0, 2.0**0.5).log_prob(y)), abs=0.02)
+
+
 def test_minibatches_of_a_regression_in_single_precision():
     X = data(60).float().reshape(30, 2)
 
