@@ -238,7 +238,8 @@ class Marginal:
         """Return what a part of the data adds to the log density (S,)."""
         self.clock.look()
         if not self.batched and not self.first.sites:
-            return torch.func.vmap(lambda row: self._single(row, number, {}).total[0])(z)
+            one = partial(self._single, number=number, dead={})
+            return over_rows(lambda row: one(row).total[0], z, batched=self.mapped, otherwise=self._not_mapped)
         return self._terms(z, number).summed()
 
     @torch.no_grad()
@@ -583,18 +584,18 @@ class Marginal:
             parts = {f"p {plate}": own[0] for plate, own in found.log_p.items()}
             return {"total": found.total, **parts, **{f"q {plate}": own[0] for plate, own in found.log_q.items()}}
 
-        def not_mapped(error: Exception) -> None:
-            self.mapped = False
-            fallback("rows are drawn one by one", error)
-
         if not now.sites:
             return self._gathered(self.rows.run(row, at_values({}), now.at.chosen, through=True), {}, number)
         drawn = {f"y {name}": own for name, own in now.moved(now.base, steps).items()}
         drawn |= {f"q {name}": own for name, own in log_q.items()}
         with quiet():
-            found = over_rows(one, drawn, batched=self.mapped, otherwise=not_mapped)
+            found = over_rows(one, drawn, batched=self.mapped, otherwise=self._not_mapped)
         log_p, of_q = ({plate: found[f"{kind} {plate}"] for plate in kept} for kind in "pq")
         return _Terms(torch.where(_without_digits(now, row), -torch.inf, found["total"][0]), log_p, of_q, kept)
+
+    def _not_mapped(self, error: Exception) -> None:
+        self.mapped = False
+        fallback("rows are drawn one by one", error)
 
     def _draws(
         self, points: Tensor, number: int, dead: Mapping[str, Tensor]
@@ -720,10 +721,10 @@ def check_data(rows: Rows, z: Tensor, start: Start, parts: Sequence[Part]) -> No
     The error names the site and the row. A support that moves with the globals decides at each of their draws, and a
     distribution made with ``validate_args=False`` is left alone.
     """
+    model = doubled(rows.model) if rows.doubled else rows.model
     for part in parts:
         at, other = (rows.run(point, start, part.chosen) for point in (z, z + JITTER))
         if part is parts[0]:
-            model = doubled(rows.model) if rows.doubled else rows.model
             with pyro.validation_enabled(False):  # as the run was, so that the model is run once more with checks
                 alone = left_alone(messages(at.trace), partial(model, *rows.args, **rows.kwargs))
         lost, also = (run.densities() for run in (at, other))

@@ -340,10 +340,10 @@ class LatentGuide(AutoContinuous):
         for full, stored in store._params.items():
             path, _, name = full.removeprefix(self._prefix).rpartition(".")
             ours = full.startswith(self._prefix) and full not in known and path in modules
-            if ours and name in modules[path]._buffers and was_loaded(full):
+            if ours and name in modules[path]._buffers and was_loaded(full, known):
                 modules[path].register_buffer(name, stored.detach().clone().to(self._like))
         tensors = self._named_tensors()
-        loaded = [full for full, tensor in tensors.items() if was_loaded(full, tensor)]
+        loaded = [full for full in tensors if was_loaded(full, tensors)]
         for full, tensor in tensors.items():
             if full in loaded:
                 copy_stored(full, tensor, store._params[full])

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import itertools
 import sys
-import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import pyro
 import torch
@@ -15,10 +14,11 @@ from pyro.poutine.runtime import effectful
 from pyro.poutine.trace_messenger import TraceMessenger
 from torch import Tensor, nn
 from torch.distributions import constraints
+from torch.utils.weak import WeakTensorKeyDictionary
 
-# Which tensor a guide of this process put into the store last under a name, and the store's table at that time, which
-# is another one once the store was cleared. What else is found there was loaded.
-_placed: dict[str, tuple[weakref.ref[Tensor], object]] = {}
+# The tensors that guides of this process put into the store, each with the store's table at that time, which is another
+# one once the store was cleared. What else is found there was loaded.
+_placed = WeakTensorKeyDictionary()
 
 
 class Named:
@@ -127,14 +127,17 @@ def param_statement(name: str, tensor: nn.Parameter, **_: object) -> nn.Paramete
     return tensor
 
 
-def was_loaded(name: str, tensor: Tensor | None = None) -> bool:
-    """Whether the store holds another tensor than this one under a name, and no guide put it there."""
+def was_loaded(name: str, own: Mapping[str, Tensor]) -> bool:
+    """Whether the store holds values for a guide under a name, and not the guide's ``own`` tensor or another guide's.
+
+    Another guide's tensors come back with a state. At the end of ``scope()``, they are none for a guide of that scope,
+    which was placed in another table.
+    """
     store = pyro.get_param_store()
-    stored = store._params.get(name)
-    if stored is None or stored is tensor:
+    stored, table = store._params.get(name), store._constraints
+    if stored is None or stored is own.get(name) or _placed.get(stored) is table:
         return False
-    placed = _placed.get(name)
-    return placed is None or placed[0]() is not stored or placed[1] is not store._constraints
+    return stored not in _placed or all(_placed.get(tensor, table) is table for tensor in own.values())
 
 
 def place(name: str, tensor: Tensor) -> None:
@@ -145,7 +148,7 @@ def place(name: str, tensor: Tensor) -> None:
         store._constraints[name] = constraints.real
         store._params[name] = tensor
         store._param_to_name[tensor] = name
-        _placed[name] = weakref.ref(tensor), store._constraints
+        _placed[tensor] = store._constraints
 
 
 def forget(name: str) -> None:

@@ -1111,7 +1111,10 @@ def by_value(X, w):
 
 
 @pytest.mark.falls_back
-@pytest.mark.parametrize(("mean", "row"), [(by_matrix, None), (by_sum, [1.0, 1.0]), (by_value, [1.0, 0.0])])
+@pytest.mark.parametrize(
+    ("mean", "row"),
+    [(by_matrix, None), (by_sum, [1.0, 1.0]), pytest.param(by_value, [1.0, 0.0], marks=pytest.mark.slow)],
+)
 def test_a_guide_is_judged_where_a_model_takes_one_point(mean, row):
     """Many draws at once were an error of shapes, or mixed in a sum; a matrix in single precision met one in double."""
     X = data(20).float().reshape(10, 2)
@@ -1130,6 +1133,20 @@ def test_a_guide_is_judged_where_a_model_takes_one_point(mean, row):
     found = pf.diagnose(model, guide, X, y, draws=1000, progress=False)
     assert found.verdict.status == "ok"
     assert found.log_evidence == pytest.approx(evidence, abs=0.02)
+
+
+@pytest.mark.falls_back
+def test_a_guide_without_rows_is_judged_where_a_model_branches():
+    def model(y):
+        mu = pyro.sample("mu", dist.Normal(real(0.0), 1.0))
+        scale = 1.0 if float(mu.detach().reshape(-1)[0]) > -100.0 else 2.0
+        pyro.sample("y", dist.Normal(mu, scale), obs=y)
+
+    y = real(0.5)
+    guide = pf.AutoHierarchicalFlow(model, layers=2).initialize(y)
+    found = pf.diagnose(model, guide, y, draws=500, progress=False)
+    assert found.verdict.status == "ok"
+    assert found.log_evidence == pytest.approx(float(dist.Normal(0.0, 2.0**0.5).log_prob(y)), abs=0.02)
 
 
 def test_minibatches_of_a_regression_in_single_precision():

@@ -165,6 +165,21 @@ def test_a_cleared_store_loses_nothing():
     assert trains(guide)
 
 
+def test_a_guide_of_a_scope_keeps_its_own_parameters_outside():
+    """The store that comes back at the end of a scope has those of another guide, of another form here."""
+    train(KINDS["realnvp"](model))
+    for options in ({}, {"layers": 1}):
+        with pyro.get_param_store().scope():
+            guide = KINDS["realnvp"](model, **options)
+            train(guide)
+            before = density(guide)
+        guide.sample_posterior(2)
+        close(density(guide), before, 0.0)
+        guide(Y)
+        close(density(guide), before, 0.0)
+        assert trains(guide)
+
+
 # saved and loaded ----------------------------------------------------------------------------------------------------
 
 
