@@ -82,12 +82,15 @@ def _share_of_mode(marginal: Marginal, z: Tensor, mass: Tensor, effective: float
     density, coordinate, others = marginal.tails.density, marginal.coordinate, z.shape[1] - 1
     values = z[:, coordinate].double()
     near = (values[:, None] - marginal.places).abs().argmin(1)
-    away = (z.double() - marginal.tops[near].double()).index_fill(1, torch.tensor([coordinate]).to(near), 0.0)
-    distance = (marginal.roots[near].mT @ away[:, :, None])[:, :, 0].square().sum(1)
+    distance = torch.empty_like(values)
+    for number, (top, root) in enumerate(zip(marginal.tops, marginal.roots, strict=True)):
+        away = (z[near == number] - top).double()
+        away[:, coordinate] = 0.0
+        distance[near == number] = (away @ root).square().sum(1)
     grid, height = marginal.density()
     along = between(values, grid, height[:, None], torch.zeros_like(height)[:, None])[:, 0]
-    across = marginal.roots[near].diagonal(dim1=1, dim2=2).log().sum(1) - 0.5 * others * math.log(2.0 * math.pi)
-    log_g = along + across - 0.5 * distance
+    sizes = marginal.roots.diagonal(dim1=1, dim2=2).log().sum(1) - 0.5 * others * math.log(2.0 * math.pi)
+    log_g = along + sizes[near] - 0.5 * distance
     log_p = torch.cat([density(part) for part in z.to(marginal.tails.middle).split(ESTIMATED_DRAWS)]).double()
     within = (distance <= others) & (values >= marginal.places[0]) & (values <= marginal.places[-1])
     ball = float(torch.special.gammainc(*torch.tensor([0.5 * others, 0.5 * others], dtype=torch.float64)))
