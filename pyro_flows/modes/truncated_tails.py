@@ -22,6 +22,8 @@ from pyro_flows.modes.missed_modes import Search, sentence_on
 from pyro_flows.modes.missed_regions import BY_WALKERS, TRUNCATED_TAIL, MissedRegion
 from pyro_flows.modes.tops import covariance_roots
 from pyro_flows.starts.gaussians import Start
+from pyro_flows.transforms.splines import between
+from pyro_flows.verdict.deciding import ESTIMATED_DRAWS
 from pyro_flows.verdict.thresholds import MISSED_MASS_ERRORS, MISSED_MASS_OF_TAILS, TAIL_SHARE
 from pyro_flows.verdict.weighing import LEVELS, in_order, weighted_quantiles
 
@@ -60,9 +62,42 @@ def truncated_tail(
             break
         values = z[:, worst.coordinate].double()
         again = closer(density, worst, seed=seed)  # with other draws: grid points are known to a few per cent each
-        if again is not None and _truncated_by(again, values, mass) > limit:
+        short_again = -math.inf if again is None else _truncated_by(again, values, mass)
+        if again is None or not short_again > limit:
+            continue
+        if _share_of_mode(again, z, mass, effective) * (short_again + TAIL_SHARE) - TAIL_SHARE > limit:
             return _place(again, values, mass)
     return None
+
+
+def _share_of_mode(marginal: Marginal, z: Tensor, mass: Tensor, effective: float) -> float:
+    r"""Return the share that the mode of a grid has of the mass of weighted draws z (S, D), or may have, at most 1.
+
+    The grid has the mass E of one mode. With g its density, normal across the coordinate, and B a ball about its tops,
+
+    .. math:: E_p[g(z)\,1_B(z) / p(z)] = G(B) / Z,
+
+    where p is not normalized, Z is its mass, and G(B) that of g: E / Z is the share, whatever other modes there are.
+    """
+    density, coordinate, others = marginal.tails.density, marginal.coordinate, z.shape[1] - 1
+    values = z[:, coordinate].double()
+    near = (values[:, None] - marginal.places).abs().argmin(1)
+    distance = torch.empty_like(values)
+    for number, (top, root) in enumerate(zip(marginal.tops, marginal.roots, strict=True)):
+        away = (z[near == number] - top).double()
+        away[:, coordinate] = 0.0
+        distance[near == number] = (away @ root).square().sum(1)
+    grid, height = marginal.density()
+    along = between(values, grid, height[:, None], torch.zeros_like(height)[:, None])[:, 0]
+    sizes = marginal.roots.diagonal(dim1=1, dim2=2).log().sum(1) - 0.5 * others * math.log(2.0 * math.pi)
+    log_g = along + sizes[near] - 0.5 * distance
+    log_p = torch.cat([density(part) for part in z.to(marginal.tails.middle).split(ESTIMATED_DRAWS)]).double()
+    within = (distance <= others) & (values >= marginal.places[0]) & (values <= marginal.places[-1])
+    ball = float(torch.special.gammainc(*torch.tensor([0.5 * others, 0.5 * others], dtype=torch.float64)))
+    terms = torch.where(within, (log_g - log_p + marginal.log_evidence).exp(), 0.0) / ball
+    share = (mass * terms).sum()
+    error = ((mass * (terms - share).square()).sum() / effective).sqrt()
+    return min(1.0, float((share + MISSED_MASS_ERRORS * error).nan_to_num(nan=1.0)))
 
 
 def _quantiles(values: Tensor, mass: Tensor, levels: Sequence[float]) -> Tensor:

@@ -126,6 +126,35 @@ def test_weights_that_know_the_tail_excuse_the_draws(density):
     assert truncated_tail(density, kept, weights, seed=0) is None
 
 
+def two_sides() -> None:
+    """A log scale of two effects, with two modes of another coordinate; at one of them the scale has a longer tail."""
+    real_line = dist.ImproperUniform(dist.constraints.real, (), ())
+    side, c = pyro.sample("side", real_line), pyro.sample("c", real_line)
+    pyro.sample("x", dist.Normal(torch.zeros(2).to(c), c.exp()).to_event(1))
+    parts = (0.55, 0.0, 0.0), (0.05, 0.0, 2.5), (0.4, 20.0, 0.0)
+    each = [
+        math.log(share) + dist.Normal(place, 1.0).log_prob(side) + dist.Normal(middle, 1.0).log_prob(c)
+        for share, place, middle in parts
+    ]
+    pyro.factor("log_p", torch.stack(each).logsumexp(0))
+
+
+@pytest.mark.filterwarnings("ignore::pyro_flows.NothingObservedWarning")
+def test_a_grid_of_one_of_two_modes_tells_of_its_share():
+    """The tail of one mode is longer than that of both together, and exact draws were told that they come short."""
+    noise = torch.randn(20_000, 4, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    number = torch.arange(len(noise)) % 20  # of which twelve are of the first mode, one of them of the longer tail
+    side, c = noise[:, 0] + 20.0 * (number >= 12), noise[:, 1] + 2.5 * (number == 0)
+    z = torch.cat([torch.stack([side, c], 1), c.exp()[:, None] * noise[:, 2:]], 1)
+    density = pf.LogDensity(two_sides)
+    for kept, short in ((z, False), (z[(number >= 12) | (c < 1.6)], True)):
+        weights = torch.zeros(len(kept))
+        (marginal,) = [one for one in all_grids(density, kept, weights, seed=0) if one.coordinate == 1]
+        assert float(marginal.tops[:, 0].abs().max()) < 5.0
+        assert float(marginal.below(kept[:, 1].quantile(0.95)[None])) < 0.93
+        assert (truncated_tail(density, kept, weights, seed=0) is not None) == short
+
+
 def test_a_search_goes_on_to_tails_unless_it_has_found_modes(density):
     z = shortened(density)
 
