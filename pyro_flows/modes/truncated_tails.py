@@ -55,49 +55,45 @@ def truncated_tail(
     found = all_grids(density, z, log_weights, seed=seed)
     mass = torch.softmax(log_weights.double(), 0)
     effective = min(max(worth, 1.0) if worth == worth else 1.0, float(1.0 / mass.square().sum()))
-    limit = MISSED_MASS_OF_TAILS + MISSED_MASS_ERRORS * math.sqrt(TAIL_SHARE * (1.0 - TAIL_SHARE) / effective)
+    limit = _limit(effective)
     short = [_truncated_by(one, z[:, one.coordinate].double(), mass) for one in found]
     for amount, worst in sorted(zip(short, found, strict=True), key=itemgetter(0), reverse=True):
         if not amount > limit:
             break
         values = z[:, worst.coordinate].double()
         again = closer(density, worst, seed=seed)  # with other draws: grid points are known to a few per cent each
-        short_again = -math.inf if again is None else _truncated_by(again, values, mass)
-        if again is None or not short_again > limit:
+        if again is None or not (amount := _truncated_by(again, values, mass)) > limit:
             continue
-        if _share_of_mode(again, z, mass, effective) * (short_again + TAIL_SHARE) - TAIL_SHARE > limit:
+        near = _near_grid(again, z, mass)
+        own, own_limit = _truncated_by(again, values, near), _limit(effective * float((mass @ mass) / (near @ near)))
+        if not -math.inf < own <= own_limit < amount:  # other modes do not explain what is short
             return _place(again, values, mass)
     return None
 
 
-def _share_of_mode(marginal: Marginal, z: Tensor, mass: Tensor, effective: float) -> float:
-    r"""Return the share that the mode of a grid has of the mass of weighted draws z (S, D), or may have, at most 1.
+def _limit(effective: float) -> float:
+    return MISSED_MASS_OF_TAILS + MISSED_MASS_ERRORS * math.sqrt(TAIL_SHARE * (1.0 - TAIL_SHARE) / effective)
 
-    The grid has the mass E of one mode. With g its density, normal across the coordinate, and B a ball about its tops,
 
-    .. math:: E_p[g(z)\,1_B(z) / p(z)] = G(B) / Z,
+def _near_grid(marginal: Marginal, z: Tensor, mass: Tensor) -> Tensor:
+    r"""Return normalized weights (S,) by which weighted draws z (S, D) are draws of the grid's own density near its tops.
 
-    where p is not normalized, Z is its mass, and G(B) that of g: E / Z is the share, whatever other modes there are.
+    That density g is normal across the coordinate. Its draws within a ball B about the tops have the marginal of the
+    grid. So have draws of p with the weights :math:`g(z)\,1_B(z) / p(z)`, however many modes p has.
     """
-    density, coordinate, others = marginal.tails.density, marginal.coordinate, z.shape[1] - 1
-    values = z[:, coordinate].double()
+    density, coordinate = marginal.tails.density, marginal.coordinate
+    values, distance = z[:, coordinate].double(), z.new_zeros(len(z), dtype=torch.float64)
     near = (values[:, None] - marginal.places).abs().argmin(1)
-    distance = torch.empty_like(values)
     for number, (top, root) in enumerate(zip(marginal.tops, marginal.roots, strict=True)):
         away = (z[near == number] - top).double()
         away[:, coordinate] = 0.0
         distance[near == number] = (away @ root).square().sum(1)
     grid, height = marginal.density()
     along = between(values, grid, height[:, None], torch.zeros_like(height)[:, None])[:, 0]
-    sizes = marginal.roots.diagonal(dim1=1, dim2=2).log().sum(1) - 0.5 * others * math.log(2.0 * math.pi)
-    log_g = along + sizes[near] - 0.5 * distance
+    log_g = along + marginal.roots.diagonal(dim1=1, dim2=2).log().sum(1)[near] - 0.5 * distance
     log_p = torch.cat([density(part) for part in z.to(marginal.tails.middle).split(ESTIMATED_DRAWS)]).double()
-    within = (distance <= others) & (values >= marginal.places[0]) & (values <= marginal.places[-1])
-    ball = float(torch.special.gammainc(*torch.tensor([0.5 * others, 0.5 * others], dtype=torch.float64)))
-    terms = torch.where(within, (log_g - log_p + marginal.log_evidence).exp(), 0.0) / ball
-    share = (mass * terms).sum()
-    error = ((mass * (terms - share).square()).sum() / effective).sqrt()
-    return min(1.0, float((share + MISSED_MASS_ERRORS * error).nan_to_num(nan=1.0)))
+    within = (distance < z.shape[1]) & (values >= marginal.places[0]) & (values <= marginal.places[-1])
+    return torch.softmax(torch.where(within & (mass > 0.0), mass.log() + log_g - log_p, -torch.inf), 0)
 
 
 def _quantiles(values: Tensor, mass: Tensor, levels: Sequence[float]) -> Tensor:
