@@ -238,8 +238,11 @@ class Marginal:
         """Return what a part of the data adds to the log density (S,)."""
         self.clock.look()
         if not self.batched and not self.first.sites:
-            one = partial(self._single, number=number, dead={})
-            return over_rows(lambda row: one(row).total[0], z, batched=self.mapped, otherwise=self._not_mapped)
+
+            def alone(point: Tensor) -> Tensor:
+                return self._single(point, number, {}).total[0]
+
+            return over_rows(alone, z, batched=self.mapped, otherwise=self._not_mapped)
         return self._terms(z, number).summed()
 
     @torch.no_grad()

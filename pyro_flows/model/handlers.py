@@ -59,11 +59,11 @@ class Place(Messenger):
 
 
 class _AllPlaced(BaseException):
-    """Ends a run of the model in which nothing counts after its last latent; no model takes it for an error."""
+    """Ends a run of the model after its last latent; ``except Exception`` in a model does not catch it."""
 
 
 class _PlaceOnly(Place):
-    """The same, where the run ends with the last latent: a likelihood may take long."""
+    """A :class:`Place` that ends the run with the last latent, since a likelihood may take long."""
 
     def _pyro_post_sample(self, msg: Site) -> None:
         if len(self.placed) == len(self.latents):

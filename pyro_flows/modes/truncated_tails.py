@@ -72,11 +72,12 @@ def truncated_tail(
 
 
 def _limit(effective: float) -> float:
+    """Return the mass that has to be short in a tail of so many independent draws."""
     return MISSED_MASS_OF_TAILS + MISSED_MASS_ERRORS * math.sqrt(TAIL_SHARE * (1.0 - TAIL_SHARE) / effective)
 
 
 def _near_grid(marginal: Marginal, z: Tensor, mass: Tensor) -> Tensor:
-    r"""Return normalized weights (S,) by which weighted draws z (S, D) are draws of the grid's own density near its tops.
+    r"""Return normalized weights (S,) with which weighted draws z (S, D) are draws of the grid's density near its tops.
 
     That density g is normal across the coordinate. Its draws within a ball B about the tops have the marginal of the
     grid. So have draws of p with the weights :math:`g(z)\,1_B(z) / p(z)`, however many modes p has.

@@ -240,7 +240,7 @@ def test_models_without_hierarchical_sites_are_left_alone(monkeypatch):
 
 @pytest.mark.parametrize("groups", ["vectorized", "written out"])
 def test_a_guides_own_run_of_the_model_ends_with_the_last_latent(groups):
-    """A likelihood may take long, and errors that a model catches are no matter of the guide's."""
+    """A likelihood may take long. A model that catches errors does not see how its run ends."""
     places, ended = [], []
 
     def model(y):
