@@ -65,8 +65,8 @@ def truncated_tail(
         if again is None or not (amount := _truncated_by(again, values, mass)) > limit:
             continue
         near = _near_grid(again, z, mass)
-        own, own_limit = _truncated_by(again, values, near), _limit(effective * float((mass @ mass) / (near @ near)))
-        if not -math.inf < own <= own_limit < amount:  # other modes do not explain what is short
+        own, seen = _truncated_by(again, values, near), _limit(effective * float((mass @ mass) / (near @ near)))
+        if not (-math.inf < own <= MISSED_MASS_OF_TAILS and seen < amount):  # other modes do not explain what is short
             return _place(again, values, mass)
     return None
 
