@@ -198,7 +198,7 @@ def fit_density(
         support = made.bijection.codomain
         if spread and getattr(support, "base_constraint", support) is not constraints.real:
             raise ValueError(f"noise: noisy points leave the flow's support, {support}; pass a flow without alpha=.")
-        pairs = sources(made, data, context, validation, levels, spread, folds=auto and made.context_dim > 0)
+        pairs = sources(made, data, context, validation, levels, spread, folds=auto)
         asked = _Asked(options, preprocess, batch, learning_rate, weight_decay, start, max_epochs, auto)
         with Bar("fit_density", progress) as line:
             line.done = f"flow 1 of {len(pairs)}" if len(pairs) > 1 else ""
