@@ -84,9 +84,9 @@ def fit_density(
     began, which no context moves from the regression line, is mixed in. Its share w is what held-out points say: it is
     large for few of them, and is ``settings["share_without_context"]``, or ``settings["share_of_mixture"]`` if there is
     no context. Without one, held-out points may ask for a mixture of narrower parts in its place: such parts cannot be
-    trained well. Given a context and up to 1000 points, five such flows are fitted, each with another fifth held out,
-    and the result is the mean of their densities. With ``max_seconds``, another one is fitted as long as the time that
-    the first took is left.
+    trained well. Of up to 1000 points, five such flows are fitted, each with another fifth held out, and the result is
+    the mean of their densities. All take the learning rate that the first found. With ``max_seconds``, another one is
+    fitted as long as the time that the first took is left.
 
     The data are put on a common scale by an affine map that becomes the flow's last layer. Learning rates are
     compared in short trial runs. The largest that comes about as far as the best goes on until the mean log density of
@@ -203,18 +203,17 @@ def fit_density(
         with Bar("fit_density", progress) as line:
             line.done = f"flow 1 of {len(pairs)}" if len(pairs) > 1 else ""
             first = _run(asked, made, *pairs[0], validation, Plan(0, seconds, CLOCKS[clock], began), checkpoint, line)
-            runs, options = [first], {**options, **first.options}
+            runs, options, rate = [first], {**options, **first.options}, first.ascent.state.learning_rate
             for number, pair in enumerate(pairs[1:], 1):
                 limit = seconds - sum(run.seconds for run in runs)  # those before a checkpoint count as well
                 if any(run.ascent.state.interrupted for run in runs) or limit < first.seconds:
                     break
                 path = None if checkpoint is None else f"{os.fspath(checkpoint)}.{number}"
                 line.done = f"flow {number + 1} of {len(pairs)}"
+                plan, like_first = Plan(0, limit, CLOCKS[clock], CLOCKS[clock]()), replace(asked, learning_rate=rate)
                 with seeded(derive(seed, f"flow {number} of the density"), device):
-                    plan = Plan(0, limit, CLOCKS[clock], CLOCKS[clock]())
-                    runs.append(
-                        _run(asked, make(flow, data, context), *pair, validation, plan, path, line, warns=False)
-                    )
+                    made = make(flow, data, context)
+                    runs.append(_run(like_first, made, *pair, validation, plan, path, line, warns=False))
             whole, validated = _together(runs, options)
             line.close(_words(validated, whole, first.ascent.source.levels) if math.isfinite(validated) else "done")
         STATE.take()  # there is nothing more to be lost
