@@ -123,10 +123,16 @@ def warn_repeated(batches: Iterable[Batch]) -> None:
 
 
 def scale_of(contexts: Tensor) -> Tensor:
-    """Return a location and a scale (2, C) of contexts (N, C); columns of zeros and ones stay as they are."""
-    found = torch.stack([contexts.mean(0), contexts.std(0, correction=int(len(contexts) > 1))])
-    still = ((contexts == 0) | (contexts == 1)).all(0) | (found[1] <= 8.0 * torch.finfo(found.dtype).eps * found[0].abs() + 1e-30)
-    return torch.where(still, torch.tensor([[0.0], [1.0]]).to(found), found)
+    """Return a location and a scale (2, C) of contexts (N, C); columns of zeros and ones stay as they are.
+
+    Those of one value have this place and scale 1, so that networks do not see a large number.
+    """
+    c = contexts.double()
+    loc, scale = c.mean(0), c.std(0, correction=int(len(c) > 1))
+    still = scale <= 8.0 * torch.finfo(contexts.dtype).eps * loc.abs() + 1e-30
+    found = torch.stack([loc, torch.where(still, 1.0, scale)])
+    marks = ((c == 0) | (c == 1)).all(0)
+    return torch.where(marks, torch.tensor([[0.0], [1.0]]).to(c), found).to(contexts)
 
 
 def tails(values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
