@@ -100,7 +100,7 @@ def fit_density(
             (``"realnvp"``, ``"nice"``, ...), then with a logistic base and robust networks. Data often touch places
             that are empty in training; a normal base punishes them without measure, and networks that go on along
             straight lines throw them far out. ``"auto"``, or data in its place: the default above. Flows that are made
-            here have double precision where torch's default dtype does not hold data or context, as 1e8 with an sd of 1.
+            here have double precision where torch's default dtype does not hold the data or the context.
         data: one point a row, ``(N, ...)``, or ``(N,)`` numbers: a tensor, an array, a data frame, a ``numpy.memmap``
             (read batch by batch), or a ``DataLoader`` that gives tensors, or pairs ``(data, context)``.
         context: what the density is conditional on, ``(N, columns)`` or ``(N,)``. Flows that are made here, by default
