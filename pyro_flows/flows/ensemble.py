@@ -48,9 +48,7 @@ class Ensemble(nn.Module):
 class Averaged(OfParts):
     """The distribution of an :class:`Ensemble` in one context, or in each of a batch; event shape (D,)."""
 
-    def __init__(
-        self, ensemble: Ensemble, context: Tensor | None, batch_shape: Sequence[int] | None = None
-    ) -> None:
+    def __init__(self, ensemble: Ensemble, context: Tensor | None, batch_shape: Sequence[int] | None = None) -> None:
         self.ensemble, self.context = ensemble, context
         own = () if context is None else context.shape[:-1]
         batch = torch.Size(own if batch_shape is None else batch_shape)
