@@ -32,13 +32,14 @@ from pyro_flows.flows.recipe import FlowLike, begin_at
 from pyro_flows.guides import conditional
 from pyro_flows.guides.autoflow import QUANTILE_DRAWS, AutoFlow, Drawn, Known, finite_gradients, levels_of, quantiles_of
 from pyro_flows.guides.collapsed import DRAWS, FEW_PARTS, MOST_PARTS, start_of_globals
-from pyro_flows.guides.conditional import Chosen, Conditional, Rows, vectorized
+from pyro_flows.guides.conditional import Chosen, Conditional, Rows
 from pyro_flows.guides.crossed import Crossed, CrossedMarginal, Expansion
 from pyro_flows.guides.marginal import Marginal, check_data, parts_of
 from pyro_flows.guides.setup import AUTO, best_start
 from pyro_flows.model.batching import apart
 from pyro_flows.model.bijections import bijection
 from pyro_flows.model.sites import (
+    Frame,
     Keywords,
     Latent,
     Model,
@@ -48,6 +49,7 @@ from pyro_flows.model.sites import (
     is_open,
     is_subsample,
     messages,
+    vectorized,
 )
 from pyro_flows.model.start import first_run, initial_value, transform_of
 from pyro_flows.transforms import Bijection, Compose, DiagonalAffine, SinhArcsinh
@@ -585,7 +587,7 @@ class AutoHierarchicalFlow(AutoMessenger):  # type: ignore[metaclass]
             return values
         return torch.where(seen.reshape(*seen.shape, *[1] * event), values, conditional.beginning(msg, at))
 
-    def _other_rows(self, frames: Iterable[conditional.Frame]) -> bool:
+    def _other_rows(self, frames: Iterable[Frame]) -> bool:
         """Whether a plate has another size than in the first run: its rows are not those that have modes."""
         return any((frame.full_size or frame.size) != self._plate_sizes.get(frame.name) for frame in frames)
 
@@ -789,7 +791,7 @@ def _check_latents(latents: Iterable[Site]) -> None:
         transform_of(site)
 
 
-def _check_rows(frames: Iterable[conditional.Frame], trace: poutine.Trace) -> None:
+def _check_rows(frames: Iterable[Frame], trace: poutine.Trace) -> None:
     """Refuse a subsampled plate whose rows a trace lacks."""
     for frame in frames:
         if conditional.is_part(frame) and frame.name not in messages(trace):

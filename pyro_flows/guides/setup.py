@@ -28,7 +28,7 @@ from pyro_flows.guides.store import Named, Whole, copy_stored, forget, in_svi, p
 from pyro_flows.model.log_density import LogDensity, PartialLogDensity
 from pyro_flows.model.precision import LostDigits
 from pyro_flows.model.reading import read_structure
-from pyro_flows.model.sites import Keywords, Latent, Model, Noncentered, Positional, Structure, messages
+from pyro_flows.model.sites import Keywords, Latent, Model, Noncentered, Positional, Structure, messages, vectorized
 from pyro_flows.model.start import initial_value
 from pyro_flows.starts.coordinates import choose_coordinates
 from pyro_flows.starts.gaussians import Start
@@ -146,7 +146,7 @@ class LatentGuide(AutoContinuous):
         self.prototype_trace = trace
         self.latent_dim = structure.dim
         self._unconstrained_shapes = {latent.name: latent.unconstrained_shape for latent in structure.latents}
-        self._cond_indep_stacks = {name: site["cond_indep_stack"] for name, site in trace.nodes.items()}
+        self._cond_indep_stacks = {name: vectorized(site) for name, site in messages(trace).items()}
         frames = [frame for stack in self._cond_indep_stacks.values() for frame in stack]
         self._prototype_frames = {frame.name: frame for frame in frames}
 

@@ -10,7 +10,6 @@ from typing import cast
 import pyro
 import torch
 from pyro import poutine
-from pyro.distributions import Unit
 from torch import Tensor
 from torch.distributions import Distribution
 from torch.distributions.constraints import Constraint
@@ -21,7 +20,7 @@ from pyro_flows._tensors import broadcast
 from pyro_flows._warnings import outside
 from pyro_flows.model.batching import apart
 from pyro_flows.model.faults import at_a_point, where_it_runs
-from pyro_flows.model.sites import Latent, Model, Positional, Site, Structure, messages
+from pyro_flows.model.sites import Latent, Model, Positional, Site, Structure, is_factor, messages
 from pyro_flows.model.supports import (
     WRAPPERS,
     elementary,
@@ -194,7 +193,7 @@ def not_finite(site: Site, density: Tensor) -> str:
     """Say which entries of a site have a log density that is not finite, and, for data, what values they have."""
     name, bad = site["name"], ~torch.isfinite(density)
     said = f"site {name!r} has log density {float(density.sum())}"
-    if not site["is_observed"] or isinstance(site["fn"], Unit) or bad.dim() > _batch_dim(site):
+    if not site["is_observed"] or is_factor(site) or bad.dim() > _batch_dim(site):
         return said
     entries = _entries(name, site["value"], bad, len(site["fn"].event_shape), None)
     return f"{said}, from {int(bad.sum())} of {bad.numel()} values: {entries}"
@@ -211,7 +210,7 @@ def warn_if_nothing_observed(
     Latent sites that look like data whose ``obs=`` was forgotten are named: no other site depends on them, and they
     depend on others or have the length of an argument.
     """
-    factors = [site for site in messages(structure.trace).values() if isinstance(site.get("fn"), Unit)]
+    factors = [site for site in messages(structure.trace).values() if is_factor(site)]
     if structure.observed or factors:
         return
     looks = list[str]()

@@ -4,6 +4,7 @@ import warnings
 from functools import partial
 
 import pyro
+import pyro.distributions as dist
 import pytest
 import torch
 from pyro import poutine
@@ -19,7 +20,7 @@ from pyro.poutine.messenger import Messenger
 
 import pyro_flows as pf
 from tests.invariants import close
-from tests.models import CASES, each_model, nested, real
+from tests.models import CASES, Case, each_model, nested, no_jacobian, real
 from tests.registry import randomize
 from tests.slow import rest_slow
 from tests.state_invariants import evaluations
@@ -94,6 +95,17 @@ def test_loss_of_continuous_models(case, name):
     if case.name == "masked" and "Renyi" in name:
         pytest.skip("Pyro's RenyiELBO takes a plate that holds all sites for independent problems")
     check_loss(case, ELBOS[name])
+
+
+@pytest.mark.parametrize("name", ["Trace, 3 vectorized", "TraceGraph"])
+def test_loss_of_latents_in_a_sequential_plate(name):
+    def model(y):
+        mean = pyro.sample("mean", dist.Normal(real(0.0), 1.0))
+        for i in pyro.plate("rows", len(y)):
+            z = pyro.sample(f"z_{i}", dist.LogNormal(mean, 0.5))
+            pyro.sample(f"y_{i}", dist.Normal(z, 1.0), obs=y[i])
+
+    check_loss(Case("loop", model, (real(0.5, 1.5, 1.0),), no_jacobian), ELBOS[name])
 
 
 @pytest.mark.parametrize("name", ENUM_ELBOS)
