@@ -114,7 +114,7 @@ def test_loss_of_models_with_enumerated_sites(case, name):
     check_loss(case, ENUM_ELBOS[name])
 
 
-@each_kind
+@pytest.mark.parametrize("kind", rest_slow(KINDS, ("realnvp", "planar").__contains__))
 @each_model("nested", "filled", "improper", "hidden_markov")
 def test_svi_moves_every_parameter(case, kind):
     """Three steps: a last layer that starts at zero passes gradients on from the second step."""
@@ -157,7 +157,7 @@ def test_jit():
     assert all((parameter != before[name]).any() for name, parameter in guide.named_parameters())
 
 
-@each_kind
+@pytest.mark.parametrize("kind", rest_slow(KINDS, ("realnvp", "planar").__contains__))
 @each_model(where=lambda case: case.name not in ENUMERATED)
 def test_log_prob_is_that_of_the_trace(case, kind):
     guide = guide_of(case, kind)

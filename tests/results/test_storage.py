@@ -33,6 +33,7 @@ from tests.posteriors import (
     schools_flow,
     schools_posterior,
 )
+from tests.slow import rest_slow
 
 # Many posteriors here are of guides that were not trained: what is tested is what a file keeps of them.
 pytestmark = pytest.mark.filterwarnings("ignore::pyro_flows.UnreliableWarning")
@@ -137,7 +138,7 @@ def test_with_keyword_arguments(tmp_path):
     assert again.predictive(torch.tensor([2.0]), draws=5)["y"].shape == (5, 1)
 
 
-@pytest.mark.parametrize("name", ["prior", "fit", "posterior", "chain", "draw"])
+@pytest.mark.parametrize("name", rest_slow(("prior", "fit", "posterior", "chain", "draw"), ("fit", "draw").count))
 def test_a_site_may_have_the_name_of_a_group_or_dimension(name, tmp_path):
     def model(y):
         pyro.sample("y", dist.Normal(pyro.sample(name, dist.Normal(0.0, 1.0)), 1.0), obs=y)
