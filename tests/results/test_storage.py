@@ -1,5 +1,6 @@
 """Saved posteriors: what is there after loading, with a model and without, and what is refused."""
 
+import dataclasses
 import json
 import os
 import warnings
@@ -18,6 +19,7 @@ from pyro_flows.amortization import files as amortized
 from pyro_flows.density_estimation import files as density
 from pyro_flows.priors import fitted as prior
 from pyro_flows.results.files import FILES
+from pyro_flows.verdict.psis import psis
 from tests.posteriors import (
     NETCDF,
     OFF,
@@ -136,6 +138,17 @@ def test_with_keyword_arguments(tmp_path):
     posterior.save(tmp_path / "saved")
     again = pf.load(tmp_path / "saved", line, model_kwargs={"x": x, "y": 2 * x})
     assert again.predictive(torch.tensor([2.0]), draws=5)["y"].shape == (5, 1)
+
+
+def test_the_largest_weights_may_be_equal(tmp_path):
+    """Pareto smoothing puts quantiles above the largest weight onto it, so that several ratios have one weight."""
+    posterior = schools_posterior("ok")
+    level = torch.linspace(3.0, 0.0, len(posterior.z)) ** 2
+    ratio = torch.where(level < 1.5, level, 1.35 + 0.1 * level)
+    weights, _ = psis(ratio)
+    assert int((weights == weights.max()).sum()) > 2
+    dataclasses.replace(posterior, log_p=posterior.log_q + ratio, log_weights=weights).save(tmp_path / "saved")
+    assert torch.equal(pf.load(tmp_path / "saved").log_weights, weights)
 
 
 @pytest.mark.parametrize("name", rest_slow(("prior", "fit", "posterior", "chain", "draw"), ("fit", "draw").count))
