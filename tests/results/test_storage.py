@@ -142,9 +142,10 @@ def test_with_keyword_arguments(tmp_path):
 
 def test_the_largest_weights_may_be_equal(tmp_path):
     """Pareto smoothing puts quantiles above the largest weight onto it, so that several ratios have one weight."""
-    posterior = schools_posterior("ok")
-    level = torch.linspace(3.0, 0.0, len(posterior.z)) ** 2
-    ratio = torch.where(level < 1.5, level, 1.35 + 0.1 * level)
+    schools_posterior("ok").save(tmp_path / "first")
+    posterior = pf.load(tmp_path / "first")  # without its model, so its densities are those that are given
+    level = -((torch.arange(len(posterior.z)) + 0.5) / len(posterior.z)).log()
+    ratio = torch.where(level < 4.5, level, 3.6 + 0.2 * level)
     weights, _ = psis(ratio)
     assert int((weights == weights.max()).sum()) > 2
     dataclasses.replace(posterior, log_p=posterior.log_q + ratio, log_weights=weights).save(tmp_path / "saved")
