@@ -79,7 +79,7 @@ class LatentGuide(AutoContinuous):
         self._noncentered = _checks.choice("noncentered", noncentered, (AUTO,)) if by_name else noncentered
         self._cautious = cautious if isinstance(cautious, bool) else _checks.choice("cautious", cautious, (AUTO,))
         self._whole: Whole | None = None  # the parameters as one vector, while PathELBO trains them
-        self._paced = False  # whether PathELBO has set the unit of steps
+        self._paced = 0.0  # the unit of steps that PathELBO has set
         self._arguments: tuple[Positional, Keywords] = ((), {})
         self._moved_to: dict[str, Any] = {}
         self._as_read: tuple[Structure, Tensor] | None = None  # at first, and the coordinates of the structure by now
