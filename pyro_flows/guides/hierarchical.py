@@ -329,7 +329,7 @@ class AutoHierarchicalFlow(AutoMessenger):  # type: ignore[metaclass]
             top = self._made(poutine.block(self.model, hide=[*self.local, *self._own]), args, kwargs)
             top.initialize(*args, **kwargs)
         except ValueError as error:
-            if "at least one continuous latent" not in str(error):
+            if "at least one continuous latent" not in str(error) or not (self.local or self._own):
                 raise
             if self._own:
                 raise ValueError(

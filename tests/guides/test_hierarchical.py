@@ -11,6 +11,7 @@ from pyro import poutine
 from pyro.infer import SVI, Importance, JitTrace_ELBO, Trace_ELBO
 from pyro.infer.autoguide import AutoGuideList, AutoNormal
 from pyro.infer.inspect import get_model_relations
+from torch.distributions import constraints
 
 import pyro_flows as pf
 from pyro_flows.flows.recipe import begun_at
@@ -841,6 +842,10 @@ def test_weights_in_a_plate_that_rows_of_another_read_are_the_flows():
     assert guide.sample_posterior(10, x, x.sum(1))["weight"].shape == (10, 3)
 
 
+def no_latents(y):
+    pyro.sample("y", dist.Normal(torch.zeros(3), 1.0).to_event(1), obs=y)
+
+
 def long_rows(y):
     mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
     with pyro.plate("row", len(y)):
@@ -853,6 +858,7 @@ def long_rows(y):
     [
         (discrete, "site 'k': a discrete latent"),
         (no_globals, "a latent outside of plates"),
+        (no_latents, "at least one continuous latent site"),
         (long_rows, "at most 64 numbers in a row, got 100"),
     ],
 )
@@ -1147,6 +1153,22 @@ def test_a_guide_without_rows_is_judged_where_a_model_branches():
     found = pf.diagnose(model, guide, y, draws=500, progress=False)
     assert found.verdict.status == "ok"
     assert found.log_evidence == pytest.approx(float(dist.Normal(0.0, 2.0**0.5).log_prob(y)), abs=0.02)
+
+
+def test_a_guide_without_rows_is_judged_where_a_model_has_parameters():
+    def model(y):
+        scale = pyro.param("scale", real(1.0), constraint=constraints.positive)
+        mu = pyro.sample("mu", dist.Normal(real(0.0), 1.0))
+        with pyro.plate("row", len(y)):
+            pyro.sample("y", dist.Normal(mu, scale), obs=y)
+
+    y = real(0.5, 1.5)
+    guide = pf.AutoHierarchicalFlow(model, layers=2).initialize(y)
+    found = pf.diagnose(model, guide, y, draws=500, progress=False)
+    assert found.verdict.status == "ok"
+    covariance = torch.eye(2, dtype=torch.float64) + 1.0
+    evidence = float(torch.distributions.MultivariateNormal(0.0 * y, covariance).log_prob(y))
+    assert found.log_evidence == pytest.approx(evidence, abs=0.02)
 
 
 def test_minibatches_of_a_regression_in_single_precision():
