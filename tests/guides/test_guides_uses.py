@@ -97,7 +97,7 @@ def test_a_guide_whose_data_a_block_hides_says_so_and_starts_at_the_prior():
     y = normal(4, seed=52) + 9.0
     with pytest.warns(pf.NothingObservedWarning, match=r"give the guide the model itself"):
         hidden = pf.AutoRealNVP(poutine.scale(poutine.block(model, expose=["loc"]), 1.0)).initialize(y)
-    assert float(hidden.affine.loc) == 0.0
+    assert abs(float(hidden.affine.loc)) < 3.0  # a median of draws
     assert float(hidden.affine.scale_tril) == 1.0
     seen = pf.AutoRealNVP(model).initialize(y)
     assert float(seen.median()["loc"]) == pytest.approx(float(y.mean()) - 0.5, abs=0.6)
