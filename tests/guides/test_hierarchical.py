@@ -558,9 +558,13 @@ def test_rows_that_depend_on_each_other_are_given_to_the_flow_or_coupled(model, 
     assert (guide._crossed is None) == (model is walk)
 
 
-def test_a_scale_in_another_plate_is_coupled():
-    guide, _ = rows_of(scale_of_group, data(12), data(20, 1), 5)
-    assert guide._crossed is not None
+@pytest.mark.falls_back
+def test_a_scale_in_another_plate_is_the_flows():
+    """Newton steps lead to no maximum of scales and values together. A step with them was an error."""
+    args = data(12), data(20, 1), 5
+    guide, _ = rows_of(scale_of_group, *args)
+    assert guide.local == ["z"]
+    assert math.isfinite(Trace_ELBO().loss(scale_of_group, guide, *args))
 
 
 @pytest.mark.parametrize("batch", [None, 5])
