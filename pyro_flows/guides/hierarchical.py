@@ -682,7 +682,7 @@ class AutoHierarchicalFlow(AutoMessenger):  # type: ignore[metaclass]
         return model_trace, guide_trace
 
     def _is_own(self, site: Site) -> bool:
-        """Whether a site is a draw of the guide's own. Factors and latents of a model may be marked as auxiliary too."""
+        """Whether a site is a draw of the guide's own; factors and latents of a model may be marked alike."""
         auxiliary = site["infer"].get("is_auxiliary") and not site["is_observed"]
         return bool(auxiliary) and site["name"] not in self._axes
 

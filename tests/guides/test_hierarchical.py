@@ -451,6 +451,7 @@ def test_the_trace_of_a_guide_has_the_density_of_the_guide():
     assert bool(own.nodes["y"]["log_prob"].all())
 
 
+@pytest.mark.filterwarnings("ignore:Found auxiliary vars in the model")
 @pytest.mark.parametrize("kind", [pf.AutoHierarchicalFlow, pf.AutoFlowMessenger])
 def test_latents_that_a_model_marks_as_auxiliary_are_latents(kind):
     """They were left out of both densities: losses were below the negative evidence."""
