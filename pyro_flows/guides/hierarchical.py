@@ -331,7 +331,7 @@ class AutoHierarchicalFlow(AutoMessenger):  # type: ignore[metaclass]
             top = self._made(poutine.block(self.model, hide=[*self.local, *self._own]), args, kwargs)
             top.initialize(*args, **kwargs)
         except ValueError as error:
-            if "at least one continuous latent" not in str(error):
+            if "at least one continuous latent" not in str(error) or not (self.local or self._own):
                 raise
             if self._own:
                 raise ValueError(
@@ -632,7 +632,7 @@ class AutoHierarchicalFlow(AutoMessenger):  # type: ignore[metaclass]
             if self._run is not None and is_open(msg) and msg["name"] in self._run.chosen:
                 msg["value"] = self._run.chosen[msg["name"]]
             return
-        if _is_auxiliary(msg):
+        if self._is_own(msg):
             return
         prior = msg["infer"]["prior"] = msg["fn"]
         if msg["is_observed"]:  # no part of the guide's density, for who traces the guide
@@ -676,12 +676,17 @@ class AutoHierarchicalFlow(AutoMessenger):  # type: ignore[metaclass]
         for name, site in list(messages(guide_trace).items()):
             if site["type"] != "sample" or site["is_observed"]:
                 del guide_trace.nodes[name]
-            if site["type"] == "sample" and _is_auxiliary(site):
+            if site["type"] == "sample" and self._is_own(site):
                 del model_trace.nodes[name]
             elif site["type"] == "sample":
                 scale = site["scale"] * site["infer"].get("power", 1.0)
                 messages(model_trace)[name] = {**site, "fn": site["infer"]["prior"], "scale": scale}
         return model_trace, guide_trace
+
+    def _is_own(self, site: Site) -> bool:
+        """Whether a site is a draw of the guide's own; factors and latents of a model may be marked alike."""
+        auxiliary = site["infer"].get("is_auxiliary") and not site["is_observed"]
+        return bool(auxiliary) and site["name"] not in self._axes
 
     # draws -----------------------------------------------------------------------------------------------------------
 
@@ -799,11 +804,6 @@ def _check_rows(frames: Iterable[Frame], trace: poutine.Trace) -> None:
                 f"model: a handler hides which rows plate {frame.name!r} takes. Name the plate too, as in "
                 f"poutine.block(model, expose=[..., {frame.name!r}]), or name what to hide: hide=[...]."
             )
-
-
-def _is_auxiliary(site: Site) -> bool:
-    """Whether a site is a draw of the guide's own; Pyro marks a ``pyro.factor`` of the model alike."""
-    return bool(site["infer"].get("is_auxiliary")) and not site["is_observed"]
 
 
 class _Plates(Messenger):

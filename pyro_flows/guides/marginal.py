@@ -827,7 +827,7 @@ def _groups(first: Conditional, *, whole: bool) -> dict[str, str]:
         if name in first.at.without_local_parents or not part.requires_grad:
             continue
         values = [site.value for site in first.sites]
-        slopes = torch.autograd.grad(part.sum(), values, retain_graph=True, allow_unused=True)
+        slopes = torch.autograd.grad(part.sum(), values, retain_graph=True, allow_unused=True) if values else ()
         needed = {groups[site.name] for site, slope in zip(first.sites, slopes, strict=True) if slope is not None}
         needed |= {groups[name]} if name in groups else set()
         plates = list(axes_of(nodes[name]))

@@ -5,11 +5,13 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from functools import partial
 from typing import cast
 
 import pyro
 import torch
 from pyro import poutine
+from pyro.poutine.block_messenger import BlockMessenger
 from torch import Tensor
 from torch.distributions import Distribution
 from torch.distributions.constraints import Constraint
@@ -41,6 +43,8 @@ Run = Callable[[Tensor], poutine.Trace]
 
 class NothingObservedWarning(UserWarning):
     """A model without any observation was fitted or diagnosed, so that its posterior is its prior.
+
+    A guide of a model inside of ``poutine.block`` warns too: the data may be hidden.
 
     >>> import warnings, pyro_flows as pf
     >>> issubclass(pf.NothingObservedWarning, UserWarning)
@@ -210,8 +214,7 @@ def warn_if_nothing_observed(
     Latent sites that look like data whose ``obs=`` was forgotten are named: no other site depends on them, and they
     depend on others or have the length of an argument.
     """
-    factors = [site for site in messages(structure.trace).values() if is_factor(site)]
-    if structure.observed or factors:
+    if not _observes_nothing(structure):
         return
     looks = list[str]()
     with suppress(torch.linalg.LinAlgError):  # the model raises an error at such a point
@@ -223,6 +226,35 @@ def warn_if_nothing_observed(
         NothingObservedWarning,
         stacklevel=outside(),
     )
+
+
+def warn_if_hidden(structure: Structure, model: Model) -> bool:
+    """Warn if a model inside of ``poutine.block``, which may hide them, has neither data nor factors; say if it is so.
+
+    Pyro's tutorials expose some latents only, where others are enumerated.
+    """
+    if not _is_blocked(model) or not _observes_nothing(structure):
+        return False
+    warnings.warn(
+        "guide: its model is inside of poutine.block, and nothing is observed there, so the guide starts at the prior, "
+        "and not by the data. If the model has data, give the guide the model itself, without the handler: the guide "
+        "leaves enumerated sites out. Or name what to hide: poutine.block(model, hide=[...]).",
+        NothingObservedWarning,
+        stacklevel=outside(),
+    )
+    return True
+
+
+def _is_blocked(model: object) -> bool:
+    """Whether one of the handlers around a model, each ``partial(_, handler, model)``, is ``poutine.block``."""
+    around = getattr(model, "func", None)
+    if not isinstance(around, partial) or len(around.args) != 2:
+        return False
+    return isinstance(around.args[0], BlockMessenger) or _is_blocked(around.args[1])
+
+
+def _observes_nothing(structure: Structure) -> bool:
+    return not structure.observed and not any(map(is_factor, messages(structure.trace).values()))
 
 
 def _forgotten(structure: Structure, run: Run, arguments: dict[str, Tensor]) -> list[str]:
