@@ -116,6 +116,7 @@ def default_interval() -> tuple[str, float]:
     return str(rcParams["stats.ci_kind"]), float(rcParams["stats.ci_prob"])
 
 
+@np.errstate(invalid="ignore")  # figures of infinite draws, and R-hat of a constant, are NaN
 def summary(draws: xr.Dataset, *, ess: float | None, kind: str, prob: float, round_to: int | str) -> pd.DataFrame:
     """Table of draws: mean, sd, interval, Monte Carlo standard error of the mean, effective draws.
 
@@ -136,9 +137,8 @@ def summary(draws: xr.Dataset, *, ess: float | None, kind: str, prob: float, rou
     if ess is not None:
         found["ess"] = ess if math.isnan(ess) else int(ess)
         return found
-    with np.errstate(invalid="ignore"):  # a constant has none
-        r_hat = _halves(draws).azstats.rhat()
-    more = _frame({"ess_bulk": access.ess(method="bulk"), "ess_tail": access.ess(method="tail"), "r_hat": r_hat}, index)
+    columns = {"ess_bulk": access.ess(method="bulk"), "ess_tail": access.ess(method="tail")}
+    more = _frame({**columns, "r_hat": _halves(draws).azstats.rhat()}, index)
     for name in ("ess_bulk", "ess_tail"):
         found[name] = more[name].fillna(0).astype(int)
     found["r_hat"] = more["r_hat"] if round_to == "none" else more["r_hat"].round(3)
@@ -193,21 +193,26 @@ def _halves(draws: xr.Dataset) -> xr.Dataset:
 def power_scaling(draws: xr.Dataset, log_prior: Tensor, log_likelihood: Tensor) -> pd.DataFrame:
     """Return the power-scaling sensitivity of each scalar to prior and likelihood, summed (chains, draws) each.
 
-    That of a constant is 0: ArviZ divides 0 by 0.
+    That of a constant is 0, and so is that to a constant: ArviZ divides 0 by 0, or finds no tail.
     """
     import xarray
     from arviz_stats import psense
 
     index, draws = _index(draws), _unnamed(draws)
     groups = {"posterior": draws}
-    for name, values in (("log_prior", log_prior), ("log_likelihood", log_likelihood)):
-        groups[name] = dataset({"total": values.double().cpu().numpy()}, {})
+    scaled = {"prior": log_prior.double(), "likelihood": log_likelihood.double()}
+    for name, values in scaled.items():
+        groups[f"log_{name}"] = dataset({"total": values.cpu().numpy()}, {})
     tree = xarray.DataTree.from_dict(groups)
-    with np.errstate(invalid="ignore"):
-        parts = {group: psense(tree, group=group) for group in ("prior", "likelihood")}
-    found = {name: getattr(part, "dataset", part) for name, part in parts.items()}
-    constant = draws.min(SAMPLE_DIMS) == draws.max(SAMPLE_DIMS)
-    return _frame({name: part.where(~constant, 0.0) for name, part in found.items()}, index)
+    lowest, highest = draws.min(SAMPLE_DIMS), draws.max(SAMPLE_DIMS)
+    found = {}
+    for name, values in scaled.items():
+        found[name] = xarray.zeros_like(lowest)
+        if float(values.max() - values.min()) > 1e-4:  # nats, which change no figure of three digits
+            with np.errstate(divide="ignore", invalid="ignore"):
+                part = psense(tree, group=name)
+            found[name] = getattr(part, "dataset", part).where(lowest < highest, 0.0)
+    return _frame(found, index)
 
 
 # selection ------------------------------------------------------------------------------------------------------------

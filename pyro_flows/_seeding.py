@@ -100,4 +100,5 @@ OUT_OF_PLACE: dict[Function, Callable[..., Tensor]] = {
         median + scale * torch.tan(math.pi * (torch.rand_like(x) - 0.5))
     ),
     torch.Tensor.new: _new,
+    torch.binomial: lambda count, prob: torch.binomial(count + torch.zeros_like(prob), prob),  # vmap resizes an output
 }

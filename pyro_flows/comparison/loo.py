@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from pyro_flows import _checks
@@ -14,6 +15,7 @@ from pyro_flows._progress import Bar
 from pyro_flows.comparison.draws import can_draw, in_hand
 from pyro_flows.comparison.pointwise import Sites, log_score
 from pyro_flows.comparison.working import Whole, Work, over_observations
+from pyro_flows.model.sites import is_factor, messages
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -49,6 +51,7 @@ class Loo:
         p_pointwise: what it adds to ``p`` (N,).
         sites: for each observed site, its first observation and the one after its last.
         joint: the sites that are one observation of several values, in words.
+        factors: the names of each ``pyro.factor`` that depends on latents. It counts as a prior, in no observation.
 
     Sources: Vehtari, Gelman and Gabry 2017 (arXiv 1507.04544); approximate-posterior LOO, Magnusson et al. 2019
     (arXiv 1904.10679); moved draws, after Paananen et al. 2021 (arXiv 1906.08850). Cost: the log likelihood of all
@@ -82,6 +85,7 @@ class Loo:
     p_pointwise: Tensor = field(repr=False)
     sites: dict[str, tuple[int, int]] = field(repr=False)
     joint: tuple[str, ...] = field(default=(), repr=False)
+    factors: tuple[str, ...] = field(default=(), repr=False)
 
     @property
     def high(self) -> tuple[str, ...]:
@@ -102,6 +106,12 @@ class Loo:
         if len(self.sites) > 1:
             for site, elpd, se, count in self.by_site()[["elpd", "se", "observations"]].itertuples():
                 lines.append(f"- {site}: elpd {elpd:.2f}, standard error {_known(se, 2)}, of {count}")
+        if self.factors:
+            named = ", ".join(map(repr, self.factors))
+            lines.append(
+                f"Not in the likelihood: pyro.factor {named}, which counts as a prior. If it is a part of the "
+                "likelihood, this elpd is wrong: write it into the distribution of the data."
+            )
         return "\n".join(lines)
 
     def _about_k(self) -> str:
@@ -192,6 +202,7 @@ def as_loo(work: Work, found: Whole) -> Loo:
         p_pointwise=p,
         sites=given.places,
         joint=tuple(_joint(posterior, given.places)),
+        factors=tuple(_factors(posterior)),
     )
 
 
@@ -207,6 +218,19 @@ def _joint(posterior: Record, places: Mapping[str, tuple[int, int]]) -> Iterator
     for name, (first, last) in places.items():
         if last - first == 1 and name in observed and observed[name].numel() > 1:
             yield f"{name!r} is one observation of {observed[name].numel()} values"
+
+
+def _factors(posterior: Record) -> Iterator[str]:
+    """Name the factors whose values differ between two draws."""
+    density = posterior.density
+    if density is None or not any(map(is_factor, messages(density.structure.trace).values())):
+        return
+    with torch.no_grad():
+        first, second = (messages(density.trace_at(z)) for z in posterior._used[[0, len(posterior._used) // 2]])
+    for name in filter(second.__contains__, first):
+        here, there = first[name], second[name]
+        if is_factor(here) and not torch.equal(here["fn"].log_factor, there["fn"].log_factor):
+            yield name
 
 
 def _known(error: float, digits: int) -> str:

@@ -22,7 +22,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, Protocol, cast
+from typing import Any
 
 import pyro
 import torch
@@ -39,6 +39,7 @@ from pyro_flows.model.handlers import Place
 from pyro_flows.model.noncentered import location_scale
 from pyro_flows.model.precision import in_double
 from pyro_flows.model.sites import (
+    Frame,
     Keywords,
     Latent,
     Model,
@@ -49,6 +50,7 @@ from pyro_flows.model.sites import (
     is_open,
     is_subsample,
     messages,
+    vectorized,
 )
 from pyro_flows.model.start import FromPrior, initial_value
 
@@ -63,15 +65,6 @@ OF_THESE_ROWS = "Write `with pyro.plate(...) as rows:`, and pass the data of the
 
 Chosen = Mapping[str, Tensor]  # rows of plates, by the plates' names
 Start = Callable[[Site, "At"], Tensor]  # unconstrained value of a site, from its message
-
-
-class Frame(Protocol):
-    """What Pyro says of a vectorized plate of a site."""
-
-    name: str
-    dim: int
-    size: int  # rows of this run,
-    full_size: int  # and of the plate
 
 
 @dataclass
@@ -648,10 +641,6 @@ def rows_in(subsample: Site) -> tuple[int, int]:
     """Return how many rows a plate has, and how many of them the model draws."""
     fn: Any = subsample["fn"]
     return fn.size, min(fn.subsample_size or fn.size, fn.size)
-
-
-def vectorized(site: Site) -> list[Frame]:
-    return [cast(Frame, frame) for frame in site["cond_indep_stack"] if frame.dim is not None]
 
 
 def axes_of(site: Site) -> dict[str, int]:

@@ -43,11 +43,11 @@ from torch.nn.functional import pad
 
 from pyro_flows._clock import unbounded
 from pyro_flows._seeding import derive, seeded
-from pyro_flows.guides.conditional import Conditional, Rows, at_values, beginning, of_prior, vectorized
+from pyro_flows.guides.conditional import Conditional, Rows, at_values, beginning, of_prior
 from pyro_flows.guides.marginal import ALL, MOST_DRAWS, Errors, WorstRow, parts_of, without_lost
 from pyro_flows.guides.sparse_normal import Normal, Pattern
 from pyro_flows.model.batching import batch, quiet
-from pyro_flows.model.sites import Site, messages
+from pyro_flows.model.sites import Site, messages, vectorized
 from pyro_flows.verdict.thresholds import ROW_ERROR_MOST, ROW_MODE_SHARE, ROW_MODES_APART
 
 MOST_DENSE = 3000  # rows of all sites but the largest: their matrix is factored for each value of the globals
@@ -78,8 +78,8 @@ class Crossed:
     """The terms of a model by which its latents in plates depend on each other, as read at globals z (D,).
 
     Raises:
-        ValueError: if latents are in subsampled plates, terms read several rows of a site, or there are too many rows
-            besides those of the largest site.
+        ValueError: if latents are in subsampled plates, terms read several rows of a site, there are too many rows
+            besides those of the largest site, or Newton steps from the start do not lead to a maximum.
         Exception: of any kind, from models that ``torch.func.vmap`` cannot batch.
     """
 
@@ -112,6 +112,8 @@ class Crossed:
         self._weights = {name: self._weight(nodes[name], fresh) for name in at.densities()}
         with quiet():
             self._read(z)
+            if not bool(torch.isfinite(self.normal(z[None]).mean).all()):
+                raise ValueError("no normal distribution is near: curvatures are not those of a maximum")
 
     # what is read ----------------------------------------------------------------------------------------------------
 
@@ -265,7 +267,8 @@ class Crossed:
         """
         look()
         height = torch.zeros(len(z), dtype=torch.float64, device=z.device)
-        first, second, places, slots = [], [], [], []
+        first, second = [height.new_zeros(len(z), 0)], [height.new_zeros(len(z), 0)]  # no such term may read any
+        places, slots = [self.owner[:0]], [self.owner[:0]]
         with quiet():
             derived = (self._differences if self.quadratic else self._derived)(z, u, kept)
         for term, own, value, slope, bend in zip(self._terms, self._slots, *derived, strict=True):

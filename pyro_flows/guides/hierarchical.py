@@ -32,13 +32,14 @@ from pyro_flows.flows.recipe import FlowLike, begin_at
 from pyro_flows.guides import conditional
 from pyro_flows.guides.autoflow import QUANTILE_DRAWS, AutoFlow, Drawn, Known, finite_gradients, levels_of, quantiles_of
 from pyro_flows.guides.collapsed import DRAWS, FEW_PARTS, MOST_PARTS, start_of_globals
-from pyro_flows.guides.conditional import Chosen, Conditional, Rows, vectorized
+from pyro_flows.guides.conditional import Chosen, Conditional, Rows
 from pyro_flows.guides.crossed import Crossed, CrossedMarginal, Expansion
 from pyro_flows.guides.marginal import Marginal, check_data, parts_of
 from pyro_flows.guides.setup import AUTO, best_start
 from pyro_flows.model.batching import apart
 from pyro_flows.model.bijections import bijection
 from pyro_flows.model.sites import (
+    Frame,
     Keywords,
     Latent,
     Model,
@@ -48,6 +49,7 @@ from pyro_flows.model.sites import (
     is_open,
     is_subsample,
     messages,
+    vectorized,
 )
 from pyro_flows.model.start import first_run, initial_value, transform_of
 from pyro_flows.transforms import Bijection, Compose, DiagonalAffine, SinhArcsinh
@@ -329,7 +331,7 @@ class AutoHierarchicalFlow(AutoMessenger):  # type: ignore[metaclass]
             top = self._made(poutine.block(self.model, hide=[*self.local, *self._own]), args, kwargs)
             top.initialize(*args, **kwargs)
         except ValueError as error:
-            if "at least one continuous latent" not in str(error):
+            if "at least one continuous latent" not in str(error) or not (self.local or self._own):
                 raise
             if self._own:
                 raise ValueError(
@@ -585,7 +587,7 @@ class AutoHierarchicalFlow(AutoMessenger):  # type: ignore[metaclass]
             return values
         return torch.where(seen.reshape(*seen.shape, *[1] * event), values, conditional.beginning(msg, at))
 
-    def _other_rows(self, frames: Iterable[conditional.Frame]) -> bool:
+    def _other_rows(self, frames: Iterable[Frame]) -> bool:
         """Whether a plate has another size than in the first run: its rows are not those that have modes."""
         return any((frame.full_size or frame.size) != self._plate_sizes.get(frame.name) for frame in frames)
 
@@ -630,7 +632,7 @@ class AutoHierarchicalFlow(AutoMessenger):  # type: ignore[metaclass]
             if self._run is not None and is_open(msg) and msg["name"] in self._run.chosen:
                 msg["value"] = self._run.chosen[msg["name"]]
             return
-        if _is_auxiliary(msg):
+        if self._is_own(msg):
             return
         prior = msg["infer"]["prior"] = msg["fn"]
         if msg["is_observed"]:  # no part of the guide's density, for who traces the guide
@@ -674,12 +676,17 @@ class AutoHierarchicalFlow(AutoMessenger):  # type: ignore[metaclass]
         for name, site in list(messages(guide_trace).items()):
             if site["type"] != "sample" or site["is_observed"]:
                 del guide_trace.nodes[name]
-            if site["type"] == "sample" and _is_auxiliary(site):
+            if site["type"] == "sample" and self._is_own(site):
                 del model_trace.nodes[name]
             elif site["type"] == "sample":
                 scale = site["scale"] * site["infer"].get("power", 1.0)
                 messages(model_trace)[name] = {**site, "fn": site["infer"]["prior"], "scale": scale}
         return model_trace, guide_trace
+
+    def _is_own(self, site: Site) -> bool:
+        """Whether a site is a draw of the guide's own; factors and latents of a model may be marked alike."""
+        auxiliary = site["infer"].get("is_auxiliary") and not site["is_observed"]
+        return bool(auxiliary) and site["name"] not in self._axes
 
     # draws -----------------------------------------------------------------------------------------------------------
 
@@ -789,7 +796,7 @@ def _check_latents(latents: Iterable[Site]) -> None:
         transform_of(site)
 
 
-def _check_rows(frames: Iterable[conditional.Frame], trace: poutine.Trace) -> None:
+def _check_rows(frames: Iterable[Frame], trace: poutine.Trace) -> None:
     """Refuse a subsampled plate whose rows a trace lacks."""
     for frame in frames:
         if conditional.is_part(frame) and frame.name not in messages(trace):
@@ -797,11 +804,6 @@ def _check_rows(frames: Iterable[conditional.Frame], trace: poutine.Trace) -> No
                 f"model: a handler hides which rows plate {frame.name!r} takes. Name the plate too, as in "
                 f"poutine.block(model, expose=[..., {frame.name!r}]), or name what to hide: hide=[...]."
             )
-
-
-def _is_auxiliary(site: Site) -> bool:
-    """Whether a site is a draw of the guide's own; Pyro marks a ``pyro.factor`` of the model alike."""
-    return bool(site["infer"].get("is_auxiliary")) and not site["is_observed"]
 
 
 class _Plates(Messenger):

@@ -40,14 +40,14 @@ from pyro_flows._clock import unbounded
 from pyro_flows._fallbacks import Tried, fallback
 from pyro_flows._seeding import derive, seeded
 from pyro_flows.guides import conditional
-from pyro_flows.guides.conditional import At, Conditional, Number, Rows, Start, at_values, axes_of, is_part, vectorized
+from pyro_flows.guides.conditional import At, Conditional, Number, Rows, Start, at_values, axes_of, is_part
 from pyro_flows.model.batching import over_rows, quiet
 from pyro_flows.model.bijections import bijection
 from pyro_flows.model.bounds import log_times, on_bound
 from pyro_flows.model.observations import left_alone, refuse_outside, support_moves
 from pyro_flows.model.precision import doubled
 from pyro_flows.model.reading import check_observed
-from pyro_flows.model.sites import Site, by_event, is_data, messages
+from pyro_flows.model.sites import Site, by_event, is_data, messages, vectorized
 from pyro_flows.model.supports import inside
 from pyro_flows.verdict.psis import psis
 from pyro_flows.verdict.thresholds import (
@@ -827,7 +827,7 @@ def _groups(first: Conditional, *, whole: bool) -> dict[str, str]:
         if name in first.at.without_local_parents or not part.requires_grad:
             continue
         values = [site.value for site in first.sites]
-        slopes = torch.autograd.grad(part.sum(), values, retain_graph=True, allow_unused=True)
+        slopes = torch.autograd.grad(part.sum(), values, retain_graph=True, allow_unused=True) if values else ()
         needed = {groups[site.name] for site, slope in zip(first.sites, slopes, strict=True) if slope is not None}
         needed |= {groups[name]} if name in groups else set()
         plates = list(axes_of(nodes[name]))

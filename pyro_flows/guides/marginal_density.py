@@ -14,7 +14,7 @@ from torch._C import _functorch
 from pyro_flows import _checks
 from pyro_flows._clock import Clock
 from pyro_flows._fallbacks import Tried, fallback
-from pyro_flows.guides.conditional import Conditional, Rows, at_values, is_part, vectorized
+from pyro_flows.guides.conditional import Conditional, Rows, at_values, is_part
 from pyro_flows.guides.crossed import CrossedMarginal
 from pyro_flows.guides.hierarchical import AutoHierarchicalFlow
 from pyro_flows.guides.marginal import ALL, Marginal
@@ -23,7 +23,16 @@ from pyro_flows.model.bijections import bijection
 from pyro_flows.model.digits import COMPARED_ONE_BY_ONE
 from pyro_flows.model.handlers import Given
 from pyro_flows.model.log_density import LogDensity, lost_next_to
-from pyro_flows.model.sites import Keywords, Model, Positional, coordinates_of, is_deterministic, is_subsample, messages
+from pyro_flows.model.sites import (
+    Keywords,
+    Model,
+    Positional,
+    coordinates_of,
+    is_deterministic,
+    is_subsample,
+    messages,
+    vectorized,
+)
 from pyro_flows.model.start import first_run, initial_value
 
 INTEGRATED = "integrated"  # what settings call :attr:`MarginalDensity.recipe`

@@ -26,9 +26,10 @@ from pyro_flows.flows.recipe import FlowLike, affine_of, begin_at, latent_recipe
 from pyro_flows.guides.recorded import Maps
 from pyro_flows.guides.store import Named, Whole, copy_stored, forget, in_svi, param_statement, place, was_loaded
 from pyro_flows.model.log_density import LogDensity, PartialLogDensity
+from pyro_flows.model.observations import warn_if_hidden
 from pyro_flows.model.precision import LostDigits
 from pyro_flows.model.reading import read_structure
-from pyro_flows.model.sites import Keywords, Latent, Model, Noncentered, Positional, Structure, messages
+from pyro_flows.model.sites import Keywords, Latent, Model, Noncentered, Positional, Structure, messages, vectorized
 from pyro_flows.model.start import initial_value
 from pyro_flows.starts.coordinates import choose_coordinates
 from pyro_flows.starts.gaussians import Start
@@ -79,7 +80,7 @@ class LatentGuide(AutoContinuous):
         self._noncentered = _checks.choice("noncentered", noncentered, (AUTO,)) if by_name else noncentered
         self._cautious = cautious if isinstance(cautious, bool) else _checks.choice("cautious", cautious, (AUTO,))
         self._whole: Whole | None = None  # the parameters as one vector, while PathELBO trains them
-        self._paced = False  # whether PathELBO has set the unit of steps
+        self._paced = 0.0  # the unit of steps that PathELBO has set
         self._arguments: tuple[Positional, Keywords] = ((), {})
         self._moved_to: dict[str, Any] = {}
         self._as_read: tuple[Structure, Tensor] | None = None  # at first, and the coordinates of the structure by now
@@ -103,7 +104,7 @@ class LatentGuide(AutoContinuous):
         around, chosen, start = bool(self._recipe.around), self._noncentered, None
         begin = self._init == AUTO and around
         choose = chosen == AUTO and bool(structure.hierarchical) and (around or self._recipe.named)
-        if (begin or choose) and self.master is None:  # else data may be hidden
+        if (begin or choose) and self.master is None and not warn_if_hidden(structure, self.model):
             asked = chosen if choose or not isinstance(chosen, str) else ()
             start = best_start(self.model, args, kwargs, among=structure.latents, noncentered=asked, begin=begin)
         if isinstance(chosen, str):
@@ -146,7 +147,7 @@ class LatentGuide(AutoContinuous):
         self.prototype_trace = trace
         self.latent_dim = structure.dim
         self._unconstrained_shapes = {latent.name: latent.unconstrained_shape for latent in structure.latents}
-        self._cond_indep_stacks = {name: site["cond_indep_stack"] for name, site in trace.nodes.items()}
+        self._cond_indep_stacks = {name: vectorized(site) for name, site in messages(trace).items()}
         frames = [frame for stack in self._cond_indep_stacks.values() for frame in stack]
         self._prototype_frames = {frame.name: frame for frame in frames}
 

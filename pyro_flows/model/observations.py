@@ -5,12 +5,13 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from functools import partial
 from typing import cast
 
 import pyro
 import torch
 from pyro import poutine
-from pyro.distributions import Unit
+from pyro.poutine.block_messenger import BlockMessenger
 from torch import Tensor
 from torch.distributions import Distribution
 from torch.distributions.constraints import Constraint
@@ -21,7 +22,7 @@ from pyro_flows._tensors import broadcast
 from pyro_flows._warnings import outside
 from pyro_flows.model.batching import apart
 from pyro_flows.model.faults import at_a_point, where_it_runs
-from pyro_flows.model.sites import Latent, Model, Positional, Site, Structure, messages
+from pyro_flows.model.sites import Latent, Model, Positional, Site, Structure, is_factor, messages
 from pyro_flows.model.supports import (
     WRAPPERS,
     elementary,
@@ -42,6 +43,8 @@ Run = Callable[[Tensor], poutine.Trace]
 
 class NothingObservedWarning(UserWarning):
     """A model without any observation was fitted or diagnosed, so that its posterior is its prior.
+
+    A guide of a model inside of ``poutine.block`` warns too: the data may be hidden.
 
     >>> import warnings, pyro_flows as pf
     >>> issubclass(pf.NothingObservedWarning, UserWarning)
@@ -194,7 +197,7 @@ def not_finite(site: Site, density: Tensor) -> str:
     """Say which entries of a site have a log density that is not finite, and, for data, what values they have."""
     name, bad = site["name"], ~torch.isfinite(density)
     said = f"site {name!r} has log density {float(density.sum())}"
-    if not site["is_observed"] or isinstance(site["fn"], Unit) or bad.dim() > _batch_dim(site):
+    if not site["is_observed"] or is_factor(site) or bad.dim() > _batch_dim(site):
         return said
     entries = _entries(name, site["value"], bad, len(site["fn"].event_shape), None)
     return f"{said}, from {int(bad.sum())} of {bad.numel()} values: {entries}"
@@ -211,8 +214,7 @@ def warn_if_nothing_observed(
     Latent sites that look like data whose ``obs=`` was forgotten are named: no other site depends on them, and they
     depend on others or have the length of an argument.
     """
-    factors = [site for site in messages(structure.trace).values() if isinstance(site.get("fn"), Unit)]
-    if structure.observed or factors:
+    if not _observes_nothing(structure):
         return
     looks = list[str]()
     with suppress(torch.linalg.LinAlgError):  # the model raises an error at such a point
@@ -224,6 +226,35 @@ def warn_if_nothing_observed(
         NothingObservedWarning,
         stacklevel=outside(),
     )
+
+
+def warn_if_hidden(structure: Structure, model: Model) -> bool:
+    """Warn if a model inside of ``poutine.block``, which may hide them, has neither data nor factors; say if it is so.
+
+    Pyro's tutorials expose some latents only, where others are enumerated.
+    """
+    if not _is_blocked(model) or not _observes_nothing(structure):
+        return False
+    warnings.warn(
+        "guide: its model is inside of poutine.block, and nothing is observed there, so the guide starts at the prior, "
+        "and not by the data. If the model has data, give the guide the model itself, without the handler: the guide "
+        "leaves enumerated sites out. Or name what to hide: poutine.block(model, hide=[...]).",
+        NothingObservedWarning,
+        stacklevel=outside(),
+    )
+    return True
+
+
+def _is_blocked(model: object) -> bool:
+    """Whether one of the handlers around a model, each ``partial(_, handler, model)``, is ``poutine.block``."""
+    around = getattr(model, "func", None)
+    if not isinstance(around, partial) or len(around.args) != 2:
+        return False
+    return isinstance(around.args[0], BlockMessenger) or _is_blocked(around.args[1])
+
+
+def _observes_nothing(structure: Structure) -> bool:
+    return not structure.observed and not any(map(is_factor, messages(structure.trace).values()))
 
 
 def _forgotten(structure: Structure, run: Run, arguments: dict[str, Tensor]) -> list[str]:

@@ -11,7 +11,7 @@ from typing import cast
 import pyro
 import torch
 from pyro import poutine
-from pyro.distributions import ImproperUniform, NanMaskedMultivariateNormal, NanMaskedNormal, Unit
+from pyro.distributions import ImproperUniform, NanMaskedMultivariateNormal, NanMaskedNormal
 from torch import Tensor
 
 from pyro_flows._seeding import seeded
@@ -33,8 +33,10 @@ from pyro_flows.model.sites import (
     is_data,
     is_deterministic,
     is_enumerated,
+    is_factor,
     is_subsample,
     messages,
+    vectorized,
 )
 from pyro_flows.model.start import first_run, initial_value, prior_run, transform_of
 from pyro_flows.model.supports import check_density, family
@@ -91,7 +93,7 @@ def _structure(trace: poutine.Trace, unmasked: Mapping[str, Tensor]) -> Structur
     for site in data.values():
         check_observed(site)
     seen = [site["value"] for site in (*stochastic, *data.values())]
-    seen += [site["fn"].log_factor for site in sites if isinstance(site["fn"], Unit)]
+    seen += [site["fn"].log_factor for site in sites if is_factor(site)]
     floats = [value for value in seen if value.is_floating_point()]
     return Structure(
         latents=tuple(latents),
@@ -102,7 +104,7 @@ def _structure(trace: poutine.Trace, unmasked: Mapping[str, Tensor]) -> Structur
         subsampled=tuple(sorted({name for site in sites for name in _subsampled(site)})),
         hierarchical=(),
         dependent=False,
-        plate_nesting=max((-frame.dim for site in sites for frame in site["cond_indep_stack"] if frame.dim), default=0),
+        plate_nesting=max((-frame.dim for site in sites for frame in vectorized(site)), default=0),
         dtype=functools.reduce(torch.promote_types, [value.dtype for value in floats]),
         device=next((value.device for value in floats if value.device.type != "cpu"), floats[0].device),
         trace=trace,
@@ -122,8 +124,6 @@ def _read_latent(site: Site, offset: int, unmasked: Tensor | None) -> Latent:
             f"site {name!r}: expected a starting value of shape {tuple(site['fn'].shape())}, got "
             f"{tuple(site['value'].shape)}. Give init_loc_fn one number for each entry."
         )
-    if any(frame.dim is None for frame in site["cond_indep_stack"]):
-        raise ValueError(f"site {name!r}: a latent in a sequential plate. Use a vectorized one (with pyro.plate(...)).")
     with torch.no_grad(), quiet():
         check_density(name, site["fn"], site["value"])
     unconstrained = transform.inv(site["value"])
@@ -134,8 +134,7 @@ def _read_latent(site: Site, offset: int, unmasked: Tensor | None) -> Latent:
 
 
 def _plates(site: Site) -> tuple[Plate, ...]:
-    stack = site["cond_indep_stack"]
-    return tuple(Plate(frame.name, frame.dim, frame.size) for frame in stack if frame.dim is not None)
+    return tuple(Plate(frame.name, frame.dim, frame.size) for frame in vectorized(site))
 
 
 def _subsampled(site: Site) -> list[str]:

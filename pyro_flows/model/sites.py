@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple, TypedDict, cast
+from typing import Any, NamedTuple, Protocol, TypedDict, cast
 
 import torch
 from pyro import poutine
@@ -46,6 +46,15 @@ class Site(TypedDict):
     kwargs: dict[str, object]
     stop: bool
     done: bool
+
+
+class Frame(Protocol):
+    """What Pyro says of a vectorized plate of a site."""
+
+    name: str
+    dim: int
+    size: int  # rows of this run,
+    full_size: int  # and of the plate
 
 
 @dataclass(frozen=True)
@@ -289,6 +298,11 @@ def messages(trace: poutine.Trace | None) -> dict[str, Any]:
     return trace.nodes
 
 
+def vectorized(site: Site) -> list[Frame]:
+    """Return the plates of a site that are axes; a sequential plate is a loop, which needs nothing."""
+    return [cast(Frame, frame) for frame in site["cond_indep_stack"] if frame.dim is not None]
+
+
 def is_open(site: Site) -> bool:
     """Whether a site has no value yet."""
     return cast(object, site["value"]) is None
@@ -302,6 +316,11 @@ def is_subsample(site: Site) -> bool:
 def draws_rows(subsample: Site) -> bool:
     """Whether the model draws the rows of a plate, and is not given them."""
     return cast(Any, subsample["fn"]).subsample_size is not None
+
+
+def is_factor(site: Site) -> bool:
+    """Whether a site is a ``pyro.factor``."""
+    return isinstance(site.get("fn"), Unit)
 
 
 def is_data(site: Site) -> bool:

@@ -240,12 +240,13 @@ def _check_chains(chains: Any, dim: int) -> None:
 
 
 def _check_weights(tensors: Mapping[str, Tensor]) -> None:
-    """Refuse weights that do not rise with p / q, as smoothed ones do."""
+    """Refuse weights that do not rise with p / q, as smoothed ones do; the largest may be equal."""
     ratio = tensors["log_p"].double() - tensors["log_q"].double()
     weights = tensors["log_weights"].double()
     finite = torch.isfinite(ratio) & torch.isfinite(weights)
-    weights = weights[finite]
-    ratio = ratio[finite][weights.argsort(stable=True)]
+    ratio, order = ratio[finite].sort()
+    weights = weights[finite][order]
+    ratio = ratio[weights.argsort(stable=True)]
     if len(ratio) < 2 or not bool(weights.max() - weights.min() > ROUNDED_AT_LEAST):  # even weights have no order
         return
     scale = tensors["log_p"][finite].double().abs().max() + ratio.abs().max()

@@ -15,7 +15,7 @@ BEFORE = 0.1  # the factor of the first step: a learning rate of .1 is the large
 FIRST = 0.01  # how far the first step moves the parameter that it moves farthest: a usual learning rate
 KAPPA = 0.05  # change of the log factor for a step as good as usual
 MEMORY = 0.95  # of the mean square of gains
-MOST = 2.0  # times the usual gain: what counts
+MOST = 2.0  # times the usual gain: what counts; times the step that set the unit: what sets it anew
 
 
 class Pace:
@@ -27,8 +27,9 @@ class Pace:
     g is the gradient of the loss by :math:`\theta`. While the gradient after a step still points along the step, steps
     become longer; when it points back, they were too long and become shorter. Near the optimum the noise of gradients
     points back on average, so that steps become short at the end without a schedule. The first step sets the unit: the
-    parameter that it moved farthest has moved by 0.01. So the optimizer's learning rate has next to no effect, and its
-    changes during training have.
+    parameter that it moved farthest has moved by 0.01. So the optimizer's learning rate has next to no effect. What
+    lowers it during training has. A step that is more than twice as long as the one that set the unit, as while a
+    learning rate warms up, sets it anew: it becomes as long as that one would be by now.
 
     The factor is the gain of the flow's layers (:class:`Paced`), and goes with its parameters. When it changes, u does
     too, and the map stays as it is. The optimizer gets g, whose scale does not depend on the factor. Parameters of
@@ -39,7 +40,8 @@ class Pace:
     Args:
         flow: a flow whose layers have gains (:meth:`Flow.slow`).
         parameters: its trained parameters, in their order.
-        begun: whether the gains are those of an earlier training, and stay.
+        unit: how far an optimizer moved u in the step that set the unit, if the gains are those of an earlier training,
+            and stay; else 0.
 
     References: Almeida, Langlois, Amaral and Plakhov 1998 (*Parameter adaptation in stochastic optimization*); Baydin
     et al. 2018 (hypergradient descent, arXiv 1703.04782).
@@ -47,17 +49,17 @@ class Pace:
     >>> import torch, pyro_flows as pf
     >>> from pyro_flows.svi.pace import Pace
     >>> flow = pf.realnvp(2, layers=2).slow()
-    >>> pace = Pace(flow, list(flow.parameters()), begun=False)
+    >>> pace = Pace(flow, list(flow.parameters()))
     >>> pace.gain
     0.1...
     """
 
     @torch.no_grad()
-    def __init__(self, flow: Flow, parameters: Sequence[Tensor], *, begun: bool) -> None:
+    def __init__(self, flow: Flow, parameters: Sequence[Tensor], *, unit: float = 0.0) -> None:
         trained = {id(part) for part in parameters}
         paced = [module for module in flow.modules() if isinstance(module, Paced) and module.gain is not None]
         found = [module for module in paced if all(id(part) in trained for part in module._last_parameters())]
-        self.modules, self.parameters, self.begun = found, list(parameters), begun
+        self.modules, self.parameters, self.unit = found, list(parameters), unit
         owned = {id(own): None for module in found for own in module._last_parameters()}
         self._owned = [part for part in parameters if id(part) in owned]
         self._share = torch.cat([torch.full((part.numel(),), float(id(part) in owned)) for part in parameters])
@@ -65,9 +67,14 @@ class Pace:
         self._before: Tensor | None = None
         self._moved: Tensor | None = None
         self._square, self._steps = 0.0, 0
-        if not begun:
+        if not self.begun:
             for module in found:
                 even(module, BEFORE)
+
+    @property
+    def begun(self) -> bool:
+        """Whether a step has set the unit."""
+        return self.unit > 0.0
 
     @property
     def gain(self) -> float:
@@ -78,16 +85,16 @@ class Pace:
 
     @torch.no_grad()
     def follow(self) -> None:
-        """Look how far the optimizer went since the last step, and set the unit after the first."""
+        """Look how far the optimizer went since the last step; set the unit after the first, and after longer ones."""
         if self._before is None:
             return
         self._moved = self._flat() - self._before
         longest = float((self._moved * self._share).abs().max())
-        if not self.begun and 0.0 < longest < math.inf:
-            factor = FIRST / (self.gain * longest)
+        if MOST * self.unit < longest < math.inf:
+            factor = (self.unit if self.begun else FIRST / self.gain) / longest
             self._change(factor)  # which has divided the step itself too
             self._add(self._moved * self._share * (1.0 - 1.0 / factor))
-            self.begun = True
+            self.unit = longest
 
     @torch.no_grad()
     def __call__(self, gradient: Tensor) -> Tensor:

@@ -124,7 +124,7 @@ class PathELBO(ELBO):
         gradient = gradient if bool(torch.isfinite(gradient).all()) else torch.zeros_like(gradient)
         if kept.pace is not None:
             gradient = kept.pace(gradient)
-            guide._paced = kept.pace.begun
+            guide._paced = kept.pace.unit
         if in_svi() and guide._whole is not None:  # and not beside an optimizer of torch
             guide._whole.add_gradient(gradient)
             return _value(terms)
@@ -196,7 +196,7 @@ class _Kept:
         self.parameters = [parameter for parameter in self.flow.parameters() if parameter.requires_grad]
         self.gains = [module for module in self.flow.modules() if isinstance(module, Paced)]
         paced = guide._cautious == AUTO and any(module.gain is not None for module in self.gains)
-        self.pace = Pace(self.flow, self.parameters, begun=guide._paced) if paced else None
+        self.pace = Pace(self.flow, self.parameters, unit=guide._paced) if paced else None
         self._recorded = self._taken = 0  # graphs, and steps by graphs
         if before is not None and before.unfit is None and before.flow is self.flow:  # a model in another handler
             self.pace, self._recorded = before.pace, before._recorded

@@ -293,6 +293,18 @@ def test_a_constant_hangs_on_nothing():
     assert table.loc["limits[1]"].tolist() == [0.0, 0.0, "-"]
 
 
+@pytest.mark.parametrize("potential", [0.0, 1.0])
+def test_nothing_hangs_on_a_prior_or_a_likelihood_that_is_flat(potential):
+    def model():
+        x = pyro.sample("x", prior)
+        pyro.factor("potential", -potential * x**2)
+
+    prior = dist.Uniform(-1.0, 1.0) if potential else dist.Normal(0.0, 1.0)
+    table = pf.diagnose(model, lambda: pyro.sample("x", prior), draws=400).sensitivity().table
+    assert (table.loc["x", "prior"] == 0.0) == bool(potential)
+    assert (table.loc["x", "likelihood"] == 0.0) != bool(potential)
+
+
 def test_sensitivity_refuses_what_it_cannot_scale(three):
     with pytest.raises(ValueError, match="prior_sites: expected one of 'mu', got 'm'"):
         three["1.0"].sensitivity(prior_sites="m")

@@ -500,6 +500,23 @@ def test_one_observation_of_several_values_is_no_sum():
     assert "'y' is one observation of 4 values: write the values in a plate to leave them out one by one." in said
     assert "standard error not known" in said
     assert "fits of their own" not in said
+    assert found.draws == 400  # without any observation it is the prior: no further draws help
+
+
+def test_factors_that_depend_on_latents_are_named():
+    def model(y):
+        mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+        with pyro.plate("row", len(y)):
+            pyro.factor("weight", torch.tensor(0.3))
+            pyro.factor("truncated", -dist.Normal(mu, 1.0).cdf(torch.tensor(2.0)).log())
+            pyro.sample("y", dist.Normal(mu, 1.0), obs=y)
+
+    def guide(y):
+        pyro.sample("mu", dist.Normal(1.0, 0.8))
+
+    found = pf.diagnose(model, guide, torch.tensor([0.4, 1.3, 0.9]), draws=400).loo()
+    assert found.factors == ("truncated",)
+    assert "Not in the likelihood: pyro.factor 'truncated', which counts as a prior." in str(found)
 
 
 def test_models_without_a_pointwise_likelihood_are_refused():

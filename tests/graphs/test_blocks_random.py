@@ -10,12 +10,13 @@ from tests.graphs.programs_at_random import program
 from tests.graphs.test_blocks import in_blocks
 from tests.invariants import close
 from tests.registry import needs_interpreter
+from tests.slow import rest_slow
 
 PROGRAMS, TOGETHER = 100, 20
 
 
 @needs_interpreter
-@pytest.mark.parametrize("first", range(0, PROGRAMS, TOGETHER))
+@pytest.mark.parametrize("first", rest_slow(range(0, PROGRAMS, TOGETHER), lambda first: 2 * first < PROGRAMS))
 def test_random_programs(first):
     tasks = foreign = 0
     for seed in range(first, first + TOGETHER):

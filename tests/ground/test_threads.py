@@ -15,6 +15,7 @@ from pyro_flows._threads import ONE_THREAD_BELOW, at_once, cores, few_threads
 from pyro_flows.graphs import Recorder
 from tests.invariants import close
 from tests.registry import needs_interpreter, normal
+from tests.slow import rest_slow
 
 
 @pytest.fixture
@@ -107,7 +108,7 @@ def _long(z):
 
 
 @needs_interpreter
-@pytest.mark.parametrize("size", [16, 300])
+@pytest.mark.parametrize("size", rest_slow([16, 300], (300).__eq__))
 def test_results_do_not_depend_on_the_number_of_threads(two, size):
     z = normal(size, 4, seed=1)
     recorder = Recorder(_long, 2000)

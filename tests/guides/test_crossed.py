@@ -306,6 +306,60 @@ def test_what_it_cannot_follow_is_named():
         guide.initialize(*args, None, torch.arange(100))
 
 
+def beside(y, x, batch=None):
+    """The data of a minibatch read no latent in plates."""
+    mu = pyro.sample("mu", dist.Normal(real(0.0), 1.0))
+    with pyro.plate("column", y.shape[1], dim=-1):
+        a = pyro.sample("a", dist.Normal(mu, 1.0))
+    with pyro.plate("line", len(y), dim=-2):
+        b = pyro.sample("b", dist.Normal(real(0.0), 1.0))
+        with pyro.plate("cell", y.shape[1], dim=-1):
+            pyro.sample("y", dist.Normal(a + b, 0.5), obs=y)
+    with pyro.plate("other", len(x), subsample_size=batch, dim=-1) as index:
+        pyro.sample("x", dist.Normal(mu, 1.0), obs=x[index])
+
+
+def test_minibatches_may_read_no_latent_in_plates():
+    y, x = simulated(12, (5, 4))[0].reshape(4, 3), real(0.5, 1.0, 1.5, 0.0)
+    guide = pf.AutoHierarchicalFlow(beside, layers=2)
+    torch.manual_seed(0)
+    svi = SVI(beside, guide, pyro.optim.Adam({"lr": 0.005}), Trace_ELBO())
+    assert all(math.isfinite(svi.step(y, x, 2)) for _ in range(3))
+    assert guide._crossed is not None
+    found = Trace_ELBO(50, vectorize_particles=True, max_plate_nesting=2).loss(beside, guide, y, x)
+    every = torch.cat([y.flatten(), x])
+    column, line = torch.arange(12) % 3, torch.arange(12) // 3
+    same = (column[:, None] == column).double() + (line[:, None] == line).double() + 0.25 * torch.eye(12)
+    covariance = 1.0 + torch.block_diag(same, torch.eye(4)).double()
+    evidence = torch.distributions.MultivariateNormal(0.0 * every, covariance).log_prob(every)
+    assert found == pytest.approx(-float(evidence), abs=0.3)
+
+
+def products(y):
+    """Items have slopes and places: at the middle of the prior, curvatures are those of no maximum."""
+    mu = pyro.sample("mu", dist.Normal(real(0.0), 1.0))
+    with pyro.plate("item", y.shape[1], dim=-1):
+        place = pyro.sample("place", dist.Normal(mu, 1.0))
+        slope = pyro.sample("slope", dist.LogNormal(real(0.0), 0.5))
+    with pyro.plate("student", len(y), dim=-2):
+        skill = pyro.sample("skill", dist.Normal(real(0.0), 1.0))
+        with pyro.plate("both", y.shape[1], dim=-1):
+            pyro.sample("y", dist.Bernoulli(logits=slope * (skill - place)), obs=y)
+
+
+@pytest.mark.falls_back
+def test_without_a_maximum_nearby_small_sites_are_the_flows():
+    """Draws were NaN, and the first step an error."""
+    rows, columns = torch.arange(60)[:, None], torch.arange(15)
+    y = ((0.1 * rows - 0.4 * columns + 3.0 * torch.sin(7.0 * rows * columns + rows)) > 0.0).double()
+    rows = Rows(products, read_structure(products, (y,), {}).latents[:1], ["place", "slope", "skill"], (y,), {})
+    with pytest.raises(ValueError, match="curvatures are not those of a maximum"):
+        Crossed(rows, real([0.0]))
+    guide = pf.AutoHierarchicalFlow(products, layers=2, init="prior").initialize(y)
+    assert guide.local == ["skill"]
+    assert math.isfinite(Trace_ELBO().loss(products, guide, y))
+
+
 def effects(y, student, lecturer, sizes, batch=None, rows=None, binary=False):
     mu = pyro.sample("mu", dist.Normal(real(0.0), 3.0))
     scales = pyro.sample("scales", dist.LogNormal(real(0.0, 0.0), 1.0).to_event(1))

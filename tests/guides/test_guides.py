@@ -4,6 +4,7 @@ import warnings
 from functools import partial
 
 import pyro
+import pyro.distributions as dist
 import pytest
 import torch
 from pyro import poutine
@@ -19,7 +20,7 @@ from pyro.poutine.messenger import Messenger
 
 import pyro_flows as pf
 from tests.invariants import close
-from tests.models import CASES, each_model, nested, real
+from tests.models import CASES, Case, each_model, nested, no_jacobian, real
 from tests.registry import randomize
 from tests.slow import rest_slow
 from tests.state_invariants import evaluations
@@ -96,13 +97,24 @@ def test_loss_of_continuous_models(case, name):
     check_loss(case, ELBOS[name])
 
 
+@pytest.mark.parametrize("name", ["Trace, 3 vectorized", "TraceGraph"])
+def test_loss_of_latents_in_a_sequential_plate(name):
+    def model(y):
+        mean = pyro.sample("mean", dist.Normal(real(0.0), 1.0))
+        for i in pyro.plate("rows", len(y)):
+            z = pyro.sample(f"z_{i}", dist.LogNormal(mean, 0.5))
+            pyro.sample(f"y_{i}", dist.Normal(z, 1.0), obs=y[i])
+
+    check_loss(Case("loop", model, (real(0.5, 1.5, 1.0),), no_jacobian), ELBOS[name])
+
+
 @pytest.mark.parametrize("name", ENUM_ELBOS)
 @each_model(*ENUMERATED)
 def test_loss_of_models_with_enumerated_sites(case, name):
     check_loss(case, ENUM_ELBOS[name])
 
 
-@each_kind
+@pytest.mark.parametrize("kind", rest_slow(KINDS, ("realnvp", "planar").__contains__))
 @each_model("nested", "filled", "improper", "hidden_markov")
 def test_svi_moves_every_parameter(case, kind):
     """Three steps: a last layer that starts at zero passes gradients on from the second step."""
@@ -145,7 +157,7 @@ def test_jit():
     assert all((parameter != before[name]).any() for name, parameter in guide.named_parameters())
 
 
-@each_kind
+@pytest.mark.parametrize("kind", rest_slow(KINDS, ("realnvp", "planar").__contains__))
 @each_model(where=lambda case: case.name not in ENUMERATED)
 def test_log_prob_is_that_of_the_trace(case, kind):
     guide = guide_of(case, kind)

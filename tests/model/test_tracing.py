@@ -50,6 +50,13 @@ def sequential(x, y):
         pyro.sample(f"y_{i}", dist.Normal(a * x[i], 1.0), obs=y[i])
 
 
+def latents_in_a_loop(x, y):
+    a = pyro.sample("a", dist.Normal(real(0.0), 1.0))
+    for i in pyro.plate("rows", len(y)):
+        z = pyro.sample(f"z_{i}", dist.Normal(a * x[i], 0.5))
+        pyro.sample(f"y_{i}", dist.Normal(z, 1.0), obs=y[i])
+
+
 def filled(x, y):
     """A list written as a tensor: what is read is multiplied by a latent, so autograd needs it as it was."""
     phi = pyro.sample("phi", dist.Uniform(real(-1.0), 1.0))
@@ -95,6 +102,7 @@ MODELS = {
     "numbers": (numbers_of_data, (X, Y)),
     "growth": (growth, (torch.linspace(0.0, 2.0, 40, dtype=torch.float64), normal(40, seed=3))),
     "sequential": (sequential, (X, Y)),
+    "latents in a loop": (latents_in_a_loop, (X[:4], Y[:4])),
     "filled": (filled, (X, Y)),
     "imputed": (imputed, (X, Y)),
     "process": (process, (X, Y)),

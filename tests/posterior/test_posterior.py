@@ -149,6 +149,17 @@ def test_chains_of_a_constant_have_no_r_hat():
     assert table.loc["mu", "r_hat"] < 1.02
 
 
+@pytest.mark.filterwarnings("ignore::pyro_flows.NothingObservedWarning")
+def test_draws_that_overflow_have_a_mean_alone():
+    def model():
+        x = pyro.sample("x", dist.Normal(0.0, 100.0))
+        pyro.deterministic("odds", x.exp())
+
+    table = exact(model, model).summary()  # a warning is an error
+    assert table.loc["odds", "mean"] == math.inf
+    assert math.isnan(table.loc["odds", "sd"])
+
+
 def test_summary_selects_names(by_status):
     assert list(by_status["ok"].summary("double").index) == [f"double[{i}]" for i in range(SCHOOLS)]
     labeled = by_status["ok"].assign_coords({"school": list("abcdefgh")})

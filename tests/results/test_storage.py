@@ -1,5 +1,6 @@
 """Saved posteriors: what is there after loading, with a model and without, and what is refused."""
 
+import dataclasses
 import json
 import os
 import warnings
@@ -18,6 +19,7 @@ from pyro_flows.amortization import files as amortized
 from pyro_flows.density_estimation import files as density
 from pyro_flows.priors import fitted as prior
 from pyro_flows.results.files import FILES
+from pyro_flows.verdict.psis import psis
 from tests.posteriors import (
     NETCDF,
     OFF,
@@ -33,6 +35,7 @@ from tests.posteriors import (
     schools_flow,
     schools_posterior,
 )
+from tests.slow import rest_slow
 
 # Many posteriors here are of guides that were not trained: what is tested is what a file keeps of them.
 pytestmark = pytest.mark.filterwarnings("ignore::pyro_flows.UnreliableWarning")
@@ -137,7 +140,19 @@ def test_with_keyword_arguments(tmp_path):
     assert again.predictive(torch.tensor([2.0]), draws=5)["y"].shape == (5, 1)
 
 
-@pytest.mark.parametrize("name", ["prior", "fit", "posterior", "chain", "draw"])
+def test_the_largest_weights_may_be_equal(tmp_path):
+    """Pareto smoothing puts quantiles above the largest weight onto it, so that several ratios have one weight."""
+    schools_posterior("ok").save(tmp_path / "first")
+    posterior = pf.load(tmp_path / "first")  # without its model, so its densities are those that are given
+    level = -((torch.arange(len(posterior.z)) + 0.5) / len(posterior.z)).log()
+    ratio = torch.where(level < 4.5, level, 3.6 + 0.2 * level)
+    weights, _ = psis(ratio)
+    assert int((weights == weights.max()).sum()) > 2
+    dataclasses.replace(posterior, log_p=posterior.log_q + ratio, log_weights=weights).save(tmp_path / "saved")
+    assert torch.equal(pf.load(tmp_path / "saved").log_weights, weights)
+
+
+@pytest.mark.parametrize("name", rest_slow(("prior", "fit", "posterior", "chain", "draw"), ("fit", "draw").count))
 def test_a_site_may_have_the_name_of_a_group_or_dimension(name, tmp_path):
     def model(y):
         pyro.sample("y", dist.Normal(pyro.sample(name, dist.Normal(0.0, 1.0)), 1.0), obs=y)

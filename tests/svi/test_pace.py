@@ -70,10 +70,28 @@ def test_the_first_step_is_as_long_whatever_the_rate():
         assert pace.gain * rate == pytest.approx(FIRST, rel=1e-3)
 
 
+@pytest.mark.parametrize("start", [0.0, 1e-3])
+def test_a_rate_that_warms_up_ends_as_one_that_stays(start):
+    guide = pf.AutoRealNVP(shifted, layers=2, init="prior").initialize(Y)
+    optimizer, loss = torch.optim.Adam(guide.parameters(), 0.01), pf.PathELBO(num_particles=16)
+    warm = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: max(start, min(step / 60, 1.0)))
+    torch.manual_seed(0)
+    longest = []
+    for _ in range(120):
+        optimizer.zero_grad()
+        loss.loss_and_grads(shifted, guide, Y)
+        moved, gain = loss._kept[guide].pace._moved, loss._kept[guide].pace.gain
+        longest.append(0.0 if moved is None else gain * float(moved.abs().max()))
+        optimizer.step()
+        warm.step()
+    assert max(longest) < 4 * FIRST
+    assert gap(guide) < 0.05
+
+
 def test_steps_become_longer_along_the_gradient_and_shorter_against_it():
     flow = pf.realnvp(2, layers=2).double().slow()
     parameters = list(flow.parameters())
-    pace = Pace(flow, parameters, begun=True)
+    pace = Pace(flow, parameters, unit=1.0)
     gradient = normal(sum(part.numel() for part in parameters), seed=1)
     x = normal(5, 2, seed=2)
     for sign, expected in ((-1.0, 1.0), (1.0, -1.0)):

@@ -66,10 +66,6 @@ MODELS = {
         lambda: pyro.sample("fixed", dist.Delta(real(1.0))),
         r"site 'fixed': a Delta is a fixed value.*pyro.deterministic\('fixed'",
     ),
-    "sequential plate": (
-        lambda: [pyro.sample(f"x{i}", dist.Normal(real(0.0), 1.0)) for i in pyro.plate("steps", 2)],
-        "site 'x0': a latent in a sequential plate. Use a vectorized one",
-    ),
     "NaN in the data": (
         lambda: pyro.sample("more", dist.Normal(real(0.0, 0.0), 1.0).to_event(1), obs=real(1.0, NAN)),
         "site 'more': 1 of 1 observed values are NaN. Drop them, or mark them as missing with obs_mask=",
