@@ -119,7 +119,7 @@ EDITS = (
     Edit("_files.py", "os.replace(fresh, target)\n        _sync_folder",
          "target.write_bytes(data)\n        _sync_folder",
          "tests/ground/test_files.py"),
-    Edit("density_estimation/standardizing.py", "mean = mean - context.mean(0) @ slope", "mean = mean + 0.0",
+    Edit("density_estimation/standardizing.py", "mean = mean - context.double().mean(0) @ slope", "mean = mean + 0.0",
          "tests/density_estimation"),
     Edit("density_estimation/standardizing.py", "values.clamp(min=dim * 1e-7).sqrt()", "values.clamp(min=dim * 1e-7)",
          "tests/density_estimation"),

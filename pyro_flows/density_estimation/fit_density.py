@@ -84,9 +84,9 @@ def fit_density(
     began, which no context moves from the regression line, is mixed in. Its share w is what held-out points say: it is
     large for few of them, and is ``settings["share_without_context"]``, or ``settings["share_of_mixture"]`` if there is
     no context. Without one, held-out points may ask for a mixture of narrower parts in its place: such parts cannot be
-    trained well. Given a context and up to 1000 points, five such flows are fitted, each with another fifth held out,
-    and the result is the mean of their densities. With ``max_seconds``, another one is fitted as long as the time that
-    the first took is left.
+    trained well. Of up to 1000 points, five such flows are fitted, each with another fifth held out, and the result is
+    the mean of their densities. All take the learning rate that the first found. With ``max_seconds``, another one is
+    fitted as long as the time that the first took is left.
 
     The data are put on a common scale by an affine map that becomes the flow's last layer. Learning rates are
     compared in short trial runs. The largest that comes about as far as the best goes on until the mean log density of
@@ -99,7 +99,8 @@ def fit_density(
         flow: a flow of the shape of one point, which is copied, not changed; or the name of a builder for vectors
             (``"realnvp"``, ``"nice"``, ...), then with a logistic base and robust networks. Data often touch places
             that are empty in training; a normal base punishes them without measure, and networks that go on along
-            straight lines throw them far out. ``"auto"``, or data in its place: the default above.
+            straight lines throw them far out. ``"auto"``, or data in its place: the default above. Flows that are made
+            here have double precision where torch's default dtype does not hold the data or the context.
         data: one point a row, ``(N, ...)``, or ``(N,)`` numbers: a tensor, an array, a data frame, a ``numpy.memmap``
             (read batch by batch), or a ``DataLoader`` that gives tensors, or pairs ``(data, context)``.
         context: what the density is conditional on, ``(N, columns)`` or ``(N,)``. Flows that are made here, by default
@@ -198,23 +199,22 @@ def fit_density(
         support = made.bijection.codomain
         if spread and getattr(support, "base_constraint", support) is not constraints.real:
             raise ValueError(f"noise: noisy points leave the flow's support, {support}; pass a flow without alpha=.")
-        pairs = sources(made, data, context, validation, levels, spread, folds=auto and made.context_dim > 0)
+        pairs = sources(made, data, context, validation, levels, spread, folds=auto)
         asked = _Asked(options, preprocess, batch, learning_rate, weight_decay, start, max_epochs, auto)
         with Bar("fit_density", progress) as line:
             line.done = f"flow 1 of {len(pairs)}" if len(pairs) > 1 else ""
             first = _run(asked, made, *pairs[0], validation, Plan(0, seconds, CLOCKS[clock], began), checkpoint, line)
-            runs, options = [first], {**options, **first.options}
+            runs, options, rate = [first], {**options, **first.options}, first.ascent.state.learning_rate
             for number, pair in enumerate(pairs[1:], 1):
                 limit = seconds - sum(run.seconds for run in runs)  # those before a checkpoint count as well
                 if any(run.ascent.state.interrupted for run in runs) or limit < first.seconds:
                     break
                 path = None if checkpoint is None else f"{os.fspath(checkpoint)}.{number}"
                 line.done = f"flow {number + 1} of {len(pairs)}"
+                plan, like_first = Plan(0, limit, CLOCKS[clock], CLOCKS[clock]()), replace(asked, learning_rate=rate)
                 with seeded(derive(seed, f"flow {number} of the density"), device):
-                    plan = Plan(0, limit, CLOCKS[clock], CLOCKS[clock]())
-                    runs.append(
-                        _run(asked, make(flow, data, context), *pair, validation, plan, path, line, warns=False)
-                    )
+                    made = make(flow, data, context)
+                    runs.append(_run(like_first, made, *pair, validation, plan, path, line, warns=False))
             whole, validated = _together(runs, options)
             line.close(_words(validated, whole, first.ascent.source.levels) if math.isfinite(validated) else "done")
         STATE.take()  # there is nothing more to be lost

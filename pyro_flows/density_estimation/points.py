@@ -195,19 +195,22 @@ class Stream:
 Source = Rows | Stream
 
 
-def rows(name: str, data: object, context: object, like: Tensor) -> Rows:
-    """Make rows of an array of numbers, with one point a row; what lies in memory is converted once."""
+def rows(name: str, data: object, context: object, like: Tensor | None) -> Rows:
+    """Make rows of an array of numbers, with one point a row; what lies in memory is converted once.
+
+    Without a ``like``, numbers get torch's default dtype, or double precision if that does not hold them.
+    """
     values, about = _array(name, data, like), None if context is None else _array("context", context, like)
     if len(values.shape) < 2 or 0 in values.shape:
         raise ValueError(f"{name}: expected one point a row, (N, ...), got shape {tuple(values.shape)}.")
     if about is not None and len(about) != len(values):
         raise ValueError(f"context: expected a row for each of {len(values)} points of {name}, got {len(about)}.")
-    found = Rows(values, about, like)
+    found = Rows(values, about, torch.zeros(()) if like is None else like)
     found.check(name)
     return found
 
 
-def _array(name: str, values: object, like: Tensor) -> Array:
+def _array(name: str, values: object, like: Tensor | None) -> Array:
     """Return points; a list of numbers becomes points of one coordinate."""
     if isinstance(values, np.memmap):
         return values[:, None] if values.ndim == 1 else values
@@ -216,6 +219,9 @@ def _array(name: str, values: object, like: Tensor) -> Array:
     if not isinstance(values, (Tensor, np.ndarray, list, tuple)):
         raise ValueError(f"{name}: expected a tensor, an array or a DataLoader, got a {type(values).__name__}.")
     tensor = numbers(name, values).detach()
+    if like is None:
+        default = torch.get_default_dtype()
+        like = torch.zeros((), dtype=default if _lost(tensor, default) is None else torch.float64)
     if tensor.element_size() == 1:
         tensor = tensor.to(like.device)  # bytes stay bytes
     else:
@@ -226,24 +232,32 @@ def _array(name: str, values: object, like: Tensor) -> Array:
 
 def _warn_rounded(name: str, values: Tensor, dtype: torch.dtype) -> None:
     """Warn if a column (of all others) loses its differences, or its size, as numbers of another dtype."""
+    if (lost := _lost(values, dtype)) is not None:
+        at, spread, size = lost
+        warnings.warn(
+            f"{name}: column {at} has a range of {spread:g} and numbers as large as {size:g}, which "
+            f"{str(dtype).removeprefix('torch.')} does not hold. Subtract its mean and divide by its standard "
+            "deviation, or pass a flow of float64.",
+            UserWarning,
+            stacklevel=outside(),
+        )
+
+
+def _lost(values: Tensor, dtype: torch.dtype) -> tuple[int, float, float] | None:
+    """Return the first column that does not keep its differences or its size in a dtype, its range and its size."""
     narrower = values.is_floating_point() and values.dtype != torch.float64
-    if narrower or dtype == torch.float64 or not values.numel():
-        return
+    if narrower or values.element_size() == 1 or dtype == torch.float64 or not values.numel():
+        return None
     columns = values.reshape(len(values), -1).double()
     size, spread = columns.abs().amax(0), columns.amax(0) - columns.amin(0)
     still = spread <= 100.0 * torch.finfo(columns.dtype).eps * size
     lost = (size.isfinite() & (size > torch.finfo(dtype).max)) | (
         ~still & (spread < 100.0 * torch.finfo(dtype).eps * size)
     )
-    if bool(lost.any()):
-        at = int(lost.nonzero()[0])
-        warnings.warn(
-            f"{name}: column {at} has a range of {float(spread[at]):g} and numbers as large as {float(size[at]):g}, "
-            f"which {str(dtype).removeprefix('torch.')} does not hold. Subtract its mean and divide by its standard "
-            "deviation, or pass a flow of float64.",
-            UserWarning,
-            stacklevel=outside(),
-        )
+    if not bool(lost.any()):
+        return None
+    at = int(lost.nonzero()[0])
+    return at, float(spread[at]), float(size[at])
 
 
 def _of_frame(name: str, values: Any) -> np.ndarray:

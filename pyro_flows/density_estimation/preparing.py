@@ -41,14 +41,14 @@ MEASURED_POINTS = 50_000  # from which scales and correlations are taken
 SPLINES_UP_TO = 100  # dimensions, above which the default is affine couplings
 MIXTURES_UP_TO = 200  # dimensions of a mixture of Gaussians as base
 PARTS_OF_CONTEXTS = 5  # of a mixture at least, if their weights, places and scales depend on a context
-AVERAGED_UP_TO = 1000  # points given a context, for which the densities of five flows are averaged: it takes seconds
+AVERAGED_UP_TO = 1000  # points, for which the densities of five flows are averaged: it takes seconds
 MIXTURE_SHARE = 0.35  # of the seconds, that expectation maximization may take
 STACKED = 200  # steps of expectation maximization for the share of a mixture without the context
 NUMBER = (int, float, np.number)  # kinds of a share
 
 
 def make(flow: object, data: object, context: object) -> Flow:
-    """Copy the flow, or make one by a builder's name."""
+    """Copy the flow, or make one by a builder's name; in double precision where single does not hold the data."""
     if isinstance(flow, Flow):
         return copy.deepcopy(flow)
     if not isinstance(flow, str):
@@ -59,15 +59,17 @@ def make(flow: object, data: object, context: object) -> Flow:
     _checks.choice("flow", flow, (AUTO, *BUILDERS))
     if isinstance(data, DataLoader):
         raise ValueError("flow: a DataLoader does not tell its shape; pass a flow, such as pf.realnvp(dim).")
-    shape = rows("data", data, None, torch.zeros(())).event_shape
+    given = [rows(name, one, None, None) for name, one in (("data", data), ("context", context)) if one is not None]
+    shape, dtypes = given[0].event_shape, [one.values.dtype for one in given]
+    dtype = torch.float64 if torch.float64 in dtypes else torch.get_default_dtype()
     if len(shape) != 1:
         raise ValueError(f"flow: a name makes a flow of vectors, the data have shape {tuple(shape)}; pass a flow.")
-    width = 0 if context is None else rows("context", context, None, torch.zeros(())).event_shape[-1]
+    width = 0 if context is None else given[1].event_shape[-1]
     options: dict[str, Any] = {"context_dim": width, "hidden": (64, 64), "activation": "relu"}
     if flow == AUTO:
-        return _default(shape[0], options)
+        return _default(shape[0], options).to(dtype)
     options |= {} if flow == "planar" else {"network": "robust"}
-    return BUILDERS[flow](shape[0], base="logistic", **options)
+    return BUILDERS[flow](shape[0], base="logistic", **options).to(dtype)
 
 
 def _default(dim: int, options: Entries) -> Flow:

@@ -24,7 +24,7 @@ FAR_SDS = 10.0  # robust standard deviations, beyond which values are far away
 SD_OVER_MAD = 1.4826  # the standard deviation of a normal distribution over its median absolute deviation
 NAMED = 10  # coordinates that a warning names at most
 REPEATED = 10  # rows for each value: far more than rounding gives, and each held-out row is one of training too
-CONSTANT = 1e-12  # a variance below this share of the mean square is rounding error
+CONSTANT = 1e-12  # a variance below this share of the mean square is rounding error in single precision
 
 
 def preprocess(
@@ -57,11 +57,11 @@ def preprocess(
     y = y - mean
     slope, given = None, ""
     if seen[0][1] is not None:
-        context = torch.cat([batch for _, batch in seen if batch is not None]).double()
+        context = torch.cat([batch for _, batch in seen if batch is not None])
         given = " given the context"
         slope, y = _regress(context, y)
-        mean = mean - context.mean(0) @ slope
-    scale = _scales(y, size, given if warns else None)
+        mean = mean - context.double().mean(0) @ slope
+    scale = _scales(y, size, given if warns else None, first.dtype)
     if pooled:
         scale = scale.square().mean().sqrt().expand(scale.shape)
     factor = scale.reshape(shape)
@@ -77,12 +77,13 @@ def warn_dependent(batches: Iterable[Batch]) -> None:
     coordinates have. Few points have such by chance. Rows far away count less: each gets a weight, which leaves
     equations as they are. Constant coordinates get a warning of :func:`preprocess`.
     """
-    y, context = (torch.cat(part).double() if part[0] is not None else None for part in zip(*batches, strict=True))
+    y, context = (torch.cat(part) if part[0] is not None else None for part in zip(*batches, strict=True))
     assert y is not None
+    y, dtype = y.double(), y.dtype
     rest = y - y.mean(0)
-    varies = ~_constant(rest if context is None else _regress(context, rest)[1], y.square().mean(0))
+    varies = ~_constant(rest if context is None else _regress(context, rest)[1], y.square().mean(0), dtype)
     where = varies.nonzero().flatten()
-    points = y[:, where] if context is None else torch.cat([y[:, where], context], 1)
+    points = y[:, where] if context is None else torch.cat([y[:, where], context.double()], 1)
     if len(points) - 1 <= points.shape[1] or not len(where):
         return
     loc, scale, _ = tails(points)
@@ -122,10 +123,16 @@ def warn_repeated(batches: Iterable[Batch]) -> None:
 
 
 def scale_of(contexts: Tensor) -> Tensor:
-    """Return a location and a scale (2, C) of contexts (N, C); columns of zeros and ones stay as they are."""
-    found = torch.stack([contexts.mean(0), contexts.std(0, correction=int(len(contexts) > 1))])
-    still = ((contexts == 0) | (contexts == 1)).all(0) | (found[1] <= 1e-6 * found[0].abs() + 1e-30)
-    return torch.where(still, torch.tensor([[0.0], [1.0]]).to(found), found)
+    """Return a location and a scale (2, C) of contexts (N, C); columns of zeros and ones stay as they are.
+
+    Those of one value have this place and scale 1, so that networks do not see a large number.
+    """
+    c = contexts.double()
+    loc, scale = c.mean(0), c.std(0, correction=int(len(c) > 1))
+    still = scale <= 8.0 * torch.finfo(contexts.dtype).eps * loc.abs() + 1e-30
+    found = torch.stack([loc, torch.where(still, 1.0, scale)])
+    marks = ((c == 0) | (c == 1)).all(0)
+    return torch.where(marks, torch.tensor([[0.0], [1.0]]).to(c), found).to(contexts)
 
 
 def tails(values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -186,9 +193,10 @@ def _regress(context: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
 
     Reference: Golub, Heath and Wahba 1979, doi:10.1080/00401706.1979.10489751.
     """
+    least, context = torch.finfo(context.dtype).eps, context.double()
     centered = context - context.mean(0)
     scale = centered.square().mean(0).sqrt()
-    unit = centered / torch.where(scale > 1e-7 * context.abs().amax(0), scale, torch.inf)
+    unit = centered / torch.where(scale > least * context.abs().amax(0), scale, torch.inf)
     values, vectors = torch.linalg.eigh(unit.mT @ unit)
     most = values.amax().clamp_min(1e-30)
     values, vectors = values[values > DEPENDENT * most], vectors[:, values > DEPENDENT * most]
@@ -204,17 +212,18 @@ def _regress(context: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     return slope, y - centered @ slope
 
 
-def _constant(y: Tensor, size: Tensor) -> Tensor:
-    """Say which coordinates of centered points are constant up to rounding errors.
+def _constant(y: Tensor, size: Tensor, dtype: torch.dtype) -> Tensor:
+    """Say which coordinates of centered points are constant up to rounding errors in the dtype that they had.
 
     These are a share of ``size``, the mean square before centering.
     """
-    return y.square().mean(0) <= CONSTANT * size + torch.finfo(torch.float32).tiny ** 2
+    least = CONSTANT * (torch.finfo(dtype).eps / torch.finfo(torch.float32).eps) ** 2
+    return y.square().mean(0) <= least * size + torch.finfo(torch.float32).tiny ** 2
 
 
-def _scales(y: Tensor, size: Tensor, given: str | None) -> Tensor:
+def _scales(y: Tensor, size: Tensor, given: str | None, dtype: torch.dtype) -> Tensor:
     """Return standard deviations of centered points whose mean square was ``size`` before centering."""
-    variance, constant = y.square().mean(0), _constant(y, size)
+    variance, constant = y.square().mean(0), _constant(y, size, dtype)
     if bool(constant.any()):
         where = constant.nonzero().flatten().tolist()
         if given is not None:

@@ -1,4 +1,4 @@
-"""The mean of the densities of several conditional flows, as the base of one flow."""
+"""The mean of the densities of several flows, as the base of one flow."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from pyro_flows.transforms.fixed import Preprocess
 
 
 class Ensemble(nn.Module):
-    r"""K conditional flows of vectors, all alike likely:
+    r"""K flows of vectors, all alike likely:
 
     .. math:: q(y \mid c) = \frac1K \sum_k q_k(y \mid c)
 
     Args:
-        flows: of one dimension D, and of one width of the context. If D is 1, each rises with its base.
+        flows: of one dimension D, and of one width of the context, or without. If D is 1, each rises with its base.
 
-    Shapes: y is (..., D), the context (..., context_dim). Cost: that of all flows.
+    Shapes: y is (..., D), the context (..., context_dim), or None. Cost: that of all flows.
 
     Reference: Krogh and Vedelsby 1995, *Neural network ensembles, cross validation, and active learning*;
     Lakshminarayanan, Pritzel and Blundell 2017, arXiv 1612.01474.
@@ -40,7 +40,7 @@ class Ensemble(nn.Module):
         """The flows."""
         return [cast(Flow, flow) for flow in self.flows]
 
-    def forward(self, context: Tensor) -> Averaged:
+    def forward(self, context: Tensor | None = None) -> Averaged:
         """Return the distribution, with the batch shape of the context."""
         return Averaged(self, context)
 
@@ -48,9 +48,10 @@ class Ensemble(nn.Module):
 class Averaged(OfParts):
     """The distribution of an :class:`Ensemble` in one context, or in each of a batch; event shape (D,)."""
 
-    def __init__(self, ensemble: Ensemble, context: Tensor, batch_shape: Sequence[int] | None = None) -> None:
+    def __init__(self, ensemble: Ensemble, context: Tensor | None, batch_shape: Sequence[int] | None = None) -> None:
         self.ensemble, self.context = ensemble, context
-        batch = context.shape[:-1] if batch_shape is None else torch.Size(batch_shape)
+        own = () if context is None else context.shape[:-1]
+        batch = torch.Size(own if batch_shape is None else batch_shape)
         super().__init__(batch, torch.Size((ensemble.dim,)), validate_args=False)
 
     def expand(self, batch_shape: Sequence[int], _instance: object = None) -> Averaged:
@@ -59,7 +60,7 @@ class Averaged(OfParts):
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Return the log density, of shape ``(*sample_shape, *batch_shape)``."""
-        y, context = together(value, self.context)
+        y, context = self._with_context(value)
         found = []
         for flow in self.ensemble.members:
             x, ladj = flow.bijection.inverse_and_ladj(y, context)
@@ -71,29 +72,33 @@ class Averaged(OfParts):
     def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
         """Draw ``(*sample_shape, *batch_shape, D)``."""
         shape = torch.Size(sample_shape) + self.batch_shape
-        context = self.context.expand(*shape, -1)
+        context = None if self.context is None else self.context.expand(*shape, -1)
         members = self.ensemble.members
-        chosen = torch.randint(len(members), shape, device=context.device)
-        found = context.new_empty(*shape, self.ensemble.dim)
+        found = next(members[0].parameters()).new_empty(*shape, self.ensemble.dim)
+        chosen = torch.randint(len(members), shape, device=found.device)
         for number, flow in enumerate(members):
-            own = context[chosen == number]
-            x = flow.base_distribution(own).expand(own.shape[:-1]).sample()  # a base may not depend on the context
-            found[chosen == number] = flow.bijection.forward_and_ladj(x, own)[0]
+            here = chosen == number
+            own = None if context is None else context[here]
+            x = flow.base_distribution(own).expand((int(here.sum()),)).sample()  # it may not depend on the context
+            found[here] = flow.bijection.forward_and_ladj(x, own)[0]
         return found
+
+    def _with_context(self, value: Tensor) -> tuple[Tensor, Tensor | None]:
+        return (value, None) if self.context is None else together(value, self.context)
 
     # one coordinate ---------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def cdf(self, value: Tensor) -> Tensor:
         """Return the distribution function (...,) at points (..., 1) of one coordinate."""
-        y, context = together(value, self.context)
+        y, context = self._with_context(value)
         placed = ((flow, flow.bijection.inverse_and_ladj(y, context)[0]) for flow in self.ensemble.members)
         return torch.stack([flow.base_distribution(context).cdf(x) for flow, x in placed]).mean(0)
 
     @torch.no_grad()
     def around(self, value: Tensor) -> tuple[Tensor, Tensor]:
         """Return the smallest and the largest quantile (..., 1) of all flows, for probabilities (...,)."""
-        at, context = together(value[..., None], self.context)
+        at, context = self._with_context(value[..., None])
         ends = [
             flow.bijection.forward_and_ladj(end, context)[0]
             for flow in self.ensemble.members
@@ -108,20 +113,21 @@ def ensemble(dim: int, *, members: Sequence[Mapping[str, object]], base: str = "
     """Return the mean of the densities of flows, each described as :func:`~pyro_flows.flows.recipe_json.to_json` does.
 
     Raises:
-        ValueError: for no member, or members that are no conditional flows of vectors of ``dim`` coordinates.
+        ValueError: for no member, or members that are no flows of vectors of ``dim`` coordinates.
     """
     flows = [from_json(one) for one in members]
-    fits = [isinstance(one, Flow) and one.event_shape == (dim,) and one.context_dim > 0 for one in flows]
+    fits = [isinstance(one, Flow) and one.event_shape == (dim,) for one in flows]
     if not fits or not all(fits) or len({one.context_dim for one in flows}) > 1:
-        raise ValueError(f"members: expected one or more conditional flows of {dim} coordinates, got others.")
+        raise ValueError(f"members: expected one or more flows of {dim} coordinates, got others.")
     return averaged(cast("list[Flow]", flows))
 
 
 def averaged(flows: Sequence[Flow]) -> Flow:
-    """Return the flow whose density is the mean of those of conditional flows of vectors, at least one."""
+    """Return the flow whose density is the mean of those of flows of vectors, at least one."""
     like = next(flows[0].parameters())
-    zero, one = like.new_zeros(flows[0].dim), like.new_ones(flows[0].dim)
-    whole = Flow(Preprocess(zero, one, like.new_zeros(flows[0].context_dim, flows[0].dim)))
+    dim, width = flows[0].dim, flows[0].context_dim
+    slope = like.new_zeros(width, dim) if width else None
+    whole = Flow(Preprocess(like.new_zeros(dim), like.new_ones(dim), slope))
     whole.mixture, whole.base = Ensemble(flows), MIXTURE
     described = [to_json(flow) for flow in flows]
     if None not in described:

@@ -91,7 +91,8 @@ def test_networks_see_normal_scores_of_columns_with_far_values():
     found = interpolated(x, knots)
     inner = (z.abs() < 2.5)[:, 0]
     assert (found[inner, :2] - z[inner]).abs().max() < 0.1
-    assert torch.allclose(found[:, 2:4], x[:, 2:4], atol=1e-6)
+    assert torch.allclose(found[:, 2], x[:, 2], atol=1e-6)
+    assert found[:, 3].abs().max() < 1e-6
     assert found[(z < 2.0)[:, 0], 4].unique().numel() == 1
     assert found[:, 4].abs().max() < 4.0
     order = x[:, 4].argsort(stable=True)
@@ -127,6 +128,16 @@ def test_the_unit_of_a_context_does_not_matter():
         for at, where in ((1.0, 0.0), (1e4, 3e4))
     )
     assert float(near) == pytest.approx(float(far), abs=0.05)
+
+
+def test_a_context_of_one_value_does_no_harm():
+    """Networks saw it as it is: with a column of 1e8, the density was that of the regression."""
+    (y, x), (y_test, x_test) = bimodal(1200, seed=0), bimodal(4000, seed=1)
+    options = {"max_epochs": 10, "learning_rate": 0.01, "progress": False}
+    alone = pf.fit_density(y, context=x, **options).nats(y_test, x_test)
+    beside = (torch.cat([one, torch.full_like(one, 1e8)], 1) for one in (x, x_test))
+    found = pf.fit_density(y, context=next(beside), **options)
+    assert found.nats(y_test, next(beside)) > alone - 0.02
 
 
 def test_quantiles_are_exact_and_do_not_cross(fitted):
@@ -197,7 +208,7 @@ def test_without_context_the_default_bends_one_dimension_too():
     generator = torch.Generator().manual_seed(0)
     side = 1.0 - 2.0 * (torch.rand(800, 1, generator=generator) < 0.3).float()
     y = side + 0.1 * torch.randn(800, 1, generator=generator)
-    found = pf.fit_density(y, max_epochs=5, learning_rate=0.003, progress=False)
+    found = pf.fit_density(y[80:], validation=y[:80], max_epochs=5, learning_rate=0.003, progress=False)
     gaussian = torch.distributions.Normal(y.mean(), y.std()).log_prob(y).mean()
     assert float(found.log_prob(y).mean()) > float(gaussian) + 0.8
     assert found.quantiles([0.5]).shape == (1, 1)

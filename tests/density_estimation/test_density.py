@@ -604,12 +604,34 @@ def test_columns_of_data_frames_are_numbers():
 
 def test_numbers_that_single_precision_does_not_hold_are_told():
     points = np.random.default_rng(0).normal(size=(40, 2))
+    options = {"max_epochs": 1, "learning_rate": 0.01, "progress": False}
     with pytest.warns(UserWarning, match="column 1 has a range of .* which float32 does not hold. Subtract its mean"):
-        quick(points + np.array([0.0, 6e5]))
+        pf.fit_density(pf.nice(2), points + np.array([0.0, 6e5]), **options)
     with pytest.warns(UserWarning, match="context: column 0 has a range"):
-        quick(points, context=points[:, 0] + 6e5)
+        pf.fit_density(pf.nice(2, context_dim=1), points, context=points[:, 0] + 6e5, **options)
     with pytest.warns(UserWarning, match="context: column 0 has a range of 39 and numbers as large as 1.6e"):
-        quick(points, context=np.arange(40) + 1_600_000_000)
+        pf.fit_density(pf.nice(2, context_dim=1), points, context=np.arange(40) + 1_600_000_000, **options)
+
+
+@pytest.mark.parametrize("name", ["auto", "nice"])
+def test_flows_of_numbers_that_single_precision_does_not_hold_are_of_double(tmp_path, name):
+    """Of 1e8 with a standard deviation of 1, columns were constant, also for a flow of float64."""
+    points = torch.randn(60, 2, generator=torch.Generator().manual_seed(0)).double()
+    far = points + torch.tensor([1e8, 0.0])
+    validation = {"validation": far[:20]} if name == "auto" else {}
+    options = {"max_epochs": 1, "learning_rate": 0.01, "progress": False, **validation}
+    fit = pf.fit_density(name, far, **options)
+    assert fit.sample(2).dtype == torch.float64
+    near = {**options, "validation": points[:20]} if name == "auto" else options
+    assert fit.nats(far) == pytest.approx(pf.fit_density(name, points, **near).nats(points), abs=0.3)
+    given = pf.fit_density(pf.nice(2).double(), far, max_epochs=1, learning_rate=0.01, progress=False)
+    assert given.nats(far) < 0.0
+    fit.save(tmp_path / "density")
+    assert torch.equal(pf.DensityFit.load(tmp_path / "density").log_prob(far), fit.log_prob(far))
+    time = 1.6e9 + torch.arange(60.0, dtype=torch.float64)
+    later = pf.fit_density("nice", points, context=time, max_epochs=1, learning_rate=0.01, progress=False)
+    assert later.sample(60, time).dtype == torch.float64
+    assert later.encode(time[:2]).diff(dim=0) == 1.0
 
 
 @pytest.mark.parametrize("share", [0, 1, 5, True, 1.5])

@@ -50,7 +50,7 @@ def test_seeds_are_drawn_as_in_scikit_learn(monkeypatch):
     X, _ = pairs(40)
     drawn = int(np.random.RandomState(3).randint(2**31))
     by_state, by_seed = (
-        pf.DensityEstimator(random_state=state, **FAST).fit(X) for state in (np.random.RandomState(3), drawn)
+        pf.DensityEstimator("nice", random_state=state, **FAST).fit(X) for state in (np.random.RandomState(3), drawn)
     )
     assert np.array_equal(by_state.score_samples(X), by_seed.score_samples(X))
     assert not np.array_equal(by_state.sample(4), by_state.sample(4))
@@ -97,7 +97,7 @@ def test_searches_and_pipelines():
     assert sklearn.base.clone(pf.DensityEstimator(batch=7)).batch == 7
     scores = cross_val_score(make_pipeline(StandardScaler(), pf.DensityEstimator(conditional=True, **FAST)), X, y, cv=2)
     assert np.isfinite(scores).all()
-    search = GridSearchCV(pf.DensityEstimator(max_epochs=1), {"learning_rate": [1e-4, 1e-2]}, cv=2).fit(X)
+    search = GridSearchCV(pf.DensityEstimator("nice", max_epochs=1), {"learning_rate": [1e-4, 1e-2]}, cv=2).fit(X)
     assert search.best_params_["learning_rate"] in (1e-4, 1e-2)
 
 

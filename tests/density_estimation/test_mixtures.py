@@ -125,7 +125,7 @@ def test_narrow_parts_have_a_share_of_the_density(points):
     if points == "integers":
         x = torch.stack([x[:, 0] / x[:, 0].std(), torch.poisson(2.0 + torch.randn(len(x)).exp())], 1)
     train, test = x[:900], x[900:]
-    found = pf.fit_density(train, max_epochs=6, progress=False)
+    found = pf.fit_density(train[90:], validation=train[:90], max_epochs=6, progress=False)
     share, base = found.settings["share_of_mixture"], found.flow.mixture
     assert f"a share of {share:.2g} of the density is a mixture that was not trained" in found.summary()
     assert 1.0 / 92.0 <= share <= 1.0
@@ -143,7 +143,7 @@ def test_a_fitted_density_is_fitted_again_and_its_mixture_weighed_anew():
     first, noise, other = torch.randn(3, 800, generator=generator)
     x = torch.where(torch.arange(800) % 2 == 0, first, 5.0 + 0.01 * first)
     x = torch.stack([x, x.square() + 0.1 * noise], 1)[other.argsort()]
-    found = pf.fit_density(x, max_epochs=5, progress=False)
+    found = pf.fit_density(x[80:], validation=x[:80], max_epochs=5, progress=False)
     again = pf.fit_density(found.flow, 3.0 * x + 7.0, max_epochs=5, progress=False)
     assert again.nats(3.0 * x + 7.0) > found.nats(x) - 2.0 * math.log(3.0) - 0.5
     assert 0.0 < again.settings["share_of_mixture"] < 1.0
@@ -174,7 +174,7 @@ def test_a_held_out_point_that_no_density_reaches(context):
 @pytest.mark.parametrize("narrow", [False, True])
 def test_a_mixture_is_saved_loaded_and_resumed(tmp_path, monkeypatch, narrow):
     x = of_many_scales(600, 0)[0] if narrow else torch.randn(300, 3, generator=torch.Generator().manual_seed(0))
-    first = pf.fit_density(x, max_epochs=4, learning_rate=0.003, progress=False)
+    first = pf.fit_density(x[60:], validation=x[:60], max_epochs=4, learning_rate=0.003, progress=False)
     first.save(tmp_path / "density")
     again = pf.DensityFit.load(tmp_path / "density")
     assert again.settings["share_of_mixture"] == first.settings["share_of_mixture"] > 0.0

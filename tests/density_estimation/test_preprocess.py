@@ -158,8 +158,8 @@ def test_both_ways_meet_after_a_change_of_dtype(kind):
 @pytest.mark.parametrize("many", [9, 12])
 def test_rows_of_few_different_values_are_named(many):
     y = torch.randn(60, 2, generator=torch.Generator().manual_seed(0)).repeat(many, 1)
-    options = {"max_epochs": 1, "progress": False}
+    options = {"max_epochs": 1, "learning_rate": 0.01, "progress": False}
     copies = pytest.warns(UserWarning, match="648 rows have 60 different values") if many == 12 else nullcontext()
     with copies:
-        pf.fit_density(y, **options)
-    pf.fit_density(y, noise=0.1, **options)
+        pf.fit_density("nice", y, **options)
+    pf.fit_density("nice", y, noise=0.1, **options)

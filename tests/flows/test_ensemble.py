@@ -1,4 +1,4 @@
-"""The mean of the densities of conditional flows: its density, draws and quantiles; files; training that goes on."""
+"""The mean of the densities of flows: its density, draws and quantiles; files; training that goes on."""
 
 import copy
 import math
@@ -66,6 +66,33 @@ def test_shapes_in_two_dimensions():
         whole(CONTEXT).rsample()
 
 
+def test_without_a_context(tmp_path):
+    """Flows of other rows were averaged only where they had a context: of few rows, one was behind a plain mixture."""
+    x = torch.randn(60, 1, generator=torch.Generator().manual_seed(0)).exp()
+    options = {"max_epochs": 1, "learning_rate": 0.003, "progress": False, "checkpoint": tmp_path / "run"}
+    fit = pf.fit_density(x, **options)
+    assert fit.settings["flows"] == 5
+    members = fit.flow.mixture.members
+    assert len({float(flow.log_prob(x).sum().detach()) for flow in members}) == 5
+    grid = torch.linspace(-60.0, 60.0, 12_001)[:, None]
+    density = fit.log_prob(grid).exp()
+    torch.testing.assert_close(density, (sum(flow.log_prob(grid).exp() for flow in members) / 5.0).detach())
+    assert float(torch.trapezoid(density, grid[:, 0])) == pytest.approx(1.0, abs=5e-3)
+    levels = torch.tensor([0.05, 0.5, 0.9])
+    quantiles = fit.quantiles(levels)
+    torch.testing.assert_close(fit.pit(quantiles)[:, 0], levels, atol=1e-5, rtol=0.0)
+    assert ((fit.sample(20_000, seed=1) <= quantiles[:, 0]).double().mean(0) - levels).abs().max() < 0.015
+    fit.save(tmp_path / "density")
+    assert torch.equal(pf.DensityFit.load(tmp_path / "density").log_prob(x), fit.log_prob(x))
+    (tmp_path / "run.3").unlink()
+    assert torch.equal(pf.fit_density(x, **options).log_prob(x), fit.log_prob(x))
+    made = fit.flow().expand((3, 2))
+    assert made.sample((4,)).shape == (4, 3, 2, 1)
+    assert made.log_prob(x[:4, None, None]).shape == (4, 3, 2)
+    draws, log_prob = fit.flow.draw(7)
+    torch.testing.assert_close(fit.log_prob(draws), log_prob)
+
+
 def test_draws_differ_where_the_base_does_not_depend_on_the_context():
     """Above 200 outputs, flows have no mixture as base: all draws of one flow were the same."""
     whole = averaged([pf.realnvp(2, layers=2, context_dim=2), pf.realnvp(2, layers=2, context_dim=2)])
@@ -110,12 +137,17 @@ def test_training_goes_on_from_it():
     assert more.nats(y, x) > first.nats(y, x) - 0.1
 
 
-@pytest.mark.parametrize("kind", rest_slow(["standardize", "whiten", "auto"], "auto".__eq__))
+SCALES = ["standardize", "whiten", "auto", "without a context"]
+
+
+@pytest.mark.parametrize("kind", rest_slow(SCALES, "auto".__eq__))
 def test_training_goes_on_at_another_scale(tmp_path, kind):
     """The map to the scale of the data came after those of the flows, so that 8 nats were lost."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(90, 2, generator=generator)
     y = 20.0 + 3.0 * x[:, :1] + torch.randn(90, 1, generator=generator)
+    if kind == "without a context":
+        x, kind = None, "auto"
     first = pf.fit_density(y, context=x, max_epochs=4, progress=False)
     for scale in (1.0, 1000.0):
         options = {"preprocess": kind, "max_epochs": 1, "learning_rate": 1e-4, "progress": False}
