@@ -84,7 +84,7 @@ def fit_density(
     began, which no context moves from the regression line, is mixed in. Its share w is what held-out points say: it is
     large for few of them, and is ``settings["share_without_context"]``, or ``settings["share_of_mixture"]`` if there is
     no context. Without one, held-out points may ask for a mixture of narrower parts in its place: such parts cannot be
-    trained well. Of up to 1000 points, five such flows are fitted, each with another fifth held out, and the result is
+    trained well. Of up to 1000 points, five such flows are fitted, each with others held out, and the result is
     the mean of their densities. All take the learning rate that the first found. With ``max_seconds``, another one is
     fitted as long as the time that the first took is left.
 
@@ -107,7 +107,7 @@ def fit_density(
             or by name, take a data frame or an array with missing values (NaN, None): these become the mean and a
             column that says where. Texts, booleans, pandas' categories, and whole numbers of at most 20 values, each in
             10 rows or more, become columns of 0 and 1. Builders' flows standardize their context.
-        validation: the share to hold out (a fifth at least for each of five flows); or held-out data, or a pair of them
+        validation: the share to hold out, others for each of five flows; or held-out data, or a pair of them
             and their context, for one flow; or ``None``, with which nothing stops the training but the budget. With a
             ``DataLoader``, it cannot be a share.
         preprocess: ``"standardize"`` (each coordinate), ``"whiten"`` (correlations too; see

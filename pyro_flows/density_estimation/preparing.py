@@ -104,7 +104,7 @@ def sources(
         if not 0.0 < validation < 1.0:
             raise ValueError(f"validation: expected a share between 0 and 1, data or None, got {validation!r}.")
         several = folds and len(train) <= AVERAGED_UP_TO
-        return [*train.splits(max(float(validation), 1.0 / FOLDS if several else 0.0), FOLDS if several else 1)]
+        return [*train.splits(float(validation), FOLDS if several else 1)]
     pair = validation if isinstance(validation, tuple) else (validation, None)
     if len(pair) != 2:
         raise ValueError(f"validation: expected data, or a pair (data, context), got {len(pair)} items.")
