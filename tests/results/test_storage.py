@@ -152,7 +152,7 @@ def test_the_largest_weights_may_be_equal(tmp_path):
     assert torch.equal(pf.load(tmp_path / "saved").log_weights, weights)
 
 
-@pytest.mark.parametrize("name", rest_slow(("prior", "fit", "posterior", "chain", "draw"), ("fit", "draw").count))
+@pytest.mark.parametrize("name", rest_slow(["prior", "fit", "posterior", "chain", "draw"], ("fit", "draw").count))
 def test_a_site_may_have_the_name_of_a_group_or_dimension(name, tmp_path):
     def model(y):
         pyro.sample("y", dist.Normal(pyro.sample(name, dist.Normal(0.0, 1.0)), 1.0), obs=y)
