@@ -237,7 +237,7 @@ def test_of_five_densities_those_until_then(monkeypatch, capsys):
     assert "flow 3 of 5" in capsys.readouterr().err
     assert found.settings["flows"] == len(found.flow.mixture.members) == 3
     assert found.why.startswith("interrupted (Ctrl-C)")
-    assert repr(found).startswith("DensityFit: the mean of 3 densities, the first of them: realnvp on 48 points")
+    assert repr(found).startswith("DensityFit: the mean of 3 densities, the first of them: realnvp on 54 points")
     assert " s for all, step size 0.01: interrupted (Ctrl-C)" in repr(found)
     assert torch.isfinite(found.log_prob(x[:, :1], x)).all()
 
