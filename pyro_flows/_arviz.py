@@ -137,8 +137,8 @@ def summary(draws: xr.Dataset, *, ess: float | None, kind: str, prob: float, rou
     if ess is not None:
         found["ess"] = ess if math.isnan(ess) else int(ess)
         return found
-    columns = {"ess_bulk": access.ess(method="bulk"), "ess_tail": access.ess(method="tail")}
-    more = _frame({**columns, "r_hat": _halves(draws).azstats.rhat()}, index)
+    bulk, tail, r_hat = access.ess(method="bulk"), access.ess(method="tail"), _halves(draws).azstats.rhat()
+    more = _frame({"ess_bulk": bulk, "ess_tail": tail, "r_hat": r_hat}, index)
     for name in ("ess_bulk", "ess_tail"):
         found[name] = more[name].fillna(0).astype(int)
     found["r_hat"] = more["r_hat"] if round_to == "none" else more["r_hat"].round(3)

@@ -129,7 +129,7 @@ class Work:
         found = self.judged(given)
         goal = goal_of(found.elpd) if goal is None else goal
         high = _high(found)
-        if not (high or found.error > goal) or self._by_rows() or len(given.labels) == 1:  # without one, the prior
+        if not (high or found.error > goal) or self._by_rows():
             return found
         if not self._can_move(given):
             return self._by_draws(found, goal, [])
