@@ -137,7 +137,7 @@ class PathELBO(ELBO):
         assert isinstance(guide, AutoFlow)
         terms, gradient = self._step(kept, guide, Arguments(args, kwargs))
         linear = torch.cat([parameter.flatten() for parameter in kept.parameters]) @ gradient
-        return _value(terms) + linear - linear.detach()
+        return _value(terms) + (linear - linear.detach())
 
     def _step(self, kept: _Kept, guide: AutoFlow, arguments: Arguments) -> tuple[Tensor, Tensor]:
         """Return the terms of the ELBO, and the gradient to train by: of all parameters, one after another."""

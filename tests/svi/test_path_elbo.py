@@ -324,7 +324,8 @@ def test_an_elbo_module_trains_by_an_optimizer_of_torch():
         optimizer.zero_grad()
         module(Y).backward()
         optimizer.step()
-    assert float(module(Y).detach()) == pytest.approx(-log_evidence(Y), abs=0.1)
+    values = torch.stack([module(Y).detach() for _ in range(20)])
+    assert float(values.mean()) == pytest.approx(-log_evidence(Y), abs=0.02)
 
 
 @pytest.mark.falls_back
