@@ -228,13 +228,19 @@ class LatentGuide(AutoContinuous):
         return self.structure
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Remember a move (``to``, ``double``, ``cuda``) that comes before the parameters: its dtype, its device."""
+        """Remember a move (``to``, ``double``, ``cuda``) that comes before the parameters: its dtype, its device.
+
+        Later ones move parameters apart from the vector of all, which is made anew.
+        """
         if self.prototype_trace is None:
             single, double = (fn(torch.zeros((), dtype=dtype)) for dtype in (torch.float32, torch.float64))
             if single.dtype == double.dtype:
                 self._moved_to["dtype"] = single.dtype
             if single.device != torch.zeros(()).device:
                 self._moved_to["device"] = single.device
+        elif self._whole is not None:
+            self._whole.release()
+            self._whole = None
         return super()._apply(fn, recurse)
 
     # Pyro's store ---------------------------------------------------------------------------------------------------
@@ -295,8 +301,14 @@ class LatentGuide(AutoContinuous):
                 whole.gather()
             told = {self._pyro_get_fullname("flow"): whole.vector}
             pyro.get_param_store()._param_to_name.update({tensor: name for name, tensor in told.items()})
-        elif self._whole is not None and self._whole.vector.grad is not None and gather and torch.is_grad_enabled():
-            self._whole.gather()  # Pyro has set the vector's gradient to zero since, and so are the parameters' ones
+        elif (
+            (whole := self._whole)
+            and whole.vector.grad is not None
+            and gather
+            and torch.is_grad_enabled()
+            and whole.hold()  # the flow was not moved
+        ):
+            whole.gather()  # Pyro has set the vector's gradient to zero since, and so are the parameters' ones
         for full, tensor in told.items():
             if isinstance(tensor, nn.Parameter):
                 # a param statement as pyro.param makes it, past the store's look-up and transform of real numbers

@@ -109,22 +109,11 @@ class PathELBO(ELBO):
         self, model: Callable[..., object], guide: Callable[..., object], *args: object, **kwargs: object
     ) -> float:
         """Add the gradients to those of the guide's parameters; return an estimate of the negative ELBO in nats."""
-        kept = self._kept_of(model, guide, args, kwargs)
+        kept = self._to_train(model, guide, args, kwargs)
         if kept is None:
             return float(self._plain.loss_and_grads(model, guide, *args, **kwargs))
         assert isinstance(guide, AutoFlow)
-        with guide._pyro_context:  # parameters have names inside
-            guide._register(gather=False)
-        if not kept.is_of(model, guide):  # Pyro's store has brought other coordinates
-            return self.loss_and_grads(model, guide, *args, **kwargs)
-        if kept.pace is not None:
-            kept.pace.follow()
-        terms, gradient = kept.step(self.num_particles, Arguments(args, kwargs))
-        self.reason = kept.reason
-        gradient = gradient if bool(torch.isfinite(gradient).all()) else torch.zeros_like(gradient)
-        if kept.pace is not None:
-            gradient = kept.pace(gradient)
-            guide._paced = kept.pace.unit
+        terms, gradient = self._step(kept, guide, Arguments(args, kwargs))
         if in_svi() and guide._whole is not None:  # and not beside an optimizer of torch
             guide._whole.add_gradient(gradient)
             return _value(terms)
@@ -134,15 +123,43 @@ class PathELBO(ELBO):
             parameter.grad = own.clone() if parameter.grad is None else parameter.grad + own
         return _value(terms)
 
-    def differentiable_loss(self, *_: object, **__: object) -> Tensor:
-        """Not available: the path gradient is not the derivative of a loss.
+    def differentiable_loss(
+        self, model: Callable[..., object], guide: Callable[..., object], *args: object, **kwargs: object
+    ) -> Tensor:
+        """Return an estimate of the negative ELBO in nats, whose ``backward`` gives the path gradient.
 
-        Raises:
-            NotImplementedError: always; use ``loss_and_grads``, or ``Trace_ELBO``.
+        So ``PathELBO()(model, guide)`` is a module for the optimizers and training loops of torch. Its gradient with
+        respect to parameters is a constant: second derivatives are zero.
         """
-        raise NotImplementedError(
-            "PathELBO: the path gradient is not the derivative of a loss. Use SVI, loss_and_grads, or Trace_ELBO."
-        )
+        kept = self._to_train(model, guide, args, kwargs)
+        if kept is None:
+            return torch.as_tensor(self._plain.differentiable_loss(model, guide, *args, **kwargs))
+        assert isinstance(guide, AutoFlow)
+        terms, gradient = self._step(kept, guide, Arguments(args, kwargs))
+        linear = torch.cat([parameter.flatten() for parameter in kept.parameters]) @ gradient
+        return _value(terms) + (linear - linear.detach())
+
+    def _step(self, kept: _Kept, guide: AutoFlow, arguments: Arguments) -> tuple[Tensor, Tensor]:
+        """Return the terms of the ELBO, and the gradient to train by: of all parameters, one after another."""
+        if kept.pace is not None:
+            kept.pace.follow()
+        terms, gradient = kept.step(self.num_particles, arguments)
+        self.reason = kept.reason
+        gradient = gradient if bool(torch.isfinite(gradient).all()) else torch.zeros_like(gradient)
+        if kept.pace is not None:
+            gradient = kept.pace(gradient)
+            guide._paced = kept.pace.unit
+        return terms, gradient
+
+    def _to_train(self, model: Program, guide: Program, args: Sequence[object], kwargs: Keywords) -> _Kept | None:
+        """Return :meth:`_kept_of` once the guide's parameters have their names in Pyro's store."""
+        kept = self._kept_of(model, guide, args, kwargs)
+        if kept is None:
+            return None
+        assert isinstance(guide, AutoFlow)
+        with guide._pyro_context:  # parameters have names inside
+            guide._register(gather=False)
+        return self._kept_of(model, guide, args, kwargs)  # anew, if the store has brought other coordinates
 
     def _get_trace(self, model: Program, guide: Program, args: Sequence[object], kwargs: Keywords) -> Any:
         return self._plain._get_trace(model, guide, args, kwargs)

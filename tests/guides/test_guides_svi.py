@@ -197,6 +197,34 @@ def test_a_part_starts_at_the_prior_median_with_unit_scale():
     assert torch.equal(affine.scale_tril, torch.eye(2))
 
 
+# a trained guide that is moved ----------------------------------------------------------------------------------------
+
+
+def means(y):
+    x = pyro.sample("x", dist.Normal(torch.zeros_like(y), 1.0).to_event(1))
+    pyro.sample("y", dist.Normal(x, 0.5).to_event(1), obs=y)
+
+
+@pytest.mark.parametrize("whole", [True, False], ids=["guide", "flow"])
+@pytest.mark.parametrize("loss", [Trace_ELBO, pf.PathELBO])
+def test_a_trained_guide_may_be_moved_and_trained_further(whole, loss):
+    pyro.clear_param_store()
+    pyro.set_rng_seed(0)
+    y, guide = torch.tensor([1.0, -2.0]), pf.AutoRealNVP(means, layers=2)
+    svi = SVI(means, guide, pyro.optim.Adam({"lr": 1e-2}), loss(num_particles=4))
+    for _ in range(5):
+        svi.step(y)
+    before = [parameter.detach().clone() for parameter in guide.parameters()]
+    (guide if whole else guide.flow).double()
+    y = y.double()
+    assert guide(y)["x"].dtype == torch.float64
+    for old, parameter in zip(before, guide.parameters(), strict=True):
+        assert torch.equal(parameter, old.double())
+    evidence = dist.Normal(0.0, math.sqrt(1.25)).log_prob(y).sum()
+    svi = SVI(means, guide, pyro.optim.Adam({"lr": 1e-3}), loss(num_particles=4))
+    assert sum(svi.step(y) for _ in range(20)) / 20 == pytest.approx(-float(evidence), abs=0.2)
+
+
 # what small steps change and what they do not ------------------------------------------------------------------------
 
 

@@ -305,11 +305,41 @@ def test_a_guide_with_another_flow_is_read_anew():
     assert all(parameter.grad is None for parameter in first.parameters())
 
 
-def test_bad_options_and_a_loss_that_is_none():
+def test_an_elbo_module_trains_by_an_optimizer_of_torch():
+    guide = pf.AutoRealNVP(conjugate, layers=2).initialize(Y)
+    module = pf.PathELBO(num_particles=16)(conjugate, guide)
+    pyro.set_rng_seed(1)
+    value = module(Y)
+    (2.0 * value).backward()
+    got = gradients(guide)
+    guide.zero_grad()
+    pyro.set_rng_seed(1)
+    loss = pf.PathELBO(num_particles=16)
+    assert loss.loss_and_grads(conjugate, guide, Y) == pytest.approx(float(value.detach()), abs=1e-6)
+    torch.testing.assert_close(got, 2.0 * gradients(guide))
+    guide.zero_grad()
+
+    optimizer = torch.optim.Adam(module.parameters(), lr=0.01)
+    for _ in range(200):
+        optimizer.zero_grad()
+        module(Y).backward()
+        optimizer.step()
+    values = torch.stack([module(Y).detach() for _ in range(20)])
+    assert float(values.mean()) == pytest.approx(-log_evidence(Y), abs=0.02)
+
+
+@pytest.mark.falls_back
+def test_an_elbo_module_of_another_guide_has_the_gradient_of_trace_elbo():
+    guide = AutoNormal(conjugate)
+    guide(Y)
+    module = pf.PathELBO(num_particles=4)(conjugate, guide)
+    module(Y).backward()
+    assert all(parameter.grad is not None for parameter in guide.parameters())
+
+
+def test_bad_options():
     with pytest.raises(ValueError, match="num_particles: expected an integer >= 1, got 0"):
         pf.PathELBO(num_particles=0)
-    with pytest.raises(NotImplementedError, match="not the derivative of a loss"):
-        pf.PathELBO().differentiable_loss(conjugate, None, Y)
     with pytest.raises(ValueError, match="init: expected one of 'auto', 'prior', got 'best'"):
         pf.AutoRealNVP(conjugate, init="best")
 
