@@ -64,10 +64,11 @@ class AutoFlow(LatentGuide):
         df: degrees of freedom of the Student-t base.
         init: ``"auto"``: m and L come from the best of the initial Gaussians of :func:`fit`, which takes some hundred
             gradients, a second or so, when the guide is first run; ``"prior"``: m is the prior median, which works for
-            improper priors, and L the identity. The second is taken too where the log density is random or unknown, as
-            in a model that draws a subsample, and in a part of an ``AutoGuideList``, which sees a part of the model.
-            Rows that the arguments give (``subsample=``) count for all. With ``affine="none"`` the flow starts at its
-            base.
+            improper priors, and L the identity. Rows that the arguments give (``subsample=``) count for all. In a model
+            that draws a subsample, ``"auto"`` is a mode and the curvature there, by up to 256 minibatches and some
+            thousand runs. A part of an ``AutoGuideList``, and a guide of ``poutine.block(model)``, start by the model
+            without the block. ``"prior"`` is taken where the log density is random or unknown. With ``affine="none"``
+            the flow starts at its base.
         init_loc_fn: Pyro init function for m, in the place of ``init``.
         init_scale: L at the start, times the identity, in the place of ``init``.
         noncentered: coordinates of hierarchical sites, whose location or scale depends on other latents. ``"auto"``:

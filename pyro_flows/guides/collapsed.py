@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
+from pyro_flows.guides.conditional import Conditional, Rows, Start
 from pyro_flows.guides.crossed import CrossedMarginal
 from pyro_flows.guides.marginal import Marginal
 
@@ -47,6 +49,16 @@ def start_of_globals(few: Density, z: Tensor) -> tuple[Tensor, Tensor] | None:
         return mode, covariance.sqrt()
     root, failed = torch.linalg.cholesky_ex(covariance)
     return mode, torch.diag(covariance.diagonal().sqrt()) if bool(failed) else root
+
+
+def few_parts(
+    rows: Rows, z: Tensor, start: Start, seed: int = 0, *, remember: Callable[[Conditional], None] = lambda now: None,
+    most: int = FEW_PARTS,
+) -> Marginal:  # fmt: skip
+    """Return the log density by a few parts, with some draws of each row; the arguments are those of Marginal."""
+    few = Marginal(rows, z, start, seed, remember=remember, most=most)
+    few.count = DRAWS
+    return few
 
 
 def _at(density: Density, z: Tensor) -> tuple[Tensor, Tensor]:

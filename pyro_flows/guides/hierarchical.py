@@ -31,7 +31,7 @@ from pyro_flows.flows.mixture import FlowMixture
 from pyro_flows.flows.recipe import FlowLike, begin_at
 from pyro_flows.guides import conditional
 from pyro_flows.guides.autoflow import QUANTILE_DRAWS, AutoFlow, Drawn, Known, finite_gradients, levels_of, quantiles_of
-from pyro_flows.guides.collapsed import DRAWS, FEW_PARTS, MOST_PARTS, start_of_globals
+from pyro_flows.guides.collapsed import FEW_PARTS, MOST_PARTS, few_parts, start_of_globals
 from pyro_flows.guides.conditional import Chosen, Conditional, Rows
 from pyro_flows.guides.crossed import Crossed, CrossedMarginal, Expansion
 from pyro_flows.guides.marginal import Marginal, check_data, parts_of
@@ -404,9 +404,7 @@ class AutoHierarchicalFlow(AutoMessenger):  # type: ignore[metaclass]
             return every if most is None else every.with_parts(most)
         if most is None:
             return Marginal(rows, z, self._start, seed)
-        few = Marginal(rows, z, self._start, seed, remember=self._remember, most=most)
-        few.count = DRAWS
-        return few
+        return few_parts(rows, z, self._start, seed, remember=self._remember, most=most)
 
     @torch.no_grad()
     def score_globals(self, z: Tensor) -> Tensor:

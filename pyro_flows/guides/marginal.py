@@ -237,12 +237,6 @@ class Marginal:
     def _sum_of(self, z: Tensor, number: int) -> Tensor:
         """Return what a part of the data adds to the log density (S,)."""
         self.clock.look()
-        if not self.batched and not self.first.sites:
-
-            def alone(point: Tensor) -> Tensor:
-                return self._single(point, number, {}).total[0]
-
-            return over_rows(alone, z, batched=self.mapped, otherwise=self._not_mapped)
         return self._terms(z, number).summed()
 
     @torch.no_grad()
@@ -558,6 +552,8 @@ class Marginal:
 
     def _evaluated(self, z: Tensor, number: int, dead: Mapping[str, Tensor]) -> _Terms:
         z = self._precise(z)
+        if not self.first.sites:
+            return _Terms(self._without_rows(z, number))
         if self.batched:
             points = z.reshape(len(z), *[1] * self._nest, z.shape[-1])
             now, steps, log_q = self._draws(points, number, dead)
@@ -574,6 +570,19 @@ class Marginal:
         found.dead = dead
         return found
 
+    def _without_rows(self, z: Tensor, number: int) -> Tensor:
+        """Return what a part of the data says (S,) at points ``z`` (S, D), where no latent is in a plate."""
+
+        def total(points: Tensor) -> Tensor:
+            at = self.rows.run(points, at_values({}), self.parts[number].chosen, through=True)
+            return self._gathered(at, {}, number).total
+
+        if len(z) == 1:
+            return total(z[0])
+        if self.batched:
+            return total(z.reshape(1, len(z), *[1] * self._nest, z.shape[-1]))
+        return over_rows(lambda point: total(point)[0], z, batched=self.mapped, otherwise=self._not_mapped)
+
     def _single(self, row: Tensor, number: int, dead: Mapping[str, Tensor]) -> _Terms:
         """Return what a part of the data says at a point (D,): draws of rows are mapped, or run one by one."""
         now, steps, log_q = self._draws(row, number, dead)
@@ -587,8 +596,6 @@ class Marginal:
             parts = {f"p {plate}": own[0] for plate, own in found.log_p.items()}
             return {"total": found.total, **parts, **{f"q {plate}": own[0] for plate, own in found.log_q.items()}}
 
-        if not now.sites:
-            return self._gathered(self.rows.run(row, at_values({}), now.at.chosen, through=True), {}, number)
         drawn = {f"y {name}": own for name, own in now.moved(now.base, steps).items()}
         drawn |= {f"q {name}": own for name, own in log_q.items()}
         with quiet():

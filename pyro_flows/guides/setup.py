@@ -20,13 +20,16 @@ from torch.distributions import constraints
 
 from pyro_flows import _checks
 from pyro_flows._fallbacks import passed_over
+from pyro_flows._seeding import seeded
 from pyro_flows.flows.flow import Flow
 from pyro_flows.flows.mixture import FlowMixture
 from pyro_flows.flows.recipe import FlowLike, affine_of, begin_at, latent_recipe, start_at
+from pyro_flows.guides.collapsed import few_parts, start_of_globals
+from pyro_flows.guides.conditional import Rows, beginning
 from pyro_flows.guides.recorded import Maps
 from pyro_flows.guides.store import Named, Whole, copy_stored, forget, in_svi, param_statement, place, was_loaded
 from pyro_flows.model.log_density import LogDensity, PartialLogDensity
-from pyro_flows.model.observations import warn_if_hidden
+from pyro_flows.model.observations import hides_data, warn_of_hidden, without_block
 from pyro_flows.model.precision import LostDigits
 from pyro_flows.model.reading import read_structure
 from pyro_flows.model.sites import Keywords, Latent, Model, Noncentered, Positional, Structure, messages, vectorized
@@ -101,12 +104,7 @@ class LatentGuide(AutoContinuous):
     def _setup_prototype(self, *args: object, **kwargs: object) -> None:
         structure = read_structure(self.model, args, kwargs, self._init_loc_fn)
         self._arguments = (args, kwargs)
-        around, chosen, start = bool(self._recipe.around), self._noncentered, None
-        begin = self._init == AUTO and around
-        choose = chosen == AUTO and bool(structure.hierarchical) and (around or self._recipe.named)
-        if (begin or choose) and self.master is None and not warn_if_hidden(structure, self.model):
-            asked = chosen if choose or not isinstance(chosen, str) else ()
-            start = best_start(self.model, args, kwargs, among=structure.latents, noncentered=asked, begin=begin)
+        chosen, start = self._noncentered, self._best_start(structure, args, kwargs)
         if isinstance(chosen, str):
             chosen = () if start is None else start.noncentered
         self._set_structure(structure.noncenter(chosen))
@@ -127,11 +125,32 @@ class LatentGuide(AutoContinuous):
         else:
             begin_at(self._single, start.loc.to(like), start.scale.to(like))
 
+    def _best_start(self, structure: Structure, args: Positional, kwargs: Keywords) -> Begun | None:
+        """Return where the guide starts, by the data; None for the prior.
+
+        A part of an ``AutoGuideList``, or a guide inside of ``poutine.block``, starts by the model without the block.
+        """
+        around, chosen, found = bool(self._recipe.around), self._noncentered, None
+        begin, latents = self._init == AUTO and around, structure.latents
+        choose = chosen == AUTO and bool(structure.hierarchical) and (around or self._recipe.named)
+        whole, hidden = without_block(self.model), hides_data(structure, self.model)
+        if not (begin or choose):
+            return None
+        if self.master is None and not hidden:
+            asked = chosen if choose or not isinstance(chosen, str) else ()
+            found = best_start(self.model, args, kwargs, among=latents, noncentered=asked, begin=begin)
+        if begin and found is None and whole is not self.model:
+            found = best_start(whole, args, kwargs, among=latents)
+        if begin and found is None and structure.subsampled and whole is self.model:
+            found = start_by_parts(self.model, args, kwargs, latents, values_of(structure))
+        if found is None and hidden and self.master is None:
+            warn_of_hidden()
+        return found
+
     def _init_loc(self) -> Tensor:
         """The prototype run's values, unconstrained (D,), without entries that are masked out."""
         assert self.structure is not None
-        sites = [(latent, messages(self.prototype_trace)[latent.name]) for latent in self.structure.latents]
-        return torch.cat([latent.flatten(site["value"], site["fn"]) for latent, site in sites])
+        return values_of(self.structure)
 
     def _set_structure(self, structure: Structure) -> None:
         """Keep what the guide needs of the prototype run: latent sites only, no data, nothing of a graph."""
@@ -417,6 +436,28 @@ class Begun(NamedTuple):
     noncentered: Noncentered
 
 
+def values_of(structure: Structure) -> Tensor:
+    """Return the values of latents in the run that a structure holds, unconstrained (D,), without masked entries."""
+    sites = [(latent, messages(structure.trace)[latent.name]) for latent in structure.latents]
+    return torch.cat([latent.flatten(site["value"], site["fn"]) for latent, site in sites])
+
+
+def start_by_parts(
+    model: Model, args: Positional, kwargs: Keywords, latents: Sequence[Latent], z: Tensor
+) -> Begun | None:
+    """Return a mode of all latents, and the curvature there, by runs that each draw other rows; ``z`` (D,) is a point.
+
+    It is None where the log density of such a run is not known.
+    """
+    try:
+        with poutine.block(), seeded(0, z.device):
+            found = start_of_globals(few_parts(Rows(model, latents, (), args, kwargs), z, beginning), z)
+    except Exception as error:  # a model's own code may raise anything
+        passed_over("the guide starts at the prior", error)
+        return None
+    return None if found is None else Begun(*found, noncentered=())
+
+
 def best_start(
     model: Model, args: Positional, kwargs: Keywords, *, among: Sequence[Latent], noncentered: Noncentered | str = (),
     begin: bool = True,
@@ -447,6 +488,8 @@ def best_start(
     if start is None:
         return Begun(None, None, density.structure.noncentered)
     places = {latent.name: range(latent.offset, latent.offset + latent.size) for latent in density.structure.latents}
+    if any(latent.size != len(places.get(latent.name, ())) for latent in among):
+        return None  # those inside of poutine.block, of which the model says other things
     chosen = [place for latent in among for place in places[latent.name]]
     loc, scale = (part[chosen].to(density.dtype) for part in (start.loc, start.scale))
     if scale.dim() == 2 and chosen != [*range(density.dim)]:

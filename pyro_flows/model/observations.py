@@ -12,6 +12,7 @@ import pyro
 import torch
 from pyro import poutine
 from pyro.poutine.block_messenger import BlockMessenger
+from pyro.poutine.messenger import Messenger
 from torch import Tensor
 from torch.distributions import Distribution
 from torch.distributions.constraints import Constraint
@@ -44,7 +45,7 @@ Run = Callable[[Tensor], poutine.Trace]
 class NothingObservedWarning(UserWarning):
     """A model without any observation was fitted or diagnosed, so that its posterior is its prior.
 
-    A guide of a model inside of ``poutine.block`` warns too: the data may be hidden.
+    A guide of a model inside of ``poutine.block`` warns too, if it cannot start by the model without the block.
 
     >>> import warnings, pyro_flows as pf
     >>> issubclass(pf.NothingObservedWarning, UserWarning)
@@ -228,13 +229,16 @@ def warn_if_nothing_observed(
     )
 
 
-def warn_if_hidden(structure: Structure, model: Model) -> bool:
-    """Warn if a model inside of ``poutine.block``, which may hide them, has neither data nor factors; say if it is so.
+def hides_data(structure: Structure, model: Model) -> bool:
+    """Whether a model inside of ``poutine.block``, which may hide them, has neither data nor factors.
 
     Pyro's tutorials expose some latents only, where others are enumerated.
     """
-    if not _is_blocked(model) or not _observes_nothing(structure):
-        return False
+    return without_block(model) is not model and _observes_nothing(structure)
+
+
+def warn_of_hidden() -> None:
+    """Warn that a guide starts at the prior, since its model inside of ``poutine.block`` shows no data."""
     warnings.warn(
         "guide: its model is inside of poutine.block, and nothing is observed there, so the guide starts at the prior, "
         "and not by the data. If the model has data, give the guide the model itself, without the handler: the guide "
@@ -242,15 +246,18 @@ def warn_if_hidden(structure: Structure, model: Model) -> bool:
         NothingObservedWarning,
         stacklevel=outside(),
     )
-    return True
 
 
-def _is_blocked(model: object) -> bool:
-    """Whether one of the handlers around a model, each ``partial(_, handler, model)``, is ``poutine.block``."""
+def without_block(model: Model) -> Model:
+    """Return a model without ``poutine.block`` around it. Handlers are ``partial(_, handler, model)``; others stay."""
     around = getattr(model, "func", None)
-    if not isinstance(around, partial) or len(around.args) != 2:
-        return False
-    return isinstance(around.args[0], BlockMessenger) or _is_blocked(around.args[1])
+    if not isinstance(around, partial) or len(around.args) != 2 or not isinstance(around.args[0], Messenger):
+        return model
+    handler, inside = around.args
+    found = without_block(inside)
+    if isinstance(handler, BlockMessenger):
+        return found
+    return model if found is inside else handler(found)
 
 
 def _observes_nothing(structure: Structure) -> bool:

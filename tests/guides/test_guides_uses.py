@@ -23,7 +23,7 @@ from pyro.optim.multi import PyroMultiOptimizer
 import pyro_flows as pf
 from tests.guides.test_guides import KINDS, case_of, guide_of
 from tests.invariants import close
-from tests.models import each_model, nested, normal, real
+from tests.models import each_model, nested, normal
 
 
 @pytest.mark.parametrize("parallel", [False, True])
@@ -82,25 +82,6 @@ def test_discrete_sites_by_another_guide():
     svi = SVI(model, guide, pyro.optim.Adam({"lr": 0.05}), TraceEnum_ELBO(max_plate_nesting=1))
     losses = [svi.step(y) for _ in range(60)]
     assert sum(losses[-10:]) < sum(losses[:10])
-
-
-def test_a_guide_whose_data_a_block_hides_says_so_and_starts_at_the_prior():
-    """Pyro's tutorials expose the continuous latents only, and so hide the data."""
-
-    @config_enumerate
-    def model(y):
-        loc = pyro.sample("loc", dist.Normal(real(0.0), 5.0))
-        with pyro.plate("n", len(y)):
-            k = pyro.sample("k", dist.Bernoulli(0.5))
-            pyro.sample("y", dist.Normal(loc + k, 0.5), obs=y)
-
-    y = normal(4, seed=52) + 9.0
-    with pytest.warns(pf.NothingObservedWarning, match=r"give the guide the model itself"):
-        hidden = pf.AutoRealNVP(poutine.scale(poutine.block(model, expose=["loc"]), 1.0)).initialize(y)
-    assert abs(float(hidden.affine.loc)) < 3.0  # a median of draws
-    assert float(hidden.affine.scale_tril) == 1.0
-    seen = pf.AutoRealNVP(model).initialize(y)
-    assert float(seen.median()["loc"]) == pytest.approx(float(y.mean()) - 0.5, abs=0.6)
 
 
 @pytest.mark.parametrize(("kind", "name"), [*((kind, "regression") for kind in KINDS), ("realnvp", "nested")])

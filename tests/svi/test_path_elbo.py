@@ -418,18 +418,6 @@ def test_rows_that_the_caller_gives_are_inputs_of_the_graph():
         pf.LogDensity(level, (y, few))
 
 
-def test_a_model_that_subsamples_starts_at_the_prior():
-    def model(y):
-        mu = pyro.sample("mu", dist.Normal(real(0.0), 10.0))
-        with pyro.plate("rows", len(y), subsample_size=2) as index:
-            pyro.sample("y", dist.Normal(mu, 1.0), obs=y[index])
-
-    guide = pf.AutoRealNVP(model, layers=2).initialize(Y)
-    assert (
-        float(guide.affine.scale_tril if guide.affine.scale_tril.dim() == 0 else guide.affine.scale_tril[0, 0]) == 1.0
-    )
-
-
 def test_a_loss_is_evaluated_before_the_first_step():
     """Pyro switches gradients off for it, and recording takes some."""
     guide = pf.AutoRealNVP(conjugate, layers=2)
