@@ -78,6 +78,10 @@ def concluded(posterior: Recorded, work: Work, seed: int, clock: Clock) -> Recor
     evidence = posterior.log_evidence
     if work.annealed is not None and math.isfinite(work.annealed.log_evidence):
         evidence = work.annealed.log_evidence
+    elif chains is not None and verdict.status == "refined" and not verdict.supports_evidence:
+        density = posterior._need_model()
+        if not density.by_rows:  # a bridge takes thousands of passes over all rows
+            evidence = evidence_of(flow_of(posterior), around(chains), chains, density)
     result = replace(posterior, verdict=verdict, chains=chains, history=history, _stored=None, log_evidence=evidence)
     if verdict.status == "refined" and chains is not None:  # one chain after the other
         log_p = chains.stats["lp"].flatten()

@@ -21,7 +21,7 @@ from pyro_flows.model.charts import Chart, read_chart, write_chart
 from pyro_flows.model.faults import Refused
 from pyro_flows.model.noncentered import Information, exact, spread, standardize
 
-ROWS = "For data of another size, make a new guide, or take an AutoHierarchicalFlow, whose rows may come and go."
+ROWS = "For data of another size, make a new guide. In an AutoHierarchicalFlow, rows of a plate may come and go."
 CHARTS = {"turn_about", "heavy_about", "heavy_scale", "wall_below", "wall_above"}
 
 Model = Callable[..., object]

@@ -51,7 +51,9 @@ class Posterior(Drawn):
         k_hat: Pareto shape of the weights.
         ess: effective sample size of the weights (S is the best).
         elbo: evidence lower bound, nats, mean of ``log_p - log_q``.
-        log_evidence: importance-sampling estimate of the log normalizer, nats.
+        log_evidence: importance-sampling estimate of the log normalizer, nats. If the verdict is refined and the
+            guide's weights are not good enough for it: an estimate by bridge sampling from the chains. :meth:`evidence`
+            gives a standard error.
         method: what made the draws to use, such as ``"trained flow"``; see :attr:`Verdict.guide_method`.
         verdict: whether to believe the draws.
         losses: negative ELBO of each optimization step (empty for :func:`diagnose`); with several runs, of the best.
