@@ -88,7 +88,7 @@ define install
 endef
 
 # What an installation is made of: a change of one of these files installs again.
-BUILT := pyproject.toml setup.py pyro_flows/graphs/interpreter.c
+BUILT := pyproject.toml setup.py pyro_flows/model/graphs/interpreter.c
 
 # With TORCH or PIP_ARGS, pip runs even if everything is installed.
 AGAIN := $(if $(strip $(TORCH)$(PIP_ARGS)),again)

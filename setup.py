@@ -11,8 +11,8 @@ FLAGS = ["-O3", "-fno-unswitch-loops", "-fno-math-errno", "-fno-trapping-math", 
 setup(
     ext_modules=[
         Extension(
-            "pyro_flows.graphs._interpreter",
-            ["pyro_flows/graphs/interpreter.c"],
+            "pyro_flows.model.graphs._interpreter",
+            ["pyro_flows/model/graphs/interpreter.c"],
             extra_compile_args=FLAGS,
             libraries=["m"],
             optional=True,

@@ -31,10 +31,13 @@ import pyro_flows
 Hashes = NDArray[np.uint32]
 
 PARTS = {
-    "flows": ("flows", "transforms", "_tensors"),
-    "density": ("density_estimation",),
-    "step": ("graphs", "training", "objectives", "_cache", "_tensors"),
-    "fit": ("model", "starts", "modes", "verdict", "fitting", "correction", "_mixing", "_seeding", "_tensors"),
+    "flows": ("flows", "transforms", "support/numbers/tensors"),
+    "density": ("densities",),
+    "step": ("model/graphs", "inference/training", "support/numbers/cache", "support/numbers/tensors"),
+    "fit": (
+        *("model", "inference/starts", "inference/modes", "inference/verdict", "inference/chains", "fitting"),
+        *("support/numbers/mixing", "support/process/seeding", "support/numbers/tensors"),
+    ),
 }  # rooms of the package, each in one part
 APART = ("fitting/hierarchical.py", "guides/marginal_density.py", "fitting/ranks.py", "model/unchanged.py")
 """Modules of these rooms that decide about no row: fits of minibatches, which no table of fits has, and the refusal of

@@ -61,7 +61,7 @@ class Entry:
         outcome: one of `OUTCOMES`.
         status: of the verdict.
         seconds: of the processor.
-        account: what :class:`pyro_flows._ledger.Ledger` kept, empty in rows of earlier code.
+        account: what :class:`pyro_flows.support.process.ledger.Ledger` kept, empty in rows of earlier code.
     """
 
     outcome: str

@@ -26,7 +26,7 @@ import torch
 
 import pyro_flows
 from benchmarks import fingerprints
-from pyro_flows._ledger import ledger
+from pyro_flows.support.process.ledger import ledger
 
 Row = dict[str, str]
 Task = TypeVar("Task")
@@ -168,7 +168,7 @@ def by_process(module: str, arguments: Sequence[str]) -> dict[str, Any] | None:
 def attempt(row: dict[str, Any], fill: Callable[[dict[str, Any]], None]) -> Row:
     """Let ``fill`` write its figures into ``row``; an exception is recorded in the column ``error``. One thread.
 
-    A row with a column ``ledger`` gets the account of the fit, see :class:`pyro_flows._ledger.Ledger`.
+    A row with a column ``ledger`` gets the account of the fit, see :class:`pyro_flows.support.process.ledger.Ledger`.
     """
     torch.set_num_threads(1)
     row.update(machine=machine(), software=software())

@@ -56,7 +56,7 @@ def fits(models: Sequence[tuple[int, int]]) -> Iterator[list[object]]:
 
     import pyro_flows
     from benchmarks.zoo import zoo
-    from pyro_flows._ledger import ledger
+    from pyro_flows.support.process.ledger import ledger
 
     torch.set_num_threads(1)
     for seed, number in models:

@@ -25,7 +25,7 @@ from benchmarks import records
 from benchmarks.markdown import about, table
 from benchmarks.records import Row
 from benchmarks.zoo import running as zoo_running
-from pyro_flows.verdict import thresholds
+from pyro_flows.support import thresholds
 
 OUT = records.RESULTS / "sensitivity.csv"
 FIELDS = (
@@ -88,9 +88,6 @@ def work(task: Task) -> tuple[dict[str, Any], dict[str, str]]:
     """Fit all models with one threshold changed, in this process; return a row, and each model's verdict and method."""
     value = getattr(thresholds, task.name) if task.name != AS_IT_IS else 1.0
     if task.name != AS_IT_IS:
-        import pyro_flows.correction.refine  # loads what a fit loads
-        import pyro_flows.fitting.fit  # noqa: F401
-
         put(task.name, changed(task.name, value, task.factor))
         value = changed(task.name, value, task.factor)
     counted: Counter[str] = Counter()

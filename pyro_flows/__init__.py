@@ -4,8 +4,7 @@ from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING
 
-from pyro_flows import objectives, transforms
-from pyro_flows._warnings import UnreliableWarning
+from pyro_flows import transforms
 from pyro_flows.fitting.diagnose import diagnose, from_mcmc
 from pyro_flows.fitting.fit import fit
 from pyro_flows.flows.flow import Flow
@@ -13,37 +12,40 @@ from pyro_flows.flows.images import glow, multiscale_realnvp
 from pyro_flows.flows.signals import waveglow
 from pyro_flows.flows.vectors import nice, planar, realnvp, spline
 from pyro_flows.guides.autoflow import AutoFlow, AutoNICE, AutoPlanar, AutoRealNVP
+from pyro_flows.inference.training import objectives
+from pyro_flows.inference.verdict.chains import McmcDiagnostics, McmcDraws
+from pyro_flows.inference.verdict.verdict import Verdict
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.model.observations import NothingObservedWarning
 from pyro_flows.posterior.posterior import Posterior, load
-from pyro_flows.verdict.chains import McmcDiagnostics, McmcDraws
-from pyro_flows.verdict.verdict import Verdict
+from pyro_flows.support.process.warnings import UnreliableWarning
 
 if TYPE_CHECKING:
-    from pyro_flows import datasets, plots
     from pyro_flows.amortization.amortize import amortize
     from pyro_flows.amortization.amortized import Amortized
     from pyro_flows.calibration.fit_many import fit_many
     from pyro_flows.calibration.result import Calibration
     from pyro_flows.calibration.sbc import sbc
-    from pyro_flows.comparison.compare import Comparison, compare
-    from pyro_flows.comparison.evidence import Estimate, Evidence
-    from pyro_flows.comparison.loo import Loo
-    from pyro_flows.comparison.prior import prior_predictive
-    from pyro_flows.comparison.sensitivity import Sensitivity
-    from pyro_flows.density_estimation.estimator import DensityEstimator
-    from pyro_flows.density_estimation.fit_density import fit_density
-    from pyro_flows.density_estimation.fitted import DensityFit
+    from pyro_flows.densities.estimator import DensityEstimator
+    from pyro_flows.densities.fit_density import fit_density
+    from pyro_flows.densities.fitted import DensityFit
     from pyro_flows.guides.hierarchical import AutoHierarchicalFlow
     from pyro_flows.guides.messenger import AutoFlowMessenger
+    from pyro_flows.guides.svi.path_elbo import PathELBO
+    from pyro_flows.model.versions import show_versions
+    from pyro_flows.posterior import plots
+    from pyro_flows.posterior.comparison.compare import Comparison, compare
+    from pyro_flows.posterior.comparison.evidence import Estimate, Evidence
+    from pyro_flows.posterior.comparison.loo import Loo
+    from pyro_flows.posterior.comparison.prior import prior_predictive
+    from pyro_flows.posterior.comparison.sensitivity import Sensitivity
     from pyro_flows.priors.fitted import FittedPrior, prior_from
-    from pyro_flows.svi.path_elbo import PathELBO
-    from pyro_flows.versions import show_versions
+    from pyro_flows.support import datasets
 
 # What a fit does not need is imported when it is asked for: a third of the time that the package takes.
 _LATER = {
-    "datasets": "datasets",
-    "plots": "plots",
+    "datasets": "support.datasets",
+    "plots": "posterior.plots",
     "Amortized": "amortization.amortized",
     "amortize": "amortization.amortize",
     "fit_many": "calibration.fit_many",
@@ -51,20 +53,20 @@ _LATER = {
     "AutoHierarchicalFlow": "guides.hierarchical",
     "Calibration": "calibration.result",
     "sbc": "calibration.sbc",
-    "Comparison": "comparison.compare",
-    "compare": "comparison.compare",
-    "Estimate": "comparison.evidence",
-    "Evidence": "comparison.evidence",
-    "Loo": "comparison.loo",
-    "prior_predictive": "comparison.prior",
-    "Sensitivity": "comparison.sensitivity",
-    "fit_density": "density_estimation.fit_density",
-    "DensityEstimator": "density_estimation.estimator",
-    "DensityFit": "density_estimation.fitted",
+    "Comparison": "posterior.comparison.compare",
+    "compare": "posterior.comparison.compare",
+    "Estimate": "posterior.comparison.evidence",
+    "Evidence": "posterior.comparison.evidence",
+    "Loo": "posterior.comparison.loo",
+    "prior_predictive": "posterior.comparison.prior",
+    "Sensitivity": "posterior.comparison.sensitivity",
+    "fit_density": "densities.fit_density",
+    "DensityEstimator": "densities.estimator",
+    "DensityFit": "densities.fitted",
     "prior_from": "priors.fitted",
     "FittedPrior": "priors.fitted",
-    "PathELBO": "svi.path_elbo",
-    "show_versions": "versions",
+    "PathELBO": "guides.svi.path_elbo",
+    "show_versions": "model.versions",
 }
 _MOVED = {"Chain": "transforms.Compose", "Chains": "McmcDraws", "ChainFigures": "McmcDiagnostics"}
 _MOVED |= {"interpolation": "plots", "pictures": "plots"}
@@ -133,7 +135,7 @@ def __getattr__(name: str) -> object:
         where = f"; it is pf.{moved} now" if moved else ""
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}{where}")
     module = import_module(f"{__name__}.{_LATER[name]}")
-    value = module if _LATER[name] == name else getattr(module, name)
+    value = module if name in ("datasets", "plots") else getattr(module, name)
     globals()[name] = value
     return value
 

@@ -27,20 +27,20 @@ from pyro.infer.autoguide import AutoMultivariateNormal
 from pyro.optim import PyroOptim
 from torch import Tensor
 
-from pyro_flows import plots
-from pyro_flows._fallbacks import Tried, first_line
-from pyro_flows._figures import png
-from pyro_flows._files import check_folder, replace_file
-from pyro_flows._inputs import match, read_data, read_model
-from pyro_flows._interrupts import STATE, interruptible
-from pyro_flows._warnings import UnreliableWarning
 from pyro_flows.fitting.diagnose import diagnose
 from pyro_flows.fitting.fit import MAX_STEPS, fit
 from pyro_flows.fitting.ranks import Followed, joined
 from pyro_flows.flows.recipe import AUTO, VECTOR_BUILDERS
+from pyro_flows.posterior import plots
+from pyro_flows.posterior.export.files import FILES
 from pyro_flows.posterior.posterior import Posterior, load
-from pyro_flows.report.page import check_target as check_report
-from pyro_flows.results.files import FILES
+from pyro_flows.posterior.report.page import check_target as check_report
+from pyro_flows.support.figures import png
+from pyro_flows.support.files.files import check_folder, replace_file
+from pyro_flows.support.files.inputs import match, read_data, read_model
+from pyro_flows.support.process.fallbacks import Tried, first_line
+from pyro_flows.support.process.interrupts import STATE, interruptible
+from pyro_flows.support.process.warnings import UnreliableWarning
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

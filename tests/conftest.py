@@ -9,7 +9,7 @@ import pyro
 import pytest
 import torch
 
-from pyro_flows._fallbacks import strict
+from pyro_flows.support.process.fallbacks import strict
 
 LONG = frozenset(Path(__file__).with_name("long.txt").read_text(encoding="utf-8").splitlines())
 

@@ -19,7 +19,7 @@ import pyro_flows as pf
 from pyro_flows import transforms
 from pyro_flows.flows import flow as flows
 from pyro_flows.flows.recipe import BUILDERS
-from pyro_flows.graphs import interpreter_is_built, recorder
+from pyro_flows.model.graphs import interpreter_is_built, recorder
 from pyro_flows.transforms import masks
 
 # What tests in many places have to know of the inside.

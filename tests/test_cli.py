@@ -17,9 +17,9 @@ from typer.testing import CliRunner
 
 import pyro_flows as pf
 from pyro_flows import cli
-from pyro_flows._inputs import match, read_data, read_model
-from pyro_flows._interrupts import interruptible
 from pyro_flows.cli import app
+from pyro_flows.support.files.inputs import match, read_data, read_model
+from pyro_flows.support.process.interrupts import interruptible
 from tests.registry import FLOWS
 
 MODEL = """

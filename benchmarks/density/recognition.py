@@ -33,7 +33,7 @@ from benchmarks.density.running import spread
 from benchmarks.markdown import about, table
 from benchmarks.records import Row
 from pyro_flows import datasets
-from pyro_flows.datasets import Split
+from pyro_flows.support.datasets import Split
 
 OUT = records.RESULTS / "recognition.csv"
 PROBLEM, SHAPE, LEVELS, BATCH = "mnist images", (1, 28, 28), 256, 64

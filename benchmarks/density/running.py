@@ -27,7 +27,7 @@ from benchmarks import records
 from benchmarks.density import peers as density_peers
 from benchmarks.density.problems import CHEAP, PROBLEMS, Problem
 from benchmarks.records import Row
-from pyro_flows.datasets import Split
+from pyro_flows.support.datasets import Split
 
 OUT = records.RESULTS / "density.csv"
 FIELDS = ("problem", "method", "kind", "seed", "seconds", "test", "error", "best", "last", "steps", "dim", "version")

@@ -22,10 +22,10 @@ from torch.nn.functional import logsigmoid
 
 import pyro_flows as pf
 from benchmarks.density import peers as density_peers
-from pyro_flows.density_estimation.ascent import Ascent, rouse
-from pyro_flows.density_estimation.points import rows
-from pyro_flows.density_estimation.standardizing import preprocess
-from pyro_flows.density_estimation.training import AVERAGE_EVERY
+from pyro_flows.densities.ascent import Ascent, rouse
+from pyro_flows.densities.points import rows
+from pyro_flows.densities.standardizing import preprocess
+from pyro_flows.densities.training import AVERAGE_EVERY
 
 Step = Callable[[], object]
 

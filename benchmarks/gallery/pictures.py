@@ -16,10 +16,10 @@ from torch import Tensor
 
 import pyro_flows as pf
 from benchmarks.gallery.entries import Entry
-from pyro_flows._figures import FLOW, INK, color_of, panels, styled
 from pyro_flows.cli import eight_schools
-from pyro_flows.plots.parts import raw, scalar
-from pyro_flows.results.arviz_groups import posterior_group
+from pyro_flows.posterior.export.arviz_groups import posterior_group
+from pyro_flows.posterior.plots.parts import raw, scalar
+from pyro_flows.support.figures import FLOW, INK, color_of, panels, styled
 from pyro_flows.transforms.base import Bijection
 
 STEPS, RATES = 5000, (0.003, 0.01, 0.03)  # of the Gaussian guide; the rate with the best ELBO is taken

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 import pyro_flows as pf
-from pyro_flows._figures import BASE, FLOW, panels, styled
+from pyro_flows.support.figures import BASE, FLOW, panels, styled
 from pyro_flows.transforms.base import Bijection
 
 REACH = 2.0  # of the grid

@@ -23,11 +23,11 @@ from torch import Tensor
 from benchmarks import records
 from benchmarks.kernels.targets import TARGETS, prepared
 from benchmarks.markdown import table
-from pyro_flows import _mixing
-from pyro_flows.correction import adaptation, sampler
-from pyro_flows.correction.hmc import hamiltonian, microcanonical
-from pyro_flows.correction.latent import Latent
-from pyro_flows.correction.sampler import Sampler
+from pyro_flows.inference.chains import adaptation, sampler
+from pyro_flows.inference.chains.hmc import hamiltonian, microcanonical
+from pyro_flows.inference.chains.latent import Latent
+from pyro_flows.inference.chains.sampler import Sampler
+from pyro_flows.support.numbers import mixing
 
 KERNELS = {
     "Hamiltonian": (hamiltonian, adaptation.WANTED),
@@ -53,7 +53,7 @@ def run(latent: Latent, names: Sequence[str], starts: Tensor, kernel: str, *, se
     gradients = latent.density.evaluations - warmed
     found = chains.chains()
     values = torch.cat([found.z.double(), found.stats["lp"].double()[..., None]], -1)
-    figures = _mixing.chain_diagnostics(values, chains.superchain)
+    figures = mixing.chain_diagnostics(values, chains.superchain)
     return {
         "bulk": 1000.0 * float(figures["ess_bulk"][:-1].min()) / gradients,
         "tail": 1000.0 * float(figures["ess_tail"][:-1].min()) / gradients,

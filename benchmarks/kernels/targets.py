@@ -14,8 +14,8 @@ from torch import Tensor
 import pyro_flows as pf
 from benchmarks.larger import models as larger
 from benchmarks.named import models as named
-from pyro_flows.correction.latent import Latent
-from pyro_flows.correction.starts import affine_flow, starting_points
+from pyro_flows.inference.chains.latent import Latent
+from pyro_flows.inference.chains.starts import affine_flow, starting_points
 
 STEPS = 1000  # of training: flows that a sampler is needed for
 SCHOOLS = [28.0, 8.0, -3.0, 7.0, -1.0, 1.0, 18.0, 12.0], [15.0, 10.0, 16.0, 11.0, 9.0, 11.0, 10.0, 18.0]

@@ -36,7 +36,8 @@ from benchmarks.nuts import samplers
 from benchmarks.nuts.samplers import NUMPYRO, NUTPIE, PYRO
 from benchmarks.posteriors.running import OURS, Task
 from benchmarks.records import Row
-from pyro_flows import LogDensity, _mixing
+from pyro_flows import LogDensity
+from pyro_flows.support.numbers import mixing
 
 OUT = records.RESULTS / "larger.csv"
 DRAWS = 4000  # of a fit, by default
@@ -146,7 +147,7 @@ def make_reference(name: str, length: int) -> dict[str, Any]:
     z, share = folded(name, density, z)
     how = f"{samplers.numpyro_version()}, NUTS, {samplers.CHAINS} chains of {length} after as many, target 0.95"
     chains = z.reshape(samplers.CHAINS, length, density.dim)
-    mixed = _mixing.chain_diagnostics(chains)
+    mixed = mixing.chain_diagnostics(chains)
     said = {
         "r_hat": float(mixed["r_hat"].max()),
         "ess": float(torch.minimum(mixed["ess_bulk"], mixed["ess_tail"]).min()),

@@ -29,7 +29,7 @@ from benchmarks.nuts import stages
 from benchmarks.posteriors.models import Problem
 from benchmarks.posteriors.running import DRAWS, OURS
 from pyro_flows import LogDensity
-from pyro_flows._ledger import ledger
+from pyro_flows.support.process.ledger import ledger
 
 PYRO, NUMPYRO, NUTPIE = "Pyro NUTS", "NumPyro NUTS", "nutpie"
 INTERPRETER = "NUMPYRO_PYTHON"  # the variable that names it

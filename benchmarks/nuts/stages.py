@@ -4,25 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from pyro_flows import _stages
-from pyro_flows.verdict.methods import CONDITIONALS, GRID
+from pyro_flows.inference.verdict.methods import CONDITIONALS, GRID
+from pyro_flows.support.process import stages
 
 OTHER = "other"
-CROSSING = _stages.TRACING, "compiling"  # wherever they are; the second is of earlier versions
-SEARCHES_OF_CHAINS = _stages.MISSED_BY_CHAINS, _stages.SYMMETRIC  # also inside of a sampler
+CROSSING = stages.TRACING, "compiling"  # wherever they are; the second is of earlier versions
+SEARCHES_OF_CHAINS = stages.MISSED_BY_CHAINS, stages.SYMMETRIC  # also inside of a sampler
 STAGES = {  # of parts inside of each other the outermost decides, but for these
-    "reading": (_stages.READING,),
-    "tracing": (_stages.TRACING,),
+    "reading": (stages.READING,),
+    "tracing": (stages.TRACING,),
     "compiling": ("compiling",),
-    "sampler": (_stages.AT_ONCE, _stages.NEXT, _stages.SAMPLER),
-    "coordinates": (_stages.PARAMETERIZING, _stages.TRANSFORMS),
+    "sampler": (stages.AT_ONCE, stages.NEXT, stages.SAMPLER),
+    "coordinates": (stages.PARAMETERIZING, stages.TRANSFORMS),
     "modes": (
-        *(_stages.SEVERAL, _stages.MISSED, _stages.ADDED_RUN, _stages.VARIANCE, _stages.COMPARING, _stages.TAILS),
+        *(stages.SEVERAL, stages.MISSED, stages.ADDED_RUN, stages.VARIANCE, stages.COMPARING, stages.TAILS),
         *SEARCHES_OF_CHAINS,
     ),
-    "starts": (_stages.STARTS, _stages.MOMENTS, _stages.BEST_START),
-    "training": (_stages.TRAINING, _stages.INDEPENDENCE, GRID, CONDITIONALS),
-    "judging": (_stages.JUDGING, _stages.WEIGHTS, _stages.PROPRIETY, _stages.ROWS),
+    "starts": (stages.STARTS, stages.MOMENTS, stages.BEST_START),
+    "training": (stages.TRAINING, stages.INDEPENDENCE, GRID, CONDITIONALS),
+    "judging": (stages.JUDGING, stages.WEIGHTS, stages.PROPRIETY, stages.ROWS),
 }
 SEARCHING = ("coordinates", "modes", "starts")
 _STAGE_OF = {part: stage for stage, parts in STAGES.items() for part in parts}

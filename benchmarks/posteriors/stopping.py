@@ -20,14 +20,14 @@ from benchmarks import records
 from benchmarks.posteriors.models import NAMES, Problem, load
 from benchmarks.posteriors.running import full_name
 from pyro_flows import LogDensity
-from pyro_flows._seeding import seeded
 from pyro_flows.fitting.fit import MAX_STEPS
 from pyro_flows.fitting.state import recipe_for, tails
 from pyro_flows.flows.recipe import begin_at
-from pyro_flows.starts.coordinates import choose_coordinates
-from pyro_flows.starts.portfolio import portfolio
-from pyro_flows.training.loop import BATCH, STEP_SIZE, Budget, train
-from pyro_flows.training.trainer import Trainer
+from pyro_flows.inference.starts.coordinates import choose_coordinates
+from pyro_flows.inference.starts.portfolio import portfolio
+from pyro_flows.inference.training.loop import BATCH, STEP_SIZE, Budget, train
+from pyro_flows.inference.training.trainer import Trainer
+from pyro_flows.support.process.seeding import seeded
 
 OUT = records.RESULTS / "stopping.csv"
 LONGER = 10

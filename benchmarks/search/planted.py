@@ -15,9 +15,9 @@ from torch import Tensor
 
 import pyro_flows as pf
 from benchmarks.zoo.narrow import BY_HAND
-from pyro_flows._seeding import seeded
-from pyro_flows.modes.missed_modes import missed_modes
-from pyro_flows.verdict.deciding import SEARCHED_DRAWS
+from pyro_flows.inference.modes.missed_modes import missed_modes
+from pyro_flows.inference.verdict.deciding import SEARCHED_DRAWS
+from pyro_flows.support.process.seeding import seeded
 
 MASS, DISTANCE, PRIOR = (0.1, 0.9), (2.0, 10.0), (3.0, 30.0)  # of the second mode; in sds of the first
 HALF_LOG_TWO_PI = 0.5 * math.log(2.0 * math.pi)

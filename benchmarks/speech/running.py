@@ -31,8 +31,8 @@ from benchmarks import fingerprints, records, tables
 from benchmarks.density.gallery import save
 from benchmarks.markdown import about, number, table
 from pyro_flows import datasets
-from pyro_flows._figures import panels, styled
-from pyro_flows._seeding import seeded
+from pyro_flows.support.figures import panels, styled
+from pyro_flows.support.process.seeding import seeded
 
 RATE, WINDOW, HOP, BANDS = 8000, 256, 80, 40  # samples a second, of a window, of a frame (10 ms); bands
 BEYOND = (WINDOW - HOP) // 2  # samples of a window on either side of its frame

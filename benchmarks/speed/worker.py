@@ -74,7 +74,7 @@ MODELS = {"student": student, "eight schools": schools, "regression": regression
 def ours(case: dict[str, Any], method: str) -> Step:
     """A training step of ours on couplings alone, or on the guide that ``fit`` makes."""
     import pyro_flows as pf
-    from pyro_flows.training import trainer as training
+    from pyro_flows.inference.training import trainer as training
 
     model = MODELS[case["case"]](case["rows"] or case["dim"])
     density = pf.LogDensity(model)
@@ -94,7 +94,7 @@ def gradient(case: dict[str, Any], method: str) -> Step:
     import torch
 
     import pyro_flows as pf
-    from pyro_flows.objectives import path
+    from pyro_flows.inference.training.objectives import path
 
     density = pf.LogDensity(schools(0))
     flow = getattr(pf, case["case"])(case["dim"], layers=case["layers"], base="normal")
@@ -119,7 +119,7 @@ def products(flow: Any, batch: int) -> Step:
     """
     import torch
 
-    from pyro_flows.graphs.bindings import NARROW
+    from pyro_flows.model.graphs.bindings import NARROW
 
     weights = [part.detach() for part in flow.parameters() if part.dim() == 2]
     inputs = [torch.randn(batch, weight.shape[1]) for weight in weights]

@@ -83,7 +83,7 @@ def fill(row: dict[str, Any], task: Task) -> None:
 
     import pyro_flows
     from benchmarks.clock import Stopwatch
-    from pyro_flows._ledger import ledger
+    from pyro_flows.support.process.ledger import ledger
 
     torch.set_num_threads(1)
     case = zoo(task.seed, task.number)

@@ -7,22 +7,23 @@ from collections.abc import Callable, Mapping
 
 from torch import nn
 
-from pyro_flows import _checks, _journal
-from pyro_flows._progress import Bar
-from pyro_flows._seeding import derive, seeded
-from pyro_flows._threads import alone
 from pyro_flows.amortization.amortized import Amortized, Parts
 from pyro_flows.amortization.building import LAYERS, exchangeable_rows, measured, networks, scale_of, simulate, stacked
 from pyro_flows.amortization.files import probe
 from pyro_flows.amortization.form import bound
-from pyro_flows.density_estimation.fit_density import fit_density
+from pyro_flows.densities.fit_density import fit_density
 from pyro_flows.flows.recipe import with_preprocess
+from pyro_flows.support import checks
+from pyro_flows.support.process import journal
+from pyro_flows.support.process.progress import Bar
+from pyro_flows.support.process.seeding import derive, seeded
+from pyro_flows.support.process.threads import alone
 
 BATCH = 512  # pairs a step: twice as many as of fewer take little more time
 REFERENCE = 4096  # simulated data sets that others are compared with
 
 
-@_checks.options
+@checks.options
 def amortize(
     model: Callable[..., object],
     *args: object,
@@ -94,8 +95,8 @@ def amortize(
     >>> amortized.posterior(torch.tensor([0.3, 1.4, -0.2, 0.9])).verdict.method
     'amortized flow'
     """
-    _checks.choice("flow", flow, ("auto", *LAYERS))
-    checkpoint = _journal.check(checkpoint)
+    checks.choice("flow", flow, ("auto", *LAYERS))
+    checkpoint = journal.check(checkpoint)
     if encoder is not None and not isinstance(encoder, nn.Module):
         raise ValueError(f"encoder: expected a torch module, got a {type(encoder).__name__}.")
     with alone(), Bar("amortize", progress) as bar:

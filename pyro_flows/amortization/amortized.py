@@ -13,10 +13,6 @@ from typing import NamedTuple, Self
 import torch
 from torch import Tensor, nn
 
-from pyro_flows import _checks
-from pyro_flows._bundles import Entries
-from pyro_flows._seeding import derive, seeded
-from pyro_flows._threads import alone, few_threads
 from pyro_flows.amortization import files
 from pyro_flows.amortization.building import simulate, stacked
 from pyro_flows.amortization.form import Form, Scale, bound, ess_share
@@ -24,20 +20,24 @@ from pyro_flows.amortization.networks import Conditional, matched
 from pyro_flows.calibration.wiring import Case
 from pyro_flows.flows.flow import Flow
 from pyro_flows.guides.autoflow import AutoFlow
+from pyro_flows.inference.verdict.deciding import POOL, UNSEARCHED, Draw
+from pyro_flows.inference.verdict.weighing import log_mean
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.model.sites import Keywords
 from pyro_flows.model.stack import NotStackable, Stack
 from pyro_flows.posterior.draws import from_draws
 from pyro_flows.posterior.posterior import Posterior
-from pyro_flows.verdict.deciding import POOL, UNSEARCHED, Draw
-from pyro_flows.verdict.thresholds import (
+from pyro_flows.support import checks
+from pyro_flows.support.files.bundles import Entries
+from pyro_flows.support.process.seeding import derive, seeded
+from pyro_flows.support.process.threads import alone, few_threads
+from pyro_flows.support.thresholds import (
     DENSITY_GAP_OF_WALKERS,
     ESS_SHARE_PROMISING,
     MISSED_MASS_SHARE,
     PREDICTIVE_TAIL,
     SHIFT_SEEN,
 )
-from pyro_flows.verdict.weighing import log_mean
 
 TOGETHER = 2**19  # numbers of data and draws that are handled at once
 FEW = 64  # simulations that a loaded model is read with
@@ -149,7 +149,7 @@ def _going_on(pilot: Pilot, draw: Draw) -> Draw:
     return drawn
 
 
-@_checks.methods
+@checks.methods
 @dataclass(frozen=True, eq=False, repr=False)
 class Amortized:
     r"""A conditional flow :math:`q(\theta \mid y)` for all data sets of one form; :func:`amortize` trains it.

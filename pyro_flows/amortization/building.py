@@ -8,19 +8,19 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from pyro_flows._fallbacks import fallback
-from pyro_flows._seeding import derive, seeded
 from pyro_flows.amortization.form import MEASURED, Form, Scale
 from pyro_flows.amortization.networks import BASE, FLOW, Conditional, Pooled, Shaped, Sorted, Whitened, perceptron
 from pyro_flows.calibration.simulating import check_model
 from pyro_flows.calibration.wiring import Case, Names, check_wiring, filled, wire
-from pyro_flows.density_estimation.standardizing import preprocess
+from pyro_flows.densities.standardizing import preprocess
 from pyro_flows.flows.flow import Flow
 from pyro_flows.flows.recipe import VECTOR_BUILDERS
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.model.precision import LostDigits
 from pyro_flows.model.sites import Model
 from pyro_flows.model.stack import NotStackable, Stack
+from pyro_flows.support.process.fallbacks import fallback
+from pyro_flows.support.process.seeding import derive, seeded
 from pyro_flows.transforms.fixed import Preprocess
 
 LAYERS = {"spline": 4, "realnvp": 6}

@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pyro_flows._bundles import Bundle, Entries, plain
-from pyro_flows._fallbacks import first_line
-from pyro_flows._untrusted import packed, reading, unpacked
 from pyro_flows.amortization.building import Read, exchangeable_rows, networks, scale_of
 from pyro_flows.amortization.form import Scale
 from pyro_flows.amortization.networks import Conditional
 from pyro_flows.flows.recipe import with_preprocess
+from pyro_flows.support.files.bundles import Bundle, Entries, plain
+from pyro_flows.support.files.untrusted import packed, reading, unpacked
+from pyro_flows.support.process.fallbacks import first_line
 from pyro_flows.transforms.fixed import Preprocess
 
 TENSORS, TEXT = "amortized.pt", "amortized.json"

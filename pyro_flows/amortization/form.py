@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten
 
-from pyro_flows._arguments import signature_of
 from pyro_flows.calibration.wiring import Case, Wiring
-from pyro_flows.density_estimation.standardizing import tails
+from pyro_flows.densities.standardizing import tails
+from pyro_flows.inference.verdict.weighing import heavy_tails
 from pyro_flows.model.arguments import usable
 from pyro_flows.model.sites import Keywords, Model, Site, Structure, messages
-from pyro_flows.verdict.thresholds import TAIL_INDEX_FOURTH
-from pyro_flows.verdict.weighing import heavy_tails
+from pyro_flows.support.arguments import signature_of
+from pyro_flows.support.thresholds import TAIL_INDEX_FOURTH
 
 MEASURED = 50_000  # simulations that regression and tails are measured with
 

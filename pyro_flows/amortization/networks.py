@@ -10,15 +10,15 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from pyro_flows._bundles import Entries
-from pyro_flows._seeding import seeded
-from pyro_flows.density_estimation.standardizing import DEPENDENT
+from pyro_flows.densities.standardizing import DEPENDENT
 from pyro_flows.flows.flow import Flow
 from pyro_flows.flows.recipe import Recipe, set_df
+from pyro_flows.inference.verdict.weighing import tempered
+from pyro_flows.support.files.bundles import Entries
+from pyro_flows.support.process.seeding import seeded
 from pyro_flows.transforms import Bijection, Compose, DiagonalAffine, LowerTriangularAffine, SinhArcsinh
 from pyro_flows.transforms.fixed import Preprocess
 from pyro_flows.transforms.networks import Free, Network
-from pyro_flows.verdict.weighing import tempered
 
 Module = TypeVar("Module", bound=nn.Module)
 

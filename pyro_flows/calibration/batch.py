@@ -9,9 +9,6 @@ from functools import partial
 
 import torch
 
-from pyro_flows import _stages
-from pyro_flows._seeding import derive, seeded
-from pyro_flows._threads import few_threads
 from pyro_flows.fitting.fit import conclude
 from pyro_flows.fitting.laplace_grid import AT_ONCE as GRID_AT_ONCE
 from pyro_flows.fitting.methods import AT_ONCE
@@ -21,21 +18,24 @@ from pyro_flows.fitting.state import LIGHTER, FitState, Plan
 from pyro_flows.flows.flow import Flow
 from pyro_flows.flows.parts import affine_base_of
 from pyro_flows.flows.recipe import begin_at, set_df, start_at
+from pyro_flows.inference.modes.laplace_grid import bent, grids_together
+from pyro_flows.inference.modes.missed_modes import missed_together
+from pyro_flows.inference.modes.tops import Table, flow_along
+from pyro_flows.inference.record import Stage
+from pyro_flows.inference.starts.gaussians import Start
+from pyro_flows.inference.starts.portfolio import matched, starts_together
+from pyro_flows.inference.training.lockstep import Lockstep, train_together
+from pyro_flows.inference.training.loop import STEP_SIZE, Training
+from pyro_flows.inference.verdict.deciding import LOOKED_AT_DRAWS, shift_is_noise
+from pyro_flows.inference.verdict.weighing import Weighing
 from pyro_flows.model.digits import COMPARED
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.model.stack import NotStackable, Stack
-from pyro_flows.modes.laplace_grid import bent, grids_together
-from pyro_flows.modes.missed_modes import missed_together
-from pyro_flows.modes.tops import Table, flow_along
 from pyro_flows.posterior.posterior import Posterior
-from pyro_flows.results.record import Stage
-from pyro_flows.starts.gaussians import Start
-from pyro_flows.starts.portfolio import matched, starts_together
-from pyro_flows.training.lockstep import Lockstep, train_together
-from pyro_flows.training.loop import STEP_SIZE, Training
-from pyro_flows.verdict import thresholds
-from pyro_flows.verdict.deciding import LOOKED_AT_DRAWS, shift_is_noise
-from pyro_flows.verdict.weighing import Weighing
+from pyro_flows.support import thresholds
+from pyro_flows.support.process import stages
+from pyro_flows.support.process.seeding import derive, seeded
+from pyro_flows.support.process.threads import few_threads
 
 TOGETHER, NUMBERS = 128, 2**20  # data sets side by side at most, and numbers that a step of all handles
 EACH = 32  # draws of each flow in a step
@@ -87,13 +87,13 @@ def fit_stack(
     """
     first = plans[0]
     with few_threads(densities[0].numbers, EACH), seeded(seed, densities[0].device):
-        report(_stages.READING)
+        report(stages.READING)
         stack = Stack(densities)
         stack.clock = first.clock
         recipe = first.recipe
         if recipe.named and "layers" not in recipe.options:  # their number was left open
             recipe = replace(recipe, options={**recipe.options, "layers": LAYERS})
-        report(_stages.STARTS)
+        report(stages.STARTS)
         fresh = partial(replace(first, recipe=recipe).fresh, densities[0])
         flow = fresh()
         starts = starts_together(stack, seed=seed, df=flow.df)
@@ -105,7 +105,7 @@ def fit_stack(
         left = [number for number, one in enumerate(as_they_start) if one is None]
         trained = _train(stack, fresh, starts, left, report)
         done = {number: one or trained[number] for number, one in enumerate(as_they_start) if one or number in trained}
-        report(_stages.MISSED)
+        report(stages.MISSED)
         searches = missed_together(stack.select(list(done)), [flow for flow, _ in done.values()], seed=seed)
     found: list[Posterior | None] = [None] * len(plans)
     with few_threads(densities[0].numbers, EACH):

@@ -12,15 +12,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from pyro_flows._bundles import Entries, digest
-from pyro_flows._fallbacks import Tried, first_line
-from pyro_flows._files import replace_file
-from pyro_flows._untrusted import require
-from pyro_flows._warnings import UnreliableWarning
 from pyro_flows.calibration.ranks import STATUSES, Ranked
 from pyro_flows.calibration.wiring import Case
 from pyro_flows.model.unchanged import digest_of
 from pyro_flows.posterior.posterior import Posterior, load
+from pyro_flows.support.files.bundles import Entries, digest
+from pyro_flows.support.files.files import replace_file
+from pyro_flows.support.files.untrusted import require
+from pyro_flows.support.process.fallbacks import Tried, first_line
+from pyro_flows.support.process.warnings import UnreliableWarning
 
 FORMAT = "pyro_flows calibration 1"
 EVERY = 10.0  # seconds between two writes of the file

@@ -8,33 +8,33 @@ from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, cast
 
-from pyro_flows import _checks
-from pyro_flows._bundles import Entries
-from pyro_flows._clock import Clock
-from pyro_flows._fallbacks import fallback
-from pyro_flows._interrupts import STATE, interruptible
-from pyro_flows._progress import Bar
-from pyro_flows._seeding import derive
-from pyro_flows._threads import alone
-from pyro_flows._warnings import outside
 from pyro_flows.calibration.batch import FEWEST, coordinates_for, fit_stack, size_of_batch
 from pyro_flows.calibration.checkpoint import Folder
 from pyro_flows.calibration.processes import check_jobs, fit_each
 from pyro_flows.calibration.ranks import STATUSES
 from pyro_flows.calibration.wiring import Case, cases_of, grouped
-from pyro_flows.correction.refine import which
 from pyro_flows.fitting.fit import MAX_STEPS
 from pyro_flows.fitting.state import Plan, as_asked, recipe_for
 from pyro_flows.flows.recipe import AUTO, FlowLike
+from pyro_flows.inference.chains.refine import which
+from pyro_flows.inference.scoring import check_memory
+from pyro_flows.inference.verdict.deciding import CHECKED
+from pyro_flows.inference.verdict.methods import AMORTIZED
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.model.observations import warn_if_nothing_observed
 from pyro_flows.model.precision import LostDigits
 from pyro_flows.model.stack import NotStackable
 from pyro_flows.model.unchanged import qualname, software
 from pyro_flows.posterior.posterior import Posterior
-from pyro_flows.results.scoring import check_memory
-from pyro_flows.verdict.deciding import CHECKED
-from pyro_flows.verdict.methods import AMORTIZED
+from pyro_flows.support import checks
+from pyro_flows.support.files.bundles import Entries
+from pyro_flows.support.process.clock import Clock
+from pyro_flows.support.process.fallbacks import fallback
+from pyro_flows.support.process.interrupts import STATE, interruptible
+from pyro_flows.support.process.progress import Bar
+from pyro_flows.support.process.seeding import derive
+from pyro_flows.support.process.threads import alone
+from pyro_flows.support.process.warnings import outside
 
 
 class Answers(Protocol):
@@ -45,7 +45,7 @@ class Answers(Protocol):
         ...
 
 
-@_checks.options
+@checks.options
 def fit_many(
     model: Callable[..., object],
     data: Sequence[object],

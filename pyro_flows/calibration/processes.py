@@ -10,7 +10,6 @@ from pathlib import Path
 from types import ModuleType
 from typing import TypeVar
 
-from pyro_flows._bundles import Entries
 from pyro_flows.calibration.wiring import Case, numbered
 from pyro_flows.fitting.fit import fit
 from pyro_flows.flows.flow import Flow
@@ -18,8 +17,9 @@ from pyro_flows.flows.mixture import FlowMixture
 from pyro_flows.guides.autoflow import AutoFlow
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.model.sites import Model
+from pyro_flows.posterior.export.files import like
 from pyro_flows.posterior.posterior import Posterior
-from pyro_flows.results.files import like
+from pyro_flows.support.files.bundles import Entries
 
 T = TypeVar("T")
 

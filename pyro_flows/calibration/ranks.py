@@ -9,13 +9,13 @@ import torch
 from pyro.infer import SVI, Trace_ELBO
 from torch import Tensor
 
-from pyro_flows._bundles import Entries
-from pyro_flows._seeding import derive, seeded
 from pyro_flows.calibration.wiring import Case
 from pyro_flows.fitting.diagnose import diagnose
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.model.sites import Model
 from pyro_flows.posterior.posterior import Posterior
+from pyro_flows.support.files.bundles import Entries
+from pyro_flows.support.process.seeding import derive, seeded
 
 LOG_DENSITY = "lp"  # ArviZ's name
 STATUSES = ("ok", "corrected", "refined", "unreliable", "not judged")

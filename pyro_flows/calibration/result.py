@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pyro_flows import _arviz, _checks
-from pyro_flows._arrays import indexed
-from pyro_flows._figures import BASE, FILLED, FLOW, INK, LINE, WIDTH, panels, styled
+from pyro_flows.support import arviz, checks
+from pyro_flows.support.figures import BASE, FILLED, FLOW, INK, LINE, WIDTH, panels, styled
+from pyro_flows.support.numbers.arrays import indexed
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -22,7 +22,7 @@ LEVEL = 0.01
 SHOWN = 30  # panels at most
 
 
-@_checks.methods
+@checks.methods
 @dataclass(frozen=True, eq=False, repr=False)
 class Calibration:
     r"""Ranks of true values among posterior draws, over many simulations.
@@ -74,7 +74,7 @@ class Calibration:
         names = [var_names] if isinstance(var_names, str) else list(self.ranks if var_names is None else var_names)
         found: dict[str, np.ndarray] = {}
         for name in names:
-            values = self.ranks[_checks.choice("var_names", name, self.ranks)]
+            values = self.ranks[checks.choice("var_names", name, self.ranks)]
             labels = indexed(name, map(range, values.shape[1:]))
             found |= dict(zip(labels, values.reshape(len(values), -1).T, strict=True))
         return found
@@ -142,7 +142,7 @@ class Calibration:
         the group as it is; ``az.plot_dist(..., group="prior_sbc", kind="hist")`` draws histograms of the ranks.
         """
         values = {name: ranks[None] for name, ranks in self.ranks.items()}
-        group = _arviz.dataset(values, self.dims)
+        group = arviz.dataset(values, self.dims)
         attrs: dict[str, str | float] = {
             "status": "uniform" if self.is_uniform() else "not uniform",
             "verdict": self._sentence(),
@@ -150,7 +150,7 @@ class Calibration:
             "ranks_among": self.draws,
             "method": self.method,
         }
-        return _arviz.pack({f"{self.kind}_sbc": group}, attrs)
+        return arviz.pack({f"{self.kind}_sbc": group}, attrs)
 
     def plot(self, var_names: str | Sequence[str] | None = None, *, prob: float = 0.95) -> Figure:
         """Draw, for each scalar, the difference between the ECDF of its ranks and a uniform one, with the envelope.

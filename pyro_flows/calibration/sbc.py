@@ -8,13 +8,6 @@ from collections.abc import Callable, Container, Iterator, Mapping
 
 import torch
 
-from pyro_flows import _checks
-from pyro_flows._bundles import Entries
-from pyro_flows._interrupts import STATE, interruptible
-from pyro_flows._progress import Bar
-from pyro_flows._seeding import derive
-from pyro_flows._threads import alone
-from pyro_flows._warnings import outside
 from pyro_flows.calibration.checkpoint import Checkpoint, key_of
 from pyro_flows.calibration.fit_many import Answers, Many, count
 from pyro_flows.calibration.processes import check_jobs, run_all
@@ -24,10 +17,17 @@ from pyro_flows.calibration.simulating import Simulated, simulate
 from pyro_flows.calibration.wiring import Case
 from pyro_flows.flows.recipe import AUTO, FlowLike
 from pyro_flows.model.arguments import usable
-from pyro_flows.results.dims import Labels
+from pyro_flows.model.dims import Labels
+from pyro_flows.support import checks
+from pyro_flows.support.files.bundles import Entries
+from pyro_flows.support.process.interrupts import STATE, interruptible
+from pyro_flows.support.process.progress import Bar
+from pyro_flows.support.process.seeding import derive
+from pyro_flows.support.process.threads import alone
+from pyro_flows.support.process.warnings import outside
 
 
-@_checks.options
+@checks.options
 def sbc(
     model: Callable[..., object],
     *args: object,
@@ -129,7 +129,7 @@ def sbc(
     """
     options: dict[str, object] = {"flow": flow, "layers": layers, "max_steps": max_steps}
     options |= {"escalate": escalate, "refine": refine, "draws": max(draws, 1000)}
-    asked = {"kind": _checks.choice("kind", kind, ("prior", "posterior")), "simulations": simulations, "draws": draws}
+    asked = {"kind": checks.choice("kind", kind, ("prior", "posterior")), "simulations": simulations, "draws": draws}
     asked |= {"seed": seed, "steps": steps, "learning_rate": learning_rate}
     if guide is not None and sampler is not None:
         raise ValueError("guide: expected a guide or a sampler, got both.")

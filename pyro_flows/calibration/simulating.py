@@ -11,13 +11,13 @@ from pyro.distributions import Unit
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
-from pyro_flows._bundles import Entries
-from pyro_flows._progress import Bar
-from pyro_flows._seeding import derive
 from pyro_flows.calibration.wiring import Case, Names, check_wiring, filled, wire
 from pyro_flows.fitting.fit import fit
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.model.sites import Model, Site, is_data, messages
+from pyro_flows.support.files.bundles import Entries
+from pyro_flows.support.process.progress import Bar
+from pyro_flows.support.process.seeding import derive
 
 
 @dataclass(frozen=True)

@@ -12,14 +12,14 @@ from pyro import poutine
 from torch import Tensor
 from torch.utils._pytree import MappingKey, SequenceKey, tree_flatten, tree_flatten_with_path, tree_unflatten
 
-from pyro_flows._arguments import signature_of
-from pyro_flows._fallbacks import Tried
 from pyro_flows.model.arguments import usable
 from pyro_flows.model.batching import apart, quiet
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.model.sites import Keywords, Model, messages
 from pyro_flows.model.start import at_some_draw
 from pyro_flows.model.unchanged import own as owned
+from pyro_flows.support.arguments import signature_of
+from pyro_flows.support.process.fallbacks import Tried
 
 Names = Mapping[str, str | int] | None  # of the arguments that hold the data of sites, or their positions
 HOW = "Say which argument holds it: data={'site': 'argument'}"

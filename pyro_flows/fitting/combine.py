@@ -9,13 +9,6 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from pyro_flows import _stages
-from pyro_flows._ledger import accepted
-from pyro_flows._mixing import r_hat
-from pyro_flows._seeding import derive, seeded
-from pyro_flows.correction.judging import around, evidence_of
-from pyro_flows.correction.refine import chains_miss_mode
-from pyro_flows.correction.search import visits_all
 from pyro_flows.fitting.laplace_grid import with_tails_checked
 from pyro_flows.fitting.multimodal import MultimodalCandidate, multimodal
 from pyro_flows.fitting.programs import latent_of
@@ -24,20 +17,27 @@ from pyro_flows.fitting.run import begin_only, make_run
 from pyro_flows.fitting.state import FitState, Run, Sampler
 from pyro_flows.flows.flow import Flow
 from pyro_flows.flows.mixture import FlowMixture
+from pyro_flows.inference.chains.judging import around, evidence_of
+from pyro_flows.inference.chains.refine import chains_miss_mode
+from pyro_flows.inference.chains.search import visits_all
+from pyro_flows.inference.modes.missed_modes import Search, missed_modes
+from pyro_flows.inference.modes.missed_regions import BY_WALKERS, TRUNCATED_TAIL
+from pyro_flows.inference.modes.propriety import improper_tails
+from pyro_flows.inference.modes.symmetries import SignedPermutation, group
+from pyro_flows.inference.modes.unverified_modes import MEASURED_PLACES
+from pyro_flows.inference.record import Stage
+from pyro_flows.inference.starts.gaussians import Start
+from pyro_flows.inference.verdict.deciding import ESTIMATED_DRAWS, LOOKED_AT_DRAWS, SEARCHED_DRAWS
+from pyro_flows.inference.verdict.psis import psis
+from pyro_flows.inference.verdict.verdict import NAMED
 from pyro_flows.model.batching import quiet
+from pyro_flows.model.dims import coordinate_names
 from pyro_flows.model.log_density import LogDensity
-from pyro_flows.modes.missed_modes import Search, missed_modes
-from pyro_flows.modes.missed_regions import BY_WALKERS, TRUNCATED_TAIL
-from pyro_flows.modes.propriety import improper_tails
-from pyro_flows.modes.symmetries import SignedPermutation, group
-from pyro_flows.modes.unverified_modes import MEASURED_PLACES
-from pyro_flows.results.dims import coordinate_names
-from pyro_flows.results.record import Stage
-from pyro_flows.starts.gaussians import Start
-from pyro_flows.verdict.deciding import ESTIMATED_DRAWS, LOOKED_AT_DRAWS, SEARCHED_DRAWS
-from pyro_flows.verdict.psis import psis
-from pyro_flows.verdict.thresholds import EVIDENCE_GAP_OF_RUNS, R_HAT_CONVERGED
-from pyro_flows.verdict.verdict import NAMED
+from pyro_flows.support.numbers.mixing import r_hat
+from pyro_flows.support.process import stages
+from pyro_flows.support.process.ledger import accepted
+from pyro_flows.support.process.seeding import derive, seeded
+from pyro_flows.support.thresholds import EVIDENCE_GAP_OF_RUNS, R_HAT_CONVERGED
 
 MAX_COPIES = 128  # of each flow: draws are scored by all of them
 
@@ -74,7 +74,7 @@ def combine(state: FitState) -> None:
     state.plain = state.sampler = state.best.flow()
     state.improper = state.improper or state.best.improper
     if not state.improper:
-        with clock.part(_stages.PROPRIETY):
+        with clock.part(stages.PROPRIETY):
             state.improper = improper_tails(density, lambda: drawn(state), seed=state.plan.seed)
     if state.best.sampled:
         state.search = Search()
@@ -99,10 +99,10 @@ def _combine(state: FitState) -> None:
         state.surveys = 1
         _take(state, tried)
     if not clock.over and isinstance(state.plain, Flow):
-        with clock.part(_stages.VARIANCE):
+        with clock.part(stages.VARIANCE):
             state.failures = volume_misfit(state.plain, state.density)
     if len(state.kept) > 1:
-        with clock.part(_stages.COMPARING):
+        with clock.part(stages.COMPARING):
             _compare(state)
     if plan.train_model:
         state.density.forget()
@@ -124,11 +124,11 @@ def _look(state: FitState) -> None:
     clock, sampler = state.plan.clock, state.sampler
     assert sampler is not None
     known = [] if state.search is None else [region.start for region in state.search.missed]
-    with clock.part(_stages.MISSED):
+    with clock.part(stages.MISSED):
         state.search = None
         state.search = _search(state, sampler, known)
     if state.search is not None:
-        with clock.part(_stages.TAILS):
+        with clock.part(stages.TAILS):
             state.search = with_tails_checked(state.search, state.density, sampler, seed=state.plan.seed)
 
 
@@ -183,7 +183,7 @@ def _chains_suffice(state: FitState) -> bool:
     if not visits_all(density, chains, search.missed, evidence, seed=seed):
         return False
     if not all(region.beside for region in search.missed):
-        with state.plan.clock.part(_stages.MISSED_BY_CHAINS):
+        with state.plan.clock.part(stages.MISSED_BY_CHAINS):
             if chains_miss_mode(chains, flow, density, coordinate_names(density.structure), seed=seed):
                 state.best.chains = None
                 return False
@@ -198,7 +198,7 @@ def _surveyed(state: FitState) -> bool:
     state.surveys += 1
     places = torch.stack([region.place for region in search.missed])
     seed = derive(plan.seed, f"survey {state.surveys}")
-    with plan.clock.part(_stages.SEVERAL):
+    with plan.clock.part(stages.SEVERAL):
         with seeded(seed, density.device):
             z = torch.cat([sampler.draw(SEARCHED_DRAWS)[0].to(places), places])
         tried = multimodal(density, z, places, seed=seed, bar=plan.bar)
@@ -225,13 +225,13 @@ def _add_run(state: FitState, start: Start) -> None:
     plan, clock = state.plan, state.plan.clock
     once = replace(plan, escalate=False)  # a mixture may drop it, and chains can mend what is left
     state.runs.append(Run(state, once, len(state.runs), start))
-    plan.bar.task = f"fit, {_stages.ADDED_RUN}"
-    with clock.part(_stages.ADDED_RUN):
+    plan.bar.task = f"fit, {stages.ADDED_RUN}"
+    with clock.part(stages.ADDED_RUN):
         make_run(state.runs[-1])
     plan.bar.task = "fit"
     state.plain = state.sampler = state.best.flow()
     state.multimodal = None
-    with clock.part(_stages.COMPARING):
+    with clock.part(stages.COMPARING):
         _compare(state)
     state.added += 1
 

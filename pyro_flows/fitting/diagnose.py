@@ -13,41 +13,42 @@ from pyro.infer import MCMC
 from pyro.infer.autoguide import AutoContinuous, AutoLaplaceApproximation
 from torch import Tensor
 
-from pyro_flows import _checks, _stages
-from pyro_flows._progress import Bar
-from pyro_flows._seeding import derive, seeded
-from pyro_flows._threads import alone, few_threads
-from pyro_flows.correction.search import noted
 from pyro_flows.fitting.hierarchical import diagnose_hierarchical
 from pyro_flows.fitting.programs import check_sites, from_traces, random_sites, run_guide, space_of
 from pyro_flows.guides.autoflow import AutoFlow
 from pyro_flows.guides.hierarchical import AutoHierarchicalFlow
+from pyro_flows.inference.chains.search import noted
+from pyro_flows.inference.modes.missed_modes import Search, missed_modes
+from pyro_flows.inference.modes.missed_regions import Score
+from pyro_flows.inference.modes.truncated_tails import with_truncated_tails
+from pyro_flows.inference.modes.under_covered import Space
+from pyro_flows.inference.scoring import beyond_priors, infinite_places
+from pyro_flows.inference.verdict.chains import McmcDraws
+from pyro_flows.inference.verdict.deciding import SEARCHED_DRAWS, UNSEARCHED, Draw, judge_mcmc
+from pyro_flows.inference.verdict.weighing import weigh
 from pyro_flows.model.arguments import usable
 from pyro_flows.model.batching import quiet
 from pyro_flows.model.digits import ALLOWED, COMPARED
+from pyro_flows.model.dims import coordinate_names
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.model.observations import warn_if_nothing_observed
 from pyro_flows.model.precision import LostDigits
 from pyro_flows.model.sites import Model, Noncentered
 from pyro_flows.model.unchanged import own
-from pyro_flows.modes.missed_modes import Search, missed_modes
-from pyro_flows.modes.missed_regions import Score
-from pyro_flows.modes.truncated_tails import with_truncated_tails
-from pyro_flows.modes.under_covered import Space
 from pyro_flows.posterior.draws import from_draws
 from pyro_flows.posterior.posterior import Posterior
-from pyro_flows.results.dims import coordinate_names
-from pyro_flows.results.scoring import beyond_priors, infinite_places
-from pyro_flows.verdict.chains import McmcDraws
-from pyro_flows.verdict.deciding import SEARCHED_DRAWS, UNSEARCHED, Draw, judge_mcmc
-from pyro_flows.verdict.thresholds import ESS_SHARE_LEAST
-from pyro_flows.verdict.weighing import weigh
+from pyro_flows.support import checks
+from pyro_flows.support.process import stages
+from pyro_flows.support.process.progress import Bar
+from pyro_flows.support.process.seeding import derive, seeded
+from pyro_flows.support.process.threads import alone, few_threads
+from pyro_flows.support.thresholds import ESS_SHARE_LEAST
 
 HIDDEN = f"{UNSEARCHED}, since auxiliary sites hide the guide's density at given points"
 THIN = f"{UNSEARCHED}, since a first sample had poor weights"
 
 
-@_checks.options
+@checks.options
 def diagnose(
     model: Callable[..., object],
     guide: Callable[..., object] | MCMC,
@@ -109,7 +110,7 @@ def diagnose(
 def _diagnose(
     model: Model, guide: Model, args: tuple[object, ...], kwargs: dict[str, object], draws: int, seed: int, bar: Bar
 ) -> Posterior:  # fmt: skip
-    bar.watch(_stages.READING)
+    bar.watch(stages.READING)
     if isinstance(guide, AutoHierarchicalFlow):
         with seeded(seed):
             guide.initialize(*args, **kwargs)
@@ -157,9 +158,9 @@ def _judged(
                 density.check_digits(draw(COMPARED)[0])
 
             def after_search(*, always: bool) -> Posterior:
-                bar.watch(_stages.MISSED)
+                bar.watch(stages.MISSED)
                 search = _searched(density, draw, score, space, seed, always=always)
-                bar.watch(_stages.JUDGING)
+                bar.watch(stages.JUDGING)
                 with seeded(seed, density.device):  # both times the same draws
                     return from_draws(
                         density, draw, draws=draws, seed=seed, guide=guide, failures=search.failures,
@@ -233,7 +234,7 @@ def _from_distribution(
 NO_GUIDE = "the draws are Markov chains, no guide was fitted"
 
 
-@_checks.options
+@checks.options
 def from_mcmc(
     mcmc: object, model: Callable[..., object], *args: object, model_kwargs: Mapping[str, object] | None = None,
     seed: int = 0,
@@ -376,5 +377,5 @@ def _flat(draws: Mapping[str, Tensor], density: LogDensity) -> tuple[dict[str, T
         if draws[latent.name].shape[2:] != latent.shape:
             got = tuple(draws[latent.name].shape[2:])
             raise ValueError(f"mcmc: site {latent.name!r} has shape {got}, in the model {tuple(latent.shape)}.")
-    _checks.integer("mcmc: draws of a chain", shape[1], 10)
+    checks.integer("mcmc: draws of a chain", shape[1], 10)
     return {name: draws[name].flatten(0, 1).detach() for name in density.names}, shape[0]

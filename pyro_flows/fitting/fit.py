@@ -11,16 +11,6 @@ from dataclasses import replace
 
 from torch import nn
 
-from pyro_flows import _checks, _journal, _stages
-from pyro_flows._clock import Clock, unbounded
-from pyro_flows._interrupts import STATE, Released, interruptible
-from pyro_flows._ledger import counted, said
-from pyro_flows._progress import Bar
-from pyro_flows._seeding import derive, seeded
-from pyro_flows._threads import alone, few_threads
-from pyro_flows._warnings import outside
-from pyro_flows.correction.refine import fallback_sampler, which
-from pyro_flows.correction.search import noted
 from pyro_flows.fitting.combine import combine, drawn, make_runs
 from pyro_flows.fitting.hierarchical import fit_hierarchical
 from pyro_flows.fitting.ranks import check_alone, ranks
@@ -30,6 +20,12 @@ from pyro_flows.flows.mixture import FlowMixture
 from pyro_flows.flows.recipe import AUTO, FlowLike
 from pyro_flows.flows.recipe_json import to_json
 from pyro_flows.guides.autoflow import AutoFlow
+from pyro_flows.inference.chains.refine import fallback_sampler, which
+from pyro_flows.inference.chains.search import noted
+from pyro_flows.inference.scoring import check_memory, seconds_to_judge
+from pyro_flows.inference.starts.curvature import SMALL_UP_TO
+from pyro_flows.inference.training.loop import STOPPED
+from pyro_flows.inference.verdict.deciding import UNSEARCHED
 from pyro_flows.model.arguments import usable
 from pyro_flows.model.faults import Subsampled
 from pyro_flows.model.log_density import LogDensity
@@ -38,15 +34,20 @@ from pyro_flows.model.precision import LostDigits
 from pyro_flows.model.unchanged import identity, own
 from pyro_flows.posterior.draws import from_draws
 from pyro_flows.posterior.posterior import Posterior
-from pyro_flows.results.scoring import check_memory, seconds_to_judge
-from pyro_flows.starts.curvature import SMALL_UP_TO
-from pyro_flows.training.loop import STOPPED
-from pyro_flows.verdict.deciding import UNSEARCHED
+from pyro_flows.support import checks
+from pyro_flows.support.process import journal, stages
+from pyro_flows.support.process.clock import Clock, unbounded
+from pyro_flows.support.process.interrupts import STATE, Released, interruptible
+from pyro_flows.support.process.ledger import counted, said
+from pyro_flows.support.process.progress import Bar
+from pyro_flows.support.process.seeding import derive, seeded
+from pyro_flows.support.process.threads import alone, few_threads
+from pyro_flows.support.process.warnings import outside
 
 MAX_STEPS = 6000  # of a run
 
 
-@_checks.options
+@checks.options
 def fit(
     model: Callable[..., object],
     *args: object,
@@ -161,7 +162,7 @@ def fit(
     options: dict[str, object] = {} if layers is None else {"layers": layers}
     method = which(refine)
     asked = as_asked(locals())
-    checkpoint = _journal.check(checkpoint)
+    checkpoint = journal.check(checkpoint)
     with interruptible(), alone(), seeded(seed), Bar("fit", progress) as bar:
         clock = Clock(max_seconds, raises=raise_on_interrupt, watch=bar.watch)
         plan = Plan(
@@ -207,10 +208,10 @@ def _fit(plan: Plan, grow: bool, checkpoint: str | os.PathLike[str] | None) -> P
     """Fit under the plan's clock: the work, which can be cut anywhere, and the judging of what it came to."""
 
     def keeping(density: LogDensity) -> AbstractContextManager[None]:
-        return _journal.keeping(checkpoint, lambda: {**_about(plan), **identity(density)})
+        return journal.keeping(checkpoint, lambda: {**_about(plan), **identity(density)})
 
-    plan.bar.watch(_stages.READING)
-    with counted(_stages.READING):
+    plan.bar.watch(stages.READING)
+    with counted(stages.READING):
         try:
             density = LogDensity(plan.model, plan.args, plan.kwargs)
         except Subsampled:
@@ -239,7 +240,7 @@ def _about(plan: Plan) -> dict[str, object]:
     built = plan.recipe.builder
     state = [*built.state_dict().values()] if isinstance(built, nn.Module) else []
     flow = [str(getattr(built, "__qualname__", built if isinstance(built, str) else type(built).__qualname__))]
-    flow += [str(plan.recipe.options), str(_journal.checksum(state)), str(plan.automatic)]
+    flow += [str(plan.recipe.options), str(journal.checksum(state)), str(plan.automatic)]
     return {"call": "fit", **named, "refine": plan.refine, "max_seconds": plan.clock.seconds, "flow": flow}
 
 
@@ -248,7 +249,7 @@ def _fitted(plan: Plan, density: LogDensity) -> Posterior:
     density.under(clock)
     STATE.hold(not clock.raises)  # until the call ends: parts of the work let the first signal through
     try:
-        with clock.part(_stages.FIT):
+        with clock.part(stages.FIT):
             if clock.finite:
                 clock.reserve(seconds_to_judge(density, plan.draws))
             prepare(state.runs[0])
@@ -257,17 +258,17 @@ def _fitted(plan: Plan, density: LogDensity) -> Posterior:
             if not (clock.over or state.improper):
                 with seeded(derive(plan.seed, "digits"), density.device):
                     state.density.check_digits(drawn(state))
-        clock.deliver_signal(_stages.JUDGING)
+        clock.deliver_signal(stages.JUDGING)
         clock.judging()
-        plan.bar.watch(_stages.JUDGING)
+        plan.bar.watch(stages.JUDGING)
         if clock.interrupted is not None:
             clock.reserve(seconds_to_judge(state.density, plan.draws))
-        with counted(_stages.JUDGING):
+        with counted(stages.JUDGING):
             try:
                 with Released():
                     posterior = conclude(state)
             except KeyboardInterrupt:
-                if not clock.interrupt(_stages.JUDGING):
+                if not clock.interrupt(stages.JUDGING):
                     raise
                 posterior = conclude(state)
     finally:

@@ -15,14 +15,6 @@ import torch
 from pyro.infer import Trace_ELBO
 from torch import Tensor, nn
 
-from pyro_flows import _journal, _stages
-from pyro_flows._bundles import Entries
-from pyro_flows._clock import Clock, OutOfTime, unbounded
-from pyro_flows._interrupts import STATE
-from pyro_flows._progress import Bar
-from pyro_flows._seeding import derive, seeded
-from pyro_flows._warnings import outside
-from pyro_flows.correction.refine import fallback_sampler
 from pyro_flows.fitting.modes_of_globals import missed, sought, with_modes
 from pyro_flows.fitting.multimodal import candidate_of
 from pyro_flows.fitting.ranks import Followed, RowsOfRank, ranks
@@ -32,24 +24,32 @@ from pyro_flows.guides.crossed import CrossedMarginal
 from pyro_flows.guides.hierarchical import AutoHierarchicalFlow
 from pyro_flows.guides.marginal import MOST_DRAWS, Marginal
 from pyro_flows.guides.marginal_density import INTEGRATED, MarginalDensity
+from pyro_flows.inference.chains.refine import fallback_sampler
+from pyro_flows.inference.modes.missed_modes import sentence_on
+from pyro_flows.inference.modes.missed_regions import MissedRegion
+from pyro_flows.inference.modes.population_monte_carlo import GENERATIONS, about, fitted
+from pyro_flows.inference.record import Stage
+from pyro_flows.inference.scoring import JUDGING
+from pyro_flows.inference.starts.gaussians import Start
+from pyro_flows.inference.starts.portfolio import moved, tells_moments
+from pyro_flows.inference.verdict.deciding import CHECKED, LOOKED_AT_DRAWS, POOL, UNSEARCHED, Draw, status_of
+from pyro_flows.inference.verdict.methods import MIXTURE
+from pyro_flows.inference.verdict.verdict import NAMED
+from pyro_flows.inference.verdict.weighing import Weighing, weigh
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.model.observations import NothingObservedWarning
 from pyro_flows.model.sites import Keywords, Model, Positional, coordinates_of
-from pyro_flows.modes.missed_modes import sentence_on
-from pyro_flows.modes.missed_regions import MissedRegion
-from pyro_flows.modes.population_monte_carlo import GENERATIONS, about, fitted
 from pyro_flows.posterior.draws import from_draws
+from pyro_flows.posterior.export.methods_text import method_of
 from pyro_flows.posterior.posterior import Posterior
-from pyro_flows.results.methods_text import method_of
-from pyro_flows.results.record import Stage
-from pyro_flows.results.scoring import JUDGING
-from pyro_flows.starts.gaussians import Start
-from pyro_flows.starts.portfolio import moved, tells_moments
-from pyro_flows.verdict.deciding import CHECKED, LOOKED_AT_DRAWS, POOL, UNSEARCHED, Draw, status_of
-from pyro_flows.verdict.methods import MIXTURE
-from pyro_flows.verdict.thresholds import ROW_ERROR_MOST, SHIFT_ERRORS
-from pyro_flows.verdict.verdict import NAMED
-from pyro_flows.verdict.weighing import Weighing, weigh
+from pyro_flows.support.files.bundles import Entries
+from pyro_flows.support.process import journal, stages
+from pyro_flows.support.process.clock import Clock, OutOfTime, unbounded
+from pyro_flows.support.process.interrupts import STATE
+from pyro_flows.support.process.progress import Bar
+from pyro_flows.support.process.seeding import derive, seeded
+from pyro_flows.support.process.warnings import outside
+from pyro_flows.support.thresholds import ROW_ERROR_MOST, SHIFT_ERRORS
 
 WHOLE_UP_TO = 1000  # latents that are judged together, if the model has all rows at each run
 ROUND = 500  # steps of the first round; each next one has twice as many
@@ -66,7 +66,7 @@ def diagnose_hierarchical(
         guide.initialize(*args, **kwargs)
         marginal = _marginal(guide, args, kwargs, seed)
         whole = _whole_draw(model, guide, args, kwargs, marginal.marginal)
-        bar.watch(_stages.JUDGING)
+        bar.watch(stages.JUDGING)
         about: dict[str, Any] = {"settings": {"diagnosed": True}, "losses": torch.zeros(0)}
         if whole is None:
             return _posterior(guide, marginal, _checked(guide, marginal, seed, unbounded()), draws, seed, about)
@@ -99,13 +99,13 @@ def fit_hierarchical(plan: Plan, keeping: Callable[[LogDensity], AbstractContext
         density.under(clock)
         STATE.hold(not clock.raises)  # until the call ends
         try:
-            with keeping(density), clock.part(_stages.TRAINING):
+            with keeping(density), clock.part(stages.TRAINING):
                 _fitted(guide, density, plan, trained)
             checks = _checked(
                 guide, density, plan.seed, clock, lambda regions: _mended(guide, density, plan, trained, regions)
             )
             clock.judging()
-            plan.bar.watch(_stages.JUDGING)
+            plan.bar.watch(stages.JUDGING)
             if clock.interrupted is not None:
                 clock.reserve(_seconds_to_judge(guide, density, plan.draws))
             posterior = _concluded(guide, density, checks, plan, trained)
@@ -131,7 +131,7 @@ def _begun(plan: Plan) -> AutoHierarchicalFlow:
     """Return a guide at its start; at the prior, if the time is over before, or Ctrl-C comes."""
     options = dict(plan.recipe.options)
     guide = AutoHierarchicalFlow(plan.model, plan.recipe.builder, **options)
-    with plan.clock.part(_stages.STARTS), plan.clock.watching():
+    with plan.clock.part(stages.STARTS), plan.clock.watching():
         guide.initialize(*plan.args, **plan.kwargs)
     if guide.top is None:
         guide = AutoHierarchicalFlow(plan.model, plan.recipe.builder, init="prior", **options)
@@ -167,7 +167,7 @@ def _fitted(guide: AutoHierarchicalFlow, density: MarginalDensity | None, plan: 
             if ranks().size == 1:
                 raise
             over = True  # the other processes wait for what this one says
-        stage = _stages.FIRST_ROUND if trained.stages else _stages.INITIAL
+        stage = stages.FIRST_ROUND if trained.stages else stages.INITIAL
         looked = Stage(stage=stage, elbo=elbo, steps=len(trained.losses))
         trained.stages += [looked] if mixture is None else [looked, mixture]
         steps = min(steps, plan.max_steps - len(trained.losses))
@@ -176,7 +176,7 @@ def _fitted(guide: AutoHierarchicalFlow, density: MarginalDensity | None, plan: 
             if trained.best is not None and not trained.good and elbo < trained.best[0]:  # training made it worse
                 guide._top._flow.load_state_dict(trained.best[1])
             return
-        plan.bar.watch(_stages.TRAINING)
+        plan.bar.watch(stages.TRAINING)
         _train(guide, plan, steps, trained.losses)
         steps = 2 * ROUND
 
@@ -250,12 +250,12 @@ def _checked(
     """
     found, checked, note = _Checks(), False, UNSEARCHED
     z, _ = _global_draw(guide)(CHECKED)
-    with clock.part(_stages.ROWS):
+    with clock.part(stages.ROWS):
         _check_rows(found, guide, density, z)
         checked = True
     if not checked:
         found.failures.append("no time for a check of all rows")
-    with clock.part(_stages.MISSED):
+    with clock.part(stages.MISSED):
         regions = missed(density, _global_draw(guide), guide.score_globals, seed=seed)
         found.failures += [sentence_on(density, regions, z)] if regions else []
         note = sought(density)
@@ -407,7 +407,7 @@ def _train(guide: AutoHierarchicalFlow, plan: Plan, steps: int, losses: list[flo
         losses[:] = known["losses"]
         guide.put_back(known)
 
-    with _journal.loop("minibatches", *parameters) as kept:
+    with journal.loop("minibatches", *parameters) as kept:
         kept.take(put_back)
         while schedule.last_epoch < steps:
             if ranks().size == 1:

@@ -2,7 +2,7 @@
 
 Examples are the scale of a few groups and the noise of a regression. The flow of the grid needs no training. The grid
 is tried before coordinates of hierarchical sites are chosen, since it hardly depends on them, and at the best start,
-before any training. See ``modes/laplace_grid.py``.
+before any training. See ``inference/modes/laplace_grid.py``.
 """
 
 from __future__ import annotations
@@ -13,23 +13,23 @@ from operator import itemgetter
 import torch
 from torch import Tensor
 
-from pyro_flows._seeding import derive, seeded
-from pyro_flows.correction.latent import WRITTEN_DEAR
 from pyro_flows.fitting.rounds import Round, untrained, weighed
 from pyro_flows.fitting.state import LIGHTER, SHARE_OF_SECONDS, Plan, Run, Sampler, tails
 from pyro_flows.flows.flow import Flow
 from pyro_flows.flows.parts import location_scale
 from pyro_flows.flows.recipe import begin_at
+from pyro_flows.inference.chains.latent import WRITTEN_DEAR
+from pyro_flows.inference.modes.laplace_grid import Marginal, can_have_grid, closer, grids_about
+from pyro_flows.inference.modes.missed_modes import Search
+from pyro_flows.inference.modes.tops import flow_along
+from pyro_flows.inference.modes.truncated_tails import with_truncated_tails
+from pyro_flows.inference.starts.gaussians import Start
+from pyro_flows.inference.verdict.deciding import JUDGED_DRAWS, LOOKED_AT_DRAWS, weights_correct
+from pyro_flows.inference.verdict.methods import GRID
+from pyro_flows.inference.verdict.weighing import Weighing
 from pyro_flows.model.log_density import LogDensity
-from pyro_flows.modes.laplace_grid import Marginal, can_have_grid, closer, grids_about
-from pyro_flows.modes.missed_modes import Search
-from pyro_flows.modes.tops import flow_along
-from pyro_flows.modes.truncated_tails import with_truncated_tails
-from pyro_flows.starts.gaussians import Start
-from pyro_flows.verdict.deciding import JUDGED_DRAWS, LOOKED_AT_DRAWS, weights_correct
-from pyro_flows.verdict.methods import GRID
-from pyro_flows.verdict.thresholds import ESS_SHARE_PROMISING
-from pyro_flows.verdict.weighing import Weighing
+from pyro_flows.support.process.seeding import derive, seeded
+from pyro_flows.support.thresholds import ESS_SHARE_PROMISING
 
 AT_ONCE = "converged: draws from the conditional Laplace grid pass the checks"
 

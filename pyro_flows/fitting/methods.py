@@ -14,14 +14,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pyro_flows import _stages
-from pyro_flows._journal import milestone
-from pyro_flows._ledger import accepted
-from pyro_flows._progress import in_nats
-from pyro_flows._seeding import derive, seeded
-from pyro_flows.correction.adaptation import MOST_DIM
-from pyro_flows.correction.refine import chains_of_flow
-from pyro_flows.correction.untrained import chains_of_gaussian
 from pyro_flows.fitting.laplace_grid import grid_at_start, grid_comes_first
 from pyro_flows.fitting.multimodal import independent, multimodal
 from pyro_flows.fitting.rounds import assess, untrained, weighed, weights_collapse
@@ -30,20 +22,34 @@ from pyro_flows.flows.flow import Flow
 from pyro_flows.flows.gaussian_conditionals import marginal_flow, with_tails
 from pyro_flows.flows.parts import affine_base_of
 from pyro_flows.flows.recipe import begin_at, set_df
+from pyro_flows.inference.chains.adaptation import MOST_DIM
+from pyro_flows.inference.chains.refine import chains_of_flow
+from pyro_flows.inference.chains.untrained import chains_of_gaussian
+from pyro_flows.inference.modes.conditionals import Conditional, can_have_conditionals, conditional, hyperparameters_of
+from pyro_flows.inference.modes.hyperparameter_marginal import Sample, fit_flow, sampled
+from pyro_flows.inference.modes.population_monte_carlo import can_be_tempered
+from pyro_flows.inference.modes.propriety import improper_tails
+from pyro_flows.inference.record import Stage
+from pyro_flows.inference.starts.coordinates import climbed
+from pyro_flows.inference.starts.prior import MATRICES_UP_TO, prior_draws, spread_of
+from pyro_flows.inference.training.loop import BATCH, CHECK_EVERY, STEP_SIZE, Budget, Look, train
+from pyro_flows.inference.training.trainer import Trainer
+from pyro_flows.inference.verdict.deciding import (
+    JUDGED_DRAWS,
+    LOOKED_AT_DRAWS,
+    SEARCHED_DRAWS,
+    acceptable_gap,
+    shift_is_noise,
+)
+from pyro_flows.inference.verdict.methods import CONDITIONALS, GAUSSIAN, GRID, INDEPENDENT, MCMC, MIXTURE, TRAINED
+from pyro_flows.model.dims import coordinate_names
 from pyro_flows.model.log_density import LogDensity
-from pyro_flows.modes.conditionals import Conditional, can_have_conditionals, conditional, hyperparameters_of
-from pyro_flows.modes.hyperparameter_marginal import Sample, fit_flow, sampled
-from pyro_flows.modes.population_monte_carlo import can_be_tempered
-from pyro_flows.modes.propriety import improper_tails
-from pyro_flows.results.dims import coordinate_names
-from pyro_flows.results.record import Stage
-from pyro_flows.starts.coordinates import climbed
-from pyro_flows.starts.prior import MATRICES_UP_TO, prior_draws, spread_of
-from pyro_flows.training.loop import BATCH, CHECK_EVERY, STEP_SIZE, Budget, Look, train
-from pyro_flows.training.trainer import Trainer
-from pyro_flows.verdict.deciding import JUDGED_DRAWS, LOOKED_AT_DRAWS, SEARCHED_DRAWS, acceptable_gap, shift_is_noise
-from pyro_flows.verdict.methods import CONDITIONALS, GAUSSIAN, GRID, INDEPENDENT, MCMC, MIXTURE, TRAINED
-from pyro_flows.verdict.thresholds import ESS_OF_MCMC, ESS_SHARE_COLLAPSED, ESS_SHARE_PROMISING
+from pyro_flows.support.process import stages
+from pyro_flows.support.process.journal import milestone
+from pyro_flows.support.process.ledger import accepted
+from pyro_flows.support.process.progress import in_nats
+from pyro_flows.support.process.seeding import derive, seeded
+from pyro_flows.support.thresholds import ESS_OF_MCMC, ESS_SHARE_COLLAPSED, ESS_SHARE_PROMISING
 
 AS_READ, AT_MODES, AT_THE_BEST, AFTER = "as read", "at modes", "at the best start", "after a flow"
 AT_ONCE = "converged: weighting changes no result at the start"
@@ -91,7 +97,7 @@ def _grid_of_hierarchy(run: Run) -> str | None:
     state.density = wholly.density
     chosen = wholly.density.structure.noncentered
     details = {"noncentered": chosen, "elbo_centered": None, "elbo_noncentered": wholly.elbo}
-    state.history.append(Stage(_stages.PARAMETERIZATION, elbo=wholly.elbo, details=details))
+    state.history.append(Stage(stages.PARAMETERIZATION, elbo=wholly.elbo, details=details))
     run.take(found)  # last: a signal that comes before leaves no flow in other coordinates than those of the state
     return GRID
 
@@ -120,7 +126,7 @@ def _gaussian(run: Run) -> str | None:
     density, start = run.density, run.starts[0]
     flow = run.plan.fresh(density)
     plain, df = affine_base_of(flow) if run.plan.recipe.named else flow, flow.df
-    with run.plan.clock.part(_stages.BEST_START, noted=False):
+    with run.plan.clock.part(stages.BEST_START, noted=False):
         for lighter in LIGHTER if flow.base == "student_t" else (1.0,):
             begin_at(set_df(plain, lighter * df), start.loc, start.scale)
             if weights_collapse(plain, density):
@@ -129,7 +135,7 @@ def _gaussian(run: Run) -> str | None:
             if cheap and not shift_is_noise(weighed(plain, density, LOOKED_AT_DRAWS)):
                 continue
             begin_at(set_df(flow, lighter * df), start.loc, start.scale)
-            outcome = untrained(_stages.FIRST_ROUND, flow, density, start.elbo, AT_ONCE)
+            outcome = untrained(stages.FIRST_ROUND, flow, density, start.elbo, AT_ONCE)
             if shift_is_noise(outcome.weighing):
                 run.take(outcome)
                 return GAUSSIAN
@@ -141,7 +147,7 @@ def _gaussian(run: Run) -> str | None:
 
 def _independent(run: Run) -> str | None:
     found = None
-    with run.plan.clock.part(_stages.INDEPENDENCE):  # which the clock may end
+    with run.plan.clock.part(stages.INDEPENDENCE):  # which the clock may end
         found = independent(run.density, run.starts, seed=run.seed)
     if found is None:
         return None
@@ -161,7 +167,7 @@ def _mixture(run: Run, *, barrier: float = 3.0) -> str | None:
     plan = run.plan
     if not plan.escalate or plan.train_model or plan.runs > 1:
         return None
-    with plan.clock.part(_stages.SEVERAL):
+    with plan.clock.part(stages.SEVERAL):
         if run.best is None:
             z, hopeless = prior_draws(run.density, SEARCHED_DRAWS // 2, seed=run.seed), False
         else:
@@ -196,13 +202,13 @@ def _may_have_modes(run: Run) -> bool:
 def _chains_of_gaussian(run: Run) -> str | None:
     """Try a sampler in the place of a flow, where a flow would need thousands of steps."""
     plan, density = run.plan, run.density
-    with plan.clock.part(_stages.AT_ONCE, share=SHARE_OF_SECONDS):
+    with plan.clock.part(stages.AT_ONCE, share=SHARE_OF_SECONDS):
         names = coordinate_names(density.structure)
         found = chains_of_gaussian(run.starts[0], density, names, plan.draws, seed=run.seed, bar=plan.bar)
         if found is not None:
             flow, run.copies, run.chains = found
             why = "no flow was trained: MCMC that began at a Gaussian converged"
-            run.take(untrained(_stages.INITIAL, flow, density, run.starts[0].elbo, why, look=False))
+            run.take(untrained(stages.INITIAL, flow, density, run.starts[0].elbo, why, look=False))
             run.sampled = True
             return "MCMC instead of training"
     return None
@@ -218,7 +224,7 @@ def _chains_of_flow(run: Run) -> str | None:
     """Try a sampler in the place of further training, if one was asked for."""
     plan, density = run.plan, run.density
     assert run.trainer is not None
-    with plan.clock.part(_stages.NEXT):
+    with plan.clock.part(stages.NEXT):
         names = coordinate_names(density.structure)
         run.chains = chains_of_flow(run.trainer.flow, density, names, plan.draws, seed=run.seed, bar=plan.bar)
     return None if run.chains is None else "MCMC in the latent space"
@@ -232,7 +238,7 @@ def conditionals_at_start(run: Run) -> str | None:
 
     These are scales of a hierarchy, of a random walk or of errors of measurement, each with a funnel. All other
     latents, up to thousands, are integrated out exactly. A density of a few coordinates is left: see
-    ``modes/conditionals.py`` and ``modes/hyperparameter_marginal.py``.
+    ``inference/modes/conditionals.py`` and ``inference/modes/hyperparameter_marginal.py``.
 
     The run takes draws that weights correct: only the density of the hyperparameters was fitted. Then coordinates that
     were chosen since the model was read are dropped.
@@ -314,19 +320,19 @@ def train_flow(run: Run) -> str | None:
     begin_at(flow, start.loc, start.scale)
     trained = list(density.parameters().values()) if plan.train_model else []
     trainer = Trainer(flow, density, learning_rate=STEP_SIZE, batch=BATCH, extra=trained)
-    with plan.clock.part(_stages.TRAINING, noted=False):
+    with plan.clock.part(stages.TRAINING, noted=False):
         for step in range(max(1, min(UNWATCHED, plan.max_steps // 6))):
             trainer.step(STEP_SIZE * min(1.0, (step + 1) / CHECK_EVERY))
     _first_round(run, trainer)
-    return _stages.FIRST_ROUND if run.best is not None and run.best.enough else None
+    return stages.FIRST_ROUND if run.best is not None and run.best.enough else None
 
 
 def is_improper(run: Run, flow: Flow | None = None) -> str | None:
     """Whether the posterior seems to be improper: then no training, and no sampler, comes to an end of it."""
     drawn = run.flow() if flow is None else flow
-    with run.plan.clock.part(_stages.PROPRIETY):
+    with run.plan.clock.part(stages.PROPRIETY):
         run.improper = improper_tails(run.density, lambda: drawn.draw(LOOKED_AT_DRAWS)[0], seed=run.seed)
-    return _stages.PROPRIETY if run.improper else None
+    return stages.PROPRIETY if run.improper else None
 
 
 def _first_round(run: Run, trainer: Trainer) -> None:
@@ -350,7 +356,7 @@ def _first_round(run: Run, trainer: Trainer) -> None:
     while True:
         left = Budget(plan.max_steps - len(trainer.losses), plan.clock)
         training = train(trainer, left, seed=run.seed, report=report, look=look)
-        outcome = assess(_stages.FIRST_ROUND, trainer, training)
+        outcome = assess(stages.FIRST_ROUND, trainer, training)
         run.take(outcome, trainer)
         done = not training.early or plan.clock.over or (stalls and outcome.only_k_hat_fails)
         if done or shift_is_noise(outcome.weighing):
@@ -377,7 +383,7 @@ METHODS = (
     Method(MCMC, AT_THE_BEST, _chains_come_first, _chains_of_gaussian),
     Method(CONDITIONALS, AT_THE_BEST, lambda run: run.from_scratch and not _few(run), conditionals_at_start),
     Method(TRAINED, AT_THE_BEST, lambda run: True, train_flow),
-    Method(_stages.PROPRIETY, AFTER, lambda run: run.goes_on, is_improper),
+    Method(stages.PROPRIETY, AFTER, lambda run: run.goes_on, is_improper),
     Method(MIXTURE, AFTER, _may_have_modes, lambda run: _mixture(run, barrier=0.0)),
     Method(MCMC, AFTER, lambda run: run.goes_on and run.plan.refine is not None, _chains_of_flow),
 )

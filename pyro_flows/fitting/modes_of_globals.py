@@ -14,15 +14,15 @@ from pyro_flows.flows.mixture import FlowMixture
 from pyro_flows.guides.collapsed import FEW_PARTS, FULL_UP_TO, climb, start_of_globals
 from pyro_flows.guides.marginal import MOST_DRAWS
 from pyro_flows.guides.marginal_density import MarginalDensity
-from pyro_flows.modes.missed_modes import mirrored
-from pyro_flows.modes.missed_regions import Guide, MissedRegion, Score, guide_at, is_resolved, moments
-from pyro_flows.modes.population_monte_carlo import MOST_PARTS, Parts, about, fitted
-from pyro_flows.modes.symmetries import group
-from pyro_flows.modes.unverified_modes import distinct
-from pyro_flows.results.record import Stage
-from pyro_flows.starts.prior import units_of
-from pyro_flows.verdict.deciding import CHECKED, ESTIMATED_DRAWS, UNSEARCHED, Draw
-from pyro_flows.verdict.thresholds import ROW_MODE_SHARE
+from pyro_flows.inference.modes.missed_modes import mirrored
+from pyro_flows.inference.modes.missed_regions import Guide, MissedRegion, Score, guide_at, is_resolved, moments
+from pyro_flows.inference.modes.population_monte_carlo import MOST_PARTS, Parts, about, fitted
+from pyro_flows.inference.modes.symmetries import group
+from pyro_flows.inference.modes.unverified_modes import distinct
+from pyro_flows.inference.record import Stage
+from pyro_flows.inference.starts.prior import units_of
+from pyro_flows.inference.verdict.deciding import CHECKED, ESTIMATED_DRAWS, UNSEARCHED, Draw
+from pyro_flows.support.thresholds import ROW_MODE_SHARE
 
 COPIES = "symmetric copies"
 

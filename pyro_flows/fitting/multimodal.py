@@ -13,22 +13,29 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pyro_flows._progress import Bar
-from pyro_flows._seeding import derive, seeded
 from pyro_flows.fitting.rounds import weighed
 from pyro_flows.flows.flow import Flow
 from pyro_flows.flows.mixture import FlowMixture
 from pyro_flows.flows.parts import student_mixture, tabulated
+from pyro_flows.inference.modes.population_monte_carlo import (
+    Generation,
+    Parts,
+    begun,
+    can_be_tempered,
+    fitted,
+    tempered_mixture,
+)
+from pyro_flows.inference.modes.separable import PROBES, is_separable, marginals
+from pyro_flows.inference.modes.survey import IN_VAIN, ROUNDS, Survey, can_be_surveyed, climbed_from, has_new, survey
+from pyro_flows.inference.record import Stage
+from pyro_flows.inference.starts.gaussians import Start
+from pyro_flows.inference.starts.prior import units_of
+from pyro_flows.inference.verdict.deciding import LOOKED_AT_DRAWS, weights_correct
+from pyro_flows.inference.verdict.methods import INDEPENDENT, MIXTURE, TABULATED
 from pyro_flows.model.log_density import LogDensity
-from pyro_flows.modes.population_monte_carlo import Generation, Parts, begun, can_be_tempered, fitted, tempered_mixture
-from pyro_flows.modes.separable import PROBES, is_separable, marginals
-from pyro_flows.modes.survey import IN_VAIN, ROUNDS, Survey, can_be_surveyed, climbed_from, has_new, survey
-from pyro_flows.results.record import Stage
-from pyro_flows.starts.gaussians import Start
-from pyro_flows.starts.prior import units_of
-from pyro_flows.verdict.deciding import LOOKED_AT_DRAWS, weights_correct
-from pyro_flows.verdict.methods import INDEPENDENT, MIXTURE, TABULATED
-from pyro_flows.verdict.thresholds import ESS_SHARE_COLLAPSED, ESS_SHARE_PROMISING
+from pyro_flows.support.process.progress import Bar
+from pyro_flows.support.process.seeding import derive, seeded
+from pyro_flows.support.thresholds import ESS_SHARE_COLLAPSED, ESS_SHARE_PROMISING
 
 
 @dataclass(frozen=True)

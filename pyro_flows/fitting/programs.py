@@ -15,18 +15,18 @@ from torch import Tensor
 from torch.distributions import Distribution, Transform, biject_to
 from torch.distributions.constraints import Constraint
 
-from pyro_flows._fallbacks import fallback
-from pyro_flows.correction.latent import Latent, only_finite
 from pyro_flows.flows.flow import Flow
 from pyro_flows.flows.mixture import FlowMixture
 from pyro_flows.guides.autoflow import AutoFlow, Drawn, Known
+from pyro_flows.inference.chains.latent import Latent, only_finite
+from pyro_flows.inference.modes.missed_regions import Score
+from pyro_flows.inference.modes.symmetries import ROUND_TRIP
+from pyro_flows.inference.modes.under_covered import Points, Space
+from pyro_flows.inference.verdict.deciding import Draw
 from pyro_flows.model.batching import over_rows, quiet
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.model.sites import Site, messages
-from pyro_flows.modes.missed_regions import Score
-from pyro_flows.modes.symmetries import ROUND_TRIP
-from pyro_flows.modes.under_covered import Points, Space
-from pyro_flows.verdict.deciding import Draw
+from pyro_flows.support.process.fallbacks import fallback
 
 LOG_Q = " log q"  # beside the sites' values
 UNCONSTRAINED = "_unconstrained"  # after the names of AutoNormal's auxiliary sites

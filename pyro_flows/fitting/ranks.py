@@ -13,8 +13,8 @@ import torch
 from pyro.poutine.messenger import Messenger
 from torch import distributed, nn
 
-from pyro_flows._fallbacks import fallback
 from pyro_flows.model.sites import Site, is_open, is_subsample
+from pyro_flows.support.process.fallbacks import fallback
 
 
 class Followed(Exception):

@@ -9,13 +9,11 @@ from typing import Any
 
 import torch
 
-from pyro_flows import _stages
 from pyro_flows.flows.flow import Flow
-from pyro_flows.model.log_density import LogDensity
-from pyro_flows.results.record import Stage
-from pyro_flows.training.loop import Training
-from pyro_flows.training.trainer import Trainer
-from pyro_flows.verdict.deciding import (
+from pyro_flows.inference.record import Stage
+from pyro_flows.inference.training.loop import Training
+from pyro_flows.inference.training.trainer import Trainer
+from pyro_flows.inference.verdict.deciding import (
     COMPARED_DRAWS,
     JUDGED_DRAWS,
     LOOKED_AT_DRAWS,
@@ -24,8 +22,10 @@ from pyro_flows.verdict.deciding import (
     status_of,
     weights_correct,
 )
-from pyro_flows.verdict.thresholds import ESS_SHARE_EVEN, ESS_SHARE_GOOD, K_HAT_GOOD, VAR_LOG_P_RATIO_MOST
-from pyro_flows.verdict.weighing import Weighing, weigh
+from pyro_flows.inference.verdict.weighing import Weighing, weigh
+from pyro_flows.model.log_density import LogDensity
+from pyro_flows.support.process import stages
+from pyro_flows.support.thresholds import ESS_SHARE_EVEN, ESS_SHARE_GOOD, K_HAT_GOOD, VAR_LOG_P_RATIO_MOST
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ def _assessed(
 ) -> Round:  # fmt: skip
     weighing = unweighed(density.dim, training.elbo)
     if look:
-        with density.clock.part(_stages.WEIGHTS, noted=False):
+        with density.clock.part(stages.WEIGHTS, noted=False):
             # fewer, if these have many coordinates
             weighing = weighed(flow, density, min(JUDGED_DRAWS, max(8000, 4_000_000 // density.dim)))
     stage = Stage(

@@ -12,22 +12,22 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from pyro_flows import _checks
-from pyro_flows._clock import Clock
-from pyro_flows._progress import Bar
 from pyro_flows.fitting.multimodal import MultimodalCandidate
 from pyro_flows.fitting.rounds import Round
 from pyro_flows.flows.flow import Flow
 from pyro_flows.flows.mixture import FlowMixture
 from pyro_flows.flows.recipe import AUTO, BUILDERS, VECTOR_BUILDERS, FlowLike, Recipe, latent_recipe
+from pyro_flows.inference.modes.missed_modes import Search
+from pyro_flows.inference.record import Stage
+from pyro_flows.inference.starts.coordinates import Climbed
+from pyro_flows.inference.starts.gaussians import Start
+from pyro_flows.inference.training.trainer import Trainer
+from pyro_flows.inference.verdict.chains import McmcDraws
+from pyro_flows.inference.verdict.deciding import CHECKED
 from pyro_flows.model.log_density import LogDensity
-from pyro_flows.modes.missed_modes import Search
-from pyro_flows.results.record import Stage
-from pyro_flows.starts.coordinates import Climbed
-from pyro_flows.starts.gaussians import Start
-from pyro_flows.training.trainer import Trainer
-from pyro_flows.verdict.chains import McmcDraws
-from pyro_flows.verdict.deciding import CHECKED
+from pyro_flows.support import checks
+from pyro_flows.support.process.clock import Clock
+from pyro_flows.support.process.progress import Bar
 
 Sampler = Flow | FlowMixture  # has ``draw`` and ``log_prob``
 USUAL = {
@@ -107,7 +107,7 @@ def recipe_for(flow: FlowLike, options: Mapping[str, object]) -> Recipe:
         ValueError, TypeError: as :func:`latent_recipe` does.
     """
     if isinstance(flow, str) and flow not in BUILDERS:
-        _checks.choice("flow", flow, (AUTO, *VECTOR_BUILDERS))
+        checks.choice("flow", flow, (AUTO, *VECTOR_BUILDERS))
     trained: FlowLike = TRAINED if flow == AUTO else flow
     return latent_recipe(trained, options, affine="auto", base="student_t", df=15.0)
 

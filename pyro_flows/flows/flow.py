@@ -12,8 +12,8 @@ from pyro.distributions import TorchDistribution, TransformedDistribution
 from torch import Tensor, nn
 from torch.distributions import Distribution, constraints
 
-from pyro_flows import _checks
 from pyro_flows.flows import bases
+from pyro_flows.support import checks
 from pyro_flows.transforms import Bijection, Bound, DiagonalAffine, LowerTriangularAffine, Planar, Rescale, SinhArcsinh
 from pyro_flows.transforms.coupling import Coupling
 
@@ -25,7 +25,7 @@ MIXTURE = "mixture"  # the name of a base that is a mixture
 BASES = ("logistic", "normal", "student_t", "uniform")
 
 
-@_checks.constructor
+@checks.constructor
 class Flow(nn.Module):
     r"""A base distribution pushed through a bijection: :math:`y = T(x)`, :math:`x \sim q_0`.
 
@@ -63,8 +63,8 @@ class Flow(nn.Module):
         self.base_shape = _find_shape(bijection, dim)
         self.event_shape = torch.Size(bijection.forward_shape(self.base_shape))
         self.dim = math.prod(self.base_shape)
-        self.base = _checks.choice("base", base, BASES)
-        self.df = _checks.positive("df", df)
+        self.base = checks.choice("base", base, BASES)
+        self.df = checks.positive("df", df)
         self.mixture: Any = None  # a MixtureBase, DefendedBase or Ensemble in the place of the base, see `recipe`
         self.recipe: Any = None  # a Recipe, which builds flows and so stands above this file; builders write it
         self.register_buffer("_like", torch.zeros(()), persistent=False)
@@ -205,7 +205,7 @@ class Flow(nn.Module):
 
     def _real(self, name: str, value: Tensor) -> Tensor:
         """Whole numbers as numbers of the flow's dtype: products with its weights need one dtype."""
-        return _checks.floating(name, value, next(self.bijection.parameters(), self._like))
+        return checks.floating(name, value, next(self.bijection.parameters(), self._like))
 
     def _log_base(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         if self.base in ("uniform", MIXTURE):
@@ -220,7 +220,7 @@ def _find_shape(bijection: Bijection, dim: int | Sequence[int] | None) -> torch.
         if known is None:
             raise ValueError("dim: this bijection does not name its number of coordinates; pass dim=.")
         return known
-    shape = _checks.size("dim", dim)
+    shape = checks.size("dim", dim)
     given = torch.Size((shape,) if isinstance(shape, int) else shape)
     if len(given) != bijection.event_dim or given != (known or given):
         expected = f"{bijection.event_dim} axes" if known is None else f"shape {tuple(known)}"

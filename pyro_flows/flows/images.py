@@ -7,10 +7,10 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from pyro_flows import _checks
-from pyro_flows._arguments import widths
 from pyro_flows.flows.flow import Flow
 from pyro_flows.flows.recipe import Couplings, build, of_images
+from pyro_flows.support import checks
+from pyro_flows.support.arguments import widths
 from pyro_flows.transforms import (
     ActNorm,
     AffineCoupling,
@@ -27,7 +27,7 @@ Shape = tuple[int, int, int]
 
 
 @of_images
-@_checks.options
+@checks.options
 def multiscale_realnvp(
     dim: Sequence[int],
     *,
@@ -84,10 +84,10 @@ def multiscale_realnvp(
     >>> flow().sample((3,)).shape, flow.log_prob(torch.full((3, 1, 8, 8), 0.5)).shape
     (torch.Size([3, 1, 8, 8]), torch.Size([3]))
     """
-    shape = _divisible(dim, _checks.integer("levels", levels, 1) - 1)
+    shape = _divisible(dim, checks.integer("levels", levels, 1) - 1)
     if shape[1] * shape[2] == 4 ** (levels - 1):
         raise ValueError(f"dim: expected more than one pixel at the last of {levels} scales, got {shape}.")
-    _checks.integer("layers", layers, 1)
+    checks.integer("layers", layers, 1)
     options: Couplings = {
         "context_dim": context_dim, "hidden": hidden, "activation": activation, "network": network,
         "log_scale_bound": log_scale_bound,
@@ -115,7 +115,7 @@ def multiscale_realnvp(
 
 
 @of_images
-@_checks.options
+@checks.options
 def glow(
     dim: Sequence[int],
     *,
@@ -163,9 +163,9 @@ def glow(
     >>> flow().sample((2,)).shape
     torch.Size([2, 3, 8, 8])
     """
-    shape = _divisible(dim, _checks.integer("levels", levels, 1))
-    _checks.integer("layers", layers, 1)
-    _checks.integer("seed", seed, 0)
+    shape = _divisible(dim, checks.integer("levels", levels, 1))
+    checks.integer("layers", layers, 1)
+    checks.integer("seed", seed, 0)
     options: Couplings = {
         "context_dim": context_dim, "hidden": hidden, "activation": activation, "network": network,
         "log_scale_bound": log_scale_bound,
@@ -185,7 +185,7 @@ def glow(
 
 
 def _divisible(dim: object, halvings: int) -> Shape:
-    shape = _checks.image("dim", dim)
+    shape = checks.image("dim", dim)
     if any(side % 2**halvings for side in shape[1:]):
         raise ValueError(
             f"dim: expected a height and width divisible by {2**halvings}, got {shape}; take fewer levels, or pad."

@@ -11,10 +11,10 @@ from pyro.distributions import TorchDistribution
 from torch import Tensor, nn
 from torch.distributions import constraints
 
-from pyro_flows import _checks
-from pyro_flows._tensors import broadcast
 from pyro_flows.flows.flow import PIECE, Flow
 from pyro_flows.flows.stacked import Copies, Stacked, log_sum, stacked
+from pyro_flows.support import checks
+from pyro_flows.support.numbers.tensors import broadcast
 
 LEAST_WEIGHT = 1e-3
 ROWS = 2**17  # that one flow is evaluated at together
@@ -88,7 +88,7 @@ class FlowMixture(nn.Module):
         self.context_dim = 0
         like = next(flows[0].parameters(), flows[0]._like)
         for part in parts:
-            if _checks.integer("components: flow", part.flow, 0) >= len(flows):
+            if checks.integer("components: flow", part.flow, 0) >= len(flows):
                 raise ValueError(f"components: flow {part.flow} does not exist, there are {len(flows)}.")
         weights = torch.tensor([float(part.log_weight) for part in parts], dtype=torch.float64)
         if not bool(torch.isfinite(weights.logsumexp(0))):
@@ -174,12 +174,12 @@ class FlowMixture(nn.Module):
     @torch.no_grad()
     def sample(self, n: int) -> Tensor:
         """Return n draws (n, D) in random order, without gradients."""
-        return self.rsample((_checks.integer("n", n, 1),))
+        return self.rsample((checks.integer("n", n, 1),))
 
     @torch.no_grad()
     def draw(self, n: int) -> tuple[Tensor, Tensor]:
         """Return n draws (n, D) in random order and their log density (n,) under the mixture, without gradients."""
-        z, parts, own = self._drawn(_checks.integer("n", n, 1))
+        z, parts, own = self._drawn(checks.integer("n", n, 1))
         copies = stacked(self.members, self.components)
         if not isinstance(copies, Copies):
             return z, self.log_prob(z)
@@ -200,7 +200,7 @@ class FlowMixture(nn.Module):
         A part whose inverse overflows at a point, far away from all of its mass, adds nothing there. Cost: a pass of
         ``z`` for each part; without gradients, affine parts, and copies of a flow, are passed all at once.
         """
-        _checks.event("FlowMixture", z, self.dim)
+        checks.event("FlowMixture", z, self.dim)
         rows = z.reshape(-1, self.dim)
         together = None if torch.is_grad_enabled() else stacked(self.members, self.components)
         return torch.cat([self._log_prob(part, together) for part in rows.split(self._rows)]).reshape(z.shape[:-1])

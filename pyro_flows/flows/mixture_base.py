@@ -11,7 +11,7 @@ from pyro.distributions import TorchDistribution
 from torch import Tensor, nn
 from torch.distributions import constraints
 
-from pyro_flows import _checks
+from pyro_flows.support import checks
 from pyro_flows.transforms.conditioners import bounded, conditioner
 from pyro_flows.transforms.networks import State, adopt_context_scale, seen_of
 
@@ -50,8 +50,8 @@ class MixtureBase(nn.Module):
 
     def __init__(self, dim: int, components: int, *, context_dim: int = 0, hidden: Sequence[int] = (64, 64)) -> None:
         super().__init__()
-        self.dim = _checks.integer("dim", dim, 1)
-        self.components = _checks.integer("components", components, 1)
+        self.dim = checks.integer("dim", dim, 1)
+        self.components = checks.integer("components", components, 1)
         self.context_dim = context_dim
         self.logits = nn.Parameter(torch.zeros(components))
         self.loc = nn.Parameter(torch.zeros(components, dim))
@@ -89,7 +89,7 @@ class MixtureBase(nn.Module):
 
     def forward(self, context: Tensor | None = None) -> MixtureOfStudents:
         """Return the distribution, with the batch shape of the context."""
-        _checks.context("MixtureBase", context, self.context_dim)
+        checks.context("MixtureBase", context, self.context_dim)
         factor = self.below.tril(-1) + torch.diag_embed(self.log_diagonal.exp())
         if self.conditioner is None:
             return MixtureOfStudents(Parts(self.logits.log_softmax(-1), self.loc, factor, DF_LEAST + self.log_df.exp()))

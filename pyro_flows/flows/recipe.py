@@ -13,12 +13,12 @@ from typing import Any, NotRequired, TypedDict, cast
 import torch
 from torch import Tensor
 
-from pyro_flows import _checks
-from pyro_flows._threads import turn
 from pyro_flows.flows.bases import DefendedBase
 from pyro_flows.flows.flow import BASES, MIXTURE, Flow
 from pyro_flows.flows.mixture_base import MixtureBase
 from pyro_flows.flows.unbent import warn_unbent
+from pyro_flows.support import checks
+from pyro_flows.support.process.threads import turn
 from pyro_flows.transforms import Bijection, Compose, DiagonalAffine, LowerTriangularAffine, SinhArcsinh
 from pyro_flows.transforms.fixed import Preprocess
 
@@ -119,7 +119,7 @@ class Recipe:
         """
         made = self.builder
         if isinstance(made, str):
-            builder = {**BUILDERS, **PARTS}[made if made in PARTS else _checks.choice("builder", made, BUILDERS)]
+            builder = {**BUILDERS, **PARTS}[made if made in PARTS else checks.choice("builder", made, BUILDERS)]
             made = builder(dim, base=self.base, df=self.df, **self.options)
         elif not isinstance(made, (Flow, Bijection)):
             made = _called(made, cast("int", dim))
@@ -178,14 +178,14 @@ def latent_recipe(flow: FlowLike, options: Mapping[str, object], *, affine: str,
         ValueError: for an unknown builder, affine map or base, wrong options, and for what is no flow.
         TypeError: for options beside a flow that is already built, or options that the builder does not have.
     """
-    around = () if _checks.choice("affine", affine, AFFINES) == "none" else (("affine", affine),)
-    _checks.choice("base", base, BASES)
-    _checks.positive("df", df)
+    around = () if checks.choice("affine", affine, AFFINES) == "none" else (("affine", affine),)
+    checks.choice("base", base, BASES)
+    checks.positive("df", df)
     found = Recipe(flow, dict(options), base, df, around)
     if isinstance(flow, str):
         if flow in BUILDERS and flow not in VECTOR_BUILDERS:
             raise ValueError(f"flow: {flow!r} makes flows of images; a guide's is of a vector, as 'realnvp' makes.")
-        _checks.choice("flow", flow, VECTOR_BUILDERS)
+        checks.choice("flow", flow, VECTOR_BUILDERS)
         if options:  # wrong ones fail here, not at the first step
             with turn(), torch.random.fork_rng(devices=[]):
                 found.build(1)
@@ -217,7 +217,7 @@ def _with(flow: Flow, kind: str, about: object) -> Flow:
 
 def with_affine(flow: Flow, kind: object) -> Flow:
     """Return the flow followed by tails and an affine map of one of `AFFINES`; "none" adds neither."""
-    kind = _checks.choice("affine", kind, AFFINES)
+    kind = checks.choice("affine", kind, AFFINES)
     if kind == "none":
         return flow
     if kind == "auto" and flow.dim <= FULL_AFFINE_UP_TO:
@@ -314,7 +314,7 @@ def start_at(flow: Flow, loc: Tensor, scale: Tensor) -> None:
     affine = affine_of(flow)
     if affine is None:
         return
-    _checks.vector("loc", loc, affine.dim)
+    checks.vector("loc", loc, affine.dim)
     if scale.shape not in ((affine.dim,), (affine.dim, affine.dim)):
         sizes = f"({affine.dim},) or ({affine.dim}, {affine.dim})"
         raise ValueError(f"scale: expected a tensor of shape {sizes}, got {tuple(scale.shape)}.")

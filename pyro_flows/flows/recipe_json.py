@@ -10,13 +10,13 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from pyro_flows import _checks
-from pyro_flows._fallbacks import first_line
-from pyro_flows._seeding import seeded
-from pyro_flows._untrusted import Building, Damaged, check_numbers, require
 from pyro_flows.flows.flow import Flow
 from pyro_flows.flows.mixture import Component, FlowMixture
 from pyro_flows.flows.recipe import BUILDERS, PARTS, Recipe
+from pyro_flows.support import checks
+from pyro_flows.support.files.untrusted import Building, Damaged, check_numbers, require
+from pyro_flows.support.process.fallbacks import first_line
+from pyro_flows.support.process.seeding import seeded
 
 MIXTURE = "mixture"  # in the place of a builder's name
 AROUND = {"builder", "df", "inner", "mixture", "preprocess", "affine"}  # entries of a flow with more maps around it
@@ -60,14 +60,14 @@ def recipe_of(text: Mapping[str, object]) -> tuple[Recipe, int | tuple[int, ...]
         options = {name: value for name, value in text.items() if name not in ("mixture", "affine", "preprocess")}
         builder, base, df = cast("str", options.pop("builder")), cast("str", options.pop("base")), options.pop("df")
         dim = cast("int | tuple[int, ...]", options.pop("dim"))
-        _checks.positive("df", df)
+        checks.positive("df", df)
         recipe = Recipe(builder, options, base, cast("float", df))
     if text.get("mixture") is not None:
         recipe = recipe.then("mixture", text["mixture"])
     if text.get("preprocess") is not None:
         recipe = recipe.then("preprocess", text["preprocess"])
     if text.get("affine") is not None:
-        recipe = recipe.then("affine", _checks.choice("affine", text["affine"], ("auto", "diagonal", "tril")))
+        recipe = recipe.then("affine", checks.choice("affine", text["affine"], ("auto", "diagonal", "tril")))
     return recipe, dim
 
 
@@ -82,7 +82,7 @@ def from_json(text: Mapping[str, object]) -> Flow | FlowMixture:
         flows = [from_json(flow) for flow in cast("list[Mapping[str, object]]", text["flows"])]
         return FlowMixture(cast("list[Flow]", flows), parts)
     if text.get("builder") not in PARTS:
-        _checks.choice("builder", text["builder"], BUILDERS)
+        checks.choice("builder", text["builder"], BUILDERS)
     recipe, dim = recipe_of(text)
     return recipe.build(dim)
 

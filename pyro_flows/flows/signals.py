@@ -8,14 +8,14 @@ from functools import partial
 
 import torch
 
-from pyro_flows import _checks
 from pyro_flows.flows.flow import Flow
 from pyro_flows.flows.recipe import build, of_images
+from pyro_flows.support import checks
 from pyro_flows.transforms import ActNorm, AffineCoupling, Bijection, Compose, Conv1x1, MultiScale, Squeeze, masks
 
 
 @of_images
-@_checks.options
+@checks.options
 def waveglow(
     dim: Sequence[int],
     *,
@@ -67,13 +67,13 @@ def waveglow(
     >>> flow(torch.zeros(3, 20)).sample((2,)).shape
     torch.Size([2, 3, 1, 64])
     """
-    shape = _checks.grid("dim", dim)
-    if len(shape) != 2 or shape[1] % group or shape[0] * group % 2 ** _checks.integer("levels", levels, 1):
+    shape = checks.grid("dim", dim)
+    if len(shape) != 2 or shape[1] % group or shape[0] * group % 2 ** checks.integer("levels", levels, 1):
         raise ValueError(
             f"dim: expected the shape (C, T) of a signal, with T divisible by group={group}, and C * group by 2 to the "
             f"levels={levels}, got {shape}; cut or pad the signal."
         )
-    _checks.integer("layers", layers, 1)
+    checks.integer("layers", layers, 1)
     options = {"context_dim": context_dim, "frames": frames, "hidden": hidden, "log_scale_bound": log_scale_bound}
     coupling = partial(
         AffineCoupling, context_dim=context_dim, frames=frames, hidden=hidden, log_scale_bound=log_scale_bound
@@ -117,7 +117,7 @@ def at_length(flow: Flow, length: int) -> Flow:
         raise ValueError("flow: expected one that pf.waveglow made, with no map to the scale of data after it.")
     channels, before = flow.event_shape
     old, width = recipe.options["frames"], recipe.options["context_dim"]
-    frames, rest = divmod(old * _checks.integer("length", length, 1), before)
+    frames, rest = divmod(old * checks.integer("length", length, 1), before)
     if rest:
         raise ValueError(f"length: expected whole frames of {before // old} samples, got {length}.")
     options = {**recipe.options, "frames": frames, "context_dim": width // old * frames}

@@ -7,9 +7,9 @@ import warnings
 
 import torch
 
-from pyro_flows._seeding import seeded
-from pyro_flows._warnings import outside
 from pyro_flows.flows.flow import Flow
+from pyro_flows.support.process.seeding import seeded
+from pyro_flows.support.process.warnings import outside
 
 LINES = 32  # along which second differences are taken
 SPREADS = 0.5, 0.05  # of random parameters: with large ones, points may lie outside of the interval of a spline

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from pyro_flows import _checks
 from pyro_flows.flows.flow import Flow
 from pyro_flows.flows.recipe import Couplings, Networks, build, of_vectors
+from pyro_flows.support import checks
 from pyro_flows.transforms import AdditiveCoupling, AffineCoupling, Bijection, Planar, Rescale, SplineCoupling, masks
 
 
 @of_vectors
-@_checks.options
+@checks.options
 def planar(
     dim: int,
     *,
@@ -45,14 +45,14 @@ def planar(
     >>> sum(p.numel() for p in pf.planar(2, layers=8).parameters())
     40
     """
-    _checks.integer("layers", layers, 1)
+    checks.integer("layers", layers, 1)
     options: Networks = {"context_dim": context_dim, "hidden": hidden, "activation": activation}
     stack: list[Bijection] = [Planar(dim, **options) for _ in range(layers)]
     return build(stack, base, df, builder="planar", dim=dim, layers=layers, **options)
 
 
 @of_vectors
-@_checks.options
+@checks.options
 def nice(
     dim: int,
     *,
@@ -110,7 +110,7 @@ def nice(
 
 
 @of_vectors
-@_checks.options
+@checks.options
 def realnvp(
     dim: int,
     *,
@@ -165,7 +165,7 @@ def realnvp(
 
 
 @of_vectors
-@_checks.options
+@checks.options
 def spline(
     dim: int,
     *,

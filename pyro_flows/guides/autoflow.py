@@ -15,10 +15,6 @@ from pyro.distributions.distribution import Distribution
 from torch import Tensor
 from torch.distributions import register_kl
 
-from pyro_flows import _checks
-from pyro_flows._arguments import numbers
-from pyro_flows._fallbacks import fallback
-from pyro_flows._threads import turn
 from pyro_flows.flows.flow import Flow
 from pyro_flows.guides.recorded import RecordedBound
 from pyro_flows.guides.setup import LatentGuide
@@ -26,14 +22,18 @@ from pyro_flows.guides.store import in_svi
 from pyro_flows.model.batching import Rows, over_rows, quiet
 from pyro_flows.model.handlers import flatten_all, place_all
 from pyro_flows.model.sites import Keywords, Positional, Site, Structure, messages
+from pyro_flows.support import checks
+from pyro_flows.support.arguments import numbers
+from pyro_flows.support.process.fallbacks import fallback
+from pyro_flows.support.process.threads import turn
 from pyro_flows.transforms import Bijection, Bound, Compose
 from pyro_flows.transforms.base import hooked
 
 QUANTILE_DRAWS = 4000
 
 
-@_checks.methods
-@_checks.constructor
+@checks.methods
+@checks.constructor
 class AutoFlow(LatentGuide):
     r"""Guide :math:`z = m + L(b + A\,t(f(\epsilon)))` over all continuous latents: any flow f, then tails, then affine.
 
@@ -295,7 +295,7 @@ def levels_of(quantiles: Sequence[float] | Tensor) -> Tensor:
     return levels
 
 
-@_checks.constructor
+@checks.constructor
 class AutoRealNVP(AutoFlow):
     r""":class:`AutoFlow` with :func:`~pyro_flows.realnvp`: affine couplings :math:`x_M \odot e^{s(x_K)} + t(x_K)`.
 
@@ -322,7 +322,7 @@ class AutoRealNVP(AutoFlow):
         super().__init__(model, "realnvp", layers=layers, hidden=hidden, **options)
 
 
-@_checks.constructor
+@checks.constructor
 class AutoNICE(AutoFlow):
     """:class:`AutoFlow` with :func:`~pyro_flows.nice`: additive couplings :math:`x_M + t(x_K)`.
 
@@ -349,7 +349,7 @@ class AutoNICE(AutoFlow):
         super().__init__(model, "nice", layers=layers, hidden=hidden, **options)
 
 
-@_checks.constructor
+@checks.constructor
 class AutoPlanar(AutoFlow):
     r""":class:`AutoFlow` with :func:`~pyro_flows.planar`: maps :math:`x + \hat u \tanh(w^\top x + b)`.
 

@@ -32,7 +32,6 @@ from pyro.poutine.indep_messenger import CondIndepStackFrame
 from torch import Tensor
 from torch._C import _functorch
 
-from pyro_flows._seeding import derive, seeded
 from pyro_flows.model.batching import batch
 from pyro_flows.model.bijections import bijection, real_log_prob, real_shape
 from pyro_flows.model.handlers import Place
@@ -53,6 +52,7 @@ from pyro_flows.model.sites import (
     vectorized,
 )
 from pyro_flows.model.start import FromPrior, initial_value
+from pyro_flows.support.process.seeding import derive, seeded
 
 MOST_STEPS = 60  # Newton steps to a mode
 NEAR = 0.3  # of a standard deviation of a number: how far from the mode the curvature may be taken

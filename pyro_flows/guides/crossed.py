@@ -41,14 +41,14 @@ from torch import Tensor
 from torch.func import grad, jvp, vjp
 from torch.nn.functional import pad
 
-from pyro_flows._clock import unbounded
-from pyro_flows._seeding import derive, seeded
 from pyro_flows.guides.conditional import Conditional, Rows, at_values, beginning, of_prior
 from pyro_flows.guides.marginal import ALL, MOST_DRAWS, Errors, WorstRow, parts_of, without_lost
 from pyro_flows.guides.sparse_normal import Normal, Pattern
 from pyro_flows.model.batching import batch, quiet
 from pyro_flows.model.sites import Site, messages, vectorized
-from pyro_flows.verdict.thresholds import ROW_ERROR_MOST, ROW_MODE_SHARE, ROW_MODES_APART
+from pyro_flows.support.process.clock import unbounded
+from pyro_flows.support.process.seeding import derive, seeded
+from pyro_flows.support.thresholds import ROW_ERROR_MOST, ROW_MODE_SHARE, ROW_MODES_APART
 
 MOST_DENSE = 3000  # rows of all sites but the largest: their matrix is factored for each value of the globals
 AT_ONCE = 4_000_000  # numbers: derivatives of the terms at several points

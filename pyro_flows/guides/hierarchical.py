@@ -23,9 +23,6 @@ from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor, nn
 from torch._C import _functorch
 
-from pyro_flows import _checks
-from pyro_flows._fallbacks import fallback, first_line
-from pyro_flows._seeding import seeded
 from pyro_flows.flows.flow import Flow
 from pyro_flows.flows.mixture import FlowMixture
 from pyro_flows.flows.recipe import FlowLike, begin_at
@@ -52,6 +49,9 @@ from pyro_flows.model.sites import (
     vectorized,
 )
 from pyro_flows.model.start import first_run, initial_value, transform_of
+from pyro_flows.support import checks
+from pyro_flows.support.process.fallbacks import fallback, first_line
+from pyro_flows.support.process.seeding import seeded
 from pyro_flows.transforms import Bijection, Compose, DiagonalAffine, SinhArcsinh
 
 LAYERS = 4  # couplings of the default flow
@@ -63,7 +63,7 @@ SAME = 1e-3  # relative error of a site's log density, among other draws or alon
 REACH = 0.3  # of difference quotients, in sds
 
 
-@_checks.constructor
+@checks.constructor
 class AutoHierarchicalFlow(AutoMessenger):  # type: ignore[metaclass]
     r"""Guide :math:`q(\theta, y) = q_\text{flow}(\theta) \prod_i q(y_i \mid \theta, x_i)`, for plates and minibatches.
 
@@ -227,7 +227,7 @@ class AutoHierarchicalFlow(AutoMessenger):  # type: ignore[metaclass]
         _check_rows(every, trace)
         for option, names in ((self._option, self._joint), ("normal", self._own)):
             for name in names:
-                _checks.choice(option, name, [site["name"] for site in latents])
+                checks.choice(option, name, [site["name"] for site in latents])
         self._plate_sizes = {frame.name: frame.full_size or frame.size for frame in every}
         axes = [max(len(site["fn"].batch_shape), site["value"].dim() - site["fn"].event_dim) for site in sites]
         self._nesting = max(axes)  # of which some may be in no plate
@@ -699,7 +699,7 @@ class AutoHierarchicalFlow(AutoMessenger):  # type: ignore[metaclass]
             args: the model's arguments.
             kwargs: its keyword arguments.
         """
-        _checks.integer("n", n, 1)
+        checks.integer("n", n, 1)
         self.initialize(*args, **kwargs)
         with poutine.block():
             if not (self.local or self._own):  # the flow has all latents

@@ -36,11 +36,9 @@ import torch
 from pyro.distributions.util import scale_and_mask
 from torch import Tensor
 
-from pyro_flows._clock import unbounded
-from pyro_flows._fallbacks import Tried, fallback
-from pyro_flows._seeding import derive, seeded
 from pyro_flows.guides import conditional
 from pyro_flows.guides.conditional import At, Conditional, Number, Rows, Start, at_values, axes_of, is_part
+from pyro_flows.inference.verdict.psis import psis
 from pyro_flows.model.batching import over_rows, quiet
 from pyro_flows.model.bijections import bijection
 from pyro_flows.model.bounds import log_times, on_bound
@@ -49,8 +47,10 @@ from pyro_flows.model.precision import doubled
 from pyro_flows.model.reading import check_observed
 from pyro_flows.model.sites import Site, by_event, is_data, messages, vectorized
 from pyro_flows.model.supports import inside
-from pyro_flows.verdict.psis import psis
-from pyro_flows.verdict.thresholds import (
+from pyro_flows.support.process.clock import unbounded
+from pyro_flows.support.process.fallbacks import Tried, fallback
+from pyro_flows.support.process.seeding import derive, seeded
+from pyro_flows.support.thresholds import (
     K_HAT_MOST,
     ROW_MODE_REACHED,
     ROW_MODE_SHARE,

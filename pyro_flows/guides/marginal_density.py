@@ -11,9 +11,6 @@ from pyro import poutine
 from torch import Tensor
 from torch._C import _functorch
 
-from pyro_flows import _checks
-from pyro_flows._clock import Clock
-from pyro_flows._fallbacks import Tried, fallback
 from pyro_flows.guides.conditional import Conditional, Rows, at_values, is_part
 from pyro_flows.guides.crossed import CrossedMarginal
 from pyro_flows.guides.hierarchical import AutoHierarchicalFlow
@@ -34,6 +31,9 @@ from pyro_flows.model.sites import (
     vectorized,
 )
 from pyro_flows.model.start import first_run, initial_value
+from pyro_flows.support import checks
+from pyro_flows.support.process.clock import Clock
+from pyro_flows.support.process.fallbacks import Tried, fallback
 
 INTEGRATED = "integrated"  # what settings call :attr:`MarginalDensity.recipe`
 
@@ -137,7 +137,7 @@ class MarginalDensity(LogDensity):
         sites = [site.name for site in marginal.first.sites]
         if not sites:
             return super().local_samples(z, names, rows)
-        names = sites if names is None else [_checks.choice("names", name, sites) for name in names]
+        names = sites if names is None else [checks.choice("names", name, sites) for name in names]
         found: dict[str, Tensor] = {}
         for plate in dict.fromkeys(marginal.plates[name] for name in names):
             own = [name for name in names if marginal.plates[name] == plate]

@@ -22,9 +22,6 @@ from torch import Tensor, nn
 from torch.distributions import Transform
 from torch.nn.functional import softplus
 
-from pyro_flows import _checks
-from pyro_flows._fallbacks import fallback
-from pyro_flows._seeding import seeded
 from pyro_flows.flows.recipe import FlowLike, Recipe
 from pyro_flows.guides.autoflow import AutoFlow
 from pyro_flows.guides.conditional import Rows
@@ -37,6 +34,9 @@ from pyro_flows.model.handlers import within
 from pyro_flows.model.reading import read_structure
 from pyro_flows.model.sites import Keywords, Model, Positional, Site, messages
 from pyro_flows.model.start import initial_value
+from pyro_flows.support import checks
+from pyro_flows.support.process.fallbacks import fallback
+from pyro_flows.support.process.seeding import seeded
 from pyro_flows.transforms.base import Bijection
 
 CLIMBED_UP_TO = 30  # coordinates of the flows: a climb takes minutes for more, where the model takes no batches
@@ -66,7 +66,7 @@ class Blocks(Bijection):
 
     def __init__(self, dim: int, sets: Sequence[Sequence[int]], maps: Sequence[Bijection]) -> None:
         super().__init__()
-        self.dim = _checks.integer("dim", dim, 1)
+        self.dim = checks.integer("dim", dim, 1)
         together = [index for own in sets for index in own]
         if len(set(together)) < len(together) or not set(together) <= set(range(dim)):
             raise ValueError(f"sets: expected coordinates from 0 to {dim - 1}, each in one set, got {list(sets)}.")
@@ -81,7 +81,7 @@ class Blocks(Bijection):
         return self._each(y, lambda map_, own: map_.inverse_and_ladj(own))
 
     def _each(self, x: Tensor, way: Callable[[Bijection, Tensor], tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-        _checks.event("Blocks", x, self.dim)
+        checks.event("Blocks", x, self.dim)
         found, total = x, x.new_zeros(x.shape[:-1])
         for number, map_ in enumerate(self.maps):
             index = self.get_buffer(f"set_{number}")
@@ -185,7 +185,7 @@ class AutoFlowMessenger(AutoHierarchicalFlow, AutoNormalMessenger):
         self._own = list(normal)
         self.amortized_plates = tuple(amortized_plates)
         self.init_loc_fn = initial_value if init_loc_fn is None else init_loc_fn
-        self._init_scale = _checks.positive("init_scale", init_scale)
+        self._init_scale = checks.positive("init_scale", init_scale)
         self.encoder = encoder
         self._features: Tensor | None = None
         self._asked: set[str] = set()

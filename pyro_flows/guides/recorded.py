@@ -9,10 +9,10 @@ from torch import Tensor, nn
 from torch._C import _functorch
 from torch.autograd.function import once_differentiable
 
-from pyro_flows._fallbacks import Tried, passed_over
-from pyro_flows._tensors import nearby, pull
-from pyro_flows.graphs import Runner, agree, record
 from pyro_flows.guides.store import Whole
+from pyro_flows.model.graphs import Runner, agree, record
+from pyro_flows.support.numbers.tensors import nearby, pull
+from pyro_flows.support.process.fallbacks import Tried, passed_over
 from pyro_flows.transforms import Bijection, Bound
 from pyro_flows.transforms.base import hooked
 

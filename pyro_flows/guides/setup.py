@@ -18,9 +18,6 @@ from pyro.params.param_store import param_with_module_name
 from torch import Tensor, nn
 from torch.distributions import constraints
 
-from pyro_flows import _checks
-from pyro_flows._fallbacks import passed_over
-from pyro_flows._seeding import seeded
 from pyro_flows.flows.flow import Flow
 from pyro_flows.flows.mixture import FlowMixture
 from pyro_flows.flows.recipe import FlowLike, affine_of, begin_at, latent_recipe, start_at
@@ -28,15 +25,18 @@ from pyro_flows.guides.collapsed import few_parts, start_of_globals
 from pyro_flows.guides.conditional import Rows, beginning
 from pyro_flows.guides.recorded import Maps
 from pyro_flows.guides.store import Named, Whole, copy_stored, forget, in_svi, param_statement, place, was_loaded
+from pyro_flows.inference.starts.coordinates import choose_coordinates
+from pyro_flows.inference.starts.gaussians import Start
+from pyro_flows.inference.starts.portfolio import portfolio
 from pyro_flows.model.log_density import LogDensity, PartialLogDensity
 from pyro_flows.model.observations import hides_data, warn_of_hidden, without_block
 from pyro_flows.model.precision import LostDigits
 from pyro_flows.model.reading import read_structure
 from pyro_flows.model.sites import Keywords, Latent, Model, Noncentered, Positional, Structure, messages, vectorized
 from pyro_flows.model.start import initial_value
-from pyro_flows.starts.coordinates import choose_coordinates
-from pyro_flows.starts.gaussians import Start
-from pyro_flows.starts.portfolio import portfolio
+from pyro_flows.support import checks
+from pyro_flows.support.process.fallbacks import passed_over
+from pyro_flows.support.process.seeding import seeded
 from pyro_flows.transforms import DiagonalAffine, LowerTriangularAffine
 from pyro_flows.transforms.networks import give_gains
 
@@ -45,7 +45,7 @@ CENTERING = "centering"  # the buffer of the coordinates of hierarchical sites, 
 UNSLOWED = {"gain": 1.0, "relative": 0.0}  # buffers of small steps, as they leave a flow without small steps
 
 
-@_checks.methods
+@checks.methods
 class LatentGuide(AutoContinuous):
     """What a flow guide is made of; see :class:`~pyro_flows.AutoFlow`."""
 
@@ -74,14 +74,14 @@ class LatentGuide(AutoContinuous):
             )
         AutoGuide.__init__(self, model, create_plates=create_plates)
         self._recipe = latent_recipe(flow, options, affine=affine, base=base, df=df)
-        _checks.choice("init", init, INITS)
+        checks.choice("init", init, INITS)
         own = init_loc_fn is not None or init_scale is not None
         self._init = PRIOR if own else init
         self._init_loc_fn = initial_value if init_loc_fn is None else init_loc_fn
-        self._init_scale = 1.0 if init_scale is None else _checks.positive("init_scale", init_scale)
+        self._init_scale = 1.0 if init_scale is None else checks.positive("init_scale", init_scale)
         by_name = isinstance(noncentered, str)
-        self._noncentered = _checks.choice("noncentered", noncentered, (AUTO,)) if by_name else noncentered
-        self._cautious = cautious if isinstance(cautious, bool) else _checks.choice("cautious", cautious, (AUTO,))
+        self._noncentered = checks.choice("noncentered", noncentered, (AUTO,)) if by_name else noncentered
+        self._cautious = cautious if isinstance(cautious, bool) else checks.choice("cautious", cautious, (AUTO,))
         self._whole: Whole | None = None  # the parameters as one vector, while PathELBO trains them
         self._paced = 0.0  # the unit of steps that PathELBO has set
         self._arguments: tuple[Positional, Keywords] = ((), {})

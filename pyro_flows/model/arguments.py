@@ -17,14 +17,14 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map, tree_map_with_path
 
-from pyro_flows._arguments import signature_of
-from pyro_flows._fallbacks import Tried, first_line
-from pyro_flows._seeding import derive, seeded
 from pyro_flows.model.batching import apart
 from pyro_flows.model.faults import is_about_dtypes, is_of_a_point
 from pyro_flows.model.precision import doubled
 from pyro_flows.model.sites import Keywords, Model, Positional, Site, messages
 from pyro_flows.model.start import FromPrior
+from pyro_flows.support.arguments import signature_of
+from pyro_flows.support.process.fallbacks import Tried, first_line
+from pyro_flows.support.process.seeding import derive, seeded
 
 if TYPE_CHECKING:
     import pandas as pd

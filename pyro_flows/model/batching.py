@@ -18,11 +18,11 @@ from torch import Tensor
 from torch._C import _functorch
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
-from pyro_flows._fallbacks import Tried
-from pyro_flows._seeding import BatchedDraws
-from pyro_flows._tensors import filled, pull
-from pyro_flows._threads import Disturbed, turn
 from pyro_flows.model.faults import Faults, Undefined, is_of_a_point
+from pyro_flows.support.numbers.tensors import filled, pull
+from pyro_flows.support.process.fallbacks import Tried
+from pyro_flows.support.process.seeding import BatchedDraws
+from pyro_flows.support.process.threads import Disturbed, turn
 
 Rows = TypeVar("Rows")  # a tensor, or a dict of tensors
 Found = TypeVar("Found")  # likewise

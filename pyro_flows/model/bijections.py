@@ -23,8 +23,8 @@ from torch.distributions.transforms import (
     Transform,
 )
 
-from pyro_flows._tensors import broadcast
 from pyro_flows.model.supports import WRAPPERS, is_narrower
+from pyro_flows.support.numbers.tensors import broadcast
 
 GENERALIZED_PARETO: type[Distribution] | tuple[()] = getattr(torch.distributions, "GeneralizedPareto", ())  # in 2.8
 BOUNDS = {"lower_bound": torch.amin, "upper_bound": torch.amax}

@@ -7,15 +7,15 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from pyro_flows._fallbacks import Tried, passed_over
-from pyro_flows._seeding import seeded
-from pyro_flows._threads import turn
-from pyro_flows.graphs import Recorder
 from pyro_flows.model.batching import over_rows, quiet, where_possible
 from pyro_flows.model.faults import passing_over
+from pyro_flows.model.graphs import Recorder
 from pyro_flows.model.precision import LostDigits, doubled, in_double, read_in_double
 from pyro_flows.model.runs import Runs
 from pyro_flows.model.sites import Keywords, Model, Noncentered, Positional, Structure
+from pyro_flows.support.process.fallbacks import Tried, passed_over
+from pyro_flows.support.process.seeding import seeded
+from pyro_flows.support.process.threads import turn
 
 FAR, FAR_SITES = (-20.0, -10.0, 10.0, 20.0), 16  # where all coordinates of a site are put, to compare precisions
 LOST, LOST_SHARE = 1.0, 1e-4  # nats by which single precision may be off there, and as a share of the log density

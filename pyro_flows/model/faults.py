@@ -16,9 +16,9 @@ from torch import Tensor
 from torch._C import _functorch
 from torch.overrides import TorchFunctionMode
 
-from pyro_flows._fallbacks import Tried, first_line
-from pyro_flows._tensors import Args, Function, Kwargs
-from pyro_flows._warnings import HERE
+from pyro_flows.support.numbers.tensors import Args, Function, Kwargs
+from pyro_flows.support.process.fallbacks import Tried, first_line
+from pyro_flows.support.process.warnings import HERE
 
 Result = TypeVar("Result")
 

@@ -17,10 +17,10 @@ from torch import Tensor
 from torch.distributions import Distribution, transform_to
 from torch.distributions.constraints import Constraint
 
-from pyro_flows._tensors import broadcast
 from pyro_flows.model.batching import apart
 from pyro_flows.model.sites import Latent, Model, Placed, Site, Structure, is_data, is_open, messages
 from pyro_flows.model.supports import guarded, missing
+from pyro_flows.support.numbers.tensors import broadcast
 
 Fn = TypeVar("Fn", bound=Distribution)
 

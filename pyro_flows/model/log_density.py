@@ -14,20 +14,20 @@ import pyro
 import torch
 from torch import Tensor, fx
 
-from pyro_flows._clock import Clock
-from pyro_flows._fallbacks import Tried
-from pyro_flows._journal import evaluated
-from pyro_flows._ledger import booked
-from pyro_flows._threads import turn
-from pyro_flows.graphs import Recorder, RecorderState
 from pyro_flows.model.batching import quiet, values_and_grads, where_possible
 from pyro_flows.model.bounds import far_from_zero, log_times, on_bound
 from pyro_flows.model.digits import COMPARED_ONE_BY_ONE
 from pyro_flows.model.faults import Faults, Refused, Undefined, passing_over
+from pyro_flows.model.graphs import Recorder, RecorderState
 from pyro_flows.model.runs import Runs
 from pyro_flows.model.site_values import SiteValues
 from pyro_flows.model.sites import Noncentered, Structure
-from pyro_flows.verdict.thresholds import SHIFT_MOST
+from pyro_flows.support.process.clock import Clock
+from pyro_flows.support.process.fallbacks import Tried
+from pyro_flows.support.process.journal import evaluated
+from pyro_flows.support.process.ledger import booked
+from pyro_flows.support.process.threads import turn
+from pyro_flows.support.thresholds import SHIFT_MOST
 
 LARGER = 4  # times the numbers of data and coordinates, that a few results may have
 WRITTEN_FOR_A_CHECK, DRAWS_AT_LEAST = 2e9, 400  # numbers that a check may write, a second or so; and its draws

@@ -18,9 +18,6 @@ from torch.distributions import Distribution
 from torch.distributions.constraints import Constraint
 from torch.utils._pytree import tree_flatten_with_path
 
-from pyro_flows._arguments import signature_of
-from pyro_flows._tensors import broadcast
-from pyro_flows._warnings import outside
 from pyro_flows.model.batching import apart
 from pyro_flows.model.faults import at_a_point, where_it_runs
 from pyro_flows.model.sites import Latent, Model, Positional, Site, Structure, is_factor, messages
@@ -35,6 +32,9 @@ from pyro_flows.model.supports import (
     signature,
     support_of,
 )
+from pyro_flows.support.arguments import signature_of
+from pyro_flows.support.numbers.tensors import broadcast
+from pyro_flows.support.process.warnings import outside
 
 SHOWN = 3  # entries, or names, in a message
 NUMBERS = 4  # of one event in a message

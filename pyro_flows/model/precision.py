@@ -12,13 +12,13 @@ from torch import Tensor
 from torch.distributions import Bernoulli
 from torch.overrides import TorchFunctionMode
 
-from pyro_flows._fallbacks import Tried
-from pyro_flows._tensors import Args, Function, Kwargs
 from pyro_flows.model.faults import is_about_dtypes
 from pyro_flows.model.handlers import within
 from pyro_flows.model.reading import read_structure
 from pyro_flows.model.sites import Keywords, Model, Positional, Site, Structure, is_subsample, messages
 from pyro_flows.model.supports import family
+from pyro_flows.support.numbers.tensors import Args, Function, Kwargs
+from pyro_flows.support.process.fallbacks import Tried
 
 IN_PLACE = {"__setitem__", "__iadd__", "__isub__", "__imul__", "__itruediv__", "__ipow__"}
 AS_THEY_ARE = {"__get__", "__set__", "__deepcopy__", "__reduce_ex__"}  # attributes and copies of a tensor

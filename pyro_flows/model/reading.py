@@ -14,7 +14,6 @@ from pyro import poutine
 from pyro.distributions import ImproperUniform, NanMaskedMultivariateNormal, NanMaskedNormal
 from torch import Tensor
 
-from pyro_flows._seeding import seeded
 from pyro_flows.model.batching import apart, quiet
 from pyro_flows.model.bijections import bijection
 from pyro_flows.model.faults import OF_POINTS, Subsampled, at_a_point, is_about_dtypes, where_it_runs
@@ -40,6 +39,7 @@ from pyro_flows.model.sites import (
 )
 from pyro_flows.model.start import first_run, initial_value, prior_run, transform_of
 from pyro_flows.model.supports import check_density, family
+from pyro_flows.support.process.seeding import seeded
 
 SHIFTS = 1.0, -0.5  # of the unconstrained values of masked entries, to see whether the density changes
 

@@ -20,12 +20,6 @@ from pyro.poutine.runtime import Message
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from pyro_flows import _checks
-from pyro_flows._clock import unbounded
-from pyro_flows._fallbacks import Tried, fallback, first_line
-from pyro_flows._journal import evaluated
-from pyro_flows._seeding import seeded
-from pyro_flows._tensors import ROWS_AT_LEAST, Args, Dispatch, Function, Kwargs, rows_for, tensors_in
 from pyro_flows.model.arguments import usable
 from pyro_flows.model.batching import (
     Found,
@@ -66,6 +60,12 @@ from pyro_flows.model.sites import (
     messages,
 )
 from pyro_flows.model.writes import Batchable, FindWrites, Places
+from pyro_flows.support import checks
+from pyro_flows.support.numbers.tensors import ROWS_AT_LEAST, Args, Dispatch, Function, Kwargs, rows_for, tensors_in
+from pyro_flows.support.process.clock import unbounded
+from pyro_flows.support.process.fallbacks import Tried, fallback, first_line
+from pyro_flows.support.process.journal import evaluated
+from pyro_flows.support.process.seeding import seeded
 
 MAPPED = 2**20  # numbers of observations that are handled at once, where nothing is recorded
 
@@ -337,7 +337,7 @@ class Runs:
 
     def _check(self, z: Tensor) -> Tensor:
         """Return ``z`` (S, D), whole numbers as floating-point ones: results have its dtype."""
-        z = _checks.floating("z", z, self.dtype)
+        z = checks.floating("z", z, self.dtype)
         if z.dim() != 2 or z.shape[1] != self.dim:
             raise ValueError(f"z: expected shape (S, {self.dim}), got {tuple(z.shape)}.")
         return z.to(torch.promote_types(z.dtype, self.dtype))  # single precision would round the result

@@ -12,18 +12,18 @@ from pyro import poutine
 from pyro.distributions.util import scale_and_mask
 from torch import Tensor
 
-from pyro_flows import _checks
-from pyro_flows._seeding import derive, seeded
-from pyro_flows._tensors import ROWS_AT_MOST
-from pyro_flows._threads import turn
-from pyro_flows.graphs import Recorder
 from pyro_flows.model.batching import apart, join, quiet, redrawn, undefined
 from pyro_flows.model.digits import Digits
 from pyro_flows.model.faults import Undefined, defined, passing_over
+from pyro_flows.model.graphs import Recorder
 from pyro_flows.model.handlers import Resample, flatten_all
 from pyro_flows.model.observations import not_finite
 from pyro_flows.model.runs import Runs
 from pyro_flows.model.sites import Structure, messages
+from pyro_flows.support import checks
+from pyro_flows.support.numbers.tensors import ROWS_AT_MOST
+from pyro_flows.support.process.seeding import derive, seeded
+from pyro_flows.support.process.threads import turn
 
 PORTION = 16  # pieces of a recorded graph between two looks at the clock
 
@@ -204,7 +204,7 @@ class SiteValues(Digits):
 
         There are none with improper priors. Draws at which the model raises an error are drawn anew, a few times.
         """
-        _checks.integer("draws", draws, 1)
+        checks.integer("draws", draws, 1)
         names = (*self.names, *self.structure.deterministic, *self.structure.observed)
 
         def draw(row: Tensor) -> dict[str, Tensor]:

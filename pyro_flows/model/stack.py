@@ -11,10 +11,6 @@ import torch
 from torch import Tensor, fx
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
-from pyro_flows._cache import Cache
-from pyro_flows._clock import unbounded
-from pyro_flows._fallbacks import Tried
-from pyro_flows.graphs import Recorder, Runner, agree, record
 from pyro_flows.model.batching import (
     batch,
     batch_and_grads,
@@ -24,8 +20,12 @@ from pyro_flows.model.batching import (
     values_and_grads,
     where_possible,
 )
+from pyro_flows.model.graphs import Recorder, Runner, agree, record
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.model.observations import same
+from pyro_flows.support.numbers.cache import Cache
+from pyro_flows.support.process.clock import unbounded
+from pyro_flows.support.process.fallbacks import Tried
 
 KINDS_KEPT = 16
 RECORDED_FROM = 2  # the call with one number of points from which on it is recorded

@@ -16,8 +16,6 @@ from torch.distributions.constraints import Constraint
 from torch.distributions.transforms import Transform
 from torch.utils._pytree import tree_leaves
 
-from pyro_flows._fallbacks import Tried, first_line
-from pyro_flows._seeding import derive, seeded
 from pyro_flows.model.batching import apart, quiet
 from pyro_flows.model.bijections import bijection, real_shape
 from pyro_flows.model.faults import at_a_point, is_about_dtypes, is_of_a_point, place_of
@@ -33,6 +31,8 @@ from pyro_flows.model.sites import (
     messages,
 )
 from pyro_flows.model.supports import elementary
+from pyro_flows.support.process.fallbacks import Tried, first_line
+from pyro_flows.support.process.seeding import derive, seeded
 
 Result = TypeVar("Result")
 

@@ -20,15 +20,15 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
-from pyro_flows._fallbacks import Tried, first_line
-from pyro_flows._seeding import seeded
-from pyro_flows._tensors import storage_of
-from pyro_flows._threads import alone
-from pyro_flows.graphs import interpreter_is_built
 from pyro_flows.model.arguments import names_of
 from pyro_flows.model.batching import quiet
+from pyro_flows.model.graphs import interpreter_is_built
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.model.sites import Keywords, Positional
+from pyro_flows.support.numbers.tensors import storage_of
+from pyro_flows.support.process.fallbacks import Tried, first_line
+from pyro_flows.support.process.seeding import seeded
+from pyro_flows.support.process.threads import alone
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -14,8 +14,8 @@ from torch._C import _functorch
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.overrides import TorchFunctionMode
 
-from pyro_flows._tensors import Args, Function, Kwargs, Memories, storage_of, tensors_in
 from pyro_flows.model.sites import Keywords
+from pyro_flows.support.numbers.tensors import Args, Function, Kwargs, Memories, storage_of, tensors_in
 
 Place = tuple[CodeType, int]  # in a program: code outside of torch, and its instruction
 _AT = "_pyro_flows_made_at"

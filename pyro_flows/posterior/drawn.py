@@ -13,13 +13,14 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 from torch import Tensor
 
-from pyro_flows import _arrays, _arviz, _checks
-from pyro_flows._arrays import ALL, Chosen
-from pyro_flows._threads import alone
+from pyro_flows.inference.record import Record, attributes, counted
+from pyro_flows.inference.verdict.weighing import resample
 from pyro_flows.model.arguments import usable
-from pyro_flows.results import arviz_groups
-from pyro_flows.results.record import Record, attributes, counted
-from pyro_flows.verdict.weighing import resample
+from pyro_flows.posterior.export import arviz_groups
+from pyro_flows.support import arviz, checks
+from pyro_flows.support.numbers import arrays
+from pyro_flows.support.numbers.arrays import ALL, Chosen
+from pyro_flows.support.process.threads import alone
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 ROWS_SHOWN = 30
 
 
-@_checks.methods
+@checks.methods
 class Drawn(Record):
     """A posterior that shows its draws and gives more of them; see :class:`~pyro_flows.Posterior`."""
 
@@ -101,11 +102,11 @@ class Drawn(Record):
         round_to: int | str = "auto",
     ) -> pd.DataFrame:
         """Return the table of variables and labels that are chosen as in ArviZ."""
-        draws = _arviz.select(arviz_groups.posterior_group(self), **chosen)
-        kind, prob = _arviz.default_interval()
-        kind = _checks.choice("ci_kind", ci_kind or kind, ("eti", "hdi"))
+        draws = arviz.select(arviz_groups.posterior_group(self), **chosen)
+        kind, prob = arviz.default_interval()
+        kind = checks.choice("ci_kind", ci_kind or kind, ("eti", "hdi"))
         ess = None if self._by_chains else self.effective
-        return _arviz.summary(draws, ess=ess, kind=kind, prob=prob if ci_prob is None else ci_prob, round_to=round_to)
+        return arviz.summary(draws, ess=ess, kind=kind, prob=prob if ci_prob is None else ci_prob, round_to=round_to)
 
     def assign_coords(
         self, coords: Mapping[str, object] | None = None, *, dims: Mapping[str, Sequence[str]] | None = None
@@ -134,7 +135,7 @@ class Drawn(Record):
         structure = arviz_groups.structural_groups(self)
         if self._stored is None:
             structure = self._labeling.applied(structure)
-        labeled = _arrays.relabel(structure, coords, dims)
+        labeled = arrays.relabel(structure, coords, dims)
         stored = self._stored and (labeled, self._stored[1])
         return replace(self, _labeling=self._labeling.joined(labeled, coords, dims), _stored=stored)
 
@@ -183,7 +184,7 @@ class Drawn(Record):
         {'chain': 1, 'draw': 1000, 'school': 3}
         """
         groups, attrs = self._groups(predictive)
-        packed = _arviz.pack(_arrays.relabel(groups, coords, dims), attrs)
+        packed = arviz.pack(arrays.relabel(groups, coords, dims), attrs)
         self._hand_on("to_arviz()")
         return packed
 
@@ -283,7 +284,7 @@ class Drawn(Record):
         >>> narrow.verdict.status, narrow.refine().verdict.status
         ('unreliable', 'refined')
         """
-        from pyro_flows.correction.refine import refine
+        from pyro_flows.inference.chains.refine import refine
 
         return refine(
             self, method=method, chains=chains, progress=progress, checkpoint=checkpoint, max_steps=max_steps,
@@ -303,7 +304,7 @@ class Drawn(Record):
         Raises:
             ValueError: if a loaded posterior has no model, if the guide is no flow, or for chains of NUTS.
         """
-        from pyro_flows.correction.refine import more_draws
+        from pyro_flows.inference.chains.refine import more_draws
 
         z = more_draws(self, draws, seed=seed)
         self._hand_on("sample()")

@@ -8,16 +8,16 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from pyro_flows._clock import Clock
 from pyro_flows.guides.autoflow import AutoFlow
+from pyro_flows.inference.record import Stage
+from pyro_flows.inference.scoring import beyond_priors, check_memory, infinite_places, pool_of, score_pool
+from pyro_flows.inference.verdict.deciding import CHECKED, POOL, Draw, decide, raw_weights
+from pyro_flows.inference.verdict.weighing import Weighing, changed_values, resample, weigh
+from pyro_flows.model.dims import coordinate_names
 from pyro_flows.model.log_density import LogDensity
+from pyro_flows.posterior.export.methods_text import guide_method
 from pyro_flows.posterior.posterior import Posterior
-from pyro_flows.results.dims import coordinate_names
-from pyro_flows.results.methods_text import guide_method
-from pyro_flows.results.record import Stage
-from pyro_flows.results.scoring import beyond_priors, check_memory, infinite_places, pool_of, score_pool
-from pyro_flows.verdict.deciding import CHECKED, POOL, Draw, decide, raw_weights
-from pyro_flows.verdict.weighing import Weighing, changed_values, resample, weigh
+from pyro_flows.support.process.clock import Clock
 
 
 def from_draws(

@@ -13,25 +13,25 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from pyro_flows import _arviz, _checks
-from pyro_flows._arrays import Chosen
-from pyro_flows._progress import Bar
 from pyro_flows.flows.flow import Flow
 from pyro_flows.guides.autoflow import AutoFlow
+from pyro_flows.inference.record import attributes
 from pyro_flows.posterior.drawn import Drawn
-from pyro_flows.results import arviz_groups, files
-from pyro_flows.results.record import attributes
+from pyro_flows.posterior.export import arviz_groups, files
+from pyro_flows.support import arviz, checks
+from pyro_flows.support.numbers.arrays import Chosen
+from pyro_flows.support.process.progress import Bar
 
 if TYPE_CHECKING:
-    from pyro_flows.comparison.compare import Comparison
-    from pyro_flows.comparison.evidence import Evidence
-    from pyro_flows.comparison.loo import Loo
-    from pyro_flows.comparison.sensitivity import Sensitivity
+    from pyro_flows.posterior.comparison.compare import Comparison
+    from pyro_flows.posterior.comparison.evidence import Evidence
+    from pyro_flows.posterior.comparison.loo import Loo
+    from pyro_flows.posterior.comparison.sensitivity import Sensitivity
 
 UNPICKLED = "unpickled without a model"
 
 
-@_checks.methods
+@checks.methods
 @dataclass(frozen=True, eq=False, repr=False)
 class Posterior(Drawn):
     r"""What a fit (or :func:`diagnose`) found. Nothing in it changes; methods give new values.
@@ -133,7 +133,7 @@ class Posterior(Drawn):
         >>> round(value, 1), error < 0.01, method
         (-1.5, True, 'importance')
         """
-        from pyro_flows.comparison.evidence import evidence
+        from pyro_flows.posterior.comparison.evidence import evidence
 
         found = evidence(self, method=method, draws=draws, error=error, seed=seed)
         self._hand_on("evidence()")
@@ -198,7 +198,7 @@ class Posterior(Drawn):
         >>> found.method, found.high
         ('approximate', ())
         """
-        from pyro_flows.comparison.loo import loo
+        from pyro_flows.posterior.comparison.loo import loo
 
         return loo(self, sites=sites, draws=draws, seed=seed, progress=progress)
 
@@ -256,9 +256,9 @@ class Posterior(Drawn):
         >>> found.prior_sites, found.table.loc["mu", "diagnosis"]
         (('mu',), 'prior and likelihood conflict')
         """
-        from pyro_flows.comparison.sensitivity import sensitivity
+        from pyro_flows.posterior.comparison.sensitivity import sensitivity
 
-        draws = _arviz.select(arviz_groups.posterior_group(self), var_names, filter_vars, coords)
+        draws = arviz.select(arviz_groups.posterior_group(self), var_names, filter_vars, coords)
         found = sensitivity(self, draws, prior_sites=prior_sites)
         self._hand_on("sensitivity()")
         return found
@@ -278,7 +278,7 @@ class Posterior(Drawn):
         >>> posterior.method, "an affine map of a Student-t base with 60 degrees of freedom" in posterior.methods_text()
         ('Gaussian', True)
         """
-        from pyro_flows.results.methods_text import methods_text
+        from pyro_flows.posterior.export.methods_text import methods_text
 
         return methods_text(self)
 
@@ -294,7 +294,7 @@ class Posterior(Drawn):
         >>> "@article{Vehtari2024," in found, "1507.02646" in found, "Rue2009" in found
         (True, True, False)
         """
-        from pyro_flows.results.methods_text import references
+        from pyro_flows.posterior.export.methods_text import references
 
         return references(self)
 
@@ -350,7 +350,7 @@ class Posterior(Drawn):
         >>> "The draws can be used." in text, len(text) < 3_000_000
         (True, True)
         """
-        from pyro_flows.report.page import Options, write
+        from pyro_flows.posterior.report.page import Options, write
 
         chosen: Chosen = {"var_names": var_names, "filter_vars": filter_vars, "coords": coords}
         with Bar("report", progress, quick=True) as bar:
@@ -414,7 +414,7 @@ class Posterior(Drawn):
         self._hand_on("save()")
 
 
-@_checks.options
+@checks.options
 def load(
     path: str | os.PathLike[str],
     model: Callable[..., object] | None = None,

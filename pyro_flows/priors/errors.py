@@ -28,9 +28,9 @@ import torch
 from numpy.polynomial.hermite_e import hermegauss
 from torch import Tensor
 
-from pyro_flows import _mixing
 from pyro_flows.flows.flow import Flow
 from pyro_flows.flows.recipe import ending, with_preprocess
+from pyro_flows.support.numbers import mixing
 from pyro_flows.transforms.fixed import Preprocess
 
 CONFIDENCE = 0.95  # that all coordinates are within the stated error
@@ -70,7 +70,7 @@ class Sample(NamedTuple):
             return cls(distinct, weights.new_zeros(len(distinct)).index_add(0, place, weights))
         by_chain = z.unflatten(0, (chains, -1))
         own = moments(cls(z, weights), box(z))
-        mean, sd = _mixing.effective(by_chain).rsqrt().to(z.device), _mixing.sd_errors(by_chain).to(z.device)
+        mean, sd = mixing.effective(by_chain).rsqrt().to(z.device), mixing.sd_errors(by_chain).to(z.device)
         inflation = (mean / own.mean_error).nan_to_num(math.inf), (sd / own.sd_error).nan_to_num(math.inf)
         return cls(z, weights, inflation)
 

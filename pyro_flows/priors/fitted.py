@@ -11,26 +11,26 @@ from typing import TYPE_CHECKING, Any
 import pyro
 from torch import Tensor, nn
 
-from pyro_flows import _checks
-from pyro_flows._bundles import Bundle, plain
-from pyro_flows._untrusted import check_numbers, packed, reading, require, unpacked
-from pyro_flows._warnings import outside
 from pyro_flows.fitting.fit import fit
 from pyro_flows.flows.flow import Flow
 from pyro_flows.flows.recipe_json import not_rebuilt, restored, to_json
 from pyro_flows.priors.errors import PriorError
 from pyro_flows.priors.making import make, sites_of
 from pyro_flows.priors.parts import Part, PriorDistribution, pieces
-from pyro_flows.verdict.thresholds import PRIOR_ERROR_MOST
+from pyro_flows.support import checks
+from pyro_flows.support.files.bundles import Bundle, plain
+from pyro_flows.support.files.untrusted import check_numbers, packed, reading, require, unpacked
+from pyro_flows.support.process.warnings import outside
+from pyro_flows.support.thresholds import PRIOR_ERROR_MOST
 
 if TYPE_CHECKING:
-    from pyro_flows.results.record import Record
+    from pyro_flows.inference.record import Record
 
 TENSORS, TEXT = "prior.pt", "prior.json"
 FILES = Bundle("prior", "pyro_flows prior", TEXT, (TENSORS,))
 
 
-@_checks.methods
+@checks.methods
 class FittedPrior(nn.Module):
     r"""A flow on the supports of one or several sites; ``prior()`` is a Pyro distribution with one event.
 
@@ -225,7 +225,7 @@ class FittedPrior(nn.Module):
             return cls(flow, parts, status=str(text["status"]), verdict=str(text["verdict"]), error=error)
 
 
-@_checks.options
+@checks.options
 def prior_from(
     posterior: Record,
     sites: str | Sequence[str] | None = None,
@@ -292,7 +292,7 @@ def prior_from(
         raise ValueError("sites: expected one or more latent sites, got none.")
     of = sites_of(density)
     for name in wanted:
-        _checks.choice("sites", name, {*of, *(part for parts in of.values() for part in parts)})
+        checks.choice("sites", name, {*of, *(part for parts in of.values() for part in parts)})
     names = [name for name, parts in of.items() if name in wanted or set(parts) <= set(wanted)]
     if lost := set(wanted) - {*names, *(part for name in names for part in of[name])}:
         whole = next(name for name, parts in of.items() if lost & set(parts))

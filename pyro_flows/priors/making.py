@@ -11,33 +11,33 @@ import torch
 from torch import Tensor
 from torch.distributions import constraints
 
-from pyro_flows._seeding import derive, seeded
-from pyro_flows._threads import alone
-from pyro_flows.comparison.draws import can_draw, is_of_guide, more
-from pyro_flows.density_estimation.fit_density import fit_density
-from pyro_flows.density_estimation.mixtures import choose, maximize
-from pyro_flows.density_estimation.standardizing import preprocess
+from pyro_flows.densities.fit_density import fit_density
+from pyro_flows.densities.mixtures import choose, maximize
+from pyro_flows.densities.standardizing import preprocess
 from pyro_flows.flows.flow import Flow
 from pyro_flows.flows.mixture_base import MixtureBase
 from pyro_flows.flows.parts import location_scale
 from pyro_flows.flows.recipe import BUILDERS, with_affine, with_mixture, with_preprocess
 from pyro_flows.flows.recipe_json import not_rebuilt
+from pyro_flows.inference.training import loop
+from pyro_flows.inference.training.trainer import Trainer
+from pyro_flows.inference.verdict.psis import psis
+from pyro_flows.inference.verdict.weighing import resample
 from pyro_flows.model.charts import Circle
+from pyro_flows.model.dims import Labels
 from pyro_flows.model.faults import where_it_runs
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.model.sites import Latent, messages
 from pyro_flows.model.supports import family, is_narrower, signature, support_of
+from pyro_flows.posterior.comparison.draws import can_draw, is_of_guide, more
 from pyro_flows.priors.errors import UNKNOWN, Errors, PriorError, Sample, accumulated, equal, matched
 from pyro_flows.priors.parts import Part, PriorDistribution, coordinates, describe
-from pyro_flows.results.dims import Labels
-from pyro_flows.training import loop
-from pyro_flows.training.trainer import Trainer
-from pyro_flows.verdict.psis import psis
-from pyro_flows.verdict.thresholds import ESS_SHARE_PROMISING, PRIOR_ERROR_MOST
-from pyro_flows.verdict.weighing import resample
+from pyro_flows.support.process.seeding import derive, seeded
+from pyro_flows.support.process.threads import alone
+from pyro_flows.support.thresholds import ESS_SHARE_PROMISING, PRIOR_ERROR_MOST
 
 if TYPE_CHECKING:
-    from pyro_flows.results.record import Record
+    from pyro_flows.inference.record import Record
 
 DRAWS = 20_000
 OWN_ERROR_MOST = 0.02  # of a posterior's own flow, in sds; above, it is trained on

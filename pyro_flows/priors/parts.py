@@ -15,13 +15,13 @@ from torch.distributions import constraints, transform_to
 from torch.distributions.constraints import Constraint
 from torch.distributions.transforms import Transform
 
-from pyro_flows._bundles import Entries
-from pyro_flows._seeding import seeded
-from pyro_flows._tensors import broadcast
 from pyro_flows.flows.flow import Flow
 from pyro_flows.model.bijections import biject_to
 from pyro_flows.priors.errors import DRAWN, TINY, PriorError
-from pyro_flows.verdict.thresholds import PREDICTIVE_TAIL
+from pyro_flows.support.files.bundles import Entries
+from pyro_flows.support.numbers.tensors import broadcast
+from pyro_flows.support.process.seeding import seeded
+from pyro_flows.support.thresholds import PREDICTIVE_TAIL
 
 PLAIN: dict[str, Constraint] = {
     "real": constraints.real,

@@ -1,4 +1,8 @@
-"""Bijections, each a ``TransformModule`` of Pyro: it returns value and log-determinant, and inverts at any point."""
+"""Bijections, each a ``TransformModule`` of Pyro: it returns value and log-determinant, and inverts at any point.
+
+A batch of events goes in, with a context if the map is conditional; the mapped batch and its log-determinant come out.
+One family stands in a file. Read ``base.py`` first, then ``planar.py`` as an example.
+"""
 
 from pyro_flows.transforms import masks
 from pyro_flows.transforms.affine_coupling import AdditiveCoupling, AffineCoupling

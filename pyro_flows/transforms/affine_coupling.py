@@ -7,12 +7,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from pyro_flows import _checks
+from pyro_flows.support import checks
 from pyro_flows.transforms.conditioners import bounded, bounded_back
 from pyro_flows.transforms.coupling import Coupling
 
 
-@_checks.constructor
+@checks.constructor
 class AdditiveCoupling(Coupling):
     r"""NICE's coupling: :math:`y_K = x_K,\ y_M = x_M + t(x_K, \text{context})`; volume is kept, :math:`\log|J| = 0`.
 
@@ -55,7 +55,7 @@ class AdditiveCoupling(Coupling):
         return score, (score,)
 
 
-@_checks.constructor
+@checks.constructor
 class AffineCoupling(Coupling):
     r"""Real-NVP's coupling: :math:`y_K = x_K,\ y_M = x_M \odot e^{s} + t`, with s and t from a network of :math:`x_K`.
 
@@ -115,7 +115,7 @@ class AffineCoupling(Coupling):
             network=network,
             frames=frames,
         )
-        self.log_scale_bound = _checks.positive("log_scale_bound", log_scale_bound)
+        self.log_scale_bound = checks.positive("log_scale_bound", log_scale_bound)
 
     def _read(self, raw: Tensor) -> tuple[Tensor, ...]:
         raw, shift = super()._read(raw)

@@ -11,8 +11,8 @@ from pyro.distributions.torch_transform import TransformModule
 from torch import Tensor, nn
 from torch.distributions import Transform, constraints
 
-from pyro_flows import _checks
-from pyro_flows._tensors import broadcast
+from pyro_flows.support import checks
+from pyro_flows.support.numbers.tensors import broadcast
 
 Scored = tuple[Tensor, Tensor, Tensor]  # y, log|dy/dx|, and the score at y, which comes back without a graph
 
@@ -79,8 +79,8 @@ class Bijection(TransformModule, ConditionalTransform):
     def _check(self, x: Tensor, context: Tensor | None) -> None:
         """Refuse events of another shape than the map's, a context that is missing, and one that is not expected."""
         assert self.event_shape is not None
-        _checks.event(type(self).__name__, x, self.event_shape)
-        _checks.context(type(self).__name__, context, self.context_dim)
+        checks.event(type(self).__name__, x, self.event_shape)
+        checks.context(type(self).__name__, context, self.context_dim)
 
     @torch.no_grad()
     def start_from(self, y: Tensor, context: Tensor | None = None) -> Tensor:
@@ -142,7 +142,7 @@ class _Memo(NamedTuple):
     state: tuple[tuple[int, int, bool], ...]
 
 
-@_checks.constructor
+@checks.constructor
 class Bound(Transform):
     r"""One bijection with one context, as a plain torch ``Transform``: made anew for each trace, never stored.
 
@@ -165,12 +165,12 @@ class Bound(Transform):
 
     def __init__(self, bijection: Bijection, context: Tensor | None = None) -> None:
         super().__init__(cache_size=0)
-        _checks.context(type(bijection).__name__, context, bijection.context_dim)
+        checks.context(type(bijection).__name__, context, bijection.context_dim)
         self.bijection = bijection
         self._held = _held(bijection)
         parameters = (part for held in self._held for part in held.values() if isinstance(part, nn.Parameter))
         self._dtype = next((part.dtype for part in parameters), torch.get_default_dtype())
-        self.context = None if context is None else _checks.floating("context", context, self._dtype)
+        self.context = None if context is None else checks.floating("context", context, self._dtype)
         self._memo: _Memo | None = None
 
     @constraints.dependent_property
@@ -210,7 +210,7 @@ class Bound(Transform):
         return memo if memo.state == self._state(memo.x, memo.y, memo.ladj) else None
 
     def _call(self, x: Tensor) -> Tensor:
-        y, ladj = self._forward(_checks.floating("x", x, self._dtype))
+        y, ladj = self._forward(checks.floating("x", x, self._dtype))
         self._keep(x, y, ladj, point=True)
         return y
 
@@ -222,7 +222,7 @@ class Bound(Transform):
         if memo is not None and memo.point:
             self._memo = memo._replace(point=False)
             return memo.x
-        x, ladj = self.bijection.inverse_and_ladj(_checks.floating("y", y, self._dtype), self.context)
+        x, ladj = self.bijection.inverse_and_ladj(checks.floating("y", y, self._dtype), self.context)
         self._keep(x, y, -ladj, point=False)
         return x
 
@@ -230,7 +230,7 @@ class Bound(Transform):
         memo, self._memo = self._recall(x, y), None
         if memo is not None:
             return memo.ladj
-        return self.bijection.forward_and_ladj(_checks.floating("x", x, self._dtype), self.context)[1]
+        return self.bijection.forward_and_ladj(checks.floating("x", x, self._dtype), self.context)[1]
 
     def forward_shape(self, shape: Iterable[int]) -> torch.Size:
         return self._broadcast(self.bijection.forward_shape(shape))

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import constraints
 
-from pyro_flows import _checks
+from pyro_flows.support import checks
 from pyro_flows.transforms.base import Bijection, Scored
 from pyro_flows.transforms.networks import Seen, State, adopt_context_scale, seen_of
 
 
-@_checks.constructor
+@checks.constructor
 class Compose(Bijection):
     r"""Bijections one after the other: :math:`y = T_K(\dots T_1(x))`, :math:`\log|J| = \sum_k \log|J_k|`.
 
@@ -92,7 +92,7 @@ class Compose(Bijection):
 
     def _seen(self, context: Tensor | None) -> Seen:
         """Check the context, and return what layers see of it."""
-        _checks.context("Compose", context, self.context_dim)
+        checks.context("Compose", context, self.context_dim)
         return seen_of(context, self.context_scale, self.context_knots)
 
     def _context(self, layer: Bijection, seen: Seen) -> Tensor | None:

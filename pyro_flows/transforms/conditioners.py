@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import glu
 
-from pyro_flows import _checks
-from pyro_flows._arguments import widths
-from pyro_flows._tensors import broadcast
+from pyro_flows.support import checks
+from pyro_flows.support.arguments import widths
+from pyro_flows.support.numbers.tensors import broadcast
 from pyro_flows.transforms.networks import (
     ACTIVATIONS,
     NETWORKS,
@@ -148,11 +148,11 @@ def conditioner(
         sides: height and width of an image.
         start: the ``out`` numbers that come out before any training (default: zeros).
     """
-    _checks.integer("context_dim", context_dim, 0)
+    checks.integer("context_dim", context_dim, 0)
     hidden = widths("hidden", hidden)
-    _checks.choice("activation", activation, ACTIVATIONS)
+    checks.choice("activation", activation, ACTIVATIONS)
     kinds = KINDS[axes]
-    kind = kinds[next(iter(kinds)) if network is None else _checks.choice("network", network, kinds)]
+    kind = kinds[next(iter(kinds)) if network is None else checks.choice("network", network, kinds)]
     if kept + context_dim == 0:
         return Free(out, start)
     if issubclass(kind, WaveNet):

@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from pyro_flows import _checks
-from pyro_flows._tensors import broadcast
+from pyro_flows.support import checks
+from pyro_flows.support.numbers.tensors import broadcast
 from pyro_flows.transforms.base import Bijection, Scored
 from pyro_flows.transforms.conditioners import conditioner, forward_and_pull
 from pyro_flows.transforms.masks import channels, half
@@ -39,7 +39,7 @@ class Coupling(Bijection):
         frames: int = 1,
     ) -> None:
         super().__init__()
-        self.dim = _checks.size("dim", dim)
+        self.dim = checks.size("dim", dim)
         self.context_dim = context_dim
         shape = (self.dim,) if isinstance(self.dim, int) else self.dim
         self.event_dim = len(shape)
@@ -50,7 +50,7 @@ class Coupling(Bijection):
         kept, moved = (part.shape[self._axes[0]] for part in self._split(self.mask))
         self.conditioner = conditioner(
             kept, context_dim, self.per * moved, axes=len(shape), hidden=hidden, activation=activation, network=network,
-            frames=_checks.divisor("frames", frames, shape[1], context_dim) if len(shape) == 2 else 1,
+            frames=checks.divisor("frames", frames, shape[1], context_dim) if len(shape) == 2 else 1,
             sides=shape[1:],
         )  # fmt: skip
 

@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from pyro_flows import _checks
-from pyro_flows._arguments import MOST_COORDINATES, refused
+from pyro_flows.support import checks
+from pyro_flows.support.arguments import MOST_COORDINATES, refused
 from pyro_flows.transforms.base import Bijection, Scored
 
 
@@ -77,7 +77,7 @@ class Preprocess(Bijection):
     def _shift(self, x: Tensor, context: Tensor | None) -> Tensor:
         if x.shape[x.dim() - self.event_dim :] != self.loc.shape:
             raise ValueError(f"Preprocess: expected shape (..., {tuple(self.loc.shape)}), got {tuple(x.shape)}.")
-        _checks.context("Preprocess", context, self.context_dim)
+        checks.context("Preprocess", context, self.context_dim)
         if self.slope is None or context is None:
             return self.loc
         return self.loc + (context @ self.slope).unflatten(-1, self.loc.shape)
@@ -96,7 +96,7 @@ class Preprocess(Bijection):
         return x, -self.log_scale.expand(x.shape[: x.dim() - self.event_dim])
 
 
-@_checks.constructor
+@checks.constructor
 class Permutation(Bijection):
     r"""Reorders the coordinates: :math:`y_i = x_{p(i)}`, :math:`\log|J| = 0`. Both ways cost one gather.
 
@@ -119,7 +119,7 @@ class Permutation(Bijection):
     def __init__(self, permutation: Sequence[int] | Tensor | int, *, seed: int = 0) -> None:
         super().__init__()
         if isinstance(permutation, int) and not isinstance(permutation, bool):
-            size = _checks.integer("permutation", permutation, 1, MOST_COORDINATES)
+            size = checks.integer("permutation", permutation, 1, MOST_COORDINATES)
             permutation = torch.randperm(size, generator=torch.Generator().manual_seed(seed))
         try:
             indices = torch.as_tensor(permutation, dtype=torch.long)

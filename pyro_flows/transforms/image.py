@@ -8,11 +8,11 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from pyro_flows import _checks
+from pyro_flows.support import checks
 from pyro_flows.transforms.base import Bijection, Scored
 
 
-@_checks.constructor
+@checks.constructor
 class Squeeze(Bijection):
     r"""Space to depth: each block of 2 x 2 pixels becomes one pixel of four times the channels; :math:`\log|J| = 0`.
 
@@ -43,10 +43,10 @@ class Squeeze(Bijection):
 
     def __init__(self, dim: Sequence[int], *, group: int = 2) -> None:
         super().__init__()
-        _, *sides = self.dim = _checks.grid("dim", dim)
+        _, *sides = self.dim = checks.grid("dim", dim)
         self.event_dim = len(self.dim)
         image = len(sides) == 2
-        self.group = 2 if image else _checks.integer("group", group, 2)
+        self.group = 2 if image else checks.integer("group", group, 2)
         if any(side % self.group for side in sides):
             expected = "an even height and width" if image else f"a length divisible by {self.group}"
             raise ValueError(f"dim: expected {expected}, got {self.dim}; pad or crop the data.")
@@ -68,8 +68,8 @@ class Squeeze(Bijection):
         return self._squeeze(x), x.new_zeros(x.shape[: -self.event_dim])
 
     def inverse_and_ladj(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        _checks.event("Squeeze", y, self._squeezed)
-        _checks.context("Squeeze", context, 0)
+        checks.event("Squeeze", y, self._squeezed)
+        checks.context("Squeeze", context, 0)
         parts = dict(zip(self._corners, y.chunk(len(self._corners), dim=-self.event_dim), strict=True))
         x = torch.stack([parts[corner] for corner in sorted(parts)], -1)
         if self.event_dim == 3:
@@ -122,7 +122,7 @@ class MultiScale(Bijection):
         self.context_dim = coarse.context_dim
 
     def _halves(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        _checks.event("MultiScale", x, self.dim)
+        checks.event("MultiScale", x, self.dim)
         first, second = x.chunk(2, dim=-self.event_dim)
         return first, second
 

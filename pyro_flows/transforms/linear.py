@@ -9,13 +9,13 @@ from functools import partial, reduce
 import torch
 from torch import Tensor
 
-from pyro_flows import _checks
+from pyro_flows.support import checks
 from pyro_flows.transforms.base import Bijection, Scored
 from pyro_flows.transforms.conditioners import conditioner
 from pyro_flows.transforms.networks import Free, State, adopt_buffer
 
 
-@_checks.constructor
+@checks.constructor
 class DiagonalAffine(Bijection):
     r"""Affine map relative to its start, of which a shift and a scale of each coordinate are trained.
 
@@ -58,13 +58,13 @@ class DiagonalAffine(Bijection):
         activation: str = "silu",
     ) -> None:
         super().__init__()
-        self.dim = _checks.integer("dim", dim, 1)
+        self.dim = checks.integer("dim", dim, 1)
         self.context_dim = context_dim
-        self.register_buffer("loc", torch.zeros(dim) if loc is None else _checks.vector("loc", _start(loc), dim))
+        self.register_buffer("loc", torch.zeros(dim) if loc is None else checks.vector("loc", _start(loc), dim))
         start = torch.ones(dim) if scale is None else _start(scale)
         if start.dim() == 2:
             start = _triangular("scale", start, dim)
-        elif not bool((_checks.vector("scale", start, dim) > 0).all()):
+        elif not bool((checks.vector("scale", start, dim) > 0).all()):
             raise ValueError(f"scale: expected positive numbers, got {start.tolist()}.")
         self.register_buffer("scale", start)
         out = 2 * dim if self._shifts else dim
@@ -148,7 +148,7 @@ class Rescale(DiagonalAffine):
         super().__init__(dim, context_dim=context_dim, hidden=hidden, activation=activation)
 
 
-@_checks.constructor
+@checks.constructor
 class LowerTriangularAffine(Bijection):
     r"""Affine map relative to its start: :math:`y = m + L (b + A x)`, A lower triangular with diagonal :math:`e^{s}`.
 
@@ -192,9 +192,9 @@ class LowerTriangularAffine(Bijection):
         activation: str = "silu",
     ) -> None:
         super().__init__()
-        self.dim = _checks.integer("dim", dim, 1)
+        self.dim = checks.integer("dim", dim, 1)
         self.context_dim = context_dim
-        self.register_buffer("loc", torch.zeros(dim) if loc is None else _checks.vector("loc", _start(loc), dim))
+        self.register_buffer("loc", torch.zeros(dim) if loc is None else checks.vector("loc", _start(loc), dim))
         start = torch.eye(dim) if scale_tril is None else _start(scale_tril)
         self.register_buffer("scale_tril", _triangular("scale_tril", start, dim))
         rows, columns = torch.tril_indices(dim, dim, -1).unbind()
@@ -247,7 +247,7 @@ class LowerTriangularAffine(Bijection):
     def _maps(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, list[Tensor], Tensor]:
         """Return the shift, the matrix L A or both of them, and the log determinant: L A is costly for few points."""
         if self.settled:
-            _checks.event("LowerTriangularAffine", x, self.dim)
+            checks.event("LowerTriangularAffine", x, self.dim)
             return self.loc, [self.scale_tril], self.scale_tril.diagonal().log().sum()
         shift, matrix, ladj = self._factored(x, context)
         few = matrix.dim() == 2 and math.prod(x.shape[:-1]) < self.dim

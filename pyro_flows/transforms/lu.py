@@ -8,12 +8,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from pyro_flows import _checks
+from pyro_flows.support import checks
 from pyro_flows.transforms.base import Bijection, Scored
 from pyro_flows.transforms.conditioners import conditioner
 
 
-@_checks.constructor
+@checks.constructor
 class LULinear(Bijection):
     r"""Linear map :math:`y = P L U x`: P a permutation, L unit lower, U upper triangular with diagonal :math:`e^{s}`.
 
@@ -42,13 +42,13 @@ class LULinear(Bijection):
 
     def __init__(self, dim: int, *, seed: int | None = None) -> None:
         super().__init__()
-        self.dim: int | tuple[int, ...] = _checks.integer("dim", dim, 1)
+        self.dim: int | tuple[int, ...] = checks.integer("dim", dim, 1)
         self._fill(dim, seed)
 
     def _fill(self, width: int, seed: int | None) -> None:
         order = torch.arange(width)
         if seed is not None:
-            order = torch.randperm(width, generator=torch.Generator().manual_seed(_checks.integer("seed", seed, 0)))
+            order = torch.randperm(width, generator=torch.Generator().manual_seed(checks.integer("seed", seed, 0)))
         self.register_buffer("permutation", order)
         self.conditioner = conditioner(0, 0, width * width)
 
@@ -86,7 +86,7 @@ class LULinear(Bijection):
         return y, ladj, self._events(carried.index_select(-1, self.permutation))
 
 
-@_checks.constructor
+@checks.constructor
 class Conv1x1(LULinear):
     r"""Glow's convolution: :class:`LULinear` of the channels of each pixel, :math:`\log|J| = H W \sum_c s_c`.
 
@@ -108,7 +108,7 @@ class Conv1x1(LULinear):
 
     def __init__(self, dim: Sequence[int], *, seed: int | None = None) -> None:
         Bijection.__init__(self)
-        channels, *sides = self.dim = _checks.grid("dim", dim)
+        channels, *sides = self.dim = checks.grid("dim", dim)
         self.event_dim = len(self.dim)
         self._pixels = math.prod(sides)
         self._fill(channels, seed)

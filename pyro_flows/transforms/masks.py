@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from pyro_flows import _checks
+from pyro_flows.support import checks
 
 KINDS = ("alternating", "mixed")
 
@@ -25,7 +25,7 @@ def half(dim: int, *, flip: bool = False) -> Tensor:
     >>> half(5).tolist()
     [True, True, False, False, False]
     """
-    _checks.integer("dim", dim, 1)
+    checks.integer("dim", dim, 1)
     kept = torch.arange(dim) < dim // 2
     return ~kept if flip and dim > 1 else kept
 
@@ -41,7 +41,7 @@ def alternating(dim: int, *, flip: bool = False) -> Tensor:
     >>> alternating(5).tolist()
     [False, True, False, True, False]
     """
-    _checks.integer("dim", dim, 1)
+    checks.integer("dim", dim, 1)
     kept = torch.arange(dim) % 2 == 1
     return ~kept if flip and dim > 1 else kept
 
@@ -57,7 +57,7 @@ def random(dim: int, *, seed: int, flip: bool = False) -> Tensor:
     >>> random(4, seed=1).sum().item()
     2
     """
-    _checks.integer("dim", dim, 1)
+    checks.integer("dim", dim, 1)
     order = torch.randperm(dim, generator=torch.Generator().manual_seed(seed))
     return half(dim, flip=flip)[order]
 
@@ -77,9 +77,9 @@ def sequence(dim: int, layers: int, *, kind: str = "mixed", seed: int = 0) -> li
     >>> [mask.tolist() for mask in sequence(2, 2)]
     [[True, False], [False, True]]
     """
-    _checks.choice("mask", kind, KINDS)
+    checks.choice("mask", kind, KINDS)
     masks = []
-    for layer in range(_checks.integer("layers", layers, 1)):
+    for layer in range(checks.integer("layers", layers, 1)):
         pair, flip = layer // 2, layer % 2 == 1
         if kind == "alternating" or pair == 1:
             masks.append(alternating(dim, flip=flip))
@@ -101,7 +101,7 @@ def checkerboard(shape: Sequence[int], *, flip: bool = False) -> Tensor:
     >>> checkerboard((1, 2, 3)).tolist()
     [[[False, True, False], [True, False, True]]]
     """
-    _, height, width = _checks.image("shape", shape)
+    _, height, width = checks.image("shape", shape)
     kept = (torch.arange(height)[:, None] + torch.arange(width)) % 2 == 1
     return (~kept if flip else kept).expand(tuple(shape)).clone()
 
@@ -117,7 +117,7 @@ def channels(shape: Sequence[int], *, flip: bool = False) -> Tensor:
     >>> channels((2, 1, 1)).flatten().tolist()
     [True, False]
     """
-    count, *sides = _checks.grid("shape", shape)
+    count, *sides = checks.grid("shape", shape)
     if count < 2:
         raise ValueError(f"shape: expected at least 2 channels to choose from, got {tuple(shape)}.")
     return half(count, flip=flip).reshape(-1, *[1] * len(sides)).expand(tuple(shape)).clone()

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pyro_flows import _checks
+from pyro_flows.support import checks
 from pyro_flows.transforms.base import Bijection
 from pyro_flows.transforms.sliced import in_pieces
 
@@ -83,12 +83,12 @@ class Nested(Bijection):
 
     def __init__(self, dim: int, *, held: Sequence[int], outer: Bijection, terms: int, entries: int) -> None:
         super().__init__()
-        self.dim = _checks.integer("dim", dim, 2)
-        self.held = sorted({_checks.integer("held", number, 0, dim - 1) for number in held})
+        self.dim = checks.integer("dim", dim, 2)
+        self.held = sorted({checks.integer("held", number, 0, dim - 1) for number in held})
         self.outer = outer
         few, many = len(self.held), dim - len(self.held)
-        _checks.integer("terms", terms, 1)
-        _checks.integer("entries", entries, many)
+        checks.integer("terms", terms, 1)
+        checks.integer("entries", entries, many)
         like = torch.zeros(())
         diagonal = torch.arange(entries).clamp_max(many - 1)
         start = like.new_zeros(terms, entries + many)
@@ -118,11 +118,11 @@ class Nested(Bijection):
         return self
 
     def forward_and_ladj(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        _checks.event("Nested", x, self.dim)
+        checks.event("Nested", x, self.dim)
         return in_pieces(self._out, x, self._at_once)
 
     def inverse_and_ladj(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        _checks.event("Nested", y, self.dim)
+        checks.event("Nested", y, self.dim)
         return in_pieces(self._back, y, self._at_once)
 
     @property

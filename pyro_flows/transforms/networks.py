@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import conv2d, linear, unfold
 
-from pyro_flows._tensors import broadcast
+from pyro_flows.support.numbers.tensors import broadcast
 
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "elu": nn.ELU,

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from pyro_flows import _checks
+from pyro_flows.support import checks
 from pyro_flows.transforms.base import Bijection, Scored
 from pyro_flows.transforms.conditioners import conditioner
 
@@ -18,7 +18,7 @@ class _Standardizing(Bijection):
 
     def __init__(self, dim: int | Sequence[int]) -> None:
         super().__init__()
-        self.dim = _checks.size("dim", dim)
+        self.dim = checks.size("dim", dim)
         shape = (self.dim,) if isinstance(self.dim, int) else self.dim
         self.event_dim = len(shape)
         self._width, self._ones = shape[0], (1,) * (len(shape) - 1)
@@ -64,7 +64,7 @@ class _Standardizing(Bijection):
         return mean, (flat - mean).square().mean(0)
 
 
-@_checks.constructor
+@checks.constructor
 class ActNorm(_Standardizing):
     r"""Scale and shift of each coordinate, or channel of an image: :math:`y = m + \ell \odot (b + e^{s} \odot x)`.
 
@@ -118,7 +118,7 @@ class ActNorm(_Standardizing):
         return self.loc + self.scale * shift, log_scale + self.scale.log()
 
 
-@_checks.constructor
+@checks.constructor
 class BatchNorm(_Standardizing):
     r"""Batch normalization, in the direction of the density: :math:`x = b + e^{s} \odot (y - \mu) / \sqrt{v}`.
 
@@ -157,7 +157,7 @@ class BatchNorm(_Standardizing):
 
     def __init__(self, dim: int | Sequence[int], *, momentum: float = 0.1, epsilon: float = 1e-5) -> None:
         super().__init__(dim)
-        self.momentum, self.epsilon = _checks.positive("momentum", momentum), _checks.positive("epsilon", epsilon)
+        self.momentum, self.epsilon = checks.positive("momentum", momentum), checks.positive("epsilon", epsilon)
         if self.momentum > 1.0:
             raise ValueError(f"momentum: expected a number in (0, 1], got {momentum!r}.")
         self.register_buffer("running_mean", torch.zeros(self._width))

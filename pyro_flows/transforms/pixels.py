@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from torch.distributions import constraints
 from torch.nn.functional import logsigmoid
 
-from pyro_flows import _checks
+from pyro_flows.support import checks
 from pyro_flows.transforms.base import Bijection, Scored
 from pyro_flows.transforms.conditioners import bounded, conditioner
 
 
-@_checks.constructor
+@checks.constructor
 class Logit(Bijection):
     r"""Real numbers to the unit interval, elementwise: :math:`\alpha + (1 - 2\alpha)\,y = \sigma(x)`.
 
@@ -49,9 +49,9 @@ class Logit(Bijection):
 
     def __init__(self, dim: int | Sequence[int], *, alpha: float = 0.05) -> None:
         super().__init__()
-        self.dim = _checks.size("dim", dim)
+        self.dim = checks.size("dim", dim)
         self.event_dim = 1 if isinstance(self.dim, int) else len(self.dim)
-        self.alpha = _checks.positive("alpha", alpha)
+        self.alpha = checks.positive("alpha", alpha)
         if self.alpha >= 0.5:
             raise ValueError(f"alpha: expected a number between 0 and 0.5, got {alpha!r}.")
 
@@ -83,7 +83,7 @@ class Logit(Bijection):
         return y, ladj, carried
 
 
-@_checks.constructor
+@checks.constructor
 class Dequantize(nn.Module):
     r"""Make whole numbers k = 0 ... n - 1 continuous: :math:`y = (k + u) / n`, with noise :math:`u \in [0, 1)^D`.
 
@@ -134,8 +134,8 @@ class Dequantize(nn.Module):
         network: str | None = None,
     ) -> None:
         super().__init__()
-        self.dim = _checks.size("dim", dim)
-        self.levels = _checks.integer("levels", levels, 2)
+        self.dim = checks.size("dim", dim)
+        self.levels = checks.integer("levels", levels, 2)
         shape = (self.dim,) if isinstance(self.dim, int) else self.dim
         self._axes = tuple(range(-len(shape), 0))
         make = partial(conditioner, hidden=hidden, activation=activation, network=network, axes=len(shape))
@@ -157,7 +157,7 @@ class Dequantize(nn.Module):
         return (y * self.levels).floor().clamp(0, self.levels - 1).long()
 
     def _read(self, data: Tensor) -> Tensor:
-        _checks.event("Dequantize", data, self.dim)
+        checks.event("Dequantize", data, self.dim)
         level = data.to(self._like)
         if not bool(((level >= 0) & (level < self.levels) & (level == level.floor())).all()):
             raise ValueError(f"data: expected whole numbers from 0 to {self.levels - 1}.")

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from pyro_flows import _checks
+from pyro_flows.support import checks
 from pyro_flows.transforms.base import Bijection, Scored
 from pyro_flows.transforms.conditioners import conditioner
 
@@ -42,7 +42,7 @@ def _root(target: Tensor, gain: Tensor, slope: Tensor) -> Tensor:
     return sign * point
 
 
-@_checks.constructor
+@checks.constructor
 class Planar(Bijection):
     r"""Planar layer: :math:`y = x + \hat u \tanh(a)`, :math:`a = w^\top x + b`.
 
@@ -82,7 +82,7 @@ class Planar(Bijection):
         self, dim: int, *, context_dim: int = 0, hidden: Sequence[int] = (32, 32), activation: str = "silu"
     ) -> None:
         super().__init__()
-        self.dim = _checks.integer("dim", dim, 1)
+        self.dim = checks.integer("dim", dim, 1)
         self.context_dim = context_dim
         start = torch.zeros(2 * dim + 1)
         start[dim : 2 * dim] = w = torch.randn(dim) / math.sqrt(dim)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from pyro_flows import _checks
+from pyro_flows.support import checks
 from pyro_flows.transforms.base import Bijection
 from pyro_flows.transforms.splines import MarginalSpline, between, smooth_slopes
 
@@ -47,11 +47,11 @@ class Sliced(Bijection):
 
     def __init__(self, dim: int, *, coordinate: int, slices: int, bins: int, bound: float) -> None:
         super().__init__()
-        self.dim = _checks.integer("dim", dim, 1)
-        self.coordinate = _checks.integer("coordinate", coordinate, 0, dim - 1)
+        self.dim = checks.integer("dim", dim, 1)
+        self.coordinate = checks.integer("coordinate", coordinate, 0, dim - 1)
         self.spline = MarginalSpline(1, bins=bins, bound=bound)
         count = dim + dim * (dim + 1) // 2
-        places = torch.arange(_checks.integer("slices", slices, 3), dtype=torch.get_default_dtype())
+        places = torch.arange(checks.integer("slices", slices, 3), dtype=torch.get_default_dtype())
         self.register_buffer("places", places)
         self.register_buffer("values", places.new_zeros(slices, count))
         self.register_buffer("slopes", places.new_zeros(slices, count))
@@ -74,11 +74,11 @@ class Sliced(Bijection):
         return self
 
     def forward_and_ladj(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        _checks.event("Sliced", x, self.dim)
+        checks.event("Sliced", x, self.dim)
         return in_pieces(self._out, x, self._together)
 
     def inverse_and_ladj(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        _checks.event("Sliced", y, self.dim)
+        checks.event("Sliced", y, self.dim)
         return in_pieces(self._back, y, self._together)
 
     @property

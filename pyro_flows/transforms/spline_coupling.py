@@ -7,13 +7,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from pyro_flows import _checks
+from pyro_flows.support import checks
 from pyro_flows.transforms import splines
 from pyro_flows.transforms.conditioners import bounded
 from pyro_flows.transforms.coupling import Coupling
 
 
-@_checks.constructor
+@checks.constructor
 class SplineCoupling(Coupling):
     r"""Neural spline coupling: :math:`y_K = x_K,\ y_M = e^{s} \odot g(x_M) + t`; g, s and t from a network of x_K.
 
@@ -70,8 +70,8 @@ class SplineCoupling(Coupling):
             raise ValueError(f"bins: expected at most {splines.MOST_BINS}, got {bins}.")
         self.per = splines.count(bins) + 2
         super().__init__(dim, mask=mask, context_dim=context_dim, hidden=hidden, activation=activation, network=network)
-        self.bound = _checks.positive("bound", bound)
-        self.log_scale_bound = _checks.positive("log_scale_bound", log_scale_bound)
+        self.bound = checks.positive("bound", bound)
+        self.log_scale_bound = checks.positive("log_scale_bound", log_scale_bound)
 
     def _reach(self) -> Tensor:
         """Knots, by their widths and by their heights, move by up to B times as far as what they are made of."""

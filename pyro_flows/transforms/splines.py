@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad, softplus
 
-from pyro_flows import _checks
+from pyro_flows.support import checks
 from pyro_flows.transforms.base import Bijection
 
 _UNIT = math.log(math.e - 1.0)  # softplus(_UNIT) = 1
@@ -130,20 +130,20 @@ class MarginalSpline(Bijection):
 
     def __init__(self, dim: int, *, bins: int, bound: float) -> None:
         super().__init__()
-        self.dim = _checks.integer("dim", dim, 1)
-        self.bound = _checks.positive("bound", bound)
-        places = torch.linspace(-bound, bound, _checks.integer("bins", bins, 1) + 1)
+        self.dim = checks.integer("dim", dim, 1)
+        self.bound = checks.positive("bound", bound)
+        places = torch.linspace(-bound, bound, checks.integer("bins", bins, 1) + 1)
         self.register_buffer("at", torch.stack([places, places, torch.ones_like(places)]).repeat(dim, 1, 1))
 
     def forward_and_ladj(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        _checks.event("MarginalSpline", x, self.dim)
+        checks.event("MarginalSpline", x, self.dim)
         y, log_slope = forward(x, self.at, self.bound)
         beyond, end, slope = self._beyond(x)
         y = torch.where(beyond, end + slope * (x - end), y)
         return y, torch.where(beyond, slope.log(), log_slope).sum(-1)
 
     def inverse_and_ladj(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        _checks.event("MarginalSpline", y, self.dim)
+        checks.event("MarginalSpline", y, self.dim)
         x, log_slope = inverse(y, self.at, self.bound)
         beyond, end, slope = self._beyond(y)
         x = torch.where(beyond, end + (y - end) / slope, x)

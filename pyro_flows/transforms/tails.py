@@ -8,14 +8,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from pyro_flows import _checks
+from pyro_flows.support import checks
 from pyro_flows.transforms.base import Bijection, Scored
 from pyro_flows.transforms.conditioners import bounded, conditioner
 
 SLOW = 0.1  # three units out, k moves a point by three times itself, and six units out by nine times
 
 
-@_checks.constructor
+@checks.constructor
 class SinhArcsinh(Bijection):
     r"""Two-sided tails: :math:`y_d = c\,\sinh(k\,\mathrm{arcsinh}(x_d / c)) / k`; k and c one number a side of 0 each.
 
@@ -58,9 +58,9 @@ class SinhArcsinh(Bijection):
         log_bound: float = 1.5,
     ) -> None:
         super().__init__()
-        self.dim = _checks.integer("dim", dim, 1)
+        self.dim = checks.integer("dim", dim, 1)
         self.context_dim = context_dim
-        self.log_bound = _checks.positive("log_bound", log_bound)
+        self.log_bound = checks.positive("log_bound", log_bound)
         self.conditioner = conditioner(0, context_dim, 4 * dim, hidden=hidden, activation=activation)
 
     def slow(self, count: float) -> None:

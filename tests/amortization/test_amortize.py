@@ -20,11 +20,11 @@ from pyro_flows.amortization.networks import Conditional, Pooled, Sorted, Whiten
 from pyro_flows.flows.parts import location_scale
 from pyro_flows.flows.recipe import set_df, start_at, with_preprocess
 from pyro_flows.flows.recipe_json import not_rebuilt
+from pyro_flows.inference.verdict.psis import psis
+from pyro_flows.inference.verdict.weighing import log_mean, tempered
+from pyro_flows.posterior.report.page import recipe
 from pyro_flows.priors import making
-from pyro_flows.report.page import recipe
 from pyro_flows.transforms.fixed import Preprocess
-from pyro_flows.verdict.psis import psis
-from pyro_flows.verdict.weighing import log_mean, tempered
 from tests.calibration.models import NOISE, X, branching, exact, regression, two_modes
 
 FAST = {"simulations": 6000, "max_epochs": 12, "progress": False}

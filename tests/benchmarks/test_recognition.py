@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from benchmarks.density import recognition
-from pyro_flows.datasets import Split
+from pyro_flows.support.datasets import Split
 
 
 def blobs(count, seed=0):

@@ -76,7 +76,8 @@ def test_thresholds_near_one_are_changed_by_their_distance_to_one():
 
 
 def test_a_threshold_is_put_into_each_module_that_has_it(monkeypatch):
-    from pyro_flows.verdict import deciding, thresholds
+    from pyro_flows.inference.verdict import deciding
+    from pyro_flows.support import thresholds
 
     monkeypatch.setattr(thresholds, "SHIFT_MOST", thresholds.SHIFT_MOST)
     before = thresholds.SHIFT_MOST

@@ -11,7 +11,7 @@ import pyro_flows as pf
 from benchmarks import records
 from benchmarks.search import planted, running
 from benchmarks.search import tables as search_tables
-from pyro_flows.report import page
+from pyro_flows.posterior.report import page
 from tests.benchmarks.pages import write_only
 
 

@@ -12,16 +12,16 @@ import pytest
 import torch
 
 import pyro_flows as pf
-from pyro_flows._seeding import seeded
 from pyro_flows.calibration import batch
 from pyro_flows.calibration.processes import run_all, with_model
 from pyro_flows.calibration.wiring import Case
 from pyro_flows.flows.recipe import latent_recipe, start_at
+from pyro_flows.inference.modes.missed_modes import Search, missed_together
+from pyro_flows.inference.starts.portfolio import starts_together
 from pyro_flows.model.stack import Stack
-from pyro_flows.modes.missed_modes import Search, missed_together
-from pyro_flows.starts.portfolio import starts_together
+from pyro_flows.support.process.seeding import seeded
 from tests.calibration.models import X, branching, counts, data_sets, exact, regression, two_modes
-from tests.results.test_arviz import groups
+from tests.posterior.export.test_arviz import groups
 
 COUNT = 6
 

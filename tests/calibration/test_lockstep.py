@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from pyro_flows import LogDensity
-from pyro_flows._seeding import seeded
 from pyro_flows.flows.recipe import latent_recipe, start_at
+from pyro_flows.inference.training.lockstep import Lockstep, train_together
+from pyro_flows.inference.training.step_graph import Moments, Step
 from pyro_flows.model.stack import NotStackable, Stack
-from pyro_flows.training.lockstep import Lockstep, train_together
-from pyro_flows.training.step_graph import Moments, Step
+from pyro_flows.support.process.seeding import seeded
 from pyro_flows.transforms import Compose, DiagonalAffine, Permutation
 from tests.calibration.models import data_sets, exact, regression
 

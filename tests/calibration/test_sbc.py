@@ -17,13 +17,13 @@ import torch
 from pyro.infer.autoguide import AutoNormal
 
 import pyro_flows as pf
-from pyro_flows._seeding import seeded
 from pyro_flows.calibration import simulating
 from pyro_flows.calibration.fit_many import Many
 from pyro_flows.calibration.simulating import Augmented
 from pyro_flows.calibration.wiring import Case
+from pyro_flows.support.process.seeding import seeded
 from tests.calibration.models import NOISE, X, exact, regression
-from tests.results.test_arviz import groups
+from tests.posterior.export.test_arviz import groups
 
 fit_many = sys.modules["pyro_flows.calibration.fit_many"]  # the module, not the function
 Y = torch.tensor([0.5, -1.0, 0.3, 1.1, 0.0])

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from pyro_flows import LogDensity
+from pyro_flows.inference.starts import pathfinder as pathfinder_module
 from pyro_flows.model.stack import NotStackable, Stack
-from pyro_flows.starts import pathfinder as pathfinder_module
 from tests.calibration.models import branching, counts, data_sets, regression
 
 INTEGERS = [torch.tensor([1, 0, 4]), torch.tensor([2, 2, 0]), torch.tensor([9, 7, 8])]
@@ -147,7 +147,7 @@ def test_missing_values_have_to_be_in_the_same_places(alike):
 
 def test_paths_of_many_data_sets_keep_to_their_own(monkeypatch):
     """A piece of the paths would not stand in groups of one data set each."""
-    monkeypatch.setattr("pyro_flows.starts.climb.rows_for", lambda numbers: 4)
+    monkeypatch.setattr("pyro_flows.inference.starts.climb.rows_for", lambda numbers: 4)
     own, stack = by_themselves("regression"), Stack(by_themselves("regression"))
     points = torch.cat([torch.zeros(1, stack.dim), 3.0 * torch.randn(2, stack.dim)]).to(stack.dtype).repeat(len(own), 1)
     ends = pathfinder_module.pathfinder(stack, points, torch.ones_like(points), seed=0).ends.reshape(len(own), 3, -1)

@@ -17,11 +17,11 @@ from pyro_flows import LogDensity
 from pyro_flows.calibration.batch import CORRECTED_GRID, _Trial, _weighed
 from pyro_flows.fitting.laplace_grid import AT_ONCE
 from pyro_flows.flows.parts import location_scale
+from pyro_flows.inference.modes.laplace_grid import FEWEST_POINTS, STEPS, Bent, _table, bent, grids_together
+from pyro_flows.inference.modes.tops import flow_along
+from pyro_flows.inference.starts.portfolio import starts_together
+from pyro_flows.inference.verdict.deciding import LOOKED_AT_DRAWS
 from pyro_flows.model.stack import Stack
-from pyro_flows.modes.laplace_grid import FEWEST_POINTS, STEPS, Bent, _table, bent, grids_together
-from pyro_flows.modes.tops import flow_along
-from pyro_flows.starts.portfolio import starts_together
-from pyro_flows.verdict.deciding import LOOKED_AT_DRAWS
 from tests.calibration.models import data_sets, regression
 
 COUNT = 6

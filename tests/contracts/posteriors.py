@@ -12,7 +12,7 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
-from pyro_flows.verdict import methods
+from pyro_flows.inference.verdict import methods
 
 REAL = torch.float64
 X = torch.linspace(-1.0, 2.0, 12, dtype=REAL)

@@ -8,12 +8,12 @@ import pytest
 import torch
 
 import pyro_flows as pf
-from pyro_flows._cache import Cache
-from pyro_flows.correction import adaptation, hmc
-from pyro_flows.correction.adaptation import Kernel, Metric, halton, learned, scale_of
-from pyro_flows.correction.hmc import hamiltonian, independent, microcanonical, relabel
-from pyro_flows.correction.latent import Latent
 from pyro_flows.flows.mixture import Component, FlowMixture
+from pyro_flows.inference.chains import adaptation, hmc
+from pyro_flows.inference.chains.adaptation import Kernel, Metric, halton, learned, scale_of
+from pyro_flows.inference.chains.hmc import hamiltonian, independent, microcanonical, relabel
+from pyro_flows.inference.chains.latent import Latent
+from pyro_flows.support.numbers.cache import Cache
 
 CHAINS = 4000
 REAL = torch.float64
@@ -302,7 +302,7 @@ class Gauss:
         self.sd, self.leaps = sd, Cache(1)
 
     def look(self, x, k):
-        from pyro_flows.correction.latent import Points
+        from pyro_flows.inference.chains.latent import Points
 
         value = -0.5 * (x / self.sd).square().sum(1)
         return Points(x, k, x, value, value, -x / self.sd**2, value, -x)

@@ -9,7 +9,7 @@ import torch
 
 import pyro_flows as pf
 from pyro_flows.fitting.methods import METHODS
-from pyro_flows.verdict import methods
+from pyro_flows.inference.verdict import methods
 from tests.contracts.posteriors import KNOWN
 
 DRAWN = 20_000

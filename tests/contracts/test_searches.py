@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.distributions import constraints
 
 import pyro_flows as pf
-from pyro_flows import _ledger
-from pyro_flows.modes.missed_modes import Search, missed_modes
+from pyro_flows.inference.modes.missed_modes import Search, missed_modes
+from pyro_flows.support.process import ledger
 
 DRAWS, SEEDS = 400, (0, 1, 2)
 REAL = torch.float64
@@ -71,12 +71,12 @@ EXACT = {
 }
 
 
-def searched(target: dist.Distribution, guide: dist.Distribution, seed: int) -> tuple[Search, _ledger.Ledger]:
+def searched(target: dist.Distribution, guide: dist.Distribution, seed: int) -> tuple[Search, ledger.Ledger]:
     """Search with draws of the guide."""
     density = pf.LogDensity(model_of(target))
     torch.manual_seed(seed)
     z = guide.sample((DRAWS,))
-    with _ledger.ledger() as kept:
+    with ledger.ledger() as kept:
         return missed_modes(density, [], z, guide.log_prob(z), guide.log_prob, seed=seed), kept
 
 

@@ -12,8 +12,8 @@ import torch
 from pyro.infer import MCMC, NUTS
 
 import pyro_flows as pf
-from pyro_flows.correction.judging import TRIED
-from pyro_flows.verdict.deciding import judge_mcmc
+from pyro_flows.inference.chains.judging import TRIED
+from pyro_flows.inference.verdict.deciding import judge_mcmc
 from tests.conjugate import (
     COUNTS,
     COUNTS_LOO,

@@ -11,7 +11,7 @@ from torch.distributions import constraints
 
 import pyro_flows as pf
 from pyro_flows.fitting import programs
-from pyro_flows.modes.missed_modes import Search
+from pyro_flows.inference.modes.missed_modes import Search
 from tests.posteriors import SCHOOLS, SPREAD, Y, line, line_guide, schools, schools_guide
 
 DRAWS = 300

@@ -11,10 +11,10 @@ import torch
 import pyro_flows as pf
 from pyro_flows.fitting import methods
 from pyro_flows.fitting import rounds as samples
-from pyro_flows.training.convergence import Monitor
-from pyro_flows.training.loop import COOL
-from pyro_flows.verdict.deciding import shift_is_noise
-from pyro_flows.verdict.methods import MIXTURE
+from pyro_flows.inference.training.convergence import Monitor
+from pyro_flows.inference.training.loop import COOL
+from pyro_flows.inference.verdict.deciding import shift_is_noise
+from pyro_flows.inference.verdict.methods import MIXTURE
 from tests.fitting.test_rounds import real, round_of
 
 Y = torch.tensor([0.3, -1.2, 2.0, 0.4], dtype=torch.float64)

@@ -18,16 +18,17 @@ import pytest
 import torch
 
 import pyro_flows as pf
-from pyro_flows import LogDensity, _stages
-from pyro_flows._clock import Clock, OutOfTime
-from pyro_flows._progress import Bar
-from pyro_flows._threads import turn
+from pyro_flows import LogDensity
 from pyro_flows.fitting import rounds
+from pyro_flows.inference.scoring import JUDGING
+from pyro_flows.inference.starts import portfolio
+from pyro_flows.inference.training import loop
+from pyro_flows.inference.training.trainer import Trainer
 from pyro_flows.posterior import draws
-from pyro_flows.results.scoring import JUDGING
-from pyro_flows.starts import portfolio
-from pyro_flows.training import loop
-from pyro_flows.training.trainer import Trainer
+from pyro_flows.support.process import stages as _stages
+from pyro_flows.support.process.clock import Clock, OutOfTime
+from pyro_flows.support.process.progress import Bar
+from pyro_flows.support.process.threads import turn
 from tests.interrupts import interrupting
 
 Y = torch.tensor([0.3, -1.2, 2.0])
@@ -108,7 +109,7 @@ def ticking(monkeypatch):
     """A clock that goes on a tenth of a second with each run of a model, and not otherwise: busy machines lie."""
     now = itertools.count()
     runs = []
-    monkeypatch.setattr("pyro_flows._clock.time.monotonic", lambda: 0.1 * len(runs) + 1e-6 * next(now))
+    monkeypatch.setattr("pyro_flows.support.process.clock.time.monotonic", lambda: 0.1 * len(runs) + 1e-6 * next(now))
     original = LogDensity._run
 
     def counted(self, z, **options):
@@ -235,7 +236,7 @@ def resolve(owner):
 @pytest.mark.parametrize("stage", STAGES)
 def test_ctrl_c_returns_what_there_is(monkeypatch, stage):
     owner, name, at, chosen = STAGES[stage]
-    monkeypatch.setattr("pyro_flows._clock.AFTER_INTERRUPT", 1000.0)  # on a busy machine, too
+    monkeypatch.setattr("pyro_flows.support.process.clock.AFTER_INTERRUPT", 1000.0)  # on a busy machine, too
     interrupting(monkeypatch, resolve(owner), name, at=at)
     with pytest.warns(UserWarning, match=r"fit: interrupted \(Ctrl-C\)"):
         found = pf.fit(chosen, Y, **QUICK)
@@ -315,7 +316,7 @@ def test_a_first_round_that_is_not_enough_is_the_only_one(monkeypatch):
 def test_a_real_ctrl_c():
     script = textwrap.dedent("""
         import sys, pyro, torch, pyro.distributions as dist, pyro_flows as pf
-        from pyro_flows.training.trainer import Trainer
+        from pyro_flows.inference.training.trainer import Trainer
         step = Trainer.step
         def told(self, rate, count=[0]):
             count[0] += 1
@@ -502,7 +503,7 @@ def test_the_line_names_stages_and_no_time_to_come(monkeypatch):
 def test_the_line_moves_while_a_stage_goes_on(monkeypatch):
     terminal, now = Terminal(), [0.0]
     monkeypatch.setattr(sys, "stderr", terminal)
-    monkeypatch.setattr("pyro_flows._progress.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("pyro_flows.support.process.progress.time.monotonic", lambda: now[0])
     bar = Bar("fit", True)
     bar.watch("finding starting points")
     for _ in range(5):
@@ -540,7 +541,7 @@ def test_a_notebook_gets_one_output_that_is_updated(monkeypatch):
         outputs[len(outputs)] = [data["text/plain"]]
         return Handle(len(outputs) - 1)
 
-    monkeypatch.setattr("pyro_flows._progress._display", lambda: display)
+    monkeypatch.setattr("pyro_flows.support.process.progress._display", lambda: display)
     pf.fit(model, Y, **{**QUICK, "progress": True})
     assert len(outputs) == 1
     assert outputs[0][0].startswith("fit: reading the model")

@@ -9,16 +9,16 @@ import pytest
 import torch
 
 import pyro_flows as pf
-from pyro_flows._clock import unbounded
-from pyro_flows._seeding import seeded
-from pyro_flows._stages import PARAMETERIZATION
 from pyro_flows.fitting import methods
 from pyro_flows.fitting.methods import AS_READ, METHODS, conditionals_at_start, conditionals_flow
 from pyro_flows.fitting.rounds import untrained
 from pyro_flows.fitting.state import FitState, Run
+from pyro_flows.inference.verdict.methods import CONDITIONALS, MCMC
+from pyro_flows.model.dims import coordinate_names
 from pyro_flows.model.log_density import LogDensity
-from pyro_flows.results.dims import coordinate_names
-from pyro_flows.verdict.methods import CONDITIONALS, MCMC
+from pyro_flows.support.process.clock import unbounded
+from pyro_flows.support.process.seeding import seeded
+from pyro_flows.support.process.stages import PARAMETERIZATION
 
 STAGE = "Gaussian conditionals"  # as the history calls it
 SIZE, NOISE = 20, 0.5

@@ -18,8 +18,8 @@ from pyro.infer.autoguide import (
 )
 
 import pyro_flows as pf
-from pyro_flows.correction.latent import Latent
 from pyro_flows.fitting.programs import space_of
+from pyro_flows.inference.chains.latent import Latent
 
 
 def model():

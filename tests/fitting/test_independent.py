@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import pyro_flows as pf
-from pyro_flows.verdict.methods import INDEPENDENT, TRAINED
+from pyro_flows.inference.verdict.methods import INDEPENDENT, TRAINED
 
 REAL = torch.float64
 PLACES = torch.tensor([-14.0, -3.0, 9.0], dtype=REAL)

@@ -52,6 +52,6 @@ def test_values_that_rounding_puts_onto_the_edge_do_not_count():
 
     density = pf.LogDensity(model)
     z = torch.tensor([[-50.0], [-90.0], [-150.0], [-200.0]])
-    from pyro_flows.results.scoring import infinite_places
+    from pyro_flows.inference.scoring import infinite_places
 
     assert infinite_places(density, z, torch.tensor([1.0, 1.0, torch.inf, torch.inf])) == []

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 import pyro_flows as pf
-from pyro_flows._stages import PARAMETERIZATION
-from pyro_flows.starts.coordinates import choose_coordinates, climbed
-from pyro_flows.verdict.methods import GRID as STAGE
+from pyro_flows.inference.starts.coordinates import choose_coordinates, climbed
+from pyro_flows.inference.verdict.methods import GRID as STAGE
+from pyro_flows.support.process.stages import PARAMETERIZATION
 
 Y = torch.tensor([28.0, 8.0, -3.0, 7.0, -1.0, 1.0, 18.0, 12.0])
 SIGMA = torch.tensor([15.0, 10.0, 16.0, 11.0, 9.0, 11.0, 10.0, 18.0])

@@ -14,17 +14,17 @@ import pytest
 import torch
 
 import pyro_flows as pf
-from pyro_flows._clock import Clock
-from pyro_flows._progress import Bar
-from pyro_flows.correction import refine
 from pyro_flows.fitting import hierarchical, modes_of_globals
 from pyro_flows.fitting.modes_of_globals import with_modes
 from pyro_flows.flows.mixture import FlowMixture
 from pyro_flows.guides.marginal import Marginal
 from pyro_flows.guides.marginal_density import MarginalDensity
-from pyro_flows.modes.missed_regions import Guide, MissedRegion, moments
+from pyro_flows.inference.chains import refine
+from pyro_flows.inference.modes.missed_regions import Guide, MissedRegion, moments
 from pyro_flows.posterior import draws
 from pyro_flows.priors import making
+from pyro_flows.support.process.clock import Clock
+from pyro_flows.support.process.progress import Bar
 from tests.interrupts import interrupting
 from tests.models import real
 from tests.slow import rest_slow

@@ -13,10 +13,10 @@ from torch.distributions import constraints
 import pyro_flows as pf
 from benchmarks.modes import labels, sbi
 from benchmarks.toys import targets
-from pyro_flows._progress import Bar
 from pyro_flows.fitting import combine, methods
 from pyro_flows.fitting.multimodal import multimodal
-from pyro_flows.verdict.methods import INDEPENDENT, MIXTURE, TABULATED
+from pyro_flows.inference.verdict.methods import INDEPENDENT, MIXTURE, TABULATED
+from pyro_flows.support.process.progress import Bar
 
 
 def line_of(count, distance):

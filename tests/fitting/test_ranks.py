@@ -13,10 +13,10 @@ import torch
 from torch import distributed
 
 import pyro_flows as pf
-from pyro_flows._seeding import seeded
 from pyro_flows.fitting import fit as fitting  # the module
 from pyro_flows.fitting import hierarchical, ranks
 from pyro_flows.fitting.ranks import Followed, Ranks, RowsOfRank
+from pyro_flows.support.process.seeding import seeded
 from tests.guides.test_hierarchical import SCHOOLS, SIGMA, data, exact, normal_rows, schools
 
 MODEL = """

@@ -10,8 +10,8 @@ import torch
 import pyro_flows as pf
 from pyro_flows.fitting.combine import balanced, disagreements
 from pyro_flows.flows.flow import Flow
+from pyro_flows.support.thresholds import R_HAT_CONVERGED
 from pyro_flows.transforms.linear import Rescale
-from pyro_flows.verdict.thresholds import R_HAT_CONVERGED
 
 
 def test_runs_that_disagree_in_many_coordinates_name_the_worst_three():

@@ -21,12 +21,12 @@ from pyro_flows.fitting.state import FitState, Run
 from pyro_flows.flows.mixture import FlowMixture
 from pyro_flows.flows.parts import location_scale
 from pyro_flows.flows.recipe import Recipe, begin_at, set_df
-from pyro_flows.results.record import Stage
-from pyro_flows.training.loop import Training
-from pyro_flows.training.trainer import Trainer
+from pyro_flows.inference.record import Stage
+from pyro_flows.inference.training.loop import Training
+from pyro_flows.inference.training.trainer import Trainer
+from pyro_flows.inference.verdict.chains import McmcDraws
+from pyro_flows.inference.verdict.weighing import Weighing
 from pyro_flows.transforms import DiagonalAffine
-from pyro_flows.verdict.chains import McmcDraws
-from pyro_flows.verdict.weighing import Weighing
 from tests.models import real
 from tests.registry import normal
 

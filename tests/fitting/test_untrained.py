@@ -10,20 +10,20 @@ import pytest
 import torch
 
 import pyro_flows as pf
-from pyro_flows._progress import Bar
-from pyro_flows.correction.hmc import microcanonical
-from pyro_flows.correction.latent import Latent
-from pyro_flows.correction.refine import _gone_on
-from pyro_flows.correction.sampler import ROUND, Sampler
-from pyro_flows.correction.search import visits_all
-from pyro_flows.correction.untrained import chains_of_gaussian
 from pyro_flows.flows.parts import affine_base_of, location_scale
 from pyro_flows.flows.recipe import begin_at, latent_recipe, set_df
-from pyro_flows.modes.missed_regions import BY_WALKERS, MissedRegion
-from pyro_flows.starts.gaussians import Start
-from pyro_flows.training.loop import COOL, STALLED, Budget, Look, train
-from pyro_flows.training.trainer import Trainer
-from pyro_flows.verdict.chains import McmcDiagnostics, McmcDraws
+from pyro_flows.inference.chains.hmc import microcanonical
+from pyro_flows.inference.chains.latent import Latent
+from pyro_flows.inference.chains.refine import _gone_on
+from pyro_flows.inference.chains.sampler import ROUND, Sampler
+from pyro_flows.inference.chains.search import visits_all
+from pyro_flows.inference.chains.untrained import chains_of_gaussian
+from pyro_flows.inference.modes.missed_regions import BY_WALKERS, MissedRegion
+from pyro_flows.inference.starts.gaussians import Start
+from pyro_flows.inference.training.loop import COOL, STALLED, Budget, Look, train
+from pyro_flows.inference.training.trainer import Trainer
+from pyro_flows.inference.verdict.chains import McmcDiagnostics, McmcDraws
+from pyro_flows.support.process.progress import Bar
 from tests.invariants import close
 from tests.registry import normal
 
@@ -95,7 +95,7 @@ def test_chains_that_diverge_are_given_up_where_gradients_do_not_suffice_for_hal
         moved = microcanonical(*args, **options)
         return moved._replace(diverging=torch.arange(64) < 2)  # of 64 chains
 
-    monkeypatch.setattr("pyro_flows.correction.sampler.microcanonical", diverging)
+    monkeypatch.setattr("pyro_flows.inference.chains.sampler.microcanonical", diverging)
     density = pf.LogDensity(bent)
     flow = location_scale(DIM, df=120.0, diagonal=True).double()
     start, found = flow.draw(8)[0].detach(), {}
@@ -206,9 +206,9 @@ def trained(look):
 @pytest.mark.slow
 @pytest.mark.parametrize(("shares", "stalls", "tries"), [((0.3, 0.31), True, 2), ((0.1, 0.3, 0.31), True, 3)])
 def test_training_ends_where_the_weights_get_hardly_better(shares, stalls, tries, monkeypatch):
-    monkeypatch.setattr("pyro_flows.training.loop.Monitor.level", lambda self: True)
-    monkeypatch.setattr("pyro_flows.training.loop.Monitor.stationary", lambda self: (False, "never"))
-    monkeypatch.setattr("pyro_flows.training.loop.Monitor.promises", lambda self, gap: False)
+    monkeypatch.setattr("pyro_flows.inference.training.loop.Monitor.level", lambda self: True)
+    monkeypatch.setattr("pyro_flows.inference.training.loop.Monitor.stationary", lambda self: (False, "never"))
+    monkeypatch.setattr("pyro_flows.inference.training.loop.Monitor.promises", lambda self, gap: False)
     left = iter(shares)
     asked = []
 
@@ -225,9 +225,9 @@ def test_training_ends_where_the_weights_get_hardly_better(shares, stalls, tries
 
 @pytest.mark.slow
 def test_without_a_sampler_it_is_tried_once_and_training_goes_on(monkeypatch):
-    monkeypatch.setattr("pyro_flows.training.loop.Monitor.level", lambda self: True)
-    monkeypatch.setattr("pyro_flows.training.loop.Monitor.stationary", lambda self: (False, "never"))
-    monkeypatch.setattr("pyro_flows.training.loop.Monitor.promises", lambda self, gap: False)
+    monkeypatch.setattr("pyro_flows.inference.training.loop.Monitor.level", lambda self: True)
+    monkeypatch.setattr("pyro_flows.inference.training.loop.Monitor.stationary", lambda self: (False, "never"))
+    monkeypatch.setattr("pyro_flows.inference.training.loop.Monitor.promises", lambda self, gap: False)
     asked = []
 
     def weigh():

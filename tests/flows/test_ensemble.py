@@ -9,9 +9,9 @@ import pytest
 import torch
 
 import pyro_flows as pf
-from pyro_flows._untrusted import Damaged
 from pyro_flows.flows.ensemble import Ensemble, averaged
 from pyro_flows.flows.recipe_json import not_rebuilt, restored, to_json
+from pyro_flows.support.files.untrusted import Damaged
 from tests.slow import rest_slow
 
 CONTEXT = torch.tensor([[-1.0, 0.5], [2.0, 0.0]])

@@ -8,7 +8,7 @@ import torch
 from scipy.stats import multivariate_t
 
 import pyro_flows as pf
-from pyro_flows.density_estimation.standardizing import knots_of
+from pyro_flows.densities.standardizing import knots_of
 from pyro_flows.flows.mixture_base import MixtureBase, inverted
 from pyro_flows.flows.recipe import with_fixed, with_mixture, with_preprocess
 from pyro_flows.flows.recipe_json import from_json, not_rebuilt, to_json

@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader
 
 import pyro_flows as pf
 from pyro_flows import datasets
-from pyro_flows.density_estimation import training
+from pyro_flows.densities import training
 from pyro_flows.flows.signals import at_length
 from pyro_flows.transforms import masks
 from tests.invariants import close, jacobian
@@ -148,7 +148,7 @@ def test_a_training_by_crops_goes_on(tmp_path, monkeypatch):
         return step(self, *args)
 
     monkeypatch.setattr(training.Ascent, "step", stop)
-    monkeypatch.setattr("pyro_flows.density_estimation.fit_density.SAVE_EVERY", 0.0)
+    monkeypatch.setattr("pyro_flows.densities.fit_density.SAVE_EVERY", 0.0)
     with pytest.raises(OSError, match="broken off"):
         fitted(tmp_path / "checkpoint", max_epochs=6)
     monkeypatch.setattr(training.Ascent, "step", step)

@@ -8,12 +8,12 @@ import pytest
 import torch
 
 import pyro_flows as pf
-from pyro_flows.correction.adaptation import Metric
-from pyro_flows.correction.hmc import microcanonical, relabel
-from pyro_flows.correction.latent import Latent
 from pyro_flows.flows.mixture import Component, FlowMixture
 from pyro_flows.flows.parts import location_scale, student_mixture
 from pyro_flows.flows.stacked import Stacked, stacked
+from pyro_flows.inference.chains.adaptation import Metric
+from pyro_flows.inference.chains.hmc import microcanonical, relabel
+from pyro_flows.inference.chains.latent import Latent
 from tests.registry import normal, randomize
 
 DIM, PARTS, CHAINS = 4, 6, 40
@@ -61,7 +61,7 @@ def both(make, monkeypatch):
     """The same mixture with its parts at once, and one after the other."""
     together = Latent(make(), pf.LogDensity(quartic))
     with monkeypatch.context() as patched:
-        patched.setattr("pyro_flows.correction.latent.stacked", lambda *_: None)
+        patched.setattr("pyro_flows.inference.chains.latent.stacked", lambda *_: None)
         apart = Latent(make(), pf.LogDensity(quartic))
     assert together.stacked is not None
     assert apart.stacked is None

@@ -2,7 +2,7 @@
 
 import pytest
 
-from pyro_flows._tensors import rows_for
+from pyro_flows.support.numbers.tensors import rows_for
 
 
 @pytest.mark.parametrize(

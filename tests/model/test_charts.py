@@ -12,9 +12,9 @@ import torch
 from pyro import poutine
 
 import pyro_flows as pf
+from pyro_flows.inference.starts.charting import choose_charts
+from pyro_flows.inference.starts.coordinates import choose_coordinates
 from pyro_flows.model.charts import Circle, Heavy, Walls, read_chart, write_chart
-from pyro_flows.starts.charting import choose_charts
-from pyro_flows.starts.coordinates import choose_coordinates
 from tests.models import real
 from tests.registry import normal
 

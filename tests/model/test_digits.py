@@ -9,10 +9,10 @@ import torch
 from torch import nn
 
 import pyro_flows as pf
+from pyro_flows.inference.verdict.methods import MCMC
+from pyro_flows.inference.verdict.verdict import next_step
 from pyro_flows.model.digits import ALLOWED, NOISE
 from pyro_flows.model.precision import LostDigits, in_double
-from pyro_flows.verdict.methods import MCMC
-from pyro_flows.verdict.verdict import next_step
 from tests.invariants import close
 from tests.models import gauss
 from tests.registry import normal

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from pyro_flows.graphs import record
 from pyro_flows.model.batching import hessians, values_and_grads
+from pyro_flows.model.graphs import record
 from tests.invariants import close
 from tests.registry import normal
 

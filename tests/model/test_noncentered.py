@@ -15,10 +15,10 @@ from torch import Tensor
 
 import pyro_flows as pf
 from pyro_flows import LogDensity
-from pyro_flows._stages import PARAMETERIZATION
-from pyro_flows.results.arviz_groups import predict
-from pyro_flows.results.dims import coordinate_names
-from pyro_flows.starts.coordinates import choose_coordinates
+from pyro_flows.inference.starts.coordinates import choose_coordinates
+from pyro_flows.model.dims import coordinate_names
+from pyro_flows.posterior.export.arviz_groups import predict
+from pyro_flows.support.process.stages import PARAMETERIZATION
 from tests.models import real
 from tests.registry import normal
 

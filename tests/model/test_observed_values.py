@@ -14,7 +14,7 @@ from pyro.distributions import transforms
 from pyro.infer import autoguide, config_enumerate
 
 import pyro_flows as pf
-from pyro_flows.starts import portfolio
+from pyro_flows.inference.starts import portfolio
 
 real = torch.tensor
 ones = torch.ones

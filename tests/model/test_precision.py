@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import pyro_flows as pf
-from pyro_flows.comparison.sensitivity import _dependent
+from pyro_flows.posterior.comparison.sensitivity import _dependent
 from tests.invariants import close
 from tests.models import gauss
 from tests.registry import needs_interpreter, normal

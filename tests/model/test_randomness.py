@@ -5,8 +5,8 @@ import pytest
 import torch
 from scipy.stats import kstest
 
-from pyro_flows._seeding import BatchedDraws
 from pyro_flows.model.batching import quiet
+from pyro_flows.support.process.seeding import BatchedDraws
 
 DRAWS = 4000
 

@@ -13,8 +13,8 @@ from pyro.nn import PyroSample
 from torch import Tensor
 
 import pyro_flows as pf
-from pyro_flows._fallbacks import Fallback, fallback, strict
-from pyro_flows.graphs import record, stacked
+from pyro_flows.model.graphs import record, stacked
+from pyro_flows.support.process.fallbacks import Fallback, fallback, strict
 from tests.invariants import close
 from tests.models import gauss, real
 from tests.registry import RECORDED_FROM, normal

@@ -9,11 +9,11 @@ import pytest
 import torch
 
 import pyro_flows as pf
+from pyro_flows.inference.verdict.deciding import judge
+from pyro_flows.inference.verdict.psis import psis
+from pyro_flows.inference.verdict.weighing import weigh
 from pyro_flows.posterior.drawn import ROWS_SHOWN
 from pyro_flows.posterior.draws import from_draws
-from pyro_flows.verdict.deciding import judge
-from pyro_flows.verdict.psis import psis
-from pyro_flows.verdict.weighing import weigh
 from tests.posteriors import (
     SCHOOLS,
     SPREAD,

@@ -9,9 +9,9 @@ import torch
 
 import pyro_flows as pf
 from pyro_flows.flows.recipe import BUILDERS, with_affine
+from pyro_flows.inference.scoring import BEYOND
 from pyro_flows.priors.errors import PriorError
 from pyro_flows.priors.parts import Part, PriorDistribution
-from pyro_flows.results.scoring import BEYOND
 
 
 def prior_of(dim):

@@ -13,7 +13,7 @@ import torch
 from torch.distributions import biject_to, constraints
 
 import pyro_flows as pf
-from pyro_flows.density_estimation.fit_density import fit_density
+from pyro_flows.densities.fit_density import fit_density
 from pyro_flows.model.supports import _event_dim
 from pyro_flows.priors import making
 from pyro_flows.priors.making import _fitted, _in_one_turn

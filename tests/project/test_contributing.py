@@ -11,16 +11,16 @@ import pytest
 ROOT = Path(__file__).parent.parent.parent
 HEAD = "| you look for | file | there |"
 QUESTIONS = [  # the most frequent ones of newcomers, with the file that answers each
-    ("the threshold of k-hat", "verdict/psis.py"),
-    ("the learning rate", "training/loop.py"),
-    ("the starts of a fit", "starts/portfolio.py"),
-    ("draws are resampled", "verdict/weighing.py"),
-    ("the text of the verdict", "verdict/verdict.py"),
+    ("the threshold of k-hat", "inference/verdict/psis.py"),
+    ("the learning rate", "inference/training/loop.py"),
+    ("the starts of a fit", "inference/starts/portfolio.py"),
+    ("draws are resampled", "inference/verdict/weighing.py"),
+    ("the text of the verdict", "inference/verdict/verdict.py"),
     ("a new flow is registered", "flows/recipe.py"),
-    ("the search for missed modes, and where a new one is added", "modes/missed_modes.py"),
-    ("time limits", "_clock.py"),
-    ("ArviZ is imported", "_arviz.py"),
-    ("files are written", "_files.py"),
+    ("the search for missed modes, and where a new one is added", "inference/modes/missed_modes.py"),
+    ("time limits", "support/process/clock.py"),
+    ("ArviZ is imported", "support/arviz.py"),
+    ("files are written", "support/files/files.py"),
 ]
 
 

@@ -35,7 +35,7 @@ esac
 @pytest.fixture
 def project(tmp_path):
     """A folder with the Makefile and two Pythons in front of the path."""
-    for name in ("Makefile", "pyproject.toml", "setup.py", "pyro_flows/graphs/interpreter.c"):
+    for name in ("Makefile", "pyproject.toml", "setup.py", "pyro_flows/model/graphs/interpreter.c"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, tmp_path / name)
     programs = tmp_path / "programs"

@@ -31,81 +31,85 @@ WRITTEN = {
 
 PHRASES = {
     "docs/understand/fit.md": [
-        "Above {starts.curvature.FULL_HESSIAN_UP_TO} dimensions they come from L-BFGS",
-        "Up to {starts.curvature.ONE_HESSIAN_UP_TO}, a Laplace approximation with all correlations",
+        "Above {inference.starts.curvature.FULL_HESSIAN_UP_TO} dimensions they come from L-BFGS",
+        "Up to {inference.starts.curvature.ONE_HESSIAN_UP_TO}, a Laplace approximation with all correlations",
         "by more than the Monte Carlo error of {fitting.fit.fit(draws)} draws",
-        "If their effective share has not risen by {verdict.thresholds.ESS_SHARE_COLLAPSED}",
-        "in up to {starts.curvature.SMALL_UP_TO} dimensions and for models of few operations",
-        "Given up to {modes.conditionals.MOST_HELD|word} coordinates",
-        "In up to {starts.prior.MATRICES_UP_TO} dimensions this comes before the parameterization is chosen",
-        "In {starts.prior.MATRICES_UP_TO} to {starts.curvature.FULL_HESSIAN_UP_TO} dimensions it is tried if the "
+        "If their effective share has not risen by {support.thresholds.ESS_SHARE_COLLAPSED}",
+        "in up to {inference.starts.curvature.SMALL_UP_TO} dimensions and for models of few operations",
+        "Given up to {inference.modes.conditionals.MOST_HELD|word} coordinates",
+        "In up to {inference.starts.prior.MATRICES_UP_TO} dimensions this comes before the parameterization is chosen",
+        "In {inference.starts.prior.MATRICES_UP_TO} to {inference.starts.curvature.FULL_HESSIAN_UP_TO} dimensions "
+        "it is tried if the "
         "chains",
-        "In {fitting.methods.SAMPLED_FROM} to {correction.adaptation.MOST_DIM} dimensions a flow takes thousands of "
+        "In {fitting.methods.SAMPLED_FROM} to {inference.chains.adaptation.MOST_DIM} dimensions a flow takes "
+        "thousands of "
         "steps",
-        "{correction.refine.ATTEMPT|comma} gradients at most, half of that in up to {starts.curvature.SMALL_UP_TO} "
+        "{inference.chains.refine.ATTEMPT|comma} gradients at most, half of that in up to "
+        "{inference.starts.curvature.SMALL_UP_TO} "
         "dimensions",
-        "they get up to {correction.refine.CHEAPEST|word} times as many",
-        "up to {correction.untrained.MOST_COPIES} images under exact symmetries",
-        "k-hat is below {verdict.thresholds.K_HAT_GOOD} (or ESS/S above {verdict.thresholds.ESS_SHARE_EVEN}), training "
+        "they get up to {inference.chains.refine.CHEAPEST|word} times as many",
+        "up to {inference.chains.untrained.MOST_COPIES} images under exact symmetries",
+        "k-hat is below {support.thresholds.K_HAT_GOOD} (or ESS/S above {support.thresholds.ESS_SHARE_EVEN}), training "
         "converged",
-        "less than {verdict.thresholds.EVIDENCE_GAP_GOOD} nats above it",
-        "less than {verdict.thresholds.EVIDENCE_GAP_GOOD_A_DIM} nats per dimension",
+        "less than {support.thresholds.EVIDENCE_GAP_GOOD} nats above it",
+        "less than {support.thresholds.EVIDENCE_GAP_GOOD_A_DIM} nats per dimension",
         "at all such images, up to {fitting.combine.MAX_COPIES}, without",
     ],
     "docs/understand/verdict.md": [
-        r"$S = {verdict.deciding.POOL} \times$ `draws`",
-        "largest weight is below {verdict.thresholds.LOG_WEIGHT_EVEN|exp} times the mean",
-        "divided by the number of draws, is below {verdict.thresholds.ESS_SHARE_LEAST}",
-        "k-hat below {verdict.thresholds.K_HAT_GOOD} and ESS/S above {verdict.thresholds.ESS_SHARE_PROMISING}",
-        "widens a standard deviation** more than {verdict.thresholds.SD_WIDENING_MOST|fold}",
-        "by more than {verdict.thresholds.MEAN_SHIFT_MOST|word} standard deviation. Then too much",
-        "noticeably, and k-hat is {verdict.thresholds.K_HAT_GOOD} or more",
-        "**Var[log p]** is more than {verdict.thresholds.VAR_LOG_P_RATIO_MOST|word} times what",
-        "holds more than {verdict.thresholds.MISSED_MASS_SHARE|percent} of the mass that the guide covers",
-        "if {verdict.thresholds.MISSED_MASS_OF_TAILS|percent} more mass than in the draws, and "
-        "{verdict.thresholds.MISSED_MASS_ERRORS|word} standard errors, lies beyond one of their "
-        "{verdict.thresholds.TAIL_SHARE|percent} quantiles",
-        "are checked in up to {starts.curvature.SMALL_UP_TO} dimensions",
-        "**changes a mean** by more than {verdict.thresholds.SHIFT_MOST} posterior standard deviations",
-        "the logarithm of the ratio is larger than {verdict.thresholds.SHIFT_MOST}",
-        "by more than {verdict.thresholds.SHIFT_MOST} and {verdict.thresholds.SHIFT_ERRORS|word} standard errors",
-        "names the worst {verdict.verdict.NAMED|word} and counts the others",
-        "(dimensions times data above {modes.survey.NUMBERS|million})",
-        "up to a factor of {modes.under_covered.HIGH|tens}",
-        "up to {starts.prior.MATRICES_UP_TO} dimensions and for the first {modes.propriety.COORDINATES_LOOKED_AT} such "
+        r"$S = {inference.verdict.deciding.POOL} \times$ `draws`",
+        "largest weight is below {support.thresholds.LOG_WEIGHT_EVEN|exp} times the mean",
+        "divided by the number of draws, is below {support.thresholds.ESS_SHARE_LEAST}",
+        "k-hat below {support.thresholds.K_HAT_GOOD} and ESS/S above {support.thresholds.ESS_SHARE_PROMISING}",
+        "widens a standard deviation** more than {support.thresholds.SD_WIDENING_MOST|fold}",
+        "by more than {support.thresholds.MEAN_SHIFT_MOST|word} standard deviation. Then too much",
+        "noticeably, and k-hat is {support.thresholds.K_HAT_GOOD} or more",
+        "**Var[log p]** is more than {support.thresholds.VAR_LOG_P_RATIO_MOST|word} times what",
+        "holds more than {support.thresholds.MISSED_MASS_SHARE|percent} of the mass that the guide covers",
+        "if {support.thresholds.MISSED_MASS_OF_TAILS|percent} more mass than in the draws, and "
+        "{support.thresholds.MISSED_MASS_ERRORS|word} standard errors, lies beyond one of their "
+        "{support.thresholds.TAIL_SHARE|percent} quantiles",
+        "are checked in up to {inference.starts.curvature.SMALL_UP_TO} dimensions",
+        "**changes a mean** by more than {support.thresholds.SHIFT_MOST} posterior standard deviations",
+        "the logarithm of the ratio is larger than {support.thresholds.SHIFT_MOST}",
+        "by more than {support.thresholds.SHIFT_MOST} and {support.thresholds.SHIFT_ERRORS|word} standard errors",
+        "names the worst {inference.verdict.verdict.NAMED|word} and counts the others",
+        "(dimensions times data above {inference.modes.survey.NUMBERS|million})",
+        "up to a factor of {inference.modes.under_covered.HIGH|tens}",
+        "up to {inference.starts.prior.MATRICES_UP_TO} dimensions and for the first "
+        "{inference.modes.propriety.COORDINATES_LOOKED_AT} such "
         "coordinates",
-        "This is tried for up to {modes.propriety.HIDDEN} such coordinates",
-        "Levels up to {modes.outward.DEEP} nats down are seen",
+        "This is tried for up to {inference.modes.propriety.HIDDEN} such coordinates",
+        "Levels up to {inference.modes.outward.DEEP} nats down are seen",
     ],
     "docs/understand/refinement.md": [
-        "{correction.sampler.CHAINS} short chains run as one batch",
-        "start in superchains of {correction.sampler.SUBCHAINS|word}",
-        "nested R-hat**, of superchains, is at most {verdict.thresholds.R_HAT_CONVERGED}, and R-hat of "
-        "single chains is at most {verdict.thresholds.R_HAT_OF_SHORT_CHAINS}",
-        "effective sample size** is {verdict.thresholds.ESS_OF_CHAINS} or more",
-        "at most {verdict.thresholds.DIVERGENT_SHARE_OF_CHAINS|one in} trajectories **diverged**, or "
-        "{verdict.thresholds.DIVERGENT_FEW|word} in all",
-        "agree (R-hat at most {verdict.thresholds.R_HAT_OF_SHORT_CHAINS})",
-        "all coordinates have {verdict.thresholds.ESS_OF_CHAINS} effective draws, and",
-        "**standard deviation** is {verdict.thresholds.SD_ERROR_OF_CHAINS|percent} of it. It has to be "
-        "{verdict.thresholds.SD_ERROR_OF_FEW_DRAWS|percent}",
-        "(a kurtosis above {correction.stopping.LIGHT}; a normal",
-        "({correction.stopping.CLEARLY} times the error)",
-        "with an error above {verdict.thresholds.SHIFT_MOST|percent} speaks",
+        "{inference.chains.sampler.CHAINS} short chains run as one batch",
+        "start in superchains of {inference.chains.sampler.SUBCHAINS|word}",
+        "nested R-hat**, of superchains, is at most {support.thresholds.R_HAT_CONVERGED}, and R-hat of "
+        "single chains is at most {support.thresholds.R_HAT_OF_SHORT_CHAINS}",
+        "effective sample size** is {support.thresholds.ESS_OF_CHAINS} or more",
+        "at most {support.thresholds.DIVERGENT_SHARE_OF_CHAINS|one in} trajectories **diverged**, or "
+        "{support.thresholds.DIVERGENT_FEW|word} in all",
+        "agree (R-hat at most {support.thresholds.R_HAT_OF_SHORT_CHAINS})",
+        "all coordinates have {support.thresholds.ESS_OF_CHAINS} effective draws, and",
+        "**standard deviation** is {support.thresholds.SD_ERROR_OF_CHAINS|percent} of it. It has to be "
+        "{support.thresholds.SD_ERROR_OF_FEW_DRAWS|percent}",
+        "(a kurtosis above {inference.chains.stopping.LIGHT}; a normal",
+        "({inference.chains.stopping.CLEARLY} times the error)",
+        "with an error above {support.thresholds.SHIFT_MOST|percent} speaks",
     ],
     "docs/howto/runs.md": [
-        "R-hat of a coordinate is above {verdict.thresholds.R_HAT_CONVERGED}, or if log evidences differ by more than "
-        "{verdict.thresholds.EVIDENCE_GAP_OF_RUNS}",
+        "R-hat of a coordinate is above {support.thresholds.R_HAT_CONVERGED}, or if log evidences differ by more than "
+        "{support.thresholds.EVIDENCE_GAP_OF_RUNS}",
     ],
     "docs/howto/compare.md": [
-        "weights {comparison.evidence.DRAWS} new draws of the flow",
-        "{comparison.working.RELATIVE|share} of the standard error over observations, "
-        "or of {comparison.working.ERROR} nats",
-        "up to {comparison.working.MOST_DRAWS} new draws",
+        "weights {posterior.comparison.evidence.DRAWS} new draws of the flow",
+        "{posterior.comparison.working.RELATIVE|share} of the standard error over observations, "
+        "or of {posterior.comparison.working.ERROR} nats",
+        "up to {posterior.comparison.working.MOST_DRAWS} new draws",
     ],
     "docs/howto/check-a-guide.md": [
-        "{verdict.thresholds.R_HAT_CONVERGED}), bulk and tail effective sample sizes (at least "
-        "{verdict.thresholds.ESS_OF_MCMC}), divergences (at most {verdict.thresholds.DIVERGENT_SHARE_OF_MCMC|one in})",
+        "{support.thresholds.R_HAT_CONVERGED}), bulk and tail effective sample sizes (at least "
+        "{support.thresholds.ESS_OF_MCMC}), divergences (at most {support.thresholds.DIVERGENT_SHARE_OF_MCMC|one in})",
     ],
     "docs/howto/choose-a-flow.md": [
         '`"realnvp"` ({flows.vectors.realnvp(layers)} layers)',
@@ -115,42 +119,44 @@ PHRASES = {
     "docs/howto/many-data-sets.md": [
         "Flows have {calibration.batch.LAYERS|word} layers",
         "fewer than {calibration.batch.FEWEST|word} data sets",
-        "more than {starts.curvature.FULL_HESSIAN_UP_TO} dimensions",
+        "more than {inference.starts.curvature.FULL_HESSIAN_UP_TO} dimensions",
     ],
     "docs/howto/many-latents.md": [
-        "Up to about {starts.curvature.FULL_HESSIAN_UP_TO} latents",
-        "Up to {starts.curvature.ONE_HESSIAN_UP_TO} latents, one Hessian",
+        "Up to about {inference.starts.curvature.FULL_HESSIAN_UP_TO} latents",
+        "Up to {inference.starts.curvature.ONE_HESSIAN_UP_TO} latents, one Hessian",
     ],
     "docs/howto/calibration.md": ["whether ranks are uniform at {calibration.result.LEVEL|percent}"],
     "docs/howto/density.md": ["{density_estimation.fit_density.fit_density(validation)|part} of the data is held out"],
-    "docs/howto/priors.md": ["A change of {comparison.sensitivity.THRESHOLD} or more is large"],
+    "docs/howto/priors.md": ["A change of {posterior.comparison.sensitivity.THRESHOLD} or more is large"],
     "docs/reference/options.md": [
-        "at most {_arguments.MAX_LAYERS}; the default is {flows.vectors.realnvp(layers)} for `realnvp`, "
+        "at most {support.arguments.MAX_LAYERS}; the default is {flows.vectors.realnvp(layers)} for `realnvp`, "
         "{flows.vectors.nice(layers)} for `nice`, {flows.vectors.planar(layers)} for `planar`",
         "| `draws` | `{fitting.fit.fit(draws)}` |",
-        "to {_arguments.MAX_DRAWS|million}; the verdict uses {verdict.deciding.POOL|word} times as many",
+        "to {support.arguments.MAX_DRAWS|million}; the verdict uses {inference.verdict.deciding.POOL|word} times "
+        "as many",
         "| `seed` | `{fitting.fit.fit(seed)}` |",
         "| `runs` | `{fitting.fit.fit(runs)}` |",
-        "| `max_steps` | {fitting.fit.MAX_STEPS} up to {starts.curvature.SMALL_UP_TO} dimensions,",
+        "| `max_steps` | {fitting.fit.MAX_STEPS} up to {inference.starts.curvature.SMALL_UP_TO} dimensions,",
     ],
     "pyro_flows/fitting/fit.py": [
-        "steps of a run, {training.loop.BATCH} gradient evaluations each",
-        "by default {fitting.fit.MAX_STEPS}, and more above {starts.curvature.SMALL_UP_TO} dimensions",
-        "number of layers, for a flow given by name, {_arguments.MAX_LAYERS} at most",
+        "steps of a run, {inference.training.loop.BATCH} gradient evaluations each",
+        "by default {fitting.fit.MAX_STEPS}, and more above {inference.starts.curvature.SMALL_UP_TO} dimensions",
+        "number of layers, for a flow given by name, {support.arguments.MAX_LAYERS} at most",
     ],
     "docs/gallery.md": ["trained by Pyro's SVI for {benchmarks.gallery.pictures.STEPS} steps"],
     "docs/design.md": [
-        "from {fitting.methods.SAMPLED_FROM} to {correction.adaptation.MOST_DIM} dimensions",
-        "up to {starts.curvature.SMALL_UP_TO} dimensions: in hierarchical models",
-        "given up to {modes.conditionals.MOST_HELD|word} hyperparameters",
-        "up to {starts.prior.MATRICES_UP_TO} dimensions before chains",
-        "above {starts.prior.MATRICES_UP_TO} after them",
-        "(diagonal above {flows.recipe.FULL_AFFINE_UP_TO} dimensions, $L$ above {starts.curvature.ONE_HESSIAN_UP_TO})",
-        "falls {verdict.thresholds.DENSITY_GAP_OF_LOST} nats below the best check",
-        "checked every {training.loop.CHECK_EVERY} steps",
-        "a window of {training.convergence.WINDOW|word} checks",
-        "split R-hat of at most {verdict.thresholds.R_HAT_OF_SHORT_CHAINS}",
-        "at most {verdict.thresholds.EVIDENCE_GAP_NEGLIGIBLE} nats may remain",
+        "from {fitting.methods.SAMPLED_FROM} to {inference.chains.adaptation.MOST_DIM} dimensions",
+        "up to {inference.starts.curvature.SMALL_UP_TO} dimensions: in hierarchical models",
+        "given up to {inference.modes.conditionals.MOST_HELD|word} hyperparameters",
+        "up to {inference.starts.prior.MATRICES_UP_TO} dimensions before chains",
+        "above {inference.starts.prior.MATRICES_UP_TO} after them",
+        "(diagonal above {flows.recipe.FULL_AFFINE_UP_TO} dimensions, $L$ above "
+        "{inference.starts.curvature.ONE_HESSIAN_UP_TO})",
+        "falls {support.thresholds.DENSITY_GAP_OF_LOST} nats below the best check",
+        "checked every {inference.training.loop.CHECK_EVERY} steps",
+        "a window of {inference.training.convergence.WINDOW|word} checks",
+        "split R-hat of at most {support.thresholds.R_HAT_OF_SHORT_CHAINS}",
+        "at most {support.thresholds.EVIDENCE_GAP_NEGLIGIBLE} nats may remain",
     ],
 }
 SOURCE = re.compile(r"\{([\w.]+?)(?:\((\w+)\))?(?:\[(-?\d+)\])?(?:\|([\w ]+))?\}")
@@ -204,14 +210,14 @@ def test_the_searches_are_counted():
 
 
 def test_spare_draws_are_those_of_the_code():
-    from pyro_flows.verdict.thresholds import ESS_OF_CHAINS_MOST
+    from pyro_flows.support.thresholds import ESS_OF_CHAINS_MOST
 
     text = words((ROOT / "docs" / "understand" / "refinement.md").read_text(encoding="utf-8"))
     assert f"With {ESS_OF_CHAINS_MOST:g} effective draws chains end" in text
 
 
 def test_the_threshold_of_k_hat_is_that_of_the_code():
-    from pyro_flows.verdict.psis import largest_k
+    from pyro_flows.inference.verdict.psis import largest_k
 
     text = words((ROOT / "docs" / "understand" / "verdict.md").read_text(encoding="utf-8"))
     (limit,) = re.findall(r"\\min\(1 - 1/\\log_\{10\} S,\\ ([0-9.]+)\)", text)

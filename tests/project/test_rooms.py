@@ -16,9 +16,9 @@ PACKAGE = ROOT / "pyro_flows"
 FILES = sorted(path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py"))
 FOLDERS = {path.name for path in PACKAGE.iterdir() if (path / "__init__.py").is_file()}
 HEAVY = {"arviz", "arviz_base", "arviz_plots", "arviz_stats", "h5netcdf", "h5py", "matplotlib", "pandas", "xarray"}
-GROUND = "the ground"
-CLOSED = ("graphs",)  # rooms whose names are those of their __init__
-WITH_INNER_NAMES = ("tests/graphs/", "tests/registry.py")  # of the room graphs
+MOST_NAMES, MOST_ARROWS = 15, 60  # at the root of the package; pairs of its folders of which one imports the other
+CLOSED = ("model/graphs",)  # rooms whose names are those of their __init__
+WITH_INNER_NAMES = ("tests/model/graphs/", "tests/registry.py")  # of the room graphs
 
 
 @dataclass(frozen=True)
@@ -44,9 +44,16 @@ ROOMS = table((ROOT / "docs" / "design.md").read_text(encoding="utf-8"))
 
 
 def room_of(file: str) -> str:
-    """The room that a file stands in."""
-    head = file.partition("/")[0]
-    return head if head in FOLDERS else head.removesuffix(".py")
+    """The room that a file stands in: the innermost folder that has a row, or the file itself."""
+    folder = Path(file).parent.as_posix()
+    while folder not in ROOMS and "/" in folder:
+        folder = folder.rpartition("/")[0]
+    return file.removesuffix(".py") if folder == "." else folder
+
+
+def top_of(file: str) -> str:
+    """The folder or file of the root that a file stands in."""
+    return file.partition("/")[0].removesuffix(".py")
 
 
 def text_of(file: str) -> str:
@@ -128,9 +135,9 @@ def test_imports_are_those_that_the_table_allows():
 def inner_names(file: str, others: set[str]) -> list[str]:
     """Imports of modules of a closed room from outside of it."""
     return [
-        f"{file} imports {other}, not pyro_flows.{room_of(other)}"
+        f"{file} imports {other}, not the names of {room_of(other)}"
         for other in sorted(others)
-        if room_of(other) in CLOSED and room_of(file) != room_of(other) and other.count("/") and "__init__" not in other
+        if room_of(other) in CLOSED and room_of(file) != room_of(other) and "__init__" not in other
     ]
 
 
@@ -154,11 +161,11 @@ def test_the_names_of_a_closed_room_are_used_and_are_on_its_page(room):
         for file in FILES
         if room_of(file) != room
         for module, found in imports(text_of(file))
-        if module == f"pyro_flows.{room}"
+        if module == f"pyro_flows.{room.replace('/', '.')}"
         for name in found
     }
     assert taken == names
-    page = (ROOT / "docs" / "contribute" / f"{room}.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs" / "contribute" / f"{Path(room).name}.md").read_text(encoding="utf-8")
     assert not {name for name in names if f"`{name}`" not in page}
 
 
@@ -170,9 +177,27 @@ def test_permissions_are_used():
 
 
 def test_files_of_a_room_make_no_circle():
-    for name in (*sorted(FOLDERS), GROUND):
-        inside = {file for file in FILES if name in (room_of(file), GROUND if ROOMS[room_of(file)].storey == 0 else "")}
+    for name in ROOMS:
+        inside = {file for file in FILES if room_of(file) == name}
         list(TopologicalSorter({file: imported()[file] & inside for file in inside}).static_order())
+
+
+def test_the_root_has_few_names_and_its_folders_make_no_circle():
+    tops = {top: set() for top in map(top_of, FILES)}
+    for file, others in imported().items():
+        tops[top_of(file)] |= {top_of(other) for other in others} - {top_of(file)}
+    list(TopologicalSorter(tops).static_order())
+    assert len(tops) <= MOST_NAMES
+    assert sum(len(others) for top, others in tops.items() if top in FOLDERS) <= MOST_ARROWS
+
+
+@pytest.mark.parametrize("folder", sorted({Path(file).parent.as_posix() for file in FILES} - {"."}))
+def test_a_folder_says_what_it_is_for_and_where_to_begin(folder):
+    said = ast.get_docstring(ast.parse(text_of(f"{folder}/__init__.py"))) or ""
+    first = re.findall(r"``(\w+)\.py``", said)
+    assert len(re.findall(r"[.:](?=\s|$)", said)) >= 3
+    assert first
+    assert all((PACKAGE / folder / f"{name}.py").is_file() for name in first)
 
 
 def test_heavy_packages_are_imported_inside_functions_and_arviz_in_one_file():
@@ -181,7 +206,7 @@ def test_heavy_packages_are_imported_inside_functions_and_arviz_in_one_file():
         heads = {module.partition(".")[0] for module, _ in imports(text_of(name), top_only=True)}
         found += [f"{name} imports {head} at once" for head in sorted(heads & HEAVY)]
         anywhere = {module.partition(".")[0] for module, _ in imports(text_of(name))}
-        if name != "_arviz.py":
+        if name != "support/arviz.py":
             found += [f"{name} imports {head}" for head in sorted(anywhere) if head.startswith("arviz")]
     assert not found
 
@@ -190,8 +215,9 @@ def test_the_test_bites():
     """On imports of every form, inside functions and for type checkers too; on circles."""
     source = """
 from __future__ import annotations
-import pyro_flows.plots
-from pyro_flows import _checks, fitting
+import pyro_flows.posterior.plots
+from pyro_flows import fitting
+from pyro_flows.support import checks
 from pyro_flows.transforms import masks, Compose
 from typing import TYPE_CHECKING
 if TYPE_CHECKING:
@@ -202,8 +228,8 @@ def late():
 """
     found = own_imports(source)
     assert found == {
-        "plots/__init__.py",
-        "_checks.py",
+        "posterior/plots/__init__.py",
+        "support/checks.py",
         "fitting/__init__.py",
         "cli.py",
         "transforms/masks.py",
@@ -211,15 +237,17 @@ def late():
         "transforms/base.py",
     }
     wrong = [line.split()[2].rstrip(",") for line in faults("guides/autoflow.py", found, ROOMS)]
-    assert wrong == ["cli.py", "fitting/__init__.py", "plots/__init__.py"]
+    assert wrong == ["cli.py", "fitting/__init__.py", "posterior/plots/__init__.py"]
     assert ("arviz", ()) in set(imports(source))
     assert ("arviz", ()) not in set(imports(source, top_only=True))
-    entered = own_imports("from pyro_flows.graphs import Recorder, rounding\nfrom pyro_flows.graphs.graph import sweep")
+    entered = own_imports(
+        "from pyro_flows.model.graphs import Recorder, rounding\nfrom pyro_flows.model.graphs.graph import sweep"
+    )
     assert [line.split()[2] for line in inner_names("model/runs.py", entered)] == [
-        "graphs/graph.py,",
-        "graphs/rounding.py,",
+        "model/graphs/graph.py,",
+        "model/graphs/rounding.py,",
     ]
-    assert not inner_names("graphs/runner.py", entered)
+    assert not inner_names("model/graphs/runner.py", entered)
     with pytest.raises(CycleError):
         list(TopologicalSorter({"a": {"b"}, "b": {"a"}}).static_order())
 

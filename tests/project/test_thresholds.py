@@ -7,13 +7,13 @@ import math
 import re
 from pathlib import Path
 
-from pyro_flows.verdict import thresholds
+from pyro_flows.support import thresholds
 
 ROOT = Path(__file__).parent.parent.parent
 PACKAGE = ROOT / "pyro_flows"
 MODULE = PACKAGE / "verdict" / "thresholds.py"
 ROOMS = ("model", "starts", "modes", "verdict", "fitting", "correction", "training", "calibration")
-FILES = [*(path for room in ROOMS for path in sorted((PACKAGE / room).rglob("*.py"))), PACKAGE / "results/scoring.py"]
+FILES = [*(path for room in ROOMS for path in sorted((PACKAGE / room).rglob("*.py"))), PACKAGE / "inference/scoring.py"]
 DECIDES = re.compile(r"(?:^|_)(?:K_HAT|ESS|R_HAT)(?:_|$)|_K$")
 ROW = re.compile(r"^\| `([A-Z_]+)` \| ([^|]+) \| ([^|]+) \| ([^|]+) \|$", flags=re.MULTILINE)
 
@@ -63,7 +63,7 @@ def test_no_other_module_has_a_threshold():
         if path != MODULE
         and (names := [name for name in constants(path.read_text(encoding="utf-8")) if DECIDES.search(name)])
     }
-    assert not found, "thresholds stand in verdict/thresholds.py"
+    assert not found, "thresholds stand in support/thresholds.py"
 
 
 def test_the_test_bites():

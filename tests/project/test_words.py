@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from pyro_flows import Verdict
-from pyro_flows.verdict.chains import McmcDiagnostics, objections
-from pyro_flows.verdict.verdict import OF_FITS, OF_MCMC, OF_MIXING, OF_WEIGHTS, next_step
+from pyro_flows.inference.verdict.chains import McmcDiagnostics, objections
+from pyro_flows.inference.verdict.verdict import OF_FITS, OF_MCMC, OF_MIXING, OF_WEIGHTS, next_step
 
 ROOT = Path(__file__).parent.parent.parent
 LONGEST, LONGEST_AT_FIRST = 35, 30  # words

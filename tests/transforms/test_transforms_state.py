@@ -12,8 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import pyro_flows as pf
-from pyro_flows._clock import unbounded
-from pyro_flows.training import trainer as training
+from pyro_flows.inference.training import trainer as training
+from pyro_flows.support.process.clock import unbounded
 from pyro_flows.transforms import masks
 from tests.invariants import close
 from tests.registry import BARE, BASES, FLOWS, SMALL, TYPICAL, built, each, is_not_typical, make_flow, normal

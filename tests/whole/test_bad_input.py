@@ -10,7 +10,7 @@ from pyro.infer.autoguide import init_to_value
 from pyro.infer.reparam import ProjectedNormalReparam
 
 import pyro_flows as pf
-from pyro_flows.starts import portfolio
+from pyro_flows.inference.starts import portfolio
 from tests.models import NAN, normal, real
 
 Y = real(0.3, 1.2, -0.4)

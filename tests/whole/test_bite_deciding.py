@@ -13,8 +13,7 @@ import pytest
 from pyro_flows.fitting import combine as runs
 from pyro_flows.fitting import fit, rounds
 from pyro_flows.flows import recipe
-from pyro_flows.model import charts, noncentered
-from pyro_flows.modes import (
+from pyro_flows.inference.modes import (
     climbs,
     missed_modes,
     missed_regions,
@@ -22,17 +21,18 @@ from pyro_flows.modes import (
     symmetries,
     tempering,
 )
-from pyro_flows.results import arviz_groups
-from pyro_flows.starts import portfolio
-from pyro_flows.training import convergence
-from pyro_flows.verdict import deciding, weighing
+from pyro_flows.inference.starts import portfolio
+from pyro_flows.inference.training import convergence
+from pyro_flows.inference.verdict import deciding, weighing
+from pyro_flows.model import charts, noncentered
+from pyro_flows.posterior.export import arviz_groups
 from tests.fitting import test_early_stop, test_rounds
+from tests.inference.modes import test_symmetric_modes, test_symmetries, test_tempering
+from tests.inference.starts import test_coordinates, test_matching
+from tests.inference.verdict import test_own_values, test_verdict
+from tests.inference.verdict.test_verdict import weighing as weighed
 from tests.model import test_charts
-from tests.modes import test_symmetric_modes, test_symmetries, test_tempering
 from tests.posteriors import new_schools_posterior
-from tests.starts import test_coordinates, test_matching
-from tests.verdict import test_own_values, test_verdict
-from tests.verdict.test_verdict import weighing as weighed
 
 pytestmark = pytest.mark.filterwarnings("ignore::pyro_flows.NothingObservedWarning")
 

@@ -16,15 +16,15 @@ import pytest
 import torch
 
 import pyro_flows as pf
-from pyro_flows import _journal
-from pyro_flows._clock import Clock
-from pyro_flows._untrusted import packed
 from pyro_flows.calibration import checkpoint as simulations
 from pyro_flows.calibration.checkpoint import Folder
-from pyro_flows.density_estimation import fit_density as estimation
+from pyro_flows.densities import fit_density as estimation
+from pyro_flows.inference.training.loop import Budget, train
+from pyro_flows.inference.training.trainer import Trainer
 from pyro_flows.model.unchanged import identity
-from pyro_flows.training.loop import Budget, train
-from pyro_flows.training.trainer import Trainer
+from pyro_flows.support.files.untrusted import packed
+from pyro_flows.support.process import journal
+from pyro_flows.support.process.clock import Clock
 from tests.interrupts import in_a_fork
 from tests.posteriors import location, location_guide, schools_posterior
 
@@ -80,7 +80,7 @@ def numbers(posterior):
     tensors = {**fields, **posterior.samples, **chains}
     settings = {name: value for name, value in posterior.settings.items() if name != "seconds"}
     plain = [str(posterior.verdict), posterior.history, settings, posterior.log_evidence, posterior.k_hat]
-    return {name: _journal.checksum([value]) for name, value in tensors.items()} | {"plain": repr(plain)}
+    return {name: journal.checksum([value]) for name, value in tensors.items()} | {"plain": repr(plain)}
 
 
 def called(call, **more):
@@ -106,8 +106,8 @@ def stopping(monkeypatch, at, error=Stopped):
 @pytest.fixture
 def always_kept(monkeypatch):
     """Keep at each occasion, however long a disk takes to write."""
-    monkeypatch.setattr(_journal, "EVERY", 0.0)
-    monkeypatch.setattr(_journal, "SHARE", float("inf"))
+    monkeypatch.setattr(journal, "EVERY", 0.0)
+    monkeypatch.setattr(journal, "SHARE", float("inf"))
 
 
 @pytest.mark.usefixtures("always_kept")
@@ -137,10 +137,10 @@ def test_a_training_goes_on_to_the_last_digit(tmp_path, monkeypatch):
         torch.manual_seed(0)
         flow, density = pf.realnvp(2, layers=2), pf.LogDensity(bent, (torch.tensor(0.4),))
         trainer = Trainer(flow, density, learning_rate=1e-2, batch=16)
-        with monkeypatch.context() as patch, _journal.keeping(path, lambda: {}):
+        with monkeypatch.context() as patch, journal.keeping(path, lambda: {}):
             looks = stopping(patch, at)
             found = train(trainer, Budget(120), seed=0, report=lambda *said: None)
-        return [found, _journal.checksum([trainer.weights]), density.evaluations], len(looks)
+        return [found, journal.checksum([trainer.weights]), density.evaluations], len(looks)
 
     expected, looks = trained()
     with pytest.raises(Stopped):
@@ -165,12 +165,12 @@ def test_evaluations_of_slow_models_are_kept_and_those_that_draw_are_not(tmp_pat
         pyro.deterministic("twice", 2.0 * x)
         pyro.sample("y", dist.Normal(x, 0.5), obs=y)
 
-    monkeypatch.setattr(_journal, "DENSE", float("inf"))
+    monkeypatch.setattr(journal, "DENSE", float("inf"))
     z, results = torch.linspace(-1.0, 2.0, 7)[:, None], []
     for _ in range(2):
         density = pf.LogDensity(branching, (torch.tensor(0.7),))
         runs.clear()
-        with _journal.keeping(tmp_path / "kept", lambda: {"call": "this"}), torch.no_grad():
+        with journal.keeping(tmp_path / "kept", lambda: {"call": "this"}), torch.no_grad():
             found = [density(z), *density.value_and_grad(z), density.constrain(z)["twice"]]
         results.append([*(value.nan_to_num().tolist() for value in found), vars(density.faults), density.evaluations])
         if len(results) == 1:
@@ -181,8 +181,8 @@ def test_evaluations_of_slow_models_are_kept_and_those_that_draw_are_not(tmp_pat
 
     drawn = []
     for _ in range(2):
-        with _journal.keeping(tmp_path / "random", lambda: {}):
-            found = _journal.evaluated([z], lambda: (torch.rand(7),), density.faults)
+        with journal.keeping(tmp_path / "random", lambda: {}):
+            found = journal.evaluated([z], lambda: (torch.rand(7),), density.faults)
             drawn.append(found[0].tolist())
     assert drawn[0] != drawn[1]
 
@@ -222,20 +222,20 @@ class Moving(torch.utils.data.Dataset):
 def test_what_is_inside_of_a_step_is_no_step_and_what_comes_after_a_cut_is_not_kept(tmp_path):
     def step(value):
         def compute():
-            _journal.evaluated([value], lambda: [value + 1.0])
+            journal.evaluated([value], lambda: [value + 1.0])
             time.sleep(0.002)
             return [2.0 * value]
 
-        return _journal.evaluated([value], compute)[0]
+        return journal.evaluated([value], compute)[0]
 
     one = torch.ones(1)
-    with _journal.keeping(tmp_path / "kept", lambda: {}):
+    with journal.keeping(tmp_path / "kept", lambda: {}):
         assert step(one) == step(one) == 2.0
-        _journal.stop()
+        journal.stop()
         step(one)
-    kept = _journal.Journal(tmp_path / "kept", {})
+    kept = journal.Journal(tmp_path / "kept", {})
     assert list(kept.evaluations) == [0, 1]
-    with _journal.keeping(tmp_path / "kept", lambda: {}), pytest.raises(ValueError, match="got others at a step"):
+    with journal.keeping(tmp_path / "kept", lambda: {}), pytest.raises(ValueError, match="got others at a step"):
         step(one + 1.0)
 
 
@@ -243,13 +243,13 @@ def test_what_is_inside_of_a_step_is_no_step_and_what_comes_after_a_cut_is_not_k
 
 
 def sealed(body):
-    return _journal.FORMAT + hashlib.sha256(body).hexdigest().encode() + b"\n" + body
+    return journal.FORMAT + hashlib.sha256(body).hexdigest().encode() + b"\n" + body
 
 
 def test_files_of_others_and_damaged_ones_are_refused_before_the_work(tmp_path):
     path = tmp_path / "kept"
-    with _journal.keeping(path, lambda: {"seed": 1}):
-        _journal.evaluated([torch.ones(3)], lambda: time.sleep(0.002) or [torch.zeros(3)])
+    with journal.keeping(path, lambda: {"seed": 1}):
+        journal.evaluated([torch.ones(3)], lambda: time.sleep(0.002) or [torch.zeros(3)])
     whole = path.read_bytes()
     about = {"seed": 1}
     steps = [{0: ["5", []]}, {0: [5, [], 12]}, {0: 5}, [[0], [[5, []]]], None]
@@ -260,14 +260,14 @@ def test_files_of_others_and_damaged_ones_are_refused_before_the_work(tmp_path):
         with pytest.raises(
             ValueError, match=r"^checkpoint: expected a whole file, got .*kept', damaged \(.*to begin anew"
         ):
-            _journal.Journal(path, {"seed": 1})
+            journal.Journal(path, {"seed": 1})
     for bad in (b"", b"pyro_flows density checkpoint 2\n", b"\x80\x04\x95"):
         path.write_bytes(bad)
         with pytest.raises(ValueError, match=r"^checkpoint: expected one of this release and call, got"):
-            _journal.Journal(path, {"seed": 1})
+            journal.Journal(path, {"seed": 1})
     path.write_bytes(whole)
     with pytest.raises(ValueError, match=r"^checkpoint: expected one of this call, got .* \(different: seed, draws\)"):
-        _journal.Journal(path, {"seed": 2, "draws": 3})
+        journal.Journal(path, {"seed": 2, "draws": 3})
     assert path.read_bytes() == whole
 
 
@@ -278,8 +278,8 @@ def test_a_checkpoint_belongs_to_a_model_its_data_and_options(tmp_path):
     assert about == {"call": "fit", **identity(pf.LogDensity(normal, (Y.clone(),)))}
     other = identity(pf.LogDensity(normal, (Y + 1.0,)))
     assert [name for name in other if other[name] != about[name]] == ["argument 'y'", "log density"]
-    with _journal.keeping(path, lambda: about):
-        _journal.evaluated([Y], lambda: time.sleep(0.01) or [Y])
+    with journal.keeping(path, lambda: about):
+        journal.evaluated([Y], lambda: time.sleep(0.01) or [Y])
     with pytest.raises(ValueError, match=r"^checkpoint: expected one of this call, .*draws, seed"):
         by_start(checkpoint=path)
     with pytest.raises(ValueError, match=r"^checkpoint: expected a file in a directory that can be written to"):
@@ -314,7 +314,7 @@ def many_numbers(**more):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return [
-            [*map(_journal.checksum, ([*one.samples.values()], [one.log_weights])), str(one.verdict)]
+            [*map(journal.checksum, ([*one.samples.values()], [one.log_weights])), str(one.verdict)]
             for one in by_many(**more)
         ]
 
@@ -366,7 +366,7 @@ def test_many_fits_go_on_from_a_folder(tmp_path, monkeypatch):
 @pytest.fixture
 def eager(monkeypatch):
     """Checkpoints are written as often as they can be."""
-    for module, name in ((_journal, "EVERY"), (estimation, "SAVE_EVERY"), (simulations, "EVERY")):
+    for module, name in ((journal, "EVERY"), (estimation, "SAVE_EVERY"), (simulations, "EVERY")):
         monkeypatch.setattr(module, name, 0.0)
 
 
@@ -387,7 +387,7 @@ def by_density(**more):
     points = torch.randn(400, 2, generator=torch.Generator().manual_seed(0)) @ torch.tensor([[2.0, 1.0], [0.0, 0.3]])
     found = pf.fit_density("realnvp", points, max_epochs=25, progress=False, **more)
     plain = {name: value for name, value in found.settings.items() if name != "seconds"}
-    return [*map(_journal.checksum, ([found.losses], [found.checks], [found.log_prob(points).detach()])), repr(plain)]
+    return [*map(journal.checksum, ([found.losses], [found.checks], [found.log_prob(points).detach()])), repr(plain)]
 
 
 def by_ranks(**more):
@@ -434,7 +434,7 @@ def test_killed_at_any_moment(name, tmp_path, eager):
 @pytest.mark.slow
 def test_saves_that_are_killed_at_any_moment_leave_the_old_or_the_new(tmp_path):
     place, pair = tmp_path / "saved", [schools_posterior(status, draws=200) for status in ("ok", "corrected")]
-    whole = [_journal.checksum([one.z, one.log_weights]) for one in pair]
+    whole = [journal.checksum([one.z, one.log_weights]) for one in pair]
 
     def saving():
         for one in pair * 2:
@@ -445,7 +445,7 @@ def test_saves_that_are_killed_at_any_moment_leave_the_old_or_the_new(tmp_path):
     for _ in range(12):
         ended = in_a_fork(saving, end=chance.uniform(0.0, seconds)) is None
         found = pf.load(place)
-        seen.append((ended, whole.index(_journal.checksum([found.z, found.log_weights]))))
+        seen.append((ended, whole.index(journal.checksum([found.z, found.log_weights]))))
     pair[0].save(place)
     assert [item.name for item in tmp_path.iterdir()] == ["saved"]
     assert {(True, 0), (True, 1)} <= {*seen}

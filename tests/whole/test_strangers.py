@@ -20,15 +20,15 @@ import pytest
 import torch
 
 import pyro_flows as pf
-from pyro_flows._arrays import read as read_groups
-from pyro_flows._arrays import write as write_groups
-from pyro_flows._bundles import digest, plain
 from pyro_flows.calibration.checkpoint import _text
-from pyro_flows.density_estimation import files as density_files
-from pyro_flows.density_estimation.fit_density import fit_density
+from pyro_flows.densities import files as density_files
+from pyro_flows.densities.fit_density import fit_density
 from pyro_flows.flows.mixture import Component, FlowMixture
+from pyro_flows.posterior.export.files import FILES as POSTERIOR
 from pyro_flows.priors import fitted as prior_files
-from pyro_flows.results.files import FILES as POSTERIOR
+from pyro_flows.support.files.bundles import digest, plain
+from pyro_flows.support.numbers.arrays import read as read_groups
+from pyro_flows.support.numbers.arrays import write as write_groups
 from tests.calibration.test_sbc import check, from_exact
 
 SECONDS = 20.0  # for one file, on a busy machine

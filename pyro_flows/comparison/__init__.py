@@ -1,1 +1,0 @@
-"""What is done with judged posteriors: evidence, leave-one-out, comparison, sensitivity."""

@@ -1,1 +1,0 @@
-"""Markov chains in the latent space of a flow: refinement, and the fallback of a fit."""

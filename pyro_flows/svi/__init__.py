@@ -1,1 +1,0 @@
-"""Losses for Pyro's own SVI."""

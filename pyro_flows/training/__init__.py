@@ -1,1 +1,0 @@
-"""One run of a flow on a log density."""

@@ -1,1 +1,0 @@
-"""The verdict: weights, k-hat, diagnostics of chains, and all thresholds."""
