@@ -1,5 +1,6 @@
 """Normalizing flows as guides and priors for Pyro models: fitted in one call, judged honestly, handed over to ArviZ."""
 
+import sys
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING
@@ -17,7 +18,9 @@ from pyro_flows.inference.verdict.chains import McmcDiagnostics, McmcDraws
 from pyro_flows.inference.verdict.verdict import Verdict
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.model.observations import NothingObservedWarning
+from pyro_flows.posterior import plots
 from pyro_flows.posterior.posterior import Posterior, load
+from pyro_flows.support import datasets
 from pyro_flows.support.process.warnings import UnreliableWarning
 
 if TYPE_CHECKING:
@@ -33,19 +36,15 @@ if TYPE_CHECKING:
     from pyro_flows.guides.messenger import AutoFlowMessenger
     from pyro_flows.guides.svi.path_elbo import PathELBO
     from pyro_flows.model.versions import show_versions
-    from pyro_flows.posterior import plots
     from pyro_flows.posterior.comparison.compare import Comparison, compare
     from pyro_flows.posterior.comparison.evidence import Estimate, Evidence
     from pyro_flows.posterior.comparison.loo import Loo
     from pyro_flows.posterior.comparison.prior import prior_predictive
     from pyro_flows.posterior.comparison.sensitivity import Sensitivity
     from pyro_flows.priors.fitted import FittedPrior, prior_from
-    from pyro_flows.support import datasets
 
 # What a fit does not need is imported when it is asked for: a third of the time that the package takes.
 _LATER = {
-    "datasets": "support.datasets",
-    "plots": "posterior.plots",
     "Amortized": "amortization.amortized",
     "amortize": "amortization.amortize",
     "fit_many": "calibration.fit_many",
@@ -70,6 +69,9 @@ _LATER = {
 }
 _MOVED = {"Chain": "transforms.Compose", "Chains": "McmcDraws", "ChainFigures": "McmcDiagnostics"}
 _MOVED |= {"interpolation": "plots", "pictures": "plots"}
+
+# Public modules keep their short names, whatever folder they stand in: ``from pyro_flows.plots import plot_pairs``.
+sys.modules |= {f"{__name__}.{module.__name__.rpartition('.')[2]}": module for module in (datasets, objectives, plots)}
 
 try:
     __version__ = version("pyro-flows")
@@ -135,7 +137,7 @@ def __getattr__(name: str) -> object:
         where = f"; it is pf.{moved} now" if moved else ""
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}{where}")
     module = import_module(f"{__name__}.{_LATER[name]}")
-    value = module if name in ("datasets", "plots") else getattr(module, name)
+    value = getattr(module, name)
     globals()[name] = value
     return value
 

@@ -178,7 +178,7 @@ def _copied(place: Path) -> None:
         stdout=subprocess.PIPE,
         check=True,
     ).stdout.decode()
-    built = [str(path.relative_to(ROOT)) for path in (ROOT / "pyro_flows" / "graphs").glob("*.so")]
+    built = [str(path.relative_to(ROOT)) for path in (ROOT / "pyro_flows" / "model" / "graphs").glob("*.so")]
     for name in [*filter(None, listed.split("\0")), *built]:
         if (ROOT / name).is_file():
             (place / name).parent.mkdir(parents=True, exist_ok=True)

@@ -126,7 +126,7 @@ PHRASES = {
         "Up to {inference.starts.curvature.ONE_HESSIAN_UP_TO} latents, one Hessian",
     ],
     "docs/howto/calibration.md": ["whether ranks are uniform at {calibration.result.LEVEL|percent}"],
-    "docs/howto/density.md": ["{density_estimation.fit_density.fit_density(validation)|part} of the data is held out"],
+    "docs/howto/density.md": ["{densities.fit_density.fit_density(validation)|part} of the data is held out"],
     "docs/howto/priors.md": ["A change of {posterior.comparison.sensitivity.THRESHOLD} or more is large"],
     "docs/reference/options.md": [
         "at most {support.arguments.MAX_LAYERS}; the default is {flows.vectors.realnvp(layers)} for `realnvp`, "

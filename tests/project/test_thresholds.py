@@ -11,9 +11,9 @@ from pyro_flows.support import thresholds
 
 ROOT = Path(__file__).parent.parent.parent
 PACKAGE = ROOT / "pyro_flows"
-MODULE = PACKAGE / "verdict" / "thresholds.py"
-ROOMS = ("model", "starts", "modes", "verdict", "fitting", "correction", "training", "calibration")
-FILES = [*(path for room in ROOMS for path in sorted((PACKAGE / room).rglob("*.py"))), PACKAGE / "inference/scoring.py"]
+MODULE = PACKAGE / "support" / "thresholds.py"
+ROOMS = ("model", "inference", "fitting", "calibration")
+FILES = [path for room in ROOMS for path in sorted((PACKAGE / room).rglob("*.py"))]
 DECIDES = re.compile(r"(?:^|_)(?:K_HAT|ESS|R_HAT)(?:_|$)|_K$")
 ROW = re.compile(r"^\| `([A-Z_]+)` \| ([^|]+) \| ([^|]+) \| ([^|]+) \|$", flags=re.MULTILINE)
 

@@ -144,7 +144,7 @@ def test_where_no_cause_is_known_weights_or_chains_are_poor():
 def test_what_the_package_says_is_known_as_a_cause():
     """The words by which causes are known stand in the package's own messages."""
     source = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "pyro_flows").rglob("*.py"))
-    verdict = (ROOT / "pyro_flows" / "verdict" / "verdict.py").read_text(encoding="utf-8")
+    verdict = (ROOT / "pyro_flows" / "inference" / "verdict" / "verdict.py").read_text(encoding="utf-8")
     elsewhere = source.replace(verdict.partition("# what to do next")[2], "")
     built = {
         "a mode near": "misses a mode",
