@@ -44,13 +44,6 @@ APART = (
     *("fitting/hierarchical.py", "fitting/ranks.py", "guides/marginal_density.py"),
     *("model/unchanged.py", "model/dims.py", "model/versions.py"),
 )
-    "fitting/hierarchical.py",
-    "guides/marginal_density.py",
-    "fitting/ranks.py",
-    "model/unchanged.py",
-    "model/dims.py",
-    "model/versions.py",
-)
 """Modules of these rooms that decide about no row: fits of minibatches, which no table of fits has, the refusal of data
 that have changed after a fit, and names of axes and of versions."""
 DECIDING = {"fit": ("flows", "step", "fit"), "step": ("flows", "step"), "density": ("flows", "density")}
