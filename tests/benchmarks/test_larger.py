@@ -245,7 +245,7 @@ def test_each_second_of_a_fit_counts_once():
 def test_each_part_of_a_fit_belongs_to_a_stage():
     package = Path(pf.__file__).parent
     inner = {"MODES", "PATHS", "ELBOS", "FIT"}
-    for room in ("fitting", "starts", "correction", "training"):
+    for room in ("fitting", "inference"):
         for file in (package / room).rglob("*.py"):
             text = file.read_text(encoding="utf-8")
             assert not re.findall(r'\.part\(\s*"', text), "names of parts are constants"

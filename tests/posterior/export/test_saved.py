@@ -17,7 +17,7 @@ from pyro_flows.posterior.export.files import FILES
 from pyro_flows.support.files import bundles
 from tests.posteriors import NETCDF, SCHOOLS, TENSORS, TEXT, Y, schools, schools_flow, schools_posterior
 
-ROOT = Path(__file__).parent.parent.parent
+ROOT = Path(__file__).parents[3]
 
 # Most guides here were not trained: what is tested is what comes back of them.
 pytestmark = pytest.mark.filterwarnings("ignore::pyro_flows.UnreliableWarning")
