@@ -161,10 +161,10 @@ def keeping(path: str | os.PathLike[str] | None, about: Callable[[], Mapping[str
     if path is None:
         yield
         return
-    journal = Journal(path, about())
-    token = _open.set(journal)
+    token = _open.set(journal := Journal(path, about()))
     try:
         yield
+        journal.new |= not journal.path.exists()  # each step may have been too quick to be kept
     finally:
         _open.reset(token)
         journal.write()
