@@ -1,5 +1,6 @@
 """fit_density: what it finds, its options, resuming, saving, and what it refuses."""
 
+import itertools
 import json
 import math
 from pathlib import Path
@@ -131,6 +132,14 @@ def test_far_images_cost_about_their_distance(build):
     assert fit.log_prob(y[:20] + 300.0).min() > -10.0 * 64 * 300.0
 
 
+@pytest.fixture
+def ticking(monkeypatch):
+    """A clock that goes on by a hundredth of a second with each look."""
+    ticks = itertools.count()
+    monkeypatch.setitem(fit_density.CLOCKS, "cpu", lambda: 0.01 * next(ticks))
+
+
+@pytest.mark.usefixtures("ticking")
 def test_seconds_take_the_place_of_a_number_of_steps(monkeypatch):
     for module in (fit_density, training):
         monkeypatch.setattr(module, "MAX_STEPS", 30)
@@ -476,6 +485,7 @@ def test_a_start_at_the_identity_is_the_gaussian_of_the_data_and_is_kept_if_noth
     assert fit.checks[-1, 1] >= fit.checks[:, 1].max()
 
 
+@pytest.mark.usefixtures("ticking")
 def test_seconds_end_the_training():
     y = datasets.toy("moons", 2000)
     fit = pf.fit_density("realnvp", y, max_seconds=1.0, clock="cpu", progress=False)
