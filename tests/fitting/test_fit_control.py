@@ -559,7 +559,7 @@ def test_draws_of_a_slow_flow_are_bounded_too(monkeypatch):
     from pyro_flows import Flow
 
     original, now, looks = Flow.draw, [0.0], itertools.count()
-    monkeypatch.setattr("pyro_flows._clock.time.monotonic", lambda: now[0] + 1e-6 * next(looks))
+    monkeypatch.setattr("pyro_flows.support.process.clock.time.monotonic", lambda: now[0] + 1e-6 * next(looks))
 
     def draw(self, n):
         for _ in range(n):

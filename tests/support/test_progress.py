@@ -59,7 +59,7 @@ def test_a_stage_that_reports_nothing_has_a_line_every_ten_seconds(capsys, monke
 
 @pytest.mark.parametrize("delay", [60.0, 0.2])
 def test_quick_calls_are_shown_once_they_take_long(capsys, monkeypatch, shown, delay):
-    monkeypatch.setattr(_progress, "DELAY", delay)
+    monkeypatch.setattr(progress, "DELAY", delay)
     with Bar("loo", True, quick=True) as bar:
         bar.watch("log likelihoods")
         if delay < 1.0:

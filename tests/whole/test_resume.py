@@ -188,7 +188,7 @@ def test_evaluations_of_slow_models_are_kept_and_those_that_draw_are_not(tmp_pat
 
 
 def test_a_checkpoint_stays_where_the_call_was_made(tmp_path, monkeypatch):
-    monkeypatch.setattr(_journal, "DENSE", 0.0)  # as if each step of the fit were too quick to be kept
+    monkeypatch.setattr(journal, "DENSE", 0.0)  # as if each step of the fit were too quick to be kept
     (tmp_path / "other").mkdir()
     monkeypatch.chdir(tmp_path)
 
