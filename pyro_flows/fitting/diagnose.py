@@ -289,16 +289,7 @@ def from_mcmc(
         draws, diverging, sampler = _read(mcmc)
         values, count = _flat(draws, density)
         with torch.no_grad():
-            z = density.unconstrain(values)
-            single = any(part.dtype == torch.float32 for part in values.values())  # so the sampler has lost digits
-            failures, rounded = _on_bounds(density, z) if single else [], list[str]()
-            if not density.rounding(z) <= ALLOWED:
-                if single:
-                    lost, rounded = density.lost_digits(z)
-                    failures += lost
-                density = density.in_double()
-                z = density.unconstrain(values)
-            failures += [] if single else _on_bounds(density, z)
+            density, z, failures, rounded = _with_digits(density, values)
             log_p, samples = density(z), density.constrain(z)
     failures = [*failures, *infinite_places(density, z, log_p)]
     failures += beyond_priors(density, z, torch.zeros_like(log_p))
@@ -334,6 +325,20 @@ def from_mcmc(
         missing={"guide": NO_GUIDE, "flow": NO_GUIDE},
         chains=chains,
     )
+
+
+def _with_digits(density: LogDensity, values: dict[str, Tensor]) -> tuple[LogDensity, Tensor, list[str], list[str]]:
+    """Return a density that holds the digits of draws, the draws z (S, D), what speaks against them, and notes."""
+    z = density.unconstrain(values)
+    single = any(part.dtype == torch.float32 for part in values.values())  # so the sampler has lost digits
+    failures, rounded = _on_bounds(density, z) if single else [], list[str]()
+    if not density.rounding(z) <= ALLOWED:
+        if single:
+            lost, rounded = density.lost_digits(z)
+            failures += lost
+        density = density.in_double()
+        z = density.unconstrain(values)
+    return density, z, failures + ([] if single else _on_bounds(density, z)), rounded
 
 
 def _on_bounds(density: LogDensity, z: Tensor) -> list[str]:

@@ -82,6 +82,12 @@ def multimodal(
     if not apart:
         return _by_tempering(density, None, seed, bar)
     found = found if separable else survey(density, z, seed=seed, rounds=ROUNDS, before=found)
+    tried = _begun_at(density, found, seed, bar)
+    return tried if tried is not None and (tried.enough or barrier) else _by_tempering(density, tried, seed, bar)
+
+
+def _begun_at(density: LogDensity, found: Survey, seed: int, bar: Bar) -> MultimodalCandidate | None:
+    """Return a mixture that begins at all modes of a survey, and at those of up to three more from its draws."""
     best = fitted(density, _begun(found), seed=seed, report=bar.show)
     for number in range(3):  # further surveys
         if best is None:
@@ -95,12 +101,11 @@ def multimodal(
         best = more if more is not None and more.worth > min(best.worth, ESS_SHARE_PROMISING) else best
         if in_vain and best.worth < ESS_SHARE_PROMISING:
             break
-    tried = None
-    if best is not None:
-        count, modes = len(best.parts), len(found.likely())
-        said = f"the posterior has several modes: a mixture of {count} Student-t distributions was begun at {modes}"
-        tried = candidate_of(best, f"{said} of them", {"modes": modes, "parts": count, "survey is over": found.over})
-    return tried if tried is not None and (tried.enough or barrier) else _by_tempering(density, tried, seed, bar)
+    if best is None:
+        return None
+    count, modes = len(best.parts), len(found.likely())
+    said = f"the posterior has several modes: a mixture of {count} Student-t distributions was begun at {modes}"
+    return candidate_of(best, f"{said} of them", {"modes": modes, "parts": count, "survey is over": found.over})
 
 
 def _by_tempering(

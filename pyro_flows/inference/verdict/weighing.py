@@ -80,13 +80,11 @@ def weigh(z: Tensor, log_p: Tensor, log_q: Tensor, *, quantiles: bool = False) -
         return Weighing(ratio, math.inf, 0.0, -math.inf, -math.inf, nothing, nothing, 0.0, math.inf, broken)
     log_weights, k_hat = psis(ratio)
     log_evidence = float(torch.logsumexp(ratio, 0) - math.log(len(ratio)))
-    if has_no_tail(ratio):
-        k_hat = min(k_hat, 0.0)
+    k_hat = min(k_hat, 0.0) if has_no_tail(ratio) else k_hat
     weights, points = log_weights.exp().unsqueeze(-1), z.double()
     mean, weighted, possible = points.mean(0), (weights * points).sum(0), torch.isfinite(ratio)
-    spread = points.std(0)
     weighted_spread = (weights * (points - weighted).square()).sum(0).sqrt().clamp_min(torch.finfo(torch.float64).tiny)
-    narrowing = (spread / weighted_spread).log()
+    narrowing = (points.std(0) / weighted_spread).log()
     mean_shift = (mean - weighted).abs() / weighted_spread
     usable = points[possible] if broken else points
     distance = (usable.mean(0) - weighted).abs() / weighted_spread
