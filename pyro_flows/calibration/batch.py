@@ -19,7 +19,7 @@ from pyro_flows.flows.flow import Flow
 from pyro_flows.flows.parts import affine_base_of
 from pyro_flows.flows.recipe import begin_at, set_df, start_at
 from pyro_flows.inference.modes.laplace_grid import bent, grids_together
-from pyro_flows.inference.modes.missed_modes import missed_together
+from pyro_flows.inference.modes.missed_modes import Search, missed_together
 from pyro_flows.inference.modes.tops import Table, flow_along
 from pyro_flows.inference.record import Stage
 from pyro_flows.inference.starts.gaussians import Start
@@ -109,22 +109,26 @@ def fit_stack(
         searches = missed_together(stack.select(list(done)), [flow for flow, _ in done.values()], seed=seed)
     found: list[Posterior | None] = [None] * len(plans)
     with few_threads(densities[0].numbers, EACH):
-        for (number, (flow, training)), search in zip(done.items(), searches, strict=True):
+        for (number, fitted), search in zip(done.items(), searches, strict=True):
             report(f"verdict {number + 1} of {len(plans)}")
-            plan, density = plans[number], densities[number]
-            outcome = Round(
-                flow, unweighed(density.dim, training.elbo), training, _stage(training, starts[number], len(plans))
-            )
-            state = FitState(plan, density, plain=flow, sampler=flow, search=search)
-            state.runs[0].best, state.runs[0].history = outcome, [outcome.stage]
-            with seeded(derive(plan.seed, "digits"), density.device):
-                density.check_digits(flow.draw(COMPARED)[0])
-            with seeded(derive(plan.seed, "side by side"), density.device):
-                posterior = conclude(state)
-            seconds = float(posterior.settings["seconds"]) / len(plans)
-            settings = {**posterior.settings, "side_by_side": len(plans), "seconds": seconds}
-            found[number] = replace(posterior, losses=torch.tensor(training.losses), settings=settings)
+            found[number] = _judged(plans[number], densities[number], *fitted, starts[number], search, len(plans))
     return found
+
+
+def _judged(
+    plan: Plan, density: LogDensity, flow: Flow, training: Training, start: Start, search: Search, count: int
+) -> Posterior:
+    """Judge one of ``count`` fits side by side by itself."""
+    outcome = Round(flow, unweighed(density.dim, training.elbo), training, _stage(training, start, count))
+    state = FitState(plan, density, plain=flow, sampler=flow, search=search)
+    state.runs[0].best, state.runs[0].history = outcome, [outcome.stage]
+    with seeded(derive(plan.seed, "digits"), density.device):
+        density.check_digits(flow.draw(COMPARED)[0])
+    with seeded(derive(plan.seed, "side by side"), density.device):
+        posterior = conclude(state)
+    seconds = float(posterior.settings["seconds"]) / count
+    settings = {**posterior.settings, "side_by_side": count, "seconds": seconds}
+    return replace(posterior, losses=torch.tensor(training.losses), settings=settings)
 
 
 def _train(

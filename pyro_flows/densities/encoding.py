@@ -212,13 +212,10 @@ def _read(name: str, values: np.ndarray, categories: bool) -> Column:
 
 def _missing(values: np.ndarray) -> np.ndarray:
     if values.dtype == object:
-        return np.array([value is None or not _equals_itself(value) for value in values], dtype=bool)
+        import pandas
+
+        return np.asarray(pandas.isna(values))
     return np.isnan(values) if values.dtype.kind == "f" else np.zeros(len(values), dtype=bool)
-
-
-def _equals_itself(value: object) -> bool:
-    equal = value == value
-    return bool(equal) if isinstance(equal, (bool, np.bool_)) else False  # that of pandas.NA is missing, too
 
 
 def _is_text(value: object) -> bool:

@@ -9,12 +9,13 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from torch.distributions import constraints
 
 from pyro_flows.densities import files
-from pyro_flows.densities.ascent import Ascent, rouse
+from pyro_flows.densities.ascent import Ascent, State, rouse
 from pyro_flows.densities.encoding import Encoding
 from pyro_flows.densities.fitted import DensityFit, bits_per_dim, mean_log_prob
 from pyro_flows.densities.points import Levels, Rows, Source, like
@@ -50,6 +51,7 @@ from pyro_flows.support.process.warnings import outside
 AUTO_START, SMALL = "small", 0.01  # how a default flow starts: at its mixture, but for so much of random weights
 SAVE_EVERY = 30.0  # seconds between checkpoints
 SKIPPED_SHARE = 0.05  # of the steps, above which users are warned
+Pair = tuple[Source, Source | None]  # what is trained on, and what is held out
 CLOCKS: dict[str, Callable[[], float]] = {"wall": time.monotonic, "cpu": time.process_time}
 
 
@@ -186,7 +188,7 @@ def fit_density(
     options: dict[str, object] = {"preprocess": preprocess, "levels": levels, "learning_rate": learning_rate}
     options |= {"noise": noise, "weight_decay": weight_decay, "start": start, "max_epochs": max_epochs, "seed": seed}
     seconds = math.inf if max_seconds is None else checks.positive("max_seconds", max_seconds)
-    checkpoint = journal.check(checkpoint)
+    file = journal.check(checkpoint)
     device = like(flow).device if isinstance(flow, Flow) else None
     encoding = Encoding.of(context) if context is not None and isinstance(flow, str) else None
     if encoding is not None:
@@ -201,26 +203,23 @@ def fit_density(
         if spread and getattr(support, "base_constraint", support) is not constraints.real:
             raise ValueError(f"noise: noisy points leave the flow's support, {support}; pass a flow without alpha=.")
         pairs = sources(made, data, context, validation, levels, spread, folds=auto)
-        asked = _Asked(options, preprocess, batch, learning_rate, weight_decay, start, max_epochs, auto)
+        plan = Plan(0, seconds, CLOCKS[clock], began)
         with Bar("fit_density", progress) as line:
-            line.done = f"flow 1 of {len(pairs)}" if len(pairs) > 1 else ""
-            first = _run(asked, made, *pairs[0], validation, Plan(0, seconds, CLOCKS[clock], began), checkpoint, line)
-            runs, options, rate = [first], {**options, **first.options}, first.ascent.state.learning_rate
-            for number, pair in enumerate(pairs[1:], 1):
-                limit = seconds - sum(run.seconds for run in runs)  # those before a checkpoint count as well
-                if any(run.ascent.state.interrupted for run in runs) or limit < first.seconds:
-                    break
-                path = None if checkpoint is None else f"{os.fspath(checkpoint)}.{number}"
-                line.done = f"flow {number + 1} of {len(pairs)}"
-                plan, like_first = Plan(0, limit, CLOCKS[clock], CLOCKS[clock]()), replace(asked, learning_rate=rate)
-                with seeded(derive(seed, f"flow {number} of the density"), device):
-                    made = make(flow, data, context)
-                    runs.append(_run(like_first, made, *pair, validation, plan, path, line, warns=False))
+            asked = _Asked(options, batch, auto, validation, file, line)
+            runs = _runs(asked, made, lambda: make(flow, data, context), pairs, plan)
+            options |= runs[0].options
             whole, validated = _together(runs, options)
-            line.close(_words(validated, whole, first.ascent.source.levels) if math.isfinite(validated) else "done")
+            first = runs[0].ascent
+            line.close(_words(validated, whole, first.source.levels) if math.isfinite(validated) else "done")
         STATE.take()  # there is nothing more to be lost
     options.update(clock=clock, seconds=sum(run.seconds for run in runs))
-    state = runs[-1].ascent.state if runs[-1].ascent.state.interrupted else first.ascent.state
+    state = runs[-1].ascent.state if runs[-1].ascent.state.interrupted else first.state
+    _warn(state, f", in flow {len(runs)} of {len(pairs)}" if len(pairs) > 1 else "", file)
+    return replace(_result(first, whole, validated, options, encoding), why=state.why)
+
+
+def _warn(state: State, which: str, checkpoint: Path | None) -> None:
+    """Warn of steps that were skipped, and of an interruption, in ``which`` flow."""
     if state.skipped > SKIPPED_SHARE * state.steps:
         warnings.warn(
             f"data: {state.skipped} of {state.steps} steps were skipped, since their gradient was not finite. The "
@@ -229,11 +228,9 @@ def fit_density(
             stacklevel=outside(),
         )
     if state.interrupted:
-        kept = checkpoint is not None and os.path.exists(checkpoint)
+        kept = checkpoint is not None and checkpoint.exists()
         rest = " The same call goes on from the last checkpoint." if kept else ""
-        which = f", in flow {len(runs)} of {len(pairs)}" if len(pairs) > 1 else ""
         warnings.warn(f"fit_density: {state.why}{which}. The flow is what it had come to.{rest}", stacklevel=outside())
-    return replace(_result(first.ascent, whole, validated, options, encoding), why=state.why)
 
 
 @dataclass(frozen=True)
@@ -241,13 +238,11 @@ class _Asked:
     """What the training of each flow takes from the call."""
 
     options: Entries
-    preprocess: str | None
     batch: int | None
-    learning_rate: float | None
-    weight_decay: float | None
-    start: str
-    max_epochs: int | None
     auto: bool
+    validation: object
+    checkpoint: Path | None
+    line: Bar
 
 
 @dataclass(frozen=True)
@@ -255,11 +250,28 @@ class _Run:
     """One flow after its training."""
 
     ascent: Ascent
-    plan: Plan
     seconds: float  # that it took
     held_out: Source | None
     fixed: MixtureBase | None  # the mixture that is to be mixed in
     options: Entries  # what was chosen
+
+
+def _runs(asked: _Asked, made: Flow, again: Callable[[], Flow], pairs: Sequence[Pair], plan: Plan) -> list[_Run]:
+    """Train the first flow, and further ones, made ``again``, as long as the time that the first took is left."""
+    several, seed = len(pairs) > 1, asked.options["seed"]
+    asked.line.done = f"flow 1 of {len(pairs)}" if several else ""
+    runs = [_run(asked, made, *pairs[0], plan, asked.checkpoint)]
+    options = {**asked.options, "learning_rate": runs[0].ascent.state.learning_rate}
+    for number, pair in enumerate(pairs[1:], 1):
+        limit = plan.max_seconds - sum(run.seconds for run in runs)  # those before a checkpoint count as well
+        if any(run.ascent.state.interrupted for run in runs) or limit < runs[0].seconds:
+            break
+        path = None if asked.checkpoint is None else Path(f"{asked.checkpoint}.{number}")
+        asked.line.done = f"flow {number + 1} of {len(pairs)}"
+        bounds, like_first = Plan(0, limit, plan.clock, plan.clock()), replace(asked, options=options)
+        with seeded(derive(seed, f"flow {number} of the density"), like(made).device):
+            runs.append(_run(like_first, again(), *pair, bounds, path, warns=False))
+    return runs
 
 
 def _run(
@@ -267,20 +279,18 @@ def _run(
     flow: Flow,
     train: Source,
     held_out: Source | None,
-    validation: object,
     bounds: Plan,
-    checkpoint: str | os.PathLike[str] | None,
-    line: Bar,
+    checkpoint: Path | None,
     *,
     warns: bool = True,
 ) -> _Run:
     """Put a new flow on the scale of the data, give it its start, and train it within the bounds' seconds."""
-    about = {} if checkpoint is None else identity(flow, train, held_out, validation)
-    flow, kind = with_scale(flow, train, asked.preprocess, warns=warns)
-    size = batch_size(train, asked.batch)
+    options, start = asked.options, asked.options["start"]
+    about = {} if checkpoint is None else identity(flow, train, held_out, asked.validation)
+    flow, kind = with_scale(flow, train, options["preprocess"], warns=warns)
+    size, epochs = batch_size(train, asked.batch), options["max_epochs"]
     steps = MAX_STEPS if math.isinf(bounds.max_seconds) else sys.maxsize
-    most = steps if asked.max_epochs is None else asked.max_epochs * train.steps(size)
-    plan, fixed, start = replace(bounds, max_steps=most), None, asked.start
+    plan, fixed = replace(bounds, max_steps=steps if epochs is None else epochs * train.steps(size)), None
 
     def over() -> bool:
         return plan.progress(0) > MIXTURE_SHARE
@@ -296,10 +306,10 @@ def _run(
         rouse(flow, SMALL if start == AUTO_START else 1.0)
     ascent = Ascent(flow, train, [] if held_out is None else held(held_out, CHECKED_POINTS), batch=size)
     chosen: dict[str, object] = {"preprocess": kind, "batch": size}
-    keeper = files.Keeper(checkpoint, ascent, plan, SAVE_EVERY, {**asked.options, **chosen}, about, fixed)
-    _train(keeper, asked.learning_rate, asked.weight_decay, fixed is not None, line)
+    keeper = files.Keeper(checkpoint, ascent, plan, SAVE_EVERY, {**options, **chosen}, about, fixed)
+    _train(keeper, options["learning_rate"], options["weight_decay"], fixed is not None, asked.line)
     plan = keeper.plan
-    return _Run(ascent, plan, plan.clock() - plan.began, held_out, keeper.fixed, chosen)
+    return _Run(ascent, plan.clock() - plan.began, held_out, keeper.fixed, chosen)
 
 
 def _together(runs: Sequence[_Run], options: dict[str, object]) -> tuple[Flow, float]:

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from pyro_flows.guides.autoflow import AutoFlow
 from pyro_flows.inference.record import Stage
-from pyro_flows.inference.scoring import beyond_priors, check_memory, infinite_places, pool_of, score_pool
+from pyro_flows.inference.scoring import Pool, beyond_priors, check_memory, infinite_places, pool_of, score_pool
 from pyro_flows.inference.verdict.deciding import CHECKED, POOL, Draw, decide, raw_weights
+from pyro_flows.inference.verdict.verdict import Verdict
 from pyro_flows.inference.verdict.weighing import Weighing, changed_values, resample, weigh
 from pyro_flows.model.dims import coordinate_names
 from pyro_flows.model.log_density import LogDensity
 from pyro_flows.posterior.export.methods_text import guide_method
 from pyro_flows.posterior.posterior import Posterior
+from pyro_flows.support.files.bundles import Entries
 from pyro_flows.support.process.clock import Clock
 
 
@@ -53,11 +56,7 @@ def from_draws(
         scored = len(pool.log_p)
         failed, cut = _cut(density.clock, scored, pool.wanted, stopped, moving=moving)
         draws = scored * draws // pool.wanted
-        weights = raw_weights(pool.log_p - pool.log_q)  # far draws of no weight may have no digits
-        of_posterior = slice(None) if weights is None else resample(weights.log(), scored, seed=seed)
-        lost, rounded = density.lost_digits(pool.z[of_posterior], most=pool.checked, log_p=pool.log_p[of_posterior])
-        lost += infinite_places(density, pool.z, pool.log_p)
-        lost += beyond_priors(density, pool.z, pool.log_p - pool.log_q)
+        lost, rounded = _digits(density, pool, seed)
         checked = min(checked, pool.checked)
         values: dict[str, Tensor] = {}  # the model's own values of the whole pool, if weights are compared by them
 
@@ -82,34 +81,43 @@ def from_draws(
         samples = {name: value[found.index] for name, value in values.items()} or density.constrain(found.used)
     about = {"draws": draws, "judged_draws": scored, "seed": seed, "noncentered": density.structure.noncentered}
     about |= dict(settings or {})
-    flow = guide._flow if isinstance(guide, AutoFlow) else None
-    name = type(guide).__name__ if isinstance(guide, torch.nn.Module) else getattr(guide, "__name__", "guide")
-    weighing = found.weighing
     return Posterior(
         samples=samples,
-        z=found.z,
-        log_p=found.log_p,
-        log_q=found.log_q,
-        log_weights=found.log_weights,
-        _used=found.used,
-        _used_log_p=found.used_log_p,
-        _used_log_q=found.used_log_q,
-        k_hat=weighing.k_hat,
+        **{name: getattr(found, name) for name in ("z", "log_p", "log_q", "log_weights")},
+        **{f"_{name}": getattr(found, name) for name in ("used", "used_log_p", "used_log_q")},
+        **{name: getattr(found.weighing, name) for name in ("k_hat", "elbo", "log_evidence")},
         ess=found.verdict.ess_ratio * draws,
-        elbo=weighing.elbo,
-        log_evidence=weighing.log_evidence,
-        verdict=replace(found.verdict, guide_method=guide_method(flow, about)),
         losses=losses,
         history=tuple(stage.as_dict() for stage in history),
         settings=about,
         coordinates=tuple(coordinate_names(density.structure)),
-        guide=guide,
-        guide_name=name,
-        flow=flow,
         density=density,
-        missing={} if flow is not None else {"flow": f"the guide ({name}) is not a flow guide of pyro_flows"},
-        _drawer=None if flow is not None else draw,
+        **_of_guide(guide, draw, found.verdict, about),
     )
+
+
+def _digits(density: LogDensity, pool: Pool, seed: int) -> tuple[list[str], list[str]]:
+    """Say what makes scored draws no result, infinite or of too few digits, and what rounding does to them."""
+    weights = raw_weights(pool.log_p - pool.log_q)  # far draws of no weight may have no digits
+    of_posterior = slice(None) if weights is None else resample(weights.log(), len(pool.log_p), seed=seed)
+    lost, rounded = density.lost_digits(pool.z[of_posterior], most=pool.checked, log_p=pool.log_p[of_posterior])
+    lost += infinite_places(density, pool.z, pool.log_p)
+    lost += beyond_priors(density, pool.z, pool.log_p - pool.log_q)
+    return lost, rounded
+
+
+def _of_guide(guide: object, draw: Draw, verdict: Verdict, about: Entries) -> dict[str, Any]:
+    """Return the fields of a posterior that tell of its guide, and the verdict, which names its method."""
+    flow = guide._flow if isinstance(guide, AutoFlow) else None
+    name = type(guide).__name__ if isinstance(guide, torch.nn.Module) else getattr(guide, "__name__", "guide")
+    return {
+        "guide": guide,
+        "guide_name": name,
+        "flow": flow,
+        "verdict": replace(verdict, guide_method=guide_method(flow, about)),
+        "missing": {} if flow is not None else {"flow": f"the guide ({name}) is not a flow guide of pyro_flows"},
+        "_drawer": None if flow is not None else draw,
+    }
 
 
 def _cut(clock: Clock, scored: int, wanted: int, stopped: str, *, moving: bool) -> tuple[list[str], list[str]]:

@@ -226,12 +226,12 @@ def _move(flow: Flow, center: Tensor, to: Tensor, factor: Tensor) -> None:
 
 def accumulated(own: Errors, dim: int, earlier: list[PriorError]) -> PriorError:
     """Return the error of a prior: its own, see :func:`matched`, and those of earlier priors."""
-    times, once = (_two_sided((1.0 - CONFIDENCE) / parts) for parts in (2 * dim, 1))  # the third is of all coordinates
+    times, once = (two_sided((1.0 - CONFIDENCE) / parts) for parts in (2 * dim, 1))  # the third is of all coordinates
     mean = math.hypot(times * own[0], once * own[2] / math.sqrt(2.0), *(error.mean for error in earlier))
     sd = math.hypot(times * own[1], once * own[2] / 2.0, *(error.sd for error in earlier))
     return PriorError(mean, sd, 1 + max((error.links for error in earlier), default=0))
 
 
-def _two_sided(tail: float) -> float:
+def two_sided(tail: float) -> float:
     """Return how many sds a normal number is off by, on either side, with this probability."""
     return float(-torch.special.ndtri(torch.tensor(0.5 * tail, dtype=torch.float64)))

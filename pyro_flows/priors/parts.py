@@ -17,7 +17,7 @@ from torch.distributions.transforms import Transform
 
 from pyro_flows.flows.flow import Flow
 from pyro_flows.model.bijections import biject_to
-from pyro_flows.priors.errors import DRAWN, TINY, PriorError
+from pyro_flows.priors.errors import DRAWN, TINY, PriorError, two_sided
 from pyro_flows.support.files.bundles import Entries
 from pyro_flows.support.numbers.tensors import broadcast
 from pyro_flows.support.process.seeding import seeded
@@ -245,8 +245,7 @@ class PriorDistribution(TorchDistribution):
         variances, axes = torch.linalg.eigh(known.mT.cov().reshape(z.shape[-1], z.shape[-1]))
         along = (apart @ axes) / variances.clamp_min(TINY).sqrt()
         away = max(float(found.abs().max()) for found in (apart / known.std(0), along))
-        tail = torch.tensor(PREDICTIVE_TAIL / (2 * apart.numel()), dtype=torch.float64)
-        return away, -float(torch.special.ndtri(tail))
+        return away, two_sided(PREDICTIVE_TAIL / apart.numel())
 
     def expand(self, batch_shape: Sequence[int], _instance: object = None) -> PriorDistribution:
         return PriorDistribution(self.flow, self.parts, self.error, torch.Size(batch_shape))

@@ -10,6 +10,7 @@ import math
 from typing import NamedTuple
 
 import torch
+from pyro.distributions import MultivariateStudentT
 from torch import Tensor
 
 from pyro_flows.flows.flow import Flow
@@ -97,18 +98,16 @@ class Proposal(NamedTuple):
 
     def draw(self, count: int) -> tuple[Tensor, Tensor]:
         """Return ``count`` draws (count, D) and their log densities (count,); uses torch's global generator."""
-        noise = torch.randn(count, len(self.loc), dtype=torch.float64)
-        mixing = torch.distributions.Chi2(torch.tensor(self.df, dtype=torch.float64)).sample((count,)) / self.df
-        z = self.loc + noise / mixing.sqrt()[:, None] @ self.root.mT
+        z = self._law().sample(torch.Size((count,)))
         return z, self.log_prob(z)
 
     def log_prob(self, z: Tensor) -> Tensor:
         r"""Return :math:`\log q(z)` (N,)."""
-        dim, df = len(self.loc), self.df
-        away = torch.linalg.solve_triangular(self.root, (z.double().cpu() - self.loc).mT, upper=False)
-        constant = math.lgamma(0.5 * (df + dim)) - math.lgamma(0.5 * df) - 0.5 * dim * math.log(math.pi * df)
-        log_volume = self.root.diagonal().log().sum()
-        return constant - log_volume - 0.5 * (df + dim) * torch.log1p(away.square().sum(0) / df)
+        return self._law().log_prob(z.double().cpu())
+
+    def _law(self) -> MultivariateStudentT:
+        df = torch.tensor(self.df, dtype=torch.float64)
+        return MultivariateStudentT(df, self.loc, scale_tril=self.root, validate_args=False)
 
 
 def enough(count: float, dim: int) -> bool:

@@ -85,60 +85,53 @@ def read(path: str | os.PathLike[str], model: Model | None, args: Positional, kw
     source = Path(path)
     description, contents = FILES.read(source)
     with seeded(0):  # parameters are made before they are read
-        return _read(source, description, contents, model, args, kwargs)
+        found, tensors = _read(source, description, contents)
+        density, settings = None, found["settings"]
+        if model is not None:
+            density = _density(_made(model, args, kwargs, settings, tensors["z"]), description["coordinates"], tensors)
+            tensors = tree_map_only(Tensor, lambda value: value.to(density.device), tensors)
+            if description.get("without"):
+                found["_stored"] = None  # with the model all can be made
+            if (flow := found["flow"]) is not None:
+                flow = found["flow"] = flow.to(density.device)
+                found["guide"] = AutoFlow.of(flow, density.structure, model, density.args, density.kwargs)
+    return {
+        **found,
+        **{field: tensors[name] for name, field in TENSOR_FIELDS.items()},
+        "samples": tensors["samples"],
+        "chains": McmcDraws(**tensors["chains"]) if "chains" in tensors else None,
+        "density": density,
+        "missing": _missing(description, model is not None),
+    }
 
 
-def _read(
-    source: Path,
-    description: Entries,
-    contents: Mapping[str, bytes],
-    model: Model | None,
-    args: Positional,
-    kwargs: Keywords,
-) -> dict[str, Any]:
+def _read(source: Path, description: Entries, contents: Mapping[str, bytes]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the fields that take no model, and all tensors."""
     with reading(source, TENSORS):
         tensors = unpacked(contents[TENSORS])
         require(isinstance(tensors, dict), "it holds no tensors by name")
     with reading(source, TEXT, TENSORS):
         check_texts(description)
         check_tensors(tensors, len(description["coordinates"]), description["verdict"])
-        flow, guide, density = None, None, None
-        if description["guide"]["flow"] is not None:
-            flow = restored(description["guide"]["flow"], tensors["flow"])
+        about, flow = description["guide"], None
+        if about["flow"] is not None:
+            flow = restored(about["flow"], tensors["flow"])
             check_flow(flow, tensors)
-        settings = cast("Entries", _revived(description["settings"]))
-        verdict = _verdict(description["verdict"])
-        history = tuple(cast("list[object]", _revived(description["history"])))
-        numbers = {name: float(description["numbers"][name]) for name in NUMBER_FIELDS}
+        found = {
+            **{name: float(description["numbers"][name]) for name in NUMBER_FIELDS},
+            "settings": _revived(description["settings"]),
+            "verdict": _verdict(description["verdict"]),
+            "history": tuple(cast("list[object]", _revived(description["history"]))),
+            "_labeling": Labeling(**description.get("labels", {})),
+            "coordinates": tuple(description["coordinates"]),
+            "guide": None,
+            "guide_name": about["class"],
+            "flow": flow,
+        }
     with reading(source, NETCDF):
         groups, attrs = arrays.read(contents[NETCDF])
         check_groups(groups, tensors)
-    stored: tuple[object, object] | None = groups, attrs
-    if model is not None:
-        density = _density(_made(model, args, kwargs, settings, tensors["z"]), description["coordinates"], tensors)
-        device = density.device
-        tensors = tree_map_only(Tensor, lambda value: value.to(device), tensors)
-        stored = None if description.get("without") else stored  # with the model all can be made
-        if flow is not None:
-            flow = flow.to(density.device)
-            guide = AutoFlow.of(flow, density.structure, model, density.args, density.kwargs)
-    return {
-        "samples": tensors["samples"],
-        **{field: tensors[name] for name, field in TENSOR_FIELDS.items()},
-        **numbers,
-        "settings": settings,
-        "verdict": verdict,
-        "history": history,
-        "_labeling": Labeling(**description.get("labels", {})),
-        "coordinates": tuple(description["coordinates"]),
-        "guide": guide,
-        "guide_name": description["guide"]["class"],
-        "flow": flow,
-        "density": density,
-        "missing": _missing(description, model is not None),
-        "_stored": stored,
-        "chains": McmcDraws(**tensors["chains"]) if "chains" in tensors else None,
-    }
+    return {**found, "_stored": (groups, attrs)}, tensors
 
 
 def _missing(description: Entries, with_model: bool) -> dict[str, str]:

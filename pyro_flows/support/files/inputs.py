@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import importlib
 import importlib.util
 import inspect
@@ -13,7 +12,8 @@ import math
 import sys
 import zipfile
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import ModuleType
 
@@ -68,28 +68,18 @@ def read_model(spec: str) -> Callable[..., object]:
 def _run_file(path: Path) -> ModuleType:
     """Run a Python file as a module of a private package, whose folder is the file's own."""
     folder = path.parent.resolve()
-    root, inner = folder, list[str]()
-    while (root / "__init__.py").is_file() and root.name.isidentifier():  # folders that are packages themselves
-        root, inner = root.parent, [root.name, *inner]
-    package = ModuleType(next(name for name in map(PRIVATE.format, itertools.count()) if name not in sys.modules))
-    package.__path__ = [str(root)]
-    added = [str(place) for place in dict.fromkeys((folder, root)) if str(place) not in sys.path]
-    sys.path += added
-    sys.modules[package.__name__] = package
-    whole = False
     try:
-        parent = ".".join((package.__name__, *inner))
-        module = importlib.import_module(parent)
-        if not inner or path.name != "__init__.py":
+        with _package(folder) as parent:
+            module = importlib.import_module(parent)
+            if "." in parent and path.name == "__init__.py":
+                return module
             # A dot in the stem would make a package of what stands before it.
-            name = f"{parent}.{path.stem.replace('.', '-')}"
-            spec = importlib.util.spec_from_file_location(name, path)
+            spec = importlib.util.spec_from_file_location(f"{parent}.{path.stem.replace('.', '-')}", path)
             assert spec is not None
             assert spec.loader is not None
-            module = importlib.util.module_from_spec(spec)
-            sys.modules[name] = module
+            sys.modules[spec.name] = module = importlib.util.module_from_spec(spec)
             spec.loader.exec_module(module)
-        whole = True
+            return module
     except SystemExit as error:
         raise ValueError(
             f"model: {path} ends the program when it is run (SystemExit: {error.code}). Put what is no part of the "
@@ -102,12 +92,26 @@ def _run_file(path: Path) -> ModuleType:
             f"model: {path} imports from {error.name!r}, which is {error.path or 'a module of Python'} and not the "
             f"file of that name beside it. Write `from .{error.name} import ...`, or rename the file."
         ) from error
-    finally:
-        if not whole:
-            for name in [name for name in sys.modules if f"{name}.".startswith(f"{package.__name__}.")]:
-                del sys.modules[name]
-            sys.path[:] = [place for place in sys.path if place not in added]
-    return module
+
+
+@contextmanager
+def _package(folder: Path) -> Iterator[str]:
+    """Give the name of a private package of this folder, which can be imported from; after an error it is gone."""
+    root, inner = folder, list[str]()
+    while (root / "__init__.py").is_file() and root.name.isidentifier():  # folders that are packages themselves
+        root, inner = root.parent, [root.name, *inner]
+    package = ModuleType(next(name for name in map(PRIVATE.format, itertools.count()) if name not in sys.modules))
+    package.__path__ = [str(root)]
+    added = [str(place) for place in dict.fromkeys((folder, root)) if str(place) not in sys.path]
+    sys.path += added
+    sys.modules[package.__name__] = package
+    try:
+        yield ".".join((package.__name__, *inner))
+    except BaseException:
+        for name in [name for name in sys.modules if f"{name}.".startswith(f"{package.__name__}.")]:
+            del sys.modules[name]
+        sys.path[:] = [place for place in sys.path if place not in added]
+        raise
 
 
 def _beside(folder: Path, error: ImportError) -> bool:
@@ -170,35 +174,34 @@ def _text(path: Path) -> str:
 
 
 def _read_csv(path: Path) -> dict[str, object]:
+    import pandas
+
     try:
-        rows = [row for row in csv.reader(io.StringIO(_text(path), newline="")) if row]
-    except csv.Error as error:
+        text = io.StringIO(_text(path))
+        table = pandas.read_csv(text, header=None, dtype=str, keep_default_na=False).fillna("")  # of short rows
+    except pandas.errors.EmptyDataError:
+        table = pandas.DataFrame()
+    except pandas.errors.ParserError as error:
         raise ValueError(f"data: {path.name} is not CSV: {error}.") from None
-    if len(rows) < 2:
-        raise ValueError(f"data: expected a header and rows of numbers in {path.name}, got {len(rows)} lines.")
-    header = [name.strip() for name in rows[0]]
+    if len(table) < 2:
+        raise ValueError(f"data: expected a header and rows of numbers in {path.name}, got {len(table)} lines.")
+    header = table.iloc[0].str.strip().tolist()
     if len(set(header)) < len(header) or "" in header:
         raise ValueError(f"data: expected distinct column names in the first line of {path.name}, got {header}.")
-    for line, row in enumerate(rows[1:], start=2):
-        if len(row) != len(header):
-            raise ValueError(f"data: {path.name}, row {line}: expected {len(header)} values, got {len(row)}.")
-    columns = zip(*rows[1:], strict=True)
-    return {name: _column(path, name, column) for name, column in zip(header, columns, strict=True)}
+    return {name: _column(path, name, table[place][1:].tolist()) for place, name in enumerate(header)}
 
 
-def _column(path: Path, name: str, cells: tuple[str, ...]) -> list[int] | list[float]:
-    for kind in (int, float):
-        try:
-            return [kind(cell) for cell in cells]
-        except ValueError:
-            continue
+def _column(path: Path, name: str, cells: list[str]) -> list[int] | list[float]:
+    with suppress(ValueError):
+        return [int(cell) for cell in cells]
+    found = []
     for line, cell in enumerate(cells, start=2):
         try:
-            float(cell)
+            found.append(float(cell))
         except ValueError:
             got = repr(cell) if cell.strip() else "nothing"
             raise ValueError(f"data: {path.name}, row {line}, column {name!r}: expected a number, got {got}.") from None
-    raise AssertionError("a column of numbers is read above")
+    return found
 
 
 def _read_npz(path: Path) -> dict[str, object]:

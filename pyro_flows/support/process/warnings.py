@@ -13,7 +13,7 @@ from types import CodeType
 
 from torch.utils import _contextlib
 
-HERE = str(Path(__file__).parents[2]) + os.sep
+HERE = str(Path(__file__).parents[2]) + os.sep  # of the package
 
 _warned: weakref.WeakKeyDictionary[object, set[tuple[CodeType, int]]] = weakref.WeakKeyDictionary()
 
@@ -48,9 +48,7 @@ def warn_unreliable(owner: object, function: str, reasons: Sequence[str]) -> Non
 
     Python's own record of warnings goes by text and line, so it would leave out a second posterior on the same line.
     """
-    frame = sys._getframe(1)
-    while frame.f_back is not None and frame.f_code.co_filename.startswith(HERE):
-        frame = frame.f_back
+    frame = sys._getframe(outside() - 1)
     place = (frame.f_code, frame.f_lineno)  # a file's name would not do: all that is typed is line 1 of "<stdin>"
     if place in _warned.get(owner, ()):
         return
