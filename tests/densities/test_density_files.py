@@ -5,8 +5,6 @@ import itertools
 import math
 
 import numpy as np
-import pyro
-import pyro.distributions as dist
 import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset
@@ -59,62 +57,6 @@ def test_a_fitted_flow_goes_over_to_data_of_another_scale(kind):
     twice = pf.fit_density(once.flow, other, preprocess=kind, **QUICK)
     anew = pf.fit_density("realnvp", other, **QUICK)
     assert twice.nats(1e3 * cloud(seed=1) + 5e4) > anew.nats(1e3 * cloud(seed=1) + 5e4) - 0.3
-
-
-def test_training_goes_on_where_it_was():
-    """With no step that matters, the density stays what it was."""
-    y = cloud()
-    once = pf.fit_density("realnvp", y, **QUICK)
-    twice = pf.fit_density(once.flow, y, learning_rate=1e-9, max_epochs=1, progress=False)
-    assert abs(twice.nats(y) - once.nats(y)) < 0.05
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("wrap", ["chain", "guide", "bare"])
-def test_flows_that_know_their_scale_in_other_ways(tmp_path, wrap):
-    """Nested in a chain, with a guide's affine map, or trained on data as they are."""
-    y = cloud()
-    if wrap == "guide":
-        flow = _guide_flow(y)
-    elif wrap == "chain":
-        fitted = pf.fit_density("realnvp", y, **QUICK).flow
-        flow = pf.Flow(pf.transforms.Compose([pf.transforms.Planar(3), fitted.bijection]), base=fitted.base)
-    else:
-        flow = pf.fit_density(pf.realnvp(3, layers=2), y, preprocess=None, max_epochs=30, progress=False).flow
-    before = float(flow.log_prob(y).mean().detach())
-    fit = pf.fit_density(flow, y, **QUICK)
-    assert fit.nats(y) > before - 0.1
-    assert len(maps(fit.flow)) <= 1
-    if flow.recipe is not None:
-        fit.save(tmp_path / "fit")
-        assert torch.equal(pf.DensityFit.load(tmp_path / "fit").log_prob(y), fit.log_prob(y))
-
-
-def _guide_flow(y):
-    def model():
-        pyro.sample("x", dist.Normal(y.mean(0), y.std(0)).to_event(1))
-
-    guide = pf.AutoRealNVP(model, layers=2).initialize()
-    guide.start_at(y.mean(0), y.std(0))
-    return guide._flow
-
-
-@pytest.mark.slow
-def test_context_and_images_keep_one_map(tmp_path):
-    x = torch.randn(300, 1)
-    y = torch.cat([100 * x, x**2], 1) + torch.randn(300, 2)
-    once = pf.fit_density("realnvp", y, context=x, **QUICK)
-    twice = pf.fit_density(once.flow, y, context=x, **QUICK)
-    assert twice.nats(y, x) > once.nats(y, x) - 0.3
-    images = torch.rand(60, 1, 4, 4) * 50
-    flow = pf.multiscale_realnvp((1, 4, 4), layers=1, hidden=(4,))
-    first = pf.fit_density(flow, images, **QUICK)
-    second = pf.fit_density(first.flow, images, **QUICK)
-    assert second.nats(images) > first.nats(images) - 1.0
-    for name, fit in (("context", twice), ("images", second)):
-        assert len(maps(fit.flow)) == 1
-        fit.save(tmp_path / name)
-        pf.DensityFit.load(tmp_path / name)
 
 
 def test_a_saved_density_knows_its_noise(tmp_path):

@@ -152,14 +152,6 @@ def test_a_fitted_density_is_fitted_again_and_its_mixture_weighed_anew():
     assert unwatched.flow.mixture.components == found.flow.mixture.mixture.components
 
 
-def test_a_density_without_a_scale_of_its_own_knows_its_data():
-    """A mixture beside the flow hid that it had been trained, so that it was put on another scale."""
-    x, noise = torch.randn(2, 600, generator=torch.Generator().manual_seed(0))
-    x = torch.stack([3.0 * x, x.square() + 0.1 * noise], 1)
-    found = pf.fit_density(x, preprocess=None, max_epochs=5, progress=False)
-    assert pf.fit_density(found.flow, x, max_epochs=5, progress=False).nats(x) > found.nats(x) - 0.02
-
-
 @pytest.mark.parametrize("context", [None, torch.linspace(-1.0, 1.0, 500)[:, None]])
 def test_a_held_out_point_that_no_density_reaches(context):
     """Its gain was inf - inf, and so each density NaN."""
