@@ -10,25 +10,9 @@ import torch
 
 import pyro_flows as pf
 from benchmarks import records
-from benchmarks.amortized import peers, running
+from benchmarks.amortized import running
 from benchmarks.amortized.models import TASKS, exact, values
 from benchmarks.amortized.quadrature import Counts, schools
-from benchmarks.amortized.tables import section
-from tests.benchmarks.pages import write_only
-
-ROW = {
-    **dict.fromkeys(running.FIELDS, "1"),
-    **{
-        "model": "eight schools",
-        "method": running.OURS,
-        "data_sets": "200",
-        "simulations": "200000",
-        "verdicts": "200 ok",
-        "right": "198",
-        "p_value": "0.4",
-    },
-    **{"changed": "200", "named": "200", "compared_with_fit": "10", "agree_with_fit": "9"},
-}
 
 
 @pytest.mark.slow
@@ -52,42 +36,6 @@ def test_a_row_says_what_was_measured(tmp_path):
     assert int(row["named"]) == int(row["changed"]) == 10
     running.main(options)
     assert records.read(file) == [row]
-
-
-def test_the_table_has_a_line_for_each_model(tmp_path):
-    text = section([ROW, {**ROW, "model": "counts", "named": "199"}])
-    assert "20, of which 18 agree" in text
-    assert "| eight schools | 200,000 | 200 | 198 |" in text
-    assert "199 of 200" in text
-    file, page = tmp_path / "rows.csv", tmp_path / "page.md"
-    records.start(file, running.FIELDS)
-    records.append(file, running.FIELDS, ROW)
-    page.write_text("# A\n\n<!-- amortized: begin -->\n<!-- amortized: end -->\n", encoding="utf-8")
-    write_only(page, amortized_csv=file)
-    assert "| eight schools | 200,000 | 200 | 198 |" in page.read_text(encoding="utf-8")
-
-
-def test_other_packages_stand_beside():
-    other = {
-        **ROW,
-        "method": "sbi",
-        "version": "0.27.0",
-        "right": "50",
-        "lies": "150",
-        "ms_median": "70",
-        "sd_off": "0.12",
-    }
-    text = section([other, ROW])
-    assert text.index("| eight schools | pyro_flows | 198 of 200 |") < text.index(
-        "| eight schools | sbi 0.27.0 | 50 of"
-    )
-    assert "| 150 | 1 | 12% | 70 (1) |" in text
-    assert "Other packages" not in section([ROW])
-
-
-def test_packages_that_are_not_installed_are_left_out_with_a_sentence(capsys):
-    assert peers.installed([running.OURS, "no_such_package"]) == [running.OURS]
-    assert capsys.readouterr().out == "no_such_package: left out, since it is not installed.\n"
 
 
 @pytest.mark.slow

@@ -28,14 +28,6 @@ def test_a_row_says_what_was_measured(rows):
     assert sum(int(part.split()[0]) for part in row["verdicts"].split(", ")) == 10
 
 
-@pytest.mark.slow
-def test_a_row_of_the_same_version_is_not_done_again(rows, monkeypatch):
-    file, before = rows
-    monkeypatch.setattr(running, "measure", None)
-    running.main(["--only", "poisson", "--method", "together", "--simulations", "10", "--out", str(file)])
-    assert records.read(file) == before
-
-
 def test_the_table_compares_both_ways(rows, tmp_path):
     _, (row,) = rows
     alone = {**row, "method": "one by one", "cpu_seconds": str(12.0 * float(row["cpu_seconds"]))}

@@ -7,7 +7,7 @@ import pyro
 import pytest
 import torch
 
-from benchmarks.crossed import exact, models, running
+from benchmarks.crossed import exact, models
 from benchmarks.crossed.reference import EFFECTS, REFERENCE
 from pyro_flows.guides.conditional import Rows
 from pyro_flows.guides.crossed import Crossed, CrossedMarginal
@@ -82,13 +82,3 @@ def test_errors_are_in_units_of_the_long_run():
     assert off.means == pytest.approx(0.2, abs=1e-6)
     assert off.effects == pytest.approx(0.1, abs=1e-6)
     assert max(off.sds, off.effect_sds) < 1e-3
-
-
-def test_the_table_has_failed_fits_too():
-    figures = {"means": "0.05", "sds": "0.04", "effects": "0.03", "effect_sds": "0.02", "k_hat": "0.1", "draws": "620"}
-    seconds = {"cpu_seconds": "211.4", "effects_cpu_seconds": "80"}
-    row = {**dict.fromkeys(running.FIELDS, ""), **figures, **seconds, "seed": "0", "status": "ok", "right": "yes"}
-    rows = [row, {**row, "seed": "1", "error": "RuntimeError: no"}]
-    text = running.section([{**row, "version": "0.1.0-1", "machine": "A CPU", "software": "torch"} for row in rows])
-    assert "| 0 | ok | 0.10 | 620 | 0.050 | 0.040 | 0.030 | 0.020 | yes | 211 | 80 |" in text
-    assert "| 1 | failed |" in text

@@ -1,7 +1,6 @@
 """The benchmark of densities: plans, resuming, our run and the humble rivals, its table."""
 
 import io
-import json
 import math
 import subprocess
 
@@ -10,12 +9,11 @@ import pytest
 import torch
 
 import pyro_flows as pf
-from benchmarks import records, tables
+from benchmarks import records
 from benchmarks.density import emoji
 from benchmarks.density import peers as density_peers
 from benchmarks.density import problems as density_problems
 from benchmarks.density import running as density
-from benchmarks.density import tables as density_tables
 
 
 @pytest.fixture
@@ -101,41 +99,6 @@ def test_the_recipe_of_the_peers_learns():
     assert off < max(math.log(2.0) - 0.25 * density_peers.LEARNING_RATE * steps, 0.1)
 
 
-def answering(monkeypatch):
-    """Let each run answer at once, and count them."""
-    asked, other = [], subprocess.run
-
-    def run(command, **options):
-        if "--one" not in command:  # the machine's name is asked for in this way too
-            return other(command, **options)
-        asked.append(command[4:])
-        log = [(step, -1.0 / (1 + step)) for step in range(45)] if density.OURS in command else []
-        answer = json.dumps({"test": -1.1, "error": 0.01, "steps": 7, "dim": 2, "log": log})
-        return subprocess.CompletedProcess(command, 0, stdout=answer + "\n", stderr="")
-
-    monkeypatch.setattr(records.subprocess, "run", run)
-    return asked
-
-
-@pytest.mark.slow
-def test_bench_does_each_run_once(tmp_path, monkeypatch):
-    asked, out = answering(monkeypatch), tmp_path / "density.csv"
-    density.bench(["moons"], [density.OURS, "zuko"], [0], out=out)
-    assert [command[:3] for command in asked][::3] == [
-        ["moons", density.OURS, "additive"],
-        ["moons", "zuko", "additive"],
-    ]
-    density.bench(["moons"], [density.OURS, "zuko"], [0, 1], out=out)
-    assert len(asked) == 12
-    log = records.read(tmp_path / "density_log.csv")
-    assert [row["step"] for row in log if row["seed"] == "1" and row["kind"] == "affine"][-2:] == ["42", "44"]
-    assert len(log) == 2 * 3 * 23
-    monkeypatch.setattr(records, "code_version", lambda: "another")
-    density.bench(["moons"], [density.OURS, "zuko"], [0, 1], out=out)
-    assert len(asked) == 12 + 6  # ours anew, peers not
-    assert len(records.read(out)) == 18
-
-
 def test_a_failed_run_leaves_no_row_and_says_why(tmp_path, monkeypatch, capsys):
     failed = subprocess.CompletedProcess([], 1, stdout="", stderr="Traceback\nOSError: set the folder")
     monkeypatch.setattr(records.subprocess, "run", lambda *_, **__: failed)
@@ -160,35 +123,6 @@ def test_absent_images_are_named(monkeypatch, tmp_path):
     monkeypatch.delenv(density_problems.EMOJI, raising=False)
     with pytest.raises(FileNotFoundError, match=r"Set PYRO_FLOWS_EMOJI .* benchmarks.density.emoji"):
         density.PROBLEMS["emoji"].make(0)
-
-
-def test_the_table(tmp_path, monkeypatch):
-    answering(monkeypatch)
-    out = tmp_path / "density.csv"
-    density.bench(["moons", "digits"], [density.OURS, density.GAUSSIAN], [0, 1, 2], out=out)
-    rows = records.read(out)
-    for row in rows:
-        row["dim"] = "2" if row["problem"] == "moons" else "64"
-        row["test"] = f"{-1.0 - 0.1 * int(row['seed']):.1f}"
-    gaps = [("normal", "1", "0.5"), ("normal", "1", "0.7"), ("uniform", "10", "0.25")]
-    planar = [{"base": base, "layers": layers, "gap": gap, "version": "1"} for base, layers, gap in gaps]
-    text = density_tables.section(rows, planar, tables.table, tables.about)
-    assert "| pyro_flows affine | -1.100 (-1.200) |" in text
-    assert "| pyro_flows affine | -1.1 (-1.2) |" in text
-    assert "| no more is possible | -1.008 |" in text
-    assert "moons, 10 s" in text
-    assert "| normal | 0.600 (0.700) |  |" in text
-    assert "| uniform |  | 0.250 (0.250) |" in text
-    assert tables.density_section(rows, tmp_path / "none.csv") in text
-
-
-def test_bits_of_images(tmp_path):
-    row = dict.fromkeys(density.FIELDS, "") | {"problem": "emoji", "method": density.OURS, "kind": "glow"}
-    row |= {"seconds": "240.0", "seed": "0", "test": str(3072 * 5 * math.log(2)), "dim": "3072", "version": "1"}
-    row |= {"best": "9.5", "last": "3.0"}
-    text = tables.density_section([row], tmp_path / "none.csv")
-    assert "| pyro_flows glow | 3.00 |" in text
-    assert "at most 6.5 nats below" in text
 
 
 def test_emoji_are_rendered_from_bitmaps(tmp_path, monkeypatch):

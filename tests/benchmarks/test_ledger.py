@@ -7,7 +7,7 @@ import pytest
 
 from benchmarks import ledger, records
 from benchmarks.evidence import TABLES
-from benchmarks.ledger import Entry, counts, difference, entries, faults, used
+from benchmarks.ledger import Entry, difference, entries
 from benchmarks.zoo import running
 
 RESULTS = records.RESULTS
@@ -61,17 +61,6 @@ def test_changed_verdicts_and_methods_have_a_line_each():
     text = difference({key: one, **many()}, {key: two, **many()})
     assert "named radon 1 0: right, refined, MCMC -> right, ok, trained flow" in text.splitlines()
     assert difference({("a",): one}, {("b",): one}) == "No fit is in both."
-
-
-def test_tables_say_what_answered_and_what_it_cost():
-    account = {"accepted": ["mixture", "first round"], "found": {"survey": 3}, "spent": {"training": [2.5, 640]}}
-    fits = [entry(method="trained flow", **account), entry(), entry(method="MCMC", accepted=[], found={})]
-    text = used({("zoo", "1", str(number)): one for number, one in enumerate(fits)})
-    assert "| first round | 1 |" in text
-    assert "| survey | 1 |" in text
-    assert "| training | 2 | 100.0 | 640 | 1 |" in text
-    assert counts([entry("lie"), entry()]) == {"right": 1, "lie": 1, "alarm": 0, "honest": 0, "late": 0, "crash": 0}
-    assert not faults([entry()] * 100, [1.0], [])
 
 
 def test_a_run_writes_to_its_own_folder_and_goes_on(tmp_path, monkeypatch):

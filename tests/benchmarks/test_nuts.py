@@ -8,12 +8,11 @@ from benchmarks import records
 from benchmarks.clock import Stopwatch
 from benchmarks.nuts import running as nuts
 from benchmarks.nuts import samplers
-from benchmarks.nuts.samplers import CHAINS, LENGTH, LIMIT, MOST, NUMPYRO, NUTPIE, PYRO, SCALE, SHORT
+from benchmarks.nuts.samplers import CHAINS, LENGTH, LIMIT, MOST, NUMPYRO, PYRO, SCALE, SHORT
 from benchmarks.posteriors.models import NAMES, eight_schools_noncentered, load
 from benchmarks.posteriors.reference import find_posteriordb
 from benchmarks.posteriors.running import OURS, Task
 from pyro_flows import LogDensity
-from tests.benchmarks.pages import write_only
 
 
 def row(**given: object) -> records.Row:
@@ -47,20 +46,6 @@ def numpyro(monkeypatch):
     )
 
 
-def test_each_task_is_done_once(tmp_path, numpyro):
-    out, done = tmp_path / "rows.csv", []
-
-    def do(task):
-        done.append((task.posterior, task.method))
-        return made(task)
-
-    rows = nuts.bench(None, only=["kilpisjarvi"], out=out, do=do)
-    assert done == [("kilpisjarvi_mod-kilpisjarvi", method) for method in (OURS, PYRO, NUMPYRO, NUTPIE)]
-    assert records.read(out) == rows
-    assert nuts.bench(None, only=["kilpisjarvi"], out=out, do=do) == rows
-    assert len(done) == 4
-
-
 def test_a_change_of_our_code_repeats_our_fits_only(tmp_path, numpyro, monkeypatch):
     options = {"only": ["kilpisjarvi"], "out": tmp_path / "rows.csv", "do": made}
     nuts.bench(None, **options)
@@ -70,12 +55,6 @@ def test_a_change_of_our_code_repeats_our_fits_only(tmp_path, numpyro, monkeypat
     assert len(records.read(options["out"])) == 5
 
 
-def test_methods_can_be_chosen(tmp_path, numpyro, capsys):
-    rows = nuts.bench(None, only=["kilpisjarvi"], methods=[PYRO], out=tmp_path / "rows.csv", do=made)
-    assert [found["method"] for found in rows] == [PYRO]
-    assert "left out" not in capsys.readouterr().out
-
-
 def test_numpyro_and_nutpie_are_left_out_with_a_word_where_they_are_not(tmp_path, monkeypatch, capsys):
     monkeypatch.delenv(samplers.INTERPRETER, raising=False)
     rows = nuts.bench(None, only=["kilpisjarvi"], out=tmp_path / "rows.csv", do=made)
@@ -83,22 +62,6 @@ def test_numpyro_and_nutpie_are_left_out_with_a_word_where_they_are_not(tmp_path
     said = capsys.readouterr().out
     assert "NumPyro NUTS: left out, since no interpreter with NumPyro was found" in said
     assert "nutpie: left out, since no interpreter with NumPyro and nutpie was found" in said
-
-
-def test_an_interpreter_without_numpyro_has_no_version(monkeypatch, tmp_path):
-    monkeypatch.setenv(samplers.INTERPRETER, str(tmp_path / "no-python"))
-    assert samplers.numpyro_version() is None
-
-
-def test_an_exception_becomes_its_row(monkeypatch):
-    def broken(problem, seed):
-        raise RuntimeError("no\nluck")
-
-    monkeypatch.setattr(nuts, "load", lambda name, root: None)
-    monkeypatch.setitem(nuts.METHODS, PYRO, broken)
-    found = nuts.work(Task(NAMES[0], PYRO, 0, "1", None))
-    assert found["error"] == "RuntimeError: no luck"
-    assert set(found) == set(nuts.FIELDS)
 
 
 # ---- the limit -------------------------------------------------------------------------------------------------------
@@ -184,13 +147,6 @@ def test_pyro_samples_the_recorded_density(monkeypatch):
     assert samplers.pyro_nuts(problem, 0).scaled
 
 
-def test_the_stopwatch_counts_the_processor_and_the_wall():
-    watch = Stopwatch()
-    while watch.cpu() < 0.03:
-        pass
-    assert watch.wall() >= 0.02
-
-
 # ---- summary and table -----------------------------------------------------------------------------------------------
 
 
@@ -219,26 +175,6 @@ def test_a_posterior_that_we_have_not_fitted_is_not_compared():
     rows = [*pair(NAMES[0], 2.0, 3.0), row(posterior=NAMES[1], method=PYRO, version="2")]
     assert "0 of 1 10 x faster, 1 faster, 0 slower" in nuts.summary(rows)
     assert nuts.summary(rows[1:2]).startswith("seconds to a right posterior against Pyro NUTS: 0 of 0")
-
-
-def test_medians_are_taken_over_seeds_of_the_newest_version():
-    rows = [row(version="0", cpu_seconds=99.0)]
-    rows += [row(seed=seed, cpu_seconds=seconds) for seed, seconds in enumerate((1.0, 2.0, 9.0))]
-    assert nuts.cells(rows)[OURS][NAMES[0]] == nuts.Cell(2.0, True, False)
-
-
-def test_the_table_marks_scaled_times(tmp_path):
-    page, file = tmp_path / "performance.md", tmp_path / "nuts.csv"
-    rows = [*pair(NAMES[0], 2.0, 900.0, scaled="yes"), *pair(NAMES[1], 2.0, 3.0, right="no")]
-    rows += pair(NAMES[0], 2.0, 5.0, NUMPYRO)
-    rows += pair(NAMES[2], 2.0, 4800.0, scaled=nuts.AT_LEAST, right="no")
-    records.write(file, nuts.FIELDS, rows)
-    write_only(page, nuts_csv=file)
-    lines = page.read_text().splitlines()
-    assert f"| {NAMES[0]} | 2.0 | yes | 900.0 (scaled) | yes | 450.00 | 5.0 | yes | 2.50 |" in lines
-    assert f"| {NAMES[1]} | 2.0 | yes | 3.0 | no | 1.50 |  |  |  |" in lines
-    assert f"| {NAMES[2]} | 2.0 | yes | ≥ 4800.0 (scaled) | no | 2400.00 |  |  |  |" in lines
-    assert any(line.startswith("- Seconds to a right posterior against NumPyro NUTS: 0 of 1") for line in lines)
 
 
 # ---- NumPyro's ports -------------------------------------------------------------------------------------------------

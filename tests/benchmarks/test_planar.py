@@ -6,7 +6,6 @@ import pytest
 import torch
 
 import pyro_flows as pf
-from benchmarks import records
 from benchmarks.toys import planar
 
 
@@ -29,16 +28,3 @@ def test_the_gap_is_the_divergence(monkeypatch):
 def test_training_closes_the_gap(base):
     start, end = (planar.gap(planar.train(2, base, 0, steps=steps, batch=64), 4000)[0] for steps in (1, 250))
     assert 0.0 < end < 0.7 * start
-
-
-@pytest.mark.slow
-def test_bench_does_each_fit_once_and_draws_it(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(planar, "LAYERS", (1, 2))
-    options = {"out": tmp_path / "planar.csv", "figures": tmp_path / "figures", "steps": 2}
-    planar.bench([0], **options)
-    rows = records.read(tmp_path / "planar.csv")
-    assert [(row["base"], row["layers"]) for row in rows] == [(b, n) for b in planar.BASES for n in ("1", "2")]
-    assert len(list((tmp_path / "figures").iterdir())) == 4
-    capsys.readouterr()
-    planar.bench([0], **options)
-    assert capsys.readouterr().out == ""

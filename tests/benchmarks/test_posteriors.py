@@ -2,14 +2,12 @@
 
 import math
 from dataclasses import asdict
-from types import SimpleNamespace
 
 import pyro
 import pyro.distributions as dist
 import pytest
 import torch
 
-from benchmarks import __main__ as everything
 from benchmarks import records, tables
 from benchmarks.posteriors import judging, rivals
 from benchmarks.posteriors import running as posteriordb
@@ -82,24 +80,6 @@ def test_bench_does_each_fit_once(tmp_path):
     assert done == [(posteriordb.OURS, 0), (posteriordb.OURS, 1)]
     assert [found["seed"] for found in rows] == ["0", "1"]
     assert records.read(out) == rows
-
-
-@pytest.mark.slow
-def test_bench_adds_rivals_to_fits_that_were_done_before(tmp_path):
-    out, done = tmp_path / "rows.csv", []
-
-    def do(task):
-        done.append(task)
-        return made(task)
-
-    options = {"seeds": 1, "only": ["kilpisjarvi"], "out": out, "do": do}
-    posteriordb.bench(None, **options)
-    rows = posteriordb.bench(None, rivals=True, **options)
-    assert [task.method for task in done] == [posteriordb.OURS, *posteriordb.RIVALS]
-    assert {task.gradients for task in done[1:]} == {128}
-    assert len(rows) == len(done)
-    posteriordb.bench(None, rivals=True, **options)
-    assert len(done) == len(rows)
 
 
 def test_bench_does_fits_of_another_version_again(tmp_path, monkeypatch):
@@ -296,11 +276,6 @@ def toy_row(**given: object) -> records.Row:
     return {name: str({**figures, **given}.get(name, "")) for name in toys.FIELDS}
 
 
-def toy_made(task: toys.Task) -> records.Row:
-    """A row for a task, without a fit."""
-    return toy_row(**task.named)
-
-
 def moments(points: torch.Tensor, log_density: torch.Tensor, cell: float) -> tuple[float, torch.Tensor, torch.Tensor]:
     """Log normalizer, mean and sd by the midpoint rule over points (..., D)."""
     density = log_density.exp()
@@ -395,23 +370,6 @@ def test_modes_that_draws_lack_are_not_found():
     assert toys.modes_found(TARGETS["mixture"], some) == 7
 
 
-@pytest.mark.slow
-def test_toys_are_fitted_once_each_and_by_name(tmp_path):
-    out, done = tmp_path / "toys.csv", []
-
-    def do(task):
-        done.append((task.case.target, task.case.layers, task.seed))
-        return toy_made(task)
-
-    toys.bench(seeds=1, only=["u2"], out=out, do=do)
-    assert done == [("u2", 2, 0), ("u2", 8, 0), ("u2", 32, 0)]
-    rows = toys.bench(seeds=2, only=["u2"], out=out, do=do)
-    assert done[3:] == [("u2", 2, 1), ("u2", 8, 1), ("u2", 32, 1)]
-    assert len(rows) == len(records.read(out)) == 6
-    with pytest.raises(ValueError, match="only: expected the name of a toy target, got 'u5'; choose from u1, u2"):
-        toys.bench(seeds=1, only=["u5"], out=out, do=do)
-
-
 def test_one_toy_is_fitted_for_real(monkeypatch):
     given = {}
 
@@ -431,76 +389,12 @@ def test_one_toy_is_fitted_for_real(monkeypatch):
     assert "u1, planar 2, seed 3: " in toys.line(found)
 
 
-def test_an_exception_in_a_toy_fit_becomes_its_row(monkeypatch):
-    def broken(model, **options):
-        raise RuntimeError("no\nluck")
-
-    monkeypatch.setattr(toys.pyro_flows, "fit", broken)
-    found = toys.work(toys.Task(toys.Case("funnel"), 0, "1"))
-    assert found["error"] == "RuntimeError: no luck"
-    assert toys.wrong(found)
-
-
 def test_a_toy_fit_without_a_mode_is_wrong_whatever_its_moments():
     assert not toys.wrong(toy_row())
     assert toys.wrong(toy_row(modes=1))
     assert toys.wrong(toy_row(used_mean=0.3))
     assert toys.wrong(toy_row(used_sd=0.3))
     assert "2 fits, 0 of them failed; wrong and ok: 1" in toys.summary([toy_row(), toy_row(modes=1)])
-
-
-def test_the_table_of_toys_has_one_line_a_case(tmp_path):
-    page, file = tmp_path / "performance.md", tmp_path / "toys.csv"
-    rows = [toy_row(version="0", elbo_gap=9.0), toy_row(), toy_row(seed=1, modes=1, elbo_gap=0.7)]
-    rows += [toy_row(target="funnel", flow="realnvp", layers=8, modes="", of_modes="", sd_x0=sd) for sd in (2.9,)]
-    rows += [toy_row(target="mixture", flow="realnvp", layers=8, runs=4, error="ValueError: none", status="")]
-    records.write(file, toys.FIELDS, rows)
-    write_only(page, toys_csv=file)
-    lines = [line for line in page.read_text().splitlines() if line.startswith("| ")]
-    cells = {line.split(" | ")[0][2:]: line.strip("| ").split(" | ") for line in lines}
-    assert cells["u1"][4:6] == ["0.360", "0.700"]
-    assert cells["u1"][8] == "1 to 2 of 2"
-    assert cells["u1"][10] == "1 of 2"
-    assert cells["funnel"][9] == "2.90"
-    assert cells["mixture"][3] == "4"
-    assert cells["mixture"][-2:] == ["failed", "1"]
-
-
-def test_each_toy_target_is_shown_at_its_last_version():
-    """A run of one target must not take the others off the page."""
-    funnel = {"target": "funnel", "flow": "realnvp", "layers": 8}
-    rows = [toy_row(version="0"), toy_row(version="0", seed=1), toy_row(version="0", **funnel), toy_row(version="1")]
-    found = toys.newest(rows)
-    assert [[row["version"] for row in kept] for kept in found.values()] == [["1"], ["0"]]
-
-
-def test_make_bench_hands_names_to_the_benchmark_that_knows_them(monkeypatch):
-    called = {}
-    monkeypatch.setattr(speed, "main", lambda arguments: None)
-    monkeypatch.setattr(tables, "write_tables", lambda **files: None)
-    monkeypatch.setattr(toys, "bench", lambda **options: called.setdefault("toys", options["only"]) and [])
-    monkeypatch.setattr(everything, "find_posteriordb", lambda root: "somewhere")
-    monkeypatch.setattr(
-        posteriordb, "bench", lambda root, **options: called.setdefault("posteriors", options["only"]) and []
-    )
-    everything.main(["--only", "u1"])
-    assert called == {"toys": ["u1"]}
-    everything.main(["--only", "kilpisjarvi"])
-    assert called == {"toys": ["u1"], "posteriors": ["kilpisjarvi_mod-kilpisjarvi"]}
-
-
-def test_a_rival_is_that_of_the_best_rate_with_as_many_gradients_as_ours(monkeypatch):
-    elbos, tried = iter([-3.0, -1.0, math.nan]), []
-
-    def trained(rival, density, start, rate, steps, seed, draws):
-        tried.append((rate, steps))
-        return SimpleNamespace(elbo=next(elbos), rate=rate)
-
-    monkeypatch.setattr(rivals, "_trained", trained)
-    mean = lambda: pyro.sample("x", dist.Normal(0.0, 1.0))  # noqa: E731
-    found = rivals.run(rivals._normal, mean, (), gradients=1000, seed=0, draws=10)
-    assert found.rate == rivals.RATES[1]
-    assert tried == [(rate, 1000 // rivals.PARTICLES) for rate in rivals.RATES]
 
 
 SLOW_RIVALS = ("AutoIAFNormal", "AutoNormalizingFlow")  # run in the same way as the others

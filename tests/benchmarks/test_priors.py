@@ -61,19 +61,6 @@ def test_a_reference_may_come_from_chains_of_enough_draws(monkeypatch):
             torch.testing.assert_close(sd, scale.double(), rtol=0.01, atol=0.0)
 
 
-def test_the_table_of_chains():
-    row = {"problem": "logistic regression", "method": "prior_from", "seed": "0", "error": "", "verdicts": "10 ok"}
-    row |= {"mean_off": "0.05", "sd_off": "0.04", "mean_error": "0.06", "sd_error": "0.05", "seconds": "90"}
-    row |= {"version": "v", "machine": "m", "software": "s"}
-    over = {**row, "seed": "1", "mean_off": "0.09", "mean_error": "0.07"}
-    other = {**row, "method": "normal", "mean_off": "0.2"}
-    text = chains.section([row, over, other])
-    assert "2 of 2 chains" in text
-    assert "In 1 of 2, the stated errors cover" in text
-    assert "| logistic regression | `prior_from` | 0.090 (0.070) | 4.1 (5.1) | 10 ok | 90 |" in text
-    assert "| logistic regression | multivariate normal | 0.200 | 4.1 |" in text
-
-
 @pytest.mark.slow
 def test_an_autoencoder_is_trained_and_judged(monkeypatch):
     pytest.importorskip("sklearn")

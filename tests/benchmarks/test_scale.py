@@ -36,13 +36,6 @@ def test_rows_and_their_closed_form():
         torch.testing.assert_close(sd, known.sds[name], rtol=1e-2, atol=1e-4)
 
 
-def test_the_table_has_both_precisions():
-    row = {**dict.fromkeys(numbers.FIELDS, ""), "kind": "latents", "size": "10", "status": "ok", "version": "0.1.0-1"}
-    figures = {"mean_error": "0.02", "sd_error": "0.03", "seconds": "1.5", "megabytes": "400", "machine": "a"}
-    rows = [{**row, **figures, "dtype": "float32"}, {**row, "dtype": "float64", "error": "ValueError: no"}]
-    assert "| 10 | ok / refused | 0.020 / - | 0.030 / - | 1.5 / - | 400 / - |" in numbers.section(rows)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", numbers.DTYPES)
 def test_a_row_is_within_the_tolerance(dtype):
