@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 import pyro_flows as pf
-from pyro_flows.model.batching import where_possible
 from tests.models import real
 from tests.registry import RECORDED_FROM, normal
 
@@ -86,16 +85,6 @@ def test_a_fit_goes_through(model):
     posterior = pf.fit(model, real(0.3, -0.4), progress=False, max_steps=40, escalate=False, draws=200)
     assert torch.isfinite(posterior.z).all()
     assert float(posterior.samples["rho"].abs().median()) < 1.0
-
-
-def test_no_row_at_all():
-    def fails(z: Tensor) -> tuple[Tensor]:
-        raise torch.linalg.LinAlgError("not positive-definite")
-
-    found, wide = where_possible(fails, torch.zeros(3, 2), (), (2,))
-    assert found.shape == (3,)
-    assert wide.shape == (3, 2)
-    assert torch.isnan(wide).all()
 
 
 def chain(y: Tensor) -> None:

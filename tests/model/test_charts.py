@@ -13,7 +13,6 @@ from pyro import poutine
 
 import pyro_flows as pf
 from pyro_flows.inference.starts.charting import choose_charts
-from pyro_flows.inference.starts.coordinates import choose_coordinates
 from pyro_flows.model.charts import Circle, Heavy, Walls, read_chart, write_chart
 from tests.models import real
 from tests.registry import normal
@@ -151,20 +150,6 @@ def test_masked_entries_keep_their_places():
     assert (chart.scale > 0.0).tolist() == [True, False, False]
 
 
-def test_a_hierarchy_of_cauchys():
-    """The scale is positive and the values heavy given it: their own coordinates are, whatever those of the scale."""
-
-    def hierarchy():
-        scale = pyro.sample("scale", dist.HalfNormal(real(1.0)))
-        with pyro.plate("four", 4):
-            pyro.sample("x", dist.Cauchy(real(0.0), scale))
-
-    charts = chosen(hierarchy)
-    assert isinstance(charts["x"], Heavy)
-    assert bool((charts["x"].scale > 0.0).all())
-    assert charts["scale"] is None
-
-
 def uniform_data(y, z):
     """Upper bounds in a plate, a lower one, and a number between data, which no prior knows of."""
     with pyro.plate("bound", y.shape[-1], dim=-1):
@@ -235,25 +220,6 @@ def test_all_walls_are_found_though_no_draw_of_the_prior_is_near_all(seed):
     torch.testing.assert_close(shift.chart.high, first, atol=1e-6, rtol=0.0)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("seed", [0, 2])
-def test_coordinates_are_chosen_where_data_rule_out_nearly_all_draws(seed):
-    """No path from the prior had a finite ELBO in centered coordinates, and the others were taken as they were."""
-    y = (0.1 + 0.9 * torch.linspace(0.0, 1.0, 150).double()) * normal(12, seed=8).exp()[GROUP]
-
-    def bounded():
-        m = pyro.sample("m", dist.Normal(real(0.0), 2.0))
-        s = pyro.sample("s", dist.HalfNormal(real(1.0)))
-        with pyro.plate("group", 12):
-            top = pyro.sample("top", dist.LogNormal(m, s))
-        with pyro.plate("row", 150):
-            pyro.sample("y", dist.Uniform(real(0.0), top[GROUP]), obs=y)
-
-    density, _, entry = choose_coordinates(pf.LogDensity(bounded), seed=seed)
-    assert math.isfinite(entry["elbo_centered"])
-    assert density.structure.noncentered == {}
-
-
 def test_supports_that_move_with_latents_are_no_walls():
     def moving(y):
         scale = pyro.sample("scale", dist.HalfNormal(real(2.0)))
@@ -261,11 +227,3 @@ def test_supports_that_move_with_latents_are_no_walls():
         pyro.sample("y", dist.Uniform(shift - scale, shift + scale), obs=y)
 
     assert chosen(moving, real(0.4, 0.9)) == {"scale": None, "shift": None}
-
-
-def test_nothing_to_chart():
-    def plain():
-        pyro.sample("x", dist.Normal(real(0.0), 1.0))
-        pyro.sample("uniform", dist.Uniform(real(0.0), 1.0))
-
-    assert chosen(plain) == {"x": None, "uniform": None}

@@ -16,7 +16,7 @@ from torch.distributions import biject_to, constraints
 
 import pyro_flows as pf
 from tests.invariants import close
-from tests.models import CASES, each_model, gauss, normal, real
+from tests.models import CASES, each_model, normal, real
 from tests.registry import RECORDED_FROM
 
 
@@ -204,36 +204,6 @@ def test_log_jacobian_of_a_support(name, batch):
 
         jacobian = torch.autograd.functional.jacobian(entries, z)
         close(density.single(z), torch.linalg.slogdet(jacobian).logabsdet, 1e-9)
-
-
-def test_correlated_model_of_many_supports():
-    """Simplex, correlation, ordered and interval sites side by side, in one vector."""
-
-    def model(y):
-        p = pyro.sample("p", dist.Dirichlet(torch.full((3,), 2.0, dtype=torch.float64)))
-        factor = pyro.sample("factor", dist.LKJCholesky(3, real(2.0)))
-        scale = pyro.sample("scale", dist.LogNormal(real(0.0), 1.0).expand([3]).to_event(1))
-        center = pyro.sample("center", dist.ImproperUniform(dist.constraints.ordered_vector, (), (3,)))
-        width = pyro.sample("width", dist.Uniform(real(-1.0), 3.0))
-        pyro.sample("y", dist.MultivariateNormal(center + width * p, scale_tril=scale[:, None] * factor), obs=y)
-
-    y = normal(3, seed=23)
-    density = pf.LogDensity(model, (y,))
-    z = 0.5 * normal(4, density.dim, seed=24)
-    assert density.dim == 2 + 3 + 3 + 3 + 1
-    for row, value in zip(z, density(z), strict=True):
-        total = real(0.0)
-        values = {}
-        for latent in density.structure.latents:
-            transform = biject_to(density.structure.trace.nodes[latent.name]["fn"].support)
-            values[latent.name] = transform(latent.unconstrained(row))
-            total = total + transform.log_abs_det_jacobian(latent.unconstrained(row), values[latent.name]).sum()
-        p, factor, scale, center, width = values.values()
-        total = total + dist.Dirichlet(torch.full((3,), 2.0, dtype=torch.float64)).log_prob(p)
-        total = total + dist.LKJCholesky(3, real(2.0)).log_prob(factor)
-        total = total + gauss(scale.log(), 0.0, 1.0) - scale.log().sum() - real(4.0).log()
-        covariance = (scale[:, None] * factor) @ (scale[:, None] * factor).T
-        close(value, total + dist.MultivariateNormal(center + width * p, covariance).log_prob(y), 1e-9)
 
 
 @pytest.mark.parametrize("steps", [1, 40])

@@ -164,17 +164,6 @@ def test_a_mask_may_be_wider_than_a_site(rows):
     close(density(z), 3.0 * dist.Normal(real(0.0), 1.0).log_prob(z).sum(1), 1e-9)
 
 
-def test_a_mask_may_be_wider_than_a_scalar():
-    def model():
-        with poutine.mask(mask=torch.tensor([True, False, True])):
-            pyro.sample("x", dist.Normal(real(0.0), 1.0))
-
-    density = pf.LogDensity(model)
-    assert density.dim == 1
-    z = normal(4, 1, seed=40)
-    close(density(z), 2.0 * dist.Normal(real(0.0), 1.0).log_prob(z).sum(1), 1e-9)
-
-
 def test_entries_of_an_event_without_a_prior_are_improper():
     keep = torch.tensor([True, False, True])
     density = pf.LogDensity(lambda: pyro.sample("x", dist.Normal(real(0.0), 1.0).expand([3]).mask(keep).to_event(1)))
@@ -209,22 +198,6 @@ def test_dtype_follows_the_data(dtype):
     close(value, by_hand.to(dtype), 1e-5 if dtype == torch.float32 else 1e-6)  # 5.0 and 1.0 reach Pyro as float32
     assert density.predictive(z)["y"].dtype == dtype
     assert pf.AutoRealNVP(numbers, layers=2).initialize(y).sample_posterior(2)["mu"].dtype == dtype
-
-
-def test_wider_data_of_a_model_that_does_not_mix():
-    """Design matrix and weights in float32, data in float64: Pyro scores this in float32, a log density in float64."""
-    x, y = normal(6, 2, seed=37, dtype=torch.float32), normal(6, seed=38)
-
-    def model(x, y):
-        w = pyro.sample("w", dist.Normal(torch.zeros(2), 1.0).to_event(1))
-        with pyro.plate("n", 6):
-            pyro.sample("y", dist.Normal(x @ w, 1.0), obs=y)
-
-    density = pf.LogDensity(model, (x, y))
-    assert density.dtype == torch.float64
-    z = normal(3, 2, seed=39)
-    close(density(z), torch.stack([gauss(w, 0.0, 1.0) + gauss(y, x.double() @ w, 1.0) for w in z]), 1e-10)
-    assert pf.AutoRealNVP(model, layers=2).initialize(x, y).sample_posterior(2)["w"].dtype == torch.float32
 
 
 def test_flat_priors_take_the_dtype_of_the_data():

@@ -43,13 +43,6 @@ def to_numpy(y):
     pyro.sample("y", dist.Normal(x, torch.as_tensor(np.exp(x.detach().numpy()))), obs=y)
 
 
-def dependent_item(y):
-    alpha = pyro.sample("alpha", dist.Uniform(real(0.0), 1.0))
-    beta = pyro.sample("beta", dist.Uniform(real(0.0), 1.0 - alpha))
-    assert beta.detach().item() < 1.0
-    pyro.sample("y", dist.Normal(alpha, beta), obs=y)
-
-
 def line_in(model):
     """The last line of a model, which is the one that cannot be batched."""
     return model.__code__.co_firstlineno + len(inspect.getsource(model).splitlines()) - 1
@@ -98,32 +91,6 @@ def test_the_line_of_a_library_is_named_and_that_of_a_model_without_source_has_a
     assert " (<string>, line 3). " in pf.LogDensity(names["model"], (Y,)).reason
 
 
-@pytest.mark.falls_back
-def test_a_branch_that_the_probes_do_not_see_still_counts():
-    """Branches on values stop the batching wherever they are: each point is run for itself."""
-
-    def model(y):
-        x = pyro.sample("x", dist.Normal(real(0.0), 1.0))
-        pyro.sample("y", dist.Normal(x if x < 100.0 else -x, 1.0), obs=y)
-
-    density = pf.LogDensity(model, (Y,))
-    close(density(real([150.0])[None])[0], gauss(150.0, 0.0, 1.0) + gauss(1.0, -150.0, 1.0), 1e-12)
-
-
-@pytest.mark.slow
-@pytest.mark.falls_back
-def test_guides_of_models_that_cannot_be_batched():
-    """A guide runs the model only for supports that depend on latents; then row by row."""
-    guide = pf.AutoRealNVP(dependent_item, layers=2).initialize(Y)
-    draws = guide.sample_posterior(5)
-    assert ((draws["beta"] > 0) & (draws["beta"] < 1 - draws["alpha"])).all()
-    density = pf.LogDensity(dependent_item, (Y,))
-    z = density.unconstrain(draws)
-    values = guide.log_prob(draws)
-    ladj = torch.stack([density._run(row, enumerate_sites=True)[1] for row in z])
-    close(values.detach(), guide.get_posterior().log_prob(z).detach() - ladj, 1e-9)
-
-
 def test_constrained_values_of_a_model_with_many_rows_come_from_a_graph_without_its_data():
     runs = []
 
@@ -150,34 +117,6 @@ def test_constrained_values_of_a_model_with_many_rows_come_from_a_graph_without_
     density.forget()
     density.constrain(z)
     assert runs
-
-
-@pytest.mark.falls_back
-def test_models_that_cannot_be_recorded_are_evaluated_as_they_are():
-    """Recording fails, or repeats a constant where the model looks at the batch: plain values, and a reason."""
-    calls = []
-
-    def model(y):
-        calls.append(None)
-        x = pyro.sample("x", dist.Normal(real(0.0), 1.0))
-        if not torch.compiler.is_compiling() and len(calls) > 8:
-            raise_while_recording()
-        pyro.sample("y", dist.Normal(x, 1.0), obs=y)
-
-    def raise_while_recording():
-        from torch.utils._python_dispatch import _get_current_dispatch_mode
-
-        if _get_current_dispatch_mode() is not None:
-            raise RuntimeError("not while recording")
-
-    density = pf.LogDensity(model, (Y,))
-    calls.extend([None] * 9)
-    z = normal(3, 1, seed=31)
-    for _ in range(RECORDED_FROM):
-        value, _ = density.value_and_grad(z)
-    assert density.batched
-    assert density.reason.startswith("not recorded: RuntimeError: not while recording")
-    close(value, density(z).detach(), 1e-12)
 
 
 @pytest.mark.falls_back

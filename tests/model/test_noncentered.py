@@ -15,8 +15,6 @@ from torch import Tensor
 
 import pyro_flows as pf
 from pyro_flows import LogDensity
-from pyro_flows.inference.starts.coordinates import choose_coordinates
-from pyro_flows.model.dims import coordinate_names
 from pyro_flows.posterior.export.arviz_groups import predict
 from pyro_flows.support.process.stages import PARAMETERIZATION
 from tests.models import real
@@ -70,10 +68,6 @@ def test_sites_whose_location_or_scale_moves_are_found() -> None:
     assert LogDensity(by_hand, (Y,)).structure.hierarchical == ()
     assert LogDensity(families).structure.hierarchical == ("b", "c", "d")
     assert LogDensity(steps, (4,)).structure.hierarchical == ("x1", "x2", "x3")
-
-
-def test_nothing_is_noncentered_unless_asked_for() -> None:
-    assert LogDensity(hierarchy, (Y,)).structure.noncentered == {}
 
 
 @pytest.mark.parametrize("name", ["mu", "tau", "nobody"])
@@ -136,13 +130,6 @@ def scales(dtype: torch.dtype) -> None:
     pyro.sample("scale", dist.HalfCauchy(torch.ones((), dtype=dtype)))
 
 
-def test_some_sites_only() -> None:
-    density = LogDensity(families, noncentered=["c"])
-    assert density.structure.noncentered == {"c": None}
-    names = coordinate_names(density.structure)
-    assert {"c[0] (non-centered)", "b"} <= set(names)
-
-
 def graded(y: Tensor, group: Tensor) -> None:
     """Pyro writes the probabilities of ordered categories in place."""
     spread = pyro.sample("spread", dist.HalfNormal(real(1.0)))
@@ -189,40 +176,6 @@ def test_fit_chooses_noncentered_coordinates_for_a_funnel_and_fits_it_exactly() 
     assert posterior.verdict.status == "ok"
     assert -0.01 <= posterior.elbo <= 0.005  # log Z = 0
     assert 2.85 < float(posterior.samples["x"].std()) < 3.15
-
-
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore::pyro_flows.NothingObservedWarning")
-def test_a_funnel_of_a_hundred_leaves_needs_no_training() -> None:
-    """Learning stopped short of coordinates that are exact: sds of 2.78 for 3, after refinement."""
-
-    def wide() -> None:
-        v = pyro.sample("v", dist.Normal(real(0.0), 3.0))
-        with pyro.plate("leaves", 100):
-            pyro.sample("x", dist.Normal(real(0.0), (0.5 * v).exp()))
-
-    posterior = pf.fit(wide, progress=False, seed=0)
-    assert posterior.settings["noncentered"] == {"x": None}
-    assert posterior.verdict.status == "ok"
-    assert not [stage for stage in posterior.history if stage["steps"]]
-    assert 2.85 < float(posterior.samples["v"].std()) < 3.15
-
-
-@pytest.mark.slow
-def test_coordinates_are_as_good_as_centered_where_the_data_are_strong() -> None:
-    def strong(y: Tensor) -> None:
-        mu = pyro.sample("mu", dist.Normal(real(0.0), 5.0))
-        tau = pyro.sample("tau", dist.HalfNormal(real(5.0)))
-        with pyro.plate("groups", len(y)):
-            theta = pyro.sample("theta", dist.Normal(mu, tau))
-            pyro.sample("y", dist.Normal(theta, 0.01), obs=y)
-
-    y = 3.0 * normal(6, seed=8)
-    density, _, _ = choose_coordinates(pf.LogDensity(strong, (y,)), None, seed=0)
-    # the data fix each value to 0.01, and the prior is next to nothing beside any precision like that
-    precision = torch.tensor(density.structure.noncentered["theta"]["precision"])
-    assert bool((precision > 1e3).all() & (precision < 1e5).all())
-    assert pf.fit(strong, y, progress=False, seed=0, max_steps=1500).verdict.status == "ok"
 
 
 @pytest.mark.slow

@@ -165,17 +165,6 @@ def test_entries_that_are_masked_out_may_be_anything(value):
         torch.testing.assert_close(log_p[0], expected)
 
 
-def test_missing_values_of_the_distributions_made_for_them_are_taken():
-    def model(y):
-        mu = pyro.sample("mu", dist.Normal(real(0.0), 1.0))
-        with pyro.plate("rows", 3):
-            pyro.sample("y", dist.NanMaskedNormal(mu, 1.0), obs=y)
-
-    density = pf.LogDensity(model, (real([1.0, math.nan, 2.0]),))
-    expected = dist.Normal(0.0, 1.0).log_prob(real([0.0, 1.0, 2.0])).sum()
-    torch.testing.assert_close(density(torch.zeros(1, 1))[0], expected)
-
-
 @pytest.mark.parametrize("everywhere", [True, False])
 def test_validate_args_false_is_respected_where_a_distribution_says_so(everywhere):
     """A setting of the whole process is none of the distribution's, though plates hand it on to the distributions."""

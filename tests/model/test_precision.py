@@ -141,13 +141,3 @@ def test_an_error_about_precisions_that_stays_is_the_first_one():
 
     with pytest.raises(RuntimeError, match="expected scalar type Float"):
         pf.LogDensity(model, (Y,))
-
-
-@pytest.mark.slow
-def test_a_fit_with_default_priors_says_what_one_in_double_says():
-    one, other = (
-        pf.fit(model, Y, draws=500, seed=0, progress=False) for model in (half_cauchy, in_double(half_cauchy))
-    )
-    close(one.z, other.z, 1e-8)
-    assert one.verdict == other.verdict
-    assert one.predictive(Y)["y"].dtype == torch.float64

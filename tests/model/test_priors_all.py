@@ -212,26 +212,6 @@ def test_components_of_a_mixture_have_no_density_outside_of_their_own_support():
     torch.testing.assert_close(found[0], math.log(0.3) + dist.Pareto(real(1.0), real(1.0)).log_prob(x))
 
 
-@pytest.mark.slow
-def test_a_mixture_as_a_prior_is_fitted():
-    """Of 2 components 1.5 sds apart, with exact moments."""
-
-    def model(y):
-        x = pyro.sample("x", dist.MixtureSameFamily(PAIR, dist.Normal(torch_of([-0.7, 0.8]), torch_of([1.0, 1.0]))))
-        pyro.sample("y", dist.Normal(x, 1.0), obs=y)
-
-    y = torch_of(0.5)
-    posterior = pf.fit(model, y, progress=False, max_steps=1500)
-    grid = torch.linspace(-8, 8, 4001).double()
-    prior = dist.MixtureSameFamily(PAIR, dist.Normal(torch_of([-0.7, 0.8]), torch_of([1.0, 1.0])))
-    weight = (prior.log_prob(grid.float()).double() + dist.Normal(grid, 1.0).log_prob(y.double())).softmax(0)
-    mean = (weight * grid).sum()
-    sd = (weight * (grid - mean) ** 2).sum().sqrt()
-    assert posterior.verdict.status == "ok"
-    assert abs(float(posterior.samples["x"].mean() - mean) / sd) < 0.06
-    assert float(posterior.samples["x"].std() / sd) == pytest.approx(1.0, abs=0.05)
-
-
 @pytest.mark.parametrize("square", [False, True])
 def test_the_jacobian_of_triangles(square):
     support = constraints.positive_definite if square else constraints.lower_cholesky
@@ -243,20 +223,6 @@ def test_the_jacobian_of_triangles(square):
     assert support.check(y)
     torch.testing.assert_close(transform.log_abs_det_jacobian(x, y), torch.linalg.slogdet(jacobian).logabsdet)
     torch.testing.assert_close(transform.inv(y), x)
-
-
-@pytest.mark.parametrize(
-    ("make", "message"),
-    [
-        (lambda: dist.ProjectedNormal(real([1.0, 0.0, 0.0])), "Sphere"),
-        (lambda: dist.VonMises3D(real([1.0, 0.0, 0.0])), "Sphere"),
-        (lambda: pair(dist.ProjectedNormal(torch.eye(2).double())), "Sphere"),
-        (lambda: dist.CoalescentTimes(zeros(3)), "oalescentTimes"),
-    ],
-)
-def test_what_no_vector_of_real_numbers_can_reach_is_refused(make, message):
-    with pytest.raises(ValueError, match=f"site 'x': no bijection from real numbers to its support .*{message}"):
-        pf.LogDensity(alone(make))
 
 
 BETAS, SHARES = (

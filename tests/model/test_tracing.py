@@ -13,7 +13,7 @@ from pyro.nn import PyroSample
 from torch import Tensor
 
 import pyro_flows as pf
-from pyro_flows.model.graphs import record, stacked
+from pyro_flows.model.graphs import record
 from pyro_flows.support.process.fallbacks import Fallback, fallback, strict
 from tests.invariants import close
 from tests.models import gauss, real
@@ -141,30 +141,6 @@ def test_recorded_batched_and_single_numbers_are_equal(name):
         close(one, other, tolerance)
 
 
-def test_draws_of_models_that_write_in_place_are_batched():
-    density = pf.LogDensity(filled, (X, Y))
-    z = normal(4, 1, seed=8)
-    assert density.predictive(z)["y"].shape == (4, 20)
-    assert density.prior(3)["y"].shape == (3, 20)
-    assert density.log_likelihood(z)["y"].shape == (4,)
-
-
-def test_writing_and_listing_are_one_model():
-    z = normal(4, 1, seed=9)
-    written, stacked = (pf.LogDensity(model, (X, Y)).value_and_grad(z) for model in (filled, listed))
-    for one, other in zip(written, stacked, strict=True):
-        close(one, other, 1e-9)
-
-
-def test_graphs_grow_with_the_loop_and_no_faster():
-    sizes = []
-    for steps in (20, 40, 80):
-        ts = torch.linspace(0.0, 2.0, steps, dtype=torch.float64)
-        density = pf.LogDensity(growth, (ts, torch.zeros_like(ts)))
-        sizes.append(len(record(density._gradients, normal(3, 1, seed=4)).graph.nodes))
-    assert sizes[2] - sizes[1] <= 2.1 * (sizes[1] - sizes[0])
-
-
 def test_each_operation_of_a_loop_is_recorded_in_one_run(monkeypatch):
     """Recording runs a model once, and twice more to check the graph, however long its loop is."""
     runs = []
@@ -209,30 +185,6 @@ def test_constants_that_change_later_keep_what_they_were():
     x = normal(3, seed=1)
     for one, other in zip(record(function, x)(x), function(x), strict=True):
         assert torch.equal(one, other)
-
-
-def test_writes_become_new_tensors():
-    def function(x: Tensor) -> tuple[Tensor, ...]:
-        held = torch.zeros(4, dtype=x.dtype)
-        part = held[1:]
-        held[0] = x[0]
-        early = held * 2.0
-        part[0] = x[1]
-        scaled = x * 2.0
-        scaled[1:].add_(held[1:])
-        return early, held, scaled, part
-
-    x = normal(4, seed=1)
-    module = record(function, x)
-    other = normal(4, seed=2)
-    stacked(module, other[None])  # which refuses graphs that change tensors in place
-    for one, value in zip(module(other), function(other), strict=True):
-        assert torch.equal(one, value)
-
-
-def test_equal_constants_are_one():
-    module = record(lambda x: sum(x * torch.tensor(0.5, dtype=x.dtype) ** 2 for _ in range(50)), normal(3, seed=1))
-    assert sum(node.op == "get_attr" for node in module.graph.nodes) == 1
 
 
 # ---- fallbacks -------------------------------------------------------------------------------------------------------

@@ -148,33 +148,3 @@ def test_no_step_copies_the_whole(function):
     (runner,) = density._with_gradients.runners.values()
     names = [str(node.target) for node in runner.module.graph.nodes]
     assert not [name for name in names if "scatter" in name or "select_backward" in name]
-
-
-def written(y: Tensor) -> None:
-    a = pyro.sample("a", dist.Normal(real(0.0), 1.0))
-    level = torch.zeros(len(y), dtype=y.dtype)
-    for t in range(1, len(y)):
-        level[t] = a * level[t - 1] + 0.3 * (y[t - 1] - level[t - 1])
-    with pyro.plate("t", len(y)):
-        pyro.sample("y", dist.Normal(level, 1.0), obs=y)
-
-
-def listed(y: Tensor) -> None:
-    a = pyro.sample("a", dist.Normal(real(0.0), 1.0))
-    level = [torch.zeros_like(a)]
-    for t in range(1, len(y)):
-        level.append(a * level[t - 1] + 0.3 * (y[t - 1] - level[t - 1]))
-    with pyro.plate("t", len(y)):
-        pyro.sample("y", dist.Normal(torch.stack(level, -1), 1.0), obs=y)
-
-
-def test_a_model_that_writes_takes_no_more_operations_than_one_that_makes_a_list():
-    y, z = normal(40, seed=3), normal(8, 1, seed=4)
-    counts = []
-    for model in (written, listed):
-        density = LogDensity(model, (y,))
-        found = [density.value_and_grad(z) for _ in range(2)][1]
-        counts.append(sum(len(runner.module.graph.nodes) for runner in density._with_gradients.runners.values()))
-        for one, other in zip(found, LogDensity(listed, (y,)).unrecorded(z), strict=True):
-            torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
-    assert counts[0] < 1.3 * counts[1]
