@@ -51,10 +51,6 @@ def test_log_evidence_is_that_of_each_data_set(posteriors):
         assert posterior.log_evidence == pytest.approx(float(marginal.log_prob(y)), abs=0.05)
 
 
-def test_verdicts_say_that_the_search_was_a_shorter_one(posteriors):
-    assert all("14 paths" in str(posterior.verdict) for posterior in posteriors)
-
-
 def test_each_is_a_whole_posterior(posteriors, tmp_path):
     posterior, args = posteriors[2], data_sets(COUNT)[2]
     posterior.save(tmp_path / "saved")

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from pyro_flows import LogDensity
-from pyro_flows.flows.recipe import latent_recipe, start_at
+from pyro_flows.flows.recipe import latent_recipe
 from pyro_flows.inference.training.lockstep import Lockstep, train_together
 from pyro_flows.inference.training.step_graph import Moments, Step
 from pyro_flows.model.stack import NotStackable, Stack
@@ -127,16 +127,6 @@ class _Thrown:
         self.flows.step(share)
         if len(self.flows.losses) == self.at:
             self.flows.weights[self.number] += 3.0
-
-
-def test_starts_are_each_flow_s_own():
-    stack = Stack([LogDensity(regression, args) for args in data_sets(2)])
-    built = flows_for(2, 2)
-    for flow, place in zip(built, (0.0, 4.0), strict=True):
-        start_at(flow, torch.full((2,), place), torch.full((2,), 0.1))
-    z, _ = Lockstep(stack, built, learning_rate=1e-2, batch=BATCH).look()
-    assert z[0].mean().abs() < 0.1
-    assert (z[1].mean() - 4.0).abs() < 0.1
 
 
 def test_flows_that_arrange_coordinates_differently_are_refused():

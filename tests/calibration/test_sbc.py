@@ -278,24 +278,6 @@ def test_ranks_go_to_arviz_as_simuk_has_them():
     assert 0 <= int(group["b"].min()) <= int(group["b"].max()) <= 199
 
 
-@pytest.mark.slow
-def test_the_figure_has_a_panel_for_each_scalar():
-    found = check(from_exact(shift=1.0), simulations=50)
-    figure = found.plot()
-    titles = [axes.get_title() for axes in figure.axes if axes.get_visible()]
-    assert [title.split()[0] for title in titles] == ["b[0]", "b[1]", "lp"]
-    assert len([axes for axes in found.plot("lp").axes if axes.get_visible()]) == 1
-    line = figure.axes[0].lines[-1].get_ydata()
-    assert max(line) > 0.2  # draws are too high, so that ranks of true values are low
-    assert min(line) > -0.05
-
-
-def test_the_table_and_the_sentence_show_in_a_notebook():
-    found = check(from_exact(), simulations=20)
-    assert "<table" in found._repr_html_()
-    assert "20 not judged" in str(found)
-
-
 def test_unreliable_fits_are_counted_and_said():
     def bad(x, y):
         def guide(x, y):

@@ -17,10 +17,9 @@ from pyro_flows import LogDensity
 from pyro_flows.calibration.batch import CORRECTED_GRID, _Trial, _weighed
 from pyro_flows.fitting.laplace_grid import AT_ONCE
 from pyro_flows.flows.parts import location_scale
-from pyro_flows.inference.modes.laplace_grid import FEWEST_POINTS, STEPS, Bent, _table, bent, grids_together
+from pyro_flows.inference.modes.laplace_grid import Bent, bent, grids_together
 from pyro_flows.inference.modes.tops import flow_along
 from pyro_flows.inference.starts.portfolio import starts_together
-from pyro_flows.inference.verdict.deciding import LOOKED_AT_DRAWS
 from pyro_flows.model.stack import Stack
 from tests.calibration.models import data_sets, regression
 
@@ -125,33 +124,6 @@ def test_a_posterior_that_is_not_bent_gets_no_slices(stack, starts):
     assert grids_together(stack, starts, straight) == [None] * COUNT
 
 
-def parts(count: int = 2 * len(STEPS) + 1) -> tuple[Tensor, Tensor, Tensor]:
-    places = torch.linspace(-8.0, 8.0, count).double()
-    tops = torch.stack([places, 0.0 * places], 1)
-    return tops, -0.5 * places.square(), torch.eye(2).double().expand(count, 2, 2)
-
-
-def test_a_table_ends_at_the_first_slice_that_is_not_known():
-    tops, masses, roots = parts()
-    known = torch.ones(len(masses), dtype=torch.bool)
-    known[len(STEPS) + 6] = False
-    table = _table(0, tops, masses, roots, known)
-    assert len(table.places) == len(STEPS) + 6
-    assert table.places[-1] == tops[len(STEPS) + 5, 0]
-
-
-def test_nothing_is_made_of_few_slices_or_without_the_middle_one():
-    tops, masses, roots = parts()
-    known = torch.zeros(len(masses), dtype=torch.bool)
-    assert _table(0, tops, masses, roots, known) is None
-    known[len(STEPS) : len(STEPS) + FEWEST_POINTS - 1] = True
-    assert _table(0, tops, masses, roots, known) is None
-    known[len(STEPS) + FEWEST_POINTS - 1] = True
-    assert _table(0, tops, masses, roots, known) is not None
-    known[len(STEPS)] = False
-    assert _table(0, tops, masses, roots, known) is None
-
-
 def banana(y: Tensor) -> None:
     """Given the scale, w lies along a parabola: no slice is normal."""
     log_scale = pyro.sample("log_scale", dist.Normal(0.0, 0.3))
@@ -206,27 +178,6 @@ def trial(stack, starts, tables):
         return _Trial(flow, SEEDED, stack.densities[number], starts[number], tables[number])
 
     return of
-
-
-def test_the_kind_that_is_likely_to_be_enough_comes_first(trial, monkeypatch):
-    """The evidence of slices tells how far the start's ELBO is from it."""
-    asked: list[str] = []
-    monkeypatch.setattr(_Trial, "_moved", lambda self: asked.append("moved"))
-    monkeypatch.setattr(_Trial, "_on_grid", lambda self, table: asked.append("sliced"))
-    one = trial(0)
-    object.__setattr__(one.start, "elbo", one.table.log_evidence - 0.2)
-    assert one.best() is None
-    object.__setattr__(one.start, "elbo", one.table.log_evidence)
-    assert one.best() is None
-    assert asked == ["sliced", "moved", "moved", "sliced"]
-
-
-def test_a_glance_suffices_only_where_weights_are_even(stack, tables):
-    density = stack.densities[0]
-    right = flow_along(tables[0], lighter=4.0).to(density.dtype)
-    wrong = flow_along(tables[1], lighter=4.0).to(density.dtype)
-    assert len(_weighed(right, density).log_weights) < LOOKED_AT_DRAWS
-    assert len(_weighed(wrong, density).log_weights) == LOOKED_AT_DRAWS
 
 
 def test_weights_may_correct_slices_and_then_nothing_counts_as_converged(trial):

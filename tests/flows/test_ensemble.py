@@ -125,18 +125,6 @@ def test_another_process_loads_it(tmp_path):
     assert done.stdout.split() == ["Ensemble"], done.stderr
 
 
-def test_training_goes_on_from_it():
-    """The map after an ensemble is none, which looked like that of a new flow, whose scale is measured anew."""
-    generator = torch.Generator().manual_seed(0)
-    x = 5.0 * torch.randn(60, 2, generator=generator)
-    y = 100.0 + 30.0 * x[:, :1] + torch.randn(60, 1, generator=generator)
-    first = pf.fit_density(y, context=x, max_epochs=2, progress=False)
-    assert first.settings["flows"] == 5
-    assert first.settings["flow"] == "realnvp"
-    more = pf.fit_density(first.flow, y, context=x, start="identity", max_epochs=1, progress=False)
-    assert more.nats(y, x) > first.nats(y, x) - 0.1
-
-
 SCALES = ["standardize", "whiten", "auto", "without a context"]
 
 

@@ -207,26 +207,6 @@ def test_dim_is_found_or_asked_for():
     assert pf.Flow(Plain(), dim=3)().sample().shape == (3,)
 
 
-@pytest.mark.parametrize("name", ["nice", "realnvp", "spline"])
-def test_alternating_masks_as_in_nice(name):
-    """Even and odd coordinates in turn, whatever the number of layers."""
-    flow = pf.__dict__[name](6, layers=4, mask="alternating", hidden=(4,))
-    kept = [layer.mask.tolist() for layer in flow.bijection.layers if hasattr(layer, "mask")]
-    even, odd = [True, False] * 3, [False, True] * 3
-    assert kept == [odd, even, odd, even]
-
-
-def test_nice_as_published():
-    """Four additive couplings of five hidden layers, relu, logistic base, one scaling next to it."""
-    flow = pf.nice(784, mask="alternating", hidden=(1000,) * 5, activation="relu", base="logistic")
-    scaling, *couplings = flow.bijection.layers
-    assert [type(layer) for layer in couplings] == [pf.transforms.AdditiveCoupling] * 4
-    assert isinstance(scaling, pf.transforms.Rescale)
-    widths = [part.out_features for part in couplings[0].modules() if isinstance(part, torch.nn.Linear)]
-    assert widths == [1000] * 5 + [392]
-    assert flow.base == "logistic"
-
-
 def test_draws_of_the_logistic_base_are_finite():
     """The 1,280,000 uniform draws of this seed have a 0 among them, whose logit is minus infinity."""
     torch.manual_seed(12)

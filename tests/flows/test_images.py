@@ -2,7 +2,6 @@
 
 import inspect
 
-import pyro
 import pytest
 import torch
 from pyro.distributions import TransformedDistribution
@@ -249,40 +248,6 @@ def test_the_last_scale_may_be_dense(shape, sides):
     close(flow.bijection.inverse_and_ladj(y)[0], x, 1e-10)
     close(ladj, torch.linalg.slogdet(jacobian(flow.bijection, x, 3))[1], 1e-9)
     assert flow.recipe.options["dense"] == (5,)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", IMAGE_FLOWS)
-def test_a_flow_of_images_learns(name):
-    """Stripes of random brightness: a Gaussian of known covariance, to within 10 % of the gap from the start."""
-    generator = torch.Generator().manual_seed(1)
-    noise = torch.randn(256, 1, 4, 4, generator=generator)
-    data = torch.randn(256, 1, 1, 1, generator=generator) * torch.tensor([1.0, -1.0, 1.0, -1.0]) + 0.3 * noise
-    flow = make_flow(name, (1, 4, 4), sd=0.0, dtype=torch.float32, base="normal")
-    flow.bijection.start_from(data)
-    covariance = torch.cov(data.flatten(1).T)
-    best = 0.5 * torch.logdet(2.0 * torch.pi * torch.e * covariance)
-    start = -flow.log_prob(data).mean().detach()
-    optimizer = torch.optim.Adam(flow.parameters(), lr=0.01)
-    for _ in range(100):
-        optimizer.zero_grad()
-        loss = -flow.log_prob(data).mean()
-        loss.backward()
-        optimizer.step()
-    assert loss - best < 0.1 * (start - best)
-
-
-def test_a_flow_of_images_in_a_plate():
-    flow = make_flow("glow", IMAGE, context_dim=3, sd=0.1)
-    context = normal(5, 3, seed=1)
-
-    def model():
-        with pyro.plate("rows", 5):
-            return pyro.sample("y", flow(context))
-
-    trace = pyro.poutine.trace(model).get_trace()
-    trace.compute_log_prob()
-    assert trace.nodes["y"]["log_prob"].shape == (5,)
 
 
 @pytest.mark.parametrize(

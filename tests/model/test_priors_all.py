@@ -16,7 +16,6 @@ from pyro_flows.model.bijections import biject_to, bijection, real_log_prob
 
 torch_of = torch.tensor
 ones, zeros = torch.ones, torch.zeros
-PAIR = dist.Categorical(torch_of([0.3, 0.7]))
 
 
 def real(value):

@@ -9,9 +9,7 @@ import pytest
 import torch
 
 import pyro_flows as pf
-from pyro_flows.inference.verdict.deciding import judge
 from pyro_flows.inference.verdict.psis import psis
-from pyro_flows.inference.verdict.weighing import weigh
 from pyro_flows.posterior.drawn import ROWS_SHOWN
 from pyro_flows.posterior.draws import from_draws
 from tests.posteriors import (
@@ -27,7 +25,6 @@ from tests.posteriors import (
     schools_guide,
     schools_posterior,
 )
-from tests.registry import normal
 
 
 @pytest.fixture(scope="module")
@@ -419,38 +416,3 @@ def test_nothing_can_be_changed(by_status):
 
 
 # what weights can mend ------------------------------------------------------------------------------------------------
-
-
-def weighed(z, log_weights):
-    """The verdict on draws (S,) with log densities under p that differ from those under q by ``log_weights``."""
-    return judge(weigh(z[:, None], log_weights, torch.zeros_like(log_weights)), ["x"])
-
-
-def test_a_guide_far_off_is_not_mended_whatever_k_hat_says():
-    """Two clusters of draws, of which one in five has all the weight: the others are two sds from it."""
-    z = normal(4000, seed=0)
-    near = torch.arange(4000) % 5 == 0
-    found = weighed(torch.where(near, z, z + 3.0), torch.where(near, 0.0, -30.0))
-    assert found.k_hat < 0.5
-    assert found.status == "unreliable"
-    assert "importance weighting changes the mean of" in str(found)
-
-
-@pytest.mark.parametrize(("tail", "status"), [(0.3, "corrected"), (0.62, "unreliable")])
-def test_weights_that_have_to_mend_need_a_variance(tail, status):
-    """Pareto weights of the given shape, that move the mean by a fifth of an sd."""
-    level = (torch.arange(20_000, dtype=torch.float64) + 0.5) / 20_000
-    log_weights = -tail * torch.log1p(-level)
-    z = normal(20_000, seed=1) + 0.35 * (log_weights - log_weights.mean()) / log_weights.std()
-    found = weighed(z, log_weights)
-    assert found.k_hat == pytest.approx(tail, abs=0.08)
-    assert found.mean_shift > 0.1
-    assert found.status == status
-
-
-def test_weights_that_are_all_but_equal_have_no_tail():
-    """Rounding errors and one draw that stands out by a hundredth: k-hat, scale-free, would call it heavy."""
-    log_weights = 1e-6 * normal(4000, seed=2)
-    log_weights[:3] = torch.tensor([0.01, 0.003, 0.001])
-    assert psis(log_weights)[1] > 0.7
-    assert weighed(normal(4000, seed=3), log_weights).status == "ok"

@@ -13,10 +13,9 @@ import torch
 from torch.distributions import biject_to, constraints
 
 import pyro_flows as pf
-from pyro_flows.densities.fit_density import fit_density
 from pyro_flows.model.supports import _event_dim
 from pyro_flows.priors import making
-from pyro_flows.priors.making import _fitted, _in_one_turn
+from pyro_flows.priors.making import _fitted
 from pyro_flows.priors.parts import Joint, Part, describe, restore
 from tests.posteriors import Y, schools_posterior
 
@@ -245,22 +244,6 @@ def test_draws_of_two_modes_begin_at_a_mixture(dim):
     assert prior().rsample((3, 4)).shape == (3, 4, dim)
 
 
-def test_draws_are_passed_seventy_five_times_at_most(monkeypatch):
-    given, taken = [], []
-
-    def noted(flow, data, *, validation, max_epochs, **options):
-        given.append(max_epochs)
-        taken.append(torch.cat([data, validation]))
-        return fit_density(flow, data, validation=validation, max_epochs=1, **options)
-
-    monkeypatch.setattr(making, "fit_density", noted)
-    z = torch.randn(500, 2, generator=torch.Generator().manual_seed(0)).double()
-    for epochs in (None, 3):
-        _fitted(z, torch.full((500,), 1.0 / 500).double(), 0, epochs, False)
-    assert given == [75, 3]
-    assert torch.equal(taken[0].sort(0).values, z.sort(0).values)  # of equal weights, each once
-
-
 def test_draws_of_one_gaussian_are_one_gaussian():
     z = torch.randn(6000, 1, generator=torch.Generator().manual_seed(1)).double()
     flow = _fitted(z, torch.full((6000,), 1.0 / 6000).double(), 0, None, False)
@@ -268,14 +251,6 @@ def test_draws_of_one_gaussian_are_one_gaussian():
     with torch.no_grad():
         middle, far = flow.log_prob(torch.tensor([[0.0], [6.0]]).double())
     assert float(middle - far) == pytest.approx(18.0, rel=0.1)
-
-
-def test_angles_on_both_sides_of_a_cut_are_near_each_other():
-    angles = torch.tensor([[3.0, 0.1], [-3.1, -0.2], [3.1, 0.3]])
-    found = _in_one_turn(angles, torch.full((3,), 1.0 / 3.0, dtype=torch.float64))
-    turns = (found - angles) / math.tau
-    torch.testing.assert_close(turns, turns.round(), rtol=0.0, atol=1e-6)
-    assert float((found.amax(0) - found.amin(0)).max()) < 0.51
 
 
 @pytest.mark.falls_back
@@ -298,28 +273,6 @@ def test_an_angle_is_brought_into_one_turn():
     weights = torch.softmax(total.abs() * grid.cos(), 0)
     assert float(drawn.std()) == pytest.approx(float((weights * grid.square()).sum().sqrt()), rel=0.03)
     assert torch.equal(posterior.samples["angle"], kept)
-
-
-@pytest.mark.slow
-def test_conjugate_batches_one_after_the_other():
-    """Three batches of normal data: the last posterior is that of all of them, in closed form."""
-    y = torch.tensor([0.3, 1.2, 0.7, -0.4, 0.9, 1.1])
-
-    def model(y, prior):
-        mu = pyro.sample("mu", prior())
-        with pyro.plate("row", len(y)):
-            pyro.sample("y", dist.Normal(mu, 1.0), obs=y)
-
-    prior, precision, mean = (lambda: dist.Normal(0.0, 2.0)), 0.25, 0.0
-    for batch in y.split(2):
-        precision, mean = precision + 2, (precision * mean + batch.sum()) / (precision + 2)
-        guide = dist.Normal(mean, precision**-0.5)
-        posterior = pf.diagnose(model, lambda y, prior, g=guide: pyro.sample("mu", g), batch, prior)
-        assert posterior.verdict.status in ("ok", "corrected"), posterior.verdict
-        prior = pf.prior_from(posterior, "mu")
-    drawn = prior().sample((20_000,))
-    assert float((drawn.mean() - mean) / precision**-0.5) == pytest.approx(0.0, abs=0.1)
-    assert float(drawn.std() * precision**0.5) == pytest.approx(1.0, abs=0.08)
 
 
 def logistic(x, y, prior):

@@ -136,17 +136,6 @@ def test_parts_of_the_work_let_the_first_signal_through_and_what_is_between_them
     assert clock.reasons() == ["interrupted (SIGTERM) during: second"]
 
 
-def test_a_clock_that_is_told_of_an_interruption_says_so():
-    """Chains that refine a fit have a clock of their own. The clock of the fit was told, but had cut nothing."""
-    clock = Clock()
-    with interruptible() as found:
-        found.hold(True)
-        with (own := Clock()).part("running MCMC"):
-            press()
-    clock.interrupted = own.interrupted
-    assert clock.reasons() == ["interrupted (Ctrl-C) during: running MCMC"]
-
-
 def test_handlers_of_the_program_and_ignored_signals_stay(monkeypatch):
     seen = []
     before = signal.signal(signal.SIGTERM, lambda number, frame: seen.append(number)), signal.getsignal(signal.SIGHUP)

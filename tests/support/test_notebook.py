@@ -2,8 +2,6 @@
 
 import copy
 import pickle
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -36,26 +34,6 @@ def test_figures_are_pictures_of_a_size_that_fits_a_page():
     copied = copy.deepcopy(figure)
     copied.axes[0].set_title("of the copy alone", loc="left")
     assert copied._repr_png_()[0] != figure._repr_png_()[0]  # a copy shows itself
-
-
-@pytest.mark.slow
-def test_every_figure_shows_and_leaves_pyplot_alone():
-    """In a process of its own, where nobody has imported pyplot."""
-    code = SETUP.format(status="ok") + "\n".join(
-        f"assert {call}._repr_png_()[0].startswith(b'\\x89PNG')"
-        for call in (
-            'pf.plots.plot_posterior(posterior, "theta")',
-            'pf.plots.plot_pairs(posterior, "theta[0]", "theta[1]")',
-            "pf.plots.plot_elbo(type(posterior)(**{**vars(posterior), 'losses': torch.tensor([2.0, 1.0])}))",
-            "fitted.plot_losses()",
-            "fitted.plot_samples()",
-            "pf.plots.plot_layers(fitted.flow)",
-            "pf.plots.plot_images(torch.rand(4, 5, 5))",
-        )
-    )
-    code += "\nassert 'matplotlib.pyplot' not in sys.modules"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize(("status", "color"), [("ok", "2e7d4f"), ("corrected", "b26a00"), ("unreliable", "b3261e")])

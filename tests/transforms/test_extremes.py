@@ -116,12 +116,6 @@ def test_planar_with_tiny_w(length):
     close(planar(u, w, 0.7, torch.float32)(x.float()).double(), exact, 1e-5)
 
 
-def test_planar_without_u_along_w_is_left_as_it_is():
-    """u orthogonal to w satisfies the constraint already: the constrained u is u."""
-    u, w = torch.tensor([2.0, 0.0], dtype=torch.float64), torch.tensor([0.0, 3.0], dtype=torch.float64)
-    close(planar(u, w, 0.1)._parameters_at(None)[0], u, 1e-15)
-
-
 @pytest.mark.parametrize("c", [1.0, 2.0])
 def test_planar_gradients_near_the_edge(c):
     """Against differences, where the inverse is steep (slopes of about 1e-2)."""

@@ -6,7 +6,6 @@ import pytest
 import torch
 from pyro.infer import SVI, Trace_ELBO
 
-import pyro_flows as pf
 from tests.invariants import close
 from tests.registry import BARE, FLOWS, SMALL, TYPICAL, each, make_flow, normal
 from tests.state_invariants import (
@@ -160,30 +159,3 @@ def test_one_distribution_kept_over_steps(name, context_dim, move):
             close(gradient, other, 1e-10)
         if move:
             optimizer.step()
-
-
-def test_pyro_cache_is_stale_where_ours_is_not():
-    """What the memo is for: Pyro's cache answers with the log-determinant of the parameters before the step."""
-
-    def error(layer):
-        data = torch.tensor([[0.3, -0.8]])
-        distribution = dist.TransformedDistribution(dist.Normal(torch.zeros(2), 1.0).to_event(1), [layer])
-        distribution.log_prob(data)
-        with torch.no_grad():
-            for parameter in (
-                layer.bijection.parameters() if isinstance(layer, pf.transforms.Bound) else layer.parameters()
-            ):
-                parameter.add_(0.5)
-        kept = distribution.log_prob(data)
-        fresh = dist.TransformedDistribution(distribution.base_dist, [twin(layer)]).log_prob(data)
-        return (kept - fresh).abs().item()
-
-    def twin(layer):
-        if isinstance(layer, pf.transforms.Bound):
-            return layer.bijection
-        other = dist.transforms.affine_coupling(2, hidden_dims=[4])
-        other.load_state_dict(layer.state_dict())
-        return other
-
-    assert error(pf.transforms.AffineCoupling(2, hidden=(4,)).with_cache()) == 0.0
-    assert error(dist.transforms.affine_coupling(2, hidden_dims=[4])) > 0.01

@@ -168,38 +168,6 @@ def test_an_unknown_base_is_met_with_a_suggestion(build, word, meant):
     assert all(repr(base) in str(caught.value) for base in BASES)
 
 
-def test_an_unknown_activation_is_met_with_a_suggestion():
-    with pytest.raises(ValueError, match="Did you mean 'relu'"):
-        pf.transforms.AffineCoupling(2, activation="rely")
-
-
-@pytest.mark.parametrize(
-    "call",
-    [
-        *(partial(build, 2) for build, _ in FLOWS.values()),
-        lambda **more: pf.transforms.AffineCoupling(2, **more),
-        lambda **more: pf.transforms.AdditiveCoupling(2, **more),
-        lambda **more: pf.transforms.DiagonalAffine(2, **more),
-        lambda **more: pf.transforms.LowerTriangularAffine(2, **more),
-        lambda **more: pf.transforms.Permutation(2, **more),
-        lambda **more: pf.transforms.Planar(2, **more),
-        lambda **more: pf.transforms.Rescale(2, **more),
-        lambda **more: pf.transforms.Compose([pf.transforms.Rescale(2)], **more),
-        lambda **more: pf.Flow(pf.transforms.Rescale(2), **more),
-    ],
-)
-def test_an_unknown_keyword_is_an_error(call):
-    call()
-    with pytest.raises(TypeError, match="hiden"):
-        call(hiden=(8,))
-
-
-@pytest.mark.parametrize("name", FLOWS)
-def test_options_are_given_by_name(name):
-    with pytest.raises(TypeError, match="positional"):
-        FLOWS[name][0](2, 8)
-
-
 @pytest.mark.parametrize("name", FLOWS)
 def test_errors_of_a_flow(name):
     plain, conditional = make_flow(name, 2), make_flow(name, 2, context_dim=3)

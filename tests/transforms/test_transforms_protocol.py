@@ -149,12 +149,6 @@ def test_pyro_iterated():
     assert distribution.log_prob(distribution.rsample((5,))).shape == (5,)
 
 
-def test_pyro_module_registers_the_parameters():
-    flow = make_flow("realnvp", 2)
-    pyro.module("flow", flow)
-    assert len(list(pyro.get_param_store().keys())) == len(list(flow.parameters()))
-
-
 @pytest.mark.parametrize("name", FLOWS)
 def test_transform_reparam(name):
     """The noise becomes the latent site, with the base density; the flow's own site becomes its image."""

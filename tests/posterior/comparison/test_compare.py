@@ -1,7 +1,6 @@
 """Comparison of models, power scaling, and draws before any data."""
 
 import dataclasses
-import importlib
 import math
 
 import pyro
@@ -11,9 +10,8 @@ import torch
 
 import pyro_flows as pf
 from pyro_flows.posterior.comparison.compare import stacking_weights
-from pyro_flows.posterior.comparison.sensitivity import top_level
 from tests.conjugate import COUNTS, PINE, counts, counts_guide, pine, pine_data, pine_guide
-from tests.posteriors import any_posterior, schools_posterior
+from tests.posteriors import schools_posterior
 
 
 def located(y, sd):
@@ -33,7 +31,6 @@ def located_evidence(y, sd):
     return float(dist.MultivariateNormal(torch.zeros(len(y)), covariance).log_prob(y))
 
 
-comparing = importlib.import_module("pyro_flows.posterior.comparison.compare")  # the module, not the function
 DATA = torch.tensor([0.4, 1.3, -0.2, 0.9, 0.1])
 
 
@@ -74,18 +71,6 @@ def test_monte_carlo_errors_are_small_beside_those_of_differences(three):
     same = pf.compare({"one": three["1.0"], "again": three["1.0"]})
     assert same.difference("one", "again")[1] == 0.0
     assert any("has a Monte Carlo error of" in note for note in same.notes)
-
-
-def test_each_model_has_half_of_the_error_of_its_difference():
-    """The best model has that of its smallest difference; differences of nothing have the floor."""
-    terms = torch.randn(200, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 10.0
-    elpd = {"best": torch.zeros(200).double(), "far": terms - 1.0, "near": 0.5 * terms - 1.0}
-    goals = comparing._goals(elpd)
-    paired = 200**0.5 * float(terms.std())
-    assert goals["far"] == pytest.approx(paired / 50.0 / 2**0.5)
-    assert goals["best"] == goals["near"] == pytest.approx(0.5 * goals["far"])
-    elpd["like the best"] = elpd["best"] - 0.001
-    assert comparing._goals(elpd)["best"] == pytest.approx(0.02 / 2**0.5)
 
 
 @pytest.mark.slow
@@ -230,35 +215,6 @@ def test_a_centered_group_effect_is_left_out_too(schools_by_importance):
     assert found.prior_sites == ("mu", "tau")
     assert "depends on other latents" in found.left_out["theta"]
     assert float(found.table.loc["tau", "prior"]) == pytest.approx(0.203, abs=0.03)
-
-
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore::pyro_flows.UnreliableWarning")
-def test_coefficients_and_correlated_effects():
-    """Coefficients of a regression are at the top, though in a plate; effects behind an LKJ prior are not."""
-
-    def regress(x, y):
-        scale = pyro.sample("scale", dist.HalfNormal(1.0))
-        with pyro.plate("column", x.shape[1]):
-            beta = pyro.sample("beta", dist.Normal(0.0, 1.0))
-        with pyro.plate("row", len(y)):
-            pyro.sample("y", dist.Normal(x @ beta, scale), obs=y)
-
-    def effects(group, y):
-        scales = pyro.sample("scales", dist.HalfNormal(torch.ones(2)).to_event(1))
-        root = pyro.sample("root", dist.LKJCholesky(2, 2.0))
-        with pyro.plate("group", 5):
-            z = pyro.sample("z", dist.Normal(0.0, 1.0).expand([2]).to_event(1))
-        b = z @ (scales[:, None] * root).T
-        with pyro.plate("row", len(y)):
-            pyro.sample("y", dist.Normal(b[group, 0] + b[group, 1] * torch.arange(len(y)), 1.0), obs=y)
-
-    x, y = torch.randn(20, 3), torch.randn(20)
-    top = any_posterior(regress, x, y)
-    assert top_level(top.density, top._used)[0] == ["scale", "beta"]
-    group = torch.arange(20) % 5
-    below = any_posterior(effects, group, y)
-    assert top_level(below.density, below._used)[0] == ["scales", "root"]
 
 
 def test_sensitivity_in_closed_form():

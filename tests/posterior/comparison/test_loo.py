@@ -68,14 +68,6 @@ def test_an_unreliable_posterior_is_refused():
         counted("unreliable").loo()
 
 
-@pytest.mark.slow
-@pytest.mark.usefixtures("precise")
-def test_counts_by_a_fit():
-    posterior = pf.fit(counts, COUNTS, progress=False, max_steps=1000, escalate=False)
-    found = posterior.loo()
-    assert found.elpd == pytest.approx(COUNTS_LOO, abs=0.02)
-
-
 @pytest.mark.usefixtures("precise")
 def test_a_regression_against_exact_refits():
     x, y = regression_data(3, 30)
@@ -109,19 +101,6 @@ def test_the_error_is_a_share_of_the_standard_error_and_honest():
         assert found.mcse < 1.3 * max(working.ERROR, found.se / 50.0)
         squares.append(((found.elpd - float(regression_loo(x, y).sum())) / found.mcse) ** 2)
     assert 0.2 < sum(squares) / len(squares) < 3.5
-
-
-@pytest.mark.slow
-@pytest.mark.usefixtures("precise")
-@pytest.mark.parametrize(("status", "stretch"), [("ok", 1.0), ("corrected", 1.2)])
-@pytest.mark.parametrize(("dim", "rows"), [(5, 30), (20, 60)])
-def test_regressions_against_exact_refits(dim, rows, status, stretch):
-    """With draws as they are, the error at D = 20 is .4, and one k-hat above the limit."""
-    x, y = regression_data(dim, rows)
-    posterior = pf.diagnose(regression, regression_guide(stretch if dim == 5 else 1.0 + 0.65 * (stretch - 1.0)), x, y)
-    assert posterior.verdict.status == status
-    found = posterior.loo()
-    assert found.elpd == pytest.approx(float(regression_loo(x, y).sum()), abs=0.02)
 
 
 @pytest.mark.slow
@@ -161,28 +140,6 @@ def test_a_map_knows_nothing_of_the_draws_that_it_moves():
     given = work.given(more(work.posterior, 2000, seed=0, purpose="bias")._replace(controls=None))
     found = pointwise.moved(work.posterior, replace(given, regression=Regression(None, given.half)), range(80))
     assert float((found.elpd - exact).mean()) == pytest.approx(0.0, abs=0.002)
-
-
-def test_few_draws_are_moved_where_they_are_enough(monkeypatch):
-    """A thousand for each observation at first; the error of these says how many it takes."""
-    x, y = regression_data(3, 12)
-    exact = float(regression_loo(x, y).sum())
-    posterior = pf.diagnose(regression, regression_guide(), x, y)
-    work, counts = Work(posterior, None, 0), []
-    given = work.given(in_hand(posterior))
-    rest = work.judged(given).without(range(12))
-
-    def spy(posterior, given, which):
-        counts.append(len(given.values))
-        return pointwise.moved(posterior, given, which)
-
-    monkeypatch.setattr(working, "moved", spy)
-    first, second = (work._enough_moved(rest, given, list(range(12)), goal) for goal in (0.1, 0.006))
-    assert counts[:2] == [working.FEW, working.FEW]
-    assert max(counts) > 2 * working.FEW
-    for found in (first, second):
-        assert abs(float(found.elpd.sum()) - exact) < 4 * found.error
-    assert second.error < 0.008 < first.error < 0.1
 
 
 def test_errors_of_several_sets_of_draws_are_put_together():

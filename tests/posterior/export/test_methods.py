@@ -94,13 +94,6 @@ def test_what_was_asked_stays(gaussian, grid):
     assert (asked.method, asked.settings["asked"]) == ("Gaussian", {"flow": "nice", "layers": 2})
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("flow", ["realnvp", "spline"])
-def test_a_flow_that_was_asked_for_is_trained(flow):
-    found = pf.fit(bent, flow=flow, draws=400, max_steps=300, progress=False, escalate=False, refine=False)
-    assert found.method == "trained flow"
-
-
 @pytest.mark.parametrize("name", ["gaussian", "grid"])
 def test_the_method_stands_wherever_a_result_is_shown(name, request, tmp_path):
     posterior = request.getfixturevalue(name)
@@ -154,22 +147,7 @@ def test_guides_chains_and_refinements():
     assert "ELBO" not in str(chains)
 
 
-def test_many_fits_name_their_methods():
-    found = pf.fit_many(location, [torch.zeros(3) + k for k in range(4)], draws=200, progress=False)
-    assert [posterior.method for posterior in found] == ["Gaussian"] * 4
-    assert found[0].settings["flow"] == "auto"
-
-
 # evidence that nothing supports ---------------------------------------------------------------------------------------
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("status", "elbo", "evidence"), [("ok", 1, 1), ("unreliable", 0, 0)])
-def test_no_elbo_and_no_evidence_without_support(status, elbo, evidence, tmp_path):
-    posterior = schools_posterior(status, draws=400)
-    assert (str(posterior).count("ELBO"), str(posterior).count("log evidence")) == (elbo, evidence)
-    page = posterior.report(tmp_path / "report.html", predictive=False).read_text()
-    assert ("<dt>ELBO</dt>" in page, "<dt>Log evidence</dt>" in page) == (bool(elbo), bool(evidence))
 
 
 def test_no_evidence_of_chains_whose_guide_has_poor_weights():

@@ -46,26 +46,3 @@ def test_names_of_dimensions(labeled):
     assert first(renamed.assign_coords({"place": np.arange(8) * 10})) == "theta[0]"
     assert list(renamed.assign_coords({"place": np.arange(8) * 10}).summary("theta").index)[-1] == "theta[70]"
     assert "double[A]" in renamed.summary().index
-
-
-def test_chains_are_labeled():
-    draws = {"theta": torch.randn(2, 20, 8, generator=torch.Generator().manual_seed(0))}
-    chains = pf.from_mcmc(draws, schools, Y).assign_coords({"school": NAMES})
-    with pytest.warns(pf.UnreliableWarning):
-        assert first(chains) == "theta[A]"
-    with pytest.warns(pf.UnreliableWarning):
-        assert chains.to_arviz(predictive=False)["posterior"]["school"].to_numpy().tolist() == NAMES
-
-
-@pytest.mark.parametrize(
-    ("given", "message"),
-    [
-        ({"coords": {"scool": NAMES}}, "coords, dimensions of sites: .*, got 'scool'. Did you mean 'school'"),
-        ({"coords": {"school": ["A"]}}, r"coords\['school'\]: expected 8 labels, got 1"),
-        ({"dims": {"tehta": ["a"]}}, "dims: expected one of 'double', 'theta', 'y', got 'tehta'"),
-        ({"dims": {"theta": ["a", "b"]}}, r"dims\['theta'\]: expected 1 names"),
-    ],
-)
-def test_what_does_not_fit_is_named(labeled, given, message):
-    with pytest.raises(ValueError, match=message):
-        labeled.assign_coords(**given)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 
 import numpy as np
@@ -211,16 +210,6 @@ def test_weights_without_a_tail_and_without_any(chains):
         plots.plot_weights(chains)
 
 
-def test_the_median_of_the_last_steps_is_the_final_elbo(monkeypatch):
-    monkeypatch.setattr("pyro_flows.fitting.methods.shift_is_noise", lambda *_, **__: False)  # the start would do
-    posterior = pf.fit(schools, Y, max_steps=400, draws=1000, refine=False, progress=False, escalate=False)
-    _, median, final = plots.plot_elbo(posterior).axes[0].lines
-    assert final.get_ydata()[0] == posterior.elbo
-    assert np.median(median.get_ydata()[-50:]) == pytest.approx(posterior.elbo, abs=0.02)
-    scatter = posterior.losses[-50:].double().std()
-    assert scatter < 0.1  # nats: weights of defensive draws are normalized
-
-
 def test_data_within_their_replicates(ok):
     figure = plots.plot_predictive(ok)
     (axes,) = figure.axes
@@ -282,26 +271,6 @@ def test_narrow_figures_fit_a_phone(ok, draw):
     title = figure._suptitle.get_window_extent()
     assert title.x0 >= 0
     assert title.x1 <= figure.bbox.x1
-
-
-def test_labels_of_large_numbers_lie_apart():
-    def model():
-        for name, sd in (("a", 0.1), ("b", 30.0), ("c", 40.0)):
-            pyro.sample(name, dist.Normal(torch.tensor(123456.789, dtype=torch.float64), sd))
-        pyro.factor("none", torch.tensor(0.0))
-
-    posterior = pf.diagnose(model, model, draws=500)
-    for figure in (plots.plot_pairs(posterior), plots.plot_prior_posterior(posterior, width=5.2)):
-        figure.draw_without_rendering()
-        for axes in filter(lambda one: one.get_visible(), figure.axes):
-            low, high = axes.get_xlim()
-            ticks = [tick for tick in axes.xaxis.get_major_ticks() if low <= tick.get_loc() <= high]
-            boxes = [tick.label1.get_window_extent() for tick in ticks if tick.label1.get_visible()]
-            assert all(right.x0 - left.x1 > 3.0 for left, right in itertools.pairwise(boxes))
-            offset, name = axes.xaxis.offsetText, axes.xaxis.label
-            if offset.get_visible() and name.get_text():
-                assert not offset.get_window_extent().overlaps(name.get_window_extent())
-    assert "a\n+1.2345e5" in {axes.get_xlabel() for axes in plots.plot_pairs(posterior).axes}
 
 
 # counts ---------------------------------------------------------------------------------------------------------------

@@ -12,7 +12,6 @@ import torch
 
 import pyro_flows as pf
 from pyro_flows.posterior.report import figures as graphs
-from pyro_flows.posterior.report.figures import themed
 from pyro_flows.posterior.report.page import Options, content, recipe, render
 from pyro_flows.support.process.fallbacks import strict
 from tests.posteriors import (
@@ -235,26 +234,6 @@ def test_a_comparison(tmp_path):
     assert not (tmp_path / "other.html").exists()
 
 
-def many_scalars(count):
-    def model():
-        with pyro.plate("row", count):
-            pyro.sample("a_rather_long_name_of_a_site", dist.Normal(0.0, 1.0))
-            pyro.sample("y", dist.Normal(0.0, 1.0), obs=torch.zeros(count))
-
-    def guide():
-        with pyro.plate("row", count):
-            pyro.sample("a_rather_long_name_of_a_site", dist.Normal(0.0, 1.0))
-
-    return pf.diagnose(model, guide, draws=100)
-
-
-@pytest.mark.slow
-def test_long_tables_are_cut(tmp_path):
-    found, text = read(many_scalars(2500).report(tmp_path / "report.html"))
-    assert "1500 more rows are left out" in text
-    assert sum(name.startswith("a_rather") for name in found.text["th"]) == 1000
-
-
 # what is chosen, and where it goes ------------------------------------------------------------------------------------
 
 
@@ -346,15 +325,6 @@ def test_a_model_that_fails_its_check_is_not_called_ok():
     good = torch.tensor([0.4, -0.9, 1.1, -0.2, 0.8])
     posterior = exact(location, location_guide, good)
     assert "reproduces all 4 statistics" in content(posterior, posterior.summary(), Options())["checks"][2]
-
-
-def test_identifiers_and_colors_of_an_svg():
-    svg = '<?xml?><svg width="3pt" height="4pt" viewBox="0 0 3 4"><style>*{}</style><g id="a" style="fill: #333333"/>'
-    svg += '<use xlink:href="#a" clip-path="url(#a)"/></svg>'
-    found = themed(svg, "one", 'says "so"')
-    assert found.startswith('<svg role="img" aria-label="says &#34;so&#34;" viewBox="0 0 3 4">')
-    assert 'id="one-a" style="fill: var(--ink)"' in found
-    assert 'xlink:href="#one-a" clip-path="url(#one-a)"' in found
 
 
 def test_the_graph_of_the_model_or_why_there_is_none(monkeypatch):
