@@ -46,15 +46,6 @@ def two_modes(y: Tensor) -> None:
     pyro.sample("y", dist.Normal(x.square(), 0.5), obs=y)
 
 
-def lopsided(y: Tensor) -> None:
-    """Two modes of equal mass that no symmetry connects: the likelihood has a peak at y, and one at 8 - y / 2."""
-    x = pyro.sample("x", dist.Normal(2.0, 20.0))
-    near = dist.Normal(x, 0.4).log_prob(y)
-    far = dist.Normal(0.5 * (8.0 - x), 0.2).log_prob(0.25 * y)
-    pyro.sample("y", dist.Normal(y.detach(), 1.0), obs=y)
-    pyro.factor("peaks", torch.logaddexp(near, far))
-
-
 def data_sets(count: int, *, seed: int = 0) -> list[tuple[Tensor, Tensor]]:
     """Return arguments of :func:`regression`."""
     generator = torch.Generator().manual_seed(seed)
