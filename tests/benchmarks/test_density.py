@@ -35,11 +35,7 @@ def test_a_plan_holds_each_run_once():
     assert ("moons", "Pyro", "additive", 0) not in runs
     assert ("moons", density.GAUSSIAN, "", 1) in runs
     images = density.plan(["emoji"], [density.OURS, "zuko", "normflows"], [0])
-    assert [run[1:3] for run in images] == [
-        (density.OURS, "multiscale"),
-        (density.OURS, "glow"),
-        ("normflows", "glow"),
-    ]
+    assert [run[1:3] for run in images] == [(density.OURS, "multiscale"), (density.OURS, "glow"), ("normflows", "glow")]
     assert len(density.plan(["moons"], [density.OURS, density.GAUSSIAN], [0], ["affine"])) == 2
 
 

@@ -401,8 +401,7 @@ SLOW_RIVALS = ("AutoIAFNormal", "AutoNormalizingFlow")  # run in the same way as
 
 
 @pytest.mark.parametrize(
-    "name",
-    [pytest.param(name, marks=pytest.mark.slow if name in SLOW_RIVALS else ()) for name in rivals.RIVALS],
+    "name", [pytest.param(name, marks=pytest.mark.slow if name in SLOW_RIVALS else ()) for name in rivals.RIVALS]
 )
 def test_rivals_are_trained_and_judged(name):
     def model():

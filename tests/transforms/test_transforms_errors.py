@@ -135,10 +135,7 @@ BAD_ARGUMENTS = {
         lambda: pf.transforms.Compose([torch.distributions.ExpTransform()]),
         lambda: pf.transforms.Compose([pf.transforms.Planar(2, context_dim=1), pf.transforms.Planar(2, context_dim=2)]),
     ],
-    "bijection": [
-        lambda: pf.Flow(torch.nn.Linear(2, 2)),
-        lambda: pf.Flow(torch.distributions.ExpTransform()),
-    ],
+    "bijection": [lambda: pf.Flow(torch.nn.Linear(2, 2)), lambda: pf.Flow(torch.distributions.ExpTransform())],
     "base": [
         *(partial(build, 2, base="gauss") for build, _ in FLOWS.values()),
         lambda: pf.Flow(pf.transforms.Rescale(2), base=None),

@@ -14,14 +14,7 @@ import pytest
 from pyro_flows.fitting import combine as runs
 from pyro_flows.fitting import fit, rounds
 from pyro_flows.flows import recipe
-from pyro_flows.inference.modes import (
-    climbs,
-    missed_modes,
-    missed_regions,
-    symmetric_modes,
-    symmetries,
-    tempering,
-)
+from pyro_flows.inference.modes import climbs, missed_modes, missed_regions, symmetric_modes, symmetries, tempering
 from pyro_flows.inference.starts import portfolio
 from pyro_flows.inference.training import convergence
 from pyro_flows.inference.verdict import deciding, weighing

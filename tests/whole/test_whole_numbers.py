@@ -29,15 +29,7 @@ def equal(one, other):
     assert torch.equal(one, other)
 
 
-METHODS = (
-    "__call__",
-    "value_and_grad",
-    "unrecorded",
-    "constrain",
-    "log_prior",
-    "log_likelihood",
-    "predictive",
-)
+METHODS = ("__call__", "value_and_grad", "unrecorded", "constrain", "log_prior", "log_likelihood", "predictive")
 
 
 @pytest.fixture(scope="module", params=[torch.float32, torch.float64])
