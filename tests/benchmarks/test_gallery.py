@@ -9,12 +9,9 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from matplotlib.figure import Figure
-from PIL import Image, ImageChops
 
 import pyro_flows as pf
 from benchmarks import records
-from benchmarks.gallery import __main__ as command
 from benchmarks.gallery import flows, pictures, reference
 from benchmarks.gallery.entries import ENTRIES, Entry, faithful
 
@@ -92,27 +89,6 @@ def test_pages_of_reference_show_each_figure_and_small_pictures_with_words():
         shown += [path.parent / (one or two) for one, two in found]
     assert {f"{name}.png" for name in reference.PICTURES} <= {path.name for path in shown}
     assert all(path.stat().st_size < 60_000 for path in shown)
-
-
-def test_a_compact_picture_looks_the_same(tmp_path):
-    file = tmp_path / "tails.png"
-    pictures.tails().savefig(file, dpi=50)
-    before, size = Image.open(file).convert("RGB"), file.stat().st_size
-    command.compact(file)
-    after = Image.open(file).convert("RGB")
-    assert max(high for _, high in ImageChops.difference(before, after).getextrema()) < 30
-    assert file.stat().st_size < size
-
-
-def test_the_command_draws_what_is_named_and_leaves_out_what_is_absent(tmp_path, capsys):
-    def draw(name, root):
-        if name == "garch":
-            raise FileNotFoundError("no posteriordb was found")
-        return Figure()
-
-    command.main(["garch", "schools", "tails", "--out", str(tmp_path)], draw)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["gallery-schools.png", "tails.png"]
-    assert "garch: left out, since no posteriordb was found" in capsys.readouterr().out
 
 
 def test_the_mixture_of_waiting_times_does_not_name_its_parts():

@@ -42,20 +42,6 @@ def test_classifiers_name_what_they_know_and_no_empty_image():
 
 
 @pytest.mark.slow
-def test_a_fit_is_kept_and_its_samples_are_denoised(tmp_path, monkeypatch):
-    images, digits = blobs(400)
-    split, labels = (Split(whole[:300], whole[300:350], whole[350:]) for whole in (images, digits))
-    small = {"hidden": (4,), "layers": 1, "dense": (8,)}
-    monkeypatch.setitem(recognition.VARIANTS, "noise, wide dense", recognition.Variant(0.3, small))
-    fit = recognition.fitted("noise, wide dense", split, labels, 2.0, 0, tmp_path)
-    assert fit.noise == 0.3
-    assert (tmp_path / "noise-wide-dense-0-2").is_dir()
-    again = recognition.fitted("noise, wide dense", split, labels, 2.0, 0, tmp_path)
-    drawn = recognition.pictures(again, 6)
-    assert torch.equal(drawn, fit.denoise(fit.sample(6, seed=0)))
-
-
-@pytest.mark.slow
 def test_a_fit_given_the_digit_draws_that_digit(monkeypatch):
     images, digits = blobs(3000)
     split, labels = (Split(whole[:2500], whole[2500:2700], whole[2700:]) for whole in (images, digits))

@@ -334,14 +334,7 @@ def test_models_that_cannot_be_simulated_are_refused():
 
 
 def test_bad_options_are_named():
-    for options, text in (
-        ({"kind": "postrior"}, "posterior"),
-        ({"simulations": 2}, "simulations"),
-        ({"draws": 1}, "draws"),
-        ({"steps": 0}, "steps"),
-        ({"guide": AutoNormal, "sampler": mean_field}, "guide"),
-        ({"guide": 3}, "function"),
-    ):
+    for options, text in (({"kind": "postrior"}, "posterior"), ({"guide": AutoNormal, "sampler": mean_field}, "guide")):
         with pytest.raises(ValueError, match=text):
             pf.sbc(regression, X, Y, progress=False, **options)
     with pytest.raises(ValueError, match="var_names"):

@@ -9,7 +9,7 @@ import torch
 
 import pyro_flows as pf
 from pyro_flows.flows.mixture import Component, FlowMixture
-from pyro_flows.inference.chains import adaptation, hmc
+from pyro_flows.inference.chains import hmc
 from pyro_flows.inference.chains.adaptation import Kernel, Metric, halton, learned, scale_of
 from pyro_flows.inference.chains.hmc import hamiltonian, independent, microcanonical, relabel
 from pyro_flows.inference.chains.latent import Latent
@@ -204,10 +204,6 @@ def no_energy_of_turns(monkeypatch):
     )
 
 
-def skewed_metric(monkeypatch):
-    monkeypatch.setattr(Metric, "back", lambda self, slope: self.scale * slope)
-
-
 BUGS = [
     (without_jacobian, "banana", False),
     (always_accepted, "funnel", False),
@@ -362,23 +358,6 @@ def test_the_metric_finds_long_and_short_directions(dim):
     torch.testing.assert_close(metric.units(metric.out(back)), back)
     torch.testing.assert_close(metric.back(back), metric.out(back).mT)
     assert covariance.shape == (dim, dim)
-
-
-def test_a_metric_of_noise_has_no_directions():
-    """Chains that hardly differ from N(0, I), and what is not finite, give scales only."""
-    torch.manual_seed(0)
-    x = torch.randn(400, 100, dtype=REAL)
-    assert not len(learned(x, -x).roots)
-    assert not len(learned(x.index_fill(0, torch.arange(400), math.nan), -x).roots)
-
-
-def test_directions_that_draws_and_gradients_do_not_agree_on_are_dropped(monkeypatch):
-    """Draws of a thousand local latents that know of each other had 90 long directions, of which one was longer."""
-    torch.manual_seed(0)
-    x = torch.randn(100, 200, dtype=REAL).repeat_interleave(8, 0)  # an eighth of them are new
-    assert not len(learned(x, -x).roots)
-    monkeypatch.setattr(adaptation, "APART_FROM_ONE", 1.0)
-    assert len(learned(x, -x).roots) > 10
 
 
 def test_numbers_of_the_kernel():

@@ -172,16 +172,6 @@ def test_two_outputs_have_quantiles_and_transforms_by_draws():
     assert torch.allclose(u.double().mean(0), torch.full((2,), 0.5).double(), atol=0.06)
 
 
-def test_without_context_the_default_bends_one_dimension_too():
-    generator = torch.Generator().manual_seed(0)
-    side = 1.0 - 2.0 * (torch.rand(800, 1, generator=generator) < 0.3).float()
-    y = side + 0.1 * torch.randn(800, 1, generator=generator)
-    found = pf.fit_density(y[80:], validation=y[:80], max_epochs=5, learning_rate=0.003, progress=False)
-    gaussian = torch.distributions.Normal(y.mean(), y.std()).log_prob(y).mean()
-    assert float(found.log_prob(y).mean()) > float(gaussian) + 0.8
-    assert found.quantiles([0.5]).shape == (1, 1)
-
-
 # contexts -------------------------------------------------------------------------------------------------------------
 
 

@@ -12,7 +12,7 @@ from pyro_flows.flows.mixture import Component, FlowMixture
 from pyro_flows.flows.parts import location_scale, student_mixture
 from pyro_flows.flows.stacked import Stacked, stacked
 from pyro_flows.inference.chains.adaptation import Metric
-from pyro_flows.inference.chains.hmc import microcanonical, relabel
+from pyro_flows.inference.chains.hmc import microcanonical
 from pyro_flows.inference.chains.latent import Latent
 from tests.registry import normal, randomize
 
@@ -142,21 +142,6 @@ def test_a_mixture_is_scored_the_same_with_and_without_gradients(make):
     apart = found.log_prob(z)
     assert apart.requires_grad
     torch.testing.assert_close(together, apart.detach(), rtol=1e-12, atol=1e-12, equal_nan=True)
-
-
-def test_points_that_change_their_part_need_no_graph_of_their_own():
-    """Their number is another one in each sweep."""
-    latent = Latent(copies(), pf.LogDensity(quartic))
-    torch.manual_seed(0)
-    before, changes = latent.look(*points()), set()
-    for _ in range(5):
-        after = relabel(latent, before)
-        torch.testing.assert_close(after.z, before.z, rtol=1e-9, atol=1e-9)
-        torch.testing.assert_close(after.log_p, before.log_p, rtol=1e-9, atol=1e-9)
-        changes.add(int((after.k != before.k).sum()))
-        before = after
-    assert len(changes) > 2
-    assert len(latent._recorder.runners) == 1
 
 
 def test_copies_of_a_flow_with_edges():

@@ -67,14 +67,6 @@ def filled(x, y):
     pyro.sample("y", dist.Normal(mean, 1.0).to_event(1), obs=y)
 
 
-def listed(x, y):
-    phi = pyro.sample("phi", dist.Uniform(real(-1.0), 1.0))
-    mean = [phi]
-    for t in range(1, len(y)):
-        mean.append(phi * mean[-1] + 0.1 * x[t])
-    pyro.sample("y", dist.Normal(torch.stack(mean), 1.0).to_event(1), obs=y)
-
-
 def imputed(x, y):
     """Copies of data, with latents in some places; and arithmetic in place."""
     a = pyro.sample("a", dist.Normal(real(0.0, 0.0), 1.0).to_event(1))
@@ -139,20 +131,6 @@ def test_recorded_batched_and_single_numbers_are_equal(name):
         close(one, other, 1e-9)
     for one, other, tolerance in zip(batched, alone(density, z, plain=True), (1e-9, 1e-5), strict=True):
         close(one, other, tolerance)
-
-
-def test_each_operation_of_a_loop_is_recorded_in_one_run(monkeypatch):
-    """Recording runs a model once, and twice more to check the graph, however long its loop is."""
-    runs = []
-
-    def model(y):
-        runs.append(None)
-        listed(X, y)
-
-    density = pf.LogDensity(model, (Y,))
-    runs.clear()
-    assert density.graph(normal(3, 1, seed=4)) is not None
-    assert len(runs) <= 3
 
 
 # ---- the tape --------------------------------------------------------------------------------------------------------

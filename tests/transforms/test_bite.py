@@ -7,10 +7,7 @@ from torch.distributions import Transform
 import pyro_flows as pf
 from pyro_flows import transforms
 from pyro_flows.flows import recipe
-from tests.invariants import (
-    check_batching,
-    check_gradients,
-)
+from tests.invariants import check_batching, check_gradients
 from tests.registry import HIDDEN, built, normal, unregistered
 from tests.state_invariants import check_follows_parameters, check_pure, copies
 

@@ -117,27 +117,6 @@ def test_one_evaluation_in_a_step_of_svi(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_same_data_scored_at_each_step_of_svi(name):
-    """The loss of each step is that of the parameters it starts from: nothing of the last step is left."""
-    flow = make_flow(name, 2)
-    data = normal(20, 2, seed=1)
-
-    def model():
-        pyro.module("flow", flow)
-        with pyro.plate("rows", 20):
-            pyro.sample("y", flow(), obs=data)
-
-    svi = SVI(model, lambda: None, pyro.optim.Adam({"lr": 0.02}), Trace_ELBO())
-    losses = []
-    for _ in range(5):
-        x, ladj = flow.bijection.inverse_and_ladj(data)
-        expected = -(flow.base_distribution().log_prob(x) + ladj).sum().item()
-        losses.append(svi.step())
-        assert losses[-1] == pytest.approx(expected, rel=1e-10)
-    assert losses[-1] < losses[0]
-
-
-@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("context_dim", [0, 3])
 @pytest.mark.parametrize("move", [True, False], ids=["stepping", "accumulating"])
 def test_one_distribution_kept_over_steps(name, context_dim, move):

@@ -168,9 +168,3 @@ def test_batch_norm_trains_by_maximum_likelihood():
     entropy = 0.5 * torch.logdet(2.0 * torch.pi * torch.e * torch.cov(points.T))
     assert loss < entropy + 0.1
     assert abs(-flow.eval().log_prob(points).mean() - loss) < 0.05
-
-
-@pytest.mark.parametrize(("name", "value"), [("momentum", 0.0), ("momentum", 1.5), ("epsilon", 0.0)])
-def test_bad_options_of_batch_norm(name, value):
-    with pytest.raises(ValueError, match=rf"^{name}: "):
-        pf.transforms.BatchNorm(2, **{name: value})

@@ -49,12 +49,6 @@ def test_logit_names_its_support():
         flow.log_prob(torch.full((3, 1, 4, 4), 128.0))
 
 
-@pytest.mark.parametrize("alpha", [0.0, 0.5, -0.1, 1.0])
-def test_bad_alpha(alpha):
-    with pytest.raises(ValueError, match=r"^alpha: "):
-        pf.transforms.Logit(2, alpha=alpha)
-
-
 @pytest.mark.parametrize("variational", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("levels", [2, 17, 256])

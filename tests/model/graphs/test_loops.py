@@ -1,18 +1,13 @@
 """Long graphs, as those of loops are: recorded once a fit, for batches of any size."""
 
-import subprocess
-import sys
-
 import pyro
 import pyro.distributions as dist
-import pytest
 import torch
 from torch import Tensor
 
 import pyro_flows as pf
 from pyro_flows.model import runs
 from pyro_flows.model.graphs import recorder
-from pyro_flows.model.graphs.recording import record
 from tests.invariants import close
 from tests.registry import normal
 
@@ -28,24 +23,6 @@ def growth(y: Tensor) -> None:
 
 
 DATA = torch.linspace(0.0, 1.0, 20, dtype=torch.float64)
-
-
-@pytest.mark.slow
-def test_a_long_model_is_recorded_once(monkeypatch):
-    """Starts, races, training, checks and the verdict ask for batches of many sizes: one graph serves them all.
-
-    Values of hundreds of draws have one of their own: they took ten times as long in as small pieces as gradients.
-    """
-    monkeypatch.setattr(runs, "LONG", 300)
-    recorded = []
-
-    def noted(function, *inputs):
-        recorded.append((function.__name__, len(inputs[0])))
-        return record(function, *inputs)
-
-    monkeypatch.setattr(recorder, "record", noted)
-    pf.fit(growth, DATA, max_steps=60, escalate=False, refine=False, progress=False)
-    assert recorded == [("_gradients", runs.LONG_ROWS), ("_plain_values", runs.ROWS_OF_VALUES)]
 
 
 def test_a_long_graph_takes_batches_of_any_size(monkeypatch):
@@ -72,46 +49,4 @@ def test_a_long_graph_takes_batches_of_any_size(monkeypatch):
     assert density.graph(normal(4, 2, seed=0)) is None
 
 
-def test_a_long_graph_of_gradients_is_lent_to_a_few_calls_for_values(monkeypatch):
-    """One of values alone takes seconds, which few calls do not pay back. Large batches have one."""
-    plain = pf.LogDensity(growth, (DATA,))
-    monkeypatch.setattr(runs, "LONG", 300)
-    monkeypatch.setattr(recorder, "BORROWED", 5)
-    density = pf.LogDensity(growth, (DATA,))
-    made = []
-    for call in range(1, 7):
-        z = normal(9, 2, seed=call)
-        with torch.no_grad():
-            close(density(z), plain.unrecorded(z)[0], 1e-10)
-        made.append((len(density._with_gradients.runners), len(density._values.runners)))
-    assert made == [(0, 0), (1, 0), (1, 0), (1, 0), (1, 1), (1, 1)]
-    with torch.no_grad():
-        density(normal(1100, 2, seed=0))
-        density(normal(1100, 2, seed=0))
-    assert [kind[0] for kind in density._values.runners] == [runs.LONG_ROWS, 1024]
-
-
 # ---- a fresh process -------------------------------------------------------------------------------------------------
-
-COLD = """
-import sys
-import pyro, pyro.distributions as dist, torch
-import pyro_flows as pf
-
-def model(y):
-    mu = pyro.sample("mu", dist.Normal(0.0, 5.0))
-    tau = pyro.sample("tau", dist.HalfCauchy(5.0))
-    with pyro.plate("groups", len(y)):
-        z = pyro.sample("z", dist.Normal(0.0, 1.0))
-        pyro.sample("y", dist.Normal(mu + tau * z, 10.0), obs=y)
-
-posterior = pf.fit(model, torch.tensor([28.0, 8.0, -3.0, 7.0]), max_steps=60, progress=False)
-print([name for name in ("sympy", "torch._dynamo", "torch._inductor") if name in sys.modules])
-"""
-
-
-@pytest.mark.slow
-def test_a_fit_imports_no_compiler():
-    """They take a second of a fit's three."""
-    process = subprocess.run([sys.executable, "-c", COLD], check=True, capture_output=True, text=True)
-    assert process.stdout.strip() == "[]"

@@ -10,8 +10,7 @@ import torch
 
 import pyro_flows as pf
 from pyro_flows.posterior.comparison.compare import stacking_weights
-from tests.conjugate import COUNTS, PINE, counts, counts_guide, pine, pine_data, pine_guide
-from tests.posteriors import schools_posterior
+from tests.conjugate import PINE, pine, pine_data, pine_guide
 
 
 def located(y, sd):
@@ -345,12 +344,3 @@ def test_prior_predictive_of_a_model_that_branches():
 
     found = pf.prior_predictive(branching, draws=200)
     torch.testing.assert_close(found["y"], torch.where(found["x"] > 0, 2 * found["x"], found["x"]))
-
-
-@pytest.mark.slow
-def test_prior_predictive_agrees_with_the_posterior_of_no_information():
-    found = pf.prior_predictive(counts, COUNTS, draws=4000)
-    assert float(found["rate"].mean()) == pytest.approx(1.0, abs=0.08)
-    posterior = pf.diagnose(counts, counts_guide(), COUNTS)
-    assert float(posterior.samples["rate"].mean()) == pytest.approx(10 / 7, abs=0.03)
-    assert schools_posterior("ok").verdict.status == "ok"

@@ -142,56 +142,6 @@ def test_a_map_knows_nothing_of_the_draws_that_it_moves():
     assert float((found.elpd - exact).mean()) == pytest.approx(0.0, abs=0.002)
 
 
-def test_errors_of_several_sets_of_draws_are_put_together():
-    """Half of the observations from one draw in four, half from all: as the influence of each draw on the sum says."""
-    x, y = regression_data(2, 6)
-    posterior = pf.diagnose(regression, regression_guide(), x, y, draws=1000)
-    given = Work(posterior, None, 0).given(in_hand(posterior)._replace(controls=None))
-    few = pointwise.thinned(posterior, given, 4)
-    few = replace(few, regression=Regression(None, few.half))
-    first, second = pointwise.plain(given, [0, 1, 2]).influence, pointwise.plain(few, [3, 4, 5]).influence
-    tally = pointwise.Tally(independent=True)
-    tally.add(given, first)
-    tally.add(given, second, few)
-    whole = first.clone()
-    whole[::4] += second
-    assert len(second) == 250
-    assert tally.error() == pytest.approx(float(whole.norm()), rel=1e-9)
-    apart = pointwise.Tally(independent=False)
-    apart.add(given, first)
-    apart.add(given, second, few)
-    assert apart.error() == pytest.approx(float(first.norm() + second.norm()), rel=1e-9)
-
-
-def test_observations_get_more_draws_or_moved_ones_by_cost(monkeypatch):
-    """If a new draw were as dear as a hundred thousand evaluations, all observations would get moved ones."""
-    monkeypatch.setattr(working, "ERROR", 0.006)
-    monkeypatch.setattr(working, "RELATIVE", 0.0)
-    x, y = regression_data(3, 30)
-    posterior = pf.diagnose(regression, regression_guide(), x, y, draws=1000)
-    exact = float(regression_loo(x, y).sum())
-    moved = []
-    for price in (2.0, 1e5):
-        monkeypatch.setattr(working, "price", lambda posterior, price=price: price)
-        found = posterior.loo()
-        assert abs(found.elpd - exact) < 4 * found.mcse < 0.06
-        moved.append((len(found.moved), found.draws))
-    (few, more), (many, as_before) = moved
-    assert few < 15 < many
-    assert more > 4 * as_before == 4000
-
-
-def test_the_rest_of_an_order_has_its_own_error():
-    """Of five observations, without the two of highest k-hat: as those three alone have it."""
-    x, y = regression_data(2, 5)
-    posterior = pf.diagnose(regression, regression_guide(), x, y, draws=1000)
-    given = Work(posterior, None, 0).given(in_hand(posterior))
-    order = [3, 0, 4, 1, 2]
-    alone = given.error(pointwise.plain(given, [4, 1, 2]).influence)
-    assert pointwise.errors_without(given, order, [0, 2, 5])[1] == pytest.approx(alone, rel=1e-9)
-    assert pointwise.errors_without(given, order, [5]) == [0.0]
-
-
 @pytest.mark.slow
 def test_the_monte_carlo_error_is_honest():
     """40 seeds, for draws of both kinds: mean squares of errors over standard errors in [.5, 1.7], 1 set in 1000."""

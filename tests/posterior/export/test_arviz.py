@@ -67,14 +67,6 @@ def sizes(tree, group, name):
 # the object -----------------------------------------------------------------------------------------------------------
 
 
-def test_kind_of_object_follows_the_installed_arviz(schools, az):
-    tree = schools.to_arviz()
-    if OLD:
-        assert isinstance(tree, az.InferenceData)
-    else:
-        assert type(tree).__name__ == "DataTree"
-
-
 def test_groups(schools, corrected):
     expected = ALWAYS | DRAWN | {"log_likelihood", "observed_data"}
     assert groups(schools.to_arviz()) == expected

@@ -88,12 +88,6 @@ def test_a_label_with_dollars_is_no_formula(ok, tmp_path):
         assert "$1 to $2]" in (tmp_path / f"{name}.svg").read_text()
 
 
-def test_positions_name_scalars_too(ok):
-    by_place = plots.plot_pairs(ok, "theta[1]", "double[0]").axes[0].lines[0]
-    by_label = plots.plot_pairs(ok, "theta[Deerfield]", "double[Choate]").axes[0].lines[0]
-    np.testing.assert_array_equal(by_place.get_xydata(), by_label.get_xydata())
-
-
 # several posteriors ---------------------------------------------------------------------------------------------------
 
 

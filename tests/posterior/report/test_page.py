@@ -14,17 +14,7 @@ import pyro_flows as pf
 from pyro_flows.posterior.report import figures as graphs
 from pyro_flows.posterior.report.page import Options, content, recipe, render
 from pyro_flows.support.process.fallbacks import strict
-from tests.posteriors import (
-    SCHOOLS,
-    Y,
-    exact,
-    location,
-    location_guide,
-    schools,
-    schools_chains,
-    schools_guide,
-    schools_posterior,
-)
+from tests.posteriors import exact, location, location_guide, schools_chains, schools_posterior
 
 NAMES = [
     "Choate",
@@ -348,10 +338,3 @@ def test_the_graph_of_the_model_or_why_there_is_none(monkeypatch):
 
     monkeypatch.setattr(pyro, "render_model", lacks)
     assert "install graphviz" in graphs.graph(schools_posterior("ok", draws=200)).missing
-
-
-def test_without_graphviz_a_sentence(monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "graphviz", None)
-    posterior = pf.diagnose(schools, schools_guide(), Y, draws=200)
-    assert graphs.graph(posterior).missing.startswith("The graph of the model is left out: install graphviz")
-    assert len(posterior.samples["theta"][0]) == SCHOOLS
