@@ -38,28 +38,6 @@ def test_a_row_says_what_was_measured(tmp_path):
     assert records.read(file) == [row]
 
 
-@pytest.mark.slow
-def test_another_package_is_trained_on_the_same_simulations(monkeypatch):
-    """A sampler that knows the regression of parameters on data: its answers to a linear model are right."""
-    seen = []
-
-    def regression(z, features, seconds):
-        seen.append((z.shape, features.shape, seconds))
-        inputs = torch.cat([features, torch.ones(len(features), 1)], 1)
-        slope = torch.linalg.lstsq(inputs, z).solution
-        left = (z - inputs @ slope).std(0)
-        return lambda one, draws: torch.cat([one, torch.ones(1)]) @ slope + left * torch.randn(draws, z.shape[1]), 1.0
-
-    monkeypatch.setitem(running.PEERS, "sbi", regression)
-    monkeypatch.setattr(running, "version_of", lambda name: "1.0")
-    row = running.measure_peer("conjugate regression", "sbi", 20, 3000, 5.0)
-    assert seen == [((3000, 4), (3000, 40), 5.0)]
-    assert row["usable"] == 20
-    assert row["version"] == "1.0"
-    assert row["right"] < 20
-    assert float(row["mean_off"]) > running.MEAN  # the log of a precision is not linear in the data
-
-
 def test_the_exact_answer_is_that_of_the_model():
     task = TASKS["conjugate regression"]
     y = torch.linspace(-1.0, 2.0, 40)

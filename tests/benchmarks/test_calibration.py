@@ -46,11 +46,3 @@ def test_the_table_compares_both_ways(rows, tmp_path):
 def test_all_models_can_be_read():
     for model, args in MODELS.values():
         assert LogDensity(model, args).dim > 1
-
-
-@pytest.mark.slow
-def test_distances_of_equal_draws_are_zero(rows):
-    one, _ = running.run("poisson", "together", 10)
-    distance, expected = running.distances(one, one)
-    assert distance == 0.0
-    assert 0.01 < expected < 0.02

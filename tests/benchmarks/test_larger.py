@@ -136,20 +136,6 @@ def test_the_ports_to_numpyro_have_the_density_of_the_models(name):
     np.testing.assert_allclose(difference, difference[0], atol=1e-7)
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(
-    samplers.numpyro_version("nutpie") is None, reason="no nutpie: set NUMPYRO_PYTHON to an interpreter of it"
-)
-def test_nutpie_samples_a_port():
-    given, density = problem("seeds")
-    drawn = samplers.in_numpyro(given, seed=0, by="nutpie", length=300)
-    z = density.unconstrain({site: torch.from_numpy(drawn[site]) for site in density.names})
-    assert z.shape == (1200, 26)
-    mean, sd, _ = models.compare("seeds", z)
-    assert mean < 0.5
-    assert sd < 0.5
-
-
 # ---- resuming --------------------------------------------------------------------------------------------------------
 
 

@@ -30,18 +30,6 @@ def test_stitched_images_have_quarters_of_others():
 
 
 @pytest.mark.slow
-def test_classifiers_name_what_they_know_and_no_empty_image():
-    images, labels = blobs(2000)
-    plain, strict = (recognition.classifier(images, labels, strict=kind, epochs=3) for kind in (False, True))
-    x = images[:200].float() / 255.0
-    assert recognition.accuracy(plain, x, labels[:200]) > 0.95
-    assert recognition.named(plain, x) > 0.8
-    assert plain(x).shape[1] == 10
-    assert strict(x).shape[1] == 11
-    assert recognition.named(plain, torch.zeros(4, *recognition.SHAPE)) == 0.0
-
-
-@pytest.mark.slow
 def test_a_fit_given_the_digit_draws_that_digit(monkeypatch):
     images, digits = blobs(3000)
     split, labels = (Split(whole[:2500], whole[2500:2700], whole[2700:]) for whole in (images, digits))

@@ -50,31 +50,6 @@ def test_what_is_decoded_is_nearer_to_the_mean_log_spectrum_than_the_draws(monke
     assert np.array_equal(running.decoded(sounds[:1]), sounds[0])  # one draw has its own spectrum
 
 
-@pytest.mark.filterwarnings("ignore")  # librosa's own
-def test_gains_restore_what_no_band_tells(folder):
-    pytest.importorskip("librosa", reason="needs librosa: pip install 'pyro-flows[speech]'")
-    speech = running.Speech(folder)
-    recorded = running.amplitudes(speech.recordings["00"])
-
-    def duller(name, count):
-        """Averages of neighbors, which have nothing at half the rate."""
-        sound = running.amplitudes(speech.recordings[name])
-        return [sound + np.append(sound[1:], 0.0)] * count
-
-    (dull,) = duller("00", 1)
-    gains = running.missing(speech, duller)
-    top = [
-        running._magnitudes(sound)[-3:-1].mean()
-        for sound in (
-            recorded,
-            running.corrected(dull, speech.mels["00"]),
-            running.corrected(dull, speech.mels["00"], gains),
-        )
-    ]
-    assert top[1] < 0.7 * top[0]
-    assert top[2] == pytest.approx(top[0], rel=0.2)
-
-
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # librosa's own
 def test_a_flow_is_trained_and_judged(folder, tmp_path):

@@ -308,22 +308,6 @@ def test_dask_on_one_machine():
     assert [posterior.verdict.status for posterior in found] == ["ok"] * 3
 
 
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore")  # of Ray's own code
-def test_ray_on_one_machine():
-    joblib = pytest.importorskip("joblib")
-    ray = pytest.importorskip("ray")
-    register = pytest.importorskip("ray.util.joblib").register_ray
-    ray.init(num_cpus=2, include_dashboard=False, configure_logging=False)
-    try:
-        register()
-        with joblib.parallel_config(backend="ray"):
-            found = pf.fit_many(regression, data_sets(3), draws=200, progress=False, together=False)
-    finally:
-        ray.shutdown()
-    assert [posterior.verdict.status for posterior in found] == ["ok"] * 3
-
-
 # errors ---------------------------------------------------------------------------------------------------------------
 
 

@@ -141,17 +141,6 @@ def test_few_held_out_points_do_not_decide_a_race():
     assert ascent.validate(ascent.best_weights) == start
 
 
-@pytest.mark.filterwarnings("ignore:.*only shifted and scaled")
-def test_a_mixture_alone_keeps_its_step_size_however_long_the_training(monkeypatch):
-    monkeypatch.setattr(Ascent, "race", lambda self, *_: setattr(self.state, "learning_rate", 1e-2))
-    monkeypatch.setattr(fit_density, "climb", lambda *_, **__: None)
-    x = torch.randn(300, 1)
-    options = {"max_epochs": 1000, "progress": False}
-    assert pf.fit_density(x.sin(), context=x, **options).settings["learning_rate"] == 1e-2
-    for name, y in (("auto", torch.cat([x, x.cos()], 1) + 0.1 * torch.randn(300, 2)), ("realnvp", x.sin())):
-        assert pf.fit_density(name, y, context=x, **options).settings["learning_rate"] < 4e-3
-
-
 def test_weights_decay_by_how_much_can_be_learned_by_heart():
     """By parameters and epochs over points, unless it is given; scales of NICE do not decay, and move faster."""
     y, flow = datasets.toy("moons", 320), pf.nice(2)

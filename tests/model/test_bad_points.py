@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -85,25 +83,3 @@ def test_functions_that_torch_cannot_differentiate_are_named():
 
     with pytest.raises(ValueError, match=r"model: expected a log density with a derivative.*'igamma: input'"):
         pf.LogDensity(censored, (torch.ones(2),)).value_and_grad(torch.zeros(2, 1))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("error", [ValueError, torch.linalg.LinAlgError])
-def test_posteriors_are_calibrated_past_bad_points(error):
-    """A model that raises an error at 1 % of the points is simulated and fitted; all simulations are ranked."""
-
-    def model(y):
-        a = pyro.sample("a", dist.Normal(torch.zeros(2), 1.0).to_event(1))
-        if error is torch.linalg.LinAlgError:
-            torch.linalg.cholesky((a[0] + 2.3).reshape(1, 1))
-        elif next(calls) % 100 == 57:
-            raise error("by chance")
-        with pyro.plate("data", 6):
-            pyro.sample("y", dist.Normal(a.sum(), 1.0), obs=y)
-
-    calls = itertools.count()
-    options = {"max_steps": 50, "escalate": False, "refine": False, "progress": False}
-    found = pf.sbc(model, torch.zeros(6), simulations=20, draws=99, **options)
-    assert found.ranks["a"].shape == (20, 2)
-    assert found.statuses["ok"] + found.statuses.get("corrected", 0) >= 18
-    assert found.is_uniform()

@@ -200,15 +200,6 @@ def test_dtype_follows_the_data(dtype):
     assert pf.AutoRealNVP(numbers, layers=2).initialize(y).sample_posterior(2)["mu"].dtype == dtype
 
 
-def test_flat_priors_take_the_dtype_of_the_data():
-    def model(y):
-        mu = pyro.sample("mu", dist.ImproperUniform(constraints.real, (), ()))
-        pyro.sample("y", dist.Normal(mu, 1.0), obs=y)
-
-    for dtype in (torch.float32, torch.float64):
-        assert pf.LogDensity(model, (Y.to(dtype),)).dtype == dtype
-
-
 # random numbers -------------------------------------------------------------------------------------------------------
 
 

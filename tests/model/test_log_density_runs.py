@@ -75,22 +75,6 @@ def test_models_that_cannot_be_batched_give_the_same_values(name):
     assert density.prior(3)["x"].shape == (3,)
 
 
-@pytest.mark.falls_back
-def test_the_line_of_a_library_is_named_and_that_of_a_model_without_source_has_a_number():
-    def stable(y):
-        index = pyro.sample("index", dist.Uniform(real(1.0), 2.0))
-        pyro.sample("y", dist.StableWithLogProb(index, real(0.0)), obs=y)
-
-    assert "(stable_log_prob.py, line " in pf.LogDensity(stable, (Y,)).reason
-    source = """def model(y):
-        x = pyro.sample("x", dist.Normal(torch.zeros(()), 1.0))
-        pyro.sample("y", dist.Normal(x if x > 0 else -x, 1.0), obs=y)
-    """
-    names = {"pyro": pyro, "dist": dist, "torch": torch}
-    exec(compile(source, "<string>", "exec"), names)
-    assert " (<string>, line 3). " in pf.LogDensity(names["model"], (Y,)).reason
-
-
 def test_constrained_values_of_a_model_with_many_rows_come_from_a_graph_without_its_data():
     runs = []
 

@@ -9,8 +9,6 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from pyro.infer import SVI, Trace_ELBO
-from pyro.optim import Adam
 from torch import Tensor
 
 import pyro_flows as pf
@@ -149,21 +147,6 @@ def test_a_model_that_writes_in_place_is_run_for_the_values_of_its_latents() -> 
     torch.testing.assert_close(density.log_jacobian(z), expected)
     drawn = predict(density, z, (None, group[:4]), {}, seed=0)
     assert drawn["y"].shape == (5, 4)
-
-
-@pytest.mark.slow
-def test_a_noncentered_guide_trains_in_pyro_and_is_judged_in_its_coordinates() -> None:
-    pyro.clear_param_store()
-    pyro.set_rng_seed(0)
-    guide = pf.AutoRealNVP(hierarchy, layers=2, noncentered=True)
-    svi = SVI(hierarchy, guide, Adam({"lr": 0.01}), Trace_ELBO(num_particles=8, vectorize_particles=False))
-    losses = [svi.step(Y) for _ in range(60)]
-    assert sum(losses[-10:]) < sum(losses[:10])
-    judged = pf.diagnose(hierarchy, guide, Y, draws=500)
-    assert judged.coordinates[-1] == "theta[3] (non-centered)"
-    density = LogDensity(hierarchy, (Y,), noncentered=True)
-    assert torch.allclose(judged.log_p, density(judged.z), atol=1e-9)
-    assert guide(Y)["theta"].shape == (4,)
 
 
 @pytest.mark.filterwarnings("ignore::pyro_flows.NothingObservedWarning")

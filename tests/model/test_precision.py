@@ -77,18 +77,6 @@ def test_all_is_computed_in_double_precision(model, data):
     assert density.reason is None
 
 
-def test_a_model_of_numbers_that_are_in_single_precision_all_the_same_is_left_as_it_is():
-    weights = normal(12, 2, seed=3).float()
-
-    def model(y):
-        slopes = pyro.sample("slopes", dist.Normal(torch.zeros(2, dtype=torch.float32), 1.0).to_event(1))
-        with pyro.plate("rows", 12):
-            pyro.sample("y", dist.Normal((weights @ slopes.float()) * torch.ones(12), 1.0), obs=y)
-
-    density = pf.LogDensity(model, (Y,))
-    assert density(normal(3, 2, seed=4)).isfinite().all()
-
-
 def test_single_precision_stays_where_data_are_in_single():
     density = pf.LogDensity(half_cauchy, (Y.float(),))
     assert density.dtype == torch.float32

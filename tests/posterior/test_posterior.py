@@ -392,6 +392,3 @@ def test_nothing_can_be_changed(by_status):
         by_status["ok"].k_hat = 0.1
     with pytest.raises(ValueError, match=r"draws: expected an integer >= 100, got 10"):
         pf.diagnose(location, location, torch.zeros(3), draws=10)
-
-
-# what weights can mend ------------------------------------------------------------------------------------------------

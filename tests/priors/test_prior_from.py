@@ -275,32 +275,6 @@ def test_an_angle_is_brought_into_one_turn():
     assert torch.equal(posterior.samples["angle"], kept)
 
 
-def logistic(x, y, prior):
-    beta = pyro.sample("beta", prior())
-    with pyro.plate("row", len(y)):
-        pyro.sample("y", dist.Bernoulli(logits=x @ beta), obs=y)
-
-
-@pytest.mark.slow
-def test_ten_batches_of_a_logistic_regression():
-    generator = torch.Generator().manual_seed(3)
-    x = torch.randn(1000, 4, generator=generator)
-    x[:, 0] = 1.0
-    x[:, 2] = 0.6 * x[:, 1] + 0.8 * x[:, 2]
-    chance = torch.sigmoid(x @ torch.tensor([-0.5, 1.0, -0.7, 0.3]))
-    y = (torch.rand(1000, generator=generator) < chance).float()
-    first = lambda: dist.Normal(torch.zeros(4), 2.5).to_event(1)  # noqa: E731
-    whole = pf.fit(logistic, x, y, first, progress=False).samples["beta"]
-    prior = first
-    for rows in torch.arange(1000).split(100):
-        posterior = pf.fit(logistic, x[rows], y[rows], prior, progress=False)
-        assert posterior.verdict.status == "ok"
-        prior = pf.prior_from(posterior)
-    last = posterior.samples["beta"]
-    assert float(((last.mean(0) - whole.mean(0)) / whole.std(0)).abs().max()) < 0.15
-    assert float((last.std(0) / whole.std(0)).log().abs().max()) < 0.15
-
-
 # what cannot be -------------------------------------------------------------------------------------------------------
 
 

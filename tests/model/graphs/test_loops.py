@@ -47,6 +47,3 @@ def test_a_long_graph_takes_batches_of_any_size(monkeypatch):
         1,
     ]
     assert density.graph(normal(4, 2, seed=0)) is None
-
-
-# ---- a fresh process -------------------------------------------------------------------------------------------------

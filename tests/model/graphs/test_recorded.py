@@ -125,19 +125,6 @@ def test_changes_in_place_are_kept():
         assert torch.equal(other, value)
 
 
-def test_types_are_those_of_ordinary_code():
-    def function(x: Tensor) -> tuple[Tensor, ...]:
-        narrow = 2.0 * x.float()
-        narrow.add_(x)
-        return narrow, x.long() ** 1.0
-
-    plain, quick, expected, _ = run(function, normal(5, seed=8))
-    for one, other, value in zip(plain, quick, expected, strict=True):
-        assert one.dtype == other.dtype == value.dtype
-        assert torch.equal(one, value)
-        assert torch.equal(other, value)
-
-
 def test_parameters_are_no_constants():
     weight = torch.nn.Parameter(torch.tensor(2.0))
     module = record(lambda x: (weight.exp() * x).detach(), torch.ones(2))

@@ -135,3 +135,12 @@ def test_a_graph_may_differ_where_the_last_digit_decides(changed, repeats):
     other = with_an_edge(points)[0]
     other[changed] = -1.0
     assert Recorder(with_an_edge, 1)._repeats((other,), points) == repeats
+
+
+def test_graphs_of_their_own():
+    """One batch has the same digits at the first call and at the hundredth: chains go on from there."""
+    recorder = Recorder(function, numbers=3, own=True)
+    for size in (5, 7):
+        first, again = (recorder(normal(size, 3, seed=size)) for _ in range(2))
+        assert all(torch.equal(one, other) for one, other in zip(first, again, strict=True))
+    assert [kind[0] for kind in recorder.runners] == [5, 7]

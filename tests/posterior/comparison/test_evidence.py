@@ -47,14 +47,6 @@ def test_radiata_pine(column):
     assert method == "importance"
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("dim", "rows"), [(5, 60), (20, 120), (100, 300)])
-def test_conjugate_regressions_by_a_fit(dim, rows):
-    x, y = regression_data(dim, rows)
-    found = pf.fit(regression, x, y, progress=False).evidence()
-    assert found.value == pytest.approx(regression_evidence(x, y), abs=0.02)
-
-
 @pytest.mark.parametrize(("dim", "rows", "stretch"), [(5, 60, 0.9), (20, 120, 1.05), (100, 300, 1.02)])
 def test_conjugate_regressions_by_a_guide_that_is_off(dim, rows, stretch):
     x, y = regression_data(dim, rows)

@@ -272,6 +272,14 @@ def test_coords_and_dims_of_the_user(schools):
     assert tree["posterior"]["place"].values.tolist() == names
 
 
+def test_labels_and_names_of_dimensions_are_kept(schools):
+    renamed = schools.assign_coords({"school": list("ABCDEFGH")}).assign_coords(dims={"theta": ["place"]})
+    assert renamed.summary().index[0] == "theta[A]"
+    assert "double[A]" in renamed.summary().index
+    numbered = renamed.assign_coords({"place": np.arange(8) * 10})
+    assert list(numbered.summary("theta").index)[-1] == "theta[70]"
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
