@@ -173,78 +173,38 @@ def on_state(how, *place):
         for name in place:
             found = found[name]
         name = first(found)
-        found[name] = how(found[name])
+        found[name] = WAYS[how](found[name])
 
-    change.__name__ = f"{'.'.join(place)} {how.__name__}"
+    change.__name__ = f"{'.'.join(place)} {how}"
     return change
 
 
-def nan(value):
-    return torch.full_like(value, torch.nan)
-
-
-def doubled(value):
-    return value.double()
-
-
-def half(value):
-    return value.half()
-
-
-def whole(value):
-    return value.long()
-
-
-def imaginary(value):
-    return value.to(torch.complex64)
-
-
-def longer(value):
-    return torch.cat([value, value])
-
-
-def flat(value):
-    return value.reshape(-1)[:, None, None]
-
-
-def empty(value):
-    return value[:0]
-
-
-def scalar(value):
-    return value.sum()
-
-
-def expanded(value):
-    return torch.zeros(1).expand(10**12)
-
-
-def sparse(value):
-    return value.to_sparse()
-
-
-def number(value):
-    return 3.0
-
-
-def text(value):
-    return "value"
-
-
-def far(value):
-    return value + 5.0
-
-
-HOWS = [nan, doubled, half, whole, imaginary, longer, flat, empty, scalar, expanded, sparse, number, text]
+WAYS = {
+    "nan": lambda value: torch.full_like(value, torch.nan),
+    "doubled": lambda value: value.double(),
+    "half": lambda value: value.half(),
+    "whole": lambda value: value.long(),
+    "imaginary": lambda value: value.to(torch.complex64),
+    "longer": lambda value: torch.cat([value, value]),
+    "flat": lambda value: value.reshape(-1)[:, None, None],
+    "empty": lambda value: value[:0],
+    "scalar": lambda value: value.sum(),
+    "expanded": lambda value: torch.zeros(1).expand(10**12),
+    "sparse": lambda value: value.to_sparse(),
+    "number": lambda value: 3.0,
+    "text": lambda value: "value",
+    "far": lambda value: value + 5.0,
+}
+HOWS = [how for how in WAYS if how != "far"]
 
 
 def on_tensor(how, *place):
     def change(found):
         for name in place[:-1]:
             found = found[name]
-        found[place[-1]] = how(found[place[-1]])
+        found[place[-1]] = WAYS[how](found[place[-1]])
 
-    change.__name__ = f"{'.'.join(map(str, place))} {how.__name__}"
+    change.__name__ = f"{'.'.join(map(str, place))} {how}"
     return change
 
 
@@ -305,12 +265,15 @@ TEXTS = {
 TENSORS = {
     "posterior": [
         *(on_tensor(how, name) for name in ("z", "log_p", "used") for how in HOWS[3:]),
-        *(on_tensor(how, "samples", "mu") for how in (longer, empty, scalar, expanded, sparse, number, text, far)),
+        *(
+            on_tensor(how, "samples", "mu")
+            for how in ("longer", "empty", "scalar", "expanded", "sparse", "number", "text", "far")
+        ),
         *(without(name) for name in ("z", "log_q", "log_weights", "used", "used_log_p", "losses", "samples", "flow")),
         *(at((name,), value) for name in ("samples", "flow") for value in ({}, [], 5, None)),
         swapped("log_p", "log_q"),
         swapped("z", "log_p"),
-        on_tensor(far, "z"),
+        on_tensor("far", "z"),
         at(("samples", 5), torch.zeros(200)),
         at(("chains",), {}),
         at(("chains",), {"z": torch.zeros(2, 3, 4), "stats": {}, "state": {}, "numbers": {"method": "hmc"}}),
@@ -326,7 +289,7 @@ TENSORS = {
 
 def states(kind):
     place = () if kind == "prior" else ("flow",)
-    return [on_state(how, *place) for how in HOWS if not (kind == "fit" and how is doubled)]
+    return [on_state(how, *place) for how in HOWS if not (kind == "fit" and how == "doubled")]
 
 
 BYTES = ["no pickle", "a pickle that runs", "an old pickle", "deflated", "a bomb", "cut", "wide", "a module", "empty"]
@@ -381,7 +344,7 @@ def cases():
     found += [("mixture", "text", at(("guide", "flow", "flows"), [inners(0)] * 20_000))]
     found += [("mixture", "text", at(("guide", "flow", "components"), [[0, 1.0]] * 10**6))]
     found += [("mixture", "text", at(("guide", "flow", "components"), [[9, 1.0], [1, 0.5]]))]
-    found += [("mixture", "tensors", on_tensor(how, "flow", "orders")) for how in (empty, number, text)]
+    found += [("mixture", "tensors", on_tensor(how, "flow", "orders")) for how in ("empty", "number", "text")]
     found += [("chains", "tensors", on_tensor(how, "chains", "z")) for how in HOWS[3:]]
     found += [("chains", "text", at(("verdict", "chains", name), None)) for name in ("chains", "r_hat")]
     found += [("fit", "groups", how) for how in ("no posterior", "other draws", "fewer draws", "text", "cut")]
@@ -508,7 +471,10 @@ STATES = [
     *(without(name) for name in ("about", "weights", "average", "moments", "state", "random", "buffers")),
     *(at((name,), value) for name in ("weights", "average", "state", "moments") for value in ([], {}, 5, None)),
     *(at(("state", "steps"), value) for value in (-5, "many", None)),
-    *(on_tensor(how, "weights", 0) for how in (nan, longer, empty, number, text, doubled, whole, expanded)),
+    *(
+        on_tensor(how, "weights", 0)
+        for how in ("nan", "longer", "empty", "number", "text", "doubled", "whole", "expanded")
+    ),
     at(("random",), torch.zeros(3)),
     at(("about",), {}),
 ]
