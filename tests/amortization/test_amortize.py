@@ -16,7 +16,7 @@ import pyro_flows as pf
 from pyro_flows.amortization.amortized import Pilot, left_out
 from pyro_flows.amortization.building import Read, couplings, exchangeable_rows, simulate
 from pyro_flows.amortization.form import Scale, bound, ess_share
-from pyro_flows.amortization.networks import Conditional, Pooled, Sorted, Whitened, matched, perceptron
+from pyro_flows.amortization.networks import Conditional, Pooled, Sorted, matched, perceptron
 from pyro_flows.flows.parts import location_scale
 from pyro_flows.flows.recipe import set_df, start_at, with_preprocess
 from pyro_flows.flows.recipe_json import not_rebuilt
@@ -316,28 +316,6 @@ def test_data_of_heavy_tails_come_by_asinh():
     counts = torch.zeros(100, 2, dtype=torch.float64)
     counts[0] = 1.0
     assert torch.isfinite(Scale(counts, [2], exchangeable=1)(counts)).all()
-
-
-def test_the_default_encoder_tells_directions_of_little_variance_from_their_length():
-    """Data of a wide signal and little noise, whose scale takes several powers of ten; the last entry says nothing."""
-    generator = torch.Generator().manual_seed(0)
-    signal, noise = torch.randn(5000, 1, generator=generator), torch.randn(5000, 8, generator=generator)
-    scale = 1e-3 * torch.randn(5000, 1, generator=generator).exp()
-    features = torch.cat([10.0 * signal + scale * noise, torch.ones(5000, 1)], 1)
-    seen = Whitened(features)(features)
-    assert torch.equal(seen[:, :9], features)
-    seen = seen[:, 9:]
-    assert seen.shape == (5000, 10)
-    x = seen[:, :-1] * seen[:, -1:].exp()
-    cov = x.T @ x / len(x)
-    assert torch.allclose(cov, torch.diag((cov.diagonal() > 0.5).float()), atol=0.01)
-    assert int((cov.diagonal() > 0.5).sum()) == 8
-    assert float(torch.corrcoef(torch.stack([seen[:, -1], scale[:, 0].log()]))[0, 1]) > 0.8
-    longer = Whitened(features)(features.mean(0) + 3.0 * (features - features.mean(0)))[:, 9:]
-    assert torch.allclose(longer[:, :-1], seen[:, :-1], atol=1e-2)
-    assert torch.allclose(longer[:, -1], seen[:, -1] + math.log(3.0), atol=1e-2)
-    few = Whitened(features[:30])(features)[:, 9:]
-    assert int((few[:, :-1] != 0.0).any(0).sum()) == 3
 
 
 def iid(y):
