@@ -13,132 +13,12 @@ where it was. Seconds are comparable only if nothing else runs: with ``--jobs 1`
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Sequence
 
 import torch
 
-from benchmarks import fingerprints, records, tables, zoo
-from benchmarks.larger import models as larger_models
-from benchmarks.larger import running as larger
-from benchmarks.larger import tables as larger_tables
-from benchmarks.modes import __main__ as modes
-from benchmarks.named import running as named
-from benchmarks.posteriors import judging
-from benchmarks.posteriors import models as posteriors_models
-from benchmarks.posteriors import running as posteriordb
+from benchmarks import fingerprints, records, standing, tables
 from benchmarks.posteriors.reference import find_posteriordb
-from benchmarks.records import Row
-from benchmarks.zoo import __main__ as zoo_main
-from benchmarks.zoo import reporting as zoo_reporting
-from benchmarks.zoo import running as zoo_running
-
-Main = Callable[[Sequence[str]], None]
-FITS, SEEDS = 5, 3  # seeds of a posterior of posteriordb, and of a model elsewhere
-
-
-@dataclass(frozen=True)
-class Table:
-    """A table that has to be of the present code.
-
-    Attributes:
-        csv: the file of its rows.
-        shown: all rows -> rows of our fits that the page shows.
-        wanted: how many these are when the table is complete.
-        main: the benchmark's command.
-        runs: arguments of each call of it.
-        side_by_side: whether the command takes ``--jobs``.
-    """
-
-    csv: Path
-    shown: Callable[[Sequence[Row]], Sequence[Row]]
-    wanted: int
-    main: Main
-    runs: tuple[tuple[str, ...], ...]
-    side_by_side: bool = True
-
-    def rows(self) -> list[Row]:
-        """Return the rows that the page shows."""
-        return list(self.shown(records.read(self.csv)))
-
-    def standing(self, within: float = fingerprints.LIMIT) -> list[Row]:
-        """Return those of them that are of the present code, up to a share of its lines."""
-        return [row for row in self.rows() if fingerprints.stands(row["version"], within)]
-
-    def minutes(self, within: float = fingerprints.LIMIT) -> float:
-        """Return how many minutes of one process the rows that are missing may take, as they did the last time."""
-        seconds = [float(row["seconds"]) for row in self.rows() if row["seconds"]]
-        missing = max(0, self.wanted - len(self.standing(within)))
-        return missing * sum(seconds) / max(1, len(seconds)) / 60.0
-
-
-def _ours(methods: dict[str, list[Row]]) -> list[Row]:
-    return methods.get(posteriordb.OURS, [])
-
-
-def _larger(rows: Sequence[Row]) -> list[Row]:
-    return [row for group in larger_tables.newest(rows).get(posteriordb.OURS, {}).values() for row in group]
-
-
-MIRRORED = ("mirrored_2", "mirrored_20", "factor_36", "items_76")  # shown with four runs too
-TABLES = {
-    "zoo": Table(
-        zoo_running.OUT, zoo_reporting.newest, zoo.MODELS * len(zoo.SEEDS), zoo_main.main, ((),)
-    ),
-    "posteriordb": Table(
-        posteriordb.OUT, lambda rows: _ours(judging.newest(rows)), FITS * len(posteriors_models.NAMES),
-        posteriordb.main, (("--seeds", str(FITS)),),
-    ),
-    "larger": Table(
-        larger.OUT, _larger, SEEDS * len(larger_models.MODELS), larger.main,
-        (("--seeds", str(SEEDS), "--methods", posteriordb.OURS),), side_by_side=False,
-    ),
-    "named": Table(
-        named.OUT, named.newest, SEEDS * len(named.MODELS) + len(MIRRORED), named.main,
-        (("--seeds", str(SEEDS)), ("--seeds", "1", "--runs", "4", "--only", *MIRRORED)),
-    ),
-    "modes": Table(
-        modes.OUT, modes.newest, SEEDS * len(modes.PROBLEMS), modes.main,
-        (("--seeds", str(SEEDS), "--ways", "fit"),), side_by_side=False,
-    ),
-}  # fmt: skip
-
-BEHIND: dict[str, int] = {}  # tables that are not complete yet; rows of the present code
-
-
-def stale(within: float = fingerprints.LIMIT, only: Sequence[str] = ()) -> dict[str, str]:
-    """Return what is wrong with each table that is not of the present code, or not complete.
-
-    Args:
-        within: the share of lines that may have changed.
-        only: names of tables, all by default.
-    """
-    found = {}
-    for name in only or TABLES:
-        table, reasons = TABLES[name], []
-        versions = dict.fromkeys(fingerprints.version_in(row["version"]) or row["version"] for row in table.rows())
-        for version in versions:
-            if not fingerprints.stands(version, within):
-                share = fingerprints.changed(version, "fit")
-                known = f"{share:.1%} of the deciding lines have changed" if fingerprints.load(version) else NO_TRACE
-                reasons.append(f"{known} since its rows of {version} were made")
-        if (count := len(table.rows())) < table.wanted:
-            reasons.append(f"{count} of {table.wanted} rows are there")
-        if reasons:
-            found[name] = f"{name}: {'; '.join(reasons)}. Run `make evidence`."
-    return found
-
-
-NO_TRACE = "benchmarks/results/code has no fingerprint, so that all lines may have changed"
-
-
-def tidy() -> None:
-    """Leave out fingerprints of versions that no row of any benchmark names."""
-    rows = "".join(file.read_text(encoding="utf-8") for file in records.RESULTS.glob("*.csv"))
-    for file in fingerprints.KEPT.glob("*.txt"):
-        if file.stem not in rows:
-            file.unlink()
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -146,7 +26,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.evidence", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--only", nargs="+", choices=TABLES, default=list(TABLES), help="only these tables")
+    names = list(standing.TABLES)
+    parser.add_argument("--only", nargs="+", choices=names, default=names, help="only these tables")
     parser.add_argument("--jobs", type=records.positive, default=1, help="processes, one thread each (default: 1)")
     parser.add_argument(
         "--within", type=float, default=100.0 * fingerprints.LIMIT, metavar="PERCENT",
@@ -155,9 +36,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--list", action="store_true", help="only say what is stale")
     options = parser.parse_args(arguments)
     within = options.within / 100.0
-    found = stale(within, options.only)
+    found = standing.stale(within, options.only)
     for name, reasons in found.items():
-        print(f"{reasons} About {TABLES[name].minutes(within):.0f} minutes of one process.")
+        print(f"{reasons} About {standing.TABLES[name].minutes(within):.0f} minutes of one process.")
     if not found:
         print("All tables are of the present code.")
     if options.list:
@@ -165,15 +46,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     torch.set_num_threads(1)
     for name in found:
         run(name, options.jobs, within)
-    tidy()
+    standing.tidy()
     tables.write_tables()
-    for reasons in stale(within, options.only).values():
+    for reasons in standing.stale(within, options.only).values():
         print(f"Still stale: {reasons}")
 
 
 def run(name: str, jobs: int, within: float) -> None:
     """Make the rows that a table lacks."""
-    table = TABLES[name]
+    table = standing.TABLES[name]
     if name == "posteriordb" and find_posteriordb() is None:
         print("posteriordb: left out, since there is no checkout; name its folder in the variable POSTERIORDB")
         return

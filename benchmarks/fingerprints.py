@@ -20,6 +20,7 @@ import re
 import textwrap
 import tokenize
 import zlib
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
@@ -36,12 +37,15 @@ PARTS = {
     "step": ("model/graphs", "inference/training", "support/numbers/cache", "support/numbers/tensors"),
     "fit": (
         *("model", "inference/starts", "inference/modes", "inference/verdict", "inference/chains", "fitting"),
-        *("support/numbers/mixing", "support/process/seeding", "support/numbers/tensors"),
+        *("support/thresholds", "support/numbers/mixing", "support/process/seeding", "support/numbers/tensors"),
     ),
 }  # rooms of the package, each in one part
-APART = ("fitting/hierarchical.py", "guides/marginal_density.py", "fitting/ranks.py", "model/unchanged.py")
-"""Modules of these rooms that decide about no row: fits of minibatches, which no table of fits has, and the refusal of
-data that have changed after a fit."""
+APART = (
+    *("fitting/hierarchical.py", "fitting/ranks.py", "guides/marginal_density.py"),
+    *("model/unchanged.py", "model/dims.py", "model/versions.py"),
+)
+"""Modules of these rooms that decide about no row: fits of minibatches, which no table of fits has, the refusal of data
+that have changed after a fit, and names of axes and of versions."""
 DECIDING = {"fit": ("flows", "step", "fit"), "step": ("flows", "step"), "density": ("flows", "density")}
 """Which parts decide about the tables of each kind: of fits, of single steps, of densities of data."""
 LIMIT = 0.05  # share of these lines that may have changed before a table is stale
@@ -90,10 +94,17 @@ def of_code(package: Path = PACKAGE) -> dict[str, Hashes]:
     found = {}
     for part, rooms in PARTS.items():
         files = [file for room in rooms for file in sorted((package / room).rglob("*.py")) or [package / f"{room}.py"]]
-        files = [file for file in files if file.relative_to(package).as_posix() not in APART]
+        names = {file.relative_to(package).as_posix(): file for file in files}
+        files = [file for name, file in names.items() if name not in APART and not name.startswith(_inside(rooms))]
         lines = (line for file in files for line in logical_lines(file.read_text(encoding="utf-8")))
         found[part] = np.sort(np.array([_hash(line) for line in lines], dtype=np.uint32))
     return found
+
+
+def _inside(rooms: Sequence[str]) -> tuple[str, ...]:
+    """Return the folders of other parts that stand inside of these rooms."""
+    others = (room for part in PARTS.values() for room in part if room not in rooms)
+    return tuple(f"{other}/" for other in others if other.startswith(tuple(f"{room}/" for room in rooms)))
 
 
 def _hash(line: str) -> int:

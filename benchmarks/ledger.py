@@ -23,13 +23,13 @@ from pathlib import Path
 import torch
 
 from benchmarks import records, zoo
-from benchmarks.evidence import MIRRORED, TABLES
 from benchmarks.markdown import table
 from benchmarks.modes.__main__ import FOUND
 from benchmarks.named.running import right as named_right
 from benchmarks.posteriors import judging
 from benchmarks.posteriors.running import OURS
 from benchmarks.records import Row
+from benchmarks.standing import MIRRORED, TABLES
 
 OUT = Path("build") / "ledger"
 QUICK = {

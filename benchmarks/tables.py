@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from benchmarks import ablation, alone, fingerprints, records, sensitivity
+from benchmarks import ablation, alone, fingerprints, ledger, records, sensitivity
 from benchmarks.amortized import running as amortized
 from benchmarks.amortized.tables import section as amortized_section
 from benchmarks.calibration import running as calibration
@@ -135,8 +135,6 @@ def write_tables(
     pages = sorted(EVIDENCE.glob("*.md")) if page is None else [page]
     if page is not None and not page.is_file():
         page.write_text(_skeleton(), encoding="utf-8")
-    from benchmarks import ledger  # which knows of all tables
-
     sections: list[tuple[str, Path, Callable[[Sequence[Row]], str]]] = [
         ("zoo", zoo_csv, lambda rows: zoo_reporting.section(rows, table, about)),
         ("causes", causes_csv, lambda rows: zoo_reporting.causes_section(rows, table, about)),

@@ -165,8 +165,8 @@ def make_reference(name: str, length: int) -> dict[str, Any]:
 # command line --------------------------------------------------------------------------------------------------------
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Run from the command line."""
+def main(arguments: Sequence[str] | None = None) -> Path:
+    """Run from the command line; return the file of the rows, of which the caller writes the table."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.larger", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -184,10 +184,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for name in options.references:
         entry = make_reference(name, options.length)
         print(name, {what: entry[what] for what in ("r_hat", "ess", "cpu_seconds")}, flush=True)
-    if options.references:
-        return
-    if not options.table:
+    if not (options.references or options.table):
         bench(seeds=options.seeds, only=options.only, methods=options.methods, out=options.out, limit=options.limit)
-    from benchmarks import tables  # which imports this module
-
-    tables.write_tables(larger_csv=options.out)
+    return options.out

@@ -20,7 +20,8 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks import records, tables
+from benchmarks import records
+from benchmarks.markdown import table
 from benchmarks.records import Row
 from benchmarks.zoo import FAMILIES, MODELS, SEEDS, running
 from benchmarks.zoo.reporting import HEADER, line, newest, table_rows, wanting
@@ -51,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             rows = [row for seed in options.seeds for row in _bench(seed, options)]
         except ValueError as error:
             parser.error(str(error))
-    print(tables.table(HEADER, table_rows(rows)))
+    print(table(HEADER, table_rows(rows)))
     print("\n".join(wanting(rows)))
 
 

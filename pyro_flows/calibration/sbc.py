@@ -8,7 +8,7 @@ from collections.abc import Callable, Container, Iterator, Mapping
 
 import torch
 
-from pyro_flows.calibration.checkpoint import Checkpoint, key_of
+from pyro_flows.calibration.checkpoint import Finished
 from pyro_flows.calibration.fit_many import Answers, Many, count
 from pyro_flows.calibration.processes import check_jobs, run_all
 from pyro_flows.calibration.ranks import LOG_DENSITY, GuideTask, Ranked, SamplerTask, ranks_of
@@ -18,6 +18,7 @@ from pyro_flows.calibration.wiring import Case
 from pyro_flows.flows.recipe import AUTO, FlowLike
 from pyro_flows.model.arguments import usable
 from pyro_flows.model.dims import Labels
+from pyro_flows.model.unchanged import digest_of
 from pyro_flows.support import checks
 from pyro_flows.support.files.bundles import Entries
 from pyro_flows.support.process.interrupts import STATE, interruptible
@@ -164,8 +165,8 @@ def _run(
     plain |= {} if many.amortized is None else {"amortized": many.amortized}
     shapes = {name: tuple(simulated.truths[name].shape[1:]) for name in simulated.density.names}
     shapes |= {LOG_DENSITY: ()} if about["log_density"] else {}
-    key, count = key_of(plain, simulated.truths, simulated.data), asked["simulations"]
-    kept = Checkpoint(file, key, simulations=count, draws=asked["draws"], shapes=shapes)
+    plain |= {"model and data": digest_of([simulated.truths, simulated.data])}  # these tell the model, and the seed
+    kept, count = Finished(file, plain, shapes=shapes), asked["simulations"]
     found = dict(kept.done)
     bar.count(len(found), count)
     try:

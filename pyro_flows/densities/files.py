@@ -4,15 +4,11 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import json
 import logging
 import math
 import os
-import time
-import warnings
 from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,14 +24,11 @@ from pyro_flows.densities.training import Plan
 from pyro_flows.flows.flow import Flow
 from pyro_flows.flows.mixture_base import MixtureBase
 from pyro_flows.flows.recipe_json import not_rebuilt, restored, to_json
-from pyro_flows.support.files.bundles import Bundle, Entries, digest, plain
-from pyro_flows.support.files.files import replace_file
+from pyro_flows.support.files.bundles import Bundle, Entries, plain
+from pyro_flows.support.files.checkpoints import Checkpoint
 from pyro_flows.support.files.untrusted import check_tensor, packed, reading, require, unpacked
-from pyro_flows.support.process.fallbacks import first_line
 from pyro_flows.support.process.seeding import seeded
 
-CHECKPOINT = b"pyro_flows density checkpoint 3\n"  # then the digest of the rest, a line, and the tensors
-DAMAGED = "checkpoint: {!r} is damaged ({}). Take a copy of it, or remove it to begin anew."
 TENSORS, TEXT = "density.pt", "density.json"
 FILES = Bundle("density", "pyro_flows density", TEXT, (TENSORS,))
 PROBED = 16  # items of a data set of a loader
@@ -170,7 +163,7 @@ def _same(saved: object, now: object) -> bool:
 
 
 class Keeper:
-    """Writes checkpoints of a training, and goes on from one."""
+    """Writes checkpoints of a training, and goes on from one; without a path it does neither."""
 
     def __init__(
         self,
@@ -182,61 +175,33 @@ class Keeper:
         start: Entries,
         fixed: MixtureBase | None,
     ) -> None:
-        self.path = None if path is None else Path(path)
-        self.ascent, self.plan, self.every, self.last = ascent, plan, every, time.monotonic()
-        self.failed, self.fixed = False, fixed  # what is mixed in at the end; a search under a clock may end elsewhere
-        shapes = [list(parameter.shape) for parameter in ascent.parameters]
-        points = len(ascent.source) if hasattr(ascent.source, "__len__") else None
-        epoch = None if path is None else ascent.source.steps(ascent.batch)  # a DataLoader does not tell its points
-        builder = json.loads(json.dumps(plain(to_json(ascent.flow))))
-        self.about = {**options, "flow": builder, "shapes": shapes, "points": points, "epoch": epoch, **start}
+        self.ascent, self.plan, self.file = ascent, plan, None
+        self.fixed = fixed  # what is mixed in at the end; a search under a clock may end elsewhere
+        if path is not None:
+            shapes = [list(parameter.shape) for parameter in ascent.parameters]
+            points = len(ascent.source) if hasattr(ascent.source, "__len__") else None
+            epoch = ascent.source.steps(ascent.batch)  # a DataLoader does not tell its points
+            built = {"flow": plain(to_json(ascent.flow)), "shapes": shapes, "points": points, "epoch": epoch}
+            self.file = Checkpoint(path, {**options, **built, **start}, every=every, alike=_same)
 
     def resume(self) -> bool:
         """Restore the state in the file, if there is one; refuse a file that is damaged, or of another run."""
-        if self.path is None or not self.path.exists():
+        saved = None if self.file is None else self.file.read(self.ascent.parameters[0].device)
+        if self.file is None or saved is None:
             return False
-        whole, name = self.path.read_bytes(), str(self.path)
-        if not whole.startswith(CHECKPOINT):
-            raise ValueError(f"checkpoint: {name!r} is no checkpoint of this release. Name a new file.")
-        found, _, data = whole[len(CHECKPOINT) :].partition(b"\n")
-        if found.decode("ascii", "replace") != digest(data):
-            raise ValueError(DAMAGED.format(name, "its SHA-256 digest differs"))
-        try:
-            saved = unpacked(data, self.ascent.parameters[0].device)
-            require(isinstance(saved["about"], dict), "it does not say what it is of")
-        except Exception as error:  # whatever a damaged file leads to
-            raise ValueError(DAMAGED.format(name, first_line(error))) from error
-        different = [entry for entry, value in self.about.items() if not _same(saved["about"].get(entry), value)]
-        if different != ["data"] and not {"points", "epoch"}.isdisjoint(different):
-            different = [entry for entry in different if entry != "data"]  # which goes without saying
-        if different:
-            raise ValueError(
-                f"checkpoint: {name!r} is of another run (different: {', '.join(different)}). "
-                "Name a new file, or pass the same flow, data and options."
-            )
-        try:
+        with self.file.reading():
             self.ascent.restore(saved)
             if self.fixed is not None and saved.get("fixed") is not None:
                 fixed = MixtureBase(self.fixed.dim, len(saved["fixed"]["logits"])).to(self.fixed.loc)
                 fixed.load_state_dict(saved["fixed"])
                 self.fixed = fixed
-        except Exception as error:
-            raise ValueError(DAMAGED.format(name, first_line(error))) from error
         self.plan = replace(self.plan, began=self.plan.clock() - self.ascent.state.seconds)
         return True
 
     def save(self, *, final: bool = False) -> None:
         """Write a checkpoint if it is time for one, or if this is the end."""
-        now = time.monotonic()
-        if self.path is None or (now - self.last < self.every and not final):
+        if self.file is None or not (final or self.file.due()):
             return
         self.ascent.state.seconds = self.plan.clock() - self.plan.began
-        self.last = now
         fixed = None if self.fixed is None else dict(self.fixed.state_dict())
-        data = packed({"about": self.about, "fixed": fixed, **self.ascent.checkpoint()})
-        try:
-            replace_file(self.path, CHECKPOINT + digest(data).encode() + b"\n" + data)
-        except OSError as error:  # what has been learned so far is worth more than its checkpoint
-            if not self.failed:
-                warnings.warn(f"checkpoint: {error.strerror}; the training goes on.", stacklevel=2)
-            self.failed = True
+        self.file.write({"fixed": fixed, **self.ascent.checkpoint()})

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from matplotlib.legend import Legend
 
 STATUS_COLORS = {"ok": "#2e7d4f", "corrected": "#b26a00", "refined": "#1f5f99", "unreliable": "#b3261e"}
-STYLE = Path(__file__).with_name("style.mplstyle")
+STYLE = Path(__file__).parents[1] / "style.mplstyle"
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7")  # of the style file
 LINES = ("-", (0, (5, 2)), (0, (1, 1.2)), (0, (5, 2, 1, 2)))
 FLOW, BASE, INK, LINE = COLORS[0], COLORS[1], "#333333", "#8A8A8A"

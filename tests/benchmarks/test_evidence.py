@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 
-from benchmarks import evidence, fingerprints, records, tables, zoo
+from benchmarks import evidence, fingerprints, records, standing, tables, zoo
 from benchmarks.zoo import reporting as zoo_reporting
 from benchmarks.zoo import running as zoo_running
 
@@ -18,15 +18,15 @@ SECTIONS = {name: text for page in PAGES.values() for name, text in SECTION.find
 # ---- this repository -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", [name for name in evidence.TABLES if name not in evidence.BEHIND])
+@pytest.mark.parametrize("name", [name for name in standing.TABLES if name not in standing.BEHIND])
 def test_tables_are_of_the_code_that_landed(name):
-    assert not (found := evidence.stale(only=[name])), found[name]
+    assert not (found := standing.stale(only=[name])), found[name]
 
 
-@pytest.mark.parametrize("name", evidence.BEHIND)
+@pytest.mark.parametrize("name", standing.BEHIND)
 def test_tables_that_are_not_complete_are_known(name):
-    assert len(evidence.TABLES[name].standing()) >= evidence.BEHIND[name]
-    assert evidence.stale(only=[name]), f"{name} is complete: take it out of BEHIND"
+    assert len(standing.TABLES[name].standing()) >= standing.BEHIND[name]
+    assert standing.stale(only=[name]), f"{name} is complete: take it out of BEHIND"
 
 
 @pytest.mark.parametrize("name", SECTIONS)
@@ -188,8 +188,8 @@ def zoo_table(tmp_path, monkeypatch):
         running.bench(seed=1, models=3, out=out, do=do)
 
     running = zoo_running
-    table = evidence.Table(out, zoo_reporting.newest, 3, run, ((),), side_by_side=False)
-    monkeypatch.setattr(evidence, "TABLES", {"zoo": table})
+    table = standing.Table(out, zoo_reporting.newest, 3, run, ((),), side_by_side=False)
+    monkeypatch.setattr(standing, "TABLES", {"zoo": table})
 
     def put(version, count):
         blank = dict.fromkeys(running.FIELDS, "")
@@ -208,16 +208,16 @@ def zoo_table(tmp_path, monkeypatch):
 def test_only_stale_and_missing_rows_are_made(zoo_table, version, count, again):
     put, done = zoo_table
     put(f"0.1.0-{version}", count)
-    reasons = evidence.stale()
+    reasons = standing.stale()
     assert set(reasons) == ({"zoo"} if again else set())
     if again:
         said = "20.0% of the deciding lines" if version == "bbbbbbbb" else "1 of 3 rows are there"
         assert said in reasons["zoo"]
         assert "`make evidence`" in reasons["zoo"]
-        assert evidence.TABLES["zoo"].minutes() == len(again)
+        assert standing.TABLES["zoo"].minutes() == len(again)
     evidence.run("zoo", 1, fingerprints.LIMIT)
     assert done == again
-    assert not evidence.stale()
+    assert not standing.stale()
 
 
 def test_the_list_says_what_is_stale_and_runs_nothing(zoo_table, capsys):

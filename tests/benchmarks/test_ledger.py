@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from benchmarks import ledger, records
-from benchmarks.evidence import TABLES
 from benchmarks.ledger import Entry, difference, entries
+from benchmarks.standing import TABLES
 from benchmarks.zoo import running
 
 RESULTS = records.RESULTS

@@ -1,5 +1,6 @@
 """fit_density: what it finds, its options, resuming, saving, and what it refuses."""
 
+import itertools
 import json
 import math
 from pathlib import Path
@@ -110,6 +111,13 @@ def test_far_images_cost_about_their_distance(build):
     fit = pf.fit_density(flow, y, max_epochs=5, progress=False)
     assert fit.validation > -64 * 1.5  # a Gaussian has 1.42 a pixel
     assert fit.log_prob(y[:20] + 300.0).min() > -10.0 * 64 * 300.0
+
+
+@pytest.fixture
+def ticking(monkeypatch):
+    """A clock that goes on by a hundredth of a second with each look."""
+    ticks = itertools.count()
+    monkeypatch.setitem(fit_density.CLOCKS, "cpu", lambda: 0.01 * next(ticks))
 
 
 def test_steps_that_were_skipped_are_told():
@@ -310,6 +318,7 @@ def test_a_start_at_the_identity_is_the_gaussian_of_the_data_and_is_kept_if_noth
     assert fit.checks[-1, 1] >= fit.checks[:, 1].max()
 
 
+@pytest.mark.usefixtures("ticking")
 def test_seconds_end_the_training():
     y = datasets.toy("moons", 2000)
     fit = pf.fit_density("realnvp", y, max_seconds=1.0, clock="cpu", progress=False)

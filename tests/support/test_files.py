@@ -14,7 +14,7 @@ from pyro_flows.support.files import bundles, files
 from pyro_flows.support.files.bundles import Bundle, digest
 from pyro_flows.support.files.files import replace_file
 
-PACKAGE = Path(files.__file__).parent
+PACKAGE = Path(files.__file__).parents[2]
 BUNDLE = Bundle("thing", "a thing", "thing.json", ("one.bin", "two.bin"))
 OLD, NEW = ({"one.bin": bytes([byte]) * 3000, "two.bin": bytes([byte + 1]) * 50} for byte in (1, 7))
 

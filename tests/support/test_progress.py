@@ -1,5 +1,6 @@
 """What long calls say on stderr: a line for each stage in a file, one more at least every ten seconds, or nothing."""
 
+import queue
 import threading
 import time
 
@@ -22,30 +23,49 @@ def without_seconds(written):
     return [line.rsplit(", ", 1)[0] for line in written]
 
 
-def test_a_stage_that_reports_nothing_has_a_line_every_ten_seconds(capsys, monkeypatch):
+@pytest.fixture
+def shown(monkeypatch):
+    """A queue of the lines, as they are written."""
+    found, write = queue.Queue(), Bar._write
+
+    def writing(bar, line, last=False):
+        write(bar, line, last)
+        found.put(line)
+
+    monkeypatch.setattr(Bar, "_write", writing)
+    return found
+
+
+def test_a_stage_that_reports_nothing_has_a_line_every_ten_seconds(capsys, monkeypatch, shown):
     assert progress.BEAT["file"] == progress.EVERY["file"] == 10.0
     monkeypatch.setitem(progress.BEAT, "file", 0.1)
+    began, count = time.monotonic(), 0
     with Bar("fit", True) as bar:
         bar.watch("training")
         bar.figures = "100 steps"
-        time.sleep(0.75)
+        while count < 5:
+            count += "100 steps" in shown.get(timeout=60)
         bar.close("ok")
+    took = time.monotonic() - began
+    for thread in threading.enumerate():
+        if thread.name == "pyro_flows progress":
+            thread.join(60)
+            assert not thread.is_alive()
     written = without_seconds(lines(capsys))
     assert written[0] == "fit: training"
-    assert 3 <= written.count("fit: training, 100 steps") <= 7
-    time.sleep(0.3)
-    assert lines(capsys) == []  # nothing after the end
-    assert not [thread for thread in threading.enumerate() if thread.name == "pyro_flows progress"]
+    assert written[-1] == "fit: ok"  # nothing after the end
+    assert 5 <= written.count("fit: training, 100 steps") <= took / 0.1
 
 
-@pytest.mark.parametrize("seconds", [0.0, 0.4])
-def test_quick_calls_are_shown_once_they_take_long(capsys, monkeypatch, seconds):
-    monkeypatch.setattr(progress, "DELAY", 0.2)
+@pytest.mark.parametrize("delay", [60.0, 0.2])
+def test_quick_calls_are_shown_once_they_take_long(capsys, monkeypatch, shown, delay):
+    monkeypatch.setattr(progress, "DELAY", delay)
     with Bar("loo", True, quick=True) as bar:
         bar.watch("log likelihoods")
-        time.sleep(seconds)
+        if delay < 1.0:
+            shown.get(timeout=60)
         bar.close("done")
-    assert without_seconds(lines(capsys)) == (["loo: log likelihoods", "loo: done"] if seconds else [])
+    assert without_seconds(lines(capsys)) == (["loo: log likelihoods", "loo: done"] if delay < 1.0 else [])
 
 
 def test_the_time_left_is_that_of_the_parts_so_far(monkeypatch):

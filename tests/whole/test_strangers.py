@@ -5,7 +5,6 @@ Each case changes a good file and seals it anew, as somebody could who knows the
 
 import copy
 import io
-import json
 import os
 import random
 import reprlib
@@ -20,12 +19,12 @@ import pytest
 import torch
 
 import pyro_flows as pf
-from pyro_flows.calibration.checkpoint import _text
 from pyro_flows.densities import files as density_files
 from pyro_flows.densities.fit_density import fit_density
 from pyro_flows.flows.mixture import Component, FlowMixture
 from pyro_flows.posterior.export.files import FILES as POSTERIOR
 from pyro_flows.priors import fitted as prior_files
+from pyro_flows.support.files import checkpoints
 from pyro_flows.support.files.bundles import digest, plain
 from pyro_flows.support.numbers.arrays import read as read_groups
 from pyro_flows.support.numbers.arrays import write as write_groups
@@ -75,7 +74,7 @@ def good(tmp_path_factory):
         pf.from_mcmc(chains, model, Y).save(folder / "chains")
     fit_density("realnvp", POINTS, max_epochs=1, progress=False).save(folder / "density")
     fit_density("planar", POINTS, checkpoint=folder / "density.ckpt", **CHECKPOINTED)
-    check(from_exact(), simulations=20, checkpoint=folder / "sbc.json")
+    check(from_exact(), simulations=20, checkpoint=folder / "ranks.ckpt")
     made = pf.fit(model, Y, draws=1000, progress=False)
     pf.prior_from(made, "mu", max_epochs=2, progress=False).save(folder / "prior")
     return folder
@@ -445,26 +444,32 @@ def test_the_good_files_are_read(good, kind):
 # checkpoints ----------------------------------------------------------------------------------------------------------
 
 RANKS = [
-    *(at(("done", "3", "ranks", "b"), value) for value in (None, [], "x", [-5], [10**6], [1.5], [[1]], 7)),
-    *(at(("done", "3"), value) for value in (None, {}, [], 5)),
-    *(at(("done",), value) for value in (None, [], 5, {"x": {}}, {"-5": {"ranks": {}, "status": "ok"}})),
-    *(at(("done", "3", "status"), value) for value in ("fine", None, 5)),
-    at(("done", "3", "ranks"), {}),
-    without("done", "3", "ranks"),
-    without("key"),
+    *(at(("done", 3, 0, "b"), value) for value in (None, [], "x", 7)),
+    *(at(("done", 3, 0, "b"), torch.tensor(value)) for value in ([-5], [10**6], [1.5], [[1]])),
+    *(at(("done", 3), value) for value in (None, {}, [], 5)),
+    *(at(("done",), value) for value in (None, [], 5, {"x": {}}, {"x": [{}, "ok"]}, {-5: [{}, "ok"]})),
+    *(at(("done", 3, 1), value) for value in ("fine", None, 5)),
+    at(("done", 3, 0), {}),
     without("done"),
+    without("about"),
 ]
+
+
+def changed(file, change, target):
+    """Write a checkpoint with other contents, and the digest of these."""
+    found = torch.load(io.BytesIO(file.read_bytes()[len(checkpoints.FORMAT) :].partition(b"\n")[2]), weights_only=True)
+    change(found)
+    packed = io.BytesIO()
+    torch.save(found, packed)
+    target.write_bytes(checkpoints.FORMAT + digest(packed.getvalue()).encode() + b"\n" + packed.getvalue())
 
 
 @pytest.mark.parametrize("change", [pytest.param(change, id=change.__name__) for change in RANKS])
 def test_a_damaged_checkpoint_of_sbc_is_refused(good, tmp_path, change):
-    body = json.loads((good / "sbc.json").read_text())["body"]
-    change(body)
-    file = tmp_path / "sbc.json"
-    file.write_text(json.dumps({"format": "pyro_flows calibration 1", "digest": digest(_text(body)), "body": body}))
+    changed(good / "ranks.ckpt", change, tmp_path / "ranks.ckpt")
     with pytest.raises(ValueError, match=r"^checkpoint: .*damaged") as caught:
-        check(from_exact(), simulations=20, checkpoint=file)
-    assert str(file) in str(caught.value)
+        check(from_exact(), simulations=20, checkpoint=tmp_path / "ranks.ckpt")
+    assert str(tmp_path) in str(caught.value)
 
 
 STATES = [
@@ -482,15 +487,9 @@ STATES = [
 
 @pytest.mark.parametrize("change", [pytest.param(change, id=change.__name__) for change in STATES])
 def test_a_damaged_checkpoint_of_a_density_is_refused(good, tmp_path, change):
-    whole_file = (good / "density.ckpt").read_bytes()
-    data = whole_file[len(density_files.CHECKPOINT) :].partition(b"\n")[2]
-    found = torch.load(io.BytesIO(data), weights_only=True)
-    change(found)
-    packed = io.BytesIO()
-    torch.save(found, packed)
     file = tmp_path / "density.ckpt"
-    file.write_bytes(density_files.CHECKPOINT + digest(packed.getvalue()).encode() + b"\n" + packed.getvalue())
-    with pytest.raises(ValueError, match=r"^checkpoint: .*(damaged|of another run)") as caught:
+    changed(good / "density.ckpt", change, file)
+    with pytest.raises(ValueError, match=r"^checkpoint: .*(damaged|of another)") as caught:
         fit_density("planar", POINTS, checkpoint=Path(file), **CHECKPOINTED)
     assert str(file) in str(caught.value)
     assert "weights_only" not in str(caught.value)

@@ -7,11 +7,8 @@ its stored result: evaluations of a model by :func:`evaluated`, by their number,
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import time
-import warnings
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,18 +21,14 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from pyro_flows.support.files.files import replace_file
-from pyro_flows.support.files.untrusted import packed, require, unpacked
+from pyro_flows.support.files.checkpoints import EVERY, REMEDY, Checkpoint
+from pyro_flows.support.files.untrusted import require
 from pyro_flows.support.process import ledger
-from pyro_flows.support.process.fallbacks import Tried, first_line
 from pyro_flows.support.process.interrupts import undisturbed
 
-FORMAT = b"pyro_flows journal 2\n"  # then the digest of the rest, a line, and the rest as torch.save writes it
-EVERY = 10.0  # seconds between two writes, at least,
-SHARE = 0.02  # and the share of the time that writing may take
+SHARE = 0.02  # of the time, that writing may take at most
 DENSE = 1e6  # bytes of results for each second that they took, up to which they are kept; others are computed again
 LEAST = 1000  # bytes that would be worth it: what took less than a millisecond is not looked at
-REMEDY = "Name a new file, or remove it to begin anew."
 T = TypeVar("T")
 State = TypeVar("State")
 
@@ -47,22 +40,23 @@ class Step(NamedTuple):
     result: object
 
 
-class Journal:
-    """The steps of one call, and the file that they stand in; ``about`` says what the call is of, in plain values.
-
-    A file that is damaged, or of another call, is a ValueError.
-    """
+class Journal(Checkpoint):
+    """The steps of one call, and the file that they stand in."""
 
     def __init__(self, path: str | os.PathLike[str], about: Mapping[str, object]) -> None:
-        self.path = Path(path)
-        self.about = json.loads(json.dumps(about, default=str))
+        super().__init__(path, about)
         self.evaluations: dict[int, Step] = {}
         self.loops: dict[str, Step] = {}
         self.count, self.begun, self.inside = 0, Counter[str](), 0
-        self.stopped = self.failed = self.new = False
-        self.last, self.took = time.monotonic(), 0.0
-        if self.path.exists():
-            self._read()
+        self.stopped = self.new = False
+        self.took = 0.0
+        stored = self.read()
+        if stored is not None:
+            with self.reading():
+                known = {key: Step(*step) for key, step in stored["steps"].items()}
+                require(all(type(step.inputs) is int for step in known.values()), "a step has no digest")
+            self.evaluations = {key: step for key, step in known.items() if isinstance(key, int)}
+            self.loops = {key: step for key, step in known.items() if isinstance(key, str)}
 
     @property
     def idle(self) -> bool:
@@ -74,53 +68,13 @@ class Journal:
         return time.monotonic() - self.last >= max(EVERY if every is None else every, self.took / SHARE)
 
     @undisturbed
-    def write(self) -> None:
-        """Write the file, if there is anything new; the work goes on if that fails."""
+    def keep(self) -> None:
+        """Write the file, if there is anything new."""
         began = time.monotonic()
         if self.new:
-            steps = {key: list(step) for key, step in [*self.evaluations.items(), *self.loops.items()]}
-            body = packed({"about": self.about, "steps": steps})
-            try:
-                replace_file(self.path, FORMAT + hashlib.sha256(body).hexdigest().encode() + b"\n" + body)
-            except OSError as error:  # what has been found so far is worth more than its checkpoint
-                if not self.failed:
-                    warnings.warn(f"checkpoint: {error.strerror}; the work goes on.", stacklevel=2)
-                self.failed = True
+            self.write({"steps": {key: list(step) for key, step in [*self.evaluations.items(), *self.loops.items()]}})
         self.new, self.last = False, time.monotonic()
         self.took = self.last - began
-
-    def _read(self) -> None:
-        shown = repr(str(self.path))
-        whole = self.path.read_bytes()
-        if not whole.startswith(FORMAT):
-            what = "that of another release or call" if whole.startswith(b"pyro_flows") else "another file"
-            raise ValueError(f"checkpoint: expected one of this release and call, got {what}, {shown}. {REMEDY}")
-        found, _, body = whole[len(FORMAT) :].partition(b"\n")
-        with self.reading():
-            require(found.decode("ascii", "replace") == hashlib.sha256(body).hexdigest(), "its SHA-256 digest differs")
-            stored = unpacked(body)
-            require(isinstance(stored["about"], dict), "it does not say what it is of")
-            known = {key: Step(*step) for key, step in stored["steps"].items()}
-            require(all(type(step.inputs) is int for step in known.values()), "a step has no digest")
-        names = [*self.about, *(name for name in stored["about"] if name not in self.about)]
-        different = [name for name in names if stored["about"].get(name) != self.about.get(name)]
-        if different:
-            raise ValueError(
-                f"checkpoint: expected one of this call, got {shown} of another (different: {', '.join(different)}). "
-                f"{REMEDY}"
-            )
-        self.evaluations = {key: step for key, step in known.items() if isinstance(key, int)}
-        self.loops = {key: step for key, step in known.items() if isinstance(key, str)}
-
-    @contextmanager
-    def reading(self) -> Iterator[None]:
-        """Read inside what the file has. It may be damaged: any error becomes a ValueError that says so."""
-        with Tried() as tried:
-            yield
-        if tried.error is not None:
-            why = "too deeply nested" if isinstance(tried.error, RecursionError) else first_line(tried.error)
-            what = f"checkpoint: expected a whole file, got {str(self.path)!r}, damaged ({why}). {REMEDY}"
-            raise ValueError(what) from tried.error
 
     def known(self, step: Step, digest: int, device: torch.device) -> object:
         """Return the stored result of a step, or raise a ValueError if its inputs are not those of this time."""
@@ -161,13 +115,13 @@ def keeping(path: str | os.PathLike[str] | None, about: Callable[[], Mapping[str
     if path is None:
         yield
         return
-    journal = Journal(path, about())
-    token = _open.set(journal)
+    token = _open.set(journal := Journal(path, about()))
     try:
         yield
+        journal.new |= not journal.path.exists()  # each step may have been too quick to be kept
     finally:
         _open.reset(token)
-        journal.write()
+        journal.keep()
 
 
 def check(path: str | os.PathLike[str] | None) -> Path | None:
@@ -188,14 +142,14 @@ def stop() -> None:
     journal = _open.get()
     if journal is not None and not journal.stopped:
         journal.stopped = True
-        journal.write()
+        journal.keep()
 
 
 def milestone() -> None:
     """Write what there is, unless that was done a moment ago: a method has ended."""
     journal = _open.get()
     if journal is not None and not journal.idle and journal.due(0.0):
-        journal.write()
+        journal.keep()
 
 
 # evaluations ----------------------------------------------------------------------------------------------------------
@@ -235,7 +189,7 @@ def evaluated(inputs: Sequence[Tensor], compute: Callable[[], T], changed: objec
     if worth >= LEAST and sum(leaf.numel() * leaf.element_size() for leaf in tree_leaves(found)) <= worth:
         journal.add(number, inputs, found, changed, before)
     if journal.due():
-        journal.write()
+        journal.keep()
     return found
 
 
@@ -283,13 +237,13 @@ class _Kept(Loop):
     def offer(self, make: Callable[[], object]) -> None:
         if not self.journal.stopped and self.journal.due():
             self._keep(make(), False)
-            self.journal.write()
+            self.journal.keep()
 
     def end(self, make: Callable[[], object]) -> None:
         if not (self.journal.stopped or self.done):
             self._keep(make(), True)
             if self.journal.due(1.0):
-                self.journal.write()
+                self.journal.keep()
 
     def _keep(self, state: object, done: bool) -> None:
         spent = [[list(parts), count] for parts, count in (ledger.gradients() - self.before).items()]

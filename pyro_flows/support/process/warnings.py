@@ -13,7 +13,7 @@ from types import CodeType
 
 from torch.utils import _contextlib
 
-HERE = str(Path(__file__).parent) + os.sep
+HERE = str(Path(__file__).parents[2]) + os.sep
 
 _warned: weakref.WeakKeyDictionary[object, set[tuple[CodeType, int]]] = weakref.WeakKeyDictionary()
 

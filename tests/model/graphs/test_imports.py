@@ -36,7 +36,7 @@ print([name for name in ("torch._dynamo", "sympy") if name in sys.modules])
 
 
 def test_first_derivatives_import_no_compiler_and_no_algebra(tmp_path):
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[3]), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-W", "ignore", "-c", SCRIPT]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path, check=False)
     assert done.stdout.split("\n")[:2] == ["None True", "[]"], done.stderr
