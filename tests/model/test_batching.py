@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 import pyro_flows as pf
+from pyro_flows.model.batching import where_possible
 from tests.models import real
 from tests.registry import RECORDED_FROM, normal
 

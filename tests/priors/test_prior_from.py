@@ -15,7 +15,7 @@ from torch.distributions import biject_to, constraints
 import pyro_flows as pf
 from pyro_flows.model.supports import _event_dim
 from pyro_flows.priors import making
-from pyro_flows.priors.making import _fitted
+from pyro_flows.priors.making import _fitted, _in_one_turn
 from pyro_flows.priors.parts import Joint, Part, describe, restore
 from tests.posteriors import Y, schools_posterior
 
