@@ -339,3 +339,9 @@ def test_bad_options_are_named():
             pf.sbc(regression, X, Y, progress=False, **options)
     with pytest.raises(ValueError, match="var_names"):
         check(from_exact(), simulations=10).p_values("c")
+
+
+def test_the_table_and_the_sentence_show_in_a_notebook():
+    found = check(from_exact(), simulations=20)
+    assert "<table" in found._repr_html_()
+    assert "20 not judged" in str(found)

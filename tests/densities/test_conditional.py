@@ -334,3 +334,16 @@ def test_up_to_1000_rows_five_flows_hold_out_other_fifths():
         assert "flows" not in pf.fit_density(y, **{**options, **other}).settings
     y, x = bimodal(1001, seed=0)
     assert "flows" not in pf.fit_density(y, **{**options, "context": x}).settings
+
+
+def curve(count=2000):
+    x = 4.0 * torch.rand(count, 1, generator=torch.Generator().manual_seed(0)) - 2.0
+    return x, x**3 - 2.0 * x + 0.01 * torch.randn(count, 1, generator=torch.Generator().manual_seed(1))
+
+
+def test_one_output_given_a_context_has_no_weight_decay():
+    x, y = curve(200)
+    options = {"context": x, "validation": None, "max_epochs": 1, "progress": False}
+    assert pf.fit_density(y, **options).settings["weight_decay"] == 0.0
+    assert pf.fit_density(torch.cat([y, y.square()], 1), **options).settings["weight_decay"] > 0.0
+    assert pf.fit_density(y, weight_decay=0.1, **options).settings["weight_decay"] == 0.1

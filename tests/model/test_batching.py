@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 import pyro_flows as pf
+from pyro_flows.model.batching import where_possible
 from tests.models import real
 from tests.registry import RECORDED_FROM, normal
 
@@ -113,3 +114,13 @@ def test_hidden_markov_chains_run_in_batches():
     torch.testing.assert_close(density(z), prior + torch.logsumexp(at, 1))
     single = torch.stack([density.value_and_grad(row[None])[1][0] for row in z])
     torch.testing.assert_close(density.value_and_grad(z)[1], single)
+
+
+def test_no_row_at_all():
+    def fails(z: Tensor) -> tuple[Tensor]:
+        raise torch.linalg.LinAlgError("not positive-definite")
+
+    found, wide = where_possible(fails, torch.zeros(3, 2), (), (2,))
+    assert found.shape == (3,)
+    assert wide.shape == (3, 2)
+    assert torch.isnan(wide).all()

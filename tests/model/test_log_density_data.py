@@ -272,3 +272,14 @@ def test_dependent_supports_beside_enumerated_sites():
     state = torch.random.get_rng_state()
     close(density.unconstrain(values), z, 1e-9)
     assert torch.equal(torch.random.get_rng_state(), state)
+
+
+def test_a_mask_may_be_wider_than_a_scalar():
+    def model():
+        with poutine.mask(mask=torch.tensor([True, False, True])):
+            pyro.sample("x", dist.Normal(real(0.0), 1.0))
+
+    density = pf.LogDensity(model)
+    assert density.dim == 1
+    z = normal(4, 1, seed=40)
+    close(density(z), 2.0 * dist.Normal(real(0.0), 1.0).log_prob(z).sum(1), 1e-9)

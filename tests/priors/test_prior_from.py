@@ -15,7 +15,7 @@ from torch.distributions import biject_to, constraints
 import pyro_flows as pf
 from pyro_flows.model.supports import _event_dim
 from pyro_flows.priors import making
-from pyro_flows.priors.making import _fitted
+from pyro_flows.priors.making import _fitted, _in_one_turn
 from pyro_flows.priors.parts import Joint, Part, describe, restore
 from tests.posteriors import Y, schools_posterior
 
@@ -393,3 +393,11 @@ def test_pyro_may_register_a_prior(tmp_path):
     for one in (prior, pf.FittedPrior.load(tmp_path / "prior"), copy.deepcopy(prior)):
         pyro.module("prior", one)
     assert not [*pyro.get_param_store()]
+
+
+def test_angles_on_both_sides_of_a_cut_are_near_each_other():
+    angles = torch.tensor([[3.0, 0.1], [-3.1, -0.2], [3.1, 0.3]])
+    found = _in_one_turn(angles, torch.full((3,), 1.0 / 3.0, dtype=torch.float64))
+    turns = (found - angles) / math.tau
+    torch.testing.assert_close(turns, turns.round(), rtol=0.0, atol=1e-6)
+    assert float((found.amax(0) - found.amin(0)).max()) < 0.51

@@ -152,3 +152,9 @@ def test_bits_per_dimension_of_a_uniform_density_are_eight():
     flow = pf.Flow(pf.transforms.Logit(IMAGE, alpha=1e-12).double(), base="logistic")
     bits = (log_q - flow.log_prob(y.double())) / (math.prod(IMAGE) * math.log(2.0))
     close(bits.double(), torch.full((3,), 8.0, dtype=torch.float64), 1e-6)
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.5, -0.1, 1.0])
+def test_bad_alpha(alpha):
+    with pytest.raises(ValueError, match=r"^alpha: "):
+        pf.transforms.Logit(2, alpha=alpha)

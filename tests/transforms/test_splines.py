@@ -67,3 +67,13 @@ def test_far_points_move(size):
     close(ladj, log_scale.squeeze(-1), 1e-12)
     assert (log_scale.abs() > 1e-3).all()
     close(layer.inverse_and_ladj(y)[0], x, 1e-12)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("bins", {"bins": 1}), ("bins", {"bins": 501}), ("bins", {"bins": 2.0}), ("bound", {"bound": 0.0})],
+)
+def test_bad_options(name, options):
+    for build in (pf.transforms.SplineCoupling, pf.spline):
+        with pytest.raises(ValueError, match=rf"^{name}: "):
+            build(2, **options)

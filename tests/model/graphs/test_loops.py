@@ -47,3 +47,22 @@ def test_a_long_graph_takes_batches_of_any_size(monkeypatch):
         1,
     ]
     assert density.graph(normal(4, 2, seed=0)) is None
+
+
+def test_a_long_graph_of_gradients_is_lent_to_a_few_calls_for_values(monkeypatch):
+    """One of values alone takes seconds, which few calls do not pay back. Large batches have one."""
+    plain = pf.LogDensity(growth, (DATA,))
+    monkeypatch.setattr(runs, "LONG", 300)
+    monkeypatch.setattr(recorder, "BORROWED", 5)
+    density = pf.LogDensity(growth, (DATA,))
+    made = []
+    for call in range(1, 7):
+        z = normal(9, 2, seed=call)
+        with torch.no_grad():
+            close(density(z), plain.unrecorded(z)[0], 1e-10)
+        made.append((len(density._with_gradients.runners), len(density._values.runners)))
+    assert made == [(0, 0), (1, 0), (1, 0), (1, 0), (1, 1), (1, 1)]
+    with torch.no_grad():
+        density(normal(1100, 2, seed=0))
+        density(normal(1100, 2, seed=0))
+    assert [kind[0] for kind in density._values.runners] == [runs.LONG_ROWS, 1024]

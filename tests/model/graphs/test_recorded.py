@@ -11,6 +11,7 @@ from torch import Tensor
 
 import pyro_flows as pf
 from pyro_flows import LogDensity
+from pyro_flows.inference.training import loop
 from pyro_flows.inference.training import trainer as training
 from pyro_flows.inference.training.flow_graphs import Passes, body_of
 from pyro_flows.inference.training.step_graph import CLIP, Moments, Step, update
@@ -437,3 +438,26 @@ def test_a_step_is_one_graph_where_the_density_has_one():
         trainer.step(1e-2)
     assert trainer.evaluation == "recorded"
     assert trainer._step._whole is None
+
+
+def test_a_fall_while_cooling_leads_back(monkeypatch):
+    """Half of the cool-down is good; then something breaks."""
+    trainer = trained(make_flow("realnvp", 4), steps=12)
+    check = loop.Check(trainer.flow, trainer.density, seed=0)
+    run = loop._Run(trainer, loop.Budget(100), check, lambda *_: None, None)
+    run.best = check.elbo()
+    step, taken = trainer.step, []
+
+    def breaks(learning_rate):
+        taken.append(None)
+        step(learning_rate)
+        if len(taken) > 60:
+            trainer.weights.add_(100.0)
+
+    monkeypatch.setattr(trainer, "step", breaks)
+    run._cool("", 100)
+    while run.ended is None:
+        run._cool_on(run.cooling)
+    assert run.falls >= 1
+    assert run.elbo == run.best
+    assert check.elbo() == pytest.approx(run.elbo, abs=1e-12)  # block by block from its second run on

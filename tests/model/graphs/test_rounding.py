@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from pyro_flows.model.graphs.recording import record
-from pyro_flows.model.graphs.rounding import agree, rounds_alike, tame
+from pyro_flows.model.graphs.rounding import agree, rounds_alike, tame, within_rounding
 from pyro_flows.model.graphs.runner import Runner
 from tests.registry import needs_interpreter, normal
 
@@ -80,3 +80,15 @@ def test_a_number_that_is_added_to_a_large_one_loses_its_last_digits():
     assert float((found[0] - expected[0]).abs().max()) > 1e-7
     assert rounds_alike(module, (x,), found, expected)
     assert not rounds_alike(module, (x,), (found[0] + 1e-3,), expected)
+
+
+@pytest.mark.parametrize("far", [0.0, 1e8])
+def test_single_precision_may_lose_all_digits_of_a_sum(far):
+    """Small numbers of a result have the errors of its large ones then, and only then."""
+    x = torch.cat([normal(20, 1, seed=0).float() + far, normal(20, 1, seed=1).float() - far], 1)
+    module = record(lambda x: (x.sum(1, keepdim=True) * torch.tensor([1.0, 1e-6]),), x)
+    (expected,) = module(x)
+    found = expected + torch.tensor([0.0, 1.0])
+    assert within_rounding(module, (x,), (expected,), (expected,))
+    assert within_rounding(module, (x,), (found,), (expected,)) is (far > 0.0)
+    assert not within_rounding(module, (x,), (expected + torch.tensor([0.0, 1e12]),), (expected,))

@@ -441,3 +441,24 @@ def test_models_without_a_pointwise_likelihood_are_refused():
     assert posterior.verdict.status != "unreliable"
     with pytest.raises(ValueError, match="'side' are summed out"):
         posterior.loo()
+
+
+def test_errors_of_several_sets_of_draws_are_put_together():
+    """Half of the observations from one draw in four, half from all: as the influence of each draw on the sum says."""
+    x, y = regression_data(2, 6)
+    posterior = pf.diagnose(regression, regression_guide(), x, y, draws=1000)
+    given = Work(posterior, None, 0).given(in_hand(posterior)._replace(controls=None))
+    few = pointwise.thinned(posterior, given, 4)
+    few = replace(few, regression=Regression(None, few.half))
+    first, second = pointwise.plain(given, [0, 1, 2]).influence, pointwise.plain(few, [3, 4, 5]).influence
+    tally = pointwise.Tally(independent=True)
+    tally.add(given, first)
+    tally.add(given, second, few)
+    whole = first.clone()
+    whole[::4] += second
+    assert len(second) == 250
+    assert tally.error() == pytest.approx(float(whole.norm()), rel=1e-9)
+    apart = pointwise.Tally(independent=False)
+    apart.add(given, first)
+    apart.add(given, second, few)
+    assert apart.error() == pytest.approx(float(first.norm() + second.norm()), rel=1e-9)
