@@ -20,9 +20,10 @@ from pyro_flows.fitting.multimodal import candidate_of
 from pyro_flows.fitting.ranks import Followed, RowsOfRank, ranks
 from pyro_flows.fitting.state import SHARE_OF_SECONDS, Plan
 from pyro_flows.flows.recipe import begin_at, begun_at, set_df
-from pyro_flows.guides.crossed import CrossedMarginal
+from pyro_flows.guides.crossed_marginal import CrossedMarginal
 from pyro_flows.guides.hierarchical import AutoHierarchicalFlow
-from pyro_flows.guides.marginal import MOST_DRAWS, Marginal
+from pyro_flows.guides.integrated import MOST_DRAWS
+from pyro_flows.guides.marginal import Marginal
 from pyro_flows.guides.marginal_density import INTEGRATED, MarginalDensity
 from pyro_flows.inference.chains.refine import fallback_sampler
 from pyro_flows.inference.modes.missed_modes import sentence_on

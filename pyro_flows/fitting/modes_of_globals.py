@@ -12,7 +12,7 @@ from pyro_flows.fitting.multimodal import MultimodalCandidate, candidate_of
 from pyro_flows.flows.flow import Flow
 from pyro_flows.flows.mixture import FlowMixture
 from pyro_flows.guides.collapsed import FEW_PARTS, FULL_UP_TO, climb, start_of_globals
-from pyro_flows.guides.marginal import MOST_DRAWS
+from pyro_flows.guides.integrated import MOST_DRAWS
 from pyro_flows.guides.marginal_density import MarginalDensity
 from pyro_flows.inference.modes.missed_modes import mirrored
 from pyro_flows.inference.modes.missed_regions import Guide, MissedRegion, Score, guide_at, is_resolved, moments

@@ -8,9 +8,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from pyro_flows.guides.conditional import Conditional, Rows, Start
-from pyro_flows.guides.crossed import CrossedMarginal
+from pyro_flows.guides.conditional import Conditional, Rows
+from pyro_flows.guides.crossed_marginal import CrossedMarginal
 from pyro_flows.guides.marginal import Marginal
+from pyro_flows.guides.runs import Start
 
 FEW_PARTS, MOST_PARTS = 8, 256  # minibatches by which a mode is found, and mended
 STEPS, TURNS = 40, 3  # of L-BFGS; that find the length of difference quotients

@@ -11,10 +11,11 @@ from pyro import poutine
 from torch import Tensor
 from torch._C import _functorch
 
-from pyro_flows.guides.conditional import Conditional, Rows, at_values, is_part
-from pyro_flows.guides.crossed import CrossedMarginal
+from pyro_flows.guides.collapsed import Density
+from pyro_flows.guides.conditional import Conditional, Rows
 from pyro_flows.guides.hierarchical import AutoHierarchicalFlow
-from pyro_flows.guides.marginal import ALL, Marginal
+from pyro_flows.guides.parts import ALL
+from pyro_flows.guides.runs import at_values, is_part
 from pyro_flows.model.batching import batch
 from pyro_flows.model.bijections import bijection
 from pyro_flows.model.digits import COMPARED_ONE_BY_ONE
@@ -43,7 +44,7 @@ class MarginalDensity(LogDensity):
 
     by_rows = True
 
-    def __init__(self, marginal: Marginal | CrossedMarginal) -> None:
+    def __init__(self, marginal: Density) -> None:
         self.marginal = marginal
         rows, first, nodes = marginal.rows, marginal.first, messages(marginal.first.at.trace)
         values = {name: bijection(nodes[name]["fn"])(value).to(marginal.dtype) for name, value in first.base.items()}
@@ -67,7 +68,7 @@ class MarginalDensity(LogDensity):
             "noncentered": coordinates_of(latents),
             "seed": marginal.seed,
             "count": marginal.count,
-            "wide": isinstance(marginal, Marginal) and marginal.wide,
+            "wide": marginal.wide,
             "level_error": self.level_error,
         }
 
@@ -86,9 +87,7 @@ class MarginalDensity(LogDensity):
         middle = z.to(begun)[torch.isfinite(z).all(1)].median(0).values if z.shape[1] == len(begun) else begun
         guide.find_modes(args, kwargs, middle)
         marginal = guide.density_of_globals(args, kwargs, middle, recipe["seed"])
-        marginal.count = recipe["count"]
-        if isinstance(marginal, Marginal):
-            marginal.wide = recipe["wide"]
+        marginal.count, marginal.wide = recipe["count"], recipe["wide"]
         found = cls(marginal)
         found.level_error = recipe["level_error"]
         return found
@@ -121,7 +120,7 @@ class MarginalDensity(LogDensity):
 
     def on_bounds(self, z: Tensor) -> list[str]:
         """Say which site rounding puts onto a bound, of the globals or of rows; see :class:`LogDensity`."""
-        worst = self.marginal.on_bounds(z) if isinstance(self.marginal, Marginal) else None
+        worst = self.marginal.on_bounds(z)
         return super().on_bounds(z) + ([] if worst is None else [lost_next_to(worst)])
 
     def local_samples(

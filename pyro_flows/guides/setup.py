@@ -22,8 +22,9 @@ from pyro_flows.flows.flow import Flow
 from pyro_flows.flows.mixture import FlowMixture
 from pyro_flows.flows.recipe import FlowLike, affine_of, begin_at, latent_recipe, start_at
 from pyro_flows.guides.collapsed import few_parts, start_of_globals
-from pyro_flows.guides.conditional import Rows, beginning
+from pyro_flows.guides.conditional import Rows
 from pyro_flows.guides.recorded import Maps
+from pyro_flows.guides.runs import beginning
 from pyro_flows.guides.store import Named, Whole, copy_stored, forget, in_svi, param_statement, place, was_loaded
 from pyro_flows.inference.starts.coordinates import choose_coordinates
 from pyro_flows.inference.starts.gaussians import Start

@@ -10,7 +10,8 @@ import torch
 from benchmarks.crossed import exact, models
 from benchmarks.crossed.reference import EFFECTS, REFERENCE
 from pyro_flows.guides.conditional import Rows
-from pyro_flows.guides.crossed import Crossed, CrossedMarginal
+from pyro_flows.guides.crossed import Crossed
+from pyro_flows.guides.crossed_marginal import CrossedMarginal
 from pyro_flows.model.reading import read_structure
 from pyro_flows.model.start import initial_value
 

@@ -788,7 +788,7 @@ def test_seconds_bound_the_whole_fit():
 
 
 PARTS = {
-    "finding starting points": ("pyro_flows.guides.hierarchical", "start_of_globals", 1),
+    "finding starting points": ("pyro_flows.guides.structured", "start_of_globals", 1),
     "training": ("pyro_flows.fitting.hierarchical", "_look", 1),
     "checking rows": ("pyro_flows.fitting.hierarchical", "_check_rows", 1),
     "searching for missed modes": ("pyro_flows.fitting.hierarchical", "missed", 1),

@@ -9,9 +9,10 @@ import torch
 from pyro.infer import SVI, Predictive, Trace_ELBO
 
 import pyro_flows as pf
-from pyro_flows.guides import hierarchical
+from pyro_flows.guides import structured
 from pyro_flows.guides.conditional import Rows
-from pyro_flows.guides.crossed import Crossed, CrossedMarginal, Expansion
+from pyro_flows.guides.crossed import Crossed, Expansion
+from pyro_flows.guides.crossed_marginal import CrossedMarginal
 from pyro_flows.model.reading import read_structure
 from pyro_flows.model.start import initial_value
 from tests.models import real
@@ -103,7 +104,7 @@ def test_density_gradient_mean_and_covariance_are_exact(batch):
 
 def test_the_density_is_that_of_the_data_that_it_is_asked_for(monkeypatch):
     """Other data than those of the first run have a system of their own: before, the first ones were judged."""
-    monkeypatch.setattr(hierarchical, "JOINT_UP_TO", 2)
+    monkeypatch.setattr(structured, "JOINT_UP_TO", 2)
     first, other = simulated(40, (6, 5)), simulated(40, (6, 5), seed=1)
     guide = pf.AutoHierarchicalFlow(ratings, layers=2, init="prior").initialize(*first, 16)
     assert guide._crossed is not None

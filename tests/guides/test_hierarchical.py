@@ -15,10 +15,11 @@ from torch.distributions import constraints
 
 import pyro_flows as pf
 from pyro_flows.flows.recipe import begun_at
-from pyro_flows.guides import hierarchical
-from pyro_flows.guides.conditional import Rows, at_values, beginning
-from pyro_flows.guides.crossed import CrossedMarginal
+from pyro_flows.guides import structured
+from pyro_flows.guides.conditional import Rows
+from pyro_flows.guides.crossed_marginal import CrossedMarginal
 from pyro_flows.guides.marginal import Marginal
+from pyro_flows.guides.runs import at_values, beginning
 from pyro_flows.guides.setup import best_start
 from pyro_flows.model.reading import read_structure
 from tests.models import real
@@ -928,7 +929,7 @@ def test_a_guide_that_began_by_two_rows_begins_anew():
 def test_values_and_gradients_are_exact_where_rows_are_normal():
     x = data(40)
     guide, rows = rows_of(normal_rows, x, 10)
-    density = Marginal(rows, real([0.5, -0.3]), guide._start, 0)
+    density = Marginal(rows, real([0.5, -0.3]), guide.modes.start, 0)
     assert len(density.parts) == 4
     z = real([[0.5, -0.3], [1.2, -1.0]]).requires_grad_()
     tau = z[:, 1].exp()
@@ -952,7 +953,7 @@ def test_rows_whose_scale_is_nearly_zero_keep_their_digits():
             pyro.sample("x", dist.Normal(z, 1.0), obs=x[index])
 
     guide, rows = rows_of(single, x, 10)
-    density = Marginal(rows, torch.tensor([0.5, -0.3]), guide._start, 0)
+    density = Marginal(rows, torch.tensor([0.5, -0.3]), guide.modes.start, 0)
     z = torch.tensor([[0.5, -20.0], [0.5, -8.0], [1.2, -1.0]])
     tau = z.double()[:, 1].exp()
     expected = dist.Normal(z.double()[:, :1], (1.0 + tau**2).sqrt()[:, None]).log_prob(x).sum(1)
@@ -972,20 +973,20 @@ def test_compiled_code_that_takes_no_double_stays_in_single():
             pyro.sample("x", dist.Normal(net(z.unsqueeze(-1)).squeeze(-1), 1.0), obs=x[index])
 
     guide, rows = rows_of(compiled, x, 10)
-    density = Marginal(rows, torch.tensor([0.5]), guide._start, 0)
+    density = Marginal(rows, torch.tensor([0.5]), guide.modes.start, 0)
     assert density.first.at.z.dtype == torch.float32
     assert bool(torch.isfinite(density(torch.tensor([[0.5], [1.0]]))).all())
 
 
 @pytest.mark.parametrize("batch", [None, 10])
 def test_priors_in_the_flow_that_depend_on_latents_in_plates_are_integrated(batch, monkeypatch):
-    monkeypatch.setattr(hierarchical, "JOINT_UP_TO", 3)  # the coefficients, and not what they depend on
+    monkeypatch.setattr(structured, "JOINT_UP_TO", 3)  # the coefficients, and not what they depend on
     y = data(40)
     x = torch.randn(40, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     guide, rows = rows_of(with_children, x, y, batch)
     assert guide.local == ["a"]
     z = real([[0.3, 0.5, -0.3, 0.1], [0.7, 1.2, -1.0, 2.0]])
-    density, (mu, b) = Marginal(rows, z[0], guide._start, 0), z.split([1, 3], 1)
+    density, (mu, b) = Marginal(rows, z[0], guide.modes.start, 0), z.split([1, 3], 1)
     expected = dist.Normal(mu, 0.75**0.5).log_prob(b).sum(1) + dist.Normal(0.0, 1.0).log_prob(mu[:, 0])
     assert torch.allclose(density(z), expected + dist.Normal(b @ x.mT, 1.0).log_prob(y).sum(1), atol=1e-6)
     drawn = density.local_draws(z[1:].expand(2000, 4), ["a"], torch.arange(3), seed=0)["a"]
@@ -1007,7 +1008,7 @@ def test_powers_of_priors_are_those_of_the_values(batch):
     y = real([0.0, 1.0, 1.0, 3.0, 6.0])
     guide, rows = rows_of(powers, y, batch)
     z = real([[-1.0], [0.0], [1.0]])
-    density = Marginal(rows, z[1], guide._start, 0)
+    density = Marginal(rows, z[1], guide.modes.start, 0)
     density.adapt(z)
     density.count = 128
     u = torch.linspace(-12.0, 5.0, 4001, dtype=torch.float64)
@@ -1025,7 +1026,7 @@ def test_small_differences_of_batches_are_not_lost_among_rows():
     z = real([[0.0, 0.0, 0.0], [0.5, -1.0, 2.0]])
     mean = (z - 0.1 * z.mean(1, keepdim=True)) @ x.mT
     expected = dist.Normal(mean, 3.0).log_prob(y).sum(1) + dist.Normal(0.0, 1.0).log_prob(z).sum(1)
-    assert torch.allclose(Marginal(rows, z[0], guide._start, 0)(z), expected, atol=1e-6)
+    assert torch.allclose(Marginal(rows, z[0], guide.modes.start, 0)(z), expected, atol=1e-6)
 
 
 def test_axes_that_are_in_no_plate_are_added_up():
@@ -1033,7 +1034,7 @@ def test_axes_that_are_in_no_plate_are_added_up():
     guide, rows = rows_of(matrix, x, data(20), 5)
     z = real([[0.0, 0.1, 0.2, 0.3], [0.5, -1.0, 2.0, 0.0]])
     expected = dist.Normal(z @ x.mT, 1.0).log_prob(data(20)).sum(1) + dist.Normal(0.0, 1.0).log_prob(z).sum(1)
-    assert torch.allclose(Marginal(rows, z[0], guide._start, 0)(z), expected, atol=1e-6)
+    assert torch.allclose(Marginal(rows, z[0], guide.modes.start, 0)(z), expected, atol=1e-6)
 
 
 def test_rows_of_a_subsample_are_no_parts_of_rows_around_them():
@@ -1042,7 +1043,7 @@ def test_rows_of_a_subsample_are_no_parts_of_rows_around_them():
     z = real([[0.2], [1.0]])
     expected = dist.Normal(z, 2.0**0.5).log_prob(torch.cat([x, y.flatten()])).sum(1)
     expected = expected + dist.Normal(0.0, 1.0).log_prob(z[:, 0])
-    assert torch.allclose(Marginal(rows, z[0], guide._start, 0)(z), expected, atol=1e-6)
+    assert torch.allclose(Marginal(rows, z[0], guide.modes.start, 0)(z), expected, atol=1e-6)
 
 
 def masked_priors(y, keep, both):
@@ -1060,10 +1061,10 @@ def test_a_prior_that_is_masked_where_data_are_not_is_refused():
     y, keep = data(12), torch.arange(12) % 2 == 0
     z = real([0.2, -0.5])
     guide, rows = rows_of(masked_priors, y, keep, True)
-    assert bool(Marginal(rows, z, guide._start, 0)(z[None]).isfinite())
+    assert bool(Marginal(rows, z, guide.modes.start, 0)(z[None]).isfinite())
     guide, rows = rows_of(masked_priors, y, keep, False)
     with pytest.raises(ValueError, match=r"^site 'z': expected a prior in each row that is read, .* site 'y' reads"):
-        Marginal(rows, z, guide._start, 0)
+        Marginal(rows, z, guide.modes.start, 0)
 
 
 def test_the_last_part_counts_rows_once():
@@ -1071,15 +1072,15 @@ def test_the_last_part_counts_rows_once():
     x = data(25)
     guide, rows = rows_of(normal_rows, x, 10)
     z = real([[0.5, -0.3]])
-    whole = Marginal(rows_of(normal_rows, x)[1], z[0], guide._start, 0)
-    assert torch.allclose(Marginal(rows, z[0], guide._start, 0)(z), whole(z), atol=1e-6)
+    whole = Marginal(rows_of(normal_rows, x)[1], z[0], guide.modes.start, 0)
+    assert torch.allclose(Marginal(rows, z[0], guide.modes.start, 0)(z), whole(z), atol=1e-6)
 
 
 def test_counts_come_to_the_integral():
     """Against quadrature, within what the halves of the draws say of the error."""
     y = real([0.0, 0.0, 1.0, 3.0, 8.0])
     guide, rows = rows_of(counts, y)
-    density = Marginal(rows, real([0.5]), guide._start, 0)
+    density = Marginal(rows, real([0.5]), guide.modes.start, 0)
     density.count = 64
     z = real([[0.2], [1.0]])
     assert density.adapt(z)
@@ -1104,7 +1105,7 @@ def test_models_without_batches_have_the_same_values(model, batched):
     """Points are mapped, each with runs of its own; where that fails, their runs are those of one point."""
     x, group = data(40), torch.arange(40) % 4
     guide, rows = rows_of(model, x, group)
-    density = Marginal(rows, real([0.5]), guide._start, 0)
+    density = Marginal(rows, real([0.5]), guide.modes.start, 0)
     assert density.batched is batched
     assert (density.rows.axes is not None) is batched
     z = real([[0.2], [1.0]])
@@ -1216,7 +1217,7 @@ def test_points_are_mapped_where_a_regression_takes_one():
     found = []
     for model in (regression, in_batches):
         guide, rows = rows_of(model, X, y, 10)
-        density = Marginal(rows, z[0], guide._start, 0)
+        density = Marginal(rows, z[0], guide.modes.start, 0)
         density.adapt(z)
         assert density.batched
         assert (density.rows.axes is None) is (model is in_batches)

@@ -21,7 +21,7 @@ from pyro_flows.flows.flow import Flow
 from pyro_flows.flows.mixture import FlowMixture
 from pyro_flows.flows.recipe_json import not_rebuilt, restored, to_json
 from pyro_flows.guides.autoflow import AutoFlow
-from pyro_flows.guides.marginal import DRAWS_MOST
+from pyro_flows.guides.integrated import DRAWS_MOST
 from pyro_flows.guides.marginal_density import INTEGRATED, MarginalDensity
 from pyro_flows.inference.record import Record
 from pyro_flows.inference.verdict.chains import McmcDiagnostics, McmcDraws
