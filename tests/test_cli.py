@@ -460,7 +460,7 @@ def test_a_checkpoint_of_something_else_is_refused(folder, tmp_path):
         *("fit", f"{folder}/models.py:schools", "--data", folder / "data.json", "--out", tmp_path / "out"),
         *("--checkpoint", tmp_path / "kept"),
     )
-    assert refused(done).startswith("pyro-flows: error: checkpoint: expected one of this release and call, got that of")
+    assert refused(done).startswith("pyro-flows: error: checkpoint: expected one of this release, got that of")
     assert not (tmp_path / "out").exists()
 
 

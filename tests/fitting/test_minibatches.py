@@ -442,7 +442,7 @@ def test_likelihoods_of_rows_come_to_the_integral(model):
     exact, y = FAR[model]
     guide = pf.AutoHierarchicalFlow(model, layers=2, init="prior").initialize(y, 10)
     middle = real([-0.5, -0.3])
-    density = Marginal(guide._rows((y, 10), {}), middle, guide._start, 0)
+    density = Marginal(guide._rows((y, 10), {}), middle, guide.modes.start, 0)
     z = middle + 0.3 * torch.randn(16, 2, generator=generator(1), dtype=torch.float64)
     errors = density.choose_count(z)
     assert density.wide
@@ -495,7 +495,7 @@ def test_rows_that_rounding_puts_onto_a_bound_are_named(model, middle, lost):
     y = real([0.0, 8.0, 8.0, 3.0]).repeat(5)
     guide = pf.AutoHierarchicalFlow(model, layers=2, init="prior").initialize(y, 10)
     z = real([middle]).log() + 0.1 * torch.randn(20, 1, generator=generator(1), dtype=torch.float64)
-    marginal = Marginal(guide._rows((y, 10), {}), z[0], guide._start, 0)
+    marginal = Marginal(guide._rows((y, 10), {}), z[0], guide.modes.start, 0)
     assert (marginal.rows.axes is not None) == (model is relaxed_rows)
     marginal.adapt(z)
     marginal.count = 64
@@ -541,7 +541,7 @@ def test_rows_of_two_numbers_come_to_the_integral():
     x = torch.randn(12, 4, generator=generator(0), dtype=torch.float64)
     y = (x + torch.randn(12, 4, generator=generator(1), dtype=torch.float64) > 0.0).double()
     guide = pf.AutoHierarchicalFlow(two_numbers, layers=2, init="prior").initialize(y, x, 4)
-    density = Marginal(guide._rows((y, x, 4), {}), real([0.2]), guide._start, 0)
+    density = Marginal(guide._rows((y, x, 4), {}), real([0.2]), guide.modes.start, 0)
     z = real([[0.2], [-0.5], [1.0]])
     errors = density.choose_count(z)
     nodes = torch.linspace(-14.0, 14.0, 281, dtype=torch.float64)
