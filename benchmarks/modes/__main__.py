@@ -1,11 +1,10 @@
-"""Posteriors of several modes: one call of ``fit``, against one run a mode and against annealing from one run.
+"""Posteriors of several modes: one call of ``fit``, against one run a mode.
 
     python -m benchmarks.modes
-    python -m benchmarks.modes --only slcp_1 mixture --ways fit smc
+    python -m benchmarks.modes --only slcp_1 mixture --ways fit
 
 - fit: as it comes, a mixture at all modes of a survey, or tables of independent coordinates, where these are enough.
 - runs: the same without both, so that a run starts at each missed mode, weighted by evidence.
-- smc: one run, then annealing from it (``refine(method="smc")``).
 
 Rows are added to a CSV file as they are done.
 """
@@ -83,9 +82,6 @@ def fit(problem: Problem, way: str, seed: int) -> pf.Posterior:
     told: dict[str, Any] = {"seed": seed, "progress": False}
     if way == "fit":
         return pf.fit(problem.model, *problem.data(), **told)
-    if way == "smc":
-        first = pf.fit(problem.model, *problem.data(), escalate=False, refine=False, **told)
-        return first.refine(method="smc", progress=False)
     nothing: Any = lambda *_, **__: None  # noqa: E731
     told["max_seconds"] = LIMIT
     with mock.patch.object(methods, "multimodal", nothing), mock.patch.object(combine, "multimodal", nothing):
@@ -135,7 +131,7 @@ def section(rows: Sequence[Row], table: Any, about: Any) -> str:
     text = (
         "Figures are those of the worst seed, seconds medians.\n\n"
         "`fit`: as it comes. `runs`: one run a mode instead, weighted by evidence, with "
-        f"{LIMIT:.0f} seconds of the clock. `smc`: one run, then annealing. "
+        f"{LIMIT:.0f} seconds of the clock. "
         "A mode is found if it has 25 % of its mass; masses are relative to the right "
         "ones. C2ST is the accuracy of sbibm's classifier on 4000 draws of each kind, .5 if it cannot tell them apart. "
         f"Seconds are of the processor.\n\n{about(rows)} pyro_flows "
@@ -169,7 +165,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         prog="python -m benchmarks.modes", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--only", nargs="+", choices=PROBLEMS, default=list(PROBLEMS))
-    parser.add_argument("--ways", nargs="+", choices=("fit", "runs", "smc"), default=["fit", "runs", "smc"])
+    parser.add_argument("--ways", nargs="+", choices=("fit", "runs"), default=["fit", "runs"])
     parser.add_argument("--seeds", type=records.positive, default=3, help="from 0 on (default: 3)")
     parser.add_argument("--out", type=Path, default=OUT)
     options = parser.parse_args(arguments)

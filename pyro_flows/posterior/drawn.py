@@ -252,12 +252,9 @@ class Drawn(Record):
         Called again, it goes on where it was, as if it had not been cut short. The guide's own draws stay: ``z``.
 
         Args:
-            method: ``"hmc"``: Hamiltonian moves alone; ``"imh"``: with four independent proposals of the flow, or
-                mixture, before each move;
-                ``"smc"``: chains begin where particles come to that are annealed from the flow to the posterior, which
-                also gives ``log_evidence`` (its standard error is in ``history``); ``"auto"``: with one independent
-                proposal before each move, unless the flow's weights tell that it would be in vain. Chains of a mixture
-                move in the latent space of one part at a time, and change parts.
+            method: ``"hmc"``: Hamiltonian moves alone; ``"auto"``: with one independent proposal of the flow before
+                each move, unless its weights tell that it would be in vain. Chains of a mixture move in the latent
+                space of one part at a time, and change parts.
             chains: how many, a multiple of 8.
             max_steps: bound on the moves of each chain, warm-up included; a move takes a few gradients.
             max_seconds: bound on the seconds.

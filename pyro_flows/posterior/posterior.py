@@ -102,13 +102,12 @@ class Posterior(Drawn):
 
         ``importance``: the mean of :math:`\tilde p / q` over fresh draws of the flow. ``bridge``: Meng and Wong's
         bridge between q and the draws to use, where these are of the posterior, that is, Markov chains; q is the flow,
-        or, without one, a Student t fitted to the first half of each chain. ``smc``: what a run of sequential Monte
-        Carlo left in ``history``. ``auto``: all that can be used; the one with the smallest standard error is chosen,
-        and all are listed. Importance sampling more than 3 joint errors from the bridge has no error: its weights say
-        nothing of what q does not draw, and the chains were there.
+        or, without one, a Student t fitted to the first half of each chain. ``auto``: all that can be used; that with
+        the smallest standard error is chosen, and all are listed. Importance sampling more than 3 joint errors from the
+        bridge has no error: its weights say nothing of what q does not draw, and the chains were there.
 
         Args:
-            method: ``"auto"``, ``"importance"``, ``"bridge"`` or ``"smc"``.
+            method: ``"auto"``, ``"importance"`` or ``"bridge"``.
             draws: of the flow or guide, 16 000 by default, each scored once. Without a model, the raw ones are taken.
             error: standard error that is asked of importance sampling, nats, in the place of ``draws``. Draws are added
                 to those of the posterior until it is reached, 16 000 at most. Where latents in plates were integrated

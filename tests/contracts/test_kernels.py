@@ -259,20 +259,6 @@ def test_target_and_gradient_in_latent_space(mixed):
     torch.testing.assert_close(points.log_weight, points.log_p - whole.detach(), rtol=1e-6, atol=1e-6)
 
 
-def test_tempering_leads_from_the_flow_to_the_posterior():
-    """At temperature 0 the target is the flow: its own draws stay its own."""
-    space, _ = latent("banana")
-    torch.manual_seed(0)
-    points = space.look(*space.draw(CHAINS))
-    before = points.x
-    for _ in range(4):
-        points, taken = independent(space, points, beta=0.0)
-        assert bool(taken.all())
-        metric = Metric.of(torch.ones(3, dtype=REAL))
-        points = hamiltonian(space, points, step=0.5, leaps=4, metric=metric, beta=0.0).points
-    torch.testing.assert_close(points.x.std(0), before.std(0), rtol=0.06, atol=0.0)
-
-
 def test_points_where_the_model_breaks_down_are_never_taken():
     def model():
         x = pyro.sample("x", dist.Normal(torch.zeros(3, dtype=REAL), 1.0).to_event(1))

@@ -1,8 +1,6 @@
 r"""Moves of many chains at once that leave the posterior as it is: Hamiltonian ones, independent ones, changes of part.
 
-All act on :class:`~pyro_flows.inference.modes.under_covered.Points`. Hamiltonian and independent ones are tempered by
-:math:`\beta`: their target is :math:`\pi_\beta \propto q_0^{1 - \beta}\, \pi^\beta` in latent space, the posterior at
-:math:`\beta = 1`.
+All act on :class:`~pyro_flows.inference.modes.under_covered.Points`.
 
 Where the posterior is the same at all images of a point under exact symmetries, a chain that stands for y in part k
 stands for y in any other part with the same chance. So the part is drawn anew for each draw. How fast chains move is
@@ -16,20 +14,17 @@ adjusted microcanonical Hamiltonian Monte Carlo" (arXiv 2503.01707).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, fx
 
 from pyro_flows.flows.stacked import Images
-from pyro_flows.inference.chains.adaptation import Kernel, Metric, Moved, scale_of
+from pyro_flows.inference.chains.adaptation import Metric, Moved
 from pyro_flows.inference.chains.latent import Latent, only_finite
 from pyro_flows.inference.modes.symmetries import are_the_same
 from pyro_flows.inference.modes.under_covered import Points
 from pyro_flows.model.graphs import Runner, record
-from pyro_flows.support.process.seeding import derive
-from pyro_flows.support.thresholds import ESS_SHARE_PROMISING, EVIDENCE_GAP_NEGLIGIBLE
+from pyro_flows.support.thresholds import EVIDENCE_GAP_NEGLIGIBLE
 
 
 def turned(u: Tensor, slope: Tensor, step: float | Tensor) -> tuple[Tensor, Tensor]:
@@ -97,27 +92,17 @@ def _recorded(graph: fx.GraphModule, points: Tensor, metric: Metric) -> fx.Graph
     return record(step, points.clone(), unit, *(part.clone() for part in metric), unit.new_ones(2))
 
 
-def tempered(points: Points, beta: float) -> tuple[Tensor, Tensor]:
-    """Return the log density (C,) of the tempered target and its gradient (C, D)."""
-    if beta == 1.0:
-        return points.log_pi, points.slope
-    value = beta * points.log_pi + (1.0 - beta) * points.log_ref
-    return value, beta * points.slope + (1.0 - beta) * points.ref_slope
-
-
 @torch.no_grad()
-def hamiltonian(latent: Latent, points: Points, *, step: float, leaps: int, metric: Metric, beta: float = 1.0) -> Moved:
+def hamiltonian(latent: Latent, points: Points, *, step: float, leaps: int, metric: Metric) -> Moved:
     """Move all chains once, by ``leaps`` leapfrog steps of ``step`` in units of ``metric``; cost: a gradient a leap."""
     velocity = torch.randn_like(points.x)
-    value, slope = tempered(points, beta)
-    start = 0.5 * velocity.square().sum(1) - value
+    start = 0.5 * velocity.square().sum(1) - points.log_pi
     new = points
-    velocity = velocity + 0.5 * step * metric.back(slope)
+    velocity = velocity + 0.5 * step * metric.back(points.slope)
     for number in range(leaps):
         new = latent.look(new.x + step * metric.out(velocity), points.k)
-        value, slope = tempered(new, beta)
-        velocity = velocity + (0.5 if number == leaps - 1 else 1.0) * step * metric.back(slope)
-    end = 0.5 * velocity.square().sum(1) - value
+        velocity = velocity + (0.5 if number == leaps - 1 else 1.0) * step * metric.back(new.slope)
+    end = 0.5 * velocity.square().sum(1) - new.log_pi
     return _landed(points, new, velocity, torch.where(torch.isfinite(end), end - start, torch.inf), start, end)
 
 
@@ -133,10 +118,10 @@ def _landed(points: Points, new: Points, velocity: Tensor, error: Tensor, start:
 
 
 @torch.no_grad()
-def independent(latent: Latent, points: Points, *, beta: float = 1.0) -> tuple[Points, Tensor]:
+def independent(latent: Latent, points: Points) -> tuple[Points, Tensor]:
     """Propose a draw of the flow or mixture to each chain; return the points and which were taken. Cost: a gradient."""
     new = latent.look(*latent.draw(len(points.x)))
-    gain = beta * (new.log_weight - points.log_weight)
+    gain = new.log_weight - points.log_weight
     taken = torch.rand_like(gain).log() < gain.nan_to_num(nan=-torch.inf)
     return new.where(taken, points), taken
 
@@ -227,96 +212,3 @@ def _is_symmetric(latent: Latent, points: Points) -> bool:
     there = latent.look(points.x, (points.k + steps) % many).log_pi
     usable = torch.isfinite(points.log_pi)
     return bool(usable.any()) and bool(are_the_same(there, points.log_pi)[usable].all())
-
-
-# annealing from the flow to the posterior -----------------------------------------------------------------------------
-
-# Particles are drawn from the flow or mixture q and go through q^(1 - b) p^b, beta = b. Each step takes it as far as
-# weights keep a given share of the effective particles; then they are resampled, and moved until they have forgotten
-# where they came from. The product of the mean weights is an unbiased estimate of the evidence. Several populations
-# side by side give its standard error. Reference: Del Moral, Doucet and Jasra 2006, "Sequential Monte Carlo samplers".
-
-
-@dataclass
-class Annealed:
-    """Equally weighted particles (P,), their log evidence and its error in nats, and each beta, 1 the last."""
-
-    points: Points
-    log_evidence: float = math.nan
-    standard_error: float = math.nan
-    temperatures: list[float] = field(default_factory=list)
-
-
-@torch.no_grad()
-def anneal(
-    latent: Latent, particles: int, populations: int, *, seed: int,
-    report: Callable[[str], None] = lambda text: None,
-) -> Annealed:  # fmt: skip
-    """Anneal ``particles`` in some populations, which share temperatures and the kernel.
-
-    Cost: about ten gradients for each particle and temperature.
-    """
-    torch.manual_seed(derive(seed, "annealing"))
-    found = Annealed(latent.look(*latent.draw(particles)))
-    log_sums = torch.zeros(populations, dtype=torch.float64, device=found.points.x.device)
-    kernel, beta, number = Kernel.start(latent.dim), 0.0, 0
-    metric = Metric.of(torch.ones_like(found.points.x[0]))
-    while beta < 1.0 and len(found.temperatures) < 200:  # at most
-        ahead = _next(found.points.log_weight.double(), beta)
-        increments = ((ahead - beta) * found.points.log_weight.double()).nan_to_num(nan=-math.inf)
-        parts = increments.reshape(populations, -1)
-        log_sums += torch.logsumexp(parts, 1) - math.log(parts.shape[1])
-        beta = ahead
-        found.temperatures.append(beta)
-        report(f"temperature {beta:.3g}")
-        found.points = _resampled(found.points, parts)
-        for _ in range(12 if beta == 1.0 else 4):  # more moves at the last temperature
-            found.points = _moved(latent, found.points, kernel, metric, beta, number)
-            number += 1
-        metric = Metric.of(scale_of(found.points.x))
-    if beta == 1.0:
-        found.log_evidence = float(torch.logsumexp(log_sums, 0)) - math.log(populations)
-        ratios = (log_sums - found.log_evidence).exp()
-        found.standard_error = float(ratios.std() / math.sqrt(populations))
-    return found
-
-
-def _next(log_weights: Tensor, beta: float) -> float:
-    """Return the next temperature: the farthest at which half of the particles are effective."""
-
-    def share(ahead: float) -> float:
-        weights = torch.softmax(((ahead - beta) * log_weights).nan_to_num(nan=-math.inf), 0)
-        return float(1.0 / (weights.square().sum() * len(weights)))
-
-    if share(1.0) >= ESS_SHARE_PROMISING:
-        return 1.0
-    low, high = beta, 1.0
-    for _ in range(40):
-        middle = 0.5 * (low + high)
-        low, high = (middle, high) if share(middle) >= ESS_SHARE_PROMISING else (low, middle)
-        if high - low < 0.1 * (low - beta):  # the last digits do not matter
-            break
-    return max(low, beta + 1e-6)
-
-
-def _resampled(points: Points, increments: Tensor) -> Points:
-    """Resample each population (rows of ``increments``) systematically by its weights."""
-    size = increments.shape[1]
-    chosen = []
-    for number, row in enumerate(increments):
-        cumulative = torch.softmax(row, 0).cumsum(0)
-        offset = torch.rand((), dtype=row.dtype, device=row.device)
-        places = (torch.arange(size, dtype=row.dtype, device=row.device) + offset) / size
-        index = torch.searchsorted(cumulative, places * cumulative[-1]).clamp_max(size - 1)
-        chosen.append(number * size + index)
-    index = torch.cat(chosen)
-    return Points(*(part[index] for part in points))
-
-
-def _moved(latent: Latent, points: Points, kernel: Kernel, metric: Metric, beta: float, number: int) -> Points:
-    """Move all particles once, by each kind of move; the step size follows."""
-    points, _ = independent(latent, points, beta=beta)
-    points = relabel(latent, points)
-    moved = hamiltonian(latent, points, step=kernel.step, leaps=kernel.leaps(number), metric=metric, beta=beta)
-    kernel.adapt(points, moved, metric, number)
-    return moved.points

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from pyro_flows.flows.flow import Flow
 from pyro_flows.flows.mixture import FlowMixture
-from pyro_flows.inference.chains.hmc import Annealed
 from pyro_flows.inference.chains.sampler import Sampler
 from pyro_flows.inference.chains.search import MissedByChains, bridge, held_out, missed_by_chains
 from pyro_flows.inference.chains.starts import affine_flow, flow_of
@@ -51,7 +50,6 @@ class Work:
     searched: bool = False  # for modes that the guide misses, and none was found
     passed: bool = False  # the chains went through the search for what they miss already
     sampler: Sampler | None = None
-    annealed: Annealed | None = None
     failures: list[str] = field(default_factory=list)
     gradients: int = 0
 
@@ -82,9 +80,7 @@ def concluded(posterior: Recorded, work: Work, seed: int, clock: Clock) -> Recor
     if posterior._of_mcmc and verdict.status != "refined":  # the draws to use stay the other sampler's
         chains, verdict = posterior.chains, replace(verdict, chains=posterior.verdict.chains)
     evidence = posterior.log_evidence
-    if work.annealed is not None and math.isfinite(work.annealed.log_evidence):
-        evidence = work.annealed.log_evidence
-    elif chains is not None and verdict.status == "refined" and not verdict.supports_evidence:
+    if chains is not None and verdict.status == "refined" and not verdict.supports_evidence:
         density = posterior._need_model()
         if not density.by_rows:  # a bridge takes thousands of passes over all rows
             evidence = evidence_of(flow_of(posterior), around(chains), chains, density)
@@ -217,10 +213,6 @@ def _stage(work: Work, found: McmcDiagnostics | None, verdict: Verdict) -> Stage
     entry |= {"gradients": work.gradients, "figures": as_numbers(found)}
     if work.sampler is not None:
         entry |= {"sweeps": work.sampler.numbers["sweeps"], "kernel": work.sampler.kernel.stored()}
-    if work.annealed is not None:
-        entry["temperatures"] = list(work.annealed.temperatures)
-        entry["log_evidence"] = work.annealed.log_evidence
-        entry["standard_error"] = work.annealed.standard_error
     return Stage(STAGE, details=entry)
 
 

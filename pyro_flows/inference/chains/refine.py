@@ -13,7 +13,6 @@ from torch import Tensor
 
 from pyro_flows.flows.flow import Flow
 from pyro_flows.flows.mixture import FlowMixture
-from pyro_flows.inference.chains.hmc import anneal
 from pyro_flows.inference.chains.judging import Work, around, concluded, covered_by, evidence_of
 from pyro_flows.inference.chains.latent import Latent
 from pyro_flows.inference.chains.sampler import CHAINS, HAMILTONIAN, MICROCANONICAL, SUBCHAINS, Sampler
@@ -37,7 +36,7 @@ from pyro_flows.support.process.seeding import derive, seeded
 from pyro_flows.support.process.threads import alone, few_threads
 from pyro_flows.support.thresholds import ESS_OF_MCMC, ESS_SHARE_COLLAPSED, R_HAT_CONVERGED
 
-METHODS = ("auto", "hmc", "imh", "smc")
+METHODS = ("auto", "hmc")
 MAX_STEPS = 2000  # sweeps of each chain
 
 
@@ -109,9 +108,6 @@ def _sample(posterior: Recorded, work: Work, chains: int, max_steps: int, seed: 
     if not bool(torch.isfinite(posterior.log_p).any()):
         raise NoStart("no draw of the guide has a finite density")
     z = posterior.z
-    if work.method == "smc":
-        work.annealed = anneal(latent, max(1024, chains), CHAINS // SUBCHAINS, seed=seed, report=bar.show)
-        z, weights = work.annealed.points.z, torch.zeros_like(work.annealed.points.log_p)
     z = dispersed_points(latent, z, weights, chains // SUBCHAINS, seed=derive(seed, "starts of chains"))
     moves = HAMILTONIAN if work.method == "hmc" else MICROCANONICAL
     proposals = _proposals(posterior, work.method)
@@ -124,11 +120,7 @@ def _sample(posterior: Recorded, work: Work, chains: int, max_steps: int, seed: 
 def _proposals(posterior: Recorded, method: str) -> int:
     """How many independent proposals go with each move by the gradient."""
     mixed = isinstance(posterior.flow, FlowMixture)
-    if method == "imh":
-        return 4
-    if method == "hmc":
-        return int(mixed)
-    return int(mixed or posterior.verdict.ess_ratio >= ESS_SHARE_COLLAPSED)
+    return int(mixed or (method == "auto" and posterior.verdict.ess_ratio >= ESS_SHARE_COLLAPSED))
 
 
 def can_go_on(posterior: Record) -> bool:

@@ -101,12 +101,6 @@ Adaptive Importance Sampling in General Mixture Classes
 journal = Statistics and Computing; volume = 18; number = 4; pages = 447--459; doi = 10.1007/s11222-008-9059-x;
   eprint = 0710.4242
 
-article DelMoral2006
-Del Moral, Pierre and Doucet, Arnaud and Jasra, Ajay
-Sequential {Monte Carlo} Samplers
-journal = Journal of the Royal Statistical Society Series B; volume = 68; number = 3; pages = 411--436;
-  doi = 10.1111/j.1467-9868.2006.00553.x
-
 inproceedings Dinh2015
 Dinh, Laurent and Krueger, David and Bengio, Yoshua
 {NICE}: Non-linear Independent Components Estimation

@@ -29,7 +29,7 @@ ERROR_OF_ROWS = 0.05  # nats: the standard error that is asked by default where 
 MORE = 4  # times as many draws of a Student t with the moments of chains
 APART = 3  # joint errors: estimates so far apart are of different posteriors
 ROUNDS, FINE = 3, 0.003  # rounds of moments of weighted draws at most; nats, an error with which no further one is made
-NAMES = {"importance": "importance sampling", "bridge": "bridge sampling", "smc": "sequential Monte Carlo"}
+NAMES = {"importance": "importance sampling", "bridge": "bridge sampling"}
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Estimate:
     r"""One method's estimate of the log evidence :math:`\log p(y)`, nats.
 
     Attributes:
-        method: ``"importance"``, ``"bridge"`` or ``"smc"``.
+        method: ``"importance"`` or ``"bridge"``.
         value: the estimate; NaN where the method cannot be used.
         standard_error: its standard error; infinite where no error can be stated.
         note: why a method was not used, or has no error; empty otherwise.
@@ -126,7 +126,7 @@ def evidence(
     count = DRAWS if draws is None else draws
     wanted = NAMES if method == "auto" else (method,)
     makers: dict[str, Callable[[Record, int], Estimate]]
-    makers = {"importance": partial(_importance, error=error), "bridge": _bridge, "smc": _smc}
+    makers = {"importance": partial(_importance, error=error), "bridge": _bridge}
     posterior._check_unchanged()
     numbers = 0 if posterior.density is None else posterior.density.numbers
     device = posterior._used.device
@@ -148,7 +148,7 @@ def evidence(
 
 def _doubted(estimate: Estimate) -> Estimate:
     """Take the error away: draws that miss a part of the posterior know nothing of what the part weighs."""
-    if math.isnan(estimate.value) or estimate.method == "smc":
+    if math.isnan(estimate.value):
         return estimate
     return Estimate(estimate.method, estimate.value, math.inf, "the verdict on the draws is unreliable")
 
@@ -313,15 +313,3 @@ def _bridge_by_halves(posterior: Record, density: LogDensity, count: int) -> Bri
     at_p = log_p.double().cpu() - proposal.log_prob(rest)
     at_q = density(z.to(posterior._used)).double().cpu() - log_q
     return bridge(at_p, at_q, chains)
-
-
-# sequential Monte Carlo -----------------------------------------------------------------------------------------------
-
-
-def _smc(posterior: Record, count: int) -> Estimate:
-    """Take the estimate of a run that the posterior's history tells of: ``log_evidence`` and its standard error."""
-    for stage in reversed(posterior.history):
-        found = stage.get("details") or {}
-        if "standard_error" in found:
-            return Estimate("smc", float(found["log_evidence"]), float(found["standard_error"]))
-    return Estimate("smc", math.nan, math.inf, "not used: no sequential Monte Carlo was run")

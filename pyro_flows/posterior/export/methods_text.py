@@ -264,11 +264,9 @@ def _chains(text: Text, posterior: Record) -> None:
     moves, keys = MOVES[numbers["moves"]]
     within = f"the latent space of this approximation {text.cite('Hoffman2019')}"
     space = "standardized coordinates" if posterior.flow is None else within
-    smc = numbers["method"] == "smc"
-    annealed = f", after annealing by sequential Monte Carlo {text.cite('DelMoral2006')}" if smc else ""
     text.say(
         f"the {figures.chains * figures.draws} draws reported are those of {figures.chains} Markov chains of {moves} "
-        f"{text.cite(*keys)} in {space}{annealed}, which began at weighted draws of the approximation and at points "
+        f"{text.cite(*keys)} in {space}, which began at weighted draws of the approximation and at points "
         "that it under-represents"
     )
     _search(text, posterior)

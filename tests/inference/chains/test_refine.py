@@ -74,27 +74,14 @@ def test_chains_finish_the_work(narrow, refined):
     assert refined.history[-1]["details"]["gradients"] > 10_000
 
 
-@pytest.mark.parametrize("method", ["hmc", "imh", "smc"])
-def test_each_method_comes_to_the_same(method, narrow):
-    found = narrow.refine(method, seed=5)
+def test_hamiltonian_moves_come_to_the_same(narrow):
+    found = narrow.refine("hmc", seed=5)
     assert found.verdict.status == "refined", found.verdict
     check_schools(found)
-    assert found.history[-1]["details"]["method"] == method
-    assert math.isnan(found.verdict.chains.independence) == (method != "imh")
+    assert found.history[-1]["details"]["method"] == "hmc"
+    assert math.isnan(found.verdict.chains.independence)
     assert any("no search" in note for note in narrow.verdict.notes)
     assert not any("no search" in note for note in found.verdict.notes), "chains are searched"
-
-
-def test_annealing_gives_the_evidence(narrow):
-    """y_i ~ N(0, sqrt 5): the exact evidence, within four of its own standard errors and .3 nats."""
-    found = narrow.refine("smc")
-    exact = float(dist.Normal(0.0, 5.0**0.5).log_prob(Y).sum())
-    stage = found.history[-1]["details"]
-    assert found.log_evidence == stage["log_evidence"]
-    assert abs(found.log_evidence - exact) < min(4.0 * stage["standard_error"], 0.3)
-    assert stage["standard_error"] < 0.1
-    assert stage["temperatures"][-1] == 1.0
-    assert stage["temperatures"] == sorted(stage["temperatures"])
 
 
 def test_chains_give_the_evidence(narrow, refined):
@@ -270,7 +257,7 @@ def test_chains_change_modes_and_find_their_masses():
     assert "R-hat between starts in different modes" in str(posterior.verdict.chains)
 
 
-@pytest.mark.parametrize("method", ["auto", "hmc", "smc"])
+@pytest.mark.parametrize("method", ["auto", "hmc"])
 @pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_mode_that_no_chain_visits_is_never_refined(method, seed):
     posterior = two_by(9.0).refine(method, seed=seed)

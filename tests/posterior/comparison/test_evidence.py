@@ -9,15 +9,11 @@ import pytest
 import torch
 
 import pyro_flows as pf
-from pyro_flows.inference.record import Stage
 from pyro_flows.inference.verdict.psis import psis
 from pyro_flows.posterior.comparison.bridge import bridge, fit_proposal
 from pyro_flows.posterior.comparison.evidence import compared, convergence_rate, importance
 from tests.conjugate import (
-    COUNTS,
     PINE,
-    counts,
-    counts_guide,
     pine,
     pine_data,
     pine_guide,
@@ -148,9 +144,9 @@ def test_draws_are_added_until_the_error_is_as_asked():
 def test_all_methods_are_listed_and_one_is_chosen():
     posterior = schools_posterior("ok")
     found = posterior.evidence()
-    assert [estimate.method for estimate in found.estimates] == ["importance", "bridge", "smc"]
+    assert [estimate.method for estimate in found.estimates] == ["importance", "bridge"]
     assert found.value == found.estimates[0].value
-    assert all(name in str(found) for name in ("importance sampling", "bridge sampling", "sequential Monte Carlo"))
+    assert all(name in str(found) for name in ("importance sampling", "bridge sampling"))
     low, high = found.interval
     assert high - low == pytest.approx(2 * NORMAL_95 * found.standard_error)
     assert found.value == posterior.evidence(seed=0).value
@@ -160,16 +156,6 @@ def test_all_methods_are_listed_and_one_is_chosen():
         posterior.evidence("brigde")
     with pytest.raises(AttributeError):
         found.value = 0.0
-
-
-def test_a_run_of_smc_that_the_history_tells_of_is_used():
-    posterior = pf.diagnose(counts, counts_guide(12.0, 8.0), COUNTS, draws=1000)
-    assert posterior.evidence().method == "importance"
-    stage = Stage("refinement", details={"log_evidence": -10.5, "standard_error": 1e-6}).as_dict()
-    found = replace(posterior, history=(*posterior.history, stage)).evidence()
-    assert (found.value, found.method) == (-10.5, "smc")
-    rounding = posterior.density.known_rounding(posterior._used)
-    assert found.standard_error == pytest.approx(math.hypot(1e-6, rounding))
 
 
 def test_without_a_model_the_raw_draws_are_taken(tmp_path):
@@ -295,11 +281,3 @@ def test_the_proposal_has_the_moments_and_the_density_that_it_says():
     torch.testing.assert_close(log_q[:100], whole.log_prob(drawn[:100]), rtol=1e-5, atol=1e-5)
     with pytest.raises(ValueError, match="at least 14"):
         fit_proposal(z[:5])
-
-
-def test_annealing_leaves_an_evidence():
-    """What ``refine("smc")`` found is one of the estimates, and right."""
-    posterior = pf.diagnose(counts, counts_guide(12.0, 8.0), COUNTS, draws=1000)
-    found = posterior.refine("smc").evidence("smc")
-    assert found.method == "smc"
-    assert abs(found.value - posterior.evidence().value) < 4.0 * found.standard_error + 0.05
