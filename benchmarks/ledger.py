@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import statistics
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -62,12 +63,14 @@ class Entry:
         status: of the verdict.
         seconds: of the processor.
         account: what :class:`pyro_flows.support.process.ledger.Ledger` kept, empty in rows of earlier code.
+        off: the worst error of a mean, in sds, and of an sd, the absolute log ratio; none where they are not known.
     """
 
     outcome: str
     status: str
     seconds: float
     account: dict[str, object] = field(default_factory=dict)
+    off: tuple[float, ...] = ()
 
     @property
     def method(self) -> str:
@@ -107,6 +110,7 @@ OF: dict[str, tuple[Callable[[Row], tuple[str, ...]], Callable[[Row], str], str]
     ),
     "modes": (lambda row: (row["target"], row["seed"]), lambda row: outcome(_modes_right(row), row), "seconds"),
 }  # of each table: what tells its fits apart, their outcome, and the column of seconds
+ERRORS = {"posteriordb": ("used_mean", "used_sd"), "larger": ("mean", "sd"), "named": ("mean_error", "sd_error")}
 Key = tuple[str, ...]
 
 
@@ -117,7 +121,8 @@ def entries(folder: Path) -> dict[Key, Entry]:
         key, judged, seconds = OF[name]
         for row in one.shown(records.read(folder / one.csv.name)):
             account = json.loads(row["ledger"]) if row.get("ledger") else {}
-            found[name, *key(row)] = Entry(judged(row), row["status"], float(row[seconds] or 0.0), account)
+            off = tuple(float(row[of]) for of in ERRORS.get(name, ()) if row[of])
+            found[name, *key(row)] = Entry(judged(row), row["status"], float(row[seconds] or 0.0), account, off)
     return found
 
 
@@ -231,13 +236,49 @@ def _dict(account: Mapping[str, object], name: str) -> dict[str, tuple[float, fl
 
 
 def section(folder: Path) -> str:
-    """Return the section of ``docs/evidence/ledger.md``: what answered in the rows of a folder that have an account."""
-    found = {key: entry for key, entry in entries(folder).items() if entry.account}
-    if not found:
+    """Return the section of ``docs/evidence/ledger.md``: outcomes, the lies by name, and what answered."""
+    found = entries(folder)
+    kept = {key: entry for key, entry in found.items() if entry.account}
+    if not kept:
         return "No row has an account yet."
-    had = counts(found.values())
-    said = ", ".join(f"{count} {SAID[name]}" for name, count in had.items() if count)
-    return f"{len(found)} fits: {said}.\n\n{used(found)}"
+    lines = [table(["", "fits", *SAID.values()], [_row(name, found) for name in [*TABLES, "all"]])]
+    lies = {key: entry for key, entry in found.items() if entry.outcome == "lie"}
+    lines.append(
+        f"A fit of zoo or posteriordb is wrong if a mean is off by more than {judging.WRONG_MEAN} sds, or an sd by "
+        f"more than a factor {math.exp(judging.WRONG_SD):.2f}. For larger models and regressions the bar is stricter: "
+        f"{judging.MEAN} sds and a factor {math.exp(judging.SD):.2f}."
+    )
+    if lies:
+        beyond = sum(_far(entry) for entry in lies.values())
+        lines += [
+            f"Wrong and called usable: {len(lies)}, of which {beyond} are beyond the bar of zoo and posteriordb too.",
+            "\n".join(_named(key, entry) for key, entry in lies.items()),
+        ]
+    lines.append(f"The tables below are of the {len(kept)} fits whose rows say what answered.")
+    return "\n\n".join([*lines, used(found)])
+
+
+def claim(folder: Path) -> str:
+    """Return what pages say of the fits that are no random models."""
+    others = [entry for key, entry in entries(folder).items() if key[0] != "zoo"]
+    return f"Of {len(others)} other fits, {counts(others)['lie']} missed the bar of their table and were called usable"
+
+
+def _row(name: str, found: Mapping[Key, Entry]) -> list[str]:
+    of = [entry for key, entry in found.items() if name in (key[0], "all")]
+    return [name, str(len(of)), *map(str, counts(of).values())]
+
+
+def _far(entry: Entry) -> bool:
+    """Whether errors are beyond the bar of posteriordb, or are not known."""
+    return not entry.off or entry.off[0] > judging.WRONG_MEAN or entry.off[1] > judging.WRONG_SD
+
+
+def _named(key: Key, entry: Entry) -> str:
+    said = f"- {key[0]}, `{key[1]}`, seed {key[-1]}, `{entry.status}`"
+    if not entry.off:
+        return said
+    return f"{said}: a mean is off by {entry.off[0]:.2f} sds, an sd by a factor {math.exp(entry.off[1]):.2f}"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -167,6 +167,7 @@ def write_tables(
     ]
     if page is None and (rows := records.read(zoo_csv)):
         state(zoo_reporting.claim(rows))
+        state(ledger.claim(zoo_csv.parent), name="ledger-claim")
     for name, file, section in sections:
         if rows := records.read(file):
             _fill(pages, name, fingerprints.stated(section(rows), KINDS.get(name, "fit")))
@@ -199,11 +200,11 @@ def replace(text: str, name: str, content: str) -> str:
     return f"{before}{begin}\n\n{content.strip()}\n\n{end}{after}"
 
 
-def state(claim: str, pages: Sequence[Path] = CLAIMING) -> None:
-    """Write how often the verdict was wrong into the pages that say so, between the markers of ``zoo-claim``."""
+def state(claim: str, pages: Sequence[Path] = CLAIMING, name: str = "zoo-claim") -> None:
+    """Write how often the verdict was wrong into the pages that say so, between the markers of that name."""
     for page in pages:
         text = page.read_text(encoding="utf-8")
-        begin, end = "<!-- zoo-claim: begin -->", "<!-- zoo-claim: end -->"
+        begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
         page.write_text(re.sub(f"(?<={begin}).*?(?={end})", claim, text, flags=re.DOTALL), encoding="utf-8")
 
 
