@@ -13,7 +13,10 @@ from pyro_flows.inference.verdict.psis import psis
 from pyro_flows.posterior.comparison.bridge import bridge, fit_proposal
 from pyro_flows.posterior.comparison.evidence import compared, convergence_rate, importance
 from tests.conjugate import (
+    COUNTS,
     PINE,
+    counts,
+    counts_guide,
     pine,
     pine_data,
     pine_guide,
@@ -156,6 +159,18 @@ def test_all_methods_are_listed_and_one_is_chosen():
         posterior.evidence("brigde")
     with pytest.raises(AttributeError):
         found.value = 0.0
+
+
+def test_the_estimate_with_the_smallest_error_is_chosen_and_rounding_is_part_of_its_error(monkeypatch):
+    posterior = pf.diagnose(counts, counts_guide(12.0, 8.0), COUNTS, draws=1000)
+    assert posterior.evidence().method == "importance"
+    monkeypatch.setattr(
+        "pyro_flows.posterior.comparison.evidence._bridge", lambda *_: pf.Estimate("bridge", -10.5, 1e-6)
+    )
+    found = posterior.evidence()
+    assert (found.value, found.method) == (-10.5, "bridge")
+    rounding = posterior.density.known_rounding(posterior._used)
+    assert found.standard_error == pytest.approx(math.hypot(1e-6, rounding))
 
 
 def test_without_a_model_the_raw_draws_are_taken(tmp_path):
