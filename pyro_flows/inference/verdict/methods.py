@@ -18,11 +18,15 @@ GUIDE = "guide"  # of the caller's own, judged by ``diagnose``
 
 
 class Method(NamedTuple):
-    """What a method is in words, whose its draws are, and the keys of its references."""
+    """What a method is in words, whose its draws are, and the keys of its references.
+
+    Flows of its ``builder`` are its own: by this a sampler tells its method. It is empty where something else tells.
+    """
 
     meaning: str
     owner: str
     cites: tuple[str, ...]
+    builder: str = ""
 
 
 METHODS = {
@@ -40,12 +44,16 @@ METHODS = {
         "a table of one latent's marginal, and a Gaussian for all others on a grid of its values",
         "the grid's",
         ("Rue2009",),
+        builder="sliced",
     ),
     CONDITIONALS: Method(
-        "a flow of a few latents, and the exact Gaussian of all others given these", "the conditionals'", ("Rue2009",)
+        "a flow of a few latents, and the exact Gaussian of all others given these",
+        "the conditionals'",
+        ("Rue2009",),
+        builder="nested",
     ),
     MIXTURE: Method("a mixture of Student-t distributions, or of flows, at several modes", "the mixture's", ()),
-    INDEPENDENT: Method("a table of the density of each coordinate", "the tables'", ()),
+    INDEPENDENT: Method("a table of the density of each coordinate", "the tables'", (), builder="marginals"),
     TABULATED: Method("a table of the density of the only coordinate", "the table's", ()),
     AMORTIZED: Method(
         "a conditional flow for all data sets of a form, trained on the model's simulations",

@@ -162,6 +162,8 @@ def _sampler(text: Text, method: str, flow: Flow | FlowMixture | None, posterior
             f"the approximation was a Gaussian (an affine map of {base}), placed by Laplace approximations at modes, "
             f"by Pathfinder {text.cite(*cites)} and by the moments of weighted draws"
         )
+    if method in OF_BUILDERS.values():  # a method without a sentence of its own
+        return f"the approximation was {made.METHODS[method].meaning}" + (f" {text.cite(*cites)}" if cites else "")
     return f"{_trained(text, flow, base)}, in {len(posterior.losses)} steps"
 
 
@@ -296,7 +298,7 @@ def _of_others(text: Text, posterior: Record) -> None:
 
 # what made a result: told from the sampler that its draws come from, by nothing else ----------------------------------
 
-OF_BUILDERS = {"sliced": made.GRID, "nested": made.CONDITIONALS, "marginals": made.INDEPENDENT}
+OF_BUILDERS = {method.builder: name for name, method in made.METHODS.items() if method.builder}
 PAIRS = 8  # of points, at whose middles an affine map is known
 STRAIGHT = 1e-4  # of the distance between the images of a pair: training moves images by a hundred times as much
 

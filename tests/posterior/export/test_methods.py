@@ -15,10 +15,10 @@ import pyro_flows as pf
 from pyro_flows.flows.gaussian_conditionals import nested
 from pyro_flows.flows.mixture import Component, FlowMixture
 from pyro_flows.flows.parts import location_scale, marginals, sliced
-from pyro_flows.flows.recipe import start_at, with_affine
+from pyro_flows.flows.recipe import PARTS, start_at, with_affine
 from pyro_flows.inference.verdict import methods
 from pyro_flows.inference.verdict.methods import WORKS, bibtex, named
-from pyro_flows.posterior.export.methods_text import is_affine, method_of
+from pyro_flows.posterior.export.methods_text import OF_BUILDERS, is_affine, method_of, methods_text
 from tests.posteriors import Y, location, schools, schools_chains, schools_flow, schools_posterior
 
 
@@ -60,6 +60,20 @@ def test_samplers_of_each_kind():
     assert method_of(FlowMixture(parts, [Component(1)])) == methods.GAUSSIAN
     assert method_of(FlowMixture([moved(started(pf.realnvp))])) == methods.TRAINED
     assert not is_affine(moved(started(pf.realnvp), by=1e-3))
+
+
+def test_builders_of_methods_are_registered():
+    assert set(OF_BUILDERS) <= set(PARTS)
+    assert len(OF_BUILDERS) == sum(bool(method.builder) for method in methods.METHODS.values())
+
+
+def test_a_method_without_a_sentence_of_its_own_is_described_by_its_meaning(gaussian, monkeypatch):
+    builder = gaussian.flow.recipe.builder
+    monkeypatch.setitem(methods.METHODS, "new", methods.Method("a new map", "the map's", ("Rue2009",), builder))
+    monkeypatch.setitem(OF_BUILDERS, builder, "new")
+    assert method_of(gaussian.flow) == "new"
+    posterior = replace(gaussian, verdict=replace(gaussian.verdict, guide_method="new"))
+    assert "The approximation was a new map (Rue et al. 2009). " in methods_text(posterior)
 
 
 def test_a_uniform_cube_is_no_gaussian():
